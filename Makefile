@@ -1,0 +1,32 @@
+# What a person runs. Each target does its own set-up; nothing but make, git and python3 is needed.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: help demo test check venv clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: venv ## train, kill a worker, resume at other world sizes, print the proof
+	@$(RUN) examples/demo.py
+
+test: venv ## run all tests
+	@$(RUN) -m pytest -q --durations=10 tests
+
+check: venv ## lint, format, types, layers
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@.venv/bin/lint-imports --no-logo
+
+venv: ## build .venv with every pinned version, if it is not current
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "dist_ckpt needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one like this: make PYTHON=python3.12 test" >&2; exit 1; }
+	@$(PYTHON) tools/build_venv.py
+
+clean: ## remove everything that the other targets made, .venv included
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@rm -rf build demo-output *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

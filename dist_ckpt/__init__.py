@@ -1,0 +1,74 @@
+"""Distributed sharded checkpoints for PyTorch training, from one process to thousands of ranks.
+
+In a training loop: `Checkpointer` and `TrainState`, with retention from `keep`. Without a loop:
+`save`, `async_save` and `load`. Names are imported when first used, so that a program which only
+lists, reads or verifies checkpoints never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_ckpt import errors, events
+    from dist_ckpt.checkpointer import Checkpointer
+    from dist_ckpt.engine.handle import SaveHandle
+    from dist_ckpt.engine.report import LoadReport
+    from dist_ckpt.errors import CheckpointError
+    from dist_ckpt.functional import async_save, load, save
+    from dist_ckpt.repository import keep
+    from dist_ckpt.state.registry import register as register_type
+    from dist_ckpt.state.sampler import ElasticSampler
+    from dist_ckpt.state.train_state import PerRank, TrainState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpointer",
+    "TrainState",
+    "PerRank",
+    "ElasticSampler",
+    "SaveHandle",
+    "LoadReport",
+    "save",
+    "async_save",
+    "load",
+    "keep",
+    "register_type",
+    "errors",
+    "events",
+    "CheckpointError",
+]
+
+# Where each public name lives: a module, and the name in it or None for the module itself.
+_HOMES: dict[str, tuple[str, str | None]] = {
+    "Checkpointer": ("dist_ckpt.checkpointer", "Checkpointer"),
+    "TrainState": ("dist_ckpt.state.train_state", "TrainState"),
+    "PerRank": ("dist_ckpt.state.train_state", "PerRank"),
+    "ElasticSampler": ("dist_ckpt.state.sampler", "ElasticSampler"),
+    "SaveHandle": ("dist_ckpt.engine.handle", "SaveHandle"),
+    "LoadReport": ("dist_ckpt.engine.report", "LoadReport"),
+    "save": ("dist_ckpt.functional", "save"),
+    "async_save": ("dist_ckpt.functional", "async_save"),
+    "load": ("dist_ckpt.functional", "load"),
+    "keep": ("dist_ckpt.repository.keep", None),
+    "register_type": ("dist_ckpt.state.registry", "register"),
+    "errors": ("dist_ckpt.errors", None),
+    "events": ("dist_ckpt.events", None),
+    "CheckpointError": ("dist_ckpt.errors", "CheckpointError"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, attribute = _HOMES[name]
+    module = import_module(home)
+    value: object = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

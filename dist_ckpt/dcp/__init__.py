@@ -1,0 +1,1 @@
+"""What is planned with torch.distributed.checkpoint, the only room that knows it."""

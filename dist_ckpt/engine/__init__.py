@@ -1,0 +1,1 @@
+"""Saves and loads in motion: the only room with threads."""

@@ -1,0 +1,116 @@
+"""One rank's share of one save, as the background writer carries it out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dist_ckpt import events
+from dist_ckpt.dcp.metadata import Document, WrittenFile
+from dist_ckpt.dcp.writer import StagedFile
+from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
+from dist_ckpt.engine.handle import SaveHandle
+from dist_ckpt.engine.messages import Report, pack
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
+from dist_ckpt.format.digest import block_digests
+from dist_ckpt.repository import Transaction
+
+
+@dataclass
+class Attempt:
+    """What the writer thread needs of a save, and nothing of the live state.
+
+    Attributes:
+        transaction: where the files go.
+        topic: the round in which ranks report.
+        deadline: when the save is over in any case.
+        handle: what the caller holds.
+        staged: the images of this rank's files, or the error that kept them from being made.
+        documents: the encoded values among them.
+        stall_seconds: how long the training step waited.
+        cancelled: set when the save was given up; nothing is written after that.
+    """
+
+    transaction: Transaction
+    topic: Topic
+    deadline: Deadline
+    handle: SaveHandle
+    staged: Sequence[StagedFile] | Exception
+    documents: list[Document]
+    stall_seconds: float
+    cancelled: threading.Event
+    write_seconds: float = 0.0
+    nbytes: int = field(default=0)
+
+    def run(self, coordinator: Coordinator, decide: Decide) -> None:
+        """Write, report, and learn the outcome. Ends the handle; never raises."""
+        error: CheckpointError | None = None
+        begun = time.perf_counter()
+        try:
+            message = self._report(coordinator.rank)
+            begun = time.perf_counter()
+            coordinator.round(self.topic, message, decide, deadline=self.deadline)
+        except CheckpointError as failure:
+            error = failure
+        except BaseException as failure:  # a thread has nobody above it: the handle must hear of it
+            error = CoordinationError(
+                f"{self.topic.label}: the writer of rank {coordinator.rank} failed: "
+                f"{describe(failure)}",
+                kind=ErrorKind.PEER_FAILED,
+                ranks={coordinator.rank: describe(failure)},
+            )
+            error.__cause__ = failure
+        if not self.handle.done():  # else it was given up, and its caller has been told
+            self._tell(error, coordinator.rank, time.perf_counter() - begun)
+        self.handle.finish(error)
+
+    def _tell(self, error: CheckpointError | None, rank: int, commit_seconds: float) -> None:
+        where = (self.transaction.store.url, self.transaction.step, rank)
+        if error is not None:
+            events.emit(events.SaveFailed(*where, error))
+            return
+        events.emit(
+            events.SaveCommitted(
+                *where,
+                save_id=self.transaction.save_id,
+                nbytes=self.nbytes,
+                stall_seconds=self.stall_seconds,
+                write_seconds=self.write_seconds,
+                commit_seconds=commit_seconds,
+            )
+        )
+
+    def _report(self, rank: int) -> bytes | Exception:
+        """Write this rank's files; return the report, or what went wrong for others to hear."""
+        if isinstance(self.staged, Exception):
+            return self.staged
+        begun = time.perf_counter()
+        try:
+            written = [self._write(file, rank) for file in self.staged]
+        except Exception as error:
+            return error
+        self.write_seconds = time.perf_counter() - begun
+        return pack(Report(written, self.documents, self.stall_seconds, self.write_seconds))
+
+    def _write(self, file: StagedFile, rank: int) -> WrittenFile:
+        if self.cancelled.is_set():
+            raise CoordinationError("the save was given up", kind=ErrorKind.TIMEOUT)
+        begun = time.perf_counter()
+        # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
+        blocks = block_digests(file.image)
+        key = self.transaction.put_file(file.name, [file.image])
+        self.nbytes += len(file.image)
+        events.emit(
+            events.FileWritten(
+                self.transaction.store.url,
+                self.transaction.step,
+                rank,
+                save_id=self.transaction.save_id,
+                key=key,
+                nbytes=len(file.image),
+                seconds=time.perf_counter() - begun,
+            )
+        )
+        return WrittenFile(file.name, len(file.image), blocks)

@@ -1,0 +1,103 @@
+"""What rank 0 does when every rank has reported: check, describe, commit."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from dist_ckpt.dcp.metadata import RankShare, build_index
+from dist_ckpt.dcp.owners import Owned
+from dist_ckpt.dcp.planner import Held
+from dist_ckpt.engine.coordinator import Deadline
+from dist_ckpt.engine.messages import Report, unpack
+from dist_ckpt.errors import CoordinationError, ErrorKind
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
+from dist_ckpt.repository import Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Everything rank 0 knows of an attempt before the reports arrive."""
+
+    transaction: Transaction
+    held_by_rank: Sequence[Sequence[Held]]
+    owned_by_rank: Sequence[Sequence[Owned]]
+    parts: Sequence[str]
+    metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
+    parent_step: int | None
+    deadline: Deadline
+    cancelled: threading.Event
+
+    def decide(self, messages: Sequence[bytes]) -> bytes:
+        """Commit, given the report of each rank; the answer to all ranks is empty.
+
+        Raises:
+            IntegrityError: a rank wrote other files than were planned.
+            FencedError: a newer claim owns the run.
+            AlreadyExists: another attempt committed the step.
+            CoordinationError: it is too late: other ranks may have given up already.
+            StorageError: the commit did not take effect.
+        """
+        reports = [unpack(data, Report) for data in messages]
+        shares = [
+            RankShare(held, owned, report.files, report.documents)
+            for held, owned, report in zip(
+                self.held_by_rank, self.owned_by_rank, reports, strict=True
+            )
+        ]
+        index = build_index(shares)
+        # Never after the deadline: a rank that has reported a failure must not be proved wrong.
+        if self.cancelled.is_set() or self.deadline.passed:
+            raise CoordinationError(
+                f"the commit came too late: {self.deadline.span_seconds:g} s were over",
+                kind=ErrorKind.TIMEOUT,
+            )
+        self.transaction.commit(index, lambda stored: self._manifest(index, stored, reports))
+        return b""
+
+    def _manifest(
+        self, index: Index, stored_index: ManifestFile, reports: Sequence[Report]
+    ) -> Manifest:
+        transaction = self.transaction
+        return Manifest(
+            step=transaction.step,
+            save_id=transaction.save_id,
+            claim=transaction.claim,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            world_size=len(reports),
+            versions=_versions(),
+            parts=list(self.parts),
+            files=[
+                ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
+                for file in index.files
+            ],
+            index=stored_index,
+            metrics=dict(self.metrics),
+            metadata=dict(self.metadata),
+            timings={
+                str(rank): RankTimings(
+                    stage_seconds=report.stage_seconds,
+                    write_seconds=report.write_seconds,
+                    nbytes=sum(file.nbytes for file in report.files),
+                )
+                for rank, report in enumerate(reports)
+            },
+            parent_step=self.parent_step,
+        )
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("dist_ckpt")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        own = "unknown"
+    return {"dist_ckpt": own, "torch": str(torch.__version__), "python": platform.python_version()}

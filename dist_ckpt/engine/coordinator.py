@@ -1,0 +1,309 @@
+"""Agreement between ranks: rounds over a c10d store of our own.
+
+In a round every rank sends one message (or its error), rank 0 decides once, and every rank
+receives the decision. There are no collectives and the process group of the training is never
+used, so rounds run beside it on any thread. Every wait has a deadline, and a rank that did not
+arrive is named.
+
+The idea of a two-phase barrier on a store that carries errors is torchsnapshot's
+(`dist_store.LinearBarrier`); here ranks draw arrival numbers, so that rank 0 looks at one key at a
+time however many ranks there are, and the first error ends the round at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import Store
+
+from dist_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    ErrorKind,
+    describe,
+    from_wire,
+    to_wire,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Names a round.
+
+    Attributes:
+        key: equal on all ranks, used once.
+        label: how error messages call what the round is for.
+    """
+
+    key: str
+    label: str
+
+
+Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
+"""Rank 0's decision over the messages by rank: one answer for all, or one for each rank."""
+
+# The store refuses a value above 8 MiB (c10d's TCPStore, libuv backend).
+_PIECE_BYTES = 4 << 20
+_FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0002, 0.02
+# Rank 0 gives up a little before the others, so that they hear from it who was absent.
+_COORDINATOR_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point on this process's monotonic clock, and the span in seconds that led to it."""
+
+    at: float
+    span_seconds: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """Return the deadline `seconds` from now."""
+        return cls(time.monotonic() + seconds, seconds)
+
+    def for_coordinator(self) -> Deadline:
+        """Return the earlier deadline that rank 0 keeps, so that the others hear its verdict."""
+        early = self.span_seconds * (1 - _COORDINATOR_SHARE)
+        return Deadline(self.at - early, self.span_seconds)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return time.monotonic() >= self.at
+
+    @property
+    def remaining_seconds(self) -> float:
+        """How long it still is, at least 0."""
+        return max(0.0, self.at - time.monotonic())
+
+
+class Coordinator(Protocol):
+    """One member of a job whose ranks agree in rounds."""
+
+    rank: int
+    world_size: int
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        """Send `message` under `topic` and return rank 0's answer for this rank.
+
+        Args:
+            topic: names the round; every rank uses it once.
+            message: this rank's contribution, or the error that keeps it from having one.
+            decide: called on rank 0 only, when all messages are there.
+            deadline: when to give up.
+
+        Raises:
+            CheckpointError: a rank sent an error or `decide` failed; the same on every rank,
+                `ranks` naming the causes.
+            CoordinationError: a rank did not arrive, or rank 0 did not answer, before the deadline.
+        """
+        ...
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Return the error with which the round ended, if it ended with one; never waits."""
+        ...
+
+    def leave(self, deadline: Deadline) -> None:
+        """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
+        ...
+
+
+class SoloCoordinator:
+    """The whole job is this process."""
+
+    rank = 0
+    world_size = 1
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        """Decide at once; see `Coordinator.round`."""
+        if isinstance(message, CheckpointError):
+            raise message
+        if isinstance(message, BaseException):
+            raise _failure(topic, {0: message}) from message
+        answer = decide([message])
+        return answer if isinstance(answer, bytes) else answer[0]
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Nobody else could have decided."""
+        return None
+
+    def leave(self, deadline: Deadline) -> None:
+        """Nobody else is there."""
+
+
+class StoreCoordinator:
+    """One of several ranks, with a client of the shared c10d store that no other thread uses."""
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._finished: list[str] = []
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        """Take part in one round; see `Coordinator.round`."""
+        try:
+            number = self._store.add(f"{topic.key}/arrived", 1)
+            self._put(f"{topic.key}/message/{number}", _envelope(self.rank, message))
+            if self.rank == 0:
+                self._decide(topic, decide, deadline.for_coordinator())
+            answer = self._wait(f"{topic.key}/answer/{self.rank}", f"{topic.key}/error", deadline)
+        except DistError as error:
+            raise self._lost(topic, error) from error
+        if answer is None:
+            raise CoordinationError(
+                f"{topic.label}: rank 0 did not answer within {deadline.span_seconds:g} s",
+                kind=ErrorKind.TIMEOUT,
+                ranks={0: "no answer"},
+            )
+        return answer
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Return the error with which the round ended; see `Coordinator.verdict`."""
+        try:
+            data = self._try_get(f"{topic.key}/error")
+        except DistError as error:
+            return self._lost(topic, error)
+        return None if data is None else _decode_error(data)
+
+    def leave(self, deadline: Deadline) -> None:
+        """Leave; rank 0 waits for the others until the deadline, then goes without them."""
+        try:
+            self._store.add("left", 1)
+            while self.rank == 0 and self._store.add("left", 0) < self.world_size:
+                if deadline.passed:
+                    return
+                time.sleep(_LONGEST_NAP_SECONDS)
+        except DistError:
+            return  # rank 0 has gone before: there is nobody left to tell
+
+    def _decide(self, topic: Topic, decide: Decide, deadline: Deadline) -> None:
+        """Rank 0: gather, decide, answer. Whatever goes wrong becomes everybody's error."""
+        try:
+            answer = decide(self._gather(topic, deadline))
+        except CheckpointError as error:
+            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(error)))
+            return
+        except Exception as error:
+            failure = _failure(topic, {0: error})
+            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(failure)))
+            return
+        answers = [answer] * self.world_size if isinstance(answer, bytes) else answer
+        for rank, data in enumerate(answers):
+            self._put(f"{topic.key}/answer/{rank}", data)
+        self._forget_older(topic)
+
+    def _gather(self, topic: Topic, deadline: Deadline) -> list[bytes]:
+        messages: dict[int, bytes] = {}
+        for number in range(1, self.world_size + 1):
+            data = self._wait(f"{topic.key}/message/{number}", None, deadline)
+            if data is None:
+                absent = sorted(set(range(self.world_size)) - messages.keys())
+                raise CoordinationError(
+                    f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
+                    f"{deadline.span_seconds:g} s",
+                    kind=ErrorKind.PEER_ABSENT,
+                    ranks=dict.fromkeys(absent, "did not arrive"),
+                )
+            rank, body, error = msgspec.msgpack.decode(
+                data, type=tuple[int, bytes, dict[str, object] | None]
+            )
+            if error is not None:
+                # The first error ends the round: waiting for more would only delay everybody.
+                raise _failure(topic, {rank: from_wire(error)})
+            messages[rank] = body
+        return [messages[rank] for rank in range(self.world_size)]
+
+    def _wait(self, key: str, error_key: str | None, deadline: Deadline) -> bytes | None:
+        """Return the value of `key`, or None when the deadline passed without one.
+
+        Polled, not blocked on: a blocked client cannot be asked anything else, and c10d writes
+        warnings to stderr for each wait that times out.
+        """
+        nap = _FIRST_NAP_SECONDS
+        while True:
+            data = self._try_get(key)
+            if data is not None:
+                return data
+            if error_key is not None:
+                failed = self._try_get(error_key)
+                if failed is not None:
+                    raise _decode_error(failed)
+            if deadline.passed:
+                return None
+            time.sleep(nap)
+            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
+
+    def _put(self, key: str, data: bytes) -> None:
+        pieces = range(0, len(data), _PIECE_BYTES)
+        for number, start in enumerate(pieces):
+            piece = data[start : start + _PIECE_BYTES]
+            self._store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # bytes are taken
+        # The count goes last: who finds it finds every piece.
+        self._store.set(key, str(len(pieces)))
+
+    def _try_get(self, key: str) -> bytes | None:
+        if not self._store.check([key]):
+            return None
+        count = int(self._store.get(key))
+        return b"".join(bytes(self._store.get(f"{key}/{number}")) for number in range(count))
+
+    def _forget_older(self, topic: Topic) -> None:
+        """Delete the keys of finished rounds, the last two excepted.
+
+        Who sent a message to this round has read its answer of the round before, in this thread's
+        sequence; one more is kept for a rank that asks for a verdict late.
+        """
+        self._finished.append(topic.key)
+        while len(self._finished) > 2:
+            old = self._finished.pop(0)
+            for rank in range(self.world_size):
+                self._delete(f"{old}/message/{rank + 1}")
+                self._delete(f"{old}/answer/{rank}")
+            self._store.delete_key(f"{old}/arrived")
+
+    def _delete(self, key: str) -> None:
+        if self._store.check([key]):
+            for number in range(int(self._store.get(key))):
+                self._store.delete_key(f"{key}/{number}")
+            self._store.delete_key(key)
+
+    def _lost(self, topic: Topic, error: BaseException) -> CoordinationError:
+        return CoordinationError(
+            f"{topic.label}: the connection to rank 0 was lost, it probably died "
+            f"({describe(error)})",
+            kind=ErrorKind.PEER_ABSENT,
+            ranks={0: "connection lost"},
+        )
+
+
+def _envelope(rank: int, message: bytes | BaseException) -> bytes:
+    if isinstance(message, BaseException):
+        return msgspec.msgpack.encode((rank, b"", to_wire(message)))
+    return msgspec.msgpack.encode((rank, message, None))
+
+
+def _failure(topic: Topic, causes: dict[int, BaseException]) -> CheckpointError:
+    """Return the error of the whole job: the class of the cause, and the rank in the message."""
+    rank, cause = next(iter(causes.items()))
+    text = describe(cause)
+    where = {rank: text}
+    message = f"{topic.label} failed on rank {rank}: {text}"
+    if isinstance(cause, CheckpointError):
+        return type(cause)(message, kind=cause.kind, ranks=where | cause.ranks)
+    return CoordinationError(message, kind=ErrorKind.PEER_FAILED, ranks=where)
+
+
+def _decode_error(data: bytes) -> CheckpointError:
+    return from_wire(msgspec.msgpack.decode(data, type=dict[str, object]))

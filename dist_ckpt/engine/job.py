@@ -1,0 +1,77 @@
+"""One job on one run: its ranks, its place, its claim."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cached_property
+from pathlib import Path
+
+from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.engine.rendezvous import Coordinators, join
+from dist_ckpt.errors import UsageError
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+Place = str | Path | Store
+"""Where a run is: a path, a URL, or a store."""
+
+_LEAVE_SECONDS = 30.0
+
+
+class Job:
+    """What saving and loading share.
+
+    Attributes:
+        url: where the run is, as messages name it.
+        repository: the run.
+        timeout_seconds: the deadline of every save and restore.
+        restored_step: the step this job went on from, None for a fresh start.
+    """
+
+    def __init__(self, place: Place, *, timeout_seconds: float) -> None:
+        """Resolve the place; other ranks are contacted at the first save or load only.
+
+        Raises:
+            UsageError: the place is malformed, or the timeout is not a positive number of seconds.
+        """
+        if not timeout_seconds > 0:
+            raise UsageError(f"timeout_seconds must be above 0, not {timeout_seconds!r}")
+        store = place if isinstance(place, Store) else resolve(str(place))
+        self.url = store.url
+        self.repository = Repository(store)
+        self.timeout_seconds = timeout_seconds
+        self.restored_step: int | None = None
+        self._claim: int | None = None
+        self._numbers = itertools.count(1)
+
+    @cached_property
+    def coordinators(self) -> Coordinators:
+        """The way to the other ranks, set up at first use: all ranks get here in one call."""
+        return join(timeout_seconds=self.timeout_seconds)
+
+    @property
+    def training(self) -> Coordinator:
+        """The coordinator of the thread that calls `save` and `restore`."""
+        return self.coordinators.training
+
+    def claim(self) -> int:
+        """Rank 0: return this job's claim on the run, taken at the first call."""
+        if self._claim is None:
+            self._claim = self.repository.claim()
+        return self._claim
+
+    def topic(self, verb: str, label: str) -> Topic:
+        """Return the topic of the next round; ranks that make the same calls get the same one."""
+        return Topic(f"{verb}/{next(self._numbers)}", label)
+
+    def deadline(self) -> Deadline:
+        """Return the deadline of what begins now."""
+        return Deadline.after(self.timeout_seconds)
+
+    def leave(self) -> None:
+        """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
+        if "coordinators" in self.__dict__:
+            seconds = min(self.timeout_seconds, _LEAVE_SECONDS)
+            self.coordinators.training.leave(Deadline.after(seconds))
+            self.__dict__.pop("coordinators")

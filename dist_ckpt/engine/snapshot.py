@@ -1,0 +1,93 @@
+"""One rank's state at the moment of a save: live tensors described, Python values encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from dist_ckpt.dcp.metadata import Document
+from dist_ckpt.dcp.planner import Held, LocalBox, describe
+from dist_ckpt.engine.messages import Description, ObjectName
+from dist_ckpt.errors import UsageError
+from dist_ckpt.format import document
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.state.train_state import TrainState
+
+Objects = Mapping[str, Mapping[str, bytes]]
+"""Encoded values by part and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a rank holds.
+
+    Attributes:
+        local: its boxes with the live memory behind them.
+        shared: encoded values that are the same on every rank that holds them.
+        per_rank: encoded values of this rank alone.
+        fingerprint: digest of all that a plan depends on: names, shapes, dtypes, boxes.
+    """
+
+    local: list[LocalBox]
+    shared: Objects
+    per_rank: Objects
+    fingerprint: str
+
+    @property
+    def held(self) -> list[Held]:
+        """The boxes as they are described to others."""
+        return [box.held for box in self.local]
+
+    def description(self) -> Description:
+        """Return all that the coordinator needs for a plan."""
+        digests = {
+            part: {name: bytes_digest(data) for name, data in objects.items()}
+            for part, objects in self.shared.items()
+        }
+        return Description(self.held, digests)
+
+    def group_digest(self, names: Iterable[ObjectName]) -> str:
+        """Return one digest over the encoded values `names`; a missing one changes it too."""
+        found = [self.shared.get(part, {}).get(name) for part, name in names]
+        return bytes_digest(msgspec.msgpack.encode(found))
+
+    def documents(self, shared: Iterable[ObjectName]) -> dict[str, bytes]:
+        """Return what this rank writes into its `extra` file, by part.
+
+        Args:
+            shared: the shared values that the plan gave to this rank.
+        """
+        chosen: dict[str, dict[str, bytes]] = {}
+        for part, name in shared:
+            chosen.setdefault(part, {})[name] = self.shared[part][name]
+        every = chosen | {part: dict(objects) for part, objects in self.per_rank.items()}
+        return {part: document.encode(objects) for part, objects in every.items()}
+
+    def describe_documents(self, documents: Mapping[str, bytes]) -> list[Document]:
+        """Return what the coordinator must know of `documents`."""
+        return [
+            Document(part, part in self.per_rank, len(data), bytes_digest(data))
+            for part, data in documents.items()
+        ]
+
+
+def take(state: TrainState, *, world_size: int) -> Snapshot:
+    """Capture every part of `state`.
+
+    Raises:
+        UsageError: the state is empty, or something in it cannot be stored; the message names it.
+    """
+    captured = {name: part.capture() for name, part in state.parts.items()}
+    if not any(part.tensors or part.objects for part in captured.values()):
+        raise UsageError("the state is empty: give TrainState at least one part with content")
+    local = describe(
+        {name: part.tensors for name, part in captured.items()},
+        unequal={name: part.unequal for name, part in captured.items()},
+    )
+    shared = {name: part.objects for name, part in captured.items() if not part.per_rank}
+    per_rank = {name: part.objects for name, part in captured.items() if part.per_rank}
+    names = [[(part, sorted(objs)) for part, objs in group.items()] for group in (shared, per_rank)]
+    depends = msgspec.msgpack.encode(([box.held for box in local], names, world_size))
+    return Snapshot(local, shared, per_rank, bytes_digest(depends))

@@ -1,0 +1,176 @@
+"""Every error that dist_ckpt raises, grouped by what a handler would do.
+
+::
+
+    CheckpointError(Exception)
+      NotFound (FileNotFoundError)     no such run, step, key or tensor   -> look elsewhere
+      AlreadyExists (FileExistsError)  the step is committed              -> choose another step
+      IntegrityError                   size, digest or coverage disagree  -> use an older one
+      IncompatibleError                version, keys, shape, dtype        -> change the program
+      StorageError                     the backend failed after retries   -> wait, or fix the place
+      CoordinationError                a peer failed or did not arrive    -> restart the job
+      FencedError                      a newer claim owns the run         -> stop
+      UsageError (ValueError)          the call is wrong                  -> change the call
+
+Errors cross ranks as plain data (`to_wire`, `from_wire`), never as pickles, so the
+same class with the same message is raised on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class ErrorKind(StrEnum):
+    """What happened, finer than the class. Append-only: a value never changes its meaning."""
+
+    NO_RUN = "no_run"
+    NO_CHECKPOINT = "no_checkpoint"
+    NO_KEY = "no_key"
+    STEP_EXISTS = "step_exists"
+    KEY_EXISTS = "key_exists"
+    TRUNCATED = "truncated"
+    DIGEST = "digest"
+    MALFORMED = "malformed"
+    COVERAGE = "coverage"
+    MISSING_FILE = "missing_file"
+    VERSION = "version"
+    STATE_MISMATCH = "state_mismatch"
+    REPLICAS_DIFFER = "replicas_differ"
+    STORAGE = "storage"
+    STORAGE_FULL = "storage_full"
+    PERMISSION = "permission"
+    PEER_FAILED = "peer_failed"
+    PEER_ABSENT = "peer_absent"
+    TIMEOUT = "timeout"
+    FENCED = "fenced"
+    USAGE = "usage"
+    UNENCODABLE = "unencodable"
+
+
+class CheckpointError(Exception):
+    """Base of every error of this package.
+
+    Args:
+        message: what, where, and what to do.
+        kind: a finer code than the class; each class has a default.
+        ranks: for an error of a whole job, the cause by rank.
+    """
+
+    default_kind: ErrorKind = ErrorKind.USAGE
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: ErrorKind | None = None,
+        ranks: Mapping[int, str] | None = None,
+    ) -> None:
+        # One argument reaches every base: OSError would read two as (errno, strerror).
+        super().__init__(message)
+        self.message = message
+        self.kind = self.default_kind if kind is None else kind
+        self.ranks: dict[int, str] = dict(ranks or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NotFound(CheckpointError, FileNotFoundError):
+    """No such run, checkpoint, key or tensor: look elsewhere."""
+
+    default_kind = ErrorKind.NO_KEY
+
+
+class AlreadyExists(CheckpointError, FileExistsError):
+    """The step is committed, or the key exists: choose another."""
+
+    default_kind = ErrorKind.KEY_EXISTS
+
+
+class IntegrityError(CheckpointError):
+    """Size, digest, structure or coverage disagree with what was committed: use an older one."""
+
+    default_kind = ErrorKind.DIGEST
+
+
+class IncompatibleError(CheckpointError):
+    """The checkpoint is whole but does not fit this program: change the program."""
+
+    default_kind = ErrorKind.STATE_MISMATCH
+
+
+class StorageError(CheckpointError):
+    """The backend failed: wait, or fix the place."""
+
+    default_kind = ErrorKind.STORAGE
+
+
+class CoordinationError(CheckpointError):
+    """A peer failed or did not arrive: restart the job."""
+
+    default_kind = ErrorKind.PEER_FAILED
+
+
+class FencedError(CheckpointError):
+    """A newer claim owns the run: this process must stop."""
+
+    default_kind = ErrorKind.FENCED
+
+
+class UsageError(CheckpointError, ValueError):
+    """The call is wrong: change the call."""
+
+    default_kind = ErrorKind.USAGE
+
+
+_CLASSES: dict[str, type[CheckpointError]] = {
+    cls.__name__: cls
+    for cls in (
+        NotFound,
+        AlreadyExists,
+        IntegrityError,
+        IncompatibleError,
+        StorageError,
+        CoordinationError,
+        FencedError,
+        UsageError,
+    )
+}
+
+
+def to_wire(error: BaseException) -> dict[str, object]:
+    """Return `error` as plain data, whatever it is: only its type name and text travel."""
+    if isinstance(error, CheckpointError):
+        return {
+            "class": type(error).__name__,
+            "kind": str(error.kind),
+            "message": error.message,
+            "ranks": {str(rank): cause for rank, cause in error.ranks.items()},
+        }
+    return {"class": "", "kind": "", "message": describe(error), "ranks": {}}
+
+
+def from_wire(data: Mapping[str, object]) -> CheckpointError:
+    """Rebuild the error that `to_wire` described; a foreign one becomes a `CoordinationError`."""
+    cls = _CLASSES.get(str(data.get("class")), CoordinationError)
+    kinds = {str(kind): kind for kind in ErrorKind}
+    ranks = data.get("ranks")
+    causes = {int(r): str(c) for r, c in ranks.items()} if isinstance(ranks, dict) else {}
+    return cls(
+        str(data.get("message", "")),
+        kind=kinds.get(str(data.get("kind")), cls.default_kind),
+        ranks=causes,
+    )
+
+
+def describe(error: BaseException) -> str:
+    """One line that names the type and the text of `error`, even when its `str` fails."""
+    try:
+        text = str(error)
+    except Exception as failure:  # a foreign __str__ may do anything; the report must survive it
+        text = f"<its text could not be read: {type(failure).__name__}>"
+    if isinstance(error, CheckpointError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

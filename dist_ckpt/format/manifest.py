@@ -1,0 +1,268 @@
+"""The manifest: a small readable JSON text whose existence is the checkpoint.
+
+It ends with a digest of everything before it, since nothing else vouches for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.names import (
+    INDEX,
+    RANK_LIMIT,
+    STEP_LIMIT,
+    is_part,
+    parse_save_id,
+    parse_shard_name,
+)
+
+FORMAT = 1
+_INT64_MAX = 2**63 - 1
+_MAX_DEPTH = 64
+_DIGEST = re.compile(r"[0-9a-f]{16}")
+_RANK = re.compile(r"0|[1-9][0-9]{0,4}")
+_CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?.{1,6}")
+_TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{16})"\n}\n')
+_TAIL_BYTES = len(b',\n  "digest": "0123456789abcdef"\n}\n')
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class ManifestFile(msgspec.Struct, frozen=True):
+    """One stored object: its key relative to the directory of the step, its size, its digest."""
+
+    key: str
+    nbytes: int
+    digest: str
+
+
+class RankTimings(msgspec.Struct, frozen=True):
+    """What one rank spent on the save: seconds to stage, seconds to write, bytes it wrote."""
+
+    stage_seconds: float
+    write_seconds: float
+    nbytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is said of a checkpoint before its index is read.
+
+    Attributes:
+        step: the training step.
+        save_id: the attempt whose files these are.
+        claim: the claim under which it was made.
+        created: when, ISO 8601 with a time zone of UTC.
+        world_size: number of ranks that saved.
+        versions: releases of dist_ckpt, torch and Python, by name.
+        parts: names of the parts of the state.
+        files: every file of the attempt but the index.
+        index: the chunk table.
+        metrics: numbers by name; any of them may be infinite or not a number.
+        metadata: JSON of the user.
+        timings: by rank, in decimal.
+        parent_step: the step that the run had restored, if any.
+        format: version of the format.
+    """
+
+    step: int
+    save_id: str
+    claim: int
+    created: str
+    world_size: int
+    versions: dict[str, str]
+    parts: list[str]
+    files: list[ManifestFile]
+    index: ManifestFile
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+    timings: dict[str, RankTimings]
+    parent_step: int | None
+    format: int = FORMAT
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Return the text of `manifest`, having read it back: indented JSON ending in a newline.
+
+    Raises:
+        UsageError: a metric that is no number, or metadata that JSON cannot hold, named by path.
+        IntegrityError: `decode` would refuse the text; the message says why.
+    """
+    fields: dict[str, Any] = {"format": manifest.format}
+    fields |= {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    fields["metrics"] = {name: _number(name, value) for name, value in manifest.metrics.items()}
+    fields["metadata"] = _plain(manifest.metadata, "metadata", 0)
+    try:
+        text = msgspec.json.format(msgspec.json.encode(fields), indent=2)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the manifest cannot hold this text: {error}") from error
+    head = text.removesuffix(b"\n}")
+    data = head + f',\n  "digest": "{bytes_digest(head)}"\n}}\n'.encode()
+    # Nothing may be committed that no reader would take.
+    decode(data, step=manifest.step)
+    return data
+
+
+def decode(data: bytes, *, step: int) -> Manifest:
+    """Read a manifest, trusting nothing in it.
+
+    Args:
+        data: the whole object.
+        step: the step in whose directory it was found.
+
+    Raises:
+        IntegrityError: cut short, changed, malformed, or of another step.
+        IncompatibleError: another format version.
+    """
+    tail = _TAIL.fullmatch(data, max(0, len(data) - _TAIL_BYTES))
+    # The digest is compared first: a flipped bit in the version is damage, not another version.
+    if tail is not None and bytes_digest(data[:-_TAIL_BYTES]) != tail[1].decode():
+        raise IntegrityError(
+            f"manifest of step {step}: its text differs from its digest: it was changed after it "
+            "was written. Use another checkpoint"
+        )
+    fields = _fields(data, step)
+    version = fields.get("format")
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise _malformed(step, "it has no format version")
+    if version != FORMAT:
+        raise IncompatibleError(
+            f"manifest of step {step} has format version {version}, this program reads version "
+            f"{FORMAT}: use the release that wrote it or a newer one",
+            kind=ErrorKind.VERSION,
+        )
+    if tail is None:
+        raise _malformed(step, "it does not end in its digest: it was cut short or edited")
+    try:
+        fields["metrics"] = _metrics(fields.get("metrics"))
+        manifest = msgspec.convert(fields, Manifest)
+    # OverflowError: a metric of four hundred digits.
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+        raise _malformed(step, str(error)) from error
+    _check(manifest, step)
+    return manifest
+
+
+def _fields(data: bytes, step: int) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    # RecursionError: how deep the JSON goes is chosen by whoever wrote the bytes.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _malformed(step, f"it is not JSON, or was cut short ({error})") from error
+
+
+def _check(manifest: Manifest, step: int) -> None:
+    if manifest.step != step or not 0 <= step < STEP_LIMIT:
+        raise _malformed(step, f"it says that it is of step {manifest.step}")
+    if parse_save_id(manifest.save_id) is None or parse_save_id(manifest.save_id) != manifest.claim:
+        raise _malformed(step, f"save id {manifest.save_id!r} is not of claim {manifest.claim}")
+    if not _is_utc(manifest.created):
+        raise _malformed(step, f"created {manifest.created!r} is not a time in UTC")
+    if not 1 <= manifest.world_size <= RANK_LIMIT:
+        raise _malformed(step, f"world size {manifest.world_size}")
+    parts = manifest.parts
+    if len(set(parts)) != len(parts) or not all(is_part(part) for part in parts):
+        raise _malformed(step, f"parts {parts} have a name twice or one that cannot be")
+    if manifest.parent_step is not None and not 0 <= manifest.parent_step < STEP_LIMIT:
+        raise _malformed(step, f"parent step {manifest.parent_step}")
+    _check_files(manifest, step)
+    _check_timings(manifest, step)
+
+
+def _check_files(manifest: Manifest, step: int) -> None:
+    prefix = f"{manifest.save_id}/"
+    if manifest.index.key != prefix + INDEX:
+        raise _malformed(step, f"its index is {manifest.index.key!r}, not {prefix + INDEX!r}")
+    if len({file.key for file in manifest.files}) != len(manifest.files):
+        raise _malformed(step, "two files have the same key")
+    for file in (*manifest.files, manifest.index):
+        # Exactly one directory and one pattern: no key can leave the directory of the save id.
+        name = file.key.removeprefix(prefix)
+        shard = parse_shard_name(name)
+        if file is not manifest.index and (shard is None or file.key == name):
+            raise _malformed(step, f"file key {file.key!r} is not a shard in {prefix!r}")
+        if shard is not None and shard[1] >= manifest.world_size:
+            raise _malformed(step, f"file {name} is of a rank beyond {manifest.world_size} ranks")
+        if not 0 <= file.nbytes <= _INT64_MAX or _DIGEST.fullmatch(file.digest) is None:
+            raise _malformed(step, f"file {file.key} has an impossible size or digest")
+
+
+def _check_timings(manifest: Manifest, step: int) -> None:
+    for rank, timing in manifest.timings.items():
+        if _RANK.fullmatch(rank) is None or int(rank) >= manifest.world_size:
+            raise _malformed(step, f"it has timings of rank {rank!r}")
+        seconds = (timing.stage_seconds, timing.write_seconds)
+        if min(seconds) < 0 or not 0 <= timing.nbytes <= _INT64_MAX:
+            raise _malformed(step, f"the timings of rank {rank} are negative")
+
+
+def _is_utc(text: str) -> bool:
+    if _CREATED.fullmatch(text) is None:
+        return False
+    try:
+        return datetime.fromisoformat(text).utcoffset() == timedelta(0)
+    except ValueError:
+        return False
+
+
+def _number(name: str, value: object) -> float | str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(
+            f"metric {name!r} is a {type(value).__name__}: pass an int or a float, "
+            "of a tensor its .item()"
+        )
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise UsageError(f"metric {name!r} is larger than any float: scale it") from error
+    # JSON has no such numbers; a metric is never text, so these three words are free.
+    return number if math.isfinite(number) else str(number)
+
+
+def _metrics(fields: object) -> dict[str, float]:
+    if not isinstance(fields, dict):
+        raise ValueError("metrics are missing")
+    metrics: dict[str, float] = {}
+    for name, value in fields.items():
+        number = _NON_FINITE.get(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"metric {name!r} is no number")
+        metrics[name] = float(number)
+    return metrics
+
+
+def _plain(value: object, path: str, depth: int) -> object:
+    """Return metadata as built-in JSON types, so that a subclass of them is stored by value."""
+    if depth > _MAX_DEPTH:
+        raise UsageError(f"metadata nests deeper than {_MAX_DEPTH} levels: flatten it")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {
+            str.__str__(key): _plain(item, f"{path}[{key!r}]", depth + 1)
+            for key, item in value.items()
+        }
+    raise UsageError(
+        f"{path} is a {type(value).__name__} that JSON cannot hold: use text, finite numbers of "
+        "at most 64 bits, lists, and dictionaries with text keys"
+    )
+
+
+def _malformed(step: int, problem: str) -> IntegrityError:
+    return IntegrityError(
+        f"manifest of step {step}: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED
+    )

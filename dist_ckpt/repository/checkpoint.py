@@ -1,0 +1,183 @@
+"""One committed checkpoint, opened: its manifest, its index, and verified reads of its files."""
+
+from __future__ import annotations
+
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
+from dist_ckpt.format import index as index_format
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
+from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import file_key, manifest_key, step_dir
+from dist_ckpt.storage.base import Store, read_all
+
+
+class Checkpoint:
+    """A committed checkpoint. Reading is safe from several threads.
+
+    Attributes:
+        step: the training step.
+        manifest: what was committed, decoded and checked.
+        index: the chunk table, decoded and checked.
+    """
+
+    def __init__(
+        self, store: Store, manifest_bytes: bytes, index_bytes: bytes, *, step: int
+    ) -> None:
+        """Decode and cross-check the two descriptions; no data file is touched.
+
+        Raises:
+            IntegrityError: they are damaged or contradict one another.
+            IncompatibleError: the format version is not known.
+        """
+        self.store = store
+        self.step = step
+        self.manifest_bytes = manifest_bytes
+        self.index_bytes = index_bytes
+        self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
+        self._check_index_bytes()
+        self.index: Index = index_format.decode(index_bytes)
+        self._check_files_agree()
+        self._check_parts_agree()
+
+    @classmethod
+    def read(cls, store: Store, step: int) -> Checkpoint:
+        """Open `step` from storage.
+
+        Raises:
+            NotFound: no such step is committed.
+            IntegrityError: the manifest or the index is damaged or missing.
+            IncompatibleError: the format version is not known.
+        """
+        try:
+            manifest_bytes = read_all(store, manifest_key(step))
+        except NotFound:
+            raise NotFound(
+                f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
+            ) from None
+        manifest = manifest_format.decode(manifest_bytes, step=step)
+        key = f"{step_dir(step)}/{manifest.index.key}"
+        try:
+            index_bytes = read_all(store, key)
+        except NotFound as error:
+            raise IntegrityError(
+                f"step {step} in {store.url}: its index {key} is missing",
+                kind=ErrorKind.MISSING_FILE,
+            ) from error
+        return cls(store, manifest_bytes, index_bytes, step=step)
+
+    def check_sizes(self) -> None:
+        """Compare the size of every file with what was committed, reading no data.
+
+        Raises:
+            IntegrityError: a file is missing, shorter or longer.
+        """
+        for entry in self.index.files:
+            key = self._key(entry)
+            try:
+                nbytes = self.store.size(key)
+            except NotFound as error:
+                raise IntegrityError(
+                    f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
+                ) from error
+            if nbytes != entry.nbytes:
+                raise IntegrityError(
+                    f"{self.where}: file {key} holds {nbytes} bytes, committed were {entry.nbytes}",
+                    kind=ErrorKind.TRUNCATED,
+                )
+
+    def read_blocks(self, file: int, start: int, stop: int) -> memoryview:
+        """Return the bytes `start:stop` of file number `file`, each one verified.
+
+        Args:
+            file: position in `index.files`.
+            start: a multiple of the digest block size.
+            stop: a multiple of it too, or the end of the file.
+
+        Raises:
+            IntegrityError: the file is missing, truncated, or a block differs from its digest.
+        """
+        entry = self.index.files[file]
+        key = self._key(entry)
+        data = memoryview(bytearray(stop - start))
+        try:
+            count = self.store.read_into(key, start, data)
+        except NotFound as error:
+            raise IntegrityError(
+                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
+            ) from error
+        if count != len(data):
+            raise IntegrityError(
+                f"{self.where}: file {key} ends at byte {start + count}, "
+                f"{entry.nbytes} were committed",
+                kind=ErrorKind.TRUNCATED,
+            )
+        first = start // BLOCK_BYTES
+        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
+        found = block_digests(data)
+        if found != stored:
+            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
+            block = first + bad // 8
+            raise IntegrityError(
+                f"{self.where}: file {key}, block {block} (bytes {block * BLOCK_BYTES} to "
+                f"{min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs from its digest: "
+                "the data was damaged after it was written"
+            )
+        return data
+
+    def read_object(self, entry: ObjectEntry) -> bytes:
+        """Return the encoded Python values under `entry`, verified.
+
+        Raises:
+            IntegrityError: see `read_blocks`.
+        """
+        stop = entry.offset + entry.nbytes
+        first = entry.offset // BLOCK_BYTES * BLOCK_BYTES
+        last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self.index.files[entry.file].nbytes)
+        data = bytes(self.read_blocks(entry.file, first, last)[entry.offset - first : stop - first])
+        if bytes_digest(data) != entry.digest:
+            raise IntegrityError(
+                f"{self.where}: the values of part {entry.part!r} differ from their digest"
+            )
+        return data
+
+    @property
+    def where(self) -> str:
+        """How messages name this checkpoint."""
+        return f"step {self.step} in {self.store.url}"
+
+    def _key(self, entry: FileEntry) -> str:
+        return file_key(self.step, self.manifest.save_id, entry.name)
+
+    def _check_index_bytes(self) -> None:
+        committed = self.manifest.index
+        if len(self.index_bytes) != committed.nbytes:
+            raise IntegrityError(
+                f"{self.where}: index {committed.key} holds {len(self.index_bytes)} bytes, "
+                f"committed were {committed.nbytes}",
+                kind=ErrorKind.TRUNCATED,
+            )
+        if bytes_digest(self.index_bytes) != committed.digest:
+            raise IntegrityError(f"{self.where}: index {committed.key} differs from its digest")
+
+    def _check_parts_agree(self) -> None:
+        described = {entry.part for entry in self.index.tensors}
+        described |= {entry.part for entry in self.index.objects}
+        unlisted = sorted(described - set(self.manifest.parts))
+        if unlisted:
+            raise IntegrityError(
+                f"{self.where}: the index has parts that the manifest does not list: "
+                f"{', '.join(unlisted)}",
+                kind=ErrorKind.MALFORMED,
+            )
+
+    def _check_files_agree(self) -> None:
+        prefix = f"{self.manifest.save_id}/"
+        listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.files}
+        indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
+        if listed != indexed:
+            keys = sorted(key for key, _, _ in listed ^ indexed)
+            raise IntegrityError(
+                f"{self.where}: manifest and index disagree about {', '.join(keys[:3])}",
+                kind=ErrorKind.MALFORMED,
+            )

@@ -1,0 +1,155 @@
+"""A run: the checkpoints below one place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.format.names import (
+    check_step,
+    manifest_key,
+    new_save_id,
+    parse_step_dir,
+)
+from dist_ckpt.repository import claim as claims
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint, removable
+from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.transaction import Transaction
+from dist_ckpt.repository.verify import VerifyReport, verify
+from dist_ckpt.storage.base import Store
+
+
+class Repository:
+    """One run in one store. Holds no state of its own: what is stored is the truth."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, ascending.
+
+        Raises:
+            StorageError: the listing failed; an outage never looks like an empty run.
+        """
+        return sorted(self._committed())
+
+    def latest(self) -> int | None:
+        """Return the newest committed step, or None when there is none."""
+        return next(self._committed(), None)
+
+    def open(self, step: int) -> Checkpoint:
+        """Open a committed checkpoint.
+
+        Raises:
+            NotFound: this is no run, or the step is not committed.
+            IntegrityError: its manifest or index is damaged.
+            IncompatibleError: it was written by a newer format.
+        """
+        check_step(step)
+        try:
+            return Checkpoint.read(self.store, step)
+        except NotFound:
+            raise self._not_found(step) from None
+
+    def open_latest(self) -> Checkpoint:
+        """Open the newest committed checkpoint; it is never exchanged for an older one.
+
+        Raises:
+            NotFound: this is no run, or nothing is committed in it.
+            IntegrityError: its manifest or index is damaged.
+        """
+        step = self.latest()
+        if step is None:
+            raise self._not_found(None)
+        return self.open(step)
+
+    def claim(self) -> int:
+        """Take the run over: return the number of a new claim, higher than all before it."""
+        return claims.take(self.store)
+
+    def begin(self, step: int, claim: int) -> Transaction:
+        """Begin an attempt to save `step` under `claim`, with a save_id of its own.
+
+        Raises:
+            AlreadyExists: the step is committed.
+            FencedError: a newer claim owns the run.
+            UsageError: the store cannot create atomically, or the step is no step.
+        """
+        check_step(step)
+        if not self.store.capabilities.atomic_create:
+            raise UsageError(
+                f"{self.store.url} cannot create an object atomically, so two jobs could commit "
+                "the same step: choose another place"
+            )
+        if self._is_committed(step):
+            raise AlreadyExists(
+                f"step {step} is already committed in {self.store.url}: save under another step",
+                kind=ErrorKind.STEP_EXISTS,
+            )
+        claims.check_owner(self.store, claim)
+        return Transaction(self.store, step, new_save_id(claim))
+
+    def verify(self, step: int) -> VerifyReport:
+        """Read every byte of a committed checkpoint and compare it with its digests.
+
+        Raises:
+            NotFound: the step is not committed.
+            StorageError: the backend failed.
+        """
+        try:
+            checkpoint = self.open(step)
+        except IntegrityError as error:
+            return VerifyReport(step, 0, 0, (error.message,))
+        return verify(checkpoint)
+
+    def retain(self, policy: KeepPolicy, *, protected: Collection[int]) -> Mapping[int, str]:
+        """Delete what `policy` does not keep; return the deleted steps with the reasons.
+
+        Args:
+            policy: what to keep; the newest checkpoint stays in any case.
+            protected: steps that stay in any case.
+
+        Raises:
+            StorageError: a listing or a deletion failed.
+        """
+        going = removable(self.steps(), policy, protected)
+        for step in going:
+            delete_checkpoint(self.store, step)
+        return going
+
+    def collect(self, *, claim: int, in_flight: Collection[str]) -> list[str]:
+        """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""
+        return collect_garbage(self.store, claim=claim, in_flight=in_flight)
+
+    def _committed(self) -> Iterator[int]:
+        """Committed steps, newest first; one size request each, so `latest` asks once or twice."""
+        names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
+        found = (parse_step_dir(name) for name in names)
+        for step in sorted((step for step in found if step is not None), reverse=True):
+            if self._is_committed(step):
+                yield step
+
+    def _is_committed(self, step: int) -> bool:
+        try:
+            self.store.size(manifest_key(step))
+        except NotFound:
+            return False
+        return True
+
+    def _not_found(self, step: int | None) -> NotFound:
+        steps = self.steps()
+        if steps:
+            shown = ", ".join(map(str, steps[-5:]))
+            return NotFound(
+                f"no checkpoint of step {step} in {self.store.url}: the newest there are {shown}",
+                kind=ErrorKind.NO_CHECKPOINT,
+            )
+        if self.store.list_children():
+            return NotFound(
+                f"no committed checkpoint in {self.store.url}", kind=ErrorKind.NO_CHECKPOINT
+            )
+        return NotFound(
+            f"{self.store.url} is no run: there is nothing there; check the path",
+            kind=ErrorKind.NO_RUN,
+        )

@@ -1,0 +1,86 @@
+"""One attempt to save a step: put files under its save_id, then commit by one create-only put."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
+from dist_ckpt.format import index as index_format
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.format.names import file_key, index_key, manifest_key, parse_save_id, step_dir
+from dist_ckpt.repository.claim import check_owner
+from dist_ckpt.storage.base import Buffer, Store, read_all
+
+
+class Transaction:
+    """An attempt in progress: nothing of it is listed until `commit` returned.
+
+    Any rank may hold one for the same save_id and put its own files; rank 0 commits.
+    """
+
+    def __init__(self, store: Store, step: int, save_id: str) -> None:
+        claim = parse_save_id(save_id)
+        if claim is None:
+            raise UsageError(f"bad save_id {save_id!r}: not drawn by new_save_id")
+        self.store = store
+        self.step = step
+        self.save_id = save_id
+        self.claim = claim
+
+    def put_file(self, name: str, buffers: Sequence[Buffer]) -> str:
+        """Store one file of this attempt, durably; return its key.
+
+        Raises:
+            StorageError: it could not be stored whole.
+        """
+        key = file_key(self.step, self.save_id, name)
+        self.store.put(key, buffers, mode="create")
+        return key
+
+    def commit(self, index: Index, describe: Callable[[ManifestFile], Manifest]) -> Manifest:
+        """Make the checkpoint exist.
+
+        Args:
+            index: the chunk table of all files put by all ranks.
+            describe: returns the manifest, given the entry of the stored index.
+
+        Raises:
+            FencedError: a newer claim owns the run; nothing was committed.
+            AlreadyExists: the step was committed by another attempt.
+            StorageError: the commit did not take effect.
+        """
+        encoded = index_format.encode(index)
+        key = index_key(self.step, self.save_id)
+        self.store.put(key, [encoded], mode="create")
+        relative = key.removeprefix(f"{step_dir(self.step)}/")
+        manifest = describe(ManifestFile(relative, len(encoded), bytes_digest(encoded)))
+        # Looked at last: what happens between this line and the put is the protocol's only window.
+        check_owner(self.store, self.claim)
+        self._put_manifest(manifest_format.encode(manifest))
+        return manifest
+
+    def _put_manifest(self, data: bytes) -> None:
+        key = manifest_key(self.step)
+        try:
+            self.store.put(key, [data], mode="create")
+        except (AlreadyExists, StorageError) as error:
+            # The answer of a put that took effect may have been lost, and its retry then meets our
+            # own manifest. What is stored decides, not what the backend said.
+            if self._stored_manifest(key) == data:
+                return
+            if isinstance(error, AlreadyExists):
+                raise AlreadyExists(
+                    f"step {self.step} is already committed in {self.store.url}: "
+                    "save under another step",
+                    kind=ErrorKind.STEP_EXISTS,
+                ) from error
+            raise
+
+    def _stored_manifest(self, key: str) -> bytes | None:
+        try:
+            return read_all(self.store, key)
+        except (NotFound, StorageError):
+            return None

@@ -1,0 +1,78 @@
+"""Reading every byte of a checkpoint and comparing it with its digests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.format.shard import header_nbytes, parse_header
+from dist_ckpt.repository.checkpoint import Checkpoint
+
+_SEGMENT_BYTES = 16 * BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        step: the checkpoint.
+        files: how many data files it has.
+        nbytes: how many bytes of them were read and compared.
+        problems: one line for each file that is not what was committed; empty when all is well.
+    """
+
+    step: int
+    files: int
+    nbytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is the one that was committed."""
+        return not self.problems
+
+
+def verify(checkpoint: Checkpoint) -> VerifyReport:
+    """Read all files of `checkpoint` in bounded memory and compare every block.
+
+    Raises:
+        StorageError: the backend failed, which says nothing about the checkpoint.
+    """
+    problems: list[str] = []
+    nbytes = 0
+    try:
+        checkpoint.check_sizes()
+    except IntegrityError as error:
+        problems.append(error.message)
+    for number, entry in enumerate(checkpoint.index.files):
+        try:
+            for start in range(0, entry.nbytes, _SEGMENT_BYTES):
+                stop = min(start + _SEGMENT_BYTES, entry.nbytes)
+                checkpoint.read_blocks(number, start, stop)
+                nbytes += stop - start
+            _check_header(checkpoint, number)
+        except IntegrityError as error:
+            if error.message not in problems:
+                problems.append(error.message)
+    return VerifyReport(checkpoint.step, len(checkpoint.index.files), nbytes, tuple(problems))
+
+
+def _check_header(checkpoint: Checkpoint, number: int) -> None:
+    """Check that file `number` opens as safetensors and has its chunks where the index says."""
+    entry = checkpoint.index.files[number]
+    first = checkpoint.read_blocks(number, 0, min(BLOCK_BYTES, entry.nbytes))
+    nbytes = header_nbytes(bytes(first[:8]), entry.nbytes)
+    stop = min(-(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, entry.nbytes)
+    header = parse_header(bytes(checkpoint.read_blocks(number, 0, stop)[:nbytes]), entry.nbytes)
+    chunks = checkpoint.index.chunks
+    described = {int(offset) for offset in chunks.offset[chunks.file == np.uint32(number)]}
+    if not described <= {stored.offset for stored in header.entries}:
+        raise IntegrityError(
+            f"{checkpoint.where}: the header of {entry.name} and the index disagree about where "
+            "its chunks lie",
+            kind=ErrorKind.MALFORMED,
+        )

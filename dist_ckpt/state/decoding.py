@@ -1,0 +1,140 @@
+"""From tagged JSON to plain Python values: the walk behind `dist_ckpt.state.objects.decode`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    describe,
+)
+from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
+from dist_ckpt.state.leaves import BY_TAG
+from dist_ckpt.state.registry import REGISTRY
+
+_FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
+    tag: kind for kind, tag in PAIRS.items()
+}
+_FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
+    "tuple": tuple,
+    **{tag: kind for kind, tag in SETS.items()},
+}
+
+
+class Decoder:
+    """One walk over one parsed encoding; see `dist_ckpt.state.objects.decode`."""
+
+    def __init__(self, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._path = path
+        self._tensors = tensors
+
+    def value_of(self, node: Any, depth: int = 0) -> Any:
+        """Return the value that `node`, at `depth` levels of JSON objects, stands for."""
+        if depth > 2 * MAX_DEPTH:  # each level of a value is at most two of JSON
+            raise self._malformed("nests too deeply")
+        if isinstance(node, list):
+            return [self.value_of(item, depth + 1) for item in node]
+        if not isinstance(node, dict):
+            return node  # what JSON itself has is what it looks like
+        if TAG not in node:
+            return {key: self.value_of(item, depth + 1) for key, item in node.items()}
+        # A dict of the state that has a key "!" was written as pairs, so this can only be a tag.
+        if node.keys() != {TAG, "v"} or not isinstance(node[TAG], str):
+            raise self._malformed("has a tag that is not a pair of tag and payload")
+        return self._tagged(node[TAG], node["v"], depth + 1)
+
+    def _tagged(self, tag: str, payload: Any, depth: int) -> Any:
+        if tag.startswith("@"):
+            return self._registered(tag[1:], payload, depth)
+        try:
+            if tag in BY_TAG:
+                return BY_TAG[tag].decode(payload)
+            if tag == "tensor":
+                return self._tensors[payload]
+            # Only tags that are listed here build anything: no name is looked up elsewhere.
+            if tag in _FROM_ITEMS:
+                items = self.value_of(payload, depth)
+                return _sized(_FROM_ITEMS[tag](items), items)
+            if tag in _FROM_PAIRS:
+                pairs = [(self.value_of(k, depth), self.value_of(v, depth)) for k, v in payload]
+                return _sized(_FROM_PAIRS[tag](dict(pairs)), pairs)
+        except CheckpointError:
+            raise  # from a value further in, which named the fault already
+        except Exception as error:  # every way in which a payload can fail to be what its tag says
+            raise self._malformed(f"has a bad {tag!r}: {describe(error)}") from error
+        raise self._malformed(f"has the unknown tag {tag!r}")
+
+    def _registered(self, name: str, payload: Any, depth: int) -> Any:
+        entry = REGISTRY.by_name(name)
+        if entry is None:
+            raise IncompatibleError(
+                f"{self._path} holds a value of the registered type {name!r}: call "
+                f"dist_ckpt.register_type(..., name={name!r}, ...) before loading"
+            )
+        value = self.value_of(payload, depth)  # outside: damage is not the decoder's refusal
+        try:
+            return entry.decode(value)
+        except Exception as error:
+            raise IncompatibleError(
+                f"the decoder registered for {name!r} refused what {self._path} holds: "
+                f"{describe(error)}"
+            ) from error
+
+    def _malformed(self, what: str) -> IntegrityError:
+        return _malformed(self._path, what)
+
+
+def _sized(built: Any, parts: list[Any]) -> Any:
+    # The encoder never writes one twice, and the second would silently replace the first.
+    if len(built) != len(parts):
+        raise ValueError("an element or key occurs twice")
+    return built
+
+
+def parse(data: bytes, path: str) -> Any:
+    """Return the JSON in `data`, an IntegrityError that names `path` if there is none."""
+    try:
+        # Python reads NaN and 1e999 without complaint; what we wrote holds neither.
+        return json.loads(
+            data.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, f"is no valid JSON: {describe(error)}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(_sized(dict(pairs), pairs))
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _malformed(path: str, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"the stored value {path} {what}; this checkpoint is damaged", kind=ErrorKind.MALFORMED
+    )
+
+
+def tensor_names(node: Any) -> Iterator[str]:
+    """Yield the name of every tensor that the parsed encoding `node` refers to."""
+    if isinstance(node, dict):
+        # A dict of the state is never stored with a key "!", so this can only be a tag.
+        if node.get(TAG) == "tensor" and isinstance(node.get("v"), str):
+            yield node["v"]
+            return
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from tensor_names(item)

@@ -1,0 +1,150 @@
+"""From plain Python values to tagged JSON: the walk behind `dist_ckpt.state.objects.encode`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from typing import Any, NoReturn
+
+import torch
+
+from dist_ckpt.errors import ErrorKind, UsageError, describe
+from dist_ckpt.state.layout import check_tensor
+from dist_ckpt.state.leaves import leaf_of, tensor_to_json
+from dist_ckpt.state.registry import REGISTRY
+
+TAG = "!"
+MAX_DEPTH = 64
+
+PAIRS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict", Counter: "counter"}
+SETS: dict[type, str] = {set: "set", frozenset: "frozenset"}
+
+
+def dumps(node: Any) -> str:
+    """Return `node` as JSON without spaces; the same node gives the same text."""
+    return json.dumps(node, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class Encoder:
+    """One walk over one value; see `dist_ckpt.state.objects.encode` for the arguments."""
+
+    def __init__(self, path: str, tensors: dict[str, torch.Tensor] | None, prefix: str) -> None:
+        self._path = path
+        self._tensors = tensors
+        self._prefix = prefix
+        self._steps: list[tuple[str, str]] = []  # as shown to people, as a tensor name has it
+        self._open: set[int] = set()
+        self._hashed = 0  # how many sets and keys the walk is inside of
+
+    def json_of(self, value: Any) -> Any:
+        """Return `value`, which lies where the walk is, as what `json` can write."""
+        kind = type(value)
+        # By exact type throughout: a subclass carries more than its base class can bring back.
+        if value is None or kind is bool:
+            return value
+        leaf = leaf_of(kind)
+        if leaf is not None:
+            plain, payload = leaf.encode(value, self._refuse)
+            return payload if plain else {TAG: leaf.tag, "v": payload}
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        return self._nested(kind, value)
+
+    def _nested(self, kind: type, value: Any) -> Any:
+        # Only what is being walked counts: the same list twice side by side is no cycle.
+        if id(value) in self._open:
+            self._refuse(value, "it contains itself")
+        if len(self._open) >= MAX_DEPTH:
+            self._refuse(value, f"it lies more than {MAX_DEPTH} levels deep")
+        self._open.add(id(value))
+        try:
+            return self._container(kind, value)
+        finally:
+            self._open.remove(id(value))
+
+    def _container(self, kind: type, value: Any) -> Any:
+        if kind is list:
+            return [self._at(f"[{i}]", str(i), item) for i, item in enumerate(value)]
+        if kind in PAIRS:
+            return self._mapping(kind, value)
+        if kind is tuple:
+            items = [self._at(f"[{i}]", str(i), item) for i, item in enumerate(value)]
+            return {TAG: "tuple", "v": items}
+        if kind in SETS:
+            # Sorted by their JSON: the iteration order of a set differs from rank to rank.
+            items = [self._hashable(".<member>", item) for item in value]
+            return {TAG: SETS[kind], "v": sorted(items, key=dumps)}
+        entry = REGISTRY.by_type(kind)
+        if entry is None:
+            self._refuse(value, f"its type is unknown; {_way_out(kind)}")
+        try:
+            plain = entry.encode(value)
+        except Exception as error:
+            self._refuse(value, f"the encoder registered for it failed: {describe(error)}", error)
+        return {TAG: f"@{entry.name}", "v": self.json_of(plain)}
+
+    def _mapping(self, kind: type, value: dict[Any, Any]) -> Any:
+        plain = kind is dict and all(type(key) is str and key != TAG for key in value)
+        # Keys first: the JSON of a key is part of the tensor names below it.
+        keys = [self._hashable(".<key>", key) for key in value]
+        items = zip(value.items(), keys, strict=True)
+        pairs = [[json_key, self._entry(key, json_key, item)] for (key, item), json_key in items]
+        return dict(pairs) if plain else {TAG: PAIRS[kind], "v": pairs}
+
+    def _hashable(self, shown: str, item: object) -> Any:
+        self._hashed += 1
+        out = self._at(shown, "", item)
+        self._hashed -= 1
+        return out
+
+    def _entry(self, key: object, json_key: Any, item: object) -> Any:
+        if type(key) is str:
+            shown = f".{key}" if key.isidentifier() else f"[{key!r}]"
+            return self._at(shown, key, item)
+        # The JSON of a key is the same on every rank; repr of a frozenset of strings is not.
+        text = dumps(json_key)
+        return self._at(f"[{text}]", text, item)
+
+    def _at(self, shown: str, dotted: str, item: object) -> Any:
+        # Not undone by an exception on purpose: an encoder ends with its first refusal.
+        self._steps.append((shown, dotted))
+        out = self.json_of(item)
+        self._steps.pop()
+        return out
+
+    def _tensor(self, value: torch.Tensor) -> Any:
+        if self._hashed:
+            self._refuse(value, "a tensor in a set or a key has no equal, so no checkpoint of it")
+        alias = check_tensor(value, self._where())
+        if self._tensors is None:
+            return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
+        name = first = ".".join([self._prefix, *(dotted for _, dotted in self._steps)])
+        # Two paths may be spelled alike (a key may have a dot in it). The walk has one order, so
+        # every rank and every save numbers them the same way.
+        count = 0
+        while name in self._tensors:
+            count += 1
+            name = f"{first}~{count}"
+        self._tensors[name] = alias
+        return {TAG: "tensor", "v": name}
+
+    def _where(self) -> str:
+        return self._path + "".join(shown for shown, _ in self._steps)
+
+    def _refuse(self, value: object, reason: str, cause: BaseException | None = None) -> NoReturn:
+        raise UsageError(
+            f"cannot store {self._where()}, a {_label(type(value))}: {reason}",
+            kind=ErrorKind.UNENCODABLE,
+        ) from cause
+
+
+def _way_out(kind: type) -> str:
+    return (
+        "make it of plain values and tensors, or teach dist_ckpt the type: "
+        f"dist_ckpt.register_type({kind.__qualname__}, name=..., encode=..., decode=...)"
+    )
+
+
+def _label(kind: type) -> str:
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"

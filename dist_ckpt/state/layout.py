@@ -1,0 +1,86 @@
+"""Tensors as the state knows them: dtype names, what can be stored, and fresh targets."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.state.part import TensorSpec
+
+# str(torch.float) is "torch.float32": aliases fall together, so the table is one to one.
+_DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of `dtype` as checkpoints have it: `float32`, `bfloat16`, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype that `dtype_name` named.
+
+    Raises:
+        IncompatibleError: this torch has no such dtype.
+    """
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise IncompatibleError(
+            f"torch {torch.__version__} has no dtype {name!r}: load with a torch that has it"
+        )
+    return dtype
+
+
+def check_tensor(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    """Return `tensor` without gradient, an alias of the same memory, if it can be stored.
+
+    Raises:
+        UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names `path`.
+    """
+    if is_lazy(tensor) or tensor.device.type == "meta":
+        raise UsageError(
+            f"{path} has no data (a meta or lazy tensor): initialise the module first, "
+            "for instance with to_empty(device=...) or one forward pass"
+        )
+    # Such a subclass is several tensors behind one face; its own bytes are not its value.
+    foreign = not isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor)
+    if foreign or tensor.layout != torch.strided or tensor.is_quantized:
+        raise UsageError(
+            f"cannot store {path}: a {type(tensor).__qualname__} of layout {tensor.layout} is "
+            "neither a dense tensor nor a DTensor; keep it as dense tensors in the state",
+            kind=ErrorKind.UNENCODABLE,
+        )
+    return tensor.detach()  # in-place writes to a leaf that requires grad would be refused
+
+
+def empty_beside(
+    like: torch.Tensor, spec: TensorSpec, *, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return an unfilled tensor of `spec` that can be used in arithmetic with `like`.
+
+    One of the same global shape is laid out as `like` is. Of another shape it is a plain tensor
+    on `device`, by default that of `like`. Beside a DTensor a non-scalar is a DTensor, because
+    torch refuses to mix the two kinds: sharded along dimensions that it shares with `like`.
+    """
+    dtype = dtype_of(spec.dtype)
+    if device is None and tuple(like.shape) == spec.shape:
+        return torch.empty_like(like.detach(), dtype=dtype)
+    if device is None and isinstance(like, DTensor) and spec.shape:
+        placements = [_shared(placement, like, spec) for placement in like.placements]
+        return empty(spec.shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
+    return torch.empty(spec.shape, dtype=dtype, device=device or like.device)
+
+
+def _shared(placement: Placement, like: DTensor, spec: TensorSpec) -> Placement:
+    # Exactly Shard: a strided one orders its pieces by the other mesh dimensions of `like`.
+    if type(placement) is Shard:
+        dim = placement.dim
+        if dim < len(spec.shape) and spec.shape[dim] == like.shape[dim]:
+            return placement
+    return Replicate()

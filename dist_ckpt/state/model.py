@@ -1,0 +1,136 @@
+"""A module as a part: parameters and persistent buffers in place, extra state as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe
+from dist_ckpt.state.layout import check_tensor, empty_beside
+from dist_ckpt.state.names import canonical_name, refuse_fsdp1
+from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.part import Captured, Stored, Targets
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of a state dict: what the module calls it, its value, and if it is the module's."""
+
+    raw_name: str
+    value: Any
+    live: bool
+
+
+class ModelPart:
+    """The state dict of `module` under canonical names.
+
+    Parameters and persistent buffers are loaded in place; DTensors stay DTensors. What the
+    module makes up for its state dict (`get_extra_state`, hooks that copy) is loaded fresh and
+    given back through `module.load_state_dict`. Tied parameters appear under each of their names.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str = "model") -> None:
+        self.module = module
+        self.name = name
+        refuse_fsdp1(module, name)
+
+    def parameter_names(self) -> dict[int, str]:
+        """Return the canonical name of every parameter by its `id`; of tied ones the first."""
+        # Asking for the state dict first lets FSDP2 put its sharded parameters back in place.
+        self.module.state_dict()
+        names: dict[int, str] = {}
+        for raw_name, parameter in self.module.named_parameters():
+            # By identity: an optimizer holds these very objects and knows no names.
+            names.setdefault(id(parameter), canonical_name(self.module, raw_name))
+        return names
+
+    def capture(self) -> Captured:
+        """Return live parameters and buffers, and the extra state encoded."""
+        tensors: dict[str, torch.Tensor] = {}
+        objects: dict[str, bytes] = {}
+        entries = self._entries()
+        for name, entry in entries.items():
+            if isinstance(entry.value, torch.Tensor):
+                tensors[name] = check_tensor(entry.value, self._path(name))
+        # After all tensors, so that a name made up inside an object gives way to a real one.
+        for name, entry in entries.items():
+            if not isinstance(entry.value, torch.Tensor):
+                objects[name] = encode(
+                    entry.value, path=self._path(name), tensors=tensors, prefix=name
+                )
+        buffers = {id(buffer) for buffer in self.module.buffers()}
+        unequal = {name for name, entry in entries.items() if id(entry.value) in buffers}
+        return Captured(tensors, objects, unequal=frozenset(unequal))
+
+    def targets(self, stored: Stored) -> Targets:
+        """Return live tensors for what is live, fresh ones for what the module makes up."""
+        targets = Targets()
+        owned: set[str] = set()
+        for name, entry in self._entries().items():
+            is_tensor = isinstance(entry.value, torch.Tensor)
+            if name not in (stored.tensors if is_tensor else stored.objects):
+                targets.missing.append(name)
+            elif not is_tensor:
+                owned.update([name, *references(stored.objects[name], path=self._path(name))])
+            elif entry.live:
+                targets.tensors[name] = check_tensor(entry.value, self._path(name))
+            else:  # a made-up tensor may have another size each time
+                targets.tensors[name] = empty_beside(entry.value, stored.tensors[name])
+        for name in sorted(owned & stored.tensors.keys()):
+            targets.tensors[name] = empty_beside(torch.empty(0), stored.tensors[name])
+        targets.unexpected.extend(sorted(stored.tensors.keys() - targets.tensors.keys()))
+        targets.unexpected.extend(sorted(stored.objects.keys() - owned))
+        return targets
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give the module what it made up itself; its own tensors are filled already."""
+        made_up: dict[str, Any] = {}
+        for name, entry in self._entries().items():
+            if isinstance(entry.value, torch.Tensor):
+                if not entry.live and name in tensors:
+                    made_up[entry.raw_name] = tensors[name]
+            elif name in stored.objects:
+                data = stored.objects[name]
+                made_up[entry.raw_name] = decode(data, tensors=tensors, path=self._path(name))
+        if made_up:
+            self._load(made_up)
+
+    def _load(self, made_up: dict[str, Any]) -> None:
+        try:
+            # Not strict: parameters are filled already and are left out here.
+            unexpected = self.module.load_state_dict(made_up, strict=False).unexpected_keys
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise IncompatibleError(
+                f"{self.name}: load_state_dict refused {sorted(made_up)}: {describe(error)}"
+            ) from error
+        if unexpected:
+            raise IncompatibleError(
+                f"{self.name}: load_state_dict does not know {sorted(unexpected)}, which "
+                "state_dict returned: make the two of the module agree"
+            )
+
+    def _entries(self) -> dict[str, _Entry]:
+        # With keep_vars the module's own tensors are in it themselves, so a copy that a hook
+        # made can be told from them: loading into a copy would be lost.
+        state = self.module.state_dict(keep_vars=True)
+        live = {id(tensor) for tensor in self.module.parameters()}
+        live.update(id(tensor) for tensor in self.module.buffers())
+        entries: dict[str, _Entry] = {}
+        for raw_name, value in state.items():
+            name = canonical_name(self.module, raw_name)
+            if name in entries:
+                raise UsageError(
+                    f"{self.name}: {entries[name].raw_name!r} and {raw_name!r} are both called "
+                    f"{name!r} without wrappers: rename one of the modules"
+                )
+            entries[name] = _Entry(raw_name, value, id(value) in live)
+        return entries
+
+    def _path(self, name: str) -> str:
+        return f"{self.name}.{name}"

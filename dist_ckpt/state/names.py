@@ -1,0 +1,62 @@
+"""Canonical names: what a parameter is called whatever the module is wrapped in."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dist_ckpt.errors import UsageError
+
+# Known by their full names, so that none of them is imported for the question alone. Value: the
+# attribute that holds the wrapped module.
+_WRAPPERS: dict[tuple[str, str], str] = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+    ): "_checkpoint_wrapped_module",
+}
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+
+
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """Return the attribute under which the wrapper `module` holds what it wraps, if it is one."""
+    # All bases, because frameworks subclass DDP.
+    for cls in type(module).__mro__:
+        attribute = _WRAPPERS.get((cls.__module__, cls.__qualname__))
+        if attribute is not None:
+            return attribute
+    return None
+
+
+def canonical_name(root: nn.Module, name: str) -> str:
+    """Return `name`, an entry of the state dict of `root`, without what wrappers put into it.
+
+    Only a component under which a wrapper of the module tree really holds its module is
+    dropped: a submodule that a user called `module` keeps its name.
+    """
+    node: object = root
+    kept: list[str] = []
+    for component in name.split("."):
+        dropped = False
+        # Some wrappers take their component out of the names by a hook, others leave it in.
+        while isinstance(node, nn.Module) and (attribute := wrapped_attribute(node)) is not None:
+            node = getattr(node, attribute)  # go in, whether the name says so or not
+            if component == attribute:
+                dropped = True
+                break
+        if not dropped:
+            kept.append(component)
+            node = getattr(node, component, None)  # a parameter ends the walk
+    return ".".join(kept)
+
+
+def refuse_fsdp1(root: nn.Module, part: str) -> None:
+    """Raise `UsageError` if `root` holds a module whose parameters are flat and nameless."""
+    for name, module in root.named_modules():
+        if any((cls.__module__, cls.__qualname__) == _FSDP1 for cls in type(module).__mro__):
+            raise UsageError(
+                f"{part} holds a FullyShardedDataParallel module at {name or 'its root'!r}, which "
+                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard"
+            )

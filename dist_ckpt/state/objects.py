@@ -1,0 +1,65 @@
+"""Plain Python values as typed JSON: exact, readable, and never executed.
+
+`None`, bools, integers, finite floats and strings are themselves; a list is an array; a dict
+whose keys are all strings (and none is `"!"`) is an object. Everything else is a tagged object
+`{"!": tag, "v": payload}`, whose tags are those of `dist_ckpt.state.leaves`, of containers,
+`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type.
+Reading an encoding imports nothing, evaluates nothing and allocates nothing beyond its length.
+
+A list that is reached twice comes back as two lists. The order of sets is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dist_ckpt.state.decoding import Decoder, parse, tensor_names
+from dist_ckpt.state.encoding import Encoder, dumps
+from dist_ckpt.state.registry import register
+
+__all__ = ["decode", "encode", "references", "register"]
+
+
+def encode(
+    value: object,
+    *,
+    path: str,
+    tensors: dict[str, torch.Tensor] | None = None,
+    prefix: str = "",
+) -> bytes:
+    """Return `value` as UTF-8 JSON; the same value gives the same bytes on every rank.
+
+    Args:
+        value: any nesting of the supported types, at most 64 deep.
+        path: what `value` is called in the state, for messages.
+        tensors: receives every tensor in `value`, by name; its bytes stay out of the encoding.
+            None puts them into the encoding.
+        prefix: the first component of those names; further ones are keys and list positions.
+
+    Raises:
+        UsageError: of kind `UNENCODABLE`, naming the path and type of what cannot be stored.
+    """
+    return dumps(Encoder(path, tensors, prefix).json_of(value)).encode()
+
+
+def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "value") -> Any:
+    """Return the value that `encode` made `data` from; `tensors` are those it names.
+
+    Raises:
+        IntegrityError: `data` is not such an encoding, or names a tensor that is not there.
+        IncompatibleError: it holds a type that is not registered in this program, or whose
+            decoder refuses it.
+    """
+    return Decoder(path, tensors).value_of(parse(data, path))
+
+
+def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
+    """Return the names of the tensors stored beside `data`, in order of appearance.
+
+    Raises:
+        IntegrityError: `data` is not an encoding.
+    """
+    return tuple(dict.fromkeys(tensor_names(parse(data, path))))

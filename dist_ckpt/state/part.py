@@ -1,0 +1,111 @@
+"""The hinge between a live training state and the bytes of a checkpoint.
+
+A part says what it is made of (`capture`), where stored bytes should go (`targets`) and takes
+what was read (`restore`). It never sees a file, a rank's peers or a plan. Names are unique
+within the tensors and within the objects of one part; an object owns the tensors that its
+encoding refers to (`dist_ckpt.state.objects.references`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a part is made of at this moment.
+
+    Attributes:
+        tensors: live references, plain tensors or DTensors, not copied and without gradient;
+            whoever stores them copies them before training goes on.
+        objects: encoded plain values, a snapshot.
+        per_rank: the values belong to this rank alone and are never taken for replicas of
+            another rank's. A per-rank part has objects only: its tensors are inside them.
+        unequal: names of tensors whose replicas may differ between ranks. That of the lowest
+            rank is the one to store, whole: under DDP every forward pass starts from the buffers
+            of rank 0, so rows of several ranks' running means would be nobody's.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    objects: dict[str, bytes]
+    per_rank: bool = False
+    unequal: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A stored tensor: its dtype as torch names it without `torch.`, and its global shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds for one part.
+
+    Attributes:
+        tensors: every stored tensor of the part, of all ranks.
+        objects: encoded values by name. For a per-rank part, those that this very rank saved
+            when `saved_world_size == world_size`, and those of rank 0 otherwise.
+        rank: this rank, now.
+        world_size: ranks now.
+        saved_world_size: ranks at the save.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    objects: Mapping[str, bytes]
+    rank: int
+    world_size: int
+    saved_world_size: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where stored bytes go.
+
+    Attributes:
+        tensors: what to fill, by stored name: live tensors or fresh ones, plain or DTensors.
+        missing: names that the state has and the checkpoint has not.
+        unexpected: names that the checkpoint has and the state, on this rank, has not.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+@runtime_checkable
+class Part(Protocol):
+    """One named piece of a training state. All three are called on the training thread."""
+
+    def capture(self) -> Captured:
+        """Return what the part is made of now.
+
+        Raises:
+            UsageError: a value that cannot be stored, named by its path in the state.
+        """
+        ...
+
+    def targets(self, stored: Stored) -> Targets:
+        """Return where the bytes of `stored` should go. Changes nothing live.
+
+        Raises:
+            IntegrityError: a stored object is malformed.
+            IncompatibleError: the part cannot be restored in this program at all.
+        """
+        ...
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what was read: `tensors` are the filled targets, `stored` has the objects.
+
+        Names that a lenient load left out are left as they are.
+
+        Raises:
+            IncompatibleError: the live value refuses what is stored.
+        """
+        ...

@@ -1,0 +1,256 @@
+"""Position in the data: one global order of samples, at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_ckpt.errors import IncompatibleError, UsageError
+
+Batch = TypeVar("Batch")
+
+_COUNTS = ("epoch", "consumed", "length", "global_batch", "seed")
+
+
+class ElasticSampler:
+    """A batch sampler whose position is one number, the same at every world size.
+
+    The order of an epoch is one permutation of all samples, given by `seed` and the epoch. A
+    step takes the next `global_batch` samples of it, whatever the number of ranks, and each rank
+    gets a contiguous piece of those, all of nearly the same length. So a job that continues at
+    another world size sees the same global batches, none twice and none left out.
+
+    ::
+
+        sampler = ElasticSampler(len(dataset), global_batch=64)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2)
+        for batch in sampler.batches(loader):  # endless: ends when the loop is left
+            ...
+
+    `batches` counts a batch as seen when it hands it to the loop; what workers hold in advance
+    is not counted and is loaded again after a resume. A loader that is iterated directly does
+    not tell what the loop has seen, and `state_dict` then refuses.
+
+    Random numbers: starting a DataLoader draws the base seed of its workers, from the loader's
+    `generator` if it has one and from torch's global generator if not. `batches` keeps that draw
+    away from the global generator: there it comes from `seed`, the epoch, the position and the
+    rank, so the numbers that the training loop draws are the same whether or not it was resumed
+    in the middle of an epoch. What workers themselves draw starts anew with each start of the
+    loader; augmentation that must repeat exactly takes its randomness from the sample's index.
+
+    Args:
+        length: samples in the dataset.
+        global_batch: samples of one step over all ranks, at least one for each rank.
+        rank: this rank; None takes it from the process group at first use, 0 if there is none.
+        world_size: ranks; None likewise, 1 if there is no process group.
+        seed: of the permutations; a restore brings the stored one.
+        shuffle: False keeps the order of the dataset.
+        drop_last: leave out the samples at the end of an epoch that do not fill a global batch.
+
+    Raises:
+        UsageError: an argument out of range, or an epoch without a single batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        global_batch: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if global_batch < 1 or length < (global_batch if drop_last else 1):
+            raise UsageError(
+                f"{length} samples make no batch of {global_batch}: lower global_batch"
+                + (", or pass drop_last=False" if drop_last else "")
+            )
+        if seed < 0:
+            raise UsageError(f"seed is {seed}: must not be negative")
+        self.length = length
+        self.global_batch = global_batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self._rank = rank
+        self._world_size = world_size
+        self._epoch = 0
+        self._consumed = 0
+        self._restores = 0  # how often the position was moved from outside
+        # Which of the two asked for index lists: the loader inside `batches`, or somebody else.
+        self._in_batches = False
+        self._started_here = False
+        self._started_elsewhere = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch handed out last, from 0; before any, of the first to come."""
+        return self._epoch
+
+    @property
+    def consumed(self) -> int:
+        """Samples of this epoch that all ranks together have been handed."""
+        return self._consumed
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch."""
+        return (self._end(0) + self.global_batch - 1) // self.global_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Return this rank's index lists from the position on, to the end of the epoch."""
+        # A plain method, not a generator: the loader may take its first index much later.
+        if self._in_batches:
+            self._started_here = True
+        else:
+            self._started_elsewhere = True
+        return self._index_lists(self._consumed)
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches of `loader`, which draws from this sampler, epoch after epoch.
+
+        Each start takes up the position where it is. A `load_state_dict` inside the loop moves
+        it, and the next batch is from there.
+
+        Raises:
+            UsageError: `loader` does not draw from this sampler.
+        """
+        self._started_elsewhere = False
+        while True:
+            # Turned over here and not at the last batch, so that a save after it says "all of this
+            # epoch" and no state has two spellings.
+            if self._consumed == self._end(self._consumed):
+                self._epoch += 1
+                self._consumed = 0
+            restores = self._restores
+            for batch in self._one_start(loader):
+                # Before the loop has it: a save inside the loop's body counts this batch.
+                self._consumed += min(self.global_batch, self.length - self._consumed)
+                yield batch
+                if restores != self._restores:
+                    break  # what the loader holds in advance is from the old position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, the same on every rank.
+
+        Raises:
+            UsageError: the loader was iterated directly, so the position is not known.
+        """
+        if self._started_elsewhere:
+            raise UsageError(
+                "the loader was iterated directly, so this sampler does not know which batches "
+                "were used: write `for batch in sampler.batches(loader)`"
+            )
+        return {
+            "epoch": self._epoch,
+            "consumed": self._consumed,
+            "length": self.length,
+            "global_batch": self.global_batch,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take a position. Another `global_batch` continues behind the samples already seen.
+
+        Raises:
+            IncompatibleError: it is not a position in these samples in this order.
+        """
+        counts = [state.get(key) for key in _COUNTS]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise IncompatibleError(f"no position of an ElasticSampler: {dict(state)!r}")
+        if state["length"] != self.length:
+            raise IncompatibleError(
+                f"the position is in a dataset of {state['length']} samples and this one has "
+                f"{self.length}: load without the sampler to start the data over"
+            )
+        if state["consumed"] > self.length or state.get("shuffle") is not self.shuffle:
+            raise IncompatibleError(
+                f"the position {dict(state)!r} does not fit a sampler with shuffle={self.shuffle}"
+            )
+        # The stored seed too: under another one the rest of the epoch would be another set.
+        self._epoch = state["epoch"]
+        self._consumed = state["consumed"]
+        self.seed = state["seed"]
+        self._restores += 1
+        self._started_elsewhere = False
+
+    def _one_start(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        self._started_here = False
+        # CPU only: a DataLoader draws nothing from a device.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._start_seed())
+            iterator = self._here(iter, loader)
+        end = object()
+        while (batch := self._here(next, iterator, end)) is not end:
+            # Only now: a loader may be a generator that starts at its first batch.
+            if not self._started_here:
+                raise UsageError(
+                    "the loader does not draw from this sampler: build it with "
+                    "DataLoader(dataset, batch_sampler=sampler)"
+                )
+            yield batch
+
+    def _here(self, call: Any, *args: Any) -> Any:
+        # Only while the loader runs: an iteration in the loop's body is a direct one.
+        self._in_batches = True
+        try:
+            return call(*args)
+        finally:
+            self._in_batches = False
+
+    def _index_lists(self, start: int) -> Iterator[list[int]]:
+        rank, world_size = self._place()
+        # Checked for the last batch of the epoch before the first one is handed out.
+        end = self._end(start)
+        smallest = (end - start) % self.global_batch or self.global_batch
+        if smallest < world_size:
+            raise UsageError(
+                f"a batch of {smallest} samples has none for some of {world_size} ranks: raise "
+                "global_batch, or pass drop_last=True if it is the last one of the epoch"
+            )
+        order = self._order()
+        for first in range(start, end, self.global_batch):
+            stop = min(first + self.global_batch, end)
+            # The first ranks take one more; every rank can say so without asking another.
+            share, extra = divmod(stop - first, world_size)
+            low = first + rank * share + min(rank, extra)
+            yield order[low : low + share + (rank < extra)].tolist()
+
+    def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if not self.shuffle:
+            return np.arange(self.length, dtype=np.int64)
+        # RandomState is frozen by numpy's promise; newer generators may change their streams.
+        # Its seed is a hash, so (seed, epoch) and (seed + 1, epoch - 1) have nothing in common.
+        source = np.random.RandomState(np.frombuffer(self._hash("order"), dtype="<u4"))
+        return source.permutation(self.length).astype(np.int64, copy=False)
+
+    def _end(self, start: int) -> int:
+        """Return where an epoch that goes on at `start` ends."""
+        left = self.length - start
+        return start + left - (left % self.global_batch if self.drop_last else 0)
+
+    def _place(self) -> tuple[int, int]:
+        grouped = dist.is_available() and dist.is_initialized()
+        # At first use: the sampler may be built before the process group.
+        if self._rank is None:
+            self._rank = dist.get_rank() if grouped else 0
+        if self._world_size is None:
+            self._world_size = dist.get_world_size() if grouped else 1
+        if not 0 <= self._rank < self._world_size:
+            raise UsageError(f"there is no rank {self._rank} among {self._world_size}")
+        return self._rank, self._world_size
+
+    def _start_seed(self) -> int:
+        where = f"start/{self._consumed}/{self._place()[0]}"
+        return int.from_bytes(self._hash(where)[:8], "little") >> 1
+
+    def _hash(self, purpose: str) -> bytes:
+        text = f"{purpose}/{self.seed}/{self._epoch}"
+        return blake2b(text.encode(), digest_size=32).digest()

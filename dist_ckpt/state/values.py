@@ -1,0 +1,159 @@
+"""Parts that are one Python value: anything with a state dict, and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet
+from functools import singledispatch
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from dist_ckpt.errors import CheckpointError, IncompatibleError, describe
+from dist_ckpt.state.layout import empty_beside
+from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.part import Captured, Stored, Targets
+
+_NAME = "value"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can describe itself and take the description back."""
+
+    def state_dict(self) -> Any:
+        """Return the state, made of plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take a state that `state_dict` returned."""
+        ...
+
+
+class ValuePart:
+    """A plain value, stored as one object named `value` and the tensors in it.
+
+    A restore updates a dict, list, set, array or tensor in place, if the stored one is of its
+    type (and shape and dtype), so that whoever holds it sees the change; any other value is
+    replaced. A per-rank value keeps its tensors inside the object.
+    """
+
+    def __init__(self, value: object, *, name: str, per_rank: bool = False) -> None:
+        self.value = value
+        self.name = name
+        self._per_rank = per_rank
+
+    def capture(self) -> Captured:
+        """Return the value encoded, and the tensors in it."""
+        value = self._read()  # once: a state_dict may be costly or count its calls
+        if self._per_rank:
+            # Names of tensors are shared by all ranks, so these tensors go inside.
+            return Captured({}, {_NAME: encode(value, path=self.name)}, per_rank=True)
+        tensors: dict[str, torch.Tensor] = {}
+        data = encode(value, path=self.name, tensors=tensors, prefix=_NAME)
+        return Captured(tensors, {_NAME: data})
+
+    def targets(self, stored: Stored) -> Targets:
+        """Return fresh tensors, laid out as the live ones of the same names and shapes.
+
+        Raises:
+            IncompatibleError: values of each rank, saved by another number of ranks.
+        """
+        if _NAME not in stored.objects:
+            return Targets({}, [_NAME], sorted(stored.tensors.keys() | stored.objects.keys()))
+        if self._per_rank and stored.world_size != stored.saved_world_size:
+            raise IncompatibleError(
+                f"{self.name} is kept per rank: it was saved by {stored.saved_world_size} ranks "
+                f"and there are {stored.world_size} now; run with as many, or leave it out"
+            )
+        wanted = references(stored.objects[_NAME], path=self.name)
+        # Fresh even where a live one would fit: a load_state_dict may compare old with new.
+        live = self.capture().tensors if wanted else {}
+        tensors = {}
+        for name in wanted:
+            if name in stored.tensors:
+                spec = stored.tensors[name]
+                same = name in live and tuple(live[name].shape) == spec.shape
+                like = live[name] if same else torch.empty(0)
+                tensors[name] = empty_beside(like, spec)
+        missing = [name for name in wanted if name not in stored.tensors]
+        others = (stored.tensors.keys() - set(wanted)) | (stored.objects.keys() - {_NAME})
+        return Targets(tensors, missing, sorted(others))
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put the stored value in the place of the live one."""
+        if _NAME in stored.objects:
+            self._write(decode(stored.objects[_NAME], tensors=tensors, path=self.name))
+
+    def _read(self) -> object:
+        return self.value
+
+    def _write(self, value: Any) -> None:
+        # A parameter is stored as the tensor that it is.
+        tensors = isinstance(value, torch.Tensor) and isinstance(self.value, torch.Tensor)
+        same = tensors or type(value) is type(self.value)
+        self.value = _update(self.value, value) if same else value
+
+
+class StatefulPart(ValuePart):
+    """Anything with `state_dict` and `load_state_dict`: what the one returns, the other gets."""
+
+    def __init__(self, value: Stateful, *, name: str, per_rank: bool = False) -> None:
+        super().__init__(value, name=name, per_rank=per_rank)
+        self._stateful = value
+
+    def _read(self) -> object:
+        return self._stateful.state_dict()
+
+    def _write(self, value: Any) -> None:
+        try:
+            self._stateful.load_state_dict(value)
+        except CheckpointError:
+            raise  # a part of ours, which said it better
+        except Exception as error:
+            kind = type(self._stateful).__qualname__
+            raise IncompatibleError(
+                f"{self.name}: {kind}.load_state_dict refused what was saved: {describe(error)}"
+            ) from error
+
+
+@singledispatch
+def _update(live: object, value: Any) -> object:
+    """Return what takes the place of `live`: itself, changed, where its type can be."""
+    return value
+
+
+@_update.register
+def _(live: MutableMapping, value: Any) -> object:  # type: ignore[type-arg]
+    live.clear()  # and not only updated: keys that were added since must go, and the order counts
+    live.update(value)
+    return live
+
+
+@_update.register
+def _(live: MutableSequence, value: Any) -> object:  # type: ignore[type-arg]
+    live[:] = value
+    return live
+
+
+@_update.register
+def _(live: MutableSet, value: Any) -> object:  # type: ignore[type-arg]
+    live.clear()
+    live |= value
+    return live
+
+
+@_update.register
+def _(live: np.ndarray, value: Any) -> object:
+    if live.shape != value.shape or live.dtype != value.dtype:
+        return value
+    live[...] = value  # through every view that the program holds
+    return live
+
+
+@_update.register
+def _(live: torch.Tensor, value: Any) -> object:
+    if live.shape != value.shape or live.dtype != value.dtype:
+        return value
+    with torch.no_grad():
+        return live.copy_(value)

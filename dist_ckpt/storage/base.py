@@ -1,0 +1,237 @@
+"""The storage contract: keys and bytes, nothing else.
+
+A `Store` is one place (a directory, a bucket prefix) that holds objects under keys.
+Keys are relative, `/`-separated, and checked by `check_key`. A store knows nothing of
+checkpoints, steps or tensors. What a backend cannot do is declared in `Capabilities`,
+never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+
+Buffer = bytes | bytearray | memoryview
+PutMode = Literal["create", "replace"]
+
+TEMPORARY_PREFIX = ".tmp-"
+"""How the name of an unfinished object begins; no listing shows it and no key may use it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend guarantees, as data.
+
+    Attributes:
+        atomic_create: `put(mode="create")` has exactly one winner among any number of
+            racing writers, on any number of hosts.
+        strong_list: a listing that starts after a `put` returned contains its key.
+        durable: what `put` returned from survives the loss of power of this host.
+    """
+
+    atomic_create: bool
+    strong_list: bool
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object in a listing: its key and its size in bytes."""
+
+    key: str
+    nbytes: int
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A place with keys and bytes: seven methods and two attributes.
+
+    Every method raises `StorageError` when the backend fails and `UsageError` for a bad key.
+    Stores may be used from several threads at once.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where this is, as a person would write it; never holds a secret."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this backend guarantees."""
+        ...
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        """Store the concatenation of `buffers` under `key`, whole or not at all.
+
+        The object is durable when this returns, and no reader ever sees a part of it. The
+        buffers are not joined in memory and may not change until this returns.
+
+        Raises:
+            AlreadyExists: `mode="create"` and the key exists; its bytes are untouched.
+            StorageError: nothing new is visible under `key`, nor left behind where it could be
+                removed. With `mode="replace"` a reader finds the old bytes or the new, whole.
+            UsageError: also where this backend cannot hold an object and a folder of one name,
+                and `key` would need it; what was there is untouched.
+        """
+        ...
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes of `key` from `offset` on; return how many there were.
+
+        The count is short of `len(buffer)` only where the object ends, 0 from there on.
+
+        Raises:
+            NotFound: no such key; a folder is no key.
+            UsageError: `offset` is negative, or `buffer` is read-only or not contiguous.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """Return the size in bytes of the object under `key`.
+
+        Raises:
+            NotFound: no such key.
+        """
+        ...
+
+    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield every object whose key starts with the folder `prefix` ("" or "a/b/"), sorted.
+
+        The order is that of the code points of the keys. Objects put or deleted meanwhile may be
+        in it or not. A folder that does not exist holds nothing.
+        """
+        ...
+
+    def list_children(self, prefix: str = "") -> list[str]:
+        """Return the sorted names one level below `prefix`.
+
+        A folder's name ends in `/`; a folder that holds no object is not listed.
+        """
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove the objects under `keys`, in that order; one that does not exist is no error.
+
+        The removal is durable when this returns, so what is deleted by a later call cannot be
+        lost before it. `keys` may come from a listing of this store that is still going on.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the store holds open. A closed store is not used again."""
+        ...
+
+
+@runtime_checkable
+class Sweeper(Protocol):
+    """What a store also offers whose killed writers leave something behind."""
+
+    def sweep(self, prefix: str = "") -> int:
+        """Remove what killed writers left below the folder `prefix`; return how many things.
+
+        What a living writer, on this host or another, still needs is left alone, and no listed
+        object is touched.
+        """
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it is a valid one: relative, `/`-separated, inside the store.
+
+    Raises:
+        UsageError: empty, absolute, not encodable as UTF-8, holding an empty, `.` or `..`
+            component, one that starts with `.tmp-`, a backslash, or a control character.
+    """
+    if not key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise UsageError(f"bad key {key!r}: must be relative with no empty, '.' or '..' component")
+    if "\\" in key or any(ord(char) < 32 or ord(char) == 127 for char in key):
+        raise UsageError(f"bad key {key!r}: must hold no backslash and no control character")
+    if any(part.startswith(TEMPORARY_PREFIX) for part in key.split("/")):
+        raise UsageError(f"bad key {key!r}: {TEMPORARY_PREFIX!r} is kept for unfinished objects")
+    if any("\ud800" <= char <= "\udfff" for char in key):
+        raise UsageError(f"bad key {key!r}: must be encodable as UTF-8")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if it is "" or a valid key followed by `/`."""
+    if prefix:
+        if not prefix.endswith("/"):
+            raise UsageError(f"bad prefix {prefix!r}: must be empty or end in '/'")
+        check_key(prefix[:-1])
+    return prefix
+
+
+def check_keys(keys: Iterable[str]) -> Iterator[str]:
+    """Yield each of `keys` once checked; a lone str, which is a sequence of letters, is refused."""
+    if isinstance(keys, str):
+        raise UsageError(f"keys must be an iterable of keys, not the one key {keys!r}")
+    return map(check_key, keys)
+
+
+def check_mode(mode: PutMode) -> PutMode:
+    """Return `mode` if it is one that `put` knows."""
+    if mode not in ("create", "replace"):
+        raise UsageError(f"bad mode {mode!r}: must be 'create' or 'replace'")
+    return mode
+
+
+def flat_views(buffers: Sequence[Buffer]) -> list[memoryview]:
+    """Return a view of the bytes of each buffer, in order, without the empty ones; no copies.
+
+    Raises:
+        UsageError: one of `buffers` is no contiguous buffer, or `buffers` is itself a buffer.
+    """
+    one = isinstance(buffers, bytes | bytearray | memoryview | str)
+    if one or not isinstance(buffers, Sequence):
+        raise UsageError(f"buffers must be a sequence of buffers, not {type(buffers).__name__}")
+    views = [_flat(buffer) for buffer in buffers]
+    return [view for view in views if view.nbytes]
+
+
+def fill_view(offset: int, buffer: memoryview) -> memoryview:
+    """Return a view of the bytes that `read_into(key, offset, buffer)` has to fill.
+
+    Raises:
+        UsageError: `offset` is negative, or `buffer` is read-only or not contiguous.
+    """
+    if offset < 0:
+        raise UsageError(f"bad offset {offset}: must not be negative")
+    view = _flat(buffer)
+    if view.readonly:
+        raise UsageError("the buffer to read into is read-only")
+    return view
+
+
+def _flat(buffer: Buffer) -> memoryview:
+    try:
+        view = memoryview(buffer)
+    except TypeError as error:
+        raise UsageError(f"{type(buffer).__name__} is no buffer of bytes") from error
+    if not view.c_contiguous:
+        raise UsageError("a buffer must be contiguous")
+    if not view.nbytes:
+        # A view with a zero in its shape cannot be cast, and there is nothing in it to look at.
+        return memoryview(bytearray())
+    return view.cast("B")
+
+
+def read_all(store: Store, key: str, *, limit_bytes: int = 1 << 32) -> bytes:
+    """Return the whole object under `key`.
+
+    Raises:
+        NotFound: no such key.
+        IntegrityError: the object is larger than `limit_bytes`, so it is not what it should be.
+    """
+    nbytes = store.size(key)
+    if nbytes > limit_bytes:
+        raise IntegrityError(
+            f"{key} in {store.url} holds {nbytes} bytes, more than the {limit_bytes} it could be",
+            kind=ErrorKind.MALFORMED,
+        )
+    data = bytearray(nbytes)
+    count = store.read_into(key, 0, memoryview(data))
+    return bytes(data[:count])

@@ -1,0 +1,237 @@
+"""Files that appear whole and stay: the order of durability, written once, for POSIX systems.
+
+A file is written under a temporary name beside its final one, made durable, then named, then the
+name is made durable. Its writer holds a lock on the temporary until that name is gone, which is
+how `remove_abandoned` tells what a killed writer left from what a living one still needs. No
+directory is ever renamed, and no decision rests on a time stamp.
+
+Everything here raises plain `OSError`; the store maps it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from dist_ckpt.errors import StorageError
+from dist_ckpt.storage.base import TEMPORARY_PREFIX, PutMode
+
+_BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
+_ATTEMPTS = 100
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def write_file(path: str, views: Sequence[memoryview], *, mode: PutMode, anchor: str) -> None:
+    """Make `path` hold the bytes of `views`, durably, whole or not at all.
+
+    Missing directories are created; those from `anchor` down, an existing directory at or above
+    that of `path`, are made durable whoever created them.
+
+    Raises:
+        FileExistsError: `mode="create"` and `path` exists.
+        OSError: `path` is as before, but for `mode="replace"` with a failed last step: then it
+            holds the new bytes, whole, and they may not survive a loss of power.
+    """
+    directory = os.path.dirname(path)
+    fd, temporary, top = _open_temporary(directory)
+    try:
+        # From here on the temporary keeps its directories from being pruned by a deleter.
+        for parent in _path_between(min(anchor, top, key=len), directory):
+            sync_directory(parent)
+        _write_all(fd, views)
+        # The bytes are durable before any reader can find a name for them.
+        os.fsync(fd)
+        if mode == "create":
+            _link(fd, temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _discard(fd, temporary)
+    try:
+        # The name is durable before the caller hears of success.
+        sync_directory(directory)
+    except FileNotFoundError:
+        # Somebody deleted the object and the folder that left empty: nothing to make durable.
+        pass
+    except OSError:
+        if mode == "create":
+            # A name that a loss of power could take away must not be seen before it does.
+            os.unlink(path)
+        raise
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in the directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_abandoned(path: str) -> bool:
+    """Remove the temporary file `path` unless its writer lives; return whether it was removed."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        if not _lock(fd):
+            return False
+        # Still locked: a writer that opened it just now finds it gone and takes another name.
+        os.unlink(path)
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        # Without locks nobody can tell that the writer is dead, so the file stays.
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    finally:
+        os.close(fd)
+
+
+def nearest_existing(path: str) -> str:
+    """Return `path`, or the lowest above it that exists; the absolute `path` is a normal one.
+
+    Raises:
+        OSError: whether something exists cannot be told.
+    """
+    while True:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = os.path.dirname(path)
+        else:
+            return path
+
+
+def prune(directory: str, root: str) -> None:
+    """Remove `directory` and those above it, below `root`, as far as they are empty."""
+    while len(directory) > len(root):
+        try:
+            os.rmdir(directory)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            # Not empty, in use, or not ours to remove: an empty folder is never listed anyway.
+            return
+        directory = os.path.dirname(directory)
+
+
+def _open_temporary(directory: str) -> tuple[int, str, str]:
+    """Return a locked descriptor, its path, and the highest directory that got a new name."""
+    for _ in range(_ATTEMPTS):
+        temporary = os.path.join(directory, TEMPORARY_PREFIX + secrets.token_hex(8))
+        try:
+            top = _make_directories(directory)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # a deleter pruned the directory in between
+        try:
+            if _lock_if_possible(fd) and os.fstat(fd).st_nlink:
+                return fd, temporary, top
+        except BaseException:
+            _discard(fd, temporary)
+            raise
+        # A sweep was faster than the lock and removes the file; it is of no use any more.
+        _discard(fd, temporary)
+    raise StorageError(
+        f"{directory} was removed each of {_ATTEMPTS} times that a file was begun in it; "
+        "find out what deletes it"
+    )
+
+
+def _discard(fd: int, temporary: str) -> None:
+    """Let go of a temporary, named by now or not; what cannot be removed is left to a sweep."""
+    # Closed first: NFS would rename a file that is removed while open. It releases the lock too,
+    # and after fsync has nothing left to report.
+    with suppress(OSError):
+        os.close(fd)
+    with suppress(OSError):
+        os.unlink(temporary)
+
+
+def _make_directories(directory: str) -> str:
+    """Create what is missing of `directory`; return the highest directory that got a new name."""
+    top = nearest_existing(directory)
+    _check_directory(top)
+    for path in [*_path_between(top, directory), directory]:
+        if path != top:
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                _check_directory(path)
+    return top
+
+
+def _check_directory(path: str) -> None:
+    """Tell what stands in the way from what a deleter pruned since: a FileNotFoundError."""
+    kind = os.lstat(path).st_mode
+    if not stat.S_ISDIR(kind) and not (stat.S_ISLNK(kind) and os.path.isdir(path)):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+
+def _path_between(top: str, directory: str) -> Iterator[str]:
+    """Yield `top` and the directories below it on the way to `directory`, without the latter."""
+    chain: list[str] = []
+    while len(directory) > len(top):
+        directory = os.path.dirname(directory)
+        chain.append(directory)
+    return reversed(chain)
+
+
+def _write_all(fd: int, views: Sequence[memoryview]) -> None:
+    for first in range(0, len(views), _BUFFERS_PER_CALL):
+        group = list(views[first : first + _BUFFERS_PER_CALL])
+        while group:
+            count = os.writev(fd, group)
+            if not count:
+                raise OSError(errno.EIO, "the file system took no byte and gave no reason")
+            # A write may be short anywhere: after 2 GiB, at a limit, on a signal.
+            while group and count >= group[0].nbytes:
+                count -= group.pop(0).nbytes
+            if count:
+                group[0] = group[0][count:]
+
+
+def _link(fd: int, temporary: str, path: str) -> None:
+    """Give the file its final name unless that exists: the one atomic step of a create."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # A network file system may do the link and lose the answer: two names tell that we won.
+        if os.fstat(fd).st_nlink != 2:
+            raise
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise StorageError(
+                f"cannot create {path}: its file system does not make hard links "
+                f"({error.strerror}), which an atomic create needs; use another file system"
+            ) from error
+        raise
+
+
+def _lock(fd: int) -> bool:
+    """Take the lock on the open file, which dies with its holder; False if another holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_if_possible(fd: int) -> bool:
+    try:
+        return _lock(fd)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return True

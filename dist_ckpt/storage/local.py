@@ -1,0 +1,313 @@
+"""A directory as a store: local disks, and shared file systems that keep POSIX promises."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from dist_ckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    ErrorKind,
+    NotFound,
+    StorageError,
+    UsageError,
+)
+from dist_ckpt.storage.base import (
+    TEMPORARY_PREFIX,
+    Buffer,
+    Capabilities,
+    Entry,
+    PutMode,
+    check_key,
+    check_keys,
+    check_mode,
+    check_prefix,
+    fill_view,
+    flat_views,
+)
+from dist_ckpt.storage.durable import (
+    nearest_existing,
+    prune,
+    remove_abandoned,
+    sync_directory,
+    write_file,
+)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+
+
+class LocalStore:
+    """The directory `path`, which need not exist: the first `put` creates it.
+
+    Keys are paths below it. Links to directories are followed when reading, writing and listing,
+    and never when deleting. Files whose names are no valid keys are left alone and not listed.
+
+    Args:
+        path: relative to the working directory of now.
+
+    Raises:
+        UsageError: no path.
+        StorageError: nobody can tell what exists there: no permission, or a broken disk.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        text = os.fspath(path)
+        if not text or "\0" in text:
+            raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
+        self._root = os.path.abspath(text)
+        # What did not exist at this point may have been created since by a process that has not
+        # made it durable yet, so every put makes the directories from here down durable itself.
+        with self._mapped("find out what exists", self._root):
+            self._anchor = nearest_existing(self._root)
+
+    def __repr__(self) -> str:
+        return f"LocalStore({self._root!r})"
+
+    @property
+    def url(self) -> str:
+        """The absolute path."""
+        return self._root
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Everything: hard links are atomic, and files and directories are flushed to disk."""
+        return Capabilities(atomic_create=True, strong_list=True, durable=True)
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        """Write `buffers` to a temporary file, flush it, then name it. See `Store.put`."""
+        path = self._path(key)
+        check_mode(mode)
+        # A buffer that cannot be had fails here, before anything is on the disk.
+        views = flat_views(buffers)
+        nbytes = sum(view.nbytes for view in views)
+        with self._mapped(f"put {key}", path, needed_bytes=nbytes):
+            try:
+                write_file(path, views, mode=mode, anchor=self._anchor)
+            except FileExistsError as error:
+                if os.path.isdir(path):
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error
+                raise AlreadyExists(f"{key} already exists in {self.url}") from error
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
+        path = self._path(key)
+        view = fill_view(offset, buffer)
+        done = 0
+        with self._mapped(f"read {key}", path, reading=key):
+            # Not to be held up by a pipe that bears the name of an object.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                self._check_regular(key, os.fstat(fd))
+                while done < view.nbytes:
+                    count = os.preadv(fd, [view[done:]], offset + done)
+                    if not count:
+                        break
+                    done += count
+            finally:
+                os.close(fd)
+        return done
+
+    def size(self, key: str) -> int:
+        """Return the size of `key` in bytes. See `Store.size`."""
+        path = self._path(key)
+        with self._mapped(f"look at {key}", path, reading=key):
+            # By path, not from an open file: only reading needs the right to read.
+            status = os.stat(path)
+        self._check_regular(key, status)
+        return status.st_size
+
+    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield the objects below `prefix`, without unfinished ones. See `Store.list_entries`."""
+        check_prefix(prefix)
+        return self._walk(prefix)
+
+    def list_children(self, prefix: str = "") -> list[str]:
+        """Return the names one level below `prefix`. See `Store.list_children`."""
+        check_prefix(prefix)
+        names: list[str] = []
+        for name, _ in self._scan(prefix):
+            # A killed writer or a deleter may leave folders that hold no object.
+            if not name.endswith("/") or next(self._walk(prefix + name), None) is not None:
+                names.append(name)
+        return names
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove `keys` and the folders that this leaves empty. See `Store.delete`."""
+        directories: dict[str, None] = {}
+        for key in check_keys(keys):
+            path = self._path(key)
+            directory = os.path.dirname(path)
+            with self._mapped(f"delete {key}", path):
+                if directory not in directories:
+                    self._check_root()
+                    self._check_no_link(key, directory)
+                    directories[directory] = None
+                _unlink(path)
+        # Also where another deleter was faster, whose removals may not be durable yet.
+        for directory in directories:
+            with self._mapped(f"delete objects in {directory}", directory):
+                # Flushed before pruned: a pruned folder cannot be flushed any more.
+                self._sync_nearest(directory)
+                prune(directory, self._root)
+
+    def sweep(self, prefix: str = "") -> int:
+        """Remove the temporary files of killed writers below `prefix`. See `Sweeper.sweep`."""
+        check_prefix(prefix)
+        top = os.path.join(self._root, prefix)
+        removed = 0
+        with self._mapped(f"sweep {top}", top):
+            # Links are not followed: what is behind them may belong to others.
+            for directory, _, names in os.walk(top, onerror=_raise_unless_missing):
+                found = [name for name in names if name.startswith(TEMPORARY_PREFIX)]
+                count = sum(remove_abandoned(os.path.join(directory, name)) for name in found)
+                if count:
+                    prune(directory, self._root)
+                removed += count
+        return removed
+
+    def close(self) -> None:
+        """Release nothing: no file stays open between calls."""
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, check_key(key))
+
+    def _scan(self, prefix: str) -> list[tuple[str, os.DirEntry[str]]]:
+        """Return the names in the folder `prefix`, directories with a `/`, in the order of keys."""
+        path = os.path.join(self._root, prefix)
+        with self._mapped(f"list {path}", path):
+            try:
+                with os.scandir(path) as found:
+                    entries = [entry for entry in found if _is_valid(entry.name)]
+            except (FileNotFoundError, NotADirectoryError):
+                # A missing folder holds nothing; a root that is a file is a mistake.
+                self._check_root()
+                return []
+            # The slash takes part in the order: "a-b" comes before "a/b".
+            named = {
+                (entry.name + "/" if entry.is_dir() else entry.name): entry
+                for entry in entries
+                if entry.is_dir() or entry.is_file()
+            }
+            return sorted(named.items(), key=lambda item: item[0])
+
+    def _walk(self, prefix: str) -> Iterator[Entry]:
+        for name, entry in self._scan(prefix):
+            if name.endswith("/"):
+                if not (entry.is_symlink() and self._leads_back(prefix, entry.path)):
+                    yield from self._walk(prefix + name)
+                continue
+            with self._mapped(f"look at {entry.path}", entry.path):
+                try:
+                    nbytes = entry.stat().st_size
+                except FileNotFoundError:
+                    continue  # deleted since
+            yield Entry(prefix + name, nbytes)
+
+    def _leads_back(self, prefix: str, link: str) -> bool:
+        """Whether `link` points to a folder on the way to it: following it would never end."""
+        parts = prefix.split("/")
+        way = (os.path.join(self._root, *parts[:count]) for count in range(len(parts)))
+        return os.path.realpath(link) in map(os.path.realpath, way)
+
+    def _sync_nearest(self, directory: str) -> None:
+        """Make removals in `directory` durable, or its own removal where it is gone."""
+        while len(directory) >= len(self._root):
+            try:
+                sync_directory(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                directory = os.path.dirname(directory)
+            else:
+                break
+
+    def _check_regular(self, key: str, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a special file"
+            raise NotFound(f"no object {key} in {self.url}: it is {what}")
+
+    def _check_root(self) -> None:
+        """A root that cannot become a directory is a mistake; one that is missing is empty."""
+        path = nearest_existing(self._root)
+        if not os.path.isdir(path):
+            raise UsageError(f"{path} is not a directory; choose another place than {self.url}")
+
+    def _check_no_link(self, key: str, directory: str) -> None:
+        root = os.path.realpath(self._root)
+        relative = os.path.relpath(directory, self._root)
+        if os.path.realpath(directory) != os.path.normpath(os.path.join(root, relative)):
+            raise StorageError(
+                f"cannot delete {key} in {self.url}: a link leads out of the way to it, and what "
+                "is behind may belong to others; remove the link by hand"
+            )
+
+    @contextmanager
+    def _mapped(
+        self, doing: str, path: str, *, reading: str | None = None, needed_bytes: int = 0
+    ) -> Iterator[None]:
+        """Turn every OSError of the body into an error of this package: the one edge."""
+        # An outage must never look like an empty or missing place, so each errno is told apart.
+        try:
+            yield
+        except CheckpointError:
+            # NotFound and AlreadyExists are OSErrors too, and already say what they mean.
+            raise
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                self._check_root()
+                if reading is not None:
+                    raise NotFound(f"no object {reading} in {self.url}") from error
+            raise self._failure(error, doing, path, needed_bytes) from error
+
+    def _failure(self, error: OSError, doing: str, path: str, needed_bytes: int) -> CheckpointError:
+        message = f"cannot {doing} in {self.url}: {error.strerror}"
+        if error.errno in _FULL:
+            return StorageError(
+                f"{message}; {needed_bytes} bytes were needed and {_free_bytes(path)} are "
+                "free to this user; make room or raise the quota",
+                kind=ErrorKind.STORAGE_FULL,
+            )
+        if error.errno == errno.EFBIG:
+            return StorageError(
+                f"{message}; {needed_bytes} bytes are over the size limit for a file; raise it"
+                " (ulimit -f) or use another file system"
+            )
+        if error.errno in _FORBIDDEN:
+            return StorageError(
+                f"{message}; let this user read and write it, or choose another place",
+                kind=ErrorKind.PERMISSION,
+            )
+        if error.errno in (errno.ENOTDIR, errno.EISDIR):
+            return UsageError(f"{message}; no object can bear the name of a folder, or be one")
+        if error.errno == errno.ENAMETOOLONG:
+            return UsageError(f"{message}; choose a shorter key")
+        return StorageError(f"{message}; check the disk and its mount")
+
+
+def _unlink(path: str) -> None:
+    """Remove the file `path` if there is one. A folder is not one."""
+    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        os.unlink(path)
+
+
+def _is_valid(name: str) -> bool:
+    try:
+        check_key(name)
+    except UsageError:
+        return False
+    return True
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _free_bytes(path: str) -> int:
+    """Return what the file system of `path`, or of where it would be, has left for this user."""
+    status = os.statvfs(nearest_existing(path))
+    return status.f_bavail * status.f_frsize

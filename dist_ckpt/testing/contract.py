@@ -1,0 +1,306 @@
+"""What every store must do, as tests that anybody's store can be put through.
+
+Subclass `StoreContract`, say how to make an empty store, and run pytest::
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def store(self) -> Iterator[Store]:
+            store = MyStore(...)
+            yield store
+            store.close()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar, overload
+
+import pytest
+
+from dist_ckpt.errors import AlreadyExists, NotFound, UsageError
+from dist_ckpt.storage.base import Buffer, Capabilities, Entry, Store, read_all
+from dist_ckpt.testing.contract_names import NamesContract
+
+_T = TypeVar("_T")
+
+
+class _FailingSource(Sequence[Buffer]):
+    """A sequence whose last buffer cannot be had."""
+
+    def __len__(self) -> int:
+        return 3
+
+    @overload
+    def __getitem__(self, index: int) -> Buffer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Buffer]: ...
+    def __getitem__(self, index: int | slice) -> Buffer | Sequence[Buffer]:
+        if isinstance(index, slice) or index >= 2:
+            raise ArithmeticError("this buffer cannot be had")
+        return b"x" * 100_000
+
+
+class StoreContract(NamesContract):
+    """The tests of a `Store`: every sentence of `dist_ckpt.storage.base` as one or more of them.
+
+    Attributes:
+        large_bytes: size of the largest object; lower it for a slow backend.
+        writers: how many race to create one key.
+    """
+
+    large_bytes = (32 << 20) + 3
+    writers = 16
+
+    # ------------------------------------------------------------ what it is
+
+    def test_is_a_store_that_says_where_it_is(self, store: Store) -> None:
+        """It has the methods and attributes of the protocol."""
+        assert isinstance(store, Store)
+        assert isinstance(store.capabilities, Capabilities)
+        assert store.url
+        assert isinstance(store.url, str)
+
+    def test_empty_store_lists_nothing(self, store: Store) -> None:
+        """A place where nothing was put is an empty store, whether or not it exists."""
+        assert list(store.list_entries()) == []
+        assert store.list_children() == []
+        assert list(store.list_entries("no/such/")) == []
+        assert store.list_children("no/such/") == []
+        with pytest.raises(NotFound):
+            store.size("a")
+        store.delete(["a", "b/c"])
+
+    # ------------------------------------------------------------ put and read
+
+    @pytest.mark.parametrize(
+        "buffers",
+        [
+            pytest.param([], id="none"),
+            pytest.param([b""], id="one-empty"),
+            pytest.param([b"", bytearray(), memoryview(b"")], id="empty-ones"),
+            pytest.param([b"ab", b"", bytearray(b"cd"), memoryview(b"-ef-")[1:3]], id="all-kinds"),
+            pytest.param((b"in", b"a", b"tuple"), id="tuple"),
+            pytest.param([memoryview(bytes(24)).cast("d")], id="items-of-8-bytes"),
+            pytest.param([memoryview(bytes(24)).cast("B", (2, 3, 4))], id="three-dimensions"),
+            pytest.param([memoryview(bytearray(8))[:0].cast("i")], id="empty-of-4-byte-items"),
+            pytest.param([bytes([n % 251]) * (n % 7) for n in range(5000)], id="many"),
+        ],
+    )
+    def test_put_stores_the_concatenation(self, store: Store, buffers: Sequence[Buffer]) -> None:
+        """Any sequence of any contiguous buffers, empty ones too, is one object."""
+        expected = b"".join(bytes(buffer) for buffer in buffers)
+        store.put("a/b", buffers)
+        assert store.size("a/b") == len(expected)
+        assert read_all(store, "a/b") == expected
+
+    def test_large_object(self, store: Store, other: Store) -> None:
+        """An object of many megabytes in buffers of uneven sizes comes back whole."""
+        block = bytes(range(256)) * 4096
+        data = memoryview((block * (self.large_bytes // len(block) + 1))[: self.large_bytes])
+        store.put("large", [data[:1], data[1:-5_000_001], data[-5_000_001:]])
+        assert other.size("large") == self.large_bytes
+        target = bytearray(self.large_bytes)
+        assert other.read_into("large", 0, memoryview(target)) == self.large_bytes
+        assert target == data
+
+    @pytest.mark.parametrize(
+        ("offset", "wanted", "expected"),
+        [
+            (0, 10, b"0123456789"),
+            (0, 4, b"0123"),
+            (3, 4, b"3456"),
+            (9, 1, b"9"),
+            (6, 10, b"6789"),
+            (0, 0, b""),
+            (10, 5, b""),
+            (10, 0, b""),
+            (1 << 40, 5, b""),
+        ],
+    )
+    def test_reads_at_offsets(
+        self, store: Store, offset: int, wanted: int, expected: bytes
+    ) -> None:
+        """The buffer is filled from the offset on; the count is short only at the end."""
+        store.put("k", [b"01234", b"56789"])
+        target = bytearray(b"." * (wanted + 2))
+        assert store.read_into("k", offset, memoryview(target)[1 : 1 + wanted]) == len(expected)
+        # Not a byte before or behind the buffer, nor behind what there was, is touched.
+        assert target == b"." + expected + b"." * (wanted - len(expected) + 1)
+
+    def test_read_fills_items_of_any_size(self, store: Store) -> None:
+        """The buffer may hold items of several bytes; the count is of bytes."""
+        store.put("k", [bytes(range(16))])
+        target = memoryview(bytearray(16)).cast("I")
+        assert store.read_into("k", 0, target) == 16
+        assert target.tobytes() == bytes(range(16))
+
+    def test_read_refuses_bad_arguments(self, store: Store) -> None:
+        """A negative offset and a buffer that cannot be filled are mistakes of the caller."""
+        store.put("k", [b"0123456789"])
+        with pytest.raises(UsageError, match="offset"):
+            store.read_into("k", -1, memoryview(bytearray(4)))
+        with pytest.raises(UsageError, match="read-only"):
+            store.read_into("k", 0, memoryview(b"1234"))
+        with pytest.raises(UsageError, match="contiguous"):
+            store.read_into("k", 0, memoryview(bytearray(8))[::2])
+
+    def test_missing_key_is_not_found(self, store: Store) -> None:
+        """What does not exist, a folder and what would be below an object are no keys."""
+        store.put("a/b", [b"1"])
+        for key in ("x", "a/x", "a", "a/b/c"):
+            with pytest.raises(NotFound, match=key):
+                store.size(key)
+            with pytest.raises(NotFound, match=key):
+                store.read_into(key, 0, memoryview(bytearray(1)))
+
+    # ------------------------------------------------------------ create and replace
+
+    def test_create_never_touches_what_exists(self, store: Store, other: Store) -> None:
+        """`mode="create"` is the default, and refuses a key that exists, even with equal bytes."""
+        store.put("a/k", [b"first"])
+        with pytest.raises(AlreadyExists, match="a/k"):
+            other.put("a/k", [b"second"], mode="create")
+        with pytest.raises(AlreadyExists, match="a/k"):
+            other.put("a/k", [b"first"])
+        assert read_all(store, "a/k") == b"first"
+        assert list(store.list_entries()) == [Entry("a/k", 5)]
+
+    def test_create_again_after_delete(self, store: Store) -> None:
+        """A deleted key is free."""
+        for data in (b"one", b"two"):
+            store.put("a/k", [data])
+            assert read_all(store, "a/k") == data
+            store.delete(["a/k"])
+
+    def test_replace(self, store: Store, other: Store) -> None:
+        """`mode="replace"` creates, or replaces the whole object by a shorter or longer one."""
+        for data in (b"long enough", b"short", b"", b"longer than before"):
+            store.put("a/k", [data], mode="replace")
+            assert read_all(other, "a/k") == data
+        assert [entry.key for entry in store.list_entries()] == ["a/k"]
+
+    def test_racing_creators_have_one_winner(self, store: Store, other: Store) -> None:
+        """Among many writers that start at once, one wins and its bytes stay."""
+        if not store.capabilities.atomic_create:
+            pytest.skip("the store declares that its create is not atomic")
+
+        def create(key: str, number: int) -> bool:
+            try:
+                (store, other)[number % 2].put(key, [bytes([number])] * 1000)
+            except AlreadyExists:
+                return False
+            return True
+
+        for key in ("race", "new/folder/race", "new/folder/again"):
+            won = _at_once(self.writers, partial(create, key))
+            assert sum(won) == 1, f"{sum(won)} writers of {key} were told that they created it"
+            assert read_all(other, key) == bytes([won.index(True)]) * 1000
+        assert len(list(store.list_entries())) == 3
+
+    # ------------------------------------------------------------ whole or not at all
+
+    @pytest.mark.parametrize("old", [b"old", None])
+    def test_failing_source_leaves_nothing(self, store: Store, old: bytes | None) -> None:
+        """When a buffer cannot be had, its error passes and nothing is stored nor replaced."""
+        if old is not None:
+            store.put("a/k", [old])
+        with pytest.raises(ArithmeticError):
+            store.put("a/k", _FailingSource(), mode="replace")
+        if old is not None:
+            assert read_all(store, "a/k") == old
+        else:
+            with pytest.raises(NotFound):
+                store.size("a/k")
+            assert store.list_children() == []
+
+    def test_bad_buffers_are_refused(self, store: Store) -> None:
+        """What is no sequence of contiguous buffers is refused, and nothing is stored."""
+        bad: list[object] = [b"bytes", bytearray(b"x"), memoryview(b"x"), "text", 5, iter([b"x"])]
+        bad += [["text"], [b"x", 5], [memoryview(b"abcd")[::2]]]
+        for buffers in bad:
+            with pytest.raises(UsageError):
+                store.put("a/k", buffers)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="mode"):
+            store.put("a/k", [b"x"], mode="append")  # type: ignore[arg-type]
+        assert list(store.list_entries()) == []
+
+    def test_no_part_of_an_object_is_ever_seen(self, store: Store, other: Store) -> None:
+        """Readers beside a writer see old bytes or new ones, of the old size or the new."""
+        versions = [bytes([n]) * size for n, size in enumerate((700_000, 1_400_000))]
+        sizes = {len(data) for data in versions}
+        store.put("a/k", [versions[0]])
+        done = threading.Event()
+
+        def write() -> None:
+            try:
+                for turn in range(1, 12):
+                    data = memoryview(versions[turn % 2])
+                    pieces = [data[at : at + 50_000] for at in range(0, len(data), 50_000)]
+                    store.put("a/k", pieces, mode="replace")
+            finally:
+                done.set()
+
+        def read() -> None:
+            target = bytearray(2_000_000)
+            finished = False
+            while not finished:
+                # Looked at first, so that the last version is read at least once.
+                finished = done.is_set()
+                count = other.read_into("a/k", 0, memoryview(target))
+                assert target[:count] in versions, f"{count} bytes of a mixture were read"
+                assert other.size("a/k") in sizes
+                assert {entry.nbytes for entry in other.list_entries("a/")} <= sizes
+                assert other.list_children("a/") == ["k"]
+
+        _at_once(4, lambda number: write() if number == 0 else read())
+
+    # ------------------------------------------------------------ several threads
+
+    def test_concurrent_use(self, store: Store, other: Store) -> None:
+        """Threads that put, read, list and delete in the same folders do not disturb each other."""
+
+        def work(number: int) -> None:
+            mine = (store, other)[number % 2]
+            for turn in range(10):
+                data = bytes([number, turn]) * 500
+                shared, own = f"shared/x/{number}", f"own-{number}/deep/{turn}"
+                mine.put(shared, [data])
+                mine.put(own, [data])
+                assert read_all(mine, shared) == data
+                assert Entry(shared, len(data)) in list(mine.list_entries("shared/"))
+                assert f"own-{number}/" in mine.list_children()
+                # Whoever deletes the last key of a folder races with whoever begins one in it.
+                mine.delete([shared, own])
+                assert f"own-{number}/" not in mine.list_children()
+
+        _at_once(8, work)
+        assert store.list_children() == []
+
+    def test_concurrent_reads_of_one_object(self, store: Store) -> None:
+        """Ranges of one object are read by several threads, each into its own place."""
+        data = bytes(range(256)) * 1000
+        store.put("k", [data])
+        target = bytearray(len(data))
+
+        def read(number: int) -> None:
+            stripe = memoryview(target)[number * 32_000 : (number + 1) * 32_000]
+            assert store.read_into("k", number * 32_000, stripe) == len(stripe)
+
+        _at_once(8, read)
+        assert target == data
+
+
+def _at_once(count: int, work: Callable[[int], _T]) -> list[_T]:
+    """Run `work(0)` to `work(count - 1)` in threads that start together; return their results."""
+    start = threading.Barrier(count)
+
+    def run(number: int) -> _T:
+        start.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        # Every result is collected, so a failure in any thread fails the test.
+        return list(pool.map(run, range(count)))

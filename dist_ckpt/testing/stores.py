@@ -1,0 +1,327 @@
+"""Stores that fail, crash or dawdle on purpose. Each wraps another store and is one itself."""
+
+from __future__ import annotations
+
+import os
+import signal as signals
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal, TypeVar, get_args
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.storage.base import (
+    Buffer,
+    Capabilities,
+    Entry,
+    PutMode,
+    Store,
+    Sweeper,
+    check_keys,
+    fill_view,
+    flat_views,
+)
+
+_T = TypeVar("_T")
+
+Operation = Literal["put", "read_into", "size", "list_entries", "list_children", "delete"]
+"""The kinds of storage operation; `delete` counts once for each key."""
+
+OPERATIONS: frozenset[Operation] = frozenset(get_args(Operation))
+CHANGES: frozenset[Operation] = frozenset({"put", "delete"})
+"""The operations after which something else is stored than before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Raise `error`; with `after=True` once the operation is done, as when an answer is lost."""
+
+    error: BaseException
+    after: bool = False
+
+
+class Hang:
+    """Hold the operation until `release` is called, then let it go on.
+
+    `reached` is set once an operation hangs, so that a test can wait for that without sleeping.
+    """
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._released = threading.Event()
+
+    def release(self) -> None:
+        """Let what hangs here go on, and never hold anything again."""
+        self._released.set()
+
+    def hold(self) -> None:
+        """Block until released."""
+        self.reached.set()
+        self._released.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Let only the first `nbytes` of the operation's bytes be stored, or be read."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """Flip the lowest bit of byte `at` of what the operation stores or reads; -1 is the last."""
+
+    at: int = 0
+
+
+Fault = Fail | Hang | Truncate | Flip
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When a fault happens.
+
+    Attributes:
+        operation: of which kind the operation must be.
+        fault: what then happens. `Truncate` and `Flip` go with `put` and `read_into` only.
+        key: a glob that its key, or the prefix of a listing, must match; `*` matches `/` too.
+        nth: of the operations that match so far, counted from 1; None: every one of them.
+    """
+
+    operation: Operation
+    fault: Fault
+    key: str = "*"
+    nth: int | None = 1
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            raise UsageError(f"unknown operation {self.operation!r}: one of {sorted(OPERATIONS)}")
+        if self.nth is not None and self.nth < 1:
+            raise UsageError(f"nth is {self.nth}, but operations are counted from 1")
+        moves_bytes = self.operation in ("put", "read_into")
+        if isinstance(self.fault, Truncate | Flip) and not moves_bytes:
+            raise UsageError(f"{self.operation} moves no bytes that {self.fault} could damage")
+
+
+class _Wrapper(ABC):
+    """A store that does what `inner` does, each operation through `_around`."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    @property
+    def url(self) -> str:
+        """That of the inner store."""
+        return self.inner.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the inner store."""
+        return self.inner.capabilities
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        """See `Store.put`."""
+        self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode))
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """See `Store.read_into`."""
+        return self._around("read_into", key, lambda: self.inner.read_into(key, offset, buffer))
+
+    def size(self, key: str) -> int:
+        """See `Store.size`."""
+        return self._around("size", key, lambda: self.inner.size(key))
+
+    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+        """See `Store.list_entries`; the operation is the call, not the iteration."""
+        return self._around("list_entries", prefix, lambda: self.inner.list_entries(prefix))
+
+    def list_children(self, prefix: str = "") -> list[str]:
+        """See `Store.list_children`."""
+        return self._around("list_children", prefix, lambda: self.inner.list_children(prefix))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `Store.delete`; one operation for each key, so that each can be interrupted."""
+        for key in check_keys(keys):
+            self._around("delete", key, partial(self.inner.delete, [key]))
+
+    def sweep(self, prefix: str = "") -> int:
+        """See `Sweeper.sweep`; 0 where the inner store is none. Not counted as an operation."""
+        return self.inner.sweep(prefix) if isinstance(self.inner, Sweeper) else 0
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self.inner.close()
+
+    @abstractmethod
+    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """Run the operation, and whatever this store is for."""
+
+
+class FaultyStore(_Wrapper):
+    """A store in which things go wrong as `rules` say.
+
+    All rules that match an operation apply, in their order.
+
+    Args:
+        inner: the store that does the work.
+        rules: what goes wrong, and when.
+    """
+
+    def __init__(self, inner: Store, rules: Sequence[Rule]) -> None:
+        super().__init__(inner)
+        self._rules = tuple(rules)
+        self._lock = threading.Lock()
+        self._matches = [0] * len(self._rules)
+        self._fired = [0] * len(self._rules)
+
+    @property
+    def fired(self) -> list[int]:
+        """How often each rule took effect: a test should see that its fault happened."""
+        with self._lock:
+            return list(self._fired)
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        """Store what the rules leave of `buffers`. See `Store.put`."""
+        faults = self._faults("put", key)
+        if any(isinstance(fault, Truncate | Flip) for fault in faults):
+            # Damaged in a copy: the caller's own bytes stay as they are.
+            data = bytearray().join(flat_views(buffers))
+            buffers = [data[: _damage(faults, memoryview(data), len(data))]]
+        _run(faults, lambda: self.inner.put(key, buffers, mode=mode))
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Read, then damage what was read as the rules say. See `Store.read_into`."""
+        faults = self._faults("read_into", key)
+        count = _run(faults, lambda: self.inner.read_into(key, offset, buffer))
+        return _damage(faults, fill_view(offset, buffer), count)
+
+    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        return _run(self._faults(operation, key), run)
+
+    def _faults(self, operation: Operation, key: str) -> list[Fault]:
+        faults: list[Fault] = []
+        # Counted under the lock, acted on outside it: a hanging operation holds up no other.
+        with self._lock:
+            for number, rule in enumerate(self._rules):
+                if rule.operation != operation or not fnmatchcase(key, rule.key):
+                    continue
+                self._matches[number] += 1
+                if rule.nth in (None, self._matches[number]):
+                    self._fired[number] += 1
+                    faults.append(rule.fault)
+        return faults
+
+
+class CrashStore(_Wrapper):
+    """A store that ends its own process at a chosen operation, as a crash would.
+
+    Run once with `at=None` to learn from `operations` how many there are, then once for each
+    number up to that, each time in a process of its own.
+
+    Args:
+        inner: the store that does the work.
+        at: the number of the operation at which to crash, from 1; None: never, only count.
+        when: "before" that operation, or "after" it was done.
+        kinds: which operations count.
+        signal: what the process sends to itself.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        at: int | None = None,
+        when: Literal["before", "after"] = "before",
+        kinds: Iterable[Operation] = OPERATIONS,
+        signal: int = signals.SIGKILL,
+    ) -> None:
+        super().__init__(inner)
+        if at is not None and at < 1:
+            raise UsageError(f"at is {at}, but operations are counted from 1")
+        if when not in ("before", "after"):
+            raise UsageError(f"bad when {when!r}: must be 'before' or 'after'")
+        self._at = at
+        self._when = when
+        self._kinds = frozenset(kinds)
+        self._signal = signal
+        self._lock = threading.Lock()
+        self._log: list[tuple[Operation, str]] = []
+
+    @property
+    def operations(self) -> list[tuple[Operation, str]]:
+        """The kind and the key of each operation counted so far, in the order of their starts."""
+        with self._lock:
+            return list(self._log)
+
+    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        if operation not in self._kinds:
+            return run()
+        with self._lock:
+            self._log.append((operation, key))
+            number = len(self._log)
+        if number == self._at and self._when == "before":
+            self._crash()
+        try:
+            return run()
+        finally:
+            # Also when the operation failed: "no such key" is an answer like any other.
+            if number == self._at and self._when == "after":
+                self._crash()
+
+    def _crash(self) -> None:
+        # A signal to oneself arrives before kill returns, so nothing more of this thread runs.
+        os.kill(os.getpid(), self._signal)
+
+
+class LatencyStore(_Wrapper):
+    """A store every operation of which takes `seconds` longer, as over a network.
+
+    Args:
+        inner: the store that does the work.
+        seconds: added before each operation.
+        sleep: how to wait; a test passes one that only notes the seconds.
+    """
+
+    def __init__(
+        self, inner: Store, seconds: float, *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        super().__init__(inner)
+        self._seconds = seconds
+        self._sleep = sleep
+
+    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        self._sleep(self._seconds)
+        return run()
+
+
+def _run(faults: Sequence[Fault], run: Callable[[], _T]) -> _T:
+    for fault in faults:
+        if isinstance(fault, Hang):
+            fault.hold()
+        elif isinstance(fault, Fail) and not fault.after:
+            raise fault.error
+    result = run()
+    for fault in faults:
+        if isinstance(fault, Fail):
+            raise fault.error
+    return result
+
+
+def _damage(faults: Sequence[Fault], data: memoryview, count: int) -> int:
+    """Flip bits in the first `count` bytes of `data`; return how many of them shall be left."""
+    left = count
+    for fault in faults:
+        if isinstance(fault, Truncate):
+            left = min(left, fault.nbytes)
+        elif isinstance(fault, Flip):
+            if not -count <= fault.at < count:
+                raise UsageError(f"{fault} lies outside the {count} bytes of the operation")
+            data[fault.at if fault.at >= 0 else count + fault.at] ^= 1
+    return left

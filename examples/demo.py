@@ -1,0 +1,168 @@
+"""A training loses a worker to SIGKILL in the middle of a save, and nothing else.
+
+    python examples/demo.py
+
+Runs `train_gpt.py` under torchrun: once undisturbed; once with a worker killed while a checkpoint
+is being written, and restarted by torchrun; then that run's last checkpoint is continued to the
+end of the epoch with one and with four workers, as DDP and as FSDP2. Ends with exit code 1 and a
+message if anything was lost, repeated or changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Makes `examples` importable when this file is run as a script.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.demo_parts import proofs
+from examples.demo_parts.evidence import Evidence
+from examples.demo_parts.launch import LAYOUT_NAMES, ROOT, Phase, PhaseFailed, run_phases
+from examples.demo_parts.records import RecordError, undone
+from examples.demo_parts.report import Story, draw
+
+SAVE_EVERY = 10
+KILL_AT = 40
+STEPS = 60  # where the first two runs end and the others go on
+CONTINUED_WITH = (1, 4)  # workers
+REPORT = ROOT / "demo-output" / "report.png"
+
+
+def run_demo(arguments: argparse.Namespace, folder: Path, console: Console) -> None:
+    """Run all phases, print the table and the proofs, draw the picture.
+
+    Args:
+        arguments: the command line.
+        folder: where run directories, logs and diaries go.
+        console: where everything is shown.
+
+    Raises:
+        PhaseFailed: a phase failed or did not end in time.
+        ProofFailed: something was lost, repeated or changed.
+        RecordError: the logs of a phase contradict themselves.
+    """
+    training = ["--save-every", str(SAVE_EVERY), "--seed", str(arguments.seed)]
+    training += ["--device", arguments.device]
+    layout = arguments.parallel
+    first = [
+        Phase("undisturbed", folder / "undisturbed", layout, 2, STEPS),
+        Phase("killed", folder / "killed", layout, 2, STEPS, kill_at=KILL_AT),
+    ]
+    run_phases(first, training, console)
+    reference, killed = map(Evidence.gather, first)
+    epoch = next(note.values for note in reference.notes if note.what == "start")
+    continued: list[Evidence] = []
+    for world_size in CONTINUED_WITH:
+        phases = [
+            Phase(
+                "continued",
+                folder / f"{layout}-{world_size}",
+                layout,
+                world_size,
+                epoch["epoch_steps"],
+            )
+            for layout in LAYOUT_NAMES
+        ]
+        for phase in phases:
+            shutil.copytree(killed.phase.run, phase.run)
+        run_phases(phases, training, console)
+        continued += map(Evidence.gather, phases)
+
+    console.print(_table([reference, killed, *continued]))
+    for line in prove(reference, killed, continued, samples=epoch["samples"]):
+        console.print(f"[green]proved[/] {line}", highlight=False, soft_wrap=True)
+    draw(_story(reference, killed, continued), REPORT)
+    console.print(f"picture {REPORT}", highlight=False, soft_wrap=True)
+
+
+def prove(
+    reference: Evidence, killed: Evidence, continued: Sequence[Evidence], *, samples: int
+) -> Iterator[str]:
+    """Yield one line for each thing proved.
+
+    Raises:
+        ProofFailed: something was lost, repeated or changed.
+        RecordError: the logs of a phase contradict themselves.
+    """
+    yield proofs.kill_hit_a_save(killed.notes, killed.losses, step=KILL_AT)
+    yield proofs.same_losses(reference.losses, killed.losses)
+    resumed = killed.losses[-1].resumed
+    for step, readers in ((resumed, [killed]), (STEPS, continued)):
+        saved = {**reference.digests("save", step), **killed.digests("save", step)}
+        loaded = {k: v for one in readers for k, v in one.digests("restore", step).items()}
+        workers = sum(one.phase.world_size for one in readers)
+        yield proofs.same_tensors(saved, loaded, step=step, workers=workers)
+    for one in continued:
+        parts = [killed.samples, one.samples]
+        yield proofs.each_sample_once(
+            parts, samples=samples, label=f"{killed.phase.workers}, then {one.phase.workers}"
+        )
+    everything = [reference, killed, *continued]
+    yield proofs.all_verified({one.phase.title: one.problems for one in everything})
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    parser = argparse.ArgumentParser(description="Kill a training during a save; lose nothing.")
+    parser.add_argument(
+        "--parallel", choices=tuple(LAYOUT_NAMES), default="fsdp", help="layout of the killed run"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--keep-output", type=Path, metavar="DIR", help="keep run directories and logs in DIR"
+    )
+    arguments = parser.parse_args()
+    folder = arguments.keep_output
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="dist_ckpt-demo-"))
+    elif folder.exists() and any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
+    console = Console()
+    started = time.monotonic()
+    try:
+        run_demo(arguments, folder.resolve(), console)
+    except (PhaseFailed, proofs.ProofFailed, RecordError) as error:
+        console.print(f"[bold red]FAILED[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console.print(f"run directories and logs: {folder}", highlight=False, soft_wrap=True)
+        return 1
+    if arguments.keep_output is None:
+        shutil.rmtree(folder)
+    console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+    return 0
+
+
+def _table(evidence: Sequence[Evidence]) -> Table:
+    columns = ("run", "layout", "resumed from", "stall per save", "bytes per rank", "verified")
+    table = Table(
+        *columns, caption="stall: median over ranks and saves; bytes: of the largest rank"
+    )
+    for one in evidence:
+        table.add_row(*one.table_row())
+    return table
+
+
+def _story(reference: Evidence, killed: Evidence, continued: Sequence[Evidence]) -> Story:
+    lost = [entry.step for entry in undone(killed.losses)]
+    return Story(
+        reference=reference.curve(f"{reference.phase.workers}, undisturbed"),
+        killed=killed.curve("the same, killed and restarted"),
+        lost=(min(lost), max(lost)),
+        kill_step=KILL_AT,
+        continued=[one.curve(f"continued as {one.phase.workers}") for one in continued],
+        lanes=[one.lane() for one in (reference, killed, *continued)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The budgets of the design, measured on the syntax of the whole package."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from statistics import median, quantiles
+
+import pytest
+
+import dist_ckpt
+from tests.arch.source import (
+    ROOT,
+    Definition,
+    Function,
+    comment_ratio,
+    definitions,
+    functions,
+    imports,
+    modules,
+    nlines,
+)
+
+MODULES = modules()
+DEFINITIONS = [each for module in MODULES for each in definitions(module)]
+PUBLIC_CALLS = [
+    each for each in DEFINITIONS if each.is_public and isinstance(each.node, ast.FunctionDef)
+]
+
+MODULE_LINES = 400
+FUNCTION_LINES = 60
+FUNCTION_LINES_P90 = 35
+EXPORTED_NAMES = 18
+STORE_METHODS = 8
+PARAMETERS = 8
+# What follows is named by the caller: two positions read by themselves (a state and a place, a key
+# and its bytes); functions that only the package calls may have four, alike in kind.
+POSITIONS_EXPORTED = 2
+POSITIONS = 4
+
+
+def test_modules_are_short() -> None:
+    assert {m.name: m.nlines for m in MODULES if m.nlines > MODULE_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    sizes = {
+        f"{module.name}:{function.name}": nlines(function)
+        for module in MODULES
+        for function in functions(module)
+    }
+    assert {name: size for name, size in sizes.items() if size > FUNCTION_LINES} == {}
+    assert quantiles(sizes.values(), n=10)[-1] <= FUNCTION_LINES_P90
+
+
+def test_exported_names_are_few() -> None:
+    assert len(dist_ckpt.__all__) <= EXPORTED_NAMES
+
+
+def test_a_backend_has_few_methods_to_write() -> None:
+    store = next(each for each in DEFINITIONS if each.name == "dist_ckpt.storage.base.Store")
+    methods = [
+        node for node in store.node.body if isinstance(node, Function) and not _is_property(node)
+    ]
+    assert 0 < len(methods) <= STORE_METHODS
+
+
+def test_calls_take_few_parameters() -> None:
+    over = {each.name for each in PUBLIC_CALLS if _parameters(each)[1] > PARAMETERS}
+    assert over == set()
+
+
+def test_parameters_are_named_by_the_caller() -> None:
+    over = {}
+    for each in PUBLIC_CALLS:
+        positions, _ = _parameters(each)
+        limit = POSITIONS_EXPORTED if _is_exported(each) else POSITIONS
+        if positions > limit:
+            over[each.name] = positions
+    assert over == {}
+
+
+def test_public_names_have_a_docstring() -> None:
+    bare = [m.name for m in MODULES if ast.get_docstring(m.tree) is None]
+    bare += [d.name for d in DEFINITIONS if d.is_public and ast.get_docstring(d.node) is None]
+    assert bare == []
+
+
+def test_functions_are_annotated() -> None:
+    bare = [
+        f"{module.name}:{function.name}"
+        for module in MODULES
+        for function in functions(module)
+        if function.returns is None
+    ]
+    assert bare == []
+
+
+def test_imports_stand_at_the_top() -> None:
+    inside = [
+        f"{module.name}:{node.lineno}"
+        for module in MODULES
+        for function in functions(module)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert inside == []
+
+
+def test_imports_have_no_cycle() -> None:
+    known = {module.name for module in MODULES}
+    graph = {m.name: imports(m, known) & known - {m.name} for m in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def test_only_dcp_knows_distributed_checkpoint() -> None:
+    known = {"torch.distributed.checkpoint"}
+    users = {m.name for m in MODULES if imports(m, known) & known}
+    assert {name.rpartition(".")[0] for name in users} == {"dist_ckpt.dcp"}
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [nlines(function) for module in MODULES for function in functions(module)]
+    source = sum(module.nlines for module in MODULES)
+    tests = sum(module.nlines for module in modules(ROOT / "tests"))
+    deciles = quantiles(sizes, n=10)
+    report = (
+        f"{len(MODULES)} modules, median {median(m.nlines for m in MODULES):.0f} lines; "
+        f"{len(sizes)} functions, median {median(sizes):.0f}, p90 {deciles[-1]:.0f}, "
+        f"max {max(sizes)} lines; {comment_ratio(MODULES):.1%} comments; "
+        f"{tests / source:.2f} test lines per source line"
+    )
+    with capsys.disabled():
+        sys.stdout.write(f"\nbudgets: {report}\n")
+
+
+def _is_property(node: Function) -> bool:
+    return any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list)
+
+
+def _is_exported(each: Definition) -> bool:
+    homes = []
+    for name in dist_ckpt.__all__:
+        home, attribute = dist_ckpt._HOMES[name]
+        homes.append(home if attribute is None else f"{home}.{attribute}")
+    return any(each.name == home or each.name.startswith(f"{home}.") for home in homes)
+
+
+def _parameters(each: Definition) -> tuple[int, int]:
+    """Return how many parameters have a position, and how many there are; `self` is none."""
+    assert isinstance(each.node, ast.FunctionDef)
+    arguments = each.node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    if positional and positional[0].arg in ("self", "cls"):
+        positional = positional[1:]
+    return len(positional), len(positional) + len(arguments.kwonlyargs)

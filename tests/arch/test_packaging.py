@@ -1,0 +1,58 @@
+"""The metadata of the package agrees with its code, and the constraints pin all of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from tests.arch.source import ROOT, imports, modules
+
+IMPORT_NAMES = {"import-linter": "importlinter", "pytest-timeout": "pytest_timeout"}
+
+
+def _project() -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project
+
+
+def _bare(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement, maxsplit=1)[0]
+
+
+def _pins() -> list[str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def _third_party(folder: Path) -> set[str]:
+    own = {"dist_ckpt", "tests", "tools", "examples"}
+    found = {name for module in modules(folder) for name in imports(module, set())}
+    return found - set(sys.stdlib_module_names) - own
+
+
+def test_dependencies_are_what_the_package_imports() -> None:
+    wanted = {_bare(each) for each in _project()["dependencies"]}
+    # What it ships for tests needs pytest, which whoever uses it has.
+    assert _third_party(ROOT / "dist_ckpt") - {"pytest"} == wanted
+
+
+def test_tests_and_examples_import_only_what_is_declared() -> None:
+    project = _project()
+    declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    declared += project["optional-dependencies"]["demo"]
+    names = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in declared}
+    used = _third_party(ROOT / "tests") | _third_party(ROOT / "examples")
+    assert used - names == set()
+
+
+def test_constraints_pin_every_declared_package_exactly() -> None:
+    pins = _pins()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert "torch==2.13.0" in pins
+    project = _project()
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {_bare(each) for group in groups for each in group} - {"dist_ckpt"}
+    assert declared - {pin.partition("==")[0] for pin in pins} == set()

@@ -1,0 +1,117 @@
+"""SIGKILL at every storage operation, and at every system call, of a save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dist_ckpt
+from dist_ckpt.errors import CheckpointError
+from dist_ckpt.storage import durable
+from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.testing.ranks import run_ranks
+from dist_ckpt.testing.stores import CrashStore, Operation
+from tests.crash.saves import BASE_STEP, CRASH_STEP, check_after_crash, check_run, save, state
+
+CALLS = ("open", "mkdir", "writev", "fsync", "link", "replace", "unlink", "rmdir", "close")
+
+
+class CrashingOs:
+    """The `os` module, until call number `at` of those that change the disk."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at = at
+        self.count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        return self._counted(real) if name in CALLS else real
+
+    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+
+def save_with_crash(root: str, at: int | None, when: str) -> list[tuple[Operation, str]]:
+    store = CrashStore(LocalStore(root), at=at, when="after" if when == "after" else "before")
+    save(store, CRASH_STEP)
+    return store.operations
+
+
+def save_with_crashing_os(root: str, at: int | None) -> int:
+    crashing = CrashingOs(at)
+    setattr(durable, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
+    save(root, CRASH_STEP)
+    return crashing.count
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("base") / "run"
+    save(str(root), BASE_STEP)
+    assert check_run(root) == [BASE_STEP]
+    return root
+
+
+def copy_of(base: Path, tmp_path: Path, name: str) -> Path:
+    return Path(shutil.copytree(base, tmp_path / name))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_at_every_storage_operation(when: str, base: Path, tmp_path: Path) -> None:
+    whole = copy_of(base, tmp_path, "whole")
+    (operations,) = run_ranks(1, save_with_crash, str(whole), None, when)
+    kinds = {kind for kind, _ in operations}
+    assert {"put", "delete", "list_children", "size"} <= kinds, "the sweep must cover them all"
+    for at in range(1, len(operations) + 1):
+        root = copy_of(base, tmp_path, f"{at}")
+        run_ranks(1, save_with_crash, str(root), at, when, expect_killed={0})
+        check_after_crash(root)
+        shutil.rmtree(root)
+
+
+def test_at_every_system_call_that_changes_the_disk(base: Path, tmp_path: Path) -> None:
+    whole = copy_of(base, tmp_path, "whole")
+    (count,) = run_ranks(1, save_with_crashing_os, str(whole), None)
+    assert count > 20, "the calls must have been seen"
+    for at in range(1, count + 1):
+        root = copy_of(base, tmp_path, f"{at}")
+        run_ranks(1, save_with_crashing_os, str(root), at, expect_killed={0})
+        check_after_crash(root)
+        shutil.rmtree(root)
+
+
+def save_with_victim(root: str, victim: int, at: int | None) -> int | str:
+    rank = int(os.environ["RANK"])
+    store = CrashStore(LocalStore(root), at=at if rank == victim else None)
+    try:
+        with dist_ckpt.Checkpointer(store, state(CRASH_STEP), timeout_seconds=2) as ckpt:
+            ckpt.save(CRASH_STEP).wait()
+    except CheckpointError as error:
+        return ",".join(map(str, sorted(error.ranks)))
+    return len(store.operations)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_ranks(victim: int, base: Path, tmp_path: Path) -> None:
+    whole = copy_of(base, tmp_path, "whole")
+    counts = run_ranks(2, save_with_victim, str(whole), victim, None)
+    assert isinstance(counts[victim], int)
+    for at in range(1, int(counts[victim]) + 1):
+        root = copy_of(base, tmp_path, f"{at}")
+        results = run_ranks(2, save_with_victim, str(root), victim, at, expect_killed={victim})
+        if CRASH_STEP not in check_run(root):
+            assert results[1 - victim] == str(victim), "the survivor names the dead rank"
+        check_after_crash(root)
+        shutil.rmtree(root)

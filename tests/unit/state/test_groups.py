@@ -1,0 +1,72 @@
+"""Matching of parameter groups by their parameters."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_ckpt.state.groups import group_name, is_group_name, match_groups
+
+
+def test_a_group_is_called_by_its_first_parameter() -> None:
+    assert group_name(3, ["layer.weight", "layer.bias"]) == "param_groups.layer.weight"
+    assert group_name(3, []) == "param_groups[3]"
+    assert is_group_name("param_groups.x")
+    assert is_group_name("param_groups[0]")
+    assert not is_group_name("state.param_groups")
+
+
+def test_the_order_of_groups_and_of_parameters_does_not_matter() -> None:
+    live = {"param_groups.b": ["b", "a"], "param_groups.c": ["c"]}
+    stored = {"param_groups.c": ["c"], "param_groups.a": ["a", "b"]}
+    match = match_groups(live, stored)
+    assert match.stored_of == {
+        "param_groups.b": "param_groups.a",
+        "param_groups.c": "param_groups.c",
+    }
+    assert (match.missing, match.unexpected) == ([], [])
+
+
+def test_a_split_group_is_reported_by_its_parameters() -> None:
+    live = {"param_groups.a": ["a"], "param_groups.b": ["b"]}
+    match = match_groups(live, {"param_groups.a": ["a", "b"]})
+    assert match.stored_of == {}
+    assert match.missing == ["param_groups.b"]
+    assert match.unexpected == ["param_groups.a[b]"]
+
+
+def test_a_changed_group_is_reported_both_ways() -> None:
+    match = match_groups({"param_groups.a": ["a", "new"]}, {"param_groups.a": ["a", "old"]})
+    assert match.missing == ["param_groups.a[new]"]
+    assert match.unexpected == ["param_groups.a[old]"]
+
+
+def test_empty_groups_are_matched_by_position() -> None:
+    live: dict[str, list[str]] = {"param_groups[0]": [], "param_groups[2]": []}
+    stored: dict[str, list[str]] = {"param_groups[0]": [], "param_groups[1]": []}
+    match = match_groups(live, stored)
+    assert match.stored_of == {"param_groups[0]": "param_groups[0]"}
+    assert match.missing == ["param_groups[2]"]
+    assert match.unexpected == ["param_groups[1]"]
+
+
+partitions = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(
+    lambda of: {
+        group_name(i, names): names
+        for i, names in enumerate(
+            [f"p{k}" for k, g in enumerate(of) if g == group] for group in range(max(of) + 1)
+        )
+    }
+)
+
+
+@given(partitions, partitions)
+def test_only_groups_of_the_same_parameters_match_and_the_rest_is_reported(
+    live: dict[str, list[str]], stored: dict[str, list[str]]
+) -> None:
+    match = match_groups(live, stored)
+    for name, other in match.stored_of.items():
+        assert set(live[name]) == set(stored[other])
+    assert len(set(match.stored_of.values())) == len(match.stored_of)
+    fits = len(match.stored_of) == len(live) == len(stored)
+    assert fits == (not match.missing and not match.unexpected)

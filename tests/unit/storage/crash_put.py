@@ -1,0 +1,60 @@
+"""Run by test_durable: puts one object again and again, killed one system call later each time.
+
+Arguments: the folder to work in, and the mode of the put. For each n a child works in the folder
+`n`, which holds what `tests.unit.storage.test_durable` prepared there or nothing; the n-th call
+of the child that reaches the file system is not made, the child being killed instead. Prints the
+number of the first child that came to the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from dist_ckpt.storage import LocalStore, PutMode
+
+CALLS = ["mkdir", "open", "writev", "fsync", "link", "replace", "unlink", "close"]
+
+
+def crash_before(number: int) -> None:
+    """Let the `number`-th of the calls kill this process."""
+    counter = itertools.count(1)
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            if next(counter) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return run
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    fcntl.flock = counted(fcntl.flock)  # type: ignore[assignment]
+
+
+def main(root: Path, mode: PutMode) -> None:
+    """Fork one child for each call of a put, until one survives."""
+    for number in itertools.count(1):
+        store = LocalStore(root / str(number))
+        child = os.fork()
+        if not child:
+            crash_before(number)
+            store.put("a/b/key", [b"new " * 1000, b"bytes"], mode=mode)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            sys.stdout.write(f"{number}\n")
+            return
+        if not os.WIFSIGNALED(status):
+            sys.exit(f"child {number} failed instead of being killed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), cast("PutMode", sys.argv[2]))
