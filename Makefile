@@ -2,17 +2,28 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+# Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
+STORE ?=
 
-.PHONY: help demo test check venv clean
+.PHONY: help demo test bench-storage check venv clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: venv ## train, kill a worker, resume at other world sizes, print the proof
-	@$(RUN) examples/demo.py
+demo: venv ## train, kill a worker, resume at other world sizes, print the proof (STORE=s3: on S3)
+	@case "$(STORE)" in \
+	  "") $(RUN) examples/demo.py ;; \
+	  s3) $(PYTHON) tools/install_services.py && $(RUN) -m tests.services \
+	      sh -c '$(RUN) examples/demo.py --store "$$DIST_CKPT_TEST_S3_URL"' ;; \
+	  *) $(RUN) examples/demo.py --store "$(STORE)" ;; \
+	esac
 
-test: venv ## run all tests
+test: venv ## run all tests, on a real S3 server and network file system where that can be had
+	@$(PYTHON) tools/install_services.py
 	@$(RUN) -m pytest -q --durations=10 tests
+
+bench-storage: venv ## measure local disk and S3 against their limits and peers
+	@$(RUN) -m benchmarks.storage $(ARGS)
 
 check: venv ## lint, format, types, layers
 	@$(RUN) -m ruff check .

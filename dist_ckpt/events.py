@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dist_ckpt.errors import CheckpointError, describe
@@ -17,15 +17,21 @@ from dist_ckpt.errors import CheckpointError, describe
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events: which run, which step, which rank."""
+    """Base of all events: which place."""
 
     url: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent(Event):
+    """Base of what happens to one checkpoint: which step, which rank."""
+
     step: int
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
-class SaveStaged(Event):
+class SaveStaged(StepEvent):
     """This rank's share is in host memory; the training step goes on."""
 
     save_id: str
@@ -34,7 +40,7 @@ class SaveStaged(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class FileWritten(Event):
+class FileWritten(StepEvent):
     """One file of this rank is durable under `key`."""
 
     save_id: str
@@ -44,7 +50,7 @@ class FileWritten(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class SaveCommitted(Event):
+class SaveCommitted(StepEvent):
     """The checkpoint exists; `nbytes` and the times are this rank's."""
 
     save_id: str
@@ -55,21 +61,21 @@ class SaveCommitted(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class SaveFailed(Event):
+class SaveFailed(StepEvent):
     """The save ended without a checkpoint, on every rank."""
 
     error: CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointRefused(Event):
+class CheckpointRefused(StepEvent):
     """A restore passed over this checkpoint and tried an older one."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointRestored(Event):
+class CheckpointRestored(StepEvent):
     """This rank's state is that of the checkpoint; `nbytes` were read by this rank."""
 
     nbytes: int
@@ -77,17 +83,61 @@ class CheckpointRestored(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointDeleted(Event):
+class CheckpointDeleted(StepEvent):
     """Retention removed this checkpoint."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class RetentionFailed(Event):
+class RetentionFailed(StepEvent):
     """Retention could not finish after the commit of `step`; the commit stands."""
 
     error: CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class OperationUse:
+    """What all operations of one kind on one store came to.
+
+    Attributes:
+        count: how many ended.
+        failed: how many of them by an error other than "not found" and "already exists".
+        nbytes: put or read by those that did not fail.
+        seconds: the sum of their times.
+        latencies: how many took at most that many milliseconds, but more than half of it; the
+            keys are powers of two.
+    """
+
+    count: int
+    failed: int
+    nbytes: int
+    seconds: float
+    latencies: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOperation(Event):
+    """A store did something, or failed to: `nbytes` were put or read."""
+
+    operation: str
+    key: str
+    nbytes: int
+    seconds: float
+    error: CheckpointError | None
+
+
+@dataclass(frozen=True, slots=True)
+class StorageUsed(Event):
+    """What a metered store did in all, told when it is closed.
+
+    Attributes:
+        operations: by kind: how many, how many failed, bytes, and the latencies.
+        retries: how many requests were repetitions of failed ones.
+    """
+
+    operations: Mapping[str, OperationUse]
+    retries: int
 
 
 Listener = Callable[[Event], None]

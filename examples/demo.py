@@ -1,6 +1,7 @@
 """A training loses a worker to SIGKILL in the middle of a save, and nothing else.
 
     python examples/demo.py
+    python examples/demo.py --store s3://bucket/folder
 
 Runs `train_gpt.py` under torchrun: once undisturbed; once with a worker killed while a checkpoint
 is being written, and restarted by torchrun; then that run's last checkpoint is continued to the
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from rich.table import Table
 # Makes `examples` importable when this file is run as a script.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dist_ckpt.storage import read_all, resolve
 from examples.demo_parts import proofs
 from examples.demo_parts.evidence import Evidence
 from examples.demo_parts.launch import LAYOUT_NAMES, ROOT, Phase, PhaseFailed, run_phases
@@ -38,12 +41,13 @@ CONTINUED_WITH = (1, 4)  # workers
 REPORT = ROOT / "demo-output" / "report.png"
 
 
-def run_demo(arguments: argparse.Namespace, folder: Path, console: Console) -> None:
+def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: Console) -> None:
     """Run all phases, print the table and the proofs, draw the picture.
 
     Args:
         arguments: the command line.
-        folder: where run directories, logs and diaries go.
+        folder: where logs and diaries go, and run directories unless there is a `store`.
+        store: URL below which run directories go, or "".
         console: where everything is shown.
 
     Raises:
@@ -55,8 +59,8 @@ def run_demo(arguments: argparse.Namespace, folder: Path, console: Console) -> N
     training += ["--device", arguments.device]
     layout = arguments.parallel
     first = [
-        Phase("undisturbed", folder / "undisturbed", layout, 2, STEPS),
-        Phase("killed", folder / "killed", layout, 2, STEPS, kill_at=KILL_AT),
+        Phase("undisturbed", folder / "undisturbed", layout, 2, STEPS, store=store),
+        Phase("killed", folder / "killed", layout, 2, STEPS, kill_at=KILL_AT, store=store),
     ]
     run_phases(first, training, console)
     reference, killed = map(Evidence.gather, first)
@@ -70,11 +74,12 @@ def run_demo(arguments: argparse.Namespace, folder: Path, console: Console) -> N
                 layout,
                 world_size,
                 epoch["epoch_steps"],
+                store=store,
             )
             for layout in LAYOUT_NAMES
         ]
         for phase in phases:
-            shutil.copytree(killed.phase.run, phase.run)
+            copy_run(killed.phase.run, phase.run)
         run_phases(phases, training, console)
         continued += map(Evidence.gather, phases)
 
@@ -83,6 +88,22 @@ def run_demo(arguments: argparse.Namespace, folder: Path, console: Console) -> N
         console.print(f"[green]proved[/] {line}", highlight=False, soft_wrap=True)
     draw(_story(reference, killed, continued), REPORT)
     console.print(f"picture {REPORT}", highlight=False, soft_wrap=True)
+
+
+def copy_run(source: str, target: str) -> None:
+    """Copy all objects of one run to another place, whatever the two are."""
+    origin, copy = resolve(source), resolve(target)
+    for entry in origin.list_entries():
+        copy.put(entry.key, [read_all(origin, entry.key)])
+    for place in (origin, copy):
+        place.close()
+
+
+def remove_runs(store: str) -> None:
+    """Delete everything below the URL `store`."""
+    place = resolve(store)
+    place.delete([entry.key for entry in place.list_entries()])
+    place.close()
 
 
 def prove(
@@ -120,6 +141,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
+        "--store", metavar="URL", help="put the checkpoints below URL, not into a local folder"
+    )
+    parser.add_argument(
         "--keep-output", type=Path, metavar="DIR", help="keep run directories and logs in DIR"
     )
     arguments = parser.parse_args()
@@ -128,16 +152,20 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp(prefix="dist_ckpt-demo-"))
     elif folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
+    # A name of its own, so that no earlier demo is resumed.
+    store = f"{arguments.store.rstrip('/')}/demo-{uuid.uuid4().hex}" if arguments.store else ""
     console = Console()
     started = time.monotonic()
     try:
-        run_demo(arguments, folder.resolve(), console)
+        run_demo(arguments, folder.resolve(), store, console)
     except (PhaseFailed, proofs.ProofFailed, RecordError) as error:
         console.print(f"[bold red]FAILED[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         console.print(f"run directories and logs: {folder}", highlight=False, soft_wrap=True)
         return 1
     if arguments.keep_output is None:
         shutil.rmtree(folder)
+        if store:
+            remove_runs(store)
     console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
     return 0
 

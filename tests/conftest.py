@@ -1,9 +1,82 @@
-"""Settings that hold for every test."""
+"""Settings that hold for every test, and the servers that some of them need."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tests.services.ceph import FILE_SYSTEM_PROGRAMS, CephCluster, ServiceFailed
+from tests.services.s3 import (
+    S3Service,
+    ceph_service,
+    given_service,
+    moto_line,
+    moto_service,
+    start_ceph,
+)
 
 # The same examples in every run, and no limit in time: the machine may be busy.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+_places = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[tuple[CephCluster | None, str]]:
+    """A Ceph cluster of this session, or None and why there is none."""
+    cluster, reason = start_ceph()
+    yield cluster, reason
+    if cluster is not None:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
+    """The S3 server of this session, reachable through the variables of the environment."""
+    with ExitStack() as stack:
+        service = given_service()
+        if service is None:
+            cluster, reason = request.getfixturevalue("ceph")
+            if cluster is not None:
+                service = ceph_service(cluster)
+            else:
+                terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+                assert isinstance(terminal, pytest.TerminalReporter)
+                terminal.write_line(f"\n{moto_line(reason)}")
+                service = stack.enter_context(moto_service())
+        environment = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in service.environment.items():
+            environment.setenv(name, value)
+        yield service
+
+
+@pytest.fixture
+def s3_name(s3_service: S3Service) -> str:
+    """A place of the S3 server that no other test uses; see `S3Service.url`."""
+    return f"place-{next(_places)}"
+
+
+@pytest.fixture(scope="session")
+def cephfs(ceph: tuple[CephCluster | None, str]) -> list[Path]:
+    """One network file system as two hosts see it: two mounts."""
+    cluster, reason = ceph
+    missing = CephCluster.missing(FILE_SYSTEM_PROGRAMS)
+    if cluster is None or missing:
+        pytest.skip(f"no CephFS: {reason or f'{missing[0]} is not installed'}")
+    try:
+        return cluster.mount(2)
+    except ServiceFailed as error:
+        pytest.skip(f"no CephFS: {error}")
+
+
+@pytest.fixture
+def shared_folder(cephfs: list[Path]) -> Callable[[int], Path]:
+    """A new folder of the network file system, as the host of that number sees it."""
+    name = f"place-{next(_places)}"
+    return lambda host: cephfs[host] / name

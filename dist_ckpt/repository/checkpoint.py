@@ -10,6 +10,7 @@ from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import file_key, manifest_key, step_dir
 from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.direct import aligned_buffer
 
 
 class Checkpoint:
@@ -99,7 +100,8 @@ class Checkpoint:
         """
         entry = self.index.files[file]
         key = self._key(entry)
-        data = memoryview(bytearray(stop - start))
+        # On a page, so that a disk can read into it directly.
+        data = aligned_buffer(stop - start)
         try:
             count = self.store.read_into(key, start, data)
         except NotFound as error:

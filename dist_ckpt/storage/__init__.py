@@ -13,21 +13,37 @@ from dist_ckpt.storage.base import (
     check_prefix,
     read_all,
 )
+from dist_ckpt.storage.fsspec import FsspecStore
+from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.ranges import Piece, Segment, coalesce
+from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
 from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.retry import Backoff, RetryStore
+from dist_ckpt.storage.s3 import S3Store
+from dist_ckpt.storage.wrapper import StoreWrapper
 
 __all__ = [
+    "Backoff",
     "Buffer",
     "Capabilities",
     "Entry",
+    "FsspecStore",
+    "LimitStore",
     "LocalStore",
     "MemoryStore",
+    "MeterStore",
     "Piece",
     "PutMode",
+    "ReadOnlyStore",
+    "RetryStore",
+    "S3Store",
     "Segment",
+    "SingleWriterStore",
     "Store",
+    "StoreWrapper",
     "Sweeper",
     "check_key",
     "check_prefix",

@@ -30,11 +30,17 @@ class Capabilities:
             racing writers, on any number of hosts.
         strong_list: a listing that starts after a `put` returned contains its key.
         durable: what `put` returned from survives the loss of power of this host.
+        direct_io: reads and writes go past the page cache where memory is page-aligned.
+        max_part_bytes: the most bytes that one request carries; None where there are no parts.
+        max_object_bytes: the most bytes that one object holds; None where only the disk is a limit.
     """
 
     atomic_create: bool
     strong_list: bool
     durable: bool
+    direct_io: bool = False
+    max_part_bytes: int | None = None
+    max_object_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,9 @@ class Store(Protocol):
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove the objects under `keys`, in that order; one that does not exist is no error.
+        """Remove the objects under `keys`; one that does not exist is no error.
 
+        Neighbours in `keys` may go at the same time: what must go first is a call of its own.
         The removal is durable when this returns, so what is deleted by a later call cannot be
         lost before it. `keys` may come from a listing of this store that is still going on.
         """
@@ -154,6 +161,15 @@ def check_key(key: str) -> str:
     if any("\ud800" <= char <= "\udfff" for char in key):
         raise UsageError(f"bad key {key!r}: must be encodable as UTF-8")
     return key
+
+
+def is_key(text: str) -> bool:
+    """Whether `text`, a name found in the place, is a valid key: others are left alone."""
+    try:
+        check_key(text)
+    except UsageError:
+        return False
+    return True
 
 
 def check_prefix(prefix: str) -> str:

@@ -20,14 +20,17 @@ from contextlib import suppress
 
 from dist_ckpt.errors import StorageError
 from dist_ckpt.storage.base import TEMPORARY_PREFIX, PutMode
+from dist_ckpt.storage.direct import DirectIO, preallocate, write_buffered
 
-_BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 _ATTEMPTS = 100
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def write_file(path: str, views: Sequence[memoryview], *, mode: PutMode, anchor: str) -> None:
+def write_file(
+    path: str, views: Sequence[memoryview], *, mode: PutMode, anchor: str, direct: DirectIO
+) -> None:
     """Make `path` hold the bytes of `views`, durably, whole or not at all.
 
     Missing directories are created; those from `anchor` down, an existing directory at or above
@@ -44,7 +47,9 @@ def write_file(path: str, views: Sequence[memoryview], *, mode: PutMode, anchor:
         # From here on the temporary keeps its directories from being pruned by a deleter.
         for parent in _path_between(min(anchor, top, key=len), directory):
             sync_directory(parent)
-        _write_all(fd, views)
+        preallocate(fd, sum(view.nbytes for view in views))
+        if not direct.write(fd, views):
+            write_buffered(fd, views)
         # The bytes are durable before any reader can find a name for them.
         os.fsync(fd)
         if mode == "create":
@@ -71,8 +76,26 @@ def sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Some network file systems know no such thing: their server has the name already.
+        if error.errno not in _NO_DIRECTORY_FSYNC:
+            raise
     finally:
         os.close(fd)
+
+
+def look_again(root: str, directory: str) -> None:
+    """Make a network file system ask its server what is in `directory`, at or below `root`.
+
+    A host may remember for a minute that a name does not exist, or which file bore it. It looks
+    again in a folder that is opened.
+    """
+    for path in [*_path_between(root, directory), directory]:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except OSError:
+            # Not there, or only to be passed through: what is looked for tells more.
+            return
 
 
 def remove_abandoned(path: str) -> bool:
@@ -188,27 +211,14 @@ def _path_between(top: str, directory: str) -> Iterator[str]:
     return reversed(chain)
 
 
-def _write_all(fd: int, views: Sequence[memoryview]) -> None:
-    for first in range(0, len(views), _BUFFERS_PER_CALL):
-        group = list(views[first : first + _BUFFERS_PER_CALL])
-        while group:
-            count = os.writev(fd, group)
-            if not count:
-                raise OSError(errno.EIO, "the file system took no byte and gave no reason")
-            # A write may be short anywhere: after 2 GiB, at a limit, on a signal.
-            while group and count >= group[0].nbytes:
-                count -= group.pop(0).nbytes
-            if count:
-                group[0] = group[0][count:]
-
-
 def _link(fd: int, temporary: str, path: str) -> None:
     """Give the file its final name unless that exists: the one atomic step of a create."""
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # A network file system may do the link and lose the answer: two names tell that we won.
-        if os.fstat(fd).st_nlink != 2:
+        # A network file system may do the link and lose the answer. Which file has the name tells
+        # who won; the count of names would not, which a host may remember from before.
+        if not _is_named(fd, path):
             raise
     except OSError as error:
         if error.errno in _NO_LINKS:
@@ -217,6 +227,13 @@ def _link(fd: int, temporary: str, path: str) -> None:
                 f"({error.strerror}), which an atomic create needs; use another file system"
             ) from error
         raise
+
+
+def _is_named(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(fd: int) -> bool:

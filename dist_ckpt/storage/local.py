@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from dist_ckpt.errors import (
     AlreadyExists,
@@ -29,7 +30,9 @@ from dist_ckpt.storage.base import (
     fill_view,
     flat_views,
 )
+from dist_ckpt.storage.direct import DirectIO
 from dist_ckpt.storage.durable import (
+    look_again,
     nearest_existing,
     prune,
     remove_abandoned,
@@ -40,6 +43,9 @@ from dist_ckpt.storage.durable import (
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+_LOOKS = 3
+
+ResultT = TypeVar("ResultT")
 
 
 class LocalStore:
@@ -61,6 +67,7 @@ class LocalStore:
         if not text or "\0" in text:
             raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
         self._root = os.path.abspath(text)
+        self._direct = DirectIO()
         # What did not exist at this point may have been created since by a process that has not
         # made it durable yet, so every put makes the directories from here down durable itself.
         with self._mapped("find out what exists", self._root):
@@ -76,8 +83,16 @@ class LocalStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Everything: hard links are atomic, and files and directories are flushed to disk."""
-        return Capabilities(atomic_create=True, strong_list=True, durable=True)
+        """Everything: hard links are atomic, and files and directories are flushed to disk.
+
+        `direct_io` turns false where a mount was met that does not take it.
+        """
+        return Capabilities(
+            atomic_create=True,
+            strong_list=True,
+            durable=True,
+            direct_io=not self._direct.refused,
+        )
 
     def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
         """Write `buffers` to a temporary file, flush it, then name it. See `Store.put`."""
@@ -88,7 +103,7 @@ class LocalStore:
         nbytes = sum(view.nbytes for view in views)
         with self._mapped(f"put {key}", path, needed_bytes=nbytes):
             try:
-                write_file(path, views, mode=mode, anchor=self._anchor)
+                write_file(path, views, mode=mode, anchor=self._anchor, direct=self._direct)
             except FileExistsError as error:
                 if os.path.isdir(path):
                     raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error
@@ -98,27 +113,15 @@ class LocalStore:
         """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
         path = self._path(key)
         view = fill_view(offset, buffer)
-        done = 0
         with self._mapped(f"read {key}", path, reading=key):
-            # Not to be held up by a pipe that bears the name of an object.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                self._check_regular(key, os.fstat(fd))
-                while done < view.nbytes:
-                    count = os.preadv(fd, [view[done:]], offset + done)
-                    if not count:
-                        break
-                    done += count
-            finally:
-                os.close(fd)
-        return done
+            return self._current(path, lambda: self._read(key, view, offset))
 
     def size(self, key: str) -> int:
         """Return the size of `key` in bytes. See `Store.size`."""
         path = self._path(key)
         with self._mapped(f"look at {key}", path, reading=key):
             # By path, not from an open file: only reading needs the right to read.
-            status = os.stat(path)
+            status = self._current(path, lambda: os.stat(path))
         self._check_regular(key, status)
         return status.st_size
 
@@ -174,6 +177,27 @@ class LocalStore:
     def close(self) -> None:
         """Release nothing: no file stays open between calls."""
 
+    def _read(self, key: str, view: memoryview, offset: int) -> int:
+        # Not to be held up by a pipe that bears the name of an object.
+        fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._check_regular(key, os.fstat(fd))
+            return self._direct.read(fd, view, offset)
+        finally:
+            os.close(fd)
+
+    def _current(self, path: str, look: Callable[[], ResultT]) -> ResultT:
+        """Return `look()` at `path`, whatever this host remembers of a folder that it shares."""
+        for _ in range(_LOOKS - 1):
+            try:
+                return look()
+            except OSError as error:
+                # Stale: another host replaced or removed the file while we had it open.
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+            look_again(self._root, os.path.dirname(path))
+        return look()
+
     def _path(self, key: str) -> str:
         return os.path.join(self._root, check_key(key))
 
@@ -182,8 +206,7 @@ class LocalStore:
         path = os.path.join(self._root, prefix)
         with self._mapped(f"list {path}", path):
             try:
-                with os.scandir(path) as found:
-                    entries = [entry for entry in found if _is_valid(entry.name)]
+                entries = self._current(path, lambda: _valid_entries(path))
             except (FileNotFoundError, NotADirectoryError):
                 # A missing folder holds nothing; a root that is a file is a mistake.
                 self._check_root()
@@ -266,9 +289,13 @@ class LocalStore:
     def _failure(self, error: OSError, doing: str, path: str, needed_bytes: int) -> CheckpointError:
         message = f"cannot {doing} in {self.url}: {error.strerror}"
         if error.errno in _FULL:
+            # Few file systems count what a quota leaves as free, so it has no figure here.
+            room = "make room"
+            if error.errno == errno.EDQUOT:
+                room = "the quota leaves no room for them: make some, or raise it"
             return StorageError(
                 f"{message}; {needed_bytes} bytes were needed and {_free_bytes(path)} are "
-                "free to this user; make room or raise the quota",
+                f"free there; {room}",
                 kind=ErrorKind.STORAGE_FULL,
             )
         if error.errno == errno.EFBIG:
@@ -292,6 +319,11 @@ def _unlink(path: str) -> None:
     """Remove the file `path` if there is one. A folder is not one."""
     with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         os.unlink(path)
+
+
+def _valid_entries(path: str) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as found:
+        return [entry for entry in found if _is_valid(entry.name)]
 
 
 def _is_valid(name: str) -> bool:

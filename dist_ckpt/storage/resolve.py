@@ -5,44 +5,121 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import unquote
+
+import fsspec
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.fsspec import FsspecStore
+from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.meter import MeterStore
+from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
+from dist_ckpt.storage.retry import RetryStore
+from dist_ckpt.storage.s3 import open_s3
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+_NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)|:/")
 
 
-def resolve(url: str | os.PathLike[str]) -> Store:
+def resolve(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    single_writer: bool = False,
+    read_only: bool = False,
+    max_concurrent: int | None = None,
+    max_bytes_per_second: float | None = None,
+) -> Store:
     """Return the store that `url` names. Nothing is created and nothing is contacted.
 
     Args:
-        url: a path (relative to the working directory, `~` allowed), `file:///path`, or
-            `memory://name`.
+        url: a path (relative to the working directory, `~` allowed), `file:///path`,
+            `memory://name`, `s3://bucket/run`, or any url of fsspec such as `gs://bucket/run`.
+        storage_options: for the backend: see `S3Store` and the file systems of fsspec. Paths and
+            memory take none.
+        single_writer: the caller promises that one process at a time creates objects there, which
+            lets a backend without atomic create commit.
+        read_only: refuse every change.
+        max_concurrent: how many operations run at once; None: any number.
+        max_bytes_per_second: of what is put and read together; None: no limit.
 
     Raises:
-        UsageError: malformed, or of an unknown scheme.
+        UsageError: malformed, of an unknown scheme, or an option that does not go with it.
     """
-    text = os.fspath(url)
+    text = _checked(os.fspath(url))
+    scheme, rest = _split(text)
+    store = _open(text, scheme, rest, options=storage_options, conditional=not single_writer)
+    # From the inside to the outside; s3 repeats single requests itself, which is cheaper.
+    if isinstance(store, FsspecStore):
+        store = RetryStore(store)
+    if single_writer and not store.capabilities.atomic_create:
+        store = SingleWriterStore(store)
+    if max_concurrent is not None or max_bytes_per_second is not None:
+        store = LimitStore(
+            store, max_concurrent=max_concurrent, max_bytes_per_second=max_bytes_per_second
+        )
+    if scheme not in ("", "file", "memory"):
+        store = MeterStore(store)
+    if read_only:
+        store = ReadOnlyStore(store)
+    return store
+
+
+def _checked(text: str) -> str:
     if not text.strip():
         raise UsageError(f"bad url {text!r}: give a path or a url such as file:///data/run")
     if any(ord(char) < 32 or ord(char) == 127 for char in text):
         raise UsageError(f"bad url {text!r}: it holds a control character")
+    return text
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return the scheme, "" for a path, and what follows it."""
     match = _URL.fullmatch(text)
-    if match is None:
-        if _ONE_SLASH.match(text):
-            # Taken for a path, a mistyped s3:/bucket would fill the local disk unnoticed.
-            raise UsageError(f"bad url {text!r}: write scheme://..., or ./{text} for a path")
-        return LocalStore(os.path.expanduser(text))
-    scheme = match["scheme"].lower()
-    opener = _OPENERS.get(scheme)
-    if opener is None:
-        known = ", ".join(sorted(f"{name}://" for name in _OPENERS))
-        raise UsageError(f"bad url {text!r}: unknown scheme {scheme!r}; known are paths, {known}")
-    return opener(text, match["rest"])
+    if match is not None:
+        return match["scheme"].lower(), match["rest"]
+    if _ONE_SLASH.match(text) or _NESTED.match(text):
+        # Taken for a path, a mistyped s3:/bucket would fill the local disk unnoticed.
+        raise UsageError(f"bad url {text!r}: write scheme://..., or ./{text} for a path")
+    return "", text
+
+
+def _open(
+    url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None, conditional: bool
+) -> Store:
+    if scheme in ("s3", "s3a"):
+        return open_s3(url, rest, storage_options=options, conditional=conditional)
+    if scheme in _PLAIN:
+        if options:
+            raise UsageError(f"{url!r} takes no storage_options, but has {sorted(options)}")
+        return _PLAIN[scheme](url, rest)
+    return _open_fsspec(url, scheme, rest, options=options)
+
+
+def _open_fsspec(url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None) -> Store:
+    if scheme in _NO_STORES or scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
+        known = ", ".join(f"{name}://" for name in ("file", "memory", "s3", *_PACKAGES))
+        raise UsageError(f"bad url {url!r}: unknown scheme {scheme!r}; known are paths, {known}")
+    host = rest.partition("/")[0]
+    if "@" in host and ":" in host.rpartition("@")[0]:
+        # Not shown: it holds a password, and messages travel far.
+        raise UsageError(f"bad {scheme} url: put credentials into storage_options, not the url")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        install = f"pip install {package}" if package else str(error)
+        raise UsageError(f"bad url {url!r}: {scheme}:// needs a package: {install}") from error
+    return FsspecStore(f"{scheme}://{rest}", storage_options=options)
+
+
+def _open_path(_: str, rest: str) -> Store:
+    return LocalStore(os.path.expanduser(rest))
 
 
 def _open_file(url: str, rest: str) -> Store:
@@ -61,7 +138,24 @@ def _open_memory(url: str, rest: str) -> Store:
     return MemoryStore(name)
 
 
-_OPENERS: Mapping[str, Callable[[str, str], Store]] = {
+_PLAIN: Mapping[str, Callable[[str, str], Store]] = {
+    "": _open_path,
     "file": _open_file,
     "memory": _open_memory,
+}
+
+# What fsspec can read but not list truthfully, and other names of local disks.
+_NO_STORES = frozenset({"http", "https", "data", "local", "reference", "cached", "dir"})
+
+_PACKAGES: Mapping[str, str] = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "adl": "adlfs",
+    "oci": "ocifs",
+    "oss": "ossfs",
+    "hdfs": "pyarrow",
+    "hf": "huggingface_hub",
 }

@@ -22,6 +22,7 @@ import pytest
 
 from dist_ckpt.errors import AlreadyExists, NotFound, UsageError
 from dist_ckpt.storage.base import Buffer, Capabilities, Entry, Store, read_all
+from dist_ckpt.testing.contract_large import LargeContract
 from dist_ckpt.testing.contract_names import NamesContract
 
 _T = TypeVar("_T")
@@ -43,7 +44,7 @@ class _FailingSource(Sequence[Buffer]):
         return b"x" * 100_000
 
 
-class StoreContract(NamesContract):
+class StoreContract(LargeContract, NamesContract):
     """The tests of a `Store`: every sentence of `dist_ckpt.storage.base` as one or more of them.
 
     Attributes:
@@ -51,7 +52,6 @@ class StoreContract(NamesContract):
         writers: how many race to create one key.
     """
 
-    large_bytes = (32 << 20) + 3
     writers = 16
 
     # ------------------------------------------------------------ what it is

@@ -6,34 +6,37 @@ import os
 import signal as signals
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import (
-    Buffer,
-    Capabilities,
-    Entry,
-    PutMode,
-    Store,
-    Sweeper,
-    check_keys,
-    fill_view,
-    flat_views,
-)
+from dist_ckpt.storage.base import Buffer, PutMode, Store, fill_view, flat_views
+from dist_ckpt.storage.wrapper import CHANGES, OPERATIONS, Operation, StoreWrapper
+
+__all__ = [
+    "CHANGES",
+    "OPERATIONS",
+    "CrashStore",
+    "Fail",
+    "Fault",
+    "FaultyStore",
+    "Flip",
+    "Hang",
+    "LatencyStore",
+    "Operation",
+    "Rule",
+    "Truncate",
+]
 
 _T = TypeVar("_T")
 
-Operation = Literal["put", "read_into", "size", "list_entries", "list_children", "delete"]
-"""The kinds of storage operation; `delete` counts once for each key."""
 
-OPERATIONS: frozenset[Operation] = frozenset(get_args(Operation))
-CHANGES: frozenset[Operation] = frozenset({"put", "delete"})
-"""The operations after which something else is stored than before."""
+class _KeyByKey(StoreWrapper):
+    """Deletes key by key, so that each removal can be interrupted."""
+
+    delete_batch = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,64 +110,7 @@ class Rule:
             raise UsageError(f"{self.operation} moves no bytes that {self.fault} could damage")
 
 
-class _Wrapper(ABC):
-    """A store that does what `inner` does, each operation through `_around`."""
-
-    def __init__(self, inner: Store) -> None:
-        self.inner = inner
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.inner!r})"
-
-    @property
-    def url(self) -> str:
-        """That of the inner store."""
-        return self.inner.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Those of the inner store."""
-        return self.inner.capabilities
-
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
-        """See `Store.put`."""
-        self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode))
-
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """See `Store.read_into`."""
-        return self._around("read_into", key, lambda: self.inner.read_into(key, offset, buffer))
-
-    def size(self, key: str) -> int:
-        """See `Store.size`."""
-        return self._around("size", key, lambda: self.inner.size(key))
-
-    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
-        """See `Store.list_entries`; the operation is the call, not the iteration."""
-        return self._around("list_entries", prefix, lambda: self.inner.list_entries(prefix))
-
-    def list_children(self, prefix: str = "") -> list[str]:
-        """See `Store.list_children`."""
-        return self._around("list_children", prefix, lambda: self.inner.list_children(prefix))
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See `Store.delete`; one operation for each key, so that each can be interrupted."""
-        for key in check_keys(keys):
-            self._around("delete", key, partial(self.inner.delete, [key]))
-
-    def sweep(self, prefix: str = "") -> int:
-        """See `Sweeper.sweep`; 0 where the inner store is none. Not counted as an operation."""
-        return self.inner.sweep(prefix) if isinstance(self.inner, Sweeper) else 0
-
-    def close(self) -> None:
-        """Close the inner store."""
-        self.inner.close()
-
-    @abstractmethod
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
-        """Run the operation, and whatever this store is for."""
-
-
-class FaultyStore(_Wrapper):
+class FaultyStore(_KeyByKey):
     """A store in which things go wrong as `rules` say.
 
     All rules that match an operation apply, in their order.
@@ -219,7 +165,7 @@ class FaultyStore(_Wrapper):
         return faults
 
 
-class CrashStore(_Wrapper):
+class CrashStore(_KeyByKey):
     """A store that ends its own process at a chosen operation, as a crash would.
 
     Run once with `at=None` to learn from `operations` how many there are, then once for each
@@ -280,7 +226,7 @@ class CrashStore(_Wrapper):
         os.kill(os.getpid(), self._signal)
 
 
-class LatencyStore(_Wrapper):
+class LatencyStore(_KeyByKey):
     """A store every operation of which takes `seconds` longer, as over a network.
 
     Args:

@@ -45,7 +45,7 @@ class Evidence:
         Raises:
             RecordError: a log is missing or contradicts itself.
         """
-        repository = Repository(resolve(str(phase.run)))
+        repository = Repository(resolve(phase.run))
         notes = [note for diary in phase.diaries for note in read_diary(diary)]
         return cls(
             phase=phase,

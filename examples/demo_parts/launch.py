@@ -48,6 +48,7 @@ class Phase:
         world_size: number of workers.
         steps: where to stop.
         kill_at: kill a worker while this step is being saved, and let torchrun restart it.
+        store: URL below which the run directory goes instead of `folder`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Phase:
     world_size: int
     steps: int
     kill_at: int | None = None
+    store: str = ""
 
     @property
     def workers(self) -> str:
@@ -68,9 +70,9 @@ class Phase:
         return f"{self.name}, {self.workers}"
 
     @property
-    def run(self) -> Path:
-        """The run directory, where the checkpoints are."""
-        return self.folder / "run"
+    def run(self) -> str:
+        """The run directory, where the checkpoints are: a path or a URL."""
+        return f"{self.store}/{self.folder.name}" if self.store else str(self.folder / "run")
 
     @property
     def losses(self) -> Path:
@@ -101,7 +103,7 @@ class Phase:
             *("--local-addr", "127.0.0.1", "--nproc-per-node", str(self.world_size)),
             *("--max-restarts", str(restarts), "-m", "examples.demo_parts.worker"),
             *("--diary", str(self.folder / "diary"), *kill, "--"),
-            *("--dir", str(self.run), "--losses", str(self.losses), "--parallel", self.layout),
+            *("--dir", self.run, "--losses", str(self.losses), "--parallel", self.layout),
             *("--steps", str(self.steps), *training),
         ]
 

@@ -28,7 +28,7 @@ def _pins() -> list[str]:
 
 
 def _third_party(folder: Path) -> set[str]:
-    own = {"dist_ckpt", "tests", "tools", "examples"}
+    own = {"benchmarks", "dist_ckpt", "tests", "tools", "examples"}
     found = {name for module in modules(folder) for name in imports(module, set())}
     return found - set(sys.stdlib_module_names) - own
 
@@ -44,7 +44,7 @@ def test_tests_and_examples_import_only_what_is_declared() -> None:
     declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     declared += project["optional-dependencies"]["demo"]
     names = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in declared}
-    used = _third_party(ROOT / "tests") | _third_party(ROOT / "examples")
+    used = set().union(*(_third_party(ROOT / each) for each in ("benchmarks", "examples", "tests")))
     assert used - names == set()
 
 

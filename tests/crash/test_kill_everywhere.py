@@ -13,13 +13,17 @@ import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.storage import durable
+from dist_ckpt.storage import direct, durable
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import CrashStore, Operation
 from tests.crash.saves import BASE_STEP, CRASH_STEP, check_after_crash, check_run, save, state
 
-CALLS = ("open", "mkdir", "writev", "fsync", "link", "replace", "unlink", "rmdir", "close")
+CALLS = (
+    *("open", "mkdir", "writev", "pwrite", "fsync"),
+    *("link", "replace", "unlink", "rmdir", "close"),
+)
+LARGE_BYTES = 64 << 10  # so that the shards of these small states go as those of large ones do
 
 
 class CrashingOs:
@@ -51,7 +55,10 @@ def save_with_crash(root: str, at: int | None, when: str) -> list[tuple[Operatio
 
 def save_with_crashing_os(root: str, at: int | None) -> int:
     crashing = CrashingOs(at)
-    setattr(durable, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
+    for module in (durable, direct):
+        setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
+    direct.DIRECT_BYTES = LARGE_BYTES
+    direct.__dict__["_WRITE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)
     return crashing.count
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo import KILL_AT, SAVE_EVERY, STEPS, prove
+from dist_ckpt.storage import MemoryStore, read_all
+from examples.demo import KILL_AT, SAVE_EVERY, STEPS, copy_run, prove, remove_runs
 from examples.demo_parts.evidence import Evidence
 from examples.demo_parts.launch import Phase
 from examples.demo_parts.proofs import ProofFailed
@@ -191,3 +192,15 @@ def test_curve_is_the_history_that_stands(chain: list[Evidence]) -> None:
     curve = chain[1].curve("killed")
     assert list(curve.steps) == list(range(1, STEPS + 1))
     assert curve.losses[3] == 0.25
+
+
+def test_run_is_copied_between_stores_and_removed() -> None:
+    source, target = MemoryStore("demo-test/runs/killed"), MemoryStore("demo-test/runs/copy")
+    source.put("claims/000001.json", [b"{}"])
+    source.put("step-0000000001/manifest.json", [b"not ", b"one"])
+    copy_run(source.url, target.url)
+    assert list(target.list_entries()) == list(source.list_entries())
+    assert read_all(target, "step-0000000001/manifest.json") == b"not one"
+    remove_runs("memory://demo-test/runs/copy")
+    assert list(target.list_entries()) == []
+    assert len(list(source.list_entries())) == 2

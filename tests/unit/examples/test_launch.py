@@ -48,6 +48,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert text.endswith("--parallel fsdp --steps 60 --seed 7")
 
 
+def test_a_run_in_a_store_and_its_logs_in_the_folder(tmp_path: Path) -> None:
+    phase = Phase("killed", tmp_path / "killed", "fsdp", 2, 60, store="s3://bucket/demo")
+    text = " ".join(phase.command([]))
+    assert "--dir s3://bucket/demo/killed " in text
+    assert f"--losses {tmp_path}/killed/losses.jsonl" in text
+
+
 def test_a_phase_that_is_not_killed_is_not_restarted(tmp_path: Path) -> None:
     text = " ".join(Phase("x", tmp_path, "ddp", 4, 60).command([]))
     assert "--max-restarts 0" in text

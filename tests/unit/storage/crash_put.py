@@ -1,6 +1,7 @@
 """Run by test_durable: puts one object again and again, killed one system call later each time.
 
-Arguments: the folder to work in, and the mode of the put. For each n a child works in the folder
+Arguments: the folder to work in, the mode of the put, and `direct` where the object shall go past
+the page cache in parallel, else `buffered`. For each n a child works in the folder
 `n`, which holds what `tests.unit.storage.test_durable` prepared there or nothing; the n-th call
 of the child that reaches the file system is not made, the child being killed instead. Prints the
 number of the first child that came to the end.
@@ -17,9 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from dist_ckpt.storage import LocalStore, PutMode
+from dist_ckpt.storage import LocalStore, PutMode, direct
 
-CALLS = ["mkdir", "open", "writev", "fsync", "link", "replace", "unlink", "close"]
+CALLS = ["mkdir", "open", "writev", "pwrite", "fsync", "link", "replace", "unlink", "close"]
+NEW = b"new " * 10_000 + b"bytes"
+
+
+def go_direct() -> None:
+    """Let `NEW` be taken for large: five pieces and a tail, by two writers."""
+    direct.DIRECT_BYTES = 8192
+    direct.__dict__["_WRITE_BYTES"] = 8192
 
 
 def crash_before(number: int) -> None:
@@ -37,6 +45,7 @@ def crash_before(number: int) -> None:
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
     fcntl.flock = counted(fcntl.flock)  # type: ignore[assignment]
+    fcntl.fcntl = counted(fcntl.fcntl)  # type: ignore[assignment]
 
 
 def main(root: Path, mode: PutMode) -> None:
@@ -46,7 +55,7 @@ def main(root: Path, mode: PutMode) -> None:
         child = os.fork()
         if not child:
             crash_before(number)
-            store.put("a/b/key", [b"new " * 1000, b"bytes"], mode=mode)
+            store.put("a/b/key", [memoryview(NEW)[:7], memoryview(NEW)[7:]], mode=mode)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:
@@ -57,4 +66,6 @@ def main(root: Path, mode: PutMode) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[3] == "direct":
+        go_direct()
     main(Path(sys.argv[1]), cast("PutMode", sys.argv[2]))

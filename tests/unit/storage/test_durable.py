@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -13,16 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from dist_ckpt.errors import StorageError
-from dist_ckpt.storage import Entry, LocalStore, PutMode, read_all
+from dist_ckpt.errors import AlreadyExists, StorageError
+from dist_ckpt.storage import Entry, LocalStore, PutMode, direct, read_all
+from tests.unit.storage.crash_put import NEW
 
 REPOSITORY = Path(__file__).parents[3]
-NEW = b"new " * 1000 + b"bytes"
 MODES: list[PutMode] = ["create", "replace"]
 
 
 def put_new(store: LocalStore, mode: PutMode) -> None:
-    store.put("a/b/key", [b"new " * 1000, b"bytes"], mode=mode)
+    store.put("a/b/key", [memoryview(NEW)[:7], memoryview(NEW)[7:]], mode=mode)
+
+
+@pytest.fixture(params=["buffered", "direct"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the bytes of a put travel: the order around them must be the same."""
+    if request.param == "direct":
+        monkeypatch.setattr(direct, "DIRECT_BYTES", 8192)
+        monkeypatch.setattr(direct, "_WRITE_BYTES", 8192)
+    return str(request.param)
 
 
 def temporaries(root: Path) -> list[Path]:
@@ -30,13 +40,13 @@ def temporaries(root: Path) -> list[Path]:
 
 
 class Trace:
-    """The calls of one thread that change or flush the disk, with the paths they are about."""
+    """The calls that change or flush the disk, with the paths they are about."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, str]] = []
         for name in ("mkdir", "link", "replace", "unlink", "rmdir"):
             self._watch(monkeypatch, name, lambda args: os.fspath(args[-1]))
-        for name in ("fsync", "writev"):
+        for name in ("fsync", "writev", "pwrite"):
             self._watch(monkeypatch, name, lambda args: os.readlink(f"/proc/self/fd/{args[0]}"))
 
     def _watch(
@@ -57,7 +67,7 @@ class Trace:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("made_by_another", [False, True])
 def test_bytes_then_name_then_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: PutMode, made_by_another: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: PutMode, made_by_another: bool, way: str
 ) -> None:
     root = tmp_path / "new" / "run"
     store = LocalStore(root)
@@ -67,14 +77,15 @@ def test_bytes_then_name_then_folders(
     trace = Trace(monkeypatch)
     put_new(store, mode)
 
-    written = {path for name, path in trace.calls if name == "writev"}
+    call = "pwrite" if way == "direct" else "writev"
+    written = {path for name, path in trace.calls if name == call}
     assert len(written) == 1
     (temporary,) = written
     assert Path(temporary).parent == root / "a" / "b"
     final = root / "a" / "b" / "key"
     (named,) = trace.positions("link" if mode == "create" else "replace", final)
     (flushed,) = trace.positions("fsync", temporary)
-    assert max(trace.positions("writev", temporary)) < flushed < named
+    assert max(trace.positions(call, temporary)) < flushed < named
     assert named < max(trace.positions("fsync", final.parent))
     if mode == "create":
         # The removal of the temporary name is flushed with the name that stays.
@@ -125,11 +136,12 @@ def test_deletion_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("mode", "old"), [("create", None), ("replace", None), ("replace", b"old")]
 )
-def test_killed_at_every_call(tmp_path: Path, mode: PutMode, old: bytes | None) -> None:
+@pytest.mark.parametrize("way", ["buffered", "direct"])
+def test_killed_at_every_call(tmp_path: Path, mode: PutMode, old: bytes | None, way: str) -> None:
     if old is not None:
-        for number in range(1, 60):
+        for number in range(1, 80):
             LocalStore(tmp_path / str(number)).put("a/b/key", [old])
-    command = [sys.executable, "-m", "tests.unit.storage.crash_put", str(tmp_path), mode]
+    command = [sys.executable, "-m", "tests.unit.storage.crash_put", str(tmp_path), mode, way]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     survivor = int(result.stdout)
     seen = set()
@@ -154,6 +166,9 @@ def test_killed_at_every_call(tmp_path: Path, mode: PutMode, old: bytes | None) 
     assert read_all(LocalStore(tmp_path / str(survivor)), "a/b/key") == NEW
 
 
+_FAILING = ("mkdir", "open", "writev", "pwrite", "fsync", "link", "replace")
+
+
 class FailAt:
     """Lets the n-th of the calls fail that can fail before a put is done."""
 
@@ -161,8 +176,9 @@ class FailAt:
         self.left = number
         self.failed = ""
         for place, name in [
-            *((os, name) for name in ("mkdir", "open", "writev", "fsync", "link", "replace")),
+            *((os, name) for name in _FAILING),
             (fcntl, "flock"),
+            (fcntl, "fcntl"),
         ]:
             self._wrap(monkeypatch, place, name)
 
@@ -181,7 +197,7 @@ class FailAt:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_failing_at_every_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: PutMode
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: PutMode, way: str
 ) -> None:
     failed: list[str] = []
     for number in range(1, 100):
@@ -200,7 +216,8 @@ def test_failing_at_every_call(
             assert store.list_children() == []
         put_new(store, "replace")
         assert read_all(store, "a/b/key") == NEW
-    assert {"mkdir", "open", "flock", "writev", "fsync"} < set(failed)
+    assert {"mkdir", "open", "flock", "fsync"} < set(failed)
+    assert {"fcntl", "pwrite"} <= set(failed) if way == "direct" else "writev" in failed
     assert failed[-3:] == ["link" if mode == "create" else "replace", "open", "fsync"]
 
 
@@ -240,6 +257,48 @@ def test_link_whose_answer_was_lost_is_a_success(
     store.put("key", [b"mine"])
     assert read_all(store, "key") == b"mine"
     assert not temporaries(tmp_path)
+
+
+@pytest.mark.parametrize("removed_since", [False, True])
+def test_link_of_another_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed_since: bool
+) -> None:
+    real = os.link
+
+    def link(source: str, target: str) -> None:
+        # A backup tool gave the temporary a second name, and another writer was faster.
+        real(source, tmp_path / "backup")
+        if not removed_since:
+            Path(target).write_bytes(b"theirs")
+        raise FileExistsError(errno.EEXIST, "exists")
+
+    monkeypatch.setattr(os, "link", link)
+    store = LocalStore(tmp_path)
+    with pytest.raises(AlreadyExists):
+        store.put("key", [b"mine"])
+    if not removed_since:
+        assert read_all(store, "key") == b"theirs"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_file_system_whose_folders_cannot_be_flushed_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.fsync
+    flushed: list[int] = []
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, "no such thing for a folder")
+        flushed.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = LocalStore(tmp_path)
+    store.put("a/key", [b"."])
+    assert len(flushed) == 1
+    store.delete(["a/key"])
+    assert list(store.list_entries()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])

@@ -12,11 +12,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.storage import Entry, LocalStore, Store, read_all
+from dist_ckpt.storage.direct import aligned_buffer
 
 REPOSITORY = Path(__file__).parents[3]
 NOBODY = 65534
@@ -195,6 +197,96 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
     assert target == b"23456789\0"
 
 
+# ---------------------------------------------------------------- shared with other hosts
+
+
+class Server:
+    """What a host remembers of a shared folder, and when it asks the server again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        self.asked: list[str] = []
+        self._code = code
+        self._open, self._stat, self._scandir = os.open, os.stat, os.scandir
+        monkeypatch.setattr(os, "scandir", self.scandir)
+        monkeypatch.setattr(os, "open", self.open)
+        monkeypatch.setattr(os, "stat", self.stat)
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECTORY:
+            self.asked.append(path)
+        else:
+            self._check(path)
+        return self._open(path, flags, mode)
+
+    def stat(self, path: str) -> os.stat_result:
+        self._check(path)
+        return self._stat(path)
+
+    def scandir(self, path: str) -> Any:
+        self._check(path)
+        return self._scandir(path)
+
+    def _check(self, path: str) -> None:
+        if os.path.dirname(path) not in self.asked:
+            raise OSError(self._code, os.strerror(self._code), path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ESTALE])
+@pytest.mark.parametrize("call", ["size", "read_into", "list_entries"])
+def test_what_a_host_remembers_of_a_shared_folder_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    LocalStore(tmp_path).put("a/b/key", [b"12345"])
+    store = LocalStore(tmp_path)
+    with monkeypatch.context() as patch:
+        server = Server(patch, code)
+        found: dict[str, Callable[[], int]] = {
+            "size": lambda: store.size("a/b/key"),
+            "read_into": lambda: store.read_into("a/b/key", 0, memoryview(bytearray(9))),
+            "list_entries": lambda: next(iter(store.list_entries("a/b/"))).nbytes,
+        }
+        count = found[call]()
+    assert count == 5
+    # From the top down: what is remembered of a folder decides what is seen of those below.
+    assert server.asked == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+
+
+def test_file_replaced_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("key", [b"old " * 10])
+    real = os.preadv
+    failures: list[int] = []
+
+    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
+        if offset and not failures:
+            failures.append(offset)
+            LocalStore(tmp_path).put("key", [b"new " * 10], mode="replace")
+            raise OSError(errno.ESTALE, "stale file handle")
+        return real(fd, [views[0][:7]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    target = bytearray(40)
+    assert store.read_into("key", 0, memoryview(target)) == 40
+    assert target == b"new " * 10
+    assert failures == [7]
+
+
+def test_file_that_is_always_stale_is_one_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("key", [b"."])
+
+    def preadv(*args: object) -> int:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(StorageError, match="stale file handle"):
+        store.read_into("key", 0, memoryview(bytearray(1)))
+
+
 def test_buffers_are_not_joined_in_memory(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     buffers = [bytearray(4 << 20) for _ in range(4)]
@@ -299,6 +391,30 @@ def test_full_disk(small_disk: Path) -> None:
         assert [path.name for path in (small_disk / "run" / "a").iterdir()] == ["old"]
     assert read_all(store, "a/old") == bytes(300_000)
     store.put("a/new", [bytes(300_000)])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link"])
+def test_no_room_for_a_large_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    store = LocalStore(tmp_path / "run")
+    calls: list[object] = []
+
+    def fail(*args: object) -> None:
+        calls.append(args)
+        raise OSError(code, os.strerror(code))
+
+    data = aligned_buffer(2 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(StorageError, match=f"{2 << 20} bytes were needed and ") as caught:
+            store.put("key", [data])
+    assert caught.value.kind == ErrorKind.STORAGE_FULL
+    assert ("quota" in str(caught.value)) == (code == errno.EDQUOT)
+    assert len(calls) == 1, "nothing is tried again on a full disk"
+    assert list(store.list_entries()) == []
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

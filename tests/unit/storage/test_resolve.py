@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage import LocalStore, MemoryStore, resolve
+from dist_ckpt.storage import LocalStore, MemoryStore, StoreWrapper, resolve
 
 
 @pytest.mark.parametrize(
@@ -57,10 +59,101 @@ def test_url_of_a_store_leads_back_to_it(tmp_path: Path) -> None:
         assert resolve(resolve(url).url).url == resolve(url).url
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "S3://bucket", "http://host/x", "x+y://"])
+@pytest.mark.parametrize("url", ["foo://bucket/run", "FOO://bucket", "http://host/x", "x+y://"])
 def test_unknown_scheme_is_named_with_the_known_ones(url: str) -> None:
-    with pytest.raises(UsageError, match=r"unknown scheme '(s3|http|x\+y)'.*file://, memory://"):
+    with pytest.raises(UsageError, match=r"unknown scheme '(foo|http|x\+y)'.*file://, memory://"):
         resolve(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [("gs://bucket/run", "gcsfs"), ("az://container/run", "adlfs"), ("oci://b@n/r", "ocifs")],
+)
+def test_missing_package_is_named(url: str, package: str) -> None:
+    with pytest.raises(UsageError, match=f"pip install {package}"):
+        resolve(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "back"),
+    [
+        ("s3://bucket/run/7/", "s3://bucket/run/7"),
+        ("S3://bucket", "s3://bucket"),
+        ("s3a://bucket/a?b#c%20", "s3://bucket/a?b#c%20"),
+    ],
+)
+def test_s3_urls(url: str, back: str) -> None:
+    # Nothing is contacted: no credentials are needed to say where something is.
+    store = resolve(url, storage_options={"endpoint_url": "http://127.0.0.1:1"})
+    assert store.url == back
+    assert store.capabilities.atomic_create
+    assert store.capabilities.max_object_bytes == 5 << 40
+    assert resolve(store.url).url == back
+
+
+class TestWrappers:
+    """Which wrappers stand around what: `resolve` is the one place that decides."""
+
+    def layers(self, store: object) -> list[str]:
+        names = [type(store).__name__]
+        while isinstance(store, StoreWrapper):
+            store = store.inner
+            names.append(type(store).__name__)
+        return names
+
+    def test_local_places_stand_alone(self, tmp_path: Path) -> None:
+        assert self.layers(resolve(tmp_path)) == ["LocalStore"]
+        assert self.layers(resolve(tmp_path, single_writer=True)) == ["LocalStore"]
+
+    def test_s3_repeats_requests_itself(self) -> None:
+        assert self.layers(resolve("s3://bucket/run")) == ["MeterStore", "S3Store"]
+
+    def test_single_writer_makes_s3_ask_no_condition(self) -> None:
+        store = resolve("s3://bucket/run", single_writer=True)
+        assert self.layers(store) == ["MeterStore", "SingleWriterStore", "S3Store"]
+        assert store.capabilities.atomic_create
+
+    def test_others_are_repeated(self, other_scheme: str) -> None:
+        store = resolve(f"{other_scheme}://run")
+        assert self.layers(store) == ["MeterStore", "RetryStore", "FsspecStore"]
+        assert not store.capabilities.atomic_create
+
+    def test_everything_asked_for(self, other_scheme: str) -> None:
+        store = resolve(
+            f"{other_scheme}://run",
+            storage_options={"anything": 1},
+            single_writer=True,
+            read_only=True,
+            max_concurrent=2,
+            max_bytes_per_second=1e6,
+        )
+        assert self.layers(store) == [
+            "ReadOnlyStore",
+            "MeterStore",
+            "LimitStore",
+            "SingleWriterStore",
+            "RetryStore",
+            "FsspecStore",
+        ]
+
+    @pytest.fixture
+    def other_scheme(self) -> str:
+        # Another name of a file system that needs no package and no server.
+        fsspec.register_implementation("resolvetest", MemoryFileSystem, clobber=True)
+        return "resolvetest"
+
+
+@pytest.mark.parametrize("url", ["/data/run", "file:///data", "memory://x"])
+def test_options_that_go_nowhere_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match=r"takes no storage_options.*'key'"):
+        resolve(url, storage_options={"key": "x"})
+
+
+@pytest.mark.parametrize("url", ["s3://key:hunter2@bucket/run", "hdfs://me:hunter2@host/run"])
+def test_secret_in_a_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UsageError, match="storage_options") as caught:
+        resolve(url)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +170,12 @@ def test_unknown_scheme_is_named_with_the_known_ones(url: str) -> None:
         ("file:///data?x=1", "%3F"),
         ("file:///data#x", "%23"),
         ("file:///data/%00", "null"),
+        ("s3://", "names its bucket"),
+        ("s3:///run", "names its bucket"),
+        ("s3://buc ket/run", "bad bucket name"),
+        ("s3://bucket//run", "bad key"),
+        ("s3://bucket/../run", "bad key"),
+        ("simplecache::s3://bucket/run", "write scheme"),
         ("memory://", "names its space"),
         ("memory:///", "names its space"),
         ("memory://../x", "bad key"),

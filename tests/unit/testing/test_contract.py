@@ -110,6 +110,48 @@ class CountsItems(Broken):
         return super().read_into(key, offset, buffer) // buffer.itemsize
 
 
+class OverwritesLarge(Broken):
+    """Its create looks only where the object is small."""
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        large = sum(len(buffer) for buffer in buffers) > 1 << 20
+        super().put(key, buffers, mode="replace" if large else mode)
+
+
+class LosesThePiece(Broken):
+    """Leaves out the second of the pieces in which it reads."""
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        whole = bytearray(len(buffer))
+        count = super().read_into(key, offset, memoryview(whole))
+        buffer[: 4 << 20] = whole[: 4 << 20]
+        buffer[5 << 20 :] = whole[5 << 20 :]
+        return count
+
+
+class ReadsToTheEndOfThePage(Broken):
+    """Fills a little more than it was given, where there is more memory behind."""
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        count = super().read_into(key, offset, buffer)
+        behind = memoryview(buffer.obj)[-1:]
+        behind[0] = 1
+        return count
+
+
+class SweepsAll(Broken):
+    def sweep(self, prefix: str = "") -> int:
+        keys = [entry.key for entry in self.list_entries(prefix)]
+        self.delete(keys)
+        return len(keys)
+
+
+class Boundless(Broken):
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(atomic_create=True, strong_list=True, durable=False, max_object_bytes=0)
+
+
 class Unsorted(Broken):
     def list_entries(self, prefix: str = "") -> Iterator[Entry]:
         return reversed(list(super().list_entries(prefix)))
@@ -188,6 +230,16 @@ class TakesAnyKey(Broken):
         ),
         (FillsTheWholeBuffer, lambda s: contract.test_reads_at_offsets(s, 6, 10, b"6789")),
         (CountsItems, lambda s: contract.test_read_fills_items_of_any_size(s)),
+        (OverwritesLarge, lambda s: contract.test_large_object_that_exists(s, s, "create")),
+        (LosesThePiece, lambda s: contract.test_ranges_of_a_large_object(s, 1, 9 << 20)),
+        (LosesThePiece, lambda s: contract.test_large_object_from_page_aligned_memory(s, "whole")),
+        (
+            ReadsToTheEndOfThePage,
+            lambda s: contract.test_large_object_from_page_aligned_memory(s, "aligned"),
+        ),
+        (ReadsToTheEndOfThePage, lambda s: contract.test_ranges_of_a_large_object(s, -9, 9)),
+        (SweepsAll, lambda s: contract.test_sweep_leaves_what_is_listed(s)),
+        (Boundless, lambda s: contract.test_capabilities_are_sound(s)),
         (Unsorted, lambda s: contract.test_entries_are_those_below_the_prefix_in_order(s)),
         (SortsByFolder, lambda s: contract.test_entries_are_those_below_the_prefix_in_order(s)),
         (TakesAnyPrefix, lambda s: contract.test_lone_key_and_open_prefix_are_refused(s)),

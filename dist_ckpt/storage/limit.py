@@ -1,0 +1,109 @@
+"""Doing less at once: fixed limits around any store, and one that finds itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.storage.base import Buffer, PutMode, Store, fill_view, flat_views
+from dist_ckpt.storage.wrapper import Operation, StoreWrapper
+
+_T = TypeVar("_T")
+
+_PAUSE_SECONDS = 1.0
+"""Requests that were under way together are slowed down together: they count as one complaint."""
+
+
+class LimitStore(StoreWrapper):
+    """A store used by so many threads at once, and so fast, at most.
+
+    Args:
+        inner: the store that does the work.
+        max_concurrent: how many operations run at once; None: any number.
+        max_bytes_per_second: of what is put and read together, on average; None: no limit.
+        clock: seconds that never go back.
+        sleep: how to wait; a test passes one that moves the clock.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        max_concurrent: int | None = None,
+        max_bytes_per_second: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(inner)
+        if max_concurrent is not None and max_concurrent < 1:
+            raise UsageError(f"max_concurrent must be at least 1, not {max_concurrent}")
+        if max_bytes_per_second is not None and not max_bytes_per_second > 0:
+            raise UsageError(f"max_bytes_per_second must be above 0, not {max_bytes_per_second}")
+        self._slots = None if max_concurrent is None else threading.Semaphore(max_concurrent)
+        self._rate = max_bytes_per_second
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_at = clock()
+
+    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+        """Wait until the bytes may go, then store them. See `Store.put`."""
+        self._pace(sum(view.nbytes for view in flat_views(buffers)))
+        super().put(key, buffers, mode=mode)
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+        """Wait until the bytes may come, then read them. See `Store.read_into`."""
+        self._pace(fill_view(offset, buffer).nbytes)
+        return super().read_into(key, offset, buffer)
+
+    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        if self._slots is None:
+            return run()
+        with self._slots:
+            return run()
+
+    def _pace(self, nbytes: int) -> None:
+        """Wait for what went before; the bytes of now are waited for by whoever comes next."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = self._clock()
+            begin = max(now, self._free_at)
+            self._free_at = begin + nbytes / self._rate
+        if begin > now:
+            self._sleep(begin - now)
+
+
+class AdaptiveLimit:
+    """How many requests to have under way, found from what the server says: a pure number.
+
+    It rises by about one for each full round of successes and is halved by a complaint.
+
+    Args:
+        most: the limit to begin with, and never to pass.
+    """
+
+    def __init__(self, most: int) -> None:
+        if most < 1:
+            raise UsageError(f"the most requests at once must be at least 1, not {most}")
+        self._most = float(most)
+        self._limit = self._most
+        self._quiet_until = float("-inf")
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be under way now; at least 1."""
+        return int(self._limit)
+
+    def succeeded(self) -> None:
+        """Note a request that the server answered."""
+        self._limit = min(self._most, self._limit + 1 / self._limit)
+
+    def throttled(self, now_seconds: float) -> None:
+        """Note that the server asked for less at that time."""
+        if now_seconds >= self._quiet_until:
+            self._limit = max(1.0, self._limit / 2)
+            self._quiet_until = now_seconds + _PAUSE_SECONDS

@@ -1,0 +1,311 @@
+"""Requests to S3: one client a process, made by s3fs, and how requests are repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import s3fs
+from s3fs.utils import ParamKwargsHelper
+
+from dist_ckpt.errors import CheckpointError, UsageError, describe
+from dist_ckpt.storage.limit import AdaptiveLimit
+from dist_ckpt.storage.loop import process_loop
+from dist_ckpt.storage.retry import Backoff
+from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, judge
+
+_T = TypeVar("_T")
+
+_CLOSE_SECONDS = 5.0
+_STALL_SECONDS = 60.0
+
+Answer = dict[str, Any]
+"""What the server answered, as botocore parses it."""
+
+
+class Client:
+    """Runs requests on the event loop of the process, for threads that wait for them.
+
+    After a fork the child gets a loop, a file system and connections of its own.
+
+    Args:
+        options: for `s3fs.S3FileSystem`. Its `max_concurrency` is the most requests at once;
+            `config_kwargs` may hold `connect_timeout` and `read_timeout` in seconds, the latter
+            being how long nothing may move, and `retries={"total_max_attempts": ...}`.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        config = dict(options.get("config_kwargs") or {})
+        retries = dict(config.pop("retries", None) or {})
+        attempts = retries.get("total_max_attempts", retries.get("max_attempts", -1) + 1)
+        self.backoff = Backoff(attempts=attempts) if attempts else Backoff()
+        self.stall_seconds = float(config.get("read_timeout", _STALL_SECONDS))
+        self.concurrency = int(options.get("max_concurrency", 10))
+        # Asked for explicitly, this says that the server takes no checksums that it need not.
+        self.checksums = config.get("request_checksum_calculation") != "when_required"
+        self._options = {**options, "config_kwargs": self._config(config)}
+        self._sessions: dict[int, _Session] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process makes its own connections.
+        return {**self.__dict__, "_sessions": {}}
+
+    @property
+    def retries(self) -> int:
+        """How many requests of this process were repetitions."""
+        return self._session().retries
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Run `work()` on the loop and wait for its result."""
+        ended = threading.Event()
+
+        async def watched() -> _T:
+            try:
+                return await work()
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(watched(), process_loop())
+        try:
+            return future.result()
+        except BaseException:
+            # An interrupted caller gets its buffers back only when no request sends them any more.
+            if future.cancel():
+                ended.wait(_CLOSE_SECONDS)
+            raise
+
+    async def call(self, name: str, **parameters: Any) -> Answer:
+        """Make the request `name` with these parameters, and repeat it where that may help."""
+        return await self.repeat(lambda: self.once(name, parameters))
+
+    async def once(
+        self, name: str, parameters: Mapping[str, Any], *, patience: float = 1.0
+    ) -> Answer:
+        """Make one request, once.
+
+        Args:
+            name: of the method of the client.
+            parameters: those of the method; the user's additional ones join them.
+            patience: how many times `stall_seconds` the answer may take.
+        """
+        async with asyncio.timeout(self.stall_seconds * patience):
+            return await self.send(name, parameters)
+
+    async def send(self, name: str, parameters: Mapping[str, Any]) -> Answer:
+        """Make one request without a deadline of its own, for those that watch its progress."""
+        session = self._session()
+        client, extra = await session.connected(parameters.get("Bucket"), name)
+        answer: Answer = await getattr(client, name)(**{**extra, **parameters})
+        return answer
+
+    async def repeat(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Run `attempt` until it succeeds, fails for good, or was tried often enough.
+
+        Raises:
+            Exception: what the last attempt raised, as it was.
+        """
+        session = self._session()
+        began = time.monotonic()
+        failures = 0
+        while True:
+            connection = session.connection
+            try:
+                async with session.gate:
+                    result = await attempt()
+            except CheckpointError:
+                raise
+            except FOREIGN as error:
+                verdict = judge(error)
+                failures += 1
+                if verdict is Verdict.FINAL:
+                    raise
+                if not self.backoff.allows(failures, time.monotonic() - began):
+                    raise
+                if verdict is Verdict.SLOW_DOWN:
+                    session.gate.limit.throttled(time.monotonic())
+                elif verdict is Verdict.EXPIRED:
+                    await session.renew(connection)
+            else:
+                session.gate.limit.succeeded()
+                return result
+            session.retries += 1
+            await asyncio.sleep(self.backoff.delay(failures, random.random()))
+
+    def close(self) -> None:
+        """Close the connections of this process."""
+        session = self._sessions.pop(os.getpid(), None)
+        if session is not None:
+            session.close()
+
+    def _session(self) -> _Session:
+        # `setdefault` is atomic, and needs no lock that a fork could leave locked for ever.
+        pid = os.getpid()
+        found = self._sessions.get(pid)
+        if found is None:
+            found = self._sessions.setdefault(pid, _Session(self._options, self.concurrency))
+        return found
+
+    def _config(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {
+            "connect_timeout": 10,
+            "read_timeout": self.stall_seconds,
+            "max_pool_connections": max(32, 2 * self.concurrency),
+            # The CRC-32 that goes along is our own, computed off the event loop.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+        signing = {"payload_signing_enabled": False, **(given.get("s3") or {})}
+        # Repeated here, where a lost answer is told from a refusal, and nowhere below.
+        once = {"total_max_attempts": 1, "mode": "standard"}
+        return {**defaults, **given, "s3": signing, "retries": once}
+
+
+class Gate:
+    """Lets as many requests run at once as `limit` says at the moment."""
+
+    def __init__(self, most: int) -> None:
+        self.limit = AdaptiveLimit(most)
+        self._running = 0
+        self._changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._running < self.limit.limit)
+            self._running += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+
+class _Session:
+    """What belongs to one process."""
+
+    def __init__(self, options: Mapping[str, Any], concurrency: int) -> None:
+        self.gate = Gate(concurrency)
+        self.retries = 0
+        self.connection = 0
+        self._options = options
+        self._system: Any = None
+        self._clients: list[Any] = []
+        self._lock = asyncio.Lock()
+        # When nobody holds the store any more, or at the end of the process.
+        self._pid = os.getpid()
+        weakref.finalize(self, _close_clients, self._clients, self._pid).atexit = False
+        _open_sessions.add(self)
+
+    def close(self) -> None:
+        """Close the connections; a second time does nothing."""
+        _close_clients(self._clients, self._pid)
+
+    async def connected(self, bucket: str | None, name: str) -> tuple[Any, Mapping[str, Any]]:
+        """Return the client, and the user's additional parameters of the method `name`."""
+        async with self._lock:
+            system = self._system or await self._connect()
+        client = await system.get_s3(bucket)
+        extra = ParamKwargsHelper(client).filter_dict(
+            name, {**system.s3_additional_kwargs, **system.req_kw}
+        )
+        return client, extra
+
+    async def renew(self, connection: int) -> None:
+        """Connect anew, with the credentials that are found now, unless somebody did since."""
+        async with self._lock:
+            if connection == self.connection:
+                await self._connect()
+
+    async def _connect(self) -> Any:
+        fixed = {"skip_instance_cache": True, "use_listings_cache": False, "asynchronous": True}
+        try:
+            system = s3fs.S3FileSystem(**{**self._options, **fixed})
+            self._clients.append(await system.set_session())
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(f"bad storage_options: {describe(error)}; correct them") from error
+        self._system = system
+        self.connection += 1
+        return system
+
+
+_open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+
+
+# What is registered first is called last: after every save that is finished at the end of the
+# process, since whatever does that imports this module before it can save.
+@atexit.register
+def _close_sessions() -> None:
+    for session in list(_open_sessions):
+        session.close()
+
+
+def _close_clients(clients: list[Any], pid: int) -> None:
+    """Close the connections, unless this is a child that only inherited their memory."""
+    if pid != os.getpid() or not clients:
+        return
+
+    async def close() -> None:
+        while clients:
+            await clients.pop().close()
+
+    loop = process_loop()
+    future = asyncio.run_coroutine_threadsafe(close(), loop)
+    if not _is_running_here(loop):
+        with suppress(TimeoutError):
+            future.result(_CLOSE_SECONDS)
+
+
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether this thread is that of the loop: garbage may be collected there too."""
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+@asynccontextmanager
+async def stall_watch(seconds: float) -> AsyncIterator[Callable[[], None]]:
+    """Yield a function to call on progress; `TimeoutError` once there is none for `seconds`."""
+    loop = asyncio.get_running_loop()
+    watching = True
+    async with asyncio.timeout(seconds) as deadline:
+
+        def progress() -> None:
+            # A body may still be on its way when the answer has already come.
+            if watching and not deadline.expired():
+                deadline.reschedule(loop.time() + seconds)
+
+        try:
+            yield progress
+        finally:
+            watching = False
+
+
+async def together(jobs: Iterable[Callable[[], Awaitable[_T]]], *, at_once: int) -> list[_T]:
+    """Run `jobs`, so many at once, and return their results in order.
+
+    Raises:
+        Exception: the first failure, once every other job has ended.
+    """
+    pending = enumerate(jobs)
+    results: dict[int, _T] = {}
+
+    async def work() -> None:
+        for number, job in pending:
+            results[number] = await job()
+
+    tasks = [asyncio.ensure_future(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [results[number] for number in range(len(results))]

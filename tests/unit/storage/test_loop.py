@@ -1,0 +1,87 @@
+"""The event loop of a process: at its end, after a fork, and with work that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_ckpt.storage.loop import process_loop
+
+PREAMBLE = """
+import asyncio, atexit, os
+from dist_ckpt.storage.loop import process_loop
+
+async def add(*numbers):
+    return await asyncio.to_thread(sum, numbers)
+
+def ask():
+    return asyncio.run_coroutine_threadsafe(add(2, 3), process_loop()).result(60)
+"""
+
+
+def run(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PREAMBLE + script],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_works_until_the_process_is_gone() -> None:
+    """Pools of threads take no work at exit; a last save that is finished there needs some."""
+    assert run("ask(); atexit.register(lambda: print(ask()))") == "5\n"
+    assert run("process_loop(); atexit.register(lambda: print(ask()))") == "5\n"
+
+
+def test_child_has_a_loop_of_its_own() -> None:
+    script = """
+mine = process_loop()
+if os.fork() == 0:
+    assert process_loop() is not mine
+    os._exit(0 if ask() == 5 else 1)
+print(os.wait()[1], ask())
+"""
+    assert run(script) == "0 5\n"
+
+
+def test_one_for_all_threads_of_a_process() -> None:
+    assert process_loop() is process_loop()
+
+
+def test_connections_are_closed_after_the_last_save() -> None:
+    """Whatever is finished at exit still has its connections, though it was registered earlier."""
+    script = """
+from dist_ckpt.storage import S3Store
+
+
+store = S3Store("bucket", storage_options={"anon": True})
+
+async def connected():
+    await store._client._session().connected(None, "head_object")
+    return len(store._client._session()._clients)
+
+atexit.register(lambda: print(store._client.run(connected)))
+store._client.run(connected)
+"""
+    assert run(script) == "1\n"
+
+
+def test_errors_of_helpers_arrive() -> None:
+    def fail() -> None:
+        raise ArithmeticError("in a helper")
+
+    async def ask() -> None:
+        await asyncio.to_thread(fail)
+
+    with pytest.raises(ArithmeticError, match="in a helper"):
+        asyncio.run_coroutine_threadsafe(ask(), process_loop()).result(60)
