@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from dist_ckpt.engine.coordinator import Coordinator, SoloCoordinator, StoreCoor
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
 
 _PROBE_SECONDS = 5.0
+_RETRY_SECONDS = 0.2
 # Generous: while connecting, c10d looks the address up in the DNS by its number, for its log only,
 # and a resolver that drops one answer holds it up for 5 s.
 _CONNECT_SECONDS = 120.0
@@ -77,7 +79,16 @@ def _open(rank: int, timeout_seconds: float) -> Store:
     shared = PrefixStore("dist_ckpt", _get_default_store())
     if rank == 0:
         return _serve(shared)
-    return _connect(_await_address(shared, timeout_seconds))
+    until = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return _connect(_await_address(shared, timeout_seconds))
+        except CoordinationError:
+            # A store that outlives a restart of the job may still hold the address of a dead rank
+            # 0: the living one replaces it as soon as it gets here.
+            if time.monotonic() > until:
+                raise
+            time.sleep(_RETRY_SECONDS)
 
 
 def _serve(shared: Store) -> Store:
