@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from dist_ckpt.state.part import Stored, TensorSpec
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
+
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +205,11 @@ class Loader:
             part.restore(opened.stored[name], opened.targets[name])
 
     def _announce(self, refused: Sequence[tuple[int, str]] | set[tuple[int, str]]) -> None:
+        rank = self._job.training.rank
         for step, reason in sorted(refused, reverse=True):
-            rank = self._job.training.rank
             events.emit(events.CheckpointRefused(self._job.url, step, rank, reason))
+            if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
+                _log.warning("step %d in %s was passed over: %s", step, self._job.url, reason)
 
 
 def _read(opened: _Opened) -> int:

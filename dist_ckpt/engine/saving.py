@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 import weakref
@@ -26,6 +27,8 @@ from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.staging.arena import Arena
 from dist_ckpt.state.train_state import TrainState
+
+_log = logging.getLogger("dist_ckpt")
 
 
 class Saver:
@@ -187,6 +190,9 @@ class Saver:
                 self._litter = False
         except CheckpointError as error:
             events.emit(events.RetentionFailed(url, step, 0, error))
+            _log.warning(
+                "tidying %s after step %d failed, the step is committed: %s", url, step, error
+            )
 
     def _overdue(self, attempt: Attempt) -> CheckpointError | None:
         """Near the deadline: find out how the save ended although the writer has not come back."""
