@@ -44,6 +44,9 @@ class _Connection:
 
 
 _connection: _Connection | None = None
+# A store may outlive a process group, and with it the address that rank 0 published there. Every
+# rank lives through the same process groups, so a number for each keeps old addresses apart.
+_groups = itertools.count()
 
 
 def join(*, timeout_seconds: float) -> Coordinators:
@@ -76,7 +79,7 @@ def join(*, timeout_seconds: float) -> Coordinators:
 
 
 def _open(rank: int, timeout_seconds: float) -> Store:
-    shared = PrefixStore("dist_ckpt", _get_default_store())
+    shared = PrefixStore(f"dist_ckpt/{next(_groups)}", _get_default_store())
     if rank == 0:
         return _serve(shared)
     until = time.monotonic() + timeout_seconds
@@ -110,7 +113,7 @@ def _await_address(shared: Store, timeout_seconds: float) -> dict[str, str | int
     try:
         shared.wait(["address"], timedelta(seconds=timeout_seconds))
         address: dict[str, str | int] = json.loads(shared.get("address"))
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError of most stores, and no finer class of FileStore
         raise CoordinationError(
             f"rank 0 did not open its coordination store within {timeout_seconds:g} s: every rank "
             "must make the same calls in the same order",
