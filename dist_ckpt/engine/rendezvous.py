@@ -39,14 +39,14 @@ class _Connection:
     """This process's client of the store, which lasts as long as the process group."""
 
     group: ProcessGroup
-    store: Store
+    # A store may outlive a process group, and with it the address that rank 0 published there.
+    # Every rank lives through the same process groups: a number for each keeps addresses apart.
+    number: int
     jobs: Iterator[int]
+    store: Store | None = None
 
 
 _connection: _Connection | None = None
-# A store may outlive a process group, and with it the address that rank 0 published there. Every
-# rank lives through the same process groups, so a number for each keeps old addresses apart.
-_groups = itertools.count()
 
 
 def join(*, timeout_seconds: float) -> Coordinators:
@@ -70,7 +70,10 @@ def join(*, timeout_seconds: float) -> Coordinators:
     if group is None:  # pragma: no cover - it is initialized
         raise CoordinationError("the default process group is gone")
     if _connection is None or _connection.group is not group:
-        _connection = _Connection(group, _open(rank, timeout_seconds), itertools.count())
+        number = 0 if _connection is None else _connection.number + 1
+        _connection = _Connection(group, number, itertools.count())
+    if _connection.store is None:  # also when a try before this one failed
+        _connection.store = _open(rank, _connection.number, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
     store = PrefixStore(f"job/{next(_connection.jobs)}", _connection.store)
     return Coordinators(
@@ -78,8 +81,8 @@ def join(*, timeout_seconds: float) -> Coordinators:
     )
 
 
-def _open(rank: int, timeout_seconds: float) -> Store:
-    shared = PrefixStore(f"dist_ckpt/{next(_groups)}", _get_default_store())
+def _open(rank: int, number: int, timeout_seconds: float) -> Store:
+    shared = PrefixStore(f"dist_ckpt/{number}", _get_default_store())
     if rank == 0:
         return _serve(shared)
     until = time.monotonic() + timeout_seconds

@@ -44,20 +44,18 @@ def verify(checkpoint: Checkpoint) -> VerifyReport:
     """
     problems: list[str] = []
     nbytes = 0
-    try:
-        checkpoint.check_sizes()
-    except IntegrityError as error:
-        problems.append(error.message)
     for number, entry in enumerate(checkpoint.index.files):
         try:
+            # Reading stops where the file should end: only its size tells that it goes on.
+            checkpoint.check_size(number)
             for start in range(0, entry.nbytes, _SEGMENT_BYTES):
                 stop = min(start + _SEGMENT_BYTES, entry.nbytes)
                 checkpoint.read_blocks(number, start, stop)
                 nbytes += stop - start
             _check_header(checkpoint, number)
         except IntegrityError as error:
-            if error.message not in problems:
-                problems.append(error.message)
+            named = entry.name in error.message
+            problems.append(error.message if named else f"{entry.name}: {error.message}")
     return VerifyReport(checkpoint.step, len(checkpoint.index.files), nbytes, tuple(problems))
 
 

@@ -32,7 +32,9 @@ class Arena:
         """
         self._used_bytes = 0
         if nbytes > self.capacity_bytes:
-            # Dropped, not closed: tensors and views that still look at it keep it alive.
+            # Dropped, not closed: tensors and views that still look at it keep it alive. And
+            # dropped first: the old and the new one together may be more than there is.
+            self._memory = None
             self._memory = mmap.mmap(-1, aligned(nbytes))
 
     def take(self, nbytes: int) -> memoryview:
