@@ -83,10 +83,11 @@ class Checkpointer:
             IntegrityError: every checkpoint (or the one asked for) is damaged.
             NotFound: `step` is not committed.
             CoordinationError: a rank failed or did not arrive.
+            CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
-        self._saver.drain()
-        self.restored = self._loader.load(step, fall_back=step is None, own=True)
+        failed = self._saver.settle()
+        self.restored = self._loader.load(step, fall_back=step is None, own=True, failed=failed)
         return 0 if self.restored is None else self.restored.step
 
     def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:

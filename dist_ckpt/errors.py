@@ -143,8 +143,10 @@ _CLASSES: dict[str, type[CheckpointError]] = {
 def to_wire(error: BaseException) -> dict[str, object]:
     """Return `error` as plain data, whatever it is: only its type name and text travel."""
     if isinstance(error, CheckpointError):
+        # A backend's own subclass travels as the class of ours that handlers know.
+        known = (cls for cls in type(error).__mro__ if cls in _CLASSES.values())
         return {
-            "class": type(error).__name__,
+            "class": next(known, CheckpointError).__name__,
             "kind": str(error.kind),
             "message": error.message,
             "ranks": {str(rank): cause for rank, cause in error.ranks.items()},

@@ -1,14 +1,14 @@
 """What happened, as plain values, told at once to whoever subscribed in this process.
 
 Events are for people and monitoring. No part of dist_ckpt decides anything by them, and a
-listener that fails is reported by a warning and cannot fail a save. Listeners are called on the
+listener that fails is reported by the log and cannot fail a save. Listeners are called on the
 thread where the thing happened, which for most events is the background writer thread.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -142,6 +142,7 @@ class StorageUsed(Event):
 
 Listener = Callable[[Event], None]
 
+_log = logging.getLogger("dist_ckpt")
 _listeners: list[Listener] = []
 _lock = threading.Lock()
 
@@ -167,8 +168,11 @@ def emit(event: Event) -> None:
         try:
             listener(event)
         except Exception as error:
-            warnings.warn(
-                f"listener {listener!r} failed on {type(event).__name__}: {describe(error)}",
-                RuntimeWarning,
-                stacklevel=2,
+            # Logged, not warned: where warnings are errors, a warning would fail the save.
+            _log.warning(
+                "listener %r failed on %s: %s",
+                listener,
+                type(event).__name__,
+                describe(error),
+                exc_info=error,
             )

@@ -26,6 +26,8 @@ def save(
 ) -> None:
     """Save `state` as one checkpoint of the run at `url`; return when it is committed.
 
+    The call takes the run over: a `Checkpointer` that was using it can no longer commit.
+
     Args:
         state: a `TrainState` or a mapping of parts.
         url: the run: a path, a URL, or a `Store`.

@@ -162,12 +162,17 @@ def main() -> int:
         console.print(f"[bold red]FAILED[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         console.print(f"run directories and logs: {folder}", highlight=False, soft_wrap=True)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; all workers were stopped")
+        status = 130
+    else:
+        console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
+        status = 0
     if arguments.keep_output is None:
         shutil.rmtree(folder)
         if store:
             remove_runs(store)
-    console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
-    return 0
+    return status
 
 
 def _table(evidence: Sequence[Evidence]) -> Table:

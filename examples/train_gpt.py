@@ -5,6 +5,9 @@
 
 Kill it and start it again, with as many workers as you like and either layout: it goes on from
 the newest good checkpoint. Every line that has to do with checkpoints ends in `# checkpoint`.
+
+For `torchrun --max-restarts`, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without it, torch 2.13
+hands restarted workers the addresses of those that died.
 """
 
 from __future__ import annotations

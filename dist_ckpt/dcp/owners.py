@@ -65,7 +65,7 @@ def decide(held_by_rank: Sequence[Sequence[Held]]) -> list[list[Owned]]:
     owned: list[list[Owned]] = [[] for _ in held_by_rank]
     # What only one rank can write comes first: the shared boxes then even out the loads, the
     # largest first, as in longest-processing-time scheduling.
-    order = sorted(candidates, key=lambda c: (len(c.holders) > 1, -c.nbytes))
+    order = sorted(candidates, key=lambda c: (len(c.holders) > 1 and not c.unequal, -c.nbytes))
     for candidate in order:
         for (rank, position), piece in _share(candidate, loads):
             loads[rank] += volume(piece) * candidate.itemsize

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import find_state_dict_object
+from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.boxes import Box
@@ -123,6 +124,8 @@ def _check_storable(part: str, name: str, tensor: torch.Tensor) -> None:
         raise UsageError(f"{where} has layout {tensor.layout}: only dense tensors can be stored")
     if tensor.device.type == "meta":
         raise UsageError(f"{where} is on the meta device, so it has no values to store")
+    if isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements):
+        raise UsageError(f"{where} holds partial sums: redistribute it before it is saved")
     if tensor.is_quantized or dtype_name(tensor.dtype) not in DTYPES:
         raise UsageError(f"{where} has dtype {tensor.dtype}, which the format cannot store")
 

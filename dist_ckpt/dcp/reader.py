@@ -68,6 +68,7 @@ def plan_reads(index: Index, targets: Sequence[LocalBox]) -> ReadPlan:
     numbers = {(entry.part, entry.name): i for i, entry in enumerate(index.tensors)}
     reads: list[Read] = []
     for target in targets:
+        # An empty shard wants nothing, and no chunk has a common element with it.
         if volume(target.held.box):
             reads += _reads(index, numbers[target.held.part, target.held.name], target)
     segments = coalesce(

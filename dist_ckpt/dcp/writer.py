@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.errors import ErrorKind, IntegrityError
@@ -96,8 +94,6 @@ def stage(
         for data, offset in zip(documents.values(), extra.offsets, strict=True):
             image[offset : offset + len(data)] = data
         staged.append(StagedFile(extra_name(rank), image))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # copies from a GPU into pageable memory may still be running
     return staged
 
 

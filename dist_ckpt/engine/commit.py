@@ -55,14 +55,22 @@ class Commit:
             )
         ]
         index = build_index(shares)
+        self._check_in_time()
+        self.transaction.commit(
+            index,
+            lambda stored: self._manifest(index, stored, reports),
+            confirm=self._check_in_time,
+        )
+        return b""
+
+    def _check_in_time(self) -> None:
         # Never after the deadline: a rank that has reported a failure must not be proved wrong.
         if self.cancelled.is_set() or self.deadline.passed:
             raise CoordinationError(
                 f"the commit came too late: {self.deadline.span_seconds:g} s were over",
                 kind=ErrorKind.TIMEOUT,
+                ranks={0: "its commit came too late"},
             )
-        self.transaction.commit(index, lambda stored: self._manifest(index, stored, reports))
-        return b""
 
     def _manifest(
         self, index: Index, stored_index: ManifestFile, reports: Sequence[Report]

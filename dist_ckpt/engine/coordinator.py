@@ -128,8 +128,13 @@ class SoloCoordinator:
         if isinstance(message, CheckpointError):
             raise message
         if isinstance(message, BaseException):
-            raise _failure(topic, {0: message}) from message
-        answer = decide([message])
+            raise _failure(topic, 0, message) from message
+        try:
+            answer = decide([message])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise _failure(topic, 0, error) from error
         return answer if isinstance(answer, bytes) else answer[0]
 
     def verdict(self, topic: Topic) -> CheckpointError | None:
@@ -141,7 +146,7 @@ class SoloCoordinator:
 
 
 class StoreCoordinator:
-    """One of several ranks, with a client of the shared c10d store that no other thread uses."""
+    """One of several ranks. Two of them, on two threads, may share a client of the c10d store."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -158,9 +163,13 @@ class StoreCoordinator:
             self._put(f"{topic.key}/message/{number}", _envelope(self.rank, message))
             if self.rank == 0:
                 self._decide(topic, decide, deadline.for_coordinator())
-            answer = self._wait(f"{topic.key}/answer/{self.rank}", f"{topic.key}/error", deadline)
+            answer = self._await_answer(topic, deadline)
         except DistError as error:
             raise self._lost(topic, error) from error
+        except CheckpointError as error:
+            if isinstance(message, BaseException):
+                raise error from message  # what crossed the store has lost its traceback
+            raise
         if answer is None:
             raise CoordinationError(
                 f"{topic.label}: rank 0 did not answer within {deadline.span_seconds:g} s",
@@ -192,37 +201,54 @@ class StoreCoordinator:
         """Rank 0: gather, decide, answer. Whatever goes wrong becomes everybody's error."""
         try:
             answer = decide(self._gather(topic, deadline))
-        except CheckpointError as error:
-            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(error)))
-            return
-        except Exception as error:
-            failure = _failure(topic, {0: error})
+        except BaseException as error:
+            failure = error if isinstance(error, CheckpointError) else _failure(topic, 0, error)
             self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(failure)))
-            return
-        answers = [answer] * self.world_size if isinstance(answer, bytes) else answer
-        for rank, data in enumerate(answers):
-            self._put(f"{topic.key}/answer/{rank}", data)
-        self._forget_older(topic)
+            self._forget_messages(topic.key)
+            if isinstance(error, Exception) and failure is not error:
+                raise failure from error
+            raise  # also an interrupt: it stops this rank, and the others have been told
+        if isinstance(answer, bytes):
+            # One copy for all: an index times a thousand ranks would not fit into memory.
+            self._put(f"{topic.key}/answer/all", answer)
+        else:
+            for rank, data in enumerate(answer):
+                self._put(f"{topic.key}/answer/{rank}", data)
+        # Set last: who finds it finds the answer.
+        self._put(f"{topic.key}/decided", b"all" if isinstance(answer, bytes) else b"each")
+        self._forget_messages(topic.key)
+        self._forget_answers(topic.key)
+
+    def _await_answer(self, topic: Topic, deadline: Deadline) -> bytes | None:
+        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline)
+        if decided is None:
+            return None
+        whose = "all" if decided == b"all" else str(self.rank)
+        return self._try_get(f"{topic.key}/answer/{whose}")
 
     def _gather(self, topic: Topic, deadline: Deadline) -> list[bytes]:
         messages: dict[int, bytes] = {}
         for number in range(1, self.world_size + 1):
             data = self._wait(f"{topic.key}/message/{number}", None, deadline)
             if data is None:
-                absent = sorted(set(range(self.world_size)) - messages.keys())
-                raise CoordinationError(
-                    f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
-                    f"{deadline.span_seconds:g} s",
-                    kind=ErrorKind.PEER_ABSENT,
-                    ranks=dict.fromkeys(absent, "did not arrive"),
-                )
+                # A rank that died after it drew its number leaves a gap: those who came after it
+                # are looked for once more, so that only the absent are named.
+                continue
             rank, body, error = msgspec.msgpack.decode(
                 data, type=tuple[int, bytes, dict[str, object] | None]
             )
             if error is not None:
                 # The first error ends the round: waiting for more would only delay everybody.
-                raise _failure(topic, {rank: from_wire(error)})
+                raise _failure(topic, rank, from_wire(error))
             messages[rank] = body
+        absent = sorted(set(range(self.world_size)) - messages.keys())
+        if absent:
+            raise CoordinationError(
+                f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
+                f"{deadline.span_seconds:g} s",
+                kind=ErrorKind.PEER_ABSENT,
+                ranks=dict.fromkeys(absent, "did not arrive"),
+            )
         return [messages[rank] for rank in range(self.world_size)]
 
     def _wait(self, key: str, error_key: str | None, deadline: Deadline) -> bytes | None:
@@ -259,18 +285,23 @@ class StoreCoordinator:
         count = int(self._store.get(key))
         return b"".join(bytes(self._store.get(f"{key}/{number}")) for number in range(count))
 
-    def _forget_older(self, topic: Topic) -> None:
-        """Delete the keys of finished rounds, the last two excepted.
+    def _forget_messages(self, key: str) -> None:
+        """Delete what was sent to a round that is decided: nobody but rank 0 reads it."""
+        for number in range(1, self.world_size + 1):
+            self._delete(f"{key}/message/{number}")
+
+    def _forget_answers(self, key: str) -> None:
+        """Delete the answers of the rounds before this one, the last excepted.
 
         Who sent a message to this round has read its answer of the round before, in this thread's
-        sequence; one more is kept for a rank that asks for a verdict late.
+        sequence. Errors stay: a rank that comes late to a failed round is told at once.
         """
-        self._finished.append(topic.key)
+        self._finished.append(key)
         while len(self._finished) > 2:
             old = self._finished.pop(0)
-            for rank in range(self.world_size):
-                self._delete(f"{old}/message/{rank + 1}")
-                self._delete(f"{old}/answer/{rank}")
+            for whose in ("all", *range(self.world_size)):
+                self._delete(f"{old}/answer/{whose}")
+            self._delete(f"{old}/decided")
             self._store.delete_key(f"{old}/arrived")
 
     def _delete(self, key: str) -> None:
@@ -294,15 +325,17 @@ def _envelope(rank: int, message: bytes | BaseException) -> bytes:
     return msgspec.msgpack.encode((rank, message, None))
 
 
-def _failure(topic: Topic, causes: dict[int, BaseException]) -> CheckpointError:
+def _failure(topic: Topic, rank: int, cause: BaseException) -> CheckpointError:
     """Return the error of the whole job: the class of the cause, and the rank in the message."""
-    rank, cause = next(iter(causes.items()))
     text = describe(cause)
-    where = {rank: text}
+    if isinstance(cause, CheckpointError) and cause.ranks:
+        # It says itself whose fault it was; who passes it on must not be blamed.
+        message = f"{topic.label} failed: {text}"
+        return type(cause)(message, kind=cause.kind, ranks=cause.ranks)
     message = f"{topic.label} failed on rank {rank}: {text}"
     if isinstance(cause, CheckpointError):
-        return type(cause)(message, kind=cause.kind, ranks=where | cause.ranks)
-    return CoordinationError(message, kind=ErrorKind.PEER_FAILED, ranks=where)
+        return type(cause)(message, kind=cause.kind, ranks={rank: text})
+    return CoordinationError(message, kind=ErrorKind.PEER_FAILED, ranks={rank: text})
 
 
 def _decode_error(data: bytes) -> CheckpointError:

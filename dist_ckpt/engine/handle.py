@@ -26,6 +26,7 @@ class SaveHandle:
         save_id: str,
         deadline: Deadline,
         overdue: Callable[[], CheckpointError | None],
+        announce: Callable[[CheckpointError | None], None],
     ) -> None:
         """Made by the engine.
 
@@ -35,12 +36,16 @@ class SaveHandle:
             deadline: when the save is over in any case.
             overdue: asked from time to time when the deadline is near; returns the error to end the
                 save with, although the writer has not come back.
+            announce: told the outcome, once, before anybody who waits goes on.
         """
         self.step = step
         self.save_id = save_id
         self._deadline = deadline
         self._overdue = overdue
+        self._announce = announce
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._decided = False
         self._over = threading.Event()
         self._error: CheckpointError | None = None
         self._told = False
@@ -77,10 +82,16 @@ class SaveHandle:
             if nap <= 0 or self._over.wait(nap):
                 break
             if near.passed:
-                error = self._overdue()
-                if error is not None:
-                    self.finish(error)
+                self._look()
         return self._over.is_set()
+
+    def _look(self) -> None:
+        # One at a time: giving a save up twice would give up the next one's thread with it.
+        with self._looking:
+            error = None if self._decided else self._overdue()
+            if error is None or not self._decide(error):
+                return
+        self._end()
 
     @property
     def failed(self) -> bool:
@@ -96,9 +107,30 @@ class SaveHandle:
 
     def finish(self, error: CheckpointError | None) -> bool:
         """End the save; return whether this call did it, since the first outcome stands."""
-        with self._lock:
-            if self._over.is_set():
-                return False
-            self._error = error
-            self._over.set()
+        if not self._decide(error):
+            return False
+        self._end()
         return True
+
+    def _decide(self, error: CheckpointError | None) -> bool:
+        with self._lock:
+            if self._decided:
+                return False
+            self._decided, self._error = True, error
+        return True
+
+    def _end(self) -> None:
+        try:
+            self._announce(self._error)
+        finally:
+            self._over.set()
+            # A handle may be kept for long; the model and the arena behind these may not.
+            self._overdue, self._announce = _no_error, _to_nobody
+
+
+def _no_error() -> None:
+    return None
+
+
+def _to_nobody(error: CheckpointError | None) -> None:
+    pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from functools import cached_property
 from pathlib import Path
 
@@ -35,8 +36,12 @@ class Job:
         Raises:
             UsageError: the place is malformed, or the timeout is not a positive number of seconds.
         """
-        if not timeout_seconds > 0:
-            raise UsageError(f"timeout_seconds must be above 0, not {timeout_seconds!r}")
+        is_number = isinstance(timeout_seconds, int | float)
+        # Written so that a NaN is refused too; no lock can be waited for longer than the maximum.
+        if not (is_number and 0 < timeout_seconds <= threading.TIMEOUT_MAX):
+            raise UsageError(
+                f"timeout_seconds must be a finite number above 0, not {timeout_seconds!r}"
+            )
         store = place if isinstance(place, Store) else resolve(str(place))
         self.url = store.url
         self.repository = Repository(store)
@@ -44,6 +49,7 @@ class Job:
         self.restored_step: int | None = None
         self._claim: int | None = None
         self._numbers = itertools.count(1)
+        self._left = False
 
     @cached_property
     def coordinators(self) -> Coordinators:
@@ -71,7 +77,8 @@ class Job:
 
     def leave(self) -> None:
         """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
-        if "coordinators" in self.__dict__:
+        if "coordinators" in self.__dict__ and not self._left:
+            # They are kept: joining once more, on this rank alone, would shift all later jobs.
+            self._left = True
             seconds = min(self.timeout_seconds, _LEAVE_SECONDS)
             self.coordinators.training.leave(Deadline.after(seconds))
-            self.__dict__.pop("coordinators")

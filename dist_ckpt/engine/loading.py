@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ from dist_ckpt.engine.choice import Choice, choose
 from dist_ckpt.engine.coordinator import Decide, Topic
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.matching import Misfits, compare, judge
+from dist_ckpt.engine.messages import LoadRequest, check_same, pack, unpack
 from dist_ckpt.engine.report import LoadReport
-from dist_ckpt.errors import IntegrityError
+from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError
 from dist_ckpt.format import document
 from dist_ckpt.repository import Checkpoint
 from dist_ckpt.state.part import Stored, TensorSpec
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
+
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,14 @@ class Loader:
         self._job = job
         self._state = state
 
-    def load(self, step: int | None, *, fall_back: bool, own: bool) -> LoadReport | None:
+    def load(
+        self,
+        step: int | None,
+        *,
+        fall_back: bool,
+        own: bool,
+        failed: CheckpointError | None = None,
+    ) -> LoadReport | None:
         """Restore the state from `step`, or from the newest checkpoint.
 
         Args:
@@ -52,6 +63,7 @@ class Loader:
             fall_back: whether to go on with the next older one when one is damaged.
             own: whether to take the run over first, so that an older job can no longer commit, and
                 to return None, not raise, when the run has no checkpoint.
+            failed: what keeps this rank from loading; all ranks hear of it.
 
         Raises:
             CheckpointError: the same on every rank. Nothing live was changed when the state does
@@ -61,7 +73,12 @@ class Loader:
         refused: dict[int, str] = {}
         while True:
             topic = self._job.topic("load", f"load from {self._job.url}")
-            choice = self._choose(topic, step, refused, fall_back=fall_back, own=own)
+            decide = self._chooser(step, refused, fall_back=fall_back, own=own)
+            request = failed or pack(LoadRequest(step, self._job.url))
+            data = self._job.training.round(
+                _phase(topic, "choose"), request, decide, deadline=self._job.deadline()
+            )
+            choice = msgspec.msgpack.decode(data, type=Choice)
             self._announce(choice.refused.items() - refused.items())
             if choice.step is None:
                 return None
@@ -79,25 +96,19 @@ class Loader:
                 self._job.restored_step = report.step
             return report
 
-    def _choose(
-        self,
-        topic: Topic,
-        step: int | None,
-        refused: Mapping[int, str],
-        *,
-        fall_back: bool,
-        own: bool,
-    ) -> Choice:
+    def _chooser(
+        self, step: int | None, refused: Mapping[int, str], *, fall_back: bool, own: bool
+    ) -> Decide:
         job = self._job
 
-        def decide(_: Sequence[bytes]) -> bytes:
+        def decide(messages: Sequence[bytes]) -> bytes:
+            check_same([unpack(data, LoadRequest) for data in messages], "load")
             if own:
                 job.claim()
             choice = choose(job.repository, step, refused, fall_back=fall_back, empty_is_new=own)
             return msgspec.msgpack.encode(choice)
 
-        data = job.training.round(_phase(topic, "choose"), b"", decide, deadline=job.deadline())
-        return msgspec.msgpack.decode(data, type=Choice)
+        return decide
 
     def _load(self, topic: Topic, choice: Choice, begun: float) -> LoadReport:
         where = f"step {choice.step} in {self._job.url}"
@@ -189,7 +200,14 @@ class Loader:
             if wanted and entry.part in self._state.parts:
                 data = checkpoint.read_object(entry)
                 where = f"part {entry.part!r} of {checkpoint.where}"
-                objects.setdefault(entry.part, {}).update(document.decode(data, where=where))
+                found = document.decode(data, where=where)
+                known = objects.setdefault(entry.part, {})
+                twice = sorted(found.keys() & known.keys())
+                if twice:
+                    raise IntegrityError(
+                        f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
+                    )
+                known.update(found)
         return {
             part: Stored(
                 tensors.get(part, {}), objects.get(part, {}), rank, world_size, saved_world_size
@@ -202,9 +220,11 @@ class Loader:
             part.restore(opened.stored[name], opened.targets[name])
 
     def _announce(self, refused: Sequence[tuple[int, str]] | set[tuple[int, str]]) -> None:
+        rank = self._job.training.rank
         for step, reason in sorted(refused, reverse=True):
-            rank = self._job.training.rank
             events.emit(events.CheckpointRefused(self._job.url, step, rank, reason))
+            if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
+                _log.warning("step %d in %s was passed over: %s", step, self._job.url, reason)
 
 
 def _read(opened: _Opened) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from dist_ckpt.dcp.metadata import Document, WrittenFile
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
+from dist_ckpt.errors import UsageError
 
 ObjectName = tuple[str, str]
 """Part and name of an encoded value."""
@@ -22,14 +24,26 @@ class PlanRequest(msgspec.Struct, frozen=True):
     Attributes:
         step: what this rank was asked to save.
         url: where to.
-        fingerprint: digest of all that the plan depends on.
+        plan: the number of the plan that this rank has for what it holds now, None without one.
         shared: digest of the encoded values of each group that several ranks hold alike.
     """
 
     step: int
     url: str
-    fingerprint: str
+    plan: int | None
     shared: dict[int, str]
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """First word of a load.
+
+    Attributes:
+        step: what this rank was asked to load, None for the newest.
+        url: where from.
+    """
+
+    step: int | None
+    url: str
 
 
 class PlanAnswer(msgspec.Struct, frozen=True):
@@ -55,11 +69,13 @@ class RankPlan(msgspec.Struct, frozen=True):
     """One rank's share of a plan.
 
     Attributes:
+        number: which plan of the job this is.
         owned: the boxes it writes.
         objects: the encoded values it writes besides those of its per-rank parts.
         groups: the encoded values that must be equal on several ranks, by number of the group.
     """
 
+    number: int
     owned: list[Owned]
     objects: list[ObjectName]
     groups: dict[int, list[ObjectName]]
@@ -72,6 +88,27 @@ class Report(msgspec.Struct, frozen=True):
     documents: list[Document]
     stage_seconds: float
     write_seconds: float
+
+
+def check_same(requests: Sequence[PlanRequest] | Sequence[LoadRequest], verb: str) -> None:
+    """Check that all ranks were asked for one thing.
+
+    Args:
+        requests: the first word of each rank.
+        verb: what they were asked to do, for the message.
+
+    Raises:
+        UsageError: with what each rank was asked for.
+    """
+    for what in ("step", "url"):
+        asked = {rank: getattr(request, what) for rank, request in enumerate(requests)}
+        if len(set(asked.values())) > 1:
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in asked.items())
+            raise UsageError(
+                f"the ranks were asked to {verb} different things ({what}: {listed}): make the "
+                "call with the same arguments on every rank",
+                ranks={rank: str(value) for rank, value in asked.items()},
+            )
 
 
 def pack(message: msgspec.Struct) -> bytes:

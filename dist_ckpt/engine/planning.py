@@ -13,25 +13,25 @@ from dist_ckpt.engine.messages import (
     PlanAnswer,
     PlanRequest,
     RankPlan,
+    check_same,
     pack,
     unpack,
 )
 from dist_ckpt.engine.snapshot import Snapshot
-from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.errors import ErrorKind, IncompatibleError
 
 BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""
 
 
 class Planner:
-    """Keeps the plan of one job between saves, under the fingerprints it was made for."""
+    """Keeps the plan of one job between saves, while the structure of the state stays the same."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._own: tuple[str, RankPlan] | None = None
-        # Rank 0 only: the fingerprint of every rank, and what the plan was made of.
-        self._fingerprints: list[str] | None = None
-        self._pending: list[str] = []
+        # Rank 0 only: the number of its newest plan, and what that was made of.
+        self._number = 0
         self.held_by_rank: list[list[Held]] = []
         self.owned_by_rank: list[list[Owned]] = []
 
@@ -62,7 +62,7 @@ class Planner:
         if isinstance(snapshot, BaseException):
             message = snapshot
         else:
-            message = pack(PlanRequest(step, url, snapshot.fingerprint, self._digests(snapshot)))
+            message = pack(self._request(step, url, snapshot))
         data = self._coordinator.round(
             _phase(topic, "plan"),
             message,
@@ -74,6 +74,9 @@ class Planner:
             raise snapshot
         if answer.plan_holds and self._own is not None:
             return answer.save_id, self._own[1]
+        # Forgotten before the new one is there: a rank that misses its answer must not write by a
+        # plan that the others have left.
+        self._own = None
         data = self._coordinator.round(
             _phase(topic, "describe"), pack(snapshot.description()), self._plan, deadline=deadline
         )
@@ -81,32 +84,31 @@ class Planner:
         self._own = (snapshot.fingerprint, plan)
         return answer.save_id, plan
 
-    def _digests(self, snapshot: Snapshot) -> dict[int, str]:
+    def _request(self, step: int, url: str, snapshot: Snapshot) -> PlanRequest:
         if self._own is None or self._own[0] != snapshot.fingerprint:
-            return {}
-        groups = self._own[1].groups
-        return {number: snapshot.group_digest(names) for number, names in groups.items()}
+            return PlanRequest(step, url, None, {})
+        plan = self._own[1]
+        digests = {number: snapshot.group_digest(names) for number, names in plan.groups.items()}
+        return PlanRequest(step, url, plan.number, digests)
 
     def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
         requests = [unpack(data, PlanRequest) for data in messages]
-        _check_same_request(requests)
-        fingerprints = [request.fingerprint for request in requests]
-        holds = fingerprints == self._fingerprints and _groups_agree(requests)
-        if not holds:
-            # Forgotten before the new one exists: a failure in between must not leave half a plan.
-            self._fingerprints = None
-        save_id = begin(requests[0].step)
-        self._pending = fingerprints
-        return pack(PlanAnswer(save_id, holds))
+        check_same(requests, "save")
+        # Every rank has to have this very plan: one that missed its share asks for a new one.
+        holds = all(request.plan == self._number for request in requests)
+        holds = holds and _groups_agree(requests)
+        return pack(PlanAnswer(begin(requests[0].step), holds))
 
     def _plan(self, messages: Sequence[bytes]) -> list[bytes]:
+        # First of all: should planning fail half-way, no rank has a plan of this number.
+        self._number += 1
         descriptions = [unpack(data, Description) for data in messages]
         writers, groups = share_objects([each.objects for each in descriptions])
+        # Replaced, never changed: the commit of a save that was given up may still read the old.
         self.held_by_rank = [each.held for each in descriptions]
         self.owned_by_rank = decide(self.held_by_rank)
-        self._fingerprints = self._pending
         return [
-            pack(RankPlan(owned, writers[rank], groups[rank]))
+            pack(RankPlan(self._number, owned, writers[rank], groups[rank]))
             for rank, owned in enumerate(self.owned_by_rank)
         ]
 
@@ -152,18 +154,6 @@ def _check_equal(part: str, name: str, ranks: Sequence[int], digests: Sequence[s
                 f"{value} differs between rank {ranks[0]} and rank {rank}: make it equal on all "
                 "ranks, or wrap the part in PerRank(...) to keep one for each rank",
                 kind=ErrorKind.REPLICAS_DIFFER,
-            )
-
-
-def _check_same_request(requests: Sequence[PlanRequest]) -> None:
-    for what in ("step", "url"):
-        asked = {rank: getattr(request, what) for rank, request in enumerate(requests)}
-        if len(set(asked.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in asked.items())
-            raise UsageError(
-                f"the ranks were asked to save different things ({what}: {listed}): call save with "
-                "the same arguments on every rank",
-                ranks={rank: str(value) for rank, value in asked.items()},
             )
 
 

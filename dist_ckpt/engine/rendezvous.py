@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from dist_ckpt.engine.coordinator import Coordinator, SoloCoordinator, StoreCoor
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
 
 _PROBE_SECONDS = 5.0
+_RETRY_SECONDS = 0.2
 # Generous: while connecting, c10d looks the address up in the DNS by its number, for its log only,
 # and a resolver that drops one answer holds it up for 5 s.
 _CONNECT_SECONDS = 120.0
@@ -37,8 +39,11 @@ class _Connection:
     """This process's client of the store, which lasts as long as the process group."""
 
     group: ProcessGroup
-    store: Store
+    # A store may outlive a process group, and with it the address that rank 0 published there.
+    # Every rank lives through the same process groups: a number for each keeps addresses apart.
+    number: int
     jobs: Iterator[int]
+    store: Store | None = None
 
 
 _connection: _Connection | None = None
@@ -65,7 +70,10 @@ def join(*, timeout_seconds: float) -> Coordinators:
     if group is None:  # pragma: no cover - it is initialized
         raise CoordinationError("the default process group is gone")
     if _connection is None or _connection.group is not group:
-        _connection = _Connection(group, _open(rank, timeout_seconds), itertools.count())
+        number = 0 if _connection is None else _connection.number + 1
+        _connection = _Connection(group, number, itertools.count())
+    if _connection.store is None:  # also when a try before this one failed
+        _connection.store = _open(rank, _connection.number, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
     store = PrefixStore(f"job/{next(_connection.jobs)}", _connection.store)
     return Coordinators(
@@ -73,11 +81,20 @@ def join(*, timeout_seconds: float) -> Coordinators:
     )
 
 
-def _open(rank: int, timeout_seconds: float) -> Store:
-    shared = PrefixStore("dist_ckpt", _get_default_store())
+def _open(rank: int, number: int, timeout_seconds: float) -> Store:
+    shared = PrefixStore(f"dist_ckpt/{number}", _get_default_store())
     if rank == 0:
         return _serve(shared)
-    return _connect(_await_address(shared, timeout_seconds))
+    until = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return _connect(_await_address(shared, timeout_seconds))
+        except CoordinationError:
+            # A store that outlives a restart of the job may still hold the address of a dead rank
+            # 0: the living one replaces it as soon as it gets here.
+            if time.monotonic() > until:
+                raise
+            time.sleep(_RETRY_SECONDS)
 
 
 def _serve(shared: Store) -> Store:
@@ -99,7 +116,7 @@ def _await_address(shared: Store, timeout_seconds: float) -> dict[str, str | int
     try:
         shared.wait(["address"], timedelta(seconds=timeout_seconds))
         address: dict[str, str | int] = json.loads(shared.get("address"))
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError of most stores, and no finer class of FileStore
         raise CoordinationError(
             f"rank 0 did not open its coordination store within {timeout_seconds:g} s: every rank "
             "must make the same calls in the same order",

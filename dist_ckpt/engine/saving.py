@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Mapping
+from multiprocessing.util import Finalize
 from typing import Any
 
 from dist_ckpt import events
@@ -20,12 +21,22 @@ from dist_ckpt.engine.messages import RankPlan
 from dist_ckpt.engine.planning import Planner
 from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.engine.writer_thread import WriterThread
-from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, UsageError, describe
+from dist_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    ErrorKind,
+    UsageError,
+    describe,
+    from_wire,
+    to_wire,
+)
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.staging.arena import Arena
 from dist_ckpt.state.train_state import TrainState
+
+_log = logging.getLogger("dist_ckpt")
 
 
 class Saver:
@@ -45,7 +56,7 @@ class Saver:
         # Set while files of dead attempts may lie around: at the start, and after a failed save.
         self._litter = True
         self._last = False
-        self._at_exit = _drain_at_exit(self)
+        self._at_exit = _close_at_exit(self)
 
     def start(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
         """Begin to save; return when the state may change again.
@@ -55,11 +66,14 @@ class Saver:
                 the save before, when nobody was told of it yet.
         """
         begun = time.perf_counter()
-        deadline = self._job.deadline()
-        topic = self._job.topic("save", f"save of step {step}")
-        snapshot = self._settle() or self._snapshot(step, metrics)
         if self._planner is None:
             self._planner = Planner(self._job.training)
+        failed = self.settle()
+        # Only now: the time that the save before took is not taken from this one.
+        deadline = self._job.deadline()
+        topic = self._job.topic("save", f"save of step {step}")
+        # A failure goes where a snapshot would: the other ranks wait for this one in the round.
+        snapshot = failed or self._snapshot(step, metrics)
         save_id, plan = self._planner.agree(
             step, self._job.url, snapshot, self._begin, topic=topic, deadline=deadline
         )
@@ -68,9 +82,16 @@ class Saver:
         commit_topic = Topic(f"{topic.key}/commit", topic.label)
         attempt = Attempt(
             Transaction(self._job.repository.store, step, save_id),
+            self._job.training.rank,
             commit_topic,
             deadline,
-            SaveHandle(step, save_id, deadline, lambda: self._overdue(attempt)),
+            SaveHandle(
+                step,
+                save_id,
+                deadline,
+                overdue=lambda: self._overdue(attempt),
+                announce=lambda error: attempt.announce(error),
+            ),
             *self._stage(snapshot, plan),
             stall_seconds=0.0,
             cancelled=cancelled,
@@ -78,6 +99,7 @@ class Saver:
         decide = self._commit(attempt, metrics).decide
         attempt.stall_seconds = time.perf_counter() - begun
         self._emit_staged(attempt)
+        # Known before it is submitted: from then on somebody has to wait for it.
         self._pending = attempt.handle
         self._writer.submit(lambda: self._run(attempt, decide))
         return attempt.handle
@@ -97,30 +119,34 @@ class Saver:
         Raises:
             CheckpointError: the save failed, and nobody was told of it yet.
         """
-        error = self._settle()
+        error = self.settle()
         if error is not None:
             raise error
 
-    def close(self) -> None:
-        """Drain, then let the thread and the other ranks go; see `drain`."""
-        try:
-            self.drain()
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        atexit.unregister(self._at_exit)
-        self._writer.stop()
-        self._job.leave()
-
-    def _settle(self) -> CheckpointError | None:
-        """Wait for the save before; return its failure when it is still to be told."""
-        handle, self._pending = self._pending, None
+    def settle(self) -> CheckpointError | None:
+        """Do as `drain`, but return the failure, so that all ranks hear of it in the next round."""
+        handle = self._pending
         if handle is None:
             return None
         handle.settle()
         self._writer.wait_idle(self._job.timeout_seconds)
+        # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
+        self._pending = None
         return handle.take_error()
+
+    def close(self) -> None:
+        """Drain, then let the thread and the other ranks go; see `drain`."""
+        # An interrupt here releases nothing: the end of the process waits for the save once more.
+        error = self.settle()
+        self._release()
+        if error is not None:
+            raise error
+
+    def _release(self) -> None:
+        self._writer.stop()
+        self._job.leave()
+        # Last: until rank 0 has left, the end of its interpreter would cut the others off.
+        self._at_exit.cancel()
 
     def _snapshot(self, step: int, metrics: Mapping[str, float]) -> Snapshot | Exception:
         # Returned, not raised: the other ranks wait in a round, and must hear of it.
@@ -179,14 +205,18 @@ class Saver:
         protected = {step} if origin is None else {step, origin}
         try:
             if self._keep is not None:
-                gone = repository.retain(self._keep, protected=protected)
+                gone = repository.retain(self._keep, claim=self._job.claim(), protected=protected)
                 for old, reason in gone.items():
                     events.emit(events.CheckpointDeleted(url, old, 0, reason))
             if self._litter:
                 repository.collect(claim=self._job.claim(), in_flight=())
                 self._litter = False
-        except CheckpointError as error:
-            events.emit(events.RetentionFailed(url, step, 0, error))
+        except Exception as error:  # a policy of the user may raise anything
+            failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
+            events.emit(events.RetentionFailed(url, step, 0, failure))
+            _log.warning(
+                "tidying %s after step %d failed, the step is committed: %s", url, step, failure
+            )
 
     def _overdue(self, attempt: Attempt) -> CheckpointError | None:
         """Near the deadline: find out how the save ended although the writer has not come back."""
@@ -207,13 +237,10 @@ class Saver:
         self._writer.abandon()
         self._arena = Arena()
         self._litter = True
-        events.emit(
-            events.SaveFailed(self._job.url, attempt.transaction.step, rank, error),
-        )
         return error
 
     def _emit_staged(self, attempt: Attempt) -> None:
-        staged = [] if isinstance(attempt.staged, Exception) else attempt.staged
+        staged = () if isinstance(attempt.staged, BaseException) else attempt.staged
         events.emit(
             events.SaveStaged(
                 self._job.url,
@@ -228,21 +255,25 @@ class Saver:
 
 def _check_metrics(metrics: Mapping[str, float]) -> None:
     for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise UsageError(f"metric {name!r} must be named by text, not {type(name).__name__}")
         try:
             float(value)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a foreign __float__ may do anything
             raise UsageError(
                 f"metric {name!r} is {type(value).__name__}, not a number ({describe(error)})"
             ) from error
 
 
-def _drain_at_exit(saver: Saver) -> Any:
-    """Register that a save in flight is finished before the interpreter goes; return the hook."""
+def _close_at_exit(saver: Saver) -> Finalize[None]:
+    """Register that a save in flight is finished before this process goes; `cancel` undoes it."""
     reference = weakref.ref(saver)
 
-    def drain() -> None:
+    def close() -> None:
         alive = reference()
         if alive is not None:
-            alive.drain()
+            alive.close()
 
-    return atexit.register(drain)
+    # Not atexit, which the processes of multiprocessing, and so torch's spawn, never come to. In a
+    # forked child, which has neither the thread nor the save, it does nothing.
+    return Finalize(None, close, exitpriority=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 
@@ -16,16 +17,22 @@ class WriterThread:
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
+        self._thread: threading.Thread | None = None
         self._idle = threading.Event()
         self._idle.set()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in the background; it must not raise. The caller waits for the one before."""
-        if self._jobs is None:
+        # Not alive: a listener or a backend ended it with SystemExit, or this process was forked.
+        if self._jobs is None or self._thread is None or not self._thread.is_alive():
             self._jobs = queue.SimpleQueue()
-            threading.Thread(
+            self._thread = threading.Thread(
                 target=_run, args=(self._jobs,), name="dist_ckpt-writer", daemon=True
-            ).start()
+            )
+            self._thread.start()
+            # The thread knows the queue alone, so it ends with an owner that forgot to stop it.
+            weakref.finalize(self, self._jobs.put, None).atexit = False
+        # Of this job alone: one that was given up must not make the next one look finished.
         idle = self._idle = threading.Event()
 
         def run() -> None:
@@ -56,3 +63,4 @@ class WriterThread:
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     while (job := jobs.get()) is not None:
         job()
+        del job  # else it, and all that it looks at, would live until the next one

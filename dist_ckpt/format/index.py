@@ -162,8 +162,9 @@ def _check_tensors(tensors: tuple[TensorEntry, ...]) -> None:
 
 
 def _check_objects(objects: tuple[ObjectEntry, ...], files: tuple[FileEntry, ...]) -> None:
-    if len({(entry.part, entry.rank) for entry in objects}) != len(objects):
-        raise _malformed("a part has its Python values twice")
+    # Several files may hold shared values of one part: stages of a pipeline each have their own.
+    if len({(entry.part, entry.rank, entry.file) for entry in objects}) != len(objects):
+        raise _malformed("a part has its Python values twice in one file")
     for entry in objects:
         where = f"the Python values of part {entry.part!r}"
         if not is_part(entry.part):

@@ -73,19 +73,28 @@ class Checkpoint:
         Raises:
             IntegrityError: a file is missing, shorter or longer.
         """
-        for entry in self.index.files:
-            key = self._key(entry)
-            try:
-                nbytes = self.store.size(key)
-            except NotFound as error:
-                raise IntegrityError(
-                    f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-                ) from error
-            if nbytes != entry.nbytes:
-                raise IntegrityError(
-                    f"{self.where}: file {key} holds {nbytes} bytes, committed were {entry.nbytes}",
-                    kind=ErrorKind.TRUNCATED,
-                )
+        for number in range(len(self.index.files)):
+            self.check_size(number)
+
+    def check_size(self, file: int) -> None:
+        """Compare the size of file number `file` with what was committed.
+
+        Raises:
+            IntegrityError: it is missing, shorter or longer.
+        """
+        entry = self.index.files[file]
+        key = self._key(entry)
+        try:
+            nbytes = self.store.size(key)
+        except NotFound as error:
+            raise IntegrityError(
+                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
+            ) from error
+        if nbytes != entry.nbytes:
+            raise IntegrityError(
+                f"{self.where}: file {key} holds {nbytes} bytes, committed were {entry.nbytes}",
+                kind=ErrorKind.TRUNCATED,
+            )
 
     def read_blocks(self, file: int, start: int, stop: int) -> memoryview:
         """Return the bytes `start:stop` of file number `file`, each one verified.

@@ -25,12 +25,13 @@ def take(store: Store) -> int:
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
+    number = 0
     while True:
-        number = highest(store) + 1
+        number = max(number, highest(store)) + 1
         try:
             store.put(claim_key(number), [json.dumps(record | {"claim": number}).encode()])
         except AlreadyExists:
-            continue  # another process was faster: what it created is in the next listing
+            continue  # another process was faster
         return number
 
 

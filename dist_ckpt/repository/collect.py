@@ -98,6 +98,6 @@ def _named(store: Store, step: int, candidates: set[str]) -> set[str]:
 
 def _delete_attempt(store: Store, folder: str) -> None:
     names = [name for name in store.list_children(folder) if is_attempt_file(name)]
+    store.delete(folder + name for name in names if name != INDEX)
     # The index goes last: while data is left, an operator can still see what it was.
-    names.sort(key=lambda name: (name == INDEX, name))
-    store.delete(folder + name for name in names)
+    store.delete(folder + name for name in names if name == INDEX)

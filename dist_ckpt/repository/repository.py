@@ -66,6 +66,7 @@ class Repository:
 
     def claim(self) -> int:
         """Take the run over: return the number of a new claim, higher than all before it."""
+        self._check_can_commit()
         return claims.take(self.store)
 
     def begin(self, step: int, claim: int) -> Transaction:
@@ -77,11 +78,7 @@ class Repository:
             UsageError: the store cannot create atomically, or the step is no step.
         """
         check_step(step)
-        if not self.store.capabilities.atomic_create:
-            raise UsageError(
-                f"{self.store.url} cannot create an object atomically, so two jobs could commit "
-                "the same step: choose another place"
-            )
+        self._check_can_commit()
         if self._is_committed(step):
             raise AlreadyExists(
                 f"step {step} is already committed in {self.store.url}: save under another step",
@@ -103,17 +100,24 @@ class Repository:
             return VerifyReport(step, 0, 0, (error.message,))
         return verify(checkpoint)
 
-    def retain(self, policy: KeepPolicy, *, protected: Collection[int]) -> Mapping[int, str]:
+    def retain(
+        self, policy: KeepPolicy, *, claim: int, protected: Collection[int]
+    ) -> Mapping[int, str]:
         """Delete what `policy` does not keep; return the deleted steps with the reasons.
 
         Args:
             policy: what to keep; the newest checkpoint stays in any case.
+            claim: that of the caller.
             protected: steps that stay in any case.
 
         Raises:
+            FencedError: a newer claim owns the run, and may be restoring what would be deleted.
             StorageError: a listing or a deletion failed.
         """
         going = removable(self.steps(), policy, protected)
+        if going:
+            # Only the owner deletes, and a newer claim may have been made since the commit.
+            claims.check_owner(self.store, claim)
         for step in going:
             delete_checkpoint(self.store, step)
         return going
@@ -129,6 +133,15 @@ class Repository:
         for step in sorted((step for step in found if step is not None), reverse=True):
             if self._is_committed(step):
                 yield step
+
+    def _check_can_commit(self) -> None:
+        can = self.store.capabilities
+        if not (can.atomic_create and can.strong_list):
+            raise UsageError(
+                f"{self.store.url} cannot create an object atomically, or not list it at once, so "
+                "two jobs could commit to one run: choose another place, or, where no other job "
+                "ever writes, open it by resolve(url, single_writer=True)"
+            )
 
     def _is_committed(self, step: int) -> bool:
         try:

@@ -40,12 +40,19 @@ class Transaction:
         self.store.put(key, buffers, mode="create")
         return key
 
-    def commit(self, index: Index, describe: Callable[[ManifestFile], Manifest]) -> Manifest:
+    def commit(
+        self,
+        index: Index,
+        describe: Callable[[ManifestFile], Manifest],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+    ) -> Manifest:
         """Make the checkpoint exist.
 
         Args:
             index: the chunk table of all files put by all ranks.
             describe: returns the manifest, given the entry of the stored index.
+            confirm: asked last, right before the manifest is put; raises to call the commit off.
 
         Raises:
             FencedError: a newer claim owns the run; nothing was committed.
@@ -57,9 +64,11 @@ class Transaction:
         self.store.put(key, [encoded], mode="create")
         relative = key.removeprefix(f"{step_dir(self.step)}/")
         manifest = describe(ManifestFile(relative, len(encoded), bytes_digest(encoded)))
+        data = manifest_format.encode(manifest)
         # Looked at last: what happens between this line and the put is the protocol's only window.
         check_owner(self.store, self.claim)
-        self._put_manifest(manifest_format.encode(manifest))
+        confirm()
+        self._put_manifest(data)
         return manifest
 
     def _put_manifest(self, data: bytes) -> None:

@@ -44,30 +44,36 @@ def verify(checkpoint: Checkpoint) -> VerifyReport:
     """
     problems: list[str] = []
     nbytes = 0
-    try:
-        checkpoint.check_sizes()
-    except IntegrityError as error:
-        problems.append(error.message)
     for number, entry in enumerate(checkpoint.index.files):
         try:
+            # Reading stops where the file should end: only its size tells that it goes on.
+            checkpoint.check_size(number)
             for start in range(0, entry.nbytes, _SEGMENT_BYTES):
                 stop = min(start + _SEGMENT_BYTES, entry.nbytes)
-                checkpoint.read_blocks(number, start, stop)
+                data = checkpoint.read_blocks(number, start, stop)
                 nbytes += stop - start
-            _check_header(checkpoint, number)
+                if start == 0:
+                    _check_header(checkpoint, number, data)
         except IntegrityError as error:
-            if error.message not in problems:
-                problems.append(error.message)
+            named = entry.name in error.message
+            problems.append(error.message if named else f"{entry.name}: {error.message}")
     return VerifyReport(checkpoint.step, len(checkpoint.index.files), nbytes, tuple(problems))
 
 
-def _check_header(checkpoint: Checkpoint, number: int) -> None:
-    """Check that file `number` opens as safetensors and has its chunks where the index says."""
+def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> None:
+    """Check that file `number` opens as safetensors and has its chunks where the index says.
+
+    Args:
+        checkpoint: what the file belongs to.
+        number: which of its files.
+        first: the beginning of the file, which most often has the whole header.
+    """
     entry = checkpoint.index.files[number]
-    first = checkpoint.read_blocks(number, 0, min(BLOCK_BYTES, entry.nbytes))
     nbytes = header_nbytes(bytes(first[:8]), entry.nbytes)
-    stop = min(-(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, entry.nbytes)
-    header = parse_header(bytes(checkpoint.read_blocks(number, 0, stop)[:nbytes]), entry.nbytes)
+    if nbytes > len(first):
+        stop = min(-(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, entry.nbytes)
+        first = checkpoint.read_blocks(number, 0, stop)
+    header = parse_header(bytes(first[:nbytes]), entry.nbytes)
     chunks = checkpoint.index.chunks
     described = {int(offset) for offset in chunks.offset[chunks.file == np.uint32(number)]}
     if not described <= {stored.offset for stored in header.entries}:

@@ -6,6 +6,8 @@ import mmap
 
 import torch
 
+from dist_ckpt.storage.direct import aligned_buffer
+
 _PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -17,7 +19,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
+        self._memory: memoryview | None = None
         self._used_bytes = 0
 
     @property
@@ -32,8 +34,10 @@ class Arena:
         """
         self._used_bytes = 0
         if nbytes > self.capacity_bytes:
-            # Dropped, not closed: tensors and views that still look at it keep it alive.
-            self._memory = mmap.mmap(-1, aligned(nbytes))
+            # Dropped, not closed: tensors and views that still look at it keep it alive. And
+            # dropped first: the old and the new one together may be more than there is.
+            self._memory = None
+            self._memory = aligned_buffer(aligned(nbytes))
 
     def take(self, nbytes: int) -> memoryview:
         """Return the next `nbytes` of the arena, starting on a page; `reset` made the room."""
@@ -41,7 +45,7 @@ class Arena:
         if self._memory is None or stop > self.capacity_bytes:
             raise ValueError(f"arena of {self.capacity_bytes} bytes has no room for {nbytes} more")
         self._used_bytes = aligned(stop)
-        return memoryview(self._memory)[start:stop]
+        return self._memory[start:stop]
 
 
 def aligned(nbytes: int) -> int:

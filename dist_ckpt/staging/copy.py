@@ -19,6 +19,7 @@ def copy_box(
         origin: global offsets of `source`.
     """
     with torch.no_grad():
+        # Not non_blocking: the copy is over when this returns, from a GPU too.
         target.copy_(view_box(source, box, origin=origin))
 
 

@@ -109,7 +109,10 @@ def _seed(stored: Stored, kind: str) -> int:
 def _digest(stored: Stored, kind: str) -> bytes:
     # Not Python's hash, which is salted per process, nor a sum, by which near ranks would collide.
     digest = blake2b(digest_size=32)
-    for name in sorted(_READ.keys() & stored.objects.keys()):
-        digest.update(stored.objects[name])
+    # Only of its own kind: a program that seeds torch and not Python is repeatable all the same.
+    # A GPU's stream also depends on torch's, because a save without GPUs has nothing of its own.
+    own = kind.partition(":")[0]
+    for name in (own, "torch") if own == "cuda" else (own,):
+        digest.update(stored.objects.get(name, b""))
     digest.update(f"/{kind}/{stored.world_size}/{stored.rank}".encode())
     return digest.digest()

@@ -26,6 +26,9 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # All workers are on this machine: no other interface is needed, nor a host name.
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    # c10d asks the resolver for the name of every peer, for its log: without a name server in
+    # reach each question would cost 5 s.
+    "RES_OPTIONS": "timeout:1 attempts:1",
     # Otherwise torchrun gives restarted workers the store of those before them, where they find
     # the addresses of dead processes (pytorch issue 135712; torch 2.13 still does).
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

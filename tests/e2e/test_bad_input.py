@@ -130,7 +130,9 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.mark.parametrize("name", ["weights.r00000.safetensors", "extra.r00000.safetensors"])
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_one_flipped_bit(name: str, where: str, tmp_path: Path) -> None:
+def test_one_flipped_bit(
+    name: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_steps(tmp_path, 1, 2)
     path = only_file(tmp_path, 2, name)
     flip(path, {"first": 0, "middle": path.stat().st_size // 2, "last": -1}[where])
@@ -143,6 +145,8 @@ def test_one_flipped_bit(name: str, where: str, tmp_path: Path) -> None:
         assert ckpt.restored is not None
         assert list(ckpt.restored.refused) == [2]
         assert name in ckpt.restored.refused[2]
+    assert "step 2" in caplog.text
+    assert "was passed over" in caplog.text
     assert torch.equal(state["weights"]["b"], torch.full((7,), 1.0))
     assert Repository(LocalStore(tmp_path)).steps() == [1, 2], "nothing is deleted or marked"
 

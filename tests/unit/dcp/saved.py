@@ -1,0 +1,105 @@
+"""Checkpoints in memory, made of what the dcp room plans and stages, with no engine around it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.dcp.owners import decide
+from dist_ckpt.dcp.planner import LocalBox, dtype_name
+from dist_ckpt.dcp.writer import plan_files, stage
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import block_digests, bytes_digest
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.repository import Checkpoint, Repository, Transaction
+from dist_ckpt.staging import Arena
+from dist_ckpt.storage.memory import MemoryStore
+from tests.unit.dcp.boxes import held
+
+_names = itertools.count()
+
+
+def content(shape: Sequence[int], dtype: torch.dtype, *, seed: int = 0) -> torch.Tensor:
+    """Return a tensor of random bytes (0 and 1 for bool)."""
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.Size(shape).numel() * dtype.itemsize
+    raw = torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+    return (raw & 1 if dtype is torch.bool else raw).view(dtype).reshape(tuple(shape))
+
+
+def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """Return the elements of `tensor` in `box`: the plain way to say it."""
+    return tensor[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))]
+
+
+def local(name: str, tensor: torch.Tensor, box: Box) -> LocalBox:
+    """Return `box` of `tensor` as one rank would hold it, in memory of its own."""
+    dtype = dtype_name(tensor.dtype)
+    return LocalBox(held(name, tensor.shape, box, dtype=dtype), cut(tensor, box).clone())
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Compare bit for bit, NaNs included."""
+    flat = [each.contiguous().reshape(-1).view(torch.uint8) for each in (left, right)]
+    return left.shape == right.shape and torch.equal(*flat)
+
+
+def put(
+    attempt: Transaction,
+    by_rank: Sequence[Sequence[LocalBox]],
+    documents_by_rank: Sequence[Mapping[str, bytes]] | None = None,
+) -> Index:
+    """Decide, stage and put what the ranks hold; return the index."""
+    held_by_rank = [[box.held for box in boxes] for boxes in by_rank]
+    shares = []
+    for rank, owned in enumerate(decide(held_by_rank)):
+        documents = documents_by_rank[rank] if documents_by_rank else {}
+        staged = stage(
+            Arena(),
+            rank=rank,
+            local=by_rank[rank],
+            plans=plan_files(rank, held_by_rank[rank], owned),
+            documents=documents,
+        )
+        for file in staged:
+            attempt.put_file(file.name, [file.image])
+        written = [WrittenFile(f.name, len(f.image), block_digests(f.image)) for f in staged]
+        told = [
+            Document(part, False, len(data), bytes_digest(data)) for part, data in documents.items()
+        ]
+        shares.append(RankShare(held_by_rank[rank], owned, written, told))
+    return build_index(shares)
+
+
+def checkpoint(by_rank: Sequence[Sequence[LocalBox]]) -> Checkpoint:
+    """Commit what the ranks hold as step 1 of a new run, and open it."""
+    repository = Repository(MemoryStore(f"unit-dcp-{next(_names)}"))
+    attempt = repository.begin(1, repository.claim())
+    index = put(attempt, by_rank)
+
+    def describe(stored: ManifestFile) -> Manifest:
+        return Manifest(
+            step=1,
+            save_id=attempt.save_id,
+            claim=attempt.claim,
+            created="2026-01-02T03:04:05+00:00",
+            world_size=len(by_rank),
+            versions={},
+            parts=["model"],
+            files=[
+                ManifestFile(f"{attempt.save_id}/{file.name}", file.nbytes, file.digest)
+                for file in index.files
+            ],
+            index=stored,
+            metrics={},
+            metadata={},
+            timings={},
+            parent_step=None,
+        )
+
+    attempt.commit(index, describe)
+    return repository.open(1)

@@ -1,0 +1,69 @@
+"""The index of a save, from what every rank planned and reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.dcp.owners import decide
+from dist_ckpt.dcp.writer import plan_extra, plan_files
+from dist_ckpt.errors import IntegrityError
+from dist_ckpt.format import index as index_format
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import block_digests
+from tests.unit.dcp.boxes import whole
+from tests.unit.dcp.saved import checkpoint, content, local
+
+DIGEST = "0123456789abcdef"
+
+
+def share_of(rank: int, world: list[list[str]], documents: list[Document]) -> RankShare:
+    held = [[whole(name, (5, 7)) for name in names] for names in world]
+    owned = decide(held)[rank]
+    files = [
+        WrittenFile(plan.name, plan.layout.nbytes, block_digests(bytes(plan.layout.nbytes)))
+        for plan in plan_files(rank, held[rank], owned)
+    ]
+    if documents:
+        nbytes = plan_extra({each.part: each.nbytes for each in documents}).nbytes
+        name = f"extra.r{rank:05d}.safetensors"
+        files.append(WrittenFile(name, nbytes, block_digests(bytes(nbytes))))
+    return RankShare(held[rank], owned, files, documents)
+
+
+def test_every_box_and_every_document_is_in_it() -> None:
+    world = [["a", "shared"], ["b", "shared"]]
+    shared = Document("notes", False, 10, DIGEST)
+    shares = [
+        share_of(0, world, [shared, Document("rng", True, 7, DIGEST)]),
+        share_of(1, world, [Document("rng", True, 9, DIGEST)]),
+    ]
+    index = build_index(shares)
+    assert sorted(tensor.name for tensor in index.tensors) == ["a", "b", "shared"]
+    assert [(each.part, each.rank, each.nbytes) for each in index.objects] == [
+        ("notes", None, 10),
+        ("rng", 0, 7),
+        ("rng", 1, 9),
+    ]
+    for entry in index.objects:
+        assert index.files[entry.file].name.startswith("extra.")
+    assert index_format.decode(index_format.encode(index)) == index, "a reader takes it"
+
+
+def test_a_report_that_lacks_a_file_is_refused() -> None:
+    whole_share = share_of(1, [["a"], ["b"]], [])
+    short = RankShare(whole_share.held, whole_share.owned, [], [])
+    with pytest.raises(IntegrityError, match="rank 1 wrote other files"):
+        build_index([share_of(0, [["a"], ["b"]], []), short])
+
+
+def test_the_index_of_a_real_save_says_where_the_bytes_are() -> None:
+    tensor = content((6, 4), torch.int16)
+    halves = [Box((0, 0), (3, 4)), Box((3, 0), (3, 4))]
+    opened = checkpoint([[local("t", tensor, box)] for box in halves])
+    rows = opened.index.chunks_of(0)
+    for number in range(2):
+        file, start = int(rows.file[number]), int(rows.offset[number])
+        data = opened.read_blocks(file, 0, opened.index.files[file].nbytes)
+        assert bytes(data[start : start + 24]) == tensor[3 * number :][:3].numpy().tobytes()

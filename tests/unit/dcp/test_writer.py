@@ -1,0 +1,88 @@
+"""The image of a rank's files: each box once, at the place that the coordinator knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_ckpt.dcp.owners import decide
+from dist_ckpt.dcp.writer import check_reported_sizes, extra_name, plan_extra, plan_files, stage
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.shard import header_nbytes, parse_header
+from dist_ckpt.staging import Arena
+from tests.unit.dcp.saved import content, local, same_bits
+
+MODEL = "model.r00003.safetensors"
+
+
+def header_names(image: memoryview) -> list[str]:
+    nbytes = header_nbytes(bytes(image[:8]), len(image))
+    return [entry.name for entry in parse_header(bytes(image[:nbytes]), len(image)).entries]
+
+
+def test_a_whole_tensor_has_its_name_and_a_box_its_offsets() -> None:
+    whole, row = content((3, 2), torch.float32), content((4, 5), torch.int16)
+    boxes = [
+        local("w", whole, Box((0, 0), (3, 2))),
+        local("half", row, Box((2, 0), (2, 5))),
+        local("empty", content((0, 4), torch.float32), Box((0, 0), (0, 4))),
+        local("scalar", content((), torch.float64), Box((), ())),
+    ]
+    held = [box.held for box in boxes]
+    other = [local("half", row, Box((0, 0), (2, 5))).held]
+    owned = decide([other, [], [], held])[3]
+    plans = plan_files(3, held, owned)
+    (file,) = stage(Arena(), rank=3, local=boxes, plans=plans, documents={})
+    assert file.name == MODEL
+    assert set(header_names(file.image)) == {"w", "half#2,0", "empty", "scalar"}
+    offsets = dict(zip((held[o.held].name for o in owned), plans[0].layout.offsets, strict=True))
+    assert bytes(file.image[offsets["w"] :][:24]) == whole.numpy().tobytes()
+    assert bytes(file.image[offsets["half"] :][:20]) == row[2:].numpy().tobytes()
+    assert all(offset >= 4096 for offset in offsets.values())
+
+
+def test_every_part_has_a_file_of_its_own_and_the_values_have_extra() -> None:
+    w = content((2,), torch.float32)
+    model = local("w", w, Box((0,), (2,)))
+    documents = {"notes": b'{"a":1}', "rng": b"[2]"}
+    arena = Arena()
+    plans = plan_files(3, [model.held], decide([[], [], [], [model.held]])[3])
+    files = stage(arena, rank=3, local=[model], plans=plans, documents=documents)
+    assert [file.name for file in files] == [MODEL, extra_name(3)]
+    layout = plan_extra({part: len(data) for part, data in documents.items()})
+    for (part, data), offset in zip(documents.items(), layout.offsets, strict=True):
+        assert bytes(files[1].image[offset : offset + len(data)]) == data, part
+    sizes = {part: len(data) for part, data in documents.items()}
+    reported = {file.name: len(file.image) for file in files}
+    check_reported_sizes(3, plans, sizes, reported)
+
+
+def test_a_rank_with_nothing_to_write_writes_no_file() -> None:
+    assert stage(Arena(), rank=0, local=[], plans=plan_files(0, [], []), documents={}) == []
+
+
+def test_staging_is_a_copy() -> None:
+    whole = content((1000,), torch.float32)
+    boxes = [local("w", whole, Box((0,), (1000,)))]
+    plans = plan_files(0, [boxes[0].held], decide([[boxes[0].held]])[0])
+    (file,) = stage(Arena(), rank=0, local=boxes, plans=plans, documents={})
+    boxes[0].memory.zero_()
+    stored = torch.frombuffer(
+        file.image, dtype=torch.float32, count=1000, offset=plans[0].layout.offsets[0]
+    )
+    assert same_bits(stored, whole)
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [{}, {MODEL: 1}, {MODEL: 4104, "other.r00003.safetensors": 1}],
+    ids=["missing", "another size", "too many"],
+)
+def test_reports_that_differ_from_the_plan_name_the_rank(reported: dict[str, int]) -> None:
+    box = local("w", content((2,), torch.float32), Box((0,), (2,)))
+    plans = plan_files(3, [box.held], decide([[], [], [], [box.held]])[3])
+    with pytest.raises(IntegrityError, match="rank 3 wrote other files than were planned") as error:
+        check_reported_sizes(3, plans, {}, reported)
+    assert list(error.value.ranks) == [3]
+    assert error.value.kind == ErrorKind.COVERAGE

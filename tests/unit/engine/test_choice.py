@@ -1,0 +1,109 @@
+"""Which checkpoint is loaded, and when none is."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_ckpt.engine.choice import Choice, choose
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
+from dist_ckpt.format.names import manifest_key
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
+from tests.unit.repository.runs import MODEL, new_store, save
+
+
+def run(*steps: int) -> MemoryStore:
+    store = new_store()
+    save(store, *steps)
+    return store
+
+
+def damage(store: Store, step: int) -> None:
+    save_id = Repository(store).open(step).manifest.save_id
+    key = f"step-{step:010d}/{save_id}/{MODEL}"
+    store.put(key, [read_all(store, key)[:-1]], mode="replace")
+
+
+def newest(
+    store: Store, *, fall_back: bool = True, refused: dict[int, str] | None = None
+) -> Choice:
+    return choose(Repository(store), None, refused or {}, fall_back=fall_back, empty_is_new=True)
+
+
+def test_the_newest_with_what_rank_0_read() -> None:
+    store = run(1, 2)
+    choice = newest(store)
+    assert (choice.step, choice.refused) == (2, {})
+    assert choice.manifest == read_all(store, manifest_key(2))
+    assert choice.index
+
+
+def test_damaged_ones_are_passed_over_with_the_reason() -> None:
+    store = run(1, 2, 3)
+    damage(store, 3)
+    store.put(manifest_key(2), [b"{"], mode="replace")
+    choice = newest(store)
+    assert choice.step == 1
+    assert MODEL in choice.refused[3]
+    assert "manifest" in choice.refused[2]
+    again = newest(store, refused={3: "a flipped bit"})
+    assert again.refused[3] == "a flipped bit", "what was found in the data is not forgotten"
+
+
+def test_without_falling_back_damage_is_an_error() -> None:
+    store = run(1, 2)
+    damage(store, 2)
+    with pytest.raises(IntegrityError, match=MODEL):
+        newest(store, fall_back=False)
+    with pytest.raises(IntegrityError, match=MODEL):
+        choose(Repository(store), 2, {}, fall_back=True, empty_is_new=True)
+
+
+def test_one_that_was_asked_for_is_never_exchanged() -> None:
+    store = run(1, 2)
+    assert choose(Repository(store), 1, {}, fall_back=True, empty_is_new=True).step == 1
+    with pytest.raises(NotFound, match="step 5"):
+        choose(Repository(store), 5, {}, fall_back=True, empty_is_new=True)
+
+
+def test_when_all_are_damaged_nothing_begins_anew() -> None:
+    store = run(1, 2)
+    for step in (1, 2):
+        damage(store, step)
+    with pytest.raises(IntegrityError, match=r"step 1: .*step 2: ") as caught:
+        newest(store)
+    assert caught.value.kind == ErrorKind.MALFORMED
+
+
+def test_an_empty_run_is_new_or_an_error() -> None:
+    assert newest(new_store()) == Choice(None)
+    with pytest.raises(NotFound, match="is no run"):
+        choose(Repository(new_store()), None, {}, fall_back=False, empty_is_new=False)
+
+
+def test_a_newer_format_is_no_damage() -> None:
+    store = run(1, 2)
+    store.put(manifest_key(2), [b'{"format": 99}'], mode="replace")
+    with pytest.raises(IncompatibleError, match="99"):
+        newest(store)
+
+
+def test_an_outage_is_neither_damage_nor_emptiness() -> None:
+    for rule in (
+        Rule("list_children", Fail(StorageError("down"))),
+        Rule("size", Fail(StorageError("down")), key="*.safetensors"),
+        Rule("read_into", Fail(StorageError("down")), key="*/manifest.json"),
+    ):
+        with pytest.raises(StorageError, match="down"):
+            newest(FaultyStore(run(1, 2), [rule]))
+
+
+def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
+    inner = run(1, 2)
+    gone = Fail(NotFound("gone"))
+    store = FaultyStore(inner, [Rule("read_into", gone, key=manifest_key(2))])
+    choice = newest(store)
+    assert choice.step == 1
+    assert 2 in choice.refused

@@ -1,0 +1,128 @@
+"""A save as its caller sees it: over once, told once, and given up at its deadline."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from dist_ckpt.engine.coordinator import Deadline
+from dist_ckpt.engine.handle import SaveHandle
+from dist_ckpt.errors import CheckpointError, CoordinationError, StorageError
+from tests.unit.engine.rounds import long, together
+
+OVER = Deadline(time.monotonic() - 1, 1)
+
+
+def make(
+    deadline: Deadline,
+    overdue: Callable[[], CheckpointError | None] = lambda: None,
+    announce: Callable[[CheckpointError | None], None] = lambda error: None,
+) -> SaveHandle:
+    return SaveHandle(7, "c000001-0123456789abcdef", deadline, overdue, announce)
+
+
+def test_a_save_that_succeeds() -> None:
+    handle = make(long())
+    assert not handle.done()
+    assert handle.wait(timeout=0) is False
+    assert handle.finish(None)
+    assert handle.done()
+    assert handle.wait() is True
+    assert not handle.failed
+    assert handle.take_error() is None
+
+
+def test_a_failure_is_raised_by_every_wait_and_told_once() -> None:
+    handle = make(long())
+    handle.finish(StorageError("disk full"))
+    for _ in range(2):
+        with pytest.raises(StorageError, match="disk full"):
+            handle.wait()
+    assert handle.failed
+    assert handle.take_error() is None, "who waited knows it"
+    other = make(long())
+    other.finish(StorageError("disk full"))
+    assert isinstance(other.take_error(), StorageError)
+    assert other.take_error() is None
+
+
+def test_the_first_outcome_stands_and_is_announced_before_anybody_goes_on() -> None:
+    told: list[CheckpointError | None] = []
+    handle = make(long(), announce=lambda error: told.append(error) or seen.append(handle.done()))  # type: ignore[func-returns-value]
+    seen: list[bool] = []
+    assert handle.finish(None)
+    assert not handle.finish(StorageError("too late"))
+    assert told == [None]
+    assert seen == [False]
+    assert handle.wait()
+
+
+def test_before_the_deadline_is_near_nobody_is_asked() -> None:
+    def never() -> CheckpointError | None:
+        raise AssertionError("must not be asked")
+
+    assert make(long(), overdue=never).settle(timeout=0.01) is False
+
+
+def test_an_overdue_save_ends_with_the_error_found() -> None:
+    answers = iter([None, CoordinationError("hung")])
+    handle = make(OVER, overdue=lambda: next(answers))
+    with pytest.raises(CoordinationError, match="hung"):
+        handle.wait()
+
+
+def test_it_is_given_up_once_however_many_wait() -> None:
+    given_up: list[CheckpointError] = []
+
+    def overdue() -> CheckpointError:
+        given_up.append(CoordinationError("hung"))
+        return given_up[-1]
+
+    told: list[CheckpointError | None] = []
+    handle = make(OVER, overdue=overdue, announce=told.append)
+    results = together([handle.wait] * 8)
+    assert len(given_up) == 1
+    assert told == given_up
+    assert results == given_up * 8
+
+
+def test_a_writer_that_comes_back_in_time_wins() -> None:
+    asked = threading.Event()
+
+    def overdue() -> CheckpointError | None:
+        asked.set()
+        return None
+
+    handle = make(OVER, overdue=overdue)
+    waiter = threading.Thread(target=handle.wait)
+    waiter.start()
+    asked.wait()
+    handle.finish(None)
+    waiter.join()
+    assert not handle.failed
+
+
+class Heavy:
+    """Stands for a model."""
+
+    def none(self) -> CheckpointError | None:
+        return None
+
+    def note(self, error: CheckpointError | None) -> None:
+        pass
+
+
+def test_a_handle_that_is_over_keeps_nothing_alive() -> None:
+    model = Heavy()
+    alive = weakref.ref(model)
+    handle = make(long(), overdue=model.none, announce=model.note)
+    handle.finish(None)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert handle.wait()
