@@ -152,11 +152,23 @@ def judge(error: BaseException) -> Verdict:
         return Verdict.AGAIN if code in _AGAIN or status >= 500 else Verdict.FINAL
     if isinstance(error, (*_CREDENTIALS, *_WRONG_CALL, boto.SSLError, Changed)):
         return Verdict.FINAL
+    if is_redirected(error):
+        return Verdict.FINAL
     if isinstance(error, _CONNECTION):
         return Verdict.AGAIN
     if isinstance(error, boto.BotoCoreError):
         return Verdict.FINAL
     return Verdict.AGAIN
+
+
+def is_redirected(error: BaseException) -> bool:
+    """Whether the server sent a put elsewhere, which no client can follow with a spent body."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "follow redirect" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def is_forbidden(error: BaseException) -> bool:
@@ -198,6 +210,12 @@ def to_error(error: BaseException, doing: str, url: str) -> CheckpointError:
         )
     if isinstance(error, Changed):
         return StorageError(f"{where}: {error}; what else writes to it?")
+    if is_redirected(error):
+        return StorageError(
+            f"{where}: the server sends the put elsewhere, so the bucket is in another region or "
+            "the endpoint is wrong: give client_kwargs={'region_name': ...} in storage_options or "
+            "set AWS_DEFAULT_REGION"
+        )
     slow = (TimeoutError, boto.ReadTimeoutError, boto.ConnectTimeoutError)
     if isinstance(error, slow):
         return StorageError(

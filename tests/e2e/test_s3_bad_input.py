@@ -115,6 +115,7 @@ def test_bucket_in_another_region(
     [
         (Fault("answer", 403, "AccessDenied"), ErrorKind.PERMISSION, "s3:PutObject"),
         (Fault("answer", 403, "QuotaExceeded"), ErrorKind.STORAGE_FULL, "make room"),
+        (Fault("answer", 301, "PermanentRedirect"), ErrorKind.STORAGE, "another region"),
     ],
     ids=str,
 )

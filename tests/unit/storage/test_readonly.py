@@ -50,10 +50,11 @@ def test_single_writer_is_a_promise_about_create_only() -> None:
 
 def test_place_to_commit_needs_the_promise() -> None:
     inner = FsspecStore("memory://single-writer-run")
-    claim = Repository(inner).claim()
-    with pytest.raises(UsageError, match="cannot create an object atomically"):
-        Repository(inner).begin(1, claim)
-    assert Repository(SingleWriterStore(inner)).begin(1, claim).step == 1
+    for refused in (Repository(inner).claim, lambda: Repository(inner).begin(1, 1)):
+        with pytest.raises(UsageError, match=r"single_writer=True"):
+            refused()
+    single = Repository(SingleWriterStore(inner))
+    assert single.begin(1, single.claim()).step == 1
 
 
 def test_wrapper_sweeps_what_is_inside(tmp_path: Path) -> None:
