@@ -18,8 +18,10 @@ demo: venv ## train, kill a worker, resume at other world sizes, print the proof
 	  *) $(RUN) examples/demo.py --store "$(STORE)" ;; \
 	esac
 
-test: venv ## run all tests, on a real S3 server and network file system where that can be had
-	@$(PYTHON) tools/install_services.py
+# The services are installed while the environment is built: neither waits for the other.
+test: ## run all tests, on a real S3 server and network file system where that can be had
+	@$(PYTHON) tools/install_services.py & services=$$!; \
+	  $(MAKE) --no-print-directory venv && wait $$services
 	@$(RUN) -m pytest -q --durations=10 tests
 
 bench-storage: venv ## measure local disk and S3 against their limits and peers

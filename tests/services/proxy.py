@@ -74,6 +74,7 @@ class FaultProxy:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname or "", parts.port or 80)
         self._loop = asyncio.new_event_loop()
+        self._serving: set[asyncio.Task[None] | None] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.endpoint = ""
         self.arm(None)
@@ -140,6 +141,9 @@ class FaultProxy:
 
     async def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
         writers = [writer]
+        # asyncio itself keeps no hold on what serves a connection: it could be collected half-way.
+        serving = asyncio.current_task()
+        self._serving.add(serving)
         try:
             upstream = await asyncio.open_connection(*self._upstream, limit=1 << 20)
             writers.append(upstream[1])
@@ -148,6 +152,7 @@ class FaultProxy:
         except (OSError, EOFError, asyncio.CancelledError):
             pass  # one side is gone: so is the other
         finally:
+            self._serving.discard(serving)
             for each in writers:
                 each.transport.abort()
 
