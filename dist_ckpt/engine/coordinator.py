@@ -43,6 +43,10 @@ class Topic:
     key: str
     label: str
 
+    def phase(self, name: str) -> Topic:
+        """Return the topic of one round of several that serve the same end."""
+        return Topic(f"{self.key}/{name}", self.label)
+
 
 Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
 """Rank 0's decision over the messages by rank: one answer for all, or one for each rank."""

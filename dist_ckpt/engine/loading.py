@@ -76,7 +76,7 @@ class Loader:
             decide = self._chooser(step, refused, fall_back=fall_back, own=own)
             request = failed or pack(LoadRequest(step, self._job.url))
             data = self._job.training.round(
-                _phase(topic, "choose"), request, decide, deadline=self._job.deadline()
+                topic.phase("choose"), request, decide, deadline=self._job.deadline()
             )
             choice = msgspec.msgpack.decode(data, type=Choice)
             self._announce(choice.refused.items() - refused.items())
@@ -113,13 +113,13 @@ class Loader:
     def _load(self, topic: Topic, choice: Choice, begun: float) -> LoadReport:
         where = f"step {choice.step} in {self._job.url}"
         opened = self._together(
-            _phase(topic, "fits"),
+            topic.phase("fits"),
             lambda: self._open(choice),
             message=lambda found: msgspec.msgpack.encode(found.misfits),
             decide=lambda messages: _judge(messages, where),
         )
-        nbytes = self._together(_phase(topic, "read"), lambda: _read(opened))
-        self._together(_phase(topic, "restore"), lambda: self._restore(opened))
+        nbytes = self._together(topic.phase("read"), lambda: _read(opened))
+        self._together(topic.phase("restore"), lambda: self._restore(opened))
         manifest = opened.checkpoint.manifest
         report = LoadReport(
             url=self._job.url,
@@ -240,7 +240,3 @@ def _read(opened: _Opened) -> int:
 def _judge(messages: Sequence[bytes], where: str) -> bytes:
     judge([msgspec.msgpack.decode(data, type=Misfits) for data in messages], where=where)
     return b""
-
-
-def _phase(topic: Topic, phase: str) -> Topic:
-    return Topic(f"{topic.key}/{phase}", topic.label)

@@ -64,7 +64,7 @@ class Planner:
         else:
             message = pack(self._request(step, url, snapshot))
         data = self._coordinator.round(
-            _phase(topic, "plan"),
+            topic.phase("plan"),
             message,
             lambda all_: self._answer(all_, begin),
             deadline=deadline,
@@ -78,7 +78,7 @@ class Planner:
         # plan that the others have left.
         self._own = None
         data = self._coordinator.round(
-            _phase(topic, "describe"), pack(snapshot.description()), self._plan, deadline=deadline
+            topic.phase("describe"), pack(snapshot.description()), self._plan, deadline=deadline
         )
         plan = unpack(data, RankPlan)
         self._own = (snapshot.fingerprint, plan)
@@ -164,7 +164,3 @@ def _groups_agree(requests: Sequence[PlanRequest]) -> bool:
         for request in requests
         for number, digest in request.shared.items()
     )
-
-
-def _phase(topic: Topic, phase: str) -> Topic:
-    return Topic(f"{topic.key}/{phase}", topic.label)

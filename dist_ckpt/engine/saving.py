@@ -14,7 +14,7 @@ from dist_ckpt import events
 from dist_ckpt.dcp.writer import StagedFile, plan_files, stage
 from dist_ckpt.engine.attempt import Attempt
 from dist_ckpt.engine.commit import Commit
-from dist_ckpt.engine.coordinator import Decide, Topic
+from dist_ckpt.engine.coordinator import Decide
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
@@ -79,7 +79,7 @@ class Saver:
         )
         assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
         cancelled = threading.Event()
-        commit_topic = Topic(f"{topic.key}/commit", topic.label)
+        commit_topic = topic.phase("commit")
         attempt = Attempt(
             Transaction(self._job.repository.store, step, save_id),
             self._job.training.rank,
