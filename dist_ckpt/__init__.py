@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dist_ckpt import dcp as dcp
     from dist_ckpt import errors, events
     from dist_ckpt.checkpointer import Checkpointer
     from dist_ckpt.engine.handle import SaveHandle
@@ -60,7 +61,13 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 }
 
 
+# A package with public names of its own, for those who call torch.distributed.checkpoint.
+_PACKAGES = ("dcp",)
+
+
 def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, attribute = _HOMES[name]
@@ -71,4 +78,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import msgspec
 
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.loading import Loader
+from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.errors import CheckpointError, UsageError
@@ -45,8 +46,11 @@ class Checkpointer:
         keep: KeepPolicy | None = None,
         timeout_seconds: float = 1800.0,
         metadata: Mapping[str, Any] | None = None,
+        **options: Unpack[SaveKeywords],
     ) -> None:
         """Describe the run; nothing is read, written or asked of other ranks yet.
+
+        Host memory for the first save is prepared in the background from here on.
 
         Args:
             url: the run: a path, a URL, or a `Store`.
@@ -55,6 +59,8 @@ class Checkpointer:
             keep: which checkpoints to keep after each commit, from `dist_ckpt.keep`; None for all.
             timeout_seconds: after this long a save or a restore fails on every rank.
             metadata: any JSON, stored in the manifest of every checkpoint.
+            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`: see
+                `dist_ckpt.engine.options.SaveOptions`.
 
         Raises:
             UsageError: an argument is malformed.
@@ -63,11 +69,17 @@ class Checkpointer:
         self._job = Job(url, timeout_seconds=timeout_seconds)
         train_state = TrainState.of(state)
         self._saver = Saver(
-            self._job, train_state, keep=keep, metadata=checked_metadata(metadata or {})
+            self._job,
+            train_state,
+            keep=keep,
+            metadata=checked_metadata(metadata or {}),
+            options=SaveOptions.of(options),
         )
         self._loader = Loader(self._job, train_state)
         self._closed = False
+        self._stepped = False
         self.restored: LoadReport | None = None
+        self._saver.prewarm()
 
     def restore(self, *, step: int | None = None) -> int:
         """Take the run over and restore the state in place; return the step to go on from.
@@ -88,11 +100,17 @@ class Checkpointer:
         self._check_open()
         failed = self._saver.settle()
         self.restored = self._loader.load(step, fall_back=step is None, own=True, failed=failed)
+        self._saver.prewarm()  # optimizers may have their state only now
         return 0 if self.restored is None else self.restored.step
 
     def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Tell that `step` is done: saves when due, see `save`; returns None otherwise."""
-        return self.save(step, metrics=metrics) if self._when(step) else None
+        if self._when(step):
+            return self.save(step, metrics=metrics)
+        if not self._stepped:
+            self._stepped = True
+            self._saver.prewarm()  # some optimizers show only after a step what they keep
+        return None
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Save now; return as soon as the state may change again, the rest runs in the background.
@@ -135,6 +153,8 @@ class Checkpointer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._job.hurry()
         try:
             self.close()
         except CheckpointError as failure:

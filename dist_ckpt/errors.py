@@ -47,6 +47,8 @@ class ErrorKind(StrEnum):
     FENCED = "fenced"
     USAGE = "usage"
     UNENCODABLE = "unencodable"
+    STEP_BEHIND = "step_behind"
+    CANCELLED = "cancelled"
 
 
 class CheckpointError(Exception):

@@ -40,6 +40,23 @@ class SaveStaged(StepEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class SaveProgressed(StepEvent):
+    """This rank went on: told at every change of phase, and about 16 times while it writes.
+
+    Attributes:
+        save_id: the attempt.
+        phase: "staging", "writing", "committing" or "done", in this order.
+        nbytes_done: what this rank has handed to storage.
+        nbytes_total: what it has to write.
+    """
+
+    save_id: str
+    phase: str
+    nbytes_done: int
+    nbytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class FileWritten(StepEvent):
     """One file of this rank is durable under `key`."""
 
@@ -65,6 +82,18 @@ class SaveFailed(StepEvent):
     """The save ended without a checkpoint, on every rank."""
 
     error: CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCancelled(StepEvent):
+    """The save was given up on every rank because somebody asked for it."""
+
+    save_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSkipped(StepEvent):
+    """Nothing is saved, on any rank: the save before was still in flight on one of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.loading import Loader
+from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.errors import NotFound
@@ -23,6 +24,7 @@ def save(
     step: int = 0,
     metrics: Mapping[str, float] | None = None,
     timeout_seconds: float = 1800.0,
+    **options: Unpack[SaveKeywords],
 ) -> None:
     """Save `state` as one checkpoint of the run at `url`; return when it is committed.
 
@@ -34,11 +36,15 @@ def save(
         step: under which step; a committed one is never overwritten.
         metrics: numbers by name, stored in the manifest.
         timeout_seconds: after this long the save fails on every rank.
+        **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`: see
+            `dist_ckpt.engine.options.SaveOptions`.
 
     Raises:
         CheckpointError: nothing was committed. The same on every rank.
     """
-    async_save(state, url, step=step, metrics=metrics, timeout_seconds=timeout_seconds).wait()
+    async_save(
+        state, url, step=step, metrics=metrics, timeout_seconds=timeout_seconds, **options
+    ).wait()
 
 
 def async_save(
@@ -48,6 +54,7 @@ def async_save(
     step: int = 0,
     metrics: Mapping[str, float] | None = None,
     timeout_seconds: float = 1800.0,
+    **options: Unpack[SaveKeywords],
 ) -> SaveHandle:
     """Begin to save `state`; return as soon as it may change again. Arguments as for `save`.
 
@@ -57,7 +64,9 @@ def async_save(
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
     job = Job(url, timeout_seconds=timeout_seconds)
-    saver = Saver(job, TrainState.of(state), keep=None, metadata={})
+    saver = Saver(
+        job, TrainState.of(state), keep=None, metadata={}, options=SaveOptions.of(options)
+    )
     return saver.start_last(step, metrics or {})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from dist_ckpt.dcp.holdings import TensorKey
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
 from dist_ckpt.dcp.writer import check_reported_sizes, extra_name, plan_extra, plan_files
@@ -42,8 +43,18 @@ class RankShare:
     documents: Sequence[Document]
 
 
-def build_index(shares: Sequence[RankShare]) -> Index:
+def build_index(
+    shares: Sequence[RankShare],
+    *,
+    ties: Mapping[TensorKey, str] | None = None,
+    max_file_bytes: int | None = None,
+) -> Index:
     """Check every rank's report against the plan and describe the whole checkpoint.
+
+    Args:
+        shares: by rank.
+        ties: by tensor, the one in its part whose bytes are its bytes too.
+        max_file_bytes: as the ranks gave it to `plan_files`.
 
     Raises:
         IntegrityError: a rank wrote other files than were planned.
@@ -52,18 +63,30 @@ def build_index(shares: Sequence[RankShare]) -> Index:
     tensors: dict[TensorEntry, int] = {}
     objects: list[ObjectEntry] = []
     rows: list[tuple[int, int, int, Box]] = []
+    tied = _tied(ties or {})
     for rank, share in enumerate(shares):
-        plans = plan_files(rank, share.held, share.owned)
+        plans = plan_files(rank, share.held, share.owned, max_file_bytes=max_file_bytes)
         sizes = {document.part: document.nbytes for document in share.documents}
         check_reported_sizes(rank, plans, sizes, {f.name: f.nbytes for f in share.files})
         numbers = {file.name: len(files) + i for i, file in enumerate(share.files)}
         files += [FileEntry(f.name, f.nbytes, file_digest(f.blocks), f.blocks) for f in share.files]
         for plan in plans:
             for box, offset in zip(plan.owned, plan.layout.offsets, strict=True):
-                tensor = tensors.setdefault(share.held[box.held].tensor, len(tensors))
-                rows.append((tensor, numbers[plan.name], offset, box.box))
+                entry = share.held[box.held].tensor
+                # Every name of one memory has rows of its own, which point to the same bytes.
+                for name in (entry.name, *tied.get((entry.part, entry.name), ())):
+                    one = TensorEntry(entry.part, name, entry.dtype, entry.shape)
+                    tensor = tensors.setdefault(one, len(tensors))
+                    rows.append((tensor, numbers[plan.name], offset, box.box))
         objects += _objects(rank, share.documents, numbers)
     return Index.build(files, list(tensors), objects, rows)
+
+
+def _tied(ties: Mapping[TensorKey, str]) -> dict[TensorKey, list[str]]:
+    names: dict[TensorKey, list[str]] = {}
+    for (part, name), owner in ties.items():
+        names.setdefault((part, owner), []).append(name)
+    return names
 
 
 def _objects(

@@ -1,13 +1,17 @@
 """From what a rank owns to the image of its files.
 
 `plan_files` is pure, so the coordinator computes the byte layout of every rank's files from the
-plan alone, and no layout ever travels. `stage` fills the arena with this rank's share.
+plan alone, and no layout ever travels. `lay_out` puts the images of files into the arena, and a
+`BoxCopy` knows from where to where each box is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import msgspec
+import torch
 
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held, LocalBox
@@ -15,11 +19,16 @@ from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, is_whole, volume
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
-from dist_ckpt.format.shard import ShardEntry, ShardLayout, layout
+from dist_ckpt.format.shard import ALIGN_BYTES, ShardEntry, ShardLayout, entry_nbytes, layout
 from dist_ckpt.staging.arena import Arena, aligned, as_tensor
-from dist_ckpt.staging.copy import copy_box
+from dist_ckpt.storage.direct import aligned_buffer
 
 _HEADER_METADATA = {"format": "pt"}  # what loaders of safetensors files look for
+# What a header holds besides names: the length prefix, the metadata, and for each entry the keys
+# and the longest numbers there are.
+_FRAME_BYTES = 64
+_FIELDS_BYTES = 128
+_DIGITS_PER_DIM = 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +42,60 @@ class FilePlan:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """The image of one file in the arena, ready to be written."""
+    """The image of one file, ready to be written."""
 
     name: str
     image: memoryview
 
 
-def plan_files(rank: int, held: Sequence[Held], owned: Iterable[Owned]) -> list[FilePlan]:
-    """Lay out one file for each part that `rank` writes boxes of."""
+@dataclass(frozen=True, slots=True)
+class BoxCopy:
+    """One box to copy, save after save: from which local box, what of it, to where.
+
+    Attributes:
+        held: position among the local boxes.
+        narrow: by dimension that is not taken whole: dimension, first element, how many.
+        target: the place in the image, of the sizes of the box.
+    """
+
+    held: int
+    narrow: tuple[tuple[int, int, int], ...]
+    target: torch.Tensor
+
+    def source(self, local: Sequence[LocalBox]) -> torch.Tensor:
+        """Return what is to be copied, as it lies in memory now."""
+        view = local[self.held].memory
+        for dim, start, size in self.narrow:
+            view = view.narrow(dim, start, size)
+        return view
+
+
+def plan_files(
+    rank: int,
+    held: Sequence[Held],
+    owned: Iterable[Owned],
+    *,
+    max_file_bytes: int | None = None,
+) -> list[FilePlan]:
+    """Lay out the files of each part that `rank` writes boxes of.
+
+    Args:
+        rank: who writes.
+        held: the boxes it holds.
+        owned: what it writes of them.
+        max_file_bytes: a part that needs more has several files; a box alone may still be larger.
+            None: one file for each part.
+    """
     by_part: dict[str, list[Owned]] = {}
     for box in owned:
         by_part.setdefault(held[box.held].part, []).append(box)
     plans = []
     for part, boxes in by_part.items():
         entries = [_entry(held[box.held].tensor, box.box) for box in boxes]
-        name = shard_name(part, rank)
-        plans.append(FilePlan(name, layout(entries, _HEADER_METADATA), tuple(boxes)))
+        for number, (start, stop) in enumerate(_cut(entries, max_file_bytes)):
+            planned = layout(entries[start:stop], _HEADER_METADATA)
+            name = shard_name(part, rank, number=number)
+            plans.append(FilePlan(name, planned, tuple(boxes[start:stop])))
     return plans
 
 
@@ -63,38 +110,53 @@ def extra_name(rank: int) -> str:
     return shard_name(EXTRA, rank)
 
 
-def stage(
-    arena: Arena,
-    *,
-    rank: int,
-    local: Sequence[LocalBox],
-    plans: Sequence[FilePlan],
-    documents: Mapping[str, bytes],
-) -> list[StagedFile]:
-    """Copy what `rank` writes into the arena, each box once, straight to its place in the file.
+def files_nbytes(plans: Iterable[FilePlan]) -> int:
+    """Return how much of an arena the images of `plans` take."""
+    return sum(aligned(plan.layout.nbytes) for plan in plans)
+
+
+def lay_out(arena: Arena, plans: Sequence[FilePlan]) -> list[StagedFile]:
+    """Give each file its place in the arena, which was reset for them, and write its header."""
+    staged = []
+    for plan in plans:
+        image = arena.take(plan.layout.nbytes)
+        image[: len(plan.layout.header)] = plan.layout.header
+        staged.append(StagedFile(plan.name, image))
+    return staged
+
+
+def box_copies(plan: FilePlan, file: StagedFile, held: Sequence[Held]) -> Iterator[BoxCopy]:
+    """Yield the copies that fill the image of one file.
 
     Args:
-        arena: reused memory; nobody reads its old contents any more.
-        rank: this rank.
-        local: what it holds, in the order that was described.
-        plans: its files.
-        documents: the encoded values it writes, by part.
+        plan: the file.
+        file: its place.
+        held: the boxes that this rank holds.
     """
-    extra = plan_extra({part: len(data) for part, data in documents.items()}) if documents else None
-    layouts = [plan.layout for plan in plans] + ([extra] if extra else [])
-    arena.reset(sum(aligned(each.nbytes) for each in layouts))
-    staged: list[StagedFile] = []
-    for plan in plans:
-        image = _image(arena, plan.layout)
-        for box, offset in zip(plan.owned, plan.layout.offsets, strict=True):
-            _stage_box(image, offset, local[box.held], box.box)
-        staged.append(StagedFile(plan.name, image))
-    if extra:
-        image = _image(arena, extra)
-        for data, offset in zip(documents.values(), extra.offsets, strict=True):
-            image[offset : offset + len(data)] = data
-        staged.append(StagedFile(extra_name(rank), image))
-    return staged
+    for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
+        if volume(owned.box) == 0:
+            continue  # a tensor without elements has a name in the file and no bytes
+        source = held[owned.held]
+        dtype: torch.dtype = getattr(torch, source.dtype)
+        target = as_tensor(file.image, dtype, owned.sizes, offset)
+        yield BoxCopy(owned.held, _narrow(source.box, owned.box), target)
+
+
+def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:
+    """Return the image of the `extra` file, in memory of its own.
+
+    Not in the arena: its size changes from save to save, and nothing else should move for that.
+
+    Args:
+        rank: who writes it.
+        documents: the encoded values by part.
+    """
+    extra = plan_extra({part: len(data) for part, data in documents.items()})
+    image = aligned_buffer(extra.nbytes)
+    image[: len(extra.header)] = extra.header
+    for data, offset in zip(documents.values(), extra.offsets, strict=True):
+        image[offset : offset + len(data)] = data
+    return StagedFile(extra_name(rank), image)
 
 
 def check_reported_sizes(
@@ -126,14 +188,25 @@ def _entry(tensor: TensorEntry, box: Box) -> ShardEntry:
     return ShardEntry(chunk_name(tensor.name, offsets), tensor.dtype, box.sizes)
 
 
-def _image(arena: Arena, planned: ShardLayout) -> memoryview:
-    image = arena.take(planned.nbytes)
-    image[: len(planned.header)] = planned.header
-    return image
+def _narrow(source: Box, box: Box) -> tuple[tuple[int, int, int], ...]:
+    dims = enumerate(zip(box.offsets, source.offsets, box.sizes, source.sizes, strict=True))
+    return tuple(
+        (dim, start - origin, size) for dim, (start, origin, size, width) in dims if size < width
+    )
 
 
-def _stage_box(image: memoryview, offset: int, source: LocalBox, box: Box) -> None:
-    if volume(box) == 0:
-        return  # a tensor without elements has a name in the file and no bytes
-    target = as_tensor(image, source.memory.dtype, box.sizes, offset)
-    copy_box(target, source.memory, box, origin=source.held.offsets)
+def _cut(entries: Sequence[ShardEntry], max_bytes: int | None) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of entries that go into one file each: as many as surely fit."""
+    start, text_bytes, data_bytes = 0, _FRAME_BYTES, 0
+    for i, entry in enumerate(entries if max_bytes is not None else ()):
+        # The exact length depends on numbers that depend on it; a bound is as good here.
+        name_bytes = len(msgspec.json.encode(entry.name))
+        text = name_bytes + _FIELDS_BYTES + _DIGITS_PER_DIM * (len(entry.shape) + 1)
+        data = entry_nbytes(entry)
+        file_bytes = text_bytes + text + ALIGN_BYTES + data_bytes + data
+        if max_bytes is not None and i > start and aligned(file_bytes) > max_bytes:
+            yield start, i
+            start, text_bytes, data_bytes = i, _FRAME_BYTES, 0
+        text_bytes += text
+        data_bytes += data
+    yield start, len(entries)

@@ -2,61 +2,130 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from dist_ckpt import events
-from dist_ckpt.dcp.metadata import Document, WrittenFile
+from dist_ckpt.dcp.metadata import Document
 from dist_ckpt.dcp.writer import StagedFile
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
-from dist_ckpt.engine.handle import SaveHandle
+from dist_ckpt.engine.file_writer import FileWriter
+from dist_ckpt.engine.handle import SaveHandle, SaveHooks
 from dist_ckpt.engine.messages import Report, pack
+from dist_ckpt.engine.progress import ProgressMeter, SaveProgress
+from dist_ckpt.engine.stager import Staged
+from dist_ckpt.engine.stop import Stop
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
-from dist_ckpt.format.digest import block_digests
 from dist_ckpt.repository import Transaction
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What this rank gives to a save, besides the files that were given before.
+
+    Attributes:
+        staged: the images of its files, or the error that kept them from being made.
+        documents: the encoded values among them.
+        stall_seconds: how long the training step waited for them.
+    """
+
+    staged: Staged | BaseException
+    documents: Sequence[Document] = ()
+    stall_seconds: float = 0.0
+
+
+class Inbox:
+    """What the training thread hands to the writer thread: files as they get ready, and an end.
+
+    Args:
+        begin: called once, when there is something to be fetched.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin: Callable[[], None] | None = begin
+        self._files: SimpleQueue[StagedFile | None] = SimpleQueue()
+        self._share = Share(CoordinationError("the share of this rank is not complete yet"))
+
+    def give(self, file: StagedFile) -> None:
+        """Have `file` written; returns at once."""
+        self._put(file)
+
+    def end(self, share: Share) -> None:
+        """Say that no file follows but those of `share`."""
+        self._share = share
+        self._put(None)
+
+    def files(self) -> Iterator[StagedFile]:
+        """Yield the files that are given, until the end."""
+        while (file := self._files.get()) is not None:
+            yield file
+
+    @property
+    def share(self) -> Share:
+        """What came with the end."""
+        return self._share
+
+    def _put(self, file: StagedFile | None) -> None:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin()
+        self._files.put(file)
+
+
 class Attempt:
     """What the writer thread needs of a save, and nothing of the live state.
 
-    Attributes:
+    Args:
         transaction: where the files go.
-        rank: this rank.
+        coordinator: of the writer thread.
         topic: the round in which ranks report.
         deadline: when the save is over in any case.
+        overdue: see `SaveHooks`.
+
+    Attributes:
+        stop: what ends it before its time.
+        meter: how far this rank is.
+        files: writes the files of this rank.
         handle: what the caller holds.
-        staged: the images of this rank's files, or the error that kept them from being made.
-        documents: the encoded values among them.
-        stall_seconds: how long the training step waited.
-        cancelled: set when the save was given up; nothing is written after that.
-        write_seconds: how long this rank took to digest and write its files.
-        commit_seconds: how long it then waited for the outcome.
-        nbytes: how many bytes it wrote.
     """
 
-    transaction: Transaction
-    rank: int
-    topic: Topic
-    deadline: Deadline
-    handle: SaveHandle
-    staged: Sequence[StagedFile] | BaseException
-    documents: list[Document]
-    stall_seconds: float
-    cancelled: threading.Event
-    write_seconds: float = 0.0
-    commit_seconds: float = 0.0
-    nbytes: int = 0
+    def __init__(
+        self,
+        transaction: Transaction,
+        coordinator: Coordinator,
+        *,
+        topic: Topic,
+        deadline: Deadline,
+        overdue: Callable[[Attempt], CheckpointError | None],
+    ) -> None:
+        self.transaction = transaction
+        self.topic = topic
+        self.deadline = deadline
+        self.rank = coordinator.rank
+        self.stop = Stop(coordinator, topic)
+        self.meter = ProgressMeter(self._tell)
+        self.files = FileWriter(transaction, rank=self.rank, stop=self.stop, meter=self.meter)
+        hooks = SaveHooks(
+            overdue=lambda: overdue(self),
+            announce=self._announce,
+            cancel=self.stop.cancel,
+            progress=lambda: self.meter.now,
+        )
+        self.handle = SaveHandle(transaction.step, transaction.save_id, deadline, hooks)
+        self._coordinator = coordinator
+        self._stall_seconds = 0.0
+        self._commit_seconds = 0.0
 
-    def run(self, coordinator: Coordinator, decide: Decide) -> None:
+    def run(self, inbox: Inbox, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
         error: CheckpointError | None = None
-        message = self._report()
+        message = self._report(inbox)
+        self.meter.enter("committing")
         begun = time.perf_counter()
         try:
-            coordinator.round(self.topic, message, decide, deadline=self.deadline)
+            self._coordinator.round(self.topic, message, decide, deadline=self.deadline)
         except CheckpointError as failure:
             error = failure
         except BaseException as failure:  # a thread has nobody above it: the handle must hear of it
@@ -66,58 +135,64 @@ class Attempt:
                 ranks={self.rank: describe(failure)},
             )
             error.__cause__ = failure
-        self.commit_seconds = time.perf_counter() - begun
-        # The image is not needed any more, whoever keeps the attempt.
-        self.staged = ()
+        self._commit_seconds = time.perf_counter() - begun
+        self.meter.enter("done")
         self.handle.finish(error)
+        # Only where rank 0 said so: of any other failure it is not known whether it can commit yet.
+        if error is not None and error.kind is ErrorKind.CANCELLED:
+            self.files.discard()
 
-    def announce(self, error: CheckpointError | None) -> None:
-        """Tell the listeners of this process how the save ended."""
-        where = (self.transaction.store.url, self.transaction.step, self.rank)
-        if error is not None:
-            events.emit(events.SaveFailed(*where, error))
-            return
-        events.emit(
-            events.SaveCommitted(
-                *where,
-                save_id=self.transaction.save_id,
-                nbytes=self.nbytes,
-                stall_seconds=self.stall_seconds,
-                write_seconds=self.write_seconds,
-                commit_seconds=self.commit_seconds,
-            )
-        )
-
-    def _report(self) -> bytes | BaseException:
+    def _report(self, inbox: Inbox) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""
-        if isinstance(self.staged, BaseException):
-            return self.staged
-        begun = time.perf_counter()
         try:
-            written = [self._write(file) for file in self.staged]
+            self.files.write(inbox.files())
+            share = inbox.share
+            if isinstance(share.staged, BaseException):
+                return share.staged
+            share.staged.wait()
+            self.meter.enter("writing")
+            self.files.write(share.staged.files)
+            self._stall_seconds = share.stall_seconds
+            return pack(
+                Report(
+                    self.files.written,
+                    list(share.documents),
+                    share.stall_seconds,
+                    self.files.seconds,
+                )
+            )
         except BaseException as error:  # whatever it is, the others are waiting to hear of it
             return error
-        self.write_seconds = time.perf_counter() - begun
-        return pack(Report(written, self.documents, self.stall_seconds, self.write_seconds))
 
-    def _write(self, file: StagedFile) -> WrittenFile:
-        if self.cancelled.is_set():
-            raise CoordinationError("the save was given up", kind=ErrorKind.TIMEOUT)
-        begun = time.perf_counter()
-        # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
-        blocks = block_digests(file.image)
-        key = self.transaction.put_file(file.name, [file.image])
-        # From here on the file is durable: a report never speaks of one that is not.
-        self.nbytes += len(file.image)
+    def _announce(self, error: CheckpointError | None) -> None:
+        """Tell the listeners of this process how the save ended."""
+        where = (self.transaction.store.url, self.transaction.step, self.rank)
+        save_id = self.transaction.save_id
+        if error is None:
+            events.emit(
+                events.SaveCommitted(
+                    *where,
+                    save_id=save_id,
+                    nbytes=self.files.nbytes,
+                    stall_seconds=self._stall_seconds,
+                    write_seconds=self.files.seconds,
+                    commit_seconds=self._commit_seconds,
+                )
+            )
+        elif error.kind is ErrorKind.CANCELLED:
+            events.emit(events.SaveCancelled(*where, save_id=save_id))
+        else:
+            events.emit(events.SaveFailed(*where, error))
+
+    def _tell(self, progress: SaveProgress) -> None:
         events.emit(
-            events.FileWritten(
+            events.SaveProgressed(
                 self.transaction.store.url,
                 self.transaction.step,
                 self.rank,
                 save_id=self.transaction.save_id,
-                key=key,
-                nbytes=len(file.image),
-                seconds=time.perf_counter() - begun,
+                phase=progress.phase,
+                nbytes_done=progress.nbytes_done,
+                nbytes_total=progress.nbytes_total,
             )
         )
-        return WrittenFile(file.name, len(file.image), blocks)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 
+from dist_ckpt.dcp.holdings import TensorKey
 from dist_ckpt.dcp.metadata import RankShare, build_index
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
-from dist_ckpt.engine.coordinator import Deadline
+from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import Report, unpack
-from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.repository import Transaction
@@ -25,17 +24,22 @@ from dist_ckpt.repository import Transaction
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Everything rank 0 knows of an attempt before the reports arrive."""
+    """Everything rank 0 knows of an attempt before the reports arrive.
+
+    `confirm` raises if the save may not be committed any more: other ranks may have given up.
+    """
 
     transaction: Transaction
+    job: Job
     held_by_rank: Sequence[Sequence[Held]]
     owned_by_rank: Sequence[Sequence[Owned]]
+    ties: Mapping[TensorKey, str]
     parts: Sequence[str]
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
     parent_step: int | None
-    deadline: Deadline
-    cancelled: threading.Event
+    confirm: Callable[[], None]
+    max_file_bytes: int | None = None
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.
@@ -44,7 +48,7 @@ class Commit:
             IntegrityError: a rank wrote other files than were planned.
             FencedError: a newer claim owns the run.
             AlreadyExists: another attempt committed the step.
-            CoordinationError: it is too late: other ranks may have given up already.
+            CoordinationError: the save was cancelled, or it is too late.
             StorageError: the commit did not take effect.
         """
         reports = [unpack(data, Report) for data in messages]
@@ -54,23 +58,16 @@ class Commit:
                 self.held_by_rank, self.owned_by_rank, reports, strict=True
             )
         ]
-        index = build_index(shares)
-        self._check_in_time()
+        index = build_index(shares, ties=self.ties, max_file_bytes=self.max_file_bytes)
+        self.confirm()
         self.transaction.commit(
             index,
             lambda stored: self._manifest(index, stored, reports),
-            confirm=self._check_in_time,
+            confirm=self.confirm,
+            replaces=self.job.is_refused(self.transaction.step),
         )
+        self.job.committed(self.transaction.step)
         return b""
-
-    def _check_in_time(self) -> None:
-        # Never after the deadline: a rank that has reported a failure must not be proved wrong.
-        if self.cancelled.is_set() or self.deadline.passed:
-            raise CoordinationError(
-                f"the commit came too late: {self.deadline.span_seconds:g} s were over",
-                kind=ErrorKind.TIMEOUT,
-                ranks={0: "its commit came too late"},
-            )
 
     def _manifest(
         self, index: Index, stored_index: ManifestFile, reports: Sequence[Report]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,6 +115,14 @@ class Coordinator(Protocol):
         """Return the error with which the round ended, if it ended with one; never waits."""
         ...
 
+    def call_off(self, topic: Topic) -> None:
+        """Tell every rank, whatever it is doing, that what `topic` is for is no longer wanted."""
+        ...
+
+    def called_off_by(self, topic: Topic) -> int | None:
+        """Return the rank that called `topic` off, None while nobody did; never waits."""
+        ...
+
     def leave(self, deadline: Deadline) -> None:
         """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
         ...
@@ -145,6 +154,13 @@ class SoloCoordinator:
         """Nobody else could have decided."""
         return None
 
+    def call_off(self, topic: Topic) -> None:
+        """Nobody else has to hear of it."""
+
+    def called_off_by(self, topic: Topic) -> int | None:
+        """Nobody else could have called it off."""
+        return None
+
     def leave(self, deadline: Deadline) -> None:
         """Nobody else is there."""
 
@@ -152,10 +168,21 @@ class SoloCoordinator:
 class StoreCoordinator:
     """One of several ranks. Two of them, on two threads, may share a client of the c10d store."""
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, *, absent: set[int] | None = None
+    ) -> None:
+        """Join a job.
+
+        Args:
+            store: what its ranks share.
+            rank: this one.
+            world_size: how many there are.
+            absent: where rank 0 notes who did not arrive; one for all coordinators of a process.
+        """
         self.rank = rank
         self.world_size = world_size
         self._store = store
+        self._absent = set() if absent is None else absent
         self._finished: list[str] = []
 
     def round(
@@ -190,12 +217,33 @@ class StoreCoordinator:
             return self._lost(topic, error)
         return None if data is None else _decode_error(data)
 
+    def call_off(self, topic: Topic) -> None:
+        """Tell every rank; see `Coordinator.call_off`."""
+        # Lost with the connection: then the round, too, ends without any of us.
+        with suppress(DistError):
+            self._put(f"{topic.key}/called_off", str(self.rank).encode())
+
+    def called_off_by(self, topic: Topic) -> int | None:
+        """Return the rank that called it off; see `Coordinator.called_off_by`."""
+        with suppress(DistError):
+            data = self._try_get(f"{topic.key}/called_off")
+            return None if data is None else int(data)
+        return None
+
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""
         try:
-            self._store.add("left", 1)
-            while self.rank == 0 and self._store.add("left", 0) < self.world_size:
-                if deadline.passed:
+            self._store.set(f"left/{self.rank}", "")
+            waiting = set(range(self.world_size)) if self.rank == 0 else set()
+            while waiting:
+                # Not for those that were named absent: most likely they are dead, and whoever is
+                # merely late has been told by an error already.
+                waiting = {
+                    rank
+                    for rank in waiting - self._absent
+                    if not self._store.check([f"left/{rank}"])
+                }
+                if not waiting or deadline.passed:
                     return
                 time.sleep(_LONGEST_NAP_SECONDS)
         except DistError:
@@ -241,12 +289,14 @@ class StoreCoordinator:
             rank, body, error = msgspec.msgpack.decode(
                 data, type=tuple[int, bytes, dict[str, object] | None]
             )
+            self._absent.discard(rank)
             if error is not None:
                 # The first error ends the round: waiting for more would only delay everybody.
                 raise _failure(topic, rank, from_wire(error))
             messages[rank] = body
         absent = sorted(set(range(self.world_size)) - messages.keys())
         if absent:
+            self._absent.update(absent)
             raise CoordinationError(
                 f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
                 f"{deadline.span_seconds:g} s",
@@ -334,7 +384,7 @@ def _failure(topic: Topic, rank: int, cause: BaseException) -> CheckpointError:
     text = describe(cause)
     if isinstance(cause, CheckpointError) and cause.ranks:
         # It says itself whose fault it was; who passes it on must not be blamed.
-        message = f"{topic.label} failed: {text}"
+        message = text if text.startswith(topic.label) else f"{topic.label} failed: {text}"
         return type(cause)(message, kind=cause.kind, ranks=cause.ranks)
     message = f"{topic.label} failed on rank {rank}: {text}"
     if isinstance(cause, CheckpointError):

@@ -5,54 +5,106 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from dist_ckpt.engine.coordinator import Deadline
-from dist_ckpt.errors import CheckpointError
+from dist_ckpt.engine.progress import SaveProgress
+from dist_ckpt.errors import CheckpointError, ErrorKind
 
 _LOOK_SECONDS = 0.05
+
+SaveOutcome = Literal["committed", "failed", "cancelled", "skipped"]
+"""How a save ended; only the first of these leaves a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveHooks:
+    """How a handle reaches the save that it stands for.
+
+    Attributes:
+        overdue: asked from time to time when the deadline is near; returns the error to end the
+            save with, although the writer has not come back.
+        announce: told the outcome, once, before anybody who waits goes on.
+        cancel: asks every rank to give the save up.
+        progress: says how far this rank is.
+    """
+
+    overdue: Callable[[], CheckpointError | None]
+    announce: Callable[[CheckpointError | None], None]
+    cancel: Callable[[], None]
+    progress: Callable[[], SaveProgress]
 
 
 class SaveHandle:
     """The outcome of one save, known once every rank has reported and rank 0 has decided.
 
+    It may be used from any thread.
+
     Attributes:
         step: what is being saved.
-        save_id: the attempt, as it appears in keys and in the manifest.
+        save_id: the attempt, as it appears in keys and in the manifest; empty for a save that was
+            skipped.
     """
 
-    def __init__(
-        self,
-        step: int,
-        save_id: str,
-        deadline: Deadline,
-        overdue: Callable[[], CheckpointError | None],
-        announce: Callable[[CheckpointError | None], None],
-    ) -> None:
+    def __init__(self, step: int, save_id: str, deadline: Deadline, hooks: SaveHooks) -> None:
         """Made by the engine.
 
         Args:
             step: what is being saved.
             save_id: the attempt.
             deadline: when the save is over in any case.
-            overdue: asked from time to time when the deadline is near; returns the error to end the
-                save with, although the writer has not come back.
-            announce: told the outcome, once, before anybody who waits goes on.
+            hooks: the way to the save; not kept longer than that is in flight.
         """
         self.step = step
         self.save_id = save_id
         self._deadline = deadline
-        self._overdue = overdue
-        self._announce = announce
+        self._hooks = hooks
         self._lock = threading.Lock()
         self._looking = threading.Lock()
-        self._decided = False
+        self._outcome: SaveOutcome | None = None
         self._over = threading.Event()
         self._error: CheckpointError | None = None
         self._told = False
 
+    @classmethod
+    def skipped(cls, step: int) -> SaveHandle:
+        """Return the handle of a save that is not made, because another is in flight."""
+        handle = cls(step, "", Deadline.after(0), _NO_HOOKS)
+        handle._outcome = "skipped"
+        handle._over.set()
+        return handle
+
     def done(self) -> bool:
         """Whether the save is over, well or badly."""
         return self._over.is_set()
+
+    @property
+    def outcome(self) -> SaveOutcome | None:
+        """How the save ended, None while it is in flight. The same on every rank."""
+        return self._outcome if self._over.is_set() else None
+
+    @property
+    def progress(self) -> SaveProgress:
+        """How far this rank is with its share; bytes never become fewer."""
+        return self._hooks.progress()
+
+    def cancel(self) -> bool:
+        """Ask that the save be given up, on every rank; one rank that asks is enough.
+
+        No rank writes more than the pieces under way then (8 MiB of a file, or one part of an
+        upload), and nothing of the save is listed. It may be too late: once `wait` returns or
+        raises, `outcome` tells whether the save was cancelled or committed.
+
+        Returns:
+            False if the save was over already: nothing was changed.
+        """
+        with self._lock:
+            if self._outcome is not None:
+                return False
+            cancel = self._hooks.cancel
+        cancel()
+        return True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the save is over; return whether it is.
@@ -62,7 +114,8 @@ class SaveHandle:
                 own deadline at the latest.
 
         Raises:
-            CheckpointError: the save failed. The same on every rank.
+            CheckpointError: the save failed, or was cancelled (then its kind is
+                `ErrorKind.CANCELLED`). The same on every rank.
         """
         over = self.settle(timeout)
         if over:
@@ -88,7 +141,7 @@ class SaveHandle:
     def _look(self) -> None:
         # One at a time: giving a save up twice would give up the next one's thread with it.
         with self._looking:
-            error = None if self._decided else self._overdue()
+            error = None if self._outcome else self._hooks.overdue()
             if error is None or not self._decide(error):
                 return
         self._end()
@@ -99,9 +152,12 @@ class SaveHandle:
         return self._error is not None
 
     def take_error(self) -> CheckpointError | None:
-        """Return the failure the first time it is asked for: it is to be told once."""
+        """Return the failure the first time it is asked for: it is to be told once.
+
+        A save that was cancelled has none: somebody wanted it so.
+        """
         with self._lock:
-            error = None if self._told else self._error
+            error = self._error if self._outcome == "failed" and not self._told else None
             self._told = True
         return error
 
@@ -114,23 +170,31 @@ class SaveHandle:
 
     def _decide(self, error: CheckpointError | None) -> bool:
         with self._lock:
-            if self._decided:
+            if self._outcome is not None:
                 return False
-            self._decided, self._error = True, error
+            self._outcome, self._error = _outcome_of(error), error
         return True
 
     def _end(self) -> None:
         try:
-            self._announce(self._error)
+            self._hooks.announce(self._error)
         finally:
-            self._over.set()
             # A handle may be kept for long; the model and the arena behind these may not.
-            self._overdue, self._announce = _no_error, _to_nobody
+            last = replace(self._hooks.progress(), phase="done")
+            self._hooks = replace(_NO_HOOKS, progress=lambda: last)
+            self._over.set()
 
 
-def _no_error() -> None:
-    return None
+def _outcome_of(error: CheckpointError | None) -> SaveOutcome:
+    if error is None:
+        return "committed"
+    return "cancelled" if error.kind is ErrorKind.CANCELLED else "failed"
 
 
-def _to_nobody(error: CheckpointError | None) -> None:
-    pass
+_NOTHING = SaveProgress("done", 0, 0)
+_NO_HOOKS = SaveHooks(
+    overdue=lambda: None,
+    announce=lambda error: None,
+    cancel=lambda: None,
+    progress=lambda: _NOTHING,
+)

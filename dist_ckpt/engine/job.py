@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
 from dist_ckpt.engine.rendezvous import Coordinators, join
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.names import new_save_id
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -18,6 +20,8 @@ Place = str | Path | Store
 """Where a run is: a path, a URL, or a store."""
 
 _LEAVE_SECONDS = 30.0
+# Long enough for the others to read what rank 0 has decided already.
+_HURRIED_LEAVE_SECONDS = 3.0
 
 
 class Job:
@@ -47,9 +51,14 @@ class Job:
         self.repository = Repository(store)
         self.timeout_seconds = timeout_seconds
         self.restored_step: int | None = None
+        self._refused: set[int] = set()
+        # Rank 0, from the first save on: the newest committed step that was not refused, -1 for
+        # none. Nobody else may commit while this job owns the run, so it need not be looked for.
+        self._newest: int | None = None
         self._claim: int | None = None
         self._numbers = itertools.count(1)
         self._left = False
+        self._hurried = False
 
     @cached_property
     def coordinators(self) -> Coordinators:
@@ -67,6 +76,39 @@ class Job:
             self._claim = self.repository.claim()
         return self._claim
 
+    def begin(self, step: int) -> str:
+        """Rank 0: open an attempt to save `step` and return its save_id.
+
+        Storage is asked at the first save only, and where the answer would be an error: the fence
+        at the commit guards the rest.
+
+        Raises:
+            AlreadyExists: the step is committed.
+            FencedError: a newer claim owns the run.
+            UsageError: the step is older than the newest one, or the store cannot commit.
+        """
+        claim = self.claim()
+        if self._newest is None or step <= self._newest:
+            self._newest = self.repository.check_begin(step, claim, refused=self._refused)
+        return new_save_id(claim)
+
+    def committed(self, step: int) -> None:
+        """Rank 0: note that `step` was committed."""
+        self._newest = step
+        self._refused.discard(step)
+
+    def refuse(self, steps: Collection[int]) -> None:
+        """Note which steps were passed over as damaged by the restore that the job goes on from.
+
+        They may be saved again; no other committed step ever is.
+        """
+        self._refused = set(steps)
+        self._newest = None
+
+    def is_refused(self, step: int) -> bool:
+        """Whether the job passed `step` over, and has not saved it again since."""
+        return step in self._refused
+
     def topic(self, verb: str, label: str) -> Topic:
         """Return the topic of the next round; ranks that make the same calls get the same one."""
         return Topic(f"{verb}/{next(self._numbers)}", label)
@@ -75,10 +117,18 @@ class Job:
         """Return the deadline of what begins now."""
         return Deadline.after(self.timeout_seconds)
 
+    def hurry(self) -> None:
+        """Note that this rank ends by an exception: others may never come to leave because of it.
+
+        They may be in a collective that this rank will not join, and that ends when it has gone.
+        """
+        self._hurried = True
+
     def leave(self) -> None:
         """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
         if "coordinators" in self.__dict__ and not self._left:
             # They are kept: joining once more, on this rank alone, would shift all later jobs.
             self._left = True
-            seconds = min(self.timeout_seconds, _LEAVE_SECONDS)
+            patience = _HURRIED_LEAVE_SECONDS if self._hurried else _LEAVE_SECONDS
+            seconds = min(self.timeout_seconds, patience)
             self.coordinators.training.leave(Deadline.after(seconds))

@@ -94,6 +94,7 @@ class Loader:
                 continue
             if own:
                 self._job.restored_step = report.step
+                self._job.refuse(report.refused.keys())
             return report
 
     def _chooser(

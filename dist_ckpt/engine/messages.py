@@ -26,12 +26,16 @@ class PlanRequest(msgspec.Struct, frozen=True):
         url: where to.
         plan: the number of the plan that this rank has for what it holds now, None without one.
         shared: digest of the encoded values of each group that several ranks hold alike.
+        options: how it was asked to save, by the name of the option, as text.
+        busy: whether it would rather skip this save, because one is in flight here.
     """
 
     step: int
     url: str
     plan: int | None
     shared: dict[int, str]
+    options: dict[str, str] = {}
+    busy: bool = False
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
@@ -47,10 +51,17 @@ class LoadRequest(msgspec.Struct, frozen=True):
 
 
 class PlanAnswer(msgspec.Struct, frozen=True):
-    """The coordinator's answer: under which id to write, and whether the old plan still holds."""
+    """The coordinator's answer to the first words of all ranks.
+
+    Attributes:
+        save_id: under which id to write; empty when the save is skipped.
+        plan_holds: whether the plan of the save before still holds.
+        skip: whether nothing is saved, on any rank, because some rank was busy.
+    """
 
     save_id: str
     plan_holds: bool
+    skip: bool = False
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -73,12 +84,29 @@ class RankPlan(msgspec.Struct, frozen=True):
         owned: the boxes it writes.
         objects: the encoded values it writes besides those of its per-rank parts.
         groups: the encoded values that must be equal on several ranks, by number of the group.
+        replicas: positions, in what it holds, of the boxes that other ranks hold too, and that
+            must have equal values there.
+        replicated: whether any rank has such boxes.
     """
 
     number: int
     owned: list[Owned]
     objects: list[ObjectName]
     groups: dict[int, list[ObjectName]]
+    replicas: list[int] = []
+    replicated: bool = False
+
+
+class ReplicaDigests(msgspec.Struct, frozen=True):
+    """Digests of the boxes that a rank shares with others, in the order of `RankPlan.replicas`.
+
+    Attributes:
+        methods: for each box, one byte that says how its digest was made.
+        digests: for each box, 8 bytes.
+    """
+
+    methods: bytes
+    digests: bytes
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -98,7 +126,8 @@ def check_same(requests: Sequence[PlanRequest] | Sequence[LoadRequest], verb: st
         verb: what they were asked to do, for the message.
 
     Raises:
-        UsageError: with what each rank was asked for.
+        UsageError: with what each rank was asked for, or two ranks and the option in which they
+            differ.
     """
     for what in ("step", "url"):
         asked = {rank: getattr(request, what) for rank, request in enumerate(requests)}
@@ -109,6 +138,27 @@ def check_same(requests: Sequence[PlanRequest] | Sequence[LoadRequest], verb: st
                 "call with the same arguments on every rank",
                 ranks={rank: str(value) for rank, value in asked.items()},
             )
+
+
+def check_same_options(requests: Sequence[PlanRequest]) -> None:
+    """Check that all ranks were asked to save in one way.
+
+    Raises:
+        UsageError: an option differs; the message names it and two ranks.
+    """
+    first = requests[0].options
+    for rank, request in enumerate(requests):
+        # The usual case costs one comparison; only a difference is looked for by name.
+        if request.options == first:
+            continue
+        for name in sorted(first.keys() | request.options.keys()):
+            here, there = (options.get(name, "absent") for options in (first, request.options))
+            if here != there:
+                raise UsageError(
+                    f"the ranks save with different options ({name} is {here} on rank 0 and "
+                    f"{there} on rank {rank}): pass the same options on every rank",
+                    ranks={0: f"{name}: {here}", rank: f"{name}: {there}"},
+                )
 
 
 def pack(message: msgspec.Struct) -> bytes:

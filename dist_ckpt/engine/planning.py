@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from dist_ckpt.dcp.owners import Owned, decide
+from dist_ckpt.dcp.holdings import Holdings, TensorKey
+from dist_ckpt.dcp.owners import Owned, share_out
 from dist_ckpt.dcp.planner import Held
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
 from dist_ckpt.engine.messages import (
@@ -14,9 +16,11 @@ from dist_ckpt.engine.messages import (
     PlanRequest,
     RankPlan,
     check_same,
+    check_same_options,
     pack,
     unpack,
 )
+from dist_ckpt.engine.replicas import compare_replicas, digest_replicas
 from dist_ckpt.engine.snapshot import Snapshot
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 
@@ -24,32 +28,85 @@ BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What this rank was asked to save; ranks that were asked for different things are told so.
+
+    Attributes:
+        step: which step.
+        url: where to.
+        options: how, by the name of the option, as text that is equal wherever the option is.
+        busy: whether to rather skip the save, because one is in flight here.
+    """
+
+    step: int
+    url: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    busy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks agreed on.
+
+    Attributes:
+        save_id: the attempt; empty when the save is skipped.
+        plan: what this rank writes; None when the save is skipped.
+    """
+
+    save_id: str
+    plan: RankPlan | None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing is saved, on any rank, because some rank was busy."""
+        return self.plan is None
+
+
 class Planner:
     """Keeps the plan of one job between saves, while the structure of the state stays the same."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        max_piece_bytes: int | None = None,
+        check_replicas: bool | None = None,
+    ) -> None:
+        """Begin without a plan.
+
+        Args:
+            coordinator: the way to the other ranks.
+            max_piece_bytes: a larger box is cut; None for no limit. The same on all ranks.
+            check_replicas: whether what several ranks hold is compared before it is staged: at
+                every save, never, or (None) once for each plan. The same on all ranks.
+        """
         self._coordinator = coordinator
+        self._max_piece_bytes = max_piece_bytes
+        self._check_replicas = check_replicas
         self._own: tuple[str, RankPlan] | None = None
+        # The number of the plan whose replicas were found equal.
+        self._checked = 0
         # Rank 0 only: the number of its newest plan, and what that was made of.
         self._number = 0
         self.held_by_rank: list[list[Held]] = []
         self.owned_by_rank: list[list[Owned]] = []
+        self.ties: Mapping[TensorKey, str] = {}
+        self._replicas: list[list[int]] = []
 
     def agree(
         self,
-        step: int,
-        url: str,
+        asked: Asked,
         snapshot: Snapshot | BaseException,
         begin: BeginAttempt,
         *,
         topic: Topic,
         deadline: Deadline,
-    ) -> tuple[str, RankPlan]:
-        """Return the save_id of the attempt and this rank's share of the plan.
+    ) -> Agreed:
+        """Return the attempt and this rank's share of the plan.
 
         Args:
-            step: what is to be saved.
-            url: where to; ranks that were asked for different things are told so.
+            asked: what is to be saved.
             snapshot: what this rank holds, or the error that kept it from saying so.
             begin: called on rank 0 only.
             topic: names the save.
@@ -58,11 +115,7 @@ class Planner:
         Raises:
             CheckpointError: the same on every rank.
         """
-        message: bytes | BaseException
-        if isinstance(snapshot, BaseException):
-            message = snapshot
-        else:
-            message = pack(self._request(step, url, snapshot))
+        message = snapshot if isinstance(snapshot, BaseException) else self._ask(asked, snapshot)
         data = self._coordinator.round(
             topic.phase("plan"),
             message,
@@ -72,8 +125,40 @@ class Planner:
         answer = unpack(data, PlanAnswer)
         if isinstance(snapshot, BaseException):  # the round raised it on every rank
             raise snapshot
+        if answer.skip:
+            return Agreed("", None)
         if answer.plan_holds and self._own is not None:
-            return answer.save_id, self._own[1]
+            plan = self._own[1]
+        else:
+            plan = self._plan_anew(snapshot, topic, deadline)
+        if plan.replicated and self._is_check_due(plan):
+            self._compare(snapshot, plan, topic, deadline)
+            # Only now: ranks that differ are told so at every save until they are made equal.
+            self._checked = plan.number
+        return Agreed(answer.save_id, plan)
+
+    def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
+        number, digests = None, {}
+        if self._own is not None and self._own[0] == snapshot.fingerprint:
+            plan = self._own[1]
+            number = plan.number
+            digests = {group: snapshot.group_digest(names) for group, names in plan.groups.items()}
+        return pack(
+            PlanRequest(asked.step, asked.url, number, digests, dict(asked.options), asked.busy)
+        )
+
+    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
+        requests = [unpack(data, PlanRequest) for data in messages]
+        check_same(requests, "save")
+        check_same_options(requests)
+        if any(request.busy for request in requests):
+            return pack(PlanAnswer("", plan_holds=False, skip=True))
+        # Every rank has to have this very plan: one that missed its share asks for a new one.
+        holds = all(request.plan == self._number for request in requests)
+        holds = holds and _groups_agree(requests)
+        return pack(PlanAnswer(begin(requests[0].step), holds))
+
+    def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
         # Forgotten before the new one is there: a rank that misses its answer must not write by a
         # plan that the others have left.
         self._own = None
@@ -82,22 +167,7 @@ class Planner:
         )
         plan = unpack(data, RankPlan)
         self._own = (snapshot.fingerprint, plan)
-        return answer.save_id, plan
-
-    def _request(self, step: int, url: str, snapshot: Snapshot) -> PlanRequest:
-        if self._own is None or self._own[0] != snapshot.fingerprint:
-            return PlanRequest(step, url, None, {})
-        plan = self._own[1]
-        digests = {number: snapshot.group_digest(names) for number, names in plan.groups.items()}
-        return PlanRequest(step, url, plan.number, digests)
-
-    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
-        requests = [unpack(data, PlanRequest) for data in messages]
-        check_same(requests, "save")
-        # Every rank has to have this very plan: one that missed its share asks for a new one.
-        holds = all(request.plan == self._number for request in requests)
-        holds = holds and _groups_agree(requests)
-        return pack(PlanAnswer(begin(requests[0].step), holds))
+        return plan
 
     def _plan(self, messages: Sequence[bytes]) -> list[bytes]:
         # First of all: should planning fail half-way, no rank has a plan of this number.
@@ -106,11 +176,38 @@ class Planner:
         writers, groups = share_objects([each.objects for each in descriptions])
         # Replaced, never changed: the commit of a save that was given up may still read the old.
         self.held_by_rank = [each.held for each in descriptions]
-        self.owned_by_rank = decide(self.held_by_rank)
+        holdings = Holdings.of(self.held_by_rank)
+        self.owned_by_rank = share_out(holdings, max_piece_bytes=self._max_piece_bytes)
+        self.ties = holdings.ties
+        self._replicas = shared = holdings.replicas()
         return [
-            pack(RankPlan(self._number, owned, writers[rank], groups[rank]))
+            pack(
+                RankPlan(
+                    self._number, owned, writers[rank], groups[rank], shared[rank], any(shared)
+                )
+            )
             for rank, owned in enumerate(self.owned_by_rank)
         ]
+
+    def _is_check_due(self, plan: RankPlan) -> bool:
+        if self._check_replicas is None:
+            return self._checked != plan.number
+        return self._check_replicas
+
+    def _compare(
+        self, snapshot: Snapshot, plan: RankPlan, topic: Topic, deadline: Deadline
+    ) -> None:
+        message: bytes | BaseException
+        try:
+            message = pack(digest_replicas([snapshot.local[number] for number in plan.replicas]))
+        except Exception as error:  # a device that failed: the others wait in the round
+            message = error
+        self._coordinator.round(
+            topic.phase("replicas"),
+            message,
+            lambda all_: compare_replicas(self.held_by_rank, self._replicas, all_),
+            deadline=deadline,
+        )
 
 
 def share_objects(

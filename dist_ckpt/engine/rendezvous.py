@@ -76,8 +76,10 @@ def join(*, timeout_seconds: float) -> Coordinators:
         _connection.store = _open(rank, _connection.number, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
     store = PrefixStore(f"job/{next(_connection.jobs)}", _connection.store)
+    absent: set[int] = set()
     return Coordinators(
-        StoreCoordinator(store, rank, world_size), StoreCoordinator(store, rank, world_size)
+        StoreCoordinator(store, rank, world_size, absent=absent),
+        StoreCoordinator(store, rank, world_size, absent=absent),
     )
 
 

@@ -2,61 +2,65 @@
 
 from __future__ import annotations
 
-import logging
-import threading
+import re
 import time
-import weakref
-from collections.abc import Mapping
-from multiprocessing.util import Finalize
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dist_ckpt import events
-from dist_ckpt.dcp.writer import StagedFile, plan_files, stage
-from dist_ckpt.engine.attempt import Attempt
+from dist_ckpt.dcp.planner import Describer
+from dist_ckpt.dcp.writer import StagedFile
+from dist_ckpt.engine.attempt import Attempt, Inbox, Share
 from dist_ckpt.engine.commit import Commit
-from dist_ckpt.engine.coordinator import Decide
+from dist_ckpt.engine.exit import close_at_exit
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
-from dist_ckpt.engine.planning import Planner
+from dist_ckpt.engine.options import SaveOptions
+from dist_ckpt.engine.planning import Asked, Planner
 from dist_ckpt.engine.snapshot import Snapshot, take
+from dist_ckpt.engine.stager import Stager
+from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.engine.writer_thread import WriterThread
-from dist_ckpt.errors import (
-    CheckpointError,
-    CoordinationError,
-    ErrorKind,
-    UsageError,
-    describe,
-    from_wire,
-    to_wire,
-)
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, UsageError, describe
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.staging.arena import Arena
 from dist_ckpt.state.train_state import TrainState
 
-_log = logging.getLogger("dist_ckpt")
+_GIVE_UP_SECONDS = 10.0
 
 
 class Saver:
     """Saves the state of one job, one save in flight at a time."""
 
     def __init__(
-        self, job: Job, state: TrainState, *, keep: KeepPolicy | None, metadata: Mapping[str, Any]
+        self,
+        job: Job,
+        state: TrainState,
+        *,
+        keep: KeepPolicy | None,
+        metadata: Mapping[str, Any],
+        options: SaveOptions | None = None,
     ) -> None:
         self._job = job
         self._state = state
-        self._keep = keep
         self._metadata = dict(metadata)
+        self._options = options = options or SaveOptions()
+        self._asked = _as_text(options, keep)
         self._planner: Planner | None = None
-        self._arena = Arena()
+        self._describer = Describer()
+        self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
         self._writer = WriterThread()
+        self._tidier = Tidier(job, keep)
         self._pending: SaveHandle | None = None
-        # Set while files of dead attempts may lie around: at the start, and after a failed save.
-        self._litter = True
         self._last = False
-        self._at_exit = _close_at_exit(self)
+        self._at_exit = close_at_exit(self)
+
+    def prewarm(self) -> None:
+        """Begin to take the memory that the first save will need, in the background."""
+        self._stager.prewarm(self._state)
 
     def start(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
         """Begin to save; return when the state may change again.
@@ -66,42 +70,40 @@ class Saver:
                 the save before, when nobody was told of it yet.
         """
         begun = time.perf_counter()
-        if self._planner is None:
-            self._planner = Planner(self._job.training)
-        failed = self.settle()
+        # First of all, since it may have to wait until the other ranks are there.
+        planner = self._planner = self._planner or Planner(
+            self._job.training,
+            max_piece_bytes=self._options.max_piece_bytes,
+            check_replicas=self._options.check_replicas,
+        )
+        busy = self._is_in_the_way()
+        failed = None if busy else self._finish_pending()
         # Only now: the time that the save before took is not taken from this one.
         deadline = self._job.deadline()
         topic = self._job.topic("save", f"save of step {step}")
         # A failure goes where a snapshot would: the other ranks wait for this one in the round.
         snapshot = failed or self._snapshot(step, metrics)
-        save_id, plan = self._planner.agree(
-            step, self._job.url, snapshot, self._begin, topic=topic, deadline=deadline
+        agreed = planner.agree(
+            Asked(step, self._job.url, self._asked, busy),
+            snapshot,
+            self._tidier.begin,
+            topic=topic,
+            deadline=deadline,
         )
+        if agreed.plan is None:
+            events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
+            return SaveHandle.skipped(step)
         assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
-        cancelled = threading.Event()
-        commit_topic = topic.phase("commit")
         attempt = Attempt(
-            Transaction(self._job.repository.store, step, save_id),
-            self._job.training.rank,
-            commit_topic,
-            deadline,
-            SaveHandle(
-                step,
-                save_id,
-                deadline,
-                overdue=lambda: self._overdue(attempt),
-                announce=lambda error: attempt.announce(error),
-            ),
-            *self._stage(snapshot, plan),
-            stall_seconds=0.0,
-            cancelled=cancelled,
+            Transaction(self._job.repository.store, step, agreed.save_id),
+            self._job.coordinators.writer,
+            topic=topic.phase("commit"),
+            deadline=deadline,
+            overdue=self._overdue,
         )
-        decide = self._commit(attempt, metrics).decide
-        attempt.stall_seconds = time.perf_counter() - begun
-        self._emit_staged(attempt)
-        # Known before it is submitted: from then on somebody has to wait for it.
-        self._pending = attempt.handle
-        self._writer.submit(lambda: self._run(attempt, decide))
+        inbox = self._inbox(attempt, self._commit(attempt, metrics))
+        share = self._stage(attempt, inbox, snapshot, agreed.plan)
+        self._hand_over(attempt, inbox, share, begun)
         return attempt.handle
 
     def start_last(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
@@ -110,7 +112,8 @@ class Saver:
         try:
             return self.start(step, metrics)
         except BaseException:
-            self._release()
+            if self._pending is None:  # else the writer releases everything when it has reported
+                self._release()
             raise
 
     def drain(self) -> None:
@@ -125,132 +128,206 @@ class Saver:
 
     def settle(self) -> CheckpointError | None:
         """Do as `drain`, but return the failure, so that all ranks hear of it in the next round."""
-        handle = self._pending
-        if handle is None:
-            return None
-        handle.settle()
-        self._writer.wait_idle(self._job.timeout_seconds)
-        # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
-        self._pending = None
-        return handle.take_error()
+        error = self._finish_pending()
+        # A retention that hangs is left to itself in the end: nothing depends on it.
+        seconds = self._job.timeout_seconds
+        if self._writer.wait_idle(seconds):
+            self._tidier.wait(seconds)
+        return error
 
     def close(self) -> None:
-        """Drain, then let the thread and the other ranks go; see `drain`."""
+        """Drain, then let the threads and the other ranks go; see `drain`."""
         # An interrupt here releases nothing: the end of the process waits for the save once more.
         error = self.settle()
         self._release()
         if error is not None:
             raise error
 
+    @property
+    def in_flight(self) -> SaveHandle | None:
+        """The save that is not over yet."""
+        return None if self._pending is None or self._pending.done() else self._pending
+
+    def give_up(self) -> None:
+        """Cancel the save in flight, on every rank, and wait for a moment until it is over."""
+        if self._pending is not None and self._pending.cancel():
+            self._pending.settle(_GIVE_UP_SECONDS)
+            self._writer.wait_idle(_GIVE_UP_SECONDS)  # it takes back what it had written
+
     def _release(self) -> None:
         self._writer.stop()
+        self._tidier.stop()
+        self._stager.release()
         self._job.leave()
         # Last: until rank 0 has left, the end of its interpreter would cut the others off.
         self._at_exit.cancel()
+
+    def _is_in_the_way(self) -> bool:
+        """Whether this rank would rather skip; a save that is to be replaced is given up here."""
+        pending = self.in_flight
+        if pending is not None and self._options.when_busy == "replace":
+            pending.cancel()  # should it be committed all the same, it counts
+        return pending is not None and self._options.when_busy == "skip"
+
+    def _finish_pending(self) -> CheckpointError | None:
+        """Wait until the save in flight is over; return its failure if nobody was told of it."""
+        handle = self._pending
+        if handle is None:
+            return None
+        handle.settle()
+        self._stager.settle()
+        # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
+        self._pending = None
+        return handle.take_error()
 
     def _snapshot(self, step: int, metrics: Mapping[str, float]) -> Snapshot | Exception:
         # Returned, not raised: the other ranks wait in a round, and must hear of it.
         try:
             check_step(step)
             _check_metrics(metrics)
-            return take(self._state, world_size=self._job.training.world_size)
+            return take(
+                self._state,
+                world_size=self._job.training.world_size,
+                describer=self._describer,
+            )
         except Exception as error:
             return error
 
-    def _begin(self, step: int) -> str:
-        return self._job.repository.begin(step, self._job.claim()).save_id
+    def _inbox(self, attempt: Attempt, commit: Commit) -> Inbox:
+        """Return where files are put for the writer thread, which begins with the first one."""
 
-    def _stage(
-        self, snapshot: Snapshot, plan: RankPlan
-    ) -> tuple[list[StagedFile] | Exception, list[Any]]:
-        rank = self._job.training.rank
+        def begin() -> None:
+            # Known before it is submitted: from then on somebody has to wait for it.
+            self._pending = attempt.handle
+            self._writer.submit(lambda: self._run(attempt, inbox, commit))
+
+        inbox = Inbox(begin)
+        return inbox
+
+    def _stage(self, attempt: Attempt, inbox: Inbox, snapshot: Snapshot, plan: RankPlan) -> Share:
+        attempt.meter.enter("staging")
         try:
-            files = plan_files(rank, snapshot.held, plan.owned)
             documents = snapshot.documents(plan.objects)
-            staged = stage(
-                self._arena, rank=rank, local=snapshot.local, plans=files, documents=documents
+            staged = self._stager.stage(
+                rank=attempt.rank,
+                local=snapshot.local,
+                owned=plan.owned,
+                documents=documents,
+                write_out=lambda files: self._write_out(attempt, files),
+                ready=inbox.give,
             )
-            return staged, snapshot.describe_documents(documents)
-        except Exception as error:
-            return error, []
+            attempt.meter.staged(staged.nbytes)
+            if not staged.files:
+                attempt.meter.enter("writing")  # nothing is left to be copied meanwhile
+            return Share(staged, snapshot.describe_documents(documents))
+        except BaseException as error:
+            # Returned even when it is an interrupt: the others wait to hear how it went here.
+            return Share(error)
 
-    def _commit(self, attempt: Attempt, metrics: Mapping[str, float]) -> Commit:
-        assert self._planner is not None
-        return Commit(
-            transaction=attempt.transaction,
-            held_by_rank=self._planner.held_by_rank,
-            owned_by_rank=self._planner.owned_by_rank,
-            parts=list(self._state.parts),
-            metrics={name: float(value) for name, value in metrics.items()},
-            metadata=self._metadata,
-            parent_step=self._job.restored_step,
-            deadline=attempt.deadline.for_coordinator(),
-            cancelled=attempt.cancelled,
-        )
+    def _write_out(self, attempt: Attempt, files: Sequence[StagedFile]) -> None:
+        """Write what must leave the arena before the rest is staged; the training waits for it."""
+        failures: list[BaseException] = []
 
-    def _run(self, attempt: Attempt, decide: Decide) -> None:
-        """The background job: write and commit, then tidy up."""
-        attempt.run(self._job.coordinators.writer, decide)
-        if attempt.handle.failed:
-            self._litter = True
-        elif self._job.training.rank == 0:
-            self._tidy(attempt.transaction.step)
-        if self._last:
-            self._release()
+        def write() -> None:
+            try:
+                attempt.files.write(files)
+            except BaseException as error:
+                failures.append(error)
 
-    def _tidy(self, step: int) -> None:
-        """Rank 0, after a commit: retention and garbage. A failure here never undoes the commit."""
-        repository, url = self._job.repository, self._job.url
-        origin = self._job.restored_step
-        protected = {step} if origin is None else {step, origin}
-        try:
-            if self._keep is not None:
-                gone = repository.retain(self._keep, claim=self._job.claim(), protected=protected)
-                for old, reason in gone.items():
-                    events.emit(events.CheckpointDeleted(url, old, 0, reason))
-            if self._litter:
-                repository.collect(claim=self._job.claim(), in_flight=())
-                self._litter = False
-        except Exception as error:  # a policy of the user may raise anything
-            failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
-            events.emit(events.RetentionFailed(url, step, 0, failure))
-            _log.warning(
-                "tidying %s after step %d failed, the step is committed: %s", url, step, failure
-            )
+        # Not on this thread: a backend that never answers would hold up the training for ever.
+        self._writer.submit(write)
+        if not self._writer.wait_idle(attempt.deadline.remaining_seconds):
+            error = _late(attempt)
+            self._abandon(attempt, error)
+            raise error
+        if failures:
+            raise failures[0]
 
-    def _overdue(self, attempt: Attempt) -> CheckpointError | None:
-        """Near the deadline: find out how the save ended although the writer has not come back."""
-        rank = self._job.training.rank
-        error = self._job.training.verdict(attempt.topic)
-        if error is None and attempt.deadline.passed:
-            error = CoordinationError(
-                f"{attempt.topic.label}: the writer of rank {rank} did not finish within "
-                f"{attempt.deadline.span_seconds:g} s",
-                kind=ErrorKind.TIMEOUT,
-                ranks={rank: "its writer did not finish"},
-            )
-        if error is None or self._writer.wait_idle(0.2):
-            return None
-        # The thread may hang in the backend for ever: it keeps its arena, and the next save gets a
-        # thread and an arena of its own.
-        attempt.cancelled.set()
-        self._writer.abandon()
-        self._arena = Arena()
-        self._litter = True
-        return error
-
-    def _emit_staged(self, attempt: Attempt) -> None:
-        staged = () if isinstance(attempt.staged, BaseException) else attempt.staged
+    def _hand_over(self, attempt: Attempt, inbox: Inbox, share: Share, begun: float) -> None:
+        """Tell the writer thread that all is staged, or why it is not."""
+        share = replace(share, stall_seconds=time.perf_counter() - begun)
         events.emit(
             events.SaveStaged(
                 self._job.url,
                 attempt.transaction.step,
-                self._job.training.rank,
+                attempt.rank,
                 save_id=attempt.transaction.save_id,
-                nbytes=sum(len(file.image) for file in staged),
-                stall_seconds=attempt.stall_seconds,
+                nbytes=0 if isinstance(share.staged, BaseException) else share.staged.nbytes,
+                stall_seconds=share.stall_seconds,
             )
         )
+        inbox.end(share)
+        if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
+            raise share.staged  # an interrupt: the other ranks are told, and this one stops
+
+    def _commit(self, attempt: Attempt, metrics: Mapping[str, float]) -> Commit:
+        assert self._planner is not None
+        deadline = attempt.deadline.for_coordinator()
+        return Commit(
+            transaction=attempt.transaction,
+            job=self._job,
+            held_by_rank=self._planner.held_by_rank,
+            owned_by_rank=self._planner.owned_by_rank,
+            ties=self._planner.ties,
+            parts=list(self._state.parts),
+            metrics={name: float(value) for name, value in metrics.items()},
+            metadata=self._metadata,
+            parent_step=self._job.restored_step,
+            confirm=lambda: attempt.stop.confirm(deadline),
+            max_file_bytes=self._options.memory_limit_bytes,
+        )
+
+    def _run(self, attempt: Attempt, inbox: Inbox, commit: Commit) -> None:
+        """The background job: write and commit, then have it tidied up."""
+        attempt.run(inbox, commit.decide)
+        if attempt.handle.outcome != "committed":
+            self._tidier.litter = True
+        elif self._last and attempt.rank == 0:
+            self._tidier.run(attempt.transaction.step)
+        elif attempt.rank == 0:
+            self._tidier.submit(attempt.transaction.step)
+        if self._last:
+            self._release()
+
+    def _overdue(self, attempt: Attempt) -> CheckpointError | None:
+        """Near the deadline: find out how the save ended although the writer has not come back."""
+        error = self._job.training.verdict(attempt.topic)
+        if error is None and attempt.deadline.passed:
+            error = _late(attempt)
+        if error is None or self._writer.wait_idle(0.2):
+            return None
+        self._abandon(attempt, error)
+        return error
+
+    def _abandon(self, attempt: Attempt, error: CheckpointError) -> None:
+        # The thread may hang in the backend for ever: it keeps its arena, and the next save gets a
+        # thread and an arena of its own.
+        attempt.stop.give_up(error)
+        self._writer.abandon()
+        self._stager.abandon()
+        self._tidier.litter = True
+
+
+def _late(attempt: Attempt) -> CoordinationError:
+    return CoordinationError(
+        f"{attempt.topic.label}: the writer of rank {attempt.rank} did not finish within "
+        f"{attempt.deadline.span_seconds:g} s",
+        kind=ErrorKind.TIMEOUT,
+        ranks={attempt.rank: "its writer did not finish"},
+    )
+
+
+def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:
+    """Return what all ranks must have been given alike, as text that is equal where that is."""
+    # Without addresses, which differ between processes.
+    policy = re.sub(r" at 0x[0-9a-f]+", "", repr(keep))
+    return {
+        "keep": policy,
+        "when_busy": options.when_busy,
+        "staging": options.staging,
+        "memory_limit_bytes": str(options.memory_limit_bytes),
+        "check_replicas": str(options.check_replicas),
+    }
 
 
 def _check_metrics(metrics: Mapping[str, float]) -> None:
@@ -263,17 +340,3 @@ def _check_metrics(metrics: Mapping[str, float]) -> None:
             raise UsageError(
                 f"metric {name!r} is {type(value).__name__}, not a number ({describe(error)})"
             ) from error
-
-
-def _close_at_exit(saver: Saver) -> Finalize[None]:
-    """Register that a save in flight is finished before this process goes; `cancel` undoes it."""
-    reference = weakref.ref(saver)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close()
-
-    # Not atexit, which the processes of multiprocessing, and so torch's spawn, never come to. In a
-    # forked child, which has neither the thread nor the save, it does nothing.
-    return Finalize(None, close, exitpriority=10)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from dist_ckpt.dcp.metadata import Document
-from dist_ckpt.dcp.planner import Held, LocalBox, describe
+from dist_ckpt.dcp.planner import Describer, Held, LocalBox
 from dist_ckpt.engine.messages import Description, ObjectName
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format import document
@@ -73,21 +74,35 @@ class Snapshot:
         ]
 
 
-def take(state: TrainState, *, world_size: int) -> Snapshot:
+def take(state: TrainState, *, world_size: int, describer: Describer | None = None) -> Snapshot:
     """Capture every part of `state`.
 
+    Args:
+        state: the live state.
+        world_size: how many ranks there are.
+        describer: what earlier snapshots of this state found out; None to find out all anew.
+
     Raises:
-        UsageError: the state is empty, or something in it cannot be stored; the message names it.
+        UsageError: the state is empty, something in it cannot be stored (the message names it), or
+            a CUDA graph is being captured.
     """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        # What is copied now would be copied at each replay, and nothing is copied now.
+        raise UsageError(
+            "save was called while a CUDA graph is being captured: call it outside of the capture"
+        )
     captured = {name: part.capture() for name, part in state.parts.items()}
     if not any(part.tensors or part.objects for part in captured.values()):
         raise UsageError("the state is empty: give TrainState at least one part with content")
-    local = describe(
+    describer = describer or Describer()
+    local = describer.describe(
         {name: part.tensors for name, part in captured.items()},
         unequal={name: part.unequal for name, part in captured.items()},
+        stepped={name: part.stepped for name, part in captured.items()},
     )
     shared = {name: part.objects for name, part in captured.items() if not part.per_rank}
     per_rank = {name: part.objects for name, part in captured.items() if part.per_rank}
     names = [[(part, sorted(objs)) for part, objs in group.items()] for group in (shared, per_rank)]
-    depends = msgspec.msgpack.encode(([box.held for box in local], names, world_size))
+    boxes = describer.digest([box.held for box in local])
+    depends = msgspec.msgpack.encode((boxes, names, world_size))
     return Snapshot(local, shared, per_rank, bytes_digest(depends))

@@ -1,11 +1,17 @@
-"""The one background thread of a rank."""
+"""The background threads of a rank: one writes, and on rank 0 another tidies up."""
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+
+_NICE = 10
+"""How much later than the training this is served by the processors, as `nice` counts."""
 
 
 class WriterThread:
@@ -13,21 +19,25 @@ class WriterThread:
 
     A daemon, because a backend that never answers must not keep a process from ending; who must not
     lose a save at exit waits for it (`dist_ckpt.engine.saving.Saver.close`).
+
+    Args:
+        name: of the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "dist_ckpt-writer") -> None:
+        self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._thread: threading.Thread | None = None
         self._idle = threading.Event()
         self._idle.set()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` in the background; it must not raise. The caller waits for the one before."""
+        """Run `job` in the background, after those before it; it must not raise."""
         # Not alive: a listener or a backend ended it with SystemExit, or this process was forked.
         if self._jobs is None or self._thread is None or not self._thread.is_alive():
             self._jobs = queue.SimpleQueue()
             self._thread = threading.Thread(
-                target=_run, args=(self._jobs,), name="dist_ckpt-writer", daemon=True
+                target=_run, args=(self._jobs,), name=self._name, daemon=True
             )
             self._thread.start()
             # The thread knows the queue alone, so it ends with an owner that forgot to stop it.
@@ -44,7 +54,7 @@ class WriterThread:
         self._jobs.put(run)
 
     def wait_idle(self, timeout: float | None = None) -> bool:
-        """Wait until no job runs; return whether that is so."""
+        """Wait until no job runs or waits; return whether that is so."""
         return self._idle.wait(timeout)
 
     def abandon(self) -> None:
@@ -54,13 +64,27 @@ class WriterThread:
         self._idle.set()
 
     def stop(self) -> None:
-        """Let the thread end when its job is done."""
+        """Let the thread end when its jobs are done."""
         if self._jobs is not None:
             self._jobs.put(None)
             self._jobs = None
 
 
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    _yield_to_training()
     while (job := jobs.get()) is not None:
         job()
         del job  # else it, and all that it looks at, would live until the next one
+
+
+def _yield_to_training() -> None:
+    """Let this thread, and those that it starts, have what the training leaves of the processors.
+
+    On Linux a priority is that of a thread; elsewhere it would slow the whole process down.
+    """
+    if sys.platform == "linux":
+        # Refused in some sandboxes: then saving competes with the training, and is as right.
+        with suppress(OSError):
+            thread = threading.get_native_id()
+            nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, nice)

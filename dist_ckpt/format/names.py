@@ -18,13 +18,15 @@ EXTRA = "extra"
 STEP_LIMIT = 10**10
 RANK_LIMIT = 10**5
 CLAIM_LIMIT = 10**6
+FILES_LIMIT = 10**5
+"""How many files a rank may write for one part."""
 
 # A spelled-out 0-9 where \d would also take digits of other scripts.
 _STEP = re.compile(r"step-([0-9]{10})")
 _CLAIM = re.compile(r"([0-9]{6})\.json")
 _SAVE_ID = re.compile(r"c([0-9]{6})-[0-9a-f]{16}")
 _PART = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-_SHARD = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,63})\.r([0-9]{5})\.safetensors")
+_SHARD = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,63})\.r([0-9]{5})(?:-([0-9]{5}))?\.safetensors")
 
 
 def step_dir(step: int) -> str:
@@ -65,21 +67,31 @@ def file_key(step: int, save_id: str, file_name: str) -> str:
     return f"{step_dir(step)}/{save_id}/{file_name}"
 
 
-def shard_name(part: str, rank: int) -> str:
-    """Return the file name of what `rank` writes for `part`; here "extra" is a part too.
+def shard_name(part: str, rank: int, *, number: int = 0) -> str:
+    """Return the name of a file that `rank` writes for `part`; here "extra" is a part too.
+
+    Args:
+        part: the part.
+        rank: the rank.
+        number: which of its files for this part; the first one, usually the only one, has none in
+            its name: `model.r00000.safetensors`, then `model.r00000-00001.safetensors`.
 
     Raises:
-        UsageError: a bad part name, or a rank outside [0, 100000).
+        UsageError: a bad part name, or a rank or a number outside [0, 100000).
     """
     if part != EXTRA:
         check_part(part)
-    return f"{part}.r{_check_count('rank', rank, RANK_LIMIT):05d}.safetensors"
+    which = f"-{number:05d}" if _check_count("file number", number, FILES_LIMIT) else ""
+    return f"{part}.r{_check_count('rank', rank, RANK_LIMIT):05d}{which}.safetensors"
 
 
-def parse_shard_name(name: str) -> tuple[str, int] | None:
-    """Return (part, rank) of a shard file name, or None for a foreign name."""
+def parse_shard_name(name: str) -> tuple[str, int, int] | None:
+    """Return (part, rank, number) of a shard file name, or None for a foreign name."""
     found = _SHARD.fullmatch(name)
-    return (found[1], int(found[2])) if found else None
+    # The first file never says its number, so `-00000` is foreign: a file has one name.
+    if found is None or (found[3] and not int(found[3])):
+        return None
+    return found[1], int(found[2]), int(found[3] or 0)
 
 
 def claim_key(claim: int) -> str:

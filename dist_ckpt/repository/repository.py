@@ -80,12 +80,39 @@ class Repository:
         check_step(step)
         self._check_can_commit()
         if self._is_committed(step):
-            raise AlreadyExists(
-                f"step {step} is already committed in {self.store.url}: save under another step",
-                kind=ErrorKind.STEP_EXISTS,
-            )
+            raise self._exists(step)
         claims.check_owner(self.store, claim)
         return Transaction(self.store, step, new_save_id(claim))
+
+    def check_begin(self, step: int, claim: int, *, refused: Collection[int]) -> int:
+        """Check that a training run may save `step` next; return the newest step, -1 for none.
+
+        Args:
+            step: what is to be saved.
+            claim: that of the caller.
+            refused: steps that the caller found damaged: they count as not committed.
+
+        Raises:
+            AlreadyExists: the step is committed.
+            FencedError: a newer claim owns the run.
+            UsageError: a newer step is committed, or the store cannot create atomically.
+        """
+        check_step(step)
+        self._check_can_commit()
+        claims.check_owner(self.store, claim)
+        newest = next((found for found in self._committed() if found not in refused), -1)
+        if step < newest and step not in refused and self._is_committed(step):
+            raise self._exists(step)
+        if step == newest:
+            raise self._exists(step)
+        if step < newest:
+            raise UsageError(
+                f"step {step} is older than the newest checkpoint in {self.store.url}, step "
+                f"{newest}, and a restart would go on from that one: continue from step {newest}, "
+                "save into another run, or delete the newer checkpoints first",
+                kind=ErrorKind.STEP_BEHIND,
+            )
+        return newest
 
     def verify(self, step: int) -> VerifyReport:
         """Read every byte of a committed checkpoint and compare it with its digests.
@@ -142,6 +169,12 @@ class Repository:
                 "two jobs could commit to one run: choose another place, or, where no other job "
                 "ever writes, open it by resolve(url, single_writer=True)"
             )
+
+    def _exists(self, step: int) -> AlreadyExists:
+        return AlreadyExists(
+            f"step {step} is already committed in {self.store.url}: save under another step",
+            kind=ErrorKind.STEP_EXISTS,
+        )
 
     def _is_committed(self, step: int) -> bool:
         try:

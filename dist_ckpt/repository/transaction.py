@@ -12,7 +12,7 @@ from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile
 from dist_ckpt.format.names import file_key, index_key, manifest_key, parse_save_id, step_dir
 from dist_ckpt.repository.claim import check_owner
-from dist_ckpt.storage.base import Buffer, Store, read_all
+from dist_ckpt.storage.base import Buffer, Store, Watch, read_all
 
 
 class Transaction:
@@ -30,14 +30,23 @@ class Transaction:
         self.save_id = save_id
         self.claim = claim
 
-    def put_file(self, name: str, buffers: Sequence[Buffer]) -> str:
+    def key(self, name: str) -> str:
+        """Return the key of the file `name` of this attempt."""
+        return file_key(self.step, self.save_id, name)
+
+    def put_file(self, name: str, buffers: Sequence[Buffer], *, watch: Watch | None = None) -> str:
         """Store one file of this attempt, durably; return its key.
+
+        Args:
+            name: of the file.
+            buffers: its bytes.
+            watch: see `Store.put`.
 
         Raises:
             StorageError: it could not be stored whole.
         """
-        key = file_key(self.step, self.save_id, name)
-        self.store.put(key, buffers, mode="create")
+        key = self.key(name)
+        self.store.put(key, buffers, mode="create", watch=watch)
         return key
 
     def commit(
@@ -46,6 +55,7 @@ class Transaction:
         describe: Callable[[ManifestFile], Manifest],
         *,
         confirm: Callable[[], None] = lambda: None,
+        replaces: bool = False,
     ) -> Manifest:
         """Make the checkpoint exist.
 
@@ -53,6 +63,8 @@ class Transaction:
             index: the chunk table of all files put by all ranks.
             describe: returns the manifest, given the entry of the stored index.
             confirm: asked last, right before the manifest is put; raises to call the commit off.
+            replaces: whether a manifest of this step that is there already goes first: one that
+                this very job found damaged and passed over.
 
         Raises:
             FencedError: a newer claim owns the run; nothing was committed.
@@ -68,6 +80,9 @@ class Transaction:
         # Looked at last: what happens between this line and the put is the protocol's only window.
         check_owner(self.store, self.claim)
         confirm()
+        if replaces:
+            # Only now: until everything of the new one is durable, the damaged one is all there is.
+            self.store.delete([manifest_key(self.step)])
         self._put_manifest(data)
         return manifest
 

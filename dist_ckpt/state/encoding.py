@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +36,9 @@ class Encoder:
         self._steps: list[tuple[str, str]] = []  # as shown to people, as a tensor name has it
         self._open: set[int] = set()
         self._hashed = 0  # how many sets and keys the walk is inside of
+        # By identity. The tensor is kept too: one that a registered encoder made up would be gone
+        # before the walk is over, and its identity another's.
+        self._named: dict[int, tuple[torch.Tensor, str]] = {}
 
     def json_of(self, value: Any) -> Any:
         """Return `value`, which lies where the walk is, as what `json` can write."""
@@ -64,12 +68,11 @@ class Encoder:
 
     def _container(self, kind: type, value: Any) -> Any:
         if kind is list:
-            return [self._at(f"[{i}]", str(i), item) for i, item in enumerate(value)]
+            return self._items(value)
         if kind in PAIRS:
             return self._mapping(kind, value)
         if kind is tuple:
-            items = [self._at(f"[{i}]", str(i), item) for i, item in enumerate(value)]
-            return {TAG: "tuple", "v": items}
+            return {TAG: "tuple", "v": self._items(value)}
         if kind in SETS:
             # Sorted by their JSON: the iteration order of a set differs from rank to rank.
             items = [self._hashable(".<member>", item) for item in value]
@@ -82,6 +85,14 @@ class Encoder:
         except Exception as error:
             self._refuse(value, f"the encoder registered for it failed: {describe(error)}", error)
         return {TAG: f"@{entry.name}", "v": self.json_of(plain)}
+
+    def _items(self, value: Sequence[object]) -> list[Any]:
+        # Long lists are nearly always of these two (the names of a group's parameters, the words
+        # of a generator), and they need neither a walk nor a place in a message.
+        return [
+            item if _is_itself(item) else self._at(f"[{i}]", str(i), item)
+            for i, item in enumerate(value)
+        ]
 
     def _mapping(self, kind: type, value: dict[Any, Any]) -> Any:
         plain = kind is dict and all(type(key) is str and key != TAG for key in value)
@@ -118,6 +129,9 @@ class Encoder:
         alias = check_tensor(value, self._where())
         if self._tensors is None:
             return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
+        if id(value) in self._named:
+            # One name for one tensor: decoded, both places hold one tensor again.
+            return {TAG: "tensor", "v": self._named[id(value)][1]}
         name = first = ".".join([self._prefix, *(dotted for _, dotted in self._steps)])
         # Two paths may be spelled alike (a key may have a dot in it). The walk has one order, so
         # every rank and every save numbers them the same way.
@@ -126,6 +140,7 @@ class Encoder:
             count += 1
             name = f"{first}~{count}"
         self._tensors[name] = alias
+        self._named[id(value)] = (value, name)
         return {TAG: "tensor", "v": name}
 
     def _where(self) -> str:
@@ -136,6 +151,11 @@ class Encoder:
             f"cannot store {self._where()}, a {_label(type(value))}: {reason}",
             kind=ErrorKind.UNENCODABLE,
         ) from cause
+
+
+def _is_itself(item: object) -> bool:
+    kind = type(item)
+    return (kind is int and -(1 << 63) <= item < 1 << 63) or (kind is str and item.isascii())  # type: ignore[operator,attr-defined]
 
 
 def _way_out(kind: type) -> str:

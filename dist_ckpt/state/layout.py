@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -37,26 +40,64 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+# What a dense tensor of these exact types can be: nothing about them is out of the ordinary.
+_PLAIN = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
+
+
 def check_tensor(tensor: torch.Tensor, path: str) -> torch.Tensor:
     """Return `tensor` without gradient, an alias of the same memory, if it can be stored.
 
     Raises:
         UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names `path`.
     """
+    check_storable(tensor, path)
+    return tensor.detach()  # in-place writes to a leaf that requires grad would be refused
+
+
+def check_storable(tensor: torch.Tensor, *path: str) -> None:
+    """Check that `tensor` can be stored.
+
+    Args:
+        tensor: any tensor.
+        path: what it is called in the state, joined by dots where it is needed: hardly ever.
+
+    Raises:
+        UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names the path.
+    """
+    strided = tensor.layout is torch.strided and not tensor.is_quantized
+    if type(tensor) in _PLAIN and strided and not tensor.is_meta:
+        return  # nearly all there are: what follows costs as much as describing them
+    where = ".".join(path)
     if is_lazy(tensor) or tensor.device.type == "meta":
         raise UsageError(
-            f"{path} has no data (a meta or lazy tensor): initialise the module first, "
+            f"{where} has no data (a meta or lazy tensor): initialise the module first, "
             "for instance with to_empty(device=...) or one forward pass"
         )
     # Such a subclass is several tensors behind one face; its own bytes are not its value.
     foreign = not isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor)
-    if foreign or tensor.layout != torch.strided or tensor.is_quantized:
+    if foreign or not strided:
         raise UsageError(
-            f"cannot store {path}: a {type(tensor).__qualname__} of layout {tensor.layout} is "
+            f"cannot store {where}: a {type(tensor).__qualname__} of layout {tensor.layout} is "
             "neither a dense tensor nor a DTensor; keep it as dense tensors in the state",
             kind=ErrorKind.UNENCODABLE,
         )
-    return tensor.detach()  # in-place writes to a leaf that requires grad would be refused
+
+
+def inner_tensors(value: Any, name: str) -> dict[str, Any]:
+    """Return what is stored for `value`, by name: itself, or the tensors that it is made of.
+
+    A wrapper subclass says of which attributes it is made (`__tensor_flatten__`), and these are
+    the live tensors: what is loaded into them is what it holds.
+    """
+    if type(value) in _PLAIN or isinstance(value, DTensor):
+        return {name: value}
+    if not is_traceable_wrapper_subclass(value):
+        return {name: value}
+    attributes = value.__tensor_flatten__()[0]
+    found: dict[str, Any] = {}
+    for attribute in attributes:
+        found |= inner_tensors(getattr(value, attribute), f"{name}.{attribute}")
+    return found
 
 
 def empty_beside(

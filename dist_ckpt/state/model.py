@@ -2,69 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe
-from dist_ckpt.state.layout import check_tensor, empty_beside
+from dist_ckpt.state.layout import check_storable, check_tensor, empty_beside, inner_tensors
 from dist_ckpt.state.names import canonical_name, refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """One entry of a state dict: what the module calls it, its value, and if it is the module's."""
+    """One entry of a state dict, or one inner tensor of a wrapper subclass in it.
+
+    Attributes:
+        raw_name: what the module calls it.
+        value: the tensor, or what else the module keeps.
+        live: whether it is the module's own, and not made up for the state dict.
+        owner: the parameter or buffer of the module that it is, or is inside of.
+    """
 
     raw_name: str
     value: Any
     live: bool
+    owner: Any
 
 
 class ModelPart:
     """The state dict of `module` under canonical names.
 
-    Parameters and persistent buffers are loaded in place; DTensors stay DTensors. What the
-    module makes up for its state dict (`get_extra_state`, hooks that copy) is loaded fresh and
-    given back through `module.load_state_dict`. Tied parameters appear under each of their names.
+    Parameters and persistent buffers are loaded in place; DTensors stay DTensors. A tensor that is
+    several behind one face (a wrapper subclass, as quantized weights are) is stored as these,
+    `name.<attribute>` each. What the module makes up for its state dict (`get_extra_state`, hooks
+    that copy) is loaded fresh and given back through `module.load_state_dict`. Tied parameters
+    appear under each of their names.
     """
 
     def __init__(self, module: nn.Module, *, name: str = "model") -> None:
         self.module = module
         self.name = name
+        self._optimizers: list[Optimizer] = []
+        # Canonical by raw name, true for a module tree of these types.
+        self._canonical: dict[str, str] = {}
+        self._types: list[type[nn.Module]] = []
         refuse_fsdp1(module, name)
+
+    def stepped_by(self, optimizer: Optimizer) -> None:
+        """Note that `optimizer` is part of the same state and changes parameters of this one."""
+        self._optimizers.append(optimizer)
 
     def parameter_names(self) -> dict[int, str]:
         """Return the canonical name of every parameter by its `id`; of tied ones the first."""
         # Asking for the state dict first lets FSDP2 put its sharded parameters back in place.
         self.module.state_dict()
         names: dict[int, str] = {}
+        canonical = self._names()
         for raw_name, parameter in self.module.named_parameters():
             # By identity: an optimizer holds these very objects and knows no names.
-            names.setdefault(id(parameter), canonical_name(self.module, raw_name))
+            names.setdefault(id(parameter), canonical(raw_name))
         return names
 
     def capture(self) -> Captured:
         """Return live parameters and buffers, and the extra state encoded."""
         tensors: dict[str, torch.Tensor] = {}
         objects: dict[str, bytes] = {}
+        unequal: set[str] = set()
+        stepped: set[str] = set()
         entries = self._entries()
+        buffers = {id(buffer) for buffer in self.module.buffers()}
+        parameters = _parameters(self._optimizers)
         for name, entry in entries.items():
             if isinstance(entry.value, torch.Tensor):
-                tensors[name] = check_tensor(entry.value, self._path(name))
+                check_storable(entry.value, self.name, name)
+                tensors[name] = entry.value
+                if id(entry.owner) in buffers:
+                    unequal.add(name)
+                elif id(entry.owner) in parameters:
+                    stepped.add(name)
         # After all tensors, so that a name made up inside an object gives way to a real one.
         for name, entry in entries.items():
             if not isinstance(entry.value, torch.Tensor):
                 objects[name] = encode(
                     entry.value, path=self._path(name), tensors=tensors, prefix=name
                 )
-        buffers = {id(buffer) for buffer in self.module.buffers()}
-        unequal = {name for name, entry in entries.items() if id(entry.value) in buffers}
-        return Captured(tensors, objects, unequal=frozenset(unequal))
+        return Captured(tensors, objects, unequal=frozenset(unequal), stepped=frozenset(stepped))
 
     def targets(self, stored: Stored) -> Targets:
         """Return live tensors for what is live, fresh ones for what the module makes up."""
@@ -121,16 +148,40 @@ class ModelPart:
         state = self.module.state_dict(keep_vars=True)
         live = {id(tensor) for tensor in self.module.parameters()}
         live.update(id(tensor) for tensor in self.module.buffers())
+        canonical = self._names()
         entries: dict[str, _Entry] = {}
         for raw_name, value in state.items():
-            name = canonical_name(self.module, raw_name)
-            if name in entries:
-                raise UsageError(
-                    f"{self.name}: {entries[name].raw_name!r} and {raw_name!r} are both called "
-                    f"{name!r} without wrappers: rename one of the modules"
-                )
-            entries[name] = _Entry(raw_name, value, id(value) in live)
+            name = canonical(raw_name)
+            is_live = id(value) in live
+            inner = inner_tensors(value, name) if is_live else {name: value}
+            for one, tensor in inner.items():
+                if one in entries:
+                    raise UsageError(
+                        f"{self.name}: {entries[one].raw_name!r} and {raw_name!r} are both called "
+                        f"{one!r} without wrappers: rename one of the modules"
+                    )
+                entries[one] = _Entry(raw_name, tensor, is_live, value)
         return entries
+
+    def _names(self) -> Callable[[str], str]:
+        """Return what gives the canonical name for a raw one."""
+        # A name depends on which modules are wrappers, and on nothing else.
+        types = [type(module) for module in self.module.modules()]
+        if types != self._types:
+            self._canonical, self._types = {}, types
+
+        def canonical(raw_name: str) -> str:
+            name = self._canonical.get(raw_name)
+            if name is None:
+                name = self._canonical[raw_name] = canonical_name(self.module, raw_name)
+            return name
+
+        return canonical
 
     def _path(self, name: str) -> str:
         return f"{self.name}.{name}"
+
+
+def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.state.groups import GroupMatch, group_name, is_group_name, match_groups
-from dist_ckpt.state.layout import check_tensor, dtype_name, empty_beside
+from dist_ckpt.state.layout import check_storable, dtype_name, empty_beside
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec
@@ -63,6 +63,8 @@ class OptimizerPart:
         self.optimizer = optimizer
         self.name = name
         self._models = tuple(models)
+        for model in self._models:
+            model.stepped_by(optimizer)
 
     def capture(self) -> Captured:
         """Return the live state tensors, and options and other state values encoded."""
@@ -76,7 +78,8 @@ class OptimizerPart:
                 name = f"{_STATE}{owner}.{key}"
                 # Encoded later, so that tensors inside give way to these names.
                 if isinstance(value, torch.Tensor):
-                    tensors[name] = check_tensor(value, f"{self.name}.{name}")
+                    check_storable(value, self.name, name)
+                    tensors[name] = value
                 else:
                     plain[name] = value
         shared = self._shared_state(view)
@@ -89,7 +92,9 @@ class OptimizerPart:
             name: encode(value, path=f"{self.name}.{name}", tensors=tensors, prefix=name)
             for name, value in plain.items()
         }
-        return Captured(tensors, objects)
+        # Options may be tensors too, but those are a scheduler's to change, at any time.
+        stepped = {name for name in tensors if not is_group_name(name)}
+        return Captured(tensors, objects, stepped=frozenset(stepped))
 
     def targets(self, stored: Stored) -> Targets:
         """Return a tensor for each stored one: laid out as its parameter, in the stored dtype."""

@@ -20,20 +20,24 @@ class Captured:
     """What a part is made of at this moment.
 
     Attributes:
-        tensors: live references, plain tensors or DTensors, not copied and without gradient;
-            whoever stores them copies them before training goes on.
+        tensors: live references, plain tensors or DTensors, not copied and not detached; whoever
+            stores them copies them before training goes on.
         objects: encoded plain values, a snapshot.
         per_rank: the values belong to this rank alone and are never taken for replicas of
             another rank's. A per-rank part has objects only: its tensors are inside them.
         unequal: names of tensors whose replicas may differ between ranks. That of the lowest
             rank is the one to store, whole: under DDP every forward pass starts from the buffers
             of rank 0, so rows of several ranks' running means would be nobody's.
+        stepped: names of tensors whose memory changes in a step of an optimizer of this very state
+            and at no other time: its parameters, and what it keeps for them. They may be read
+            until that step begins; all others must be copied before training goes on.
     """
 
     tensors: dict[str, torch.Tensor]
     objects: dict[str, bytes]
     per_rank: bool = False
     unequal: frozenset[str] = frozenset()
+    stepped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ never assumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,6 +16,16 @@ from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 PutMode = Literal["create", "replace"]
+
+Watch = Callable[[int], None]
+"""Sees the bytes of a put go: called with the size of each piece, right before it leaves.
+
+It may be called from any thread, and from several at once. To end the put it raises any
+`CheckpointError` but a `StorageError`, which would be taken for one of the backend.
+"""
+
+PIECE_BYTES = 8 << 20
+"""How large a piece is that a put writes or sends at once, where nothing calls for another size."""
 
 TEMPORARY_PREFIX = ".tmp-"
 """How the name of an unfinished object begins; no listing shows it and no key may use it."""
@@ -69,11 +79,28 @@ class Store(Protocol):
         """What this backend guarantees."""
         ...
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Store the concatenation of `buffers` under `key`, whole or not at all.
 
         The object is durable when this returns, and no reader ever sees a part of it. The
         buffers are not joined in memory and may not change until this returns.
+
+        Args:
+            key: where to.
+            buffers: the bytes.
+            mode: whether an object that exists is an error, or makes way.
+            watch: told the size in bytes of every piece right before it is written or sent, in no
+                order: pieces of at most 16 MiB, or of the size of the parts of an upload. What is
+                sent again after a failure may be told again, so the sum may exceed the object.
+                When it raises, the put ends within the pieces under way, with that very error:
+                nothing is stored or replaced, and nothing is left behind.
 
         Raises:
             AlreadyExists: `mode="create"` and the key exists; its bytes are untouched.
@@ -206,6 +233,16 @@ def flat_views(buffers: Sequence[Buffer]) -> list[memoryview]:
         raise UsageError(f"buffers must be a sequence of buffers, not {type(buffers).__name__}")
     views = [_flat(buffer) for buffer in buffers]
     return [view for view in views if view.nbytes]
+
+
+def watched(views: Iterable[memoryview], watch: Watch | None) -> Iterator[memoryview]:
+    """Yield the bytes of `views` in pieces, in order and without copies, each told to `watch`."""
+    for view in views:
+        for start in range(0, view.nbytes, PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
+            if watch is not None:
+                watch(piece.nbytes)
+            yield piece
 
 
 def fill_view(offset: int, buffer: memoryview) -> memoryview:

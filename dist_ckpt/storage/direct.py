@@ -20,13 +20,13 @@ from contextlib import suppress
 
 import numpy as np
 
+from dist_ckpt.storage.base import PIECE_BYTES, Watch
 from dist_ckpt.storage.parallel import in_parallel
 
 DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""
 
 _SECTOR_BYTES = 4096  # aligned to this is aligned for every disk and file system there is
-_WRITE_BYTES = 8 << 20
 _READ_BYTES = 4 << 20
 _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 # Two writers keep a disk busy, also while one of them copies; reads gain from a deeper queue.
@@ -70,17 +70,13 @@ def preallocate(fd: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def write_buffered(fd: int, views: Sequence[memoryview]) -> None:
+def write_buffered(fd: int, views: Sequence[memoryview], watch: Watch | None) -> None:
     """Write `views` one after another through the page cache, from the start of the file on."""
-    for first in range(0, len(views), _BUFFERS_PER_CALL):
-        group = list(views[first : first + _BUFFERS_PER_CALL])
-        while group:
-            count = _some(os.writev(fd, group))
-            # A write may be short anywhere: after 2 GiB, at a limit, on a signal.
-            while group and count >= group[0].nbytes:
-                count -= group.pop(0).nbytes
-            if count:
-                group[0] = group[0][count:]
+    for _, run in _cut(views, PIECE_BYTES):
+        if watch is not None:
+            watch(sum(view.nbytes for view in run))
+        for first in range(0, len(run), _BUFFERS_PER_CALL):
+            _write_group(fd, list(run[first : first + _BUFFERS_PER_CALL]))
 
 
 class DirectIO:
@@ -94,8 +90,13 @@ class DirectIO:
         """Whether a mount was met that does not take direct transfers."""
         return bool(self._refused)
 
-    def write(self, fd: int, views: Sequence[memoryview]) -> bool:
+    def write(self, fd: int, views: Sequence[memoryview], watch: Watch | None) -> bool:
         """Write `views` one after another to the empty file `fd` if that is to be done directly.
+
+        Args:
+            fd: the file.
+            views: flat views of bytes.
+            watch: see `Store.put`.
 
         Returns:
             Whether it was done. If not, some places may hold bytes already, and the position of the
@@ -108,6 +109,8 @@ class DirectIO:
 
         def write(piece: tuple[int, Sequence[memoryview]]) -> None:
             offset, run = piece
+            if watch is not None:
+                watch(sum(view.nbytes for view in run))
             data = _in_aligned_memory(run)
             whole = data.nbytes - data.nbytes % _SECTOR_BYTES
             _write_at(fd, data[:whole], offset)
@@ -115,8 +118,8 @@ class DirectIO:
                 tails.append((offset + whole, data[whole:]))
 
         try:
-            threads = min(_WRITE_THREADS, -(-nbytes // _WRITE_BYTES))
-            in_parallel(write, _cut(views, _WRITE_BYTES), threads=threads)
+            threads = min(_WRITE_THREADS, -(-nbytes // PIECE_BYTES))
+            in_parallel(write, _cut(views, PIECE_BYTES), threads=threads)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -192,6 +195,16 @@ def _in_aligned_memory(run: Sequence[memoryview]) -> memoryview:
         np.copyto(_as_array(copy[done : done + view.nbytes]), _as_array(view))
         done += view.nbytes
     return copy
+
+
+def _write_group(fd: int, group: list[memoryview]) -> None:
+    while group:
+        count = _some(os.writev(fd, group))
+        # A write may be short anywhere: after 2 GiB, at a limit, on a signal.
+        while group and count >= group[0].nbytes:
+            count -= group.pop(0).nbytes
+        if count:
+            group[0] = group[0][count:]
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from dist_ckpt.errors import StorageError
-from dist_ckpt.storage.base import TEMPORARY_PREFIX, PutMode
+from dist_ckpt.storage.base import TEMPORARY_PREFIX, PutMode, Watch
 from dist_ckpt.storage.direct import DirectIO, preallocate, write_buffered
 
 _ATTEMPTS = 100
@@ -29,9 +29,15 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_file(
-    path: str, views: Sequence[memoryview], *, mode: PutMode, anchor: str, direct: DirectIO
+    path: str,
+    views: Sequence[memoryview],
+    *,
+    mode: PutMode,
+    anchor: str,
+    direct: DirectIO,
+    watch: Watch | None,
 ) -> None:
-    """Make `path` hold the bytes of `views`, durably, whole or not at all.
+    """Make `path` hold the bytes of `views`, durably, whole or not at all; see `Store.put`.
 
     Missing directories are created; those from `anchor` down, an existing directory at or above
     that of `path`, are made durable whoever created them.
@@ -48,8 +54,8 @@ def write_file(
         for parent in _path_between(min(anchor, top, key=len), directory):
             sync_directory(parent)
         preallocate(fd, sum(view.nbytes for view in views))
-        if not direct.write(fd, views):
-            write_buffered(fd, views)
+        if not direct.write(fd, views, watch):
+            write_buffered(fd, views, watch)
         # The bytes are durable before any reader can find a name for them.
         os.fsync(fd)
         if mode == "create":

@@ -26,6 +26,7 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Watch,
     check_key,
     check_keys,
     check_mode,
@@ -33,6 +34,7 @@ from dist_ckpt.storage.base import (
     fill_view,
     flat_views,
     is_key,
+    watched,
 )
 
 _WHOLE_BYTES = 8 << 20
@@ -95,7 +97,14 @@ class FsspecStore:
             atomic_create=False, strong_list=service or self._scheme == "memory", durable=service
         )
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Write `buffers`, and compare the size at the end. See `Store.put`.
 
         A small object is written by one call, a larger one buffer by buffer: then it appears when
@@ -114,7 +123,7 @@ class FsspecStore:
             if self._scheme not in _OBJECT_STORES:
                 # Some of those take "make the folder" for "make the bucket", which is not ours.
                 system.makedirs(posixpath.dirname(path), exist_ok=True)
-            self._write(system, path, views)
+            self._write(system, path, views, watch)
             stored = int(system.info(path)["size"])
             if stored != nbytes:
                 raise OSError(errno.EIO, f"{stored} of {nbytes} bytes were stored")
@@ -179,16 +188,20 @@ class FsspecStore:
             found = self._systems.setdefault(pid, fsspec.filesystem(self._scheme, **self._options))
         return found
 
-    def _write(self, system: Any, path: str, views: Sequence[memoryview]) -> None:
-        if sum(view.nbytes for view in views) <= _WHOLE_BYTES:
+    def _write(
+        self, system: Any, path: str, views: Sequence[memoryview], watch: Watch | None
+    ) -> None:
+        # Files in memory appear when they are opened, and what they replace is lost by then.
+        whole = self._scheme == "memory"
+        if whole or sum(view.nbytes for view in views) <= _WHOLE_BYTES:
             # One request, after which the object is there whole; it takes nothing but bytes.
-            system.pipe_file(path, b"".join(views))
+            system.pipe_file(path, b"".join(watched(views, watch)))
             return
         existed = system.exists(path)
         file = system.open(path, "wb", autocommit=False)
         try:
-            for view in views:
-                file.write(view)
+            for piece in watched(views, watch):
+                file.write(piece)
             file.close()
             if hasattr(file, "commit"):  # files of wrapped libraries appear by being closed
                 file.commit()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, fill_view, flat_views
+from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_view, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -49,10 +49,17 @@ class LimitStore(StoreWrapper):
         self._lock = threading.Lock()
         self._free_at = clock()
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Wait until the bytes may go, then store them. See `Store.put`."""
         self._pace(sum(view.nbytes for view in flat_views(buffers)))
-        super().put(key, buffers, mode=mode)
+        super().put(key, buffers, mode=mode, watch=watch)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
         """Wait until the bytes may come, then read them. See `Store.read_into`."""

@@ -23,6 +23,7 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Watch,
     check_key,
     check_keys,
     check_mode,
@@ -94,7 +95,14 @@ class LocalStore:
             direct_io=not self._direct.refused,
         )
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Write `buffers` to a temporary file, flush it, then name it. See `Store.put`."""
         path = self._path(key)
         check_mode(mode)
@@ -103,7 +111,9 @@ class LocalStore:
         nbytes = sum(view.nbytes for view in views)
         with self._mapped(f"put {key}", path, needed_bytes=nbytes):
             try:
-                write_file(path, views, mode=mode, anchor=self._anchor, direct=self._direct)
+                write_file(
+                    path, views, mode=mode, anchor=self._anchor, direct=self._direct, watch=watch
+                )
             except FileExistsError as error:
                 if os.path.isdir(path):
                     raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error

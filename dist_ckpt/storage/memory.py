@@ -12,12 +12,14 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Watch,
     check_key,
     check_keys,
     check_mode,
     check_prefix,
     fill_view,
     flat_views,
+    watched,
 )
 
 
@@ -59,11 +61,18 @@ class MemoryStore:
         """Atomic and consistent within the one process that sees it; lost with that process."""
         return Capabilities(atomic_create=True, strong_list=True, durable=False)
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Store a copy of `buffers`, joined: the copy is the object. See `Store.put`."""
         check_key(key)
         check_mode(mode)
-        data = b"".join(flat_views(buffers))
+        data = b"".join(watched(flat_views(buffers), watch))
         # Looked at and stored under one lock: of racing creators one wins.
         with self._space.lock:
             if mode == "create" and key in self._space.objects:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from dist_ckpt import events
 from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
-from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, flat_views
+from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -42,10 +42,17 @@ class MeterStore(StoreWrapper):
         self._lock = threading.Lock()
         self._sums: dict[str, _Sums] = {}
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Store `buffers` and count their bytes. See `Store.put`."""
         nbytes = sum(view.nbytes for view in flat_views(buffers))
-        run = partial(self.inner.put, key, buffers, mode=mode)
+        run = partial(self.inner.put, key, buffers, mode=mode, watch=watch)
         self._measured("put", key, run, lambda _: nbytes)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from dist_ckpt.errors import ErrorKind, StorageError
-from dist_ckpt.storage.base import Buffer, Capabilities, PutMode
+from dist_ckpt.storage.base import Buffer, Capabilities, PutMode, Watch
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -23,7 +23,14 @@ class _PassThrough(StoreWrapper):
 class ReadOnlyStore(_PassThrough):
     """A store that changes nothing: every put, delete and sweep is refused."""
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> NoReturn:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> NoReturn:
         """Refuse.
 
         Raises:

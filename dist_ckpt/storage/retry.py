@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
-from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, flat_views
+from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -88,7 +88,14 @@ class RetryStore(StoreWrapper):
         with self._lock:
             return self._retries + super().retries
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Store `buffers`, whose bytes must be this writer's own. See `Store.put`.
 
         The answer of an attempt that took effect may be lost, and the next one then meets what
@@ -99,7 +106,7 @@ class RetryStore(StoreWrapper):
         def attempt() -> None:
             nonlocal failed
             try:
-                self.inner.put(key, buffers, mode=mode)
+                self.inner.put(key, buffers, mode=mode, watch=watch)
             except AlreadyExists:
                 if not failed or not self._holds(key, flat_views(buffers)):
                     raise

@@ -20,6 +20,7 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Watch,
     check_key,
     check_keys,
     check_mode,
@@ -123,7 +124,14 @@ class S3Store:
         """How many requests of this process were repetitions of failed ones."""
         return self._client.retries
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Upload `buffers` from where they are. See `Store.put`.
 
         An object of several parts is created after a look whether it exists: of several writers
@@ -134,7 +142,15 @@ class S3Store:
         views = flat_views(buffers)
         size = part_bytes(sum(view.nbytes for view in views), preferred=self._part_bytes)
         with self._mapped(f"put {key}"):
-            stored = self._run(partial(self._put, target, views, size, create=mode == "create"))
+            upload = Upload(
+                self._client,
+                target,
+                views,
+                create=mode == "create",
+                conditional=self._conditional,
+                watch=watch,
+            )
+            stored = self._run(partial(self._put, upload, target, size))
         if not stored:
             raise AlreadyExists(f"{key} already exists in {self.url}")
 
@@ -206,14 +222,11 @@ class S3Store:
         self._bucket_exists = True
         return result
 
-    async def _put(
-        self, target: dict[str, str], views: Sequence[memoryview], size: int, *, create: bool
-    ) -> bool:
-        upload = Upload(self._client, target, views, create=create, conditional=self._conditional)
-        if sum(view.nbytes for view in views) > size:
+    async def _put(self, upload: Upload, target: dict[str, str], size: int) -> bool:
+        if upload.nbytes > size:
             return await upload.put_parts(size)
         stored = await upload.put_whole()
-        if stored and create and self._conditional and not self._refuses:
+        if stored and upload.conditional and not self._refuses:
             await self._check_refusal(upload, target)
         return stored
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from dist_ckpt.storage.base import Watch
 from dist_ckpt.storage.multipart import Body, crc32, cut, spans
 from dist_ckpt.storage.s3_client import Answer, Client, stall_watch, together
 from dist_ckpt.storage.s3_errors import (
@@ -42,6 +43,11 @@ class Upload:
         create: fail where the key exists.
         conditional: the server refuses a condition that does not hold, so that creating is atomic;
             otherwise it is looked at first.
+        watch: see `Store.put`; called off the event loop, which it may hold up.
+
+    Attributes:
+        nbytes: the size of the object.
+        conditional: whether it is the server that decides who creates.
     """
 
     def __init__(
@@ -52,19 +58,24 @@ class Upload:
         *,
         create: bool,
         conditional: bool,
+        watch: Watch | None = None,
     ) -> None:
         self._client = client
         self._target = target
         self._views = views
-        self._nbytes = sum(view.nbytes for view in views)
+        self.nbytes = sum(view.nbytes for view in views)
         self._create = create
-        self._condition = {"IfNoneMatch": "*"} if create and conditional else {}
+        self.conditional = create and conditional
+        self._condition = {"IfNoneMatch": "*"} if self.conditional else {}
+        self._watch = watch
         self._mark = {_MARK: secrets.token_hex(8)}
 
     async def put_whole(self) -> bool:
         """Store the object by one request; return False where the key exists."""
         if self._create and not self._condition and await self.exists():
             return False
+        # Once, and not before a repetition: by then the object may be there, its answer lost.
+        await self._show(self._views)
         return await self._settle(self._put_object)
 
     async def put_parts(self, size: int) -> bool:
@@ -80,7 +91,7 @@ class Upload:
             parts = await together(
                 (
                     partial(self._put_part, upload, number, cut(self._views, start, stop))
-                    for number, (start, stop) in enumerate(spans(self._nbytes, size), 1)
+                    for number, (start, stop) in enumerate(spans(self.nbytes, size), 1)
                 ),
                 at_once=self._client.concurrency,
             )
@@ -154,11 +165,19 @@ class Upload:
     async def _put_part(
         self, upload: dict[str, str], number: int, views: list[memoryview]
     ) -> Answer:
-        answer = await self._client.repeat(
-            lambda: self._send("upload_part", views, PartNumber=number, **upload)
-        )
+        async def attempt() -> Answer:
+            await self._show(views)
+            return await self._send("upload_part", views, PartNumber=number, **upload)
+
+        answer = await self._client.repeat(attempt)
         names = ("ETag", "ChecksumCRC32") if self._client.checksums else ("ETag",)
         return {"PartNumber": number, **{name: answer[name] for name in names if name in answer}}
+
+    async def _show(self, views: Sequence[memoryview]) -> None:
+        """Let the watch see `views` and, if it raises, end what it is part of."""
+        nbytes = sum(view.nbytes for view in views)
+        if self._watch is not None and nbytes:
+            await asyncio.to_thread(self._watch, nbytes)
 
     async def _send(self, name: str, views: Sequence[memoryview], **parameters: Any) -> Answer:
         if self._client.checksums:
@@ -221,15 +240,15 @@ class Upload:
 
     async def _check_whole(self) -> None:
         """Compare the size of what is stored with what was sent."""
-        answer: Answer = {"ContentLength": self._nbytes}
+        answer: Answer = {"ContentLength": self.nbytes}
         # The server said that it is stored: an outage since then changes nothing about that.
         with suppress(*FOREIGN):
             answer = await self._client.call("head_object", **self._target)
-        if answer["ContentLength"] == self._nbytes:
+        if answer["ContentLength"] == self.nbytes:
             return
         if await self._is_ours():
             await self._client.call("delete_object", **self._target)
-        raise Truncated(f"{answer['ContentLength']} of {self._nbytes} bytes were stored")
+        raise Truncated(f"{answer['ContentLength']} of {self.nbytes} bytes were stored")
 
     async def _abort(self, upload: dict[str, str]) -> None:
         # Until it is gone: a part that was on its way may arrive after the first abort. What an

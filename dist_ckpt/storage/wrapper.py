@@ -15,6 +15,7 @@ from dist_ckpt.storage.base import (
     PutMode,
     Store,
     Sweeper,
+    Watch,
     check_keys,
 )
 
@@ -68,9 +69,16 @@ class StoreWrapper(ABC):
         """How often the inner store repeated a request; 0 where it does not count."""
         return self.inner.retries if isinstance(self.inner, Retrying) else 0
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """See `Store.put`."""
-        self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode))
+        self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
         """See `Store.read_into`."""

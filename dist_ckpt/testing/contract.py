@@ -24,6 +24,7 @@ from dist_ckpt.errors import AlreadyExists, NotFound, UsageError
 from dist_ckpt.storage.base import Buffer, Capabilities, Entry, Store, read_all
 from dist_ckpt.testing.contract_large import LargeContract
 from dist_ckpt.testing.contract_names import NamesContract
+from dist_ckpt.testing.contract_watch import WatchContract
 
 _T = TypeVar("_T")
 
@@ -44,7 +45,7 @@ class _FailingSource(Sequence[Buffer]):
         return b"x" * 100_000
 
 
-class StoreContract(LargeContract, NamesContract):
+class StoreContract(LargeContract, NamesContract, WatchContract):
     """The tests of a `Store`: every sentence of `dist_ckpt.storage.base` as one or more of them.
 
     Attributes:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, fill_view, flat_views
+from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_view, flat_views
 from dist_ckpt.storage.wrapper import CHANGES, OPERATIONS, Operation, StoreWrapper
 
 __all__ = [
@@ -133,14 +133,21 @@ class FaultyStore(_KeyByKey):
         with self._lock:
             return list(self._fired)
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         """Store what the rules leave of `buffers`. See `Store.put`."""
         faults = self._faults("put", key)
         if any(isinstance(fault, Truncate | Flip) for fault in faults):
             # Damaged in a copy: the caller's own bytes stay as they are.
             data = bytearray().join(flat_views(buffers))
             buffers = [data[: _damage(faults, memoryview(data), len(data))]]
-        _run(faults, lambda: self.inner.put(key, buffers, mode=mode))
+        _run(faults, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
         """Read, then damage what was read as the rules say. See `Store.read_into`."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import Store
 from dist_ckpt.storage.s3 import S3Store
@@ -72,6 +73,24 @@ def test_many_smallest_parts_arrive_whole(
     # How many parts there were is told by the tag of an object that was put together of parts.
     assert head["ETag"].strip('"').endswith(f"-{-(-nbytes // PART_BYTES)}")
     assert s3_service.uploads(s3_name) == []
+
+
+def test_a_put_that_is_ended_leaves_no_parts(
+    store: Store, s3_service: S3Service, s3_name: str
+) -> None:
+    """Parts cost money until their upload is aborted."""
+    sent: list[int] = []
+
+    def watch(nbytes: int) -> None:
+        sent.append(nbytes)
+        if len(sent) == 15:  # more than go at once, so some are stored by now
+            raise CoordinationError("not wanted any more", kind=ErrorKind.CANCELLED)
+
+    with pytest.raises(CoordinationError, match="not wanted"):
+        store.put("large", [bytes(20 * PART_BYTES)], watch=watch)
+    assert set(sent) == {PART_BYTES}
+    assert s3_service.uploads(s3_name) == []
+    assert list(store.list_entries()) == []
 
 
 def test_checkpoint_of_1500_objects(store: Store, s3_service: S3Service, s3_name: str) -> None:

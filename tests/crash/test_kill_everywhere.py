@@ -58,7 +58,7 @@ def save_with_crashing_os(root: str, at: int | None) -> int:
     for module in (durable, direct):
         setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
     direct.DIRECT_BYTES = LARGE_BYTES
-    direct.__dict__["_WRITE_BYTES"] = LARGE_BYTES
+    direct.__dict__["PIECE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)
     return crashing.count
 

@@ -357,7 +357,7 @@ def test_a_job_that_was_replaced_can_no_longer_commit(tmp_path: Path) -> None:
     with dist_ckpt.Checkpointer(tmp_path, parts(0.0)) as new:
         assert new.restore() == 1
         with pytest.raises(FencedError, match=r"claim 1 .* superseded by claim 2"):
-            old.save(2)
+            old.save(2).wait()
         old.close()
         new.save(2).wait()
     assert Repository(LocalStore(tmp_path)).steps() == [1, 2]

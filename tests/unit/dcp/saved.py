@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
-from dist_ckpt.dcp.owners import decide
+from dist_ckpt.dcp.owners import Owned, decide
 from dist_ckpt.dcp.planner import LocalBox, dtype_name
-from dist_ckpt.dcp.writer import plan_files, stage
+from dist_ckpt.dcp.writer import StagedFile
+from dist_ckpt.engine.stager import Stager
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests, bytes_digest
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile
 from dist_ckpt.repository import Checkpoint, Repository, Transaction
-from dist_ckpt.staging import Arena
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.dcp.boxes import held
 
@@ -48,6 +48,24 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and torch.equal(*flat)
 
 
+def stage(
+    rank: int,
+    local: Sequence[LocalBox],
+    owned: Sequence[Owned],
+    documents: Mapping[str, bytes] | None = None,
+) -> Sequence[StagedFile]:
+    """Return the files that `rank` writes."""
+    stager = Stager(mode="blocking", memory_limit_bytes=None)
+    staged = stager.stage(
+        rank=rank, local=local, owned=owned, documents=documents or {}, write_out=_never
+    )
+    return staged.files
+
+
+def _never(files: Sequence[StagedFile]) -> None:
+    raise AssertionError("without a limit everything is in the arena at once")
+
+
 def put(
     attempt: Transaction,
     by_rank: Sequence[Sequence[LocalBox]],
@@ -58,13 +76,7 @@ def put(
     shares = []
     for rank, owned in enumerate(decide(held_by_rank)):
         documents = documents_by_rank[rank] if documents_by_rank else {}
-        staged = stage(
-            Arena(),
-            rank=rank,
-            local=by_rank[rank],
-            plans=plan_files(rank, held_by_rank[rank], owned),
-            documents=documents,
-        )
+        staged = stage(rank, by_rank[rank], owned, documents)
         for file in staged:
             attempt.put_file(file.name, [file.image])
         written = [WrittenFile(f.name, len(f.image), block_digests(f.image)) for f in staged]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_ckpt.dcp.holdings import Holdings
 from dist_ckpt.dcp.owners import MIN_PIECE_BYTES, Owned, decide
 from dist_ckpt.dcp.planner import Held
 from dist_ckpt.errors import ErrorKind, IncompatibleError
@@ -165,3 +166,32 @@ def test_one_name_means_one_tensor() -> None:
         decide([[whole("w", (4,))], [whole("w", (4,))], [whole("w", (5,))]])
     with pytest.raises(IncompatibleError, match=r"float32\[4\] on rank 0 and int8\[4\] on rank 1"):
         decide([[whole("w", (4,))], [whole("w", (4,), dtype="int8")]])
+
+
+def tied(name: str, to: str, shape: tuple[int, ...] = (40, 1000)) -> Held:
+    return msgspec.structs.replace(whole(name, shape), tie=to)
+
+
+def test_one_memory_under_two_names_is_written_once() -> None:
+    ranks = [[whole("a", (40, 1000)), tied("b", "a")]] * 3
+    holdings = Holdings.of(ranks)
+    assert holdings.ties == {("model", "b"): "a"}
+    written = [ranks[rank][box.held].name for rank, one in enumerate(decide(ranks)) for box in one]
+    assert set(written) == {"a"}
+    # What is written once is also compared once.
+    assert holdings.replicas() == [[0]] * 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [whole("a", (40, 1000)), whole("b", (40, 1000))],
+        [whole("a", (40, 1000))],
+        [whole("b", (40, 1000)), tied("a", "b")],
+    ],
+    ids=["not tied", "only one of them", "the other way round"],
+)
+def test_a_tie_that_not_all_ranks_have_is_none(other: list[Held]) -> None:
+    ranks = [[whole("a", (40, 1000)), tied("b", "a")], other]
+    assert Holdings.of(ranks).ties == {}
+    cells(ranks, decide(ranks))

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 import dist_ckpt
-from dist_ckpt.dcp.planner import check_same, describe, dtype_name
-from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.dcp.planner import describe, dtype_name
+from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
@@ -89,10 +89,3 @@ def partial_sums() -> None:
 
 def test_pending_sums_are_no_values() -> None:
     run_ranks(1, partial_sums)
-
-
-def test_ranks_that_describe_a_tensor_otherwise_are_named() -> None:
-    one, other = TensorEntry("m", "w", "int8", (2,)), TensorEntry("m", "w", "int8", (3,))
-    check_same([(0, one), (4, one)])
-    with pytest.raises(IncompatibleError, match=r"int8\[2\] on rank 1 and int8\[3\] on rank 5"):
-        check_same([(1, one), (5, other)])

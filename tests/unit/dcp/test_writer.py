@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dist_ckpt.dcp.owners import decide
-from dist_ckpt.dcp.writer import check_reported_sizes, extra_name, plan_extra, plan_files, stage
+from dist_ckpt.dcp.writer import (
+    check_reported_sizes,
+    extra_name,
+    files_nbytes,
+    plan_extra,
+    plan_files,
+)
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.names import parse_shard_name
 from dist_ckpt.format.shard import header_nbytes, parse_header
-from dist_ckpt.staging import Arena
-from tests.unit.dcp.saved import content, local, same_bits
+from tests.unit.dcp.boxes import whole
+from tests.unit.dcp.saved import content, local, same_bits, stage
 
 MODEL = "model.r00003.safetensors"
 
@@ -33,7 +42,7 @@ def test_a_whole_tensor_has_its_name_and_a_box_its_offsets() -> None:
     other = [local("half", row, Box((0, 0), (2, 5))).held]
     owned = decide([other, [], [], held])[3]
     plans = plan_files(3, held, owned)
-    (file,) = stage(Arena(), rank=3, local=boxes, plans=plans, documents={})
+    (file,) = stage(3, boxes, owned)
     assert file.name == MODEL
     assert set(header_names(file.image)) == {"w", "half#2,0", "empty", "scalar"}
     offsets = dict(zip((held[o.held].name for o in owned), plans[0].layout.offsets, strict=True))
@@ -46,27 +55,50 @@ def test_every_part_has_a_file_of_its_own_and_the_values_have_extra() -> None:
     w = content((2,), torch.float32)
     model = local("w", w, Box((0,), (2,)))
     documents = {"notes": b'{"a":1}', "rng": b"[2]"}
-    arena = Arena()
-    plans = plan_files(3, [model.held], decide([[], [], [], [model.held]])[3])
-    files = stage(arena, rank=3, local=[model], plans=plans, documents=documents)
-    assert [file.name for file in files] == [MODEL, extra_name(3)]
+    owned = decide([[], [], [], [model.held]])[3]
+    plans = plan_files(3, [model.held], owned)
+    files = stage(3, [model], owned, documents)
+    images = {file.name: file.image for file in files}
+    assert set(images) == {MODEL, extra_name(3)}
     layout = plan_extra({part: len(data) for part, data in documents.items()})
     for (part, data), offset in zip(documents.items(), layout.offsets, strict=True):
-        assert bytes(files[1].image[offset : offset + len(data)]) == data, part
+        assert bytes(images[extra_name(3)][offset : offset + len(data)]) == data, part
     sizes = {part: len(data) for part, data in documents.items()}
     reported = {file.name: len(file.image) for file in files}
     check_reported_sizes(3, plans, sizes, reported)
 
 
 def test_a_rank_with_nothing_to_write_writes_no_file() -> None:
-    assert stage(Arena(), rank=0, local=[], plans=plan_files(0, [], []), documents={}) == []
+    assert plan_files(0, [], []) == []
+    assert stage(0, [], []) == []
+
+
+@given(
+    st.lists(st.integers(0, 40_000), max_size=30),
+    st.integers(20_000, 200_000),
+    st.sampled_from(["w", "ä" * 300, '"\\\n' * 50]),
+)
+def test_files_of_a_bounded_size_hold_every_box_once(
+    lengths: list[int], max_bytes: int, name: str
+) -> None:
+    held = [whole(f"{name}{i}", (length,)) for i, length in enumerate(lengths)]
+    owned = decide([held])[0]
+    plans = plan_files(0, held, owned, max_file_bytes=max_bytes)
+    assert [box for plan in plans for box in plan.owned] == owned
+    numbers = [parse_shard_name(plan.name) for plan in plans]
+    assert numbers == [("model", 0, number) for number in range(len(plans))]
+    for plan in plans:
+        assert files_nbytes([plan]) <= max_bytes or len(plan.owned) == 1
+    if sum(lengths) * 4 + 100_000 < max_bytes:
+        assert len(plans) <= 1
 
 
 def test_staging_is_a_copy() -> None:
     whole = content((1000,), torch.float32)
     boxes = [local("w", whole, Box((0,), (1000,)))]
-    plans = plan_files(0, [boxes[0].held], decide([[boxes[0].held]])[0])
-    (file,) = stage(Arena(), rank=0, local=boxes, plans=plans, documents={})
+    owned = decide([[boxes[0].held]])[0]
+    plans = plan_files(0, [boxes[0].held], owned)
+    (file,) = stage(0, boxes, owned)
     boxes[0].memory.zero_()
     stored = torch.frombuffer(
         file.image, dtype=torch.float32, count=1000, offset=plans[0].layout.offsets[0]

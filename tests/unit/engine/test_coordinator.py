@@ -251,13 +251,39 @@ def test_rank_0_leaves_last() -> None:
 
     first = threading.Thread(target=leave, args=(0,))
     first.start()
-    while store.add("left", 0) < 1:
+    while not store.check(["left/0"]):
         pass
     leave(1)
     assert first.is_alive()
     leave(2)
     first.join()
     assert sorted(left) == [0, 1, 2]
+
+
+def test_rank_0_does_not_wait_for_those_it_named_absent() -> None:
+    absent: set[int] = set()
+    store = hash_store()
+    training, writer = (StoreCoordinator(store, 0, 3, absent=absent) for _ in range(2))
+    StoreCoordinator(store, 1, 3).leave(long())
+    with pytest.raises(CoordinationError, match="rank 1, 2 did not arrive"):
+        writer.round(topic(), b"", lambda _: b"", deadline=Deadline.after(0.05))
+    # Found absent by one thread, left without by the other; a deadline would come too late.
+    training.leave(long())
+    assert absent == {1, 2}
+
+
+def test_who_comes_back_is_waited_for_again() -> None:
+    job = members(2)
+    with pytest.raises(CoordinationError):
+        job[0].round(topic("first"), b"", lambda _: b"", deadline=Deadline.after(0.05))
+    rounds = [
+        lambda: job[0].round(topic("second"), b"", lambda _: b"", deadline=long()),
+        lambda: job[1].round(topic("second"), b"", lambda _: b"", deadline=long()),
+    ]
+    assert together(rounds) == [b"", b""]
+    deadline = Deadline.after(0.05)
+    job[0].leave(deadline)
+    assert deadline.passed
 
 
 def test_rank_0_goes_without_those_who_never_leave() -> None:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import pytest
 
 from dist_ckpt.engine.coordinator import Deadline
-from dist_ckpt.engine.handle import SaveHandle
-from dist_ckpt.errors import CheckpointError, CoordinationError, StorageError
+from dist_ckpt.engine.handle import SaveHandle, SaveHooks, SaveOutcome
+from dist_ckpt.engine.progress import SaveProgress
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError
 from tests.unit.engine.rounds import long, together
 
+WRITING = SaveProgress("writing", 3, 10)
 OVER = Deadline(time.monotonic() - 1, 1)
 
 
@@ -22,16 +24,27 @@ def make(
     deadline: Deadline,
     overdue: Callable[[], CheckpointError | None] = lambda: None,
     announce: Callable[[CheckpointError | None], None] = lambda error: None,
+    cancel: Callable[[], None] = lambda: None,
 ) -> SaveHandle:
-    return SaveHandle(7, "c000001-0123456789abcdef", deadline, overdue, announce)
+    hooks = SaveHooks(overdue=overdue, announce=announce, cancel=cancel, progress=lambda: WRITING)
+    return SaveHandle(7, "c000001-0123456789abcdef", deadline, hooks)
+
+
+def outcome_of(handle: SaveHandle) -> SaveOutcome | None:
+    """Return the outcome of now: a property is not a constant, whatever mypy takes it for."""
+    return handle.outcome
 
 
 def test_a_save_that_succeeds() -> None:
     handle = make(long())
     assert not handle.done()
+    assert outcome_of(handle) is None
     assert handle.wait(timeout=0) is False
+    assert handle.progress == WRITING
     assert handle.finish(None)
     assert handle.done()
+    assert handle.outcome == "committed"
+    assert handle.progress == SaveProgress("done", 3, 10)
     assert handle.wait() is True
     assert not handle.failed
     assert handle.take_error() is None
@@ -49,6 +62,40 @@ def test_a_failure_is_raised_by_every_wait_and_told_once() -> None:
     other.finish(StorageError("disk full"))
     assert isinstance(other.take_error(), StorageError)
     assert other.take_error() is None
+
+
+def test_a_cancelled_save_is_raised_to_who_waits_and_to_nobody_else() -> None:
+    asked: list[str] = []
+    handle = make(long(), cancel=lambda: asked.append("cancel"))
+    assert handle.cancel()
+    assert asked == ["cancel"]
+    assert outcome_of(handle) is None, "asked for is not done"
+    handle.finish(CoordinationError("was cancelled", kind=ErrorKind.CANCELLED))
+    assert handle.outcome == "cancelled"
+    assert handle.take_error() is None, "somebody wanted it so"
+    with pytest.raises(CoordinationError, match="was cancelled"):
+        handle.wait()
+
+
+@pytest.mark.parametrize("error", [None, StorageError("disk full")])
+def test_what_is_over_is_not_cancelled(error: CheckpointError | None) -> None:
+    def never() -> None:
+        raise AssertionError("must not be asked")
+
+    handle = make(long(), cancel=never)
+    handle.finish(error)
+    assert not handle.cancel()
+    assert handle.outcome == ("failed" if error else "committed")
+
+
+def test_a_skipped_save_is_over_from_the_start() -> None:
+    handle = SaveHandle.skipped(7)
+    assert (handle.step, handle.save_id, handle.outcome) == (7, "", "skipped")
+    assert handle.done()
+    assert handle.wait()
+    assert not handle.cancel()
+    assert handle.take_error() is None
+    assert handle.progress == SaveProgress("done", 0, 0)
 
 
 def test_the_first_outcome_stands_and_is_announced_before_anybody_goes_on() -> None:

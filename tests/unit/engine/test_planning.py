@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_ckpt.dcp.owners import decide as decide_owners
 from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator, Topic
 from dist_ckpt.engine.messages import RankPlan
-from dist_ckpt.engine.planning import Planner, share_objects
+from dist_ckpt.engine.planning import Agreed, Asked, Planner, share_objects
 from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.errors import (
     AlreadyExists,
@@ -53,7 +53,8 @@ class Ranks:
         self.members = [Spy(store, rank, world_size) for rank in range(world_size)]
         for member in self.members:
             member.topics, member.lost = [], set()
-        self.planners = [Planner(member) for member in self.members]
+        # Most tests look at the rounds of planning alone.
+        self.planners = [Planner(member, check_replicas=False) for member in self.members]
         self.begun: list[int] = []
 
     def snapshots(self, states: Sequence[Mapping[str, Any]]) -> list[Snapshot]:
@@ -63,7 +64,7 @@ class Ranks:
 
     def agree(
         self, step: int, states: Sequence[Mapping[str, Any] | BaseException], **changes: Any
-    ) -> list[tuple[str, RankPlan] | BaseException]:
+    ) -> list[Agreed | BaseException]:
         def begin(begun: int) -> str:
             self.begun.append(begun)
             return f"c000001-{begun:016x}"
@@ -73,8 +74,12 @@ class Ranks:
             held = state if isinstance(state, BaseException) else self.snapshots([state])[0]
             steps = changes.get("steps", [step] * len(states))
             return lambda: self.planners[rank].agree(
-                steps[rank],
-                changes.get("urls", [URL] * len(states))[rank],
+                Asked(
+                    steps[rank],
+                    changes.get("urls", [URL] * len(states))[rank],
+                    changes.get("options", [{}] * len(states))[rank],
+                    changes.get("busy", [False] * len(states))[rank],
+                ),
                 held,
                 changes.get("begin", begin),
                 topic=topic(f"save/{step}"),
@@ -92,8 +97,9 @@ class Ranks:
 def plans(results: Sequence[object]) -> list[RankPlan]:
     found = []
     for result in results:
-        assert isinstance(result, tuple), result
-        found.append(result[1])
+        assert isinstance(result, Agreed), result
+        assert result.plan is not None
+        found.append(result.plan)
     return found
 
 
@@ -119,7 +125,7 @@ def test_a_second_save_of_one_structure_describes_nothing() -> None:
     second = job.agree(2, [ddp(note=2)] * 3)
     assert job.described() == [["save/1/describe"]] * 3
     assert plans(first) == plans(second)
-    assert [result[0] for result in second if isinstance(result, tuple)] == [
+    assert [result.save_id for result in second if isinstance(result, Agreed)] == [
         f"c000001-{2:016x}"
     ] * 3
     assert job.begun == [1, 2]
@@ -230,6 +236,26 @@ def test_ranks_that_were_asked_for_different_things(changes: Any, says: str) -> 
         assert type(error) is UsageError
         assert says in str(error)
     assert job.begun == []
+
+
+def test_ranks_that_save_with_different_options_are_told_which_and_who() -> None:
+    job = Ranks(3)
+    options = [{"keep": "latest(3)", "staging": "blocking"}] * 3
+    options[2] = options[2] | {"keep": "latest(2)"}
+    for error in errors_of(job.agree(1, [ddp()] * 3, options=options)):
+        assert type(error) is UsageError
+        assert "keep is latest(3) on rank 0 and latest(2) on rank 2" in str(error)
+        assert sorted(error.ranks) == [0, 2]
+    assert job.begun == []
+
+
+def test_one_busy_rank_is_enough_to_skip_the_save_on_all() -> None:
+    job = Ranks(3)
+    results = job.agree(1, [ddp()] * 3, busy=[False, True, False])
+    assert [result.skipped for result in results if isinstance(result, Agreed)] == [True] * 3
+    assert job.begun == []
+    assert job.described() == [[]] * 3
+    plans(job.agree(2, [ddp()] * 3))
 
 
 def test_an_attempt_that_cannot_begin_fails_all() -> None:

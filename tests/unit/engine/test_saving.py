@@ -58,8 +58,11 @@ def test_the_story_of_a_save(heard: list[events.Event]) -> None:
         handle = ckpt.save(3)
         assert handle.wait()
         # By then all is told: who waits may count on it.
-        assert kinds(heard) == ["SaveStaged", "FileWritten", "FileWritten", "SaveCommitted"]
-    committed = heard[-1]
+        told = [event for event in heard if not isinstance(event, events.SaveProgressed)]
+        # A file may be durable while others are still being staged.
+        assert sorted(kinds(told)[:-1]) == ["FileWritten", "FileWritten", "SaveStaged"]
+        assert kinds(told)[-1] == "SaveCommitted"
+    committed = told[-1]
     assert isinstance(committed, events.SaveCommitted)
     stored = Repository(store).open(3)
     assert committed.save_id == handle.save_id == stored.manifest.save_id

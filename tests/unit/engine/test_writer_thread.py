@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import weakref
 
 import pytest
 
 from dist_ckpt.engine.writer_thread import WriterThread
+from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.testing.ranks import run_ranks
 
 
@@ -84,6 +86,39 @@ def test_a_thread_that_died_is_replaced() -> None:
     assert writer.wait_idle()
     first.join()
     assert thread_of(writer) is not first
+    writer.stop()
+
+
+def priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_it_leaves_the_processors_to_the_training() -> None:
+    writer = WriterThread()
+    found: list[int] = []
+
+    def work() -> None:
+        found.append(priority())
+        in_parallel(lambda _: found.append(priority()), range(8), threads=3)
+
+    before = priority()
+    writer.submit(work)
+    assert writer.wait_idle()
+    writer.stop()
+    # Whoever it starts to help it is as humble.
+    assert set(found) == {max(10, before)}
+    assert len(found) == 9
+    assert priority() == before
+
+
+def test_a_priority_that_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError("not in this sandbox")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    writer = WriterThread()
+    assert thread_of(writer).is_alive()
     writer.stop()
 
 

@@ -58,12 +58,21 @@ def test_a_file_key_is_made_of_names_that_dist_ckpt_writes(save_id: str, file_na
         names.file_key(1, save_id, file_name)
 
 
-@given(st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", fullmatch=True), st.integers(0, 10**5 - 1))
-@example("extra", 0)
-def test_a_shard_name_is_read_back(part: str, rank: int) -> None:
-    name = names.shard_name(part, rank)
-    assert names.parse_shard_name(name) == (part, rank)
+@given(
+    st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", fullmatch=True),
+    st.integers(0, 10**5 - 1),
+    st.integers(0, 10**5 - 1),
+)
+@example("extra", 0, 0)
+def test_a_shard_name_is_read_back(part: str, rank: int, number: int) -> None:
+    name = names.shard_name(part, rank, number=number)
+    assert names.parse_shard_name(name) == (part, rank, number)
     assert names.is_attempt_file(name)
+
+
+def test_only_further_files_of_a_part_say_their_number() -> None:
+    assert names.shard_name("model", 3, number=0) == "model.r00003.safetensors"
+    assert names.shard_name("model", 3, number=12) == "model.r00003-00012.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,10 @@ def test_a_shard_name_is_read_back(part: str, rank: int) -> None:
         "../model.r00000.safetensors",
         "a/b.r00000.safetensors",
         "1.r00000.safetensors",
+        "model.r00000-00000.safetensors",
+        "model.r00000-1.safetensors",
+        "model.r00000-000001.safetensors",
+        "model.r00000-.safetensors",
         "model.r00000.safetensors\n",
         ".tmp-123",
         "",
@@ -92,6 +105,12 @@ def test_the_index_is_an_attempt_file() -> None:
 def test_a_rank_without_a_name_is_refused(rank: int) -> None:
     with pytest.raises(UsageError, match="rank"):
         names.shard_name("model", rank)
+
+
+@pytest.mark.parametrize("number", [-1, 10**5, True])
+def test_more_files_than_have_names_are_refused(number: int) -> None:
+    with pytest.raises(UsageError, match="file number"):
+        names.shard_name("model", 0, number=number)
 
 
 @pytest.mark.parametrize("part", ["", "1a", "a.b", "a/b", "..", "x" * 65, "ä", "a\n", "extra"])

@@ -27,7 +27,7 @@ NEW = b"new " * 10_000 + b"bytes"
 def go_direct() -> None:
     """Let `NEW` be taken for large: five pieces and a tail, by two writers."""
     direct.DIRECT_BYTES = 8192
-    direct.__dict__["_WRITE_BYTES"] = 8192
+    direct.__dict__["PIECE_BYTES"] = 8192
 
 
 def crash_before(number: int) -> None:

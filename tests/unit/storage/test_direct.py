@@ -26,7 +26,7 @@ PIECE = 4 * SECTOR
 def make_small(patch: pytest.MonkeyPatch) -> None:
     """Let files of a few sectors be what files of many megabytes are."""
     patch.setattr(direct, "DIRECT_BYTES", 2 * SECTOR)
-    patch.setattr(direct, "_WRITE_BYTES", PIECE)
+    patch.setattr(direct, "PIECE_BYTES", PIECE)
     patch.setattr(direct, "_READ_BYTES", PIECE)
 
 

@@ -31,7 +31,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the bytes of a put travel: the order around them must be the same."""
     if request.param == "direct":
         monkeypatch.setattr(direct, "DIRECT_BYTES", 8192)
-        monkeypatch.setattr(direct, "_WRITE_BYTES", 8192)
+        monkeypatch.setattr(direct, "PIECE_BYTES", 8192)
     return str(request.param)
 
 

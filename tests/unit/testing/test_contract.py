@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from dist_ckpt.errors import AlreadyExists, UsageError
-from dist_ckpt.storage import Buffer, Capabilities, Entry, LocalStore, MemoryStore, PutMode, Store
+from dist_ckpt.errors import AlreadyExists, CheckpointError, CoordinationError, UsageError
+from dist_ckpt.storage import (
+    Buffer,
+    Capabilities,
+    Entry,
+    LocalStore,
+    MemoryStore,
+    PutMode,
+    Store,
+    Watch,
+)
 from dist_ckpt.testing import StoreContract
 from dist_ckpt.testing.contract_names import BAD_KEYS
 
@@ -32,27 +41,48 @@ class ExistsThenWrites(Broken):
         super().__init__()
         self._asked = threading.Barrier(StoreContract.writers)
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         exists = key in [entry.key for entry in self.list_entries()]
         self._asked.wait()
         if exists:
             raise AlreadyExists(key)
-        super().put(key, buffers, mode="replace")
+        super().put(key, buffers, mode="replace", watch=watch)
 
 
 class SilentCreate(Broken):
     """Its create leaves an existing object alone, and says nothing."""
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         try:
-            super().put(key, buffers, mode=mode)
+            super().put(key, buffers, mode=mode, watch=watch)
         except AlreadyExists:
             return
 
 
 class OverwritingCreate(Broken):
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
-        super().put(key, buffers, mode="replace")
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        super().put(key, buffers, mode="replace", watch=watch)
 
 
 class WritesInPlace(LocalStore):
@@ -65,7 +95,14 @@ class WritesInPlace(LocalStore):
         self._half = threading.Event()
         self._looked = threading.Event()
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         path = Path(self.url) / key
         path.parent.mkdir(parents=True, exist_ok=True)
         middle = len(buffers) // 2
@@ -92,8 +129,62 @@ class WritesInPlace(LocalStore):
 class ForgetsTheRest(Broken):
     """Stores no more than 1024 buffers."""
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
-        super().put(key, buffers[:1024], mode=mode)
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        super().put(key, buffers[:1024], mode=mode, watch=watch)
+
+
+class IsNotWatched(Broken):
+    """Takes a watch, and never looks at it."""
+
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        super().put(key, buffers, mode=mode)
+
+
+class IsWatchedTooLate(Broken):
+    """Shows the bytes when they have gone."""
+
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        super().put(key, buffers, mode=mode)
+        if watch is not None:
+            watch(sum(map(len, buffers)))
+
+
+class HidesWhoEndedThePut(Broken):
+    """Raises an error of its own in the place of the watch's."""
+
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        try:
+            super().put(key, buffers, mode=mode, watch=watch)
+        except CheckpointError as error:
+            raise CoordinationError("the put was ended") from error
 
 
 class FillsTheWholeBuffer(Broken):
@@ -113,9 +204,16 @@ class CountsItems(Broken):
 class OverwritesLarge(Broken):
     """Its create looks only where the object is small."""
 
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
         large = sum(len(buffer) for buffer in buffers) > 1 << 20
-        super().put(key, buffers, mode="replace" if large else mode)
+        super().put(key, buffers, mode="replace" if large else mode, watch=watch)
 
 
 class LosesThePiece(Broken):
@@ -205,8 +303,15 @@ class DeletesBelow(Broken):
 
 
 class FoldsCase(Broken):
-    def put(self, key: str, buffers: Sequence[Buffer], *, mode: PutMode = "create") -> None:
-        super().put(key.lower(), buffers, mode="replace")
+    def put(
+        self,
+        key: str,
+        buffers: Sequence[Buffer],
+        *,
+        mode: PutMode = "create",
+        watch: Watch | None = None,
+    ) -> None:
+        super().put(key.lower(), buffers, mode="replace", watch=watch)
 
 
 class TakesAnyKey(Broken):
@@ -227,6 +332,20 @@ class TakesAnyKey(Broken):
         (
             ForgetsTheRest,
             lambda s: contract.test_put_stores_the_concatenation(s, [b"a"] * 2000),
+        ),
+        (IsNotWatched, lambda s: contract.test_watch_sees_every_byte(s, "create")),
+        (
+            IsNotWatched,
+            lambda s: contract.test_watch_that_raises_ends_the_put(s, "first of one", None),
+        ),
+        (IsWatchedTooLate, lambda s: contract.test_watch_sees_every_byte(s, "create")),
+        (
+            IsWatchedTooLate,
+            lambda s: contract.test_watch_that_raises_ends_the_put(s, "first of many", b"old"),
+        ),
+        (
+            HidesWhoEndedThePut,
+            lambda s: contract.test_watch_that_raises_ends_the_put(s, "second", None),
         ),
         (FillsTheWholeBuffer, lambda s: contract.test_reads_at_offsets(s, 6, 10, b"6789")),
         (CountsItems, lambda s: contract.test_read_fills_items_of_any_size(s)),

@@ -1,0 +1,89 @@
+"""Where torch.distributed.checkpoint ends and dist_ckpt begins: places, steps, names, errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_ckpt.errors import UsageError, from_wire, to_wire
+from dist_ckpt.format.names import check_step, is_part, parse_step_dir
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+Place = str | Path | Store
+"""Where a run is: a path, a URL, or a store."""
+
+REST = "state"
+"""The part of all that lies in no part of its own."""
+
+NAMING = "dcp_names"
+"""The entry of a manifest's versions that says by which release of these rules names were made."""
+
+NAMING_VERSION = "1"
+
+
+def open_store(place: Place) -> Store:
+    """Return the store at `place`.
+
+    Raises:
+        UsageError: the place is malformed.
+    """
+    return place if isinstance(place, Store) else resolve(str(place))
+
+
+def step_of(checkpoint_id: str | os.PathLike[str] | int) -> int:
+    """Return the step that a `checkpoint_id` names: a number, or the directory of a step.
+
+    Raises:
+        UsageError: it is something else, a path for example.
+    """
+    text = str(checkpoint_id)
+    found = parse_step_dir(text)
+    if found is None and text.isascii() and text.isdecimal():
+        found = int(text)
+    if found is None:
+        raise UsageError(
+            f"checkpoint_id {text!r} is no step: the run is given to the Writer or Reader, and "
+            'checkpoint_id chooses the step in it, as "1000" or "step-0000001000"'
+        )
+    return check_step(found)
+
+
+def part_and_name(fqn: str, paths: Mapping[str, Sequence[object]]) -> tuple[str, str]:
+    """Return the part and the name under which the entry `fqn` of a state dict is stored.
+
+    An entry below a key that can be a part's name is of that part: "model.layer.weight", from
+    `{"model": model.state_dict()}`, is "layer.weight" of part "model". Everything else keeps its
+    name, in the part `REST`. Names that differ stay different, so this can be undone.
+
+    Args:
+        fqn: its flattened name, path components joined by dots.
+        paths: the path of each flattened name; one that is not there was not flattened.
+    """
+    path = paths.get(fqn, (fqn,))
+    first, rest = path[0], fqn[len(str(path[0])) + 1 :]
+    # What lies below the key "state" keeps that in its name, or {"state": {"x": ...}} and
+    # {"x": ...} would be one.
+    if len(path) > 1 and rest and isinstance(first, str) and is_part(first) and first != REST:
+        return first, rest
+    return REST, fqn
+
+
+def path_of(part: str, name: str) -> tuple[str, ...]:
+    """Return the path in a state dict of what `part_and_name` stored so; joined it is its name."""
+    return (name,) if part == REST else (part, name)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Let only errors of this package out, as the plain classes that every rank can rebuild.
+
+    torch.distributed.checkpoint sends an exception to rank 0 as a pickle. Many foreign ones can
+    be pickled but not unpickled, and then the other ranks would wait for rank 0 for ever.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise from_wire(to_wire(error)) from error

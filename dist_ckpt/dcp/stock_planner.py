@@ -1,0 +1,120 @@
+"""A planner for torch.distributed.checkpoint that shares replicas out by rows.
+
+The stock planner gives a replicated tensor whole to one rank. This one cuts it, so that every rank
+writes about the same number of bytes, by the decision that the saves of dist_ckpt use.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+
+from dist_ckpt.dcp.owners import decide
+from dist_ckpt.dcp.stock_edge import plain_errors
+from dist_ckpt.dcp.stock_items import box_of, held_of, paths_of
+from dist_ckpt.format.boxes import Box, volume
+from dist_ckpt.staging.copy import view_box
+
+
+class Planner(DefaultSavePlanner):
+    """Splits what several ranks hold over them, whatever the storage writer is.
+
+    ::
+
+        dcp.save(state_dict, storage_writer=dist_ckpt.dcp.Writer(url), planner=Planner())
+
+    Python values are written by the lowest rank that has them.
+
+    Args:
+        flatten_state_dict: name the leaves of nested dicts, as stock; False leaves each value
+            below the top level, tensors included, to be stored as one Python value.
+    """
+
+    def __init__(self, *, flatten_state_dict: bool = True) -> None:
+        super().__init__(flatten_state_dict=flatten_state_dict)
+        self._held: dict[str, list[Box]] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        """Describe what this rank holds; see `SavePlanner.create_local_plan`."""
+        plan = super().create_local_plan()
+        self._held = {}
+        for item in _tensors(plan):
+            self._held.setdefault(item.index.fqn, []).append(box_of(item))
+        return plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Decide on the coordinator who writes what; see `SavePlanner.create_global_plan`.
+
+        Raises:
+            IncompatibleError: the ranks together do not hold every tensor exactly, or differ in
+                the shape or dtype of one.
+        """
+        # Of all ranks, for a rank that has an entry under another path must not split its tensor.
+        paths = dict(ChainMap(*(dict(paths_of(plan)) for plan in all_plans)))
+        with plain_errors():
+            held = [[held_of(item, paths) for item in _tensors(plan)] for plan in all_plans]
+            owned = decide(held)
+        values: set[str] = set()
+        plans: list[SavePlan] = []
+        for plan, boxes in zip(all_plans, owned, strict=True):
+            tensors = list(_tensors(plan))
+            items = [_piece(tensors[each.held], each.box) for each in boxes]
+            for item in plan.items:
+                if item.type == WriteItemType.BYTE_IO and item.index.fqn not in values:
+                    values.add(item.index.fqn)
+                    items.append(item)
+            plans.append(replace(plan, items=items))
+        plans, metadata = create_default_global_save_plan(plans)
+        if self.flatten_state_dict:
+            metadata = replace(metadata, planner_data=paths)
+        self.global_plan, self.metadata = plans, metadata
+        return plans, metadata
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Return the rows that `write_item` names, a view; see `SavePlanner.resolve_data`."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        fqn, box = write_item.index.fqn, box_of(write_item)
+        # A tensor without elements is planned whole, wherever its nothing lies.
+        empty = volume(box) == 0
+        held = next(each for each in self._held[fqn] if empty or _contains(each, box))
+        found = self.lookup_object(MetadataIndex(fqn, held.offsets))
+        view = found if empty else view_box(found, box, origin=held.offsets)
+        return self.transform_object(write_item, view)
+
+
+def _tensors(plan: SavePlan) -> Iterator[WriteItem]:
+    return (item for item in plan.items if item.type != WriteItemType.BYTE_IO)
+
+
+def _piece(item: WriteItem, box: Box) -> WriteItem:
+    """Return `item` cut down to `box`."""
+    if item.tensor_data is None or box == box_of(item):
+        return item
+    chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+    return replace(
+        item,
+        # Of a plain tensor too: more than one item of it is not taken otherwise.
+        type=WriteItemType.SHARD,
+        index=MetadataIndex(item.index.fqn, box.offsets),
+        tensor_data=replace(item.tensor_data, chunk=chunk),
+    )
+
+
+def _contains(outer: Box, inner: Box) -> bool:
+    return all(
+        low <= start and start + size <= low + width
+        for low, width, start, size in zip(
+            outer.offsets, outer.sizes, inner.offsets, inner.sizes, strict=True
+        )
+    )

@@ -1,0 +1,97 @@
+"""How to save: the choices that every rank of a job has to make alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.format.digest import BLOCK_BYTES
+
+Staging = Literal["blocking", "overlapped"]
+WhenBusy = Literal["wait", "skip", "replace"]
+
+MIN_MEMORY_BYTES = BLOCK_BYTES
+"""The smallest `memory_limit_bytes`: below it, files would be more header than data."""
+
+_HEADER_BYTES = 64 * 1024
+
+
+class SaveKeywords(TypedDict, total=False):
+    """The keywords of `SaveOptions`, for the signatures of the calls that take them."""
+
+    staging: Staging
+    when_busy: WhenBusy
+    memory_limit_bytes: int | None
+    check_replicas: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How saves copy, wait and check. The same on every rank.
+
+    Attributes:
+        staging: "blocking": `save` returns when this rank's share is copied. "overlapped": what
+            only an optimizer step changes is copied while training goes on, and the step waits if
+            it comes first. Not for steps that never come to `Optimizer.step`, such as the replay
+            of a CUDA graph that holds one.
+        when_busy: what a save does while the one before is still being written: "wait" for it,
+            "skip" itself, or "replace" (cancel) the other.
+        memory_limit_bytes: how much host memory the copy may take, at least 1 MiB; a larger share
+            goes through it in turns, and `save` blocks for longer. None: as much as the share has.
+            Python values are not counted.
+        check_replicas: compare what ranks hold as copies of one tensor before they save it. None:
+            at the first save and whenever the structure of the state changed; True: at each save;
+            False: never.
+
+    Raises:
+        UsageError: an option has a value that it cannot have.
+    """
+
+    staging: Staging = "blocking"
+    when_busy: WhenBusy = "wait"
+    memory_limit_bytes: int | None = None
+    check_replicas: bool | None = None
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> SaveOptions:
+        """Return the options that the keywords of a call mean.
+
+        Raises:
+            UsageError: an unknown keyword, or a value that is none of its option's; names it.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(keywords.keys() - set(known))
+        if unknown:
+            raise UsageError(f"unknown option {unknown[0]!r}: a save knows {', '.join(known)}")
+        return cls(**keywords)
+
+    def __post_init__(self) -> None:
+        """Check every value, so that a bad one is not found at the first save."""
+        _check_choice("staging", self.staging, get_args(Staging))
+        _check_choice("when_busy", self.when_busy, get_args(WhenBusy))
+        limit = self.memory_limit_bytes
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise UsageError(f"memory_limit_bytes must be an integer or None, not {limit!r}")
+        if limit is not None and limit < MIN_MEMORY_BYTES:
+            raise UsageError(
+                f"memory_limit_bytes={limit} is too small: give at least {MIN_MEMORY_BYTES}"
+            )
+        if not isinstance(self.check_replicas, bool | None):
+            raise UsageError(
+                f"check_replicas must be True, False or None, not {self.check_replicas!r}"
+            )
+
+    @property
+    def max_piece_bytes(self) -> int | None:
+        """How large a box a rank may own, so that a file of it alone fits the memory limit."""
+        if self.memory_limit_bytes is None:
+            return None
+        return self.memory_limit_bytes - _HEADER_BYTES
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise UsageError(f"{name} must be one of {listed}, not {value!r}")

@@ -1,0 +1,73 @@
+"""What rank 0 does after a commit: retention and garbage, beside the saves that follow."""
+
+from __future__ import annotations
+
+import logging
+
+from dist_ckpt import events
+from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.writer_thread import WriterThread
+from dist_ckpt.errors import CheckpointError, from_wire, to_wire
+from dist_ckpt.repository.keep import KeepPolicy
+
+_log = logging.getLogger("dist_ckpt")
+
+
+class Tidier:
+    """Deletes what is not wanted any more. It is no part of a save: none waits for it to begin.
+
+    Attributes:
+        litter: whether files of dead attempts may lie around: at the start, after a failed save.
+    """
+
+    def __init__(self, job: Job, keep: KeepPolicy | None) -> None:
+        self._job = job
+        self._keep = keep
+        self._thread = WriterThread("dist_ckpt-tidy")
+        # Looked at while garbage is collected, so it must always hold what is being written.
+        self._in_flight: set[str] = set()
+        self.litter = True
+
+    def begin(self, step: int) -> str:
+        """Open an attempt whose files are no garbage; return its save_id. See `Job.begin`."""
+        save_id = self._job.begin(step)
+        # Before the first file of it can be listed, and before the one before is let go.
+        before = set(self._in_flight)
+        self._in_flight.add(save_id)
+        self._in_flight -= before
+        return save_id
+
+    def submit(self, step: int) -> None:
+        """Tidy up in the background after the commit of `step`."""
+        if self._keep is not None or self.litter:
+            self._thread.submit(lambda: self.run(step))
+
+    def run(self, step: int) -> None:
+        """Tidy up after the commit of `step`. A failure here never undoes the commit."""
+        repository, url = self._job.repository, self._job.url
+        origin = self._job.restored_step
+        protected = {step} if origin is None else {step, origin}
+        try:
+            if self._keep is not None:
+                gone = repository.retain(self._keep, claim=self._job.claim(), protected=protected)
+                for old, reason in gone.items():
+                    events.emit(events.CheckpointDeleted(url, old, 0, reason))
+            if self.litter:
+                # Cleared first: what a save leaves behind meanwhile is for the next time.
+                self.litter = False
+                repository.collect(claim=self._job.claim(), in_flight=self._in_flight)
+        except Exception as error:  # a policy of the user may raise anything
+            self.litter = True
+            failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
+            events.emit(events.RetentionFailed(url, step, 0, failure))
+            _log.warning(
+                "tidying %s after step %d failed, the step is committed: %s", url, step, failure
+            )
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait until nothing is left to tidy up; return whether that is so."""
+        return self._thread.wait_idle(timeout_seconds)
+
+    def stop(self) -> None:
+        """Let the thread end when it is done."""
+        self._thread.stop()

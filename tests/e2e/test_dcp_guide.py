@@ -1,0 +1,47 @@
+"""The guide to torch.distributed.checkpoint is right: its Python runs, on a disk and on S3."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage import resolve
+from tests.services.s3 import S3Service
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "dcp.md"
+
+PROGRAM = """
+import torch
+model = torch.nn.Linear(1000, 700)
+state_dict = {"model": model.state_dict(), "epoch": 3}
+"""
+MORE = """
+loaded = {"model": torch.nn.Linear(1000, 700).state_dict(), "epoch": 0}
+dcp.load(loaded, storage_reader=dist_ckpt.dcp.Reader("s3://bucket/run-17"))
+assert loaded["epoch"] == 3
+assert torch.equal(loaded["model"]["weight"], model.weight)
+writer = dist_ckpt.dcp.Writer("runs/18")
+"""
+
+
+def test_python_runs(s3_service: S3Service, s3_name: str, tmp_path: Path) -> None:
+    saves, planner, causes = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    # The last one saves with the Writer of the one before it, under a step that exists by then.
+    check = "assert type(causes[0]) is dist_ckpt.errors.AlreadyExists\n"
+    code = f"{PROGRAM}{saves}{MORE}{planner}{causes}{check}"
+    script = tmp_path / "guide.py"
+    script.write_text(code.replace("s3://bucket", s3_service.url(s3_name)))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Repository(resolve(tmp_path / "runs" / "17")).steps() == [1000]
+    assert Repository(resolve(s3_service.url(f"{s3_name}/run-17"))).steps() == [2000]

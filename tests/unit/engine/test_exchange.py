@@ -1,0 +1,87 @@
+"""What crosses between ranks: all there is to say once, and next to nothing after that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator, Topic
+from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.rendezvous import Coordinators
+from dist_ckpt.engine.saving import Saver
+from dist_ckpt.repository import Repository
+from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.memory import MemoryStore
+from tests.unit.engine.rounds import hash_store, together
+
+WORLD = 4
+_names = itertools.count()
+
+
+class Counting(StoreCoordinator):
+    """Counts the bytes of what it sends and of what it is answered."""
+
+    counts: dict[str, int]
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        assert isinstance(message, bytes), message
+        answer = super().round(topic, message, decide, deadline=deadline)
+        phase = topic.key.rsplit("/", 1)[-1]
+        self.counts[phase] = self.counts.get(phase, 0) + len(message) + len(answer)
+        return answer
+
+
+def exchanged(tensors: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Save a state of so many tensors twice; return the bytes of each save, by phase of a round."""
+    place = MemoryStore(f"unit-exchange-{next(_names)}")
+    shared = hash_store()
+    first: dict[str, int] = {}
+    second: dict[str, int] = {}
+    members = []
+
+    def rank(number: int) -> Callable[[], None]:
+        job = Job(place, timeout_seconds=120)
+        mine = [Counting(shared, number, WORLD) for _ in range(2)]
+        for member in mine:
+            member.counts = {}
+        members.append(mine)
+        job.coordinators = Coordinators(*mine)
+        state: dict[str, Any] = {f"layers.{i}": torch.full((3,), float(i)) for i in range(tensors)}
+        saver = Saver(job, TrainState(rng=None, weights=state), keep=None, metadata={})
+
+        def work() -> None:
+            saver.start(1, {}).wait()
+            for member in mine:
+                for phase, nbytes in member.counts.items():
+                    first[f"{phase} {number}"] = nbytes
+                member.counts = {}
+            state["layers.0"].fill_(-1)
+            saver.start(2, {}).wait()
+            for member in mine:
+                for phase, nbytes in member.counts.items():
+                    second[f"{phase} {number}"] = nbytes
+            saver.close()
+
+        return work
+
+    for result in together([rank(number) for number in range(WORLD)]):
+        assert result is None, result
+    assert Repository(place).steps() == [1, 2]
+    return first, second
+
+
+def test_a_steady_save_says_the_same_of_many_tensors_as_of_few() -> None:
+    first_few, few = exchanged(150)
+    first_many, many = exchanged(1500)
+    # The first save tells everything once, tensor by tensor, and compares replicas.
+    assert {key.split()[0] for key in first_few} == {"plan", "describe", "replicas", "commit"}
+    assert sum(first_many.values()) > 5 * sum(first_few.values())
+    assert {key.split()[0] for key in few} == {key.split()[0] for key in many} == {"plan", "commit"}
+    # A few digits more: a file's size, and 8 bytes for each MiB of it.
+    assert sum(many.values()) <= sum(few.values()) + 32 * WORLD
+    assert max(many.values()) < 1024

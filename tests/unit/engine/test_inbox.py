@@ -1,0 +1,97 @@
+"""Files are written as they get ready; what goes wrong in the middle leaves no checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import dist_ckpt
+from dist_ckpt import events
+from dist_ckpt.dcp.writer import BoxCopy
+from dist_ckpt.engine.stager import Stager
+from dist_ckpt.errors import CoordinationError
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.memory import MemoryStore
+
+_LIMIT_SECONDS = 60.0
+_names = itertools.count()
+
+
+def new_store() -> MemoryStore:
+    return MemoryStore(f"unit-inbox-{next(_names)}")
+
+
+def state() -> dict[str, Any]:
+    return {"first": {"w": torch.ones(1000)}, "second": {"w": torch.zeros(1000)}}
+
+
+def before_the_second_copy(patch: pytest.MonkeyPatch, do: Any) -> None:
+    """Call `do` on the training thread when one file is complete and the next is not."""
+    copy = Stager._copy
+    calls = itertools.count()
+
+    def interposed(self: Stager, copies: Sequence[BoxCopy], local: Any) -> None:
+        if next(calls) == 1:
+            do()
+        copy(self, copies, local)
+
+    patch.setattr(Stager, "_copy", interposed)
+
+
+def test_a_file_is_durable_before_the_next_is_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = threading.Event()
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.FileWritten) and "first." in event.key:
+            written.set()
+
+    leave = events.subscribe(listen)
+    found: list[bool] = []
+    before_the_second_copy(monkeypatch, lambda: found.append(written.wait(_LIMIT_SECONDS)))
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state()) as ckpt:
+        ckpt.save(1).wait()
+    leave()
+    assert found == [True]
+    assert Repository(store).verify(1).ok
+
+
+class Broken(RuntimeError):
+    """What a copy may raise."""
+
+
+def test_a_copy_that_fails_after_a_file_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise Broken("a device is gone")
+
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state()) as ckpt:
+        with monkeypatch.context() as patch:
+            before_the_second_copy(patch, fail)
+            with pytest.raises(CoordinationError, match="Broken: a device is gone"):
+                ckpt.save(1).wait()
+        assert Repository(store).steps() == []
+        ckpt.save(2).wait()
+    assert Repository(store).steps() == [2]
+
+
+def test_an_interrupt_while_staging_ends_the_save_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state()) as ckpt:
+        with monkeypatch.context() as patch:
+            before_the_second_copy(patch, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.save(1)
+        # Reported like any failure, so that no rank waits for this one; told at the next call.
+        with pytest.raises(CoordinationError, match="rank 0: KeyboardInterrupt"):
+            ckpt.wait()
+        ckpt.save(2).wait()
+    assert Repository(store).steps() == [2]
