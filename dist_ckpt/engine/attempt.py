@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import Document, WrittenFile
@@ -32,6 +33,7 @@ class Attempt:
         documents: the encoded values among them.
         stall_seconds: how long the training step waited.
         cancelled: set when the save was given up; nothing is written after that.
+        metrics: what this rank was given; those of rank 0 are stored.
         write_seconds: how long this rank took to digest and write its files.
         commit_seconds: how long it then waited for the outcome.
         nbytes: how many bytes it wrote.
@@ -46,6 +48,7 @@ class Attempt:
     documents: list[Document]
     stall_seconds: float
     cancelled: threading.Event
+    metrics: Mapping[str, float] = field(default_factory=dict)
     write_seconds: float = 0.0
     commit_seconds: float = 0.0
     nbytes: int = 0
@@ -98,7 +101,16 @@ class Attempt:
         except BaseException as error:  # whatever it is, the others are waiting to hear of it
             return error
         self.write_seconds = time.perf_counter() - begun
-        return pack(Report(written, self.documents, self.stall_seconds, self.write_seconds))
+        return pack(
+            Report(
+                written,
+                self.documents,
+                self.stall_seconds,
+                self.write_seconds,
+                host=socket.gethostname(),
+                metrics=dict(self.metrics),
+            )
+        )
 
     def _write(self, file: StagedFile) -> WrittenFile:
         if self.cancelled.is_set():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from dist_ckpt.dcp.metadata import RankShare, build_index
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
+from dist_ckpt.engine.about import About
 from dist_ckpt.engine.coordinator import Deadline
 from dist_ckpt.engine.messages import Report, unpack
+from dist_ckpt.engine.metrics import tell_differing
 from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
@@ -36,6 +38,7 @@ class Commit:
     parent_step: int | None
     deadline: Deadline
     cancelled: threading.Event
+    about: About = field(default_factory=About)
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.
@@ -55,6 +58,8 @@ class Commit:
             )
         ]
         index = build_index(shares)
+        where = (self.transaction.store.url, self.transaction.step)
+        tell_differing(*where, reports, self.about.told)
         self._check_in_time()
         self.transaction.commit(
             index,
@@ -100,6 +105,8 @@ class Commit:
                 for rank, report in enumerate(reports)
             },
             parent_step=self.parent_step,
+            epoch=self.about.epoch,
+            origin=self.about.origin([report.host for report in reports]),
         )
 
 

@@ -114,6 +114,22 @@ class Coordinator(Protocol):
         """Return the error with which the round ended, if it ended with one; never waits."""
         ...
 
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up under `name`, in the place of the one that was there.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
+        ...
+
+    def look(self, name: str) -> bytes | None:
+        """Return the note under `name`, None when there is none; never waits.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
+        ...
+
     def leave(self, deadline: Deadline) -> None:
         """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
         ...
@@ -124,6 +140,9 @@ class SoloCoordinator:
 
     rank = 0
     world_size = 1
+
+    def __init__(self) -> None:
+        self._notes: dict[str, bytes] = {}
 
     def round(
         self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
@@ -144,6 +163,14 @@ class SoloCoordinator:
     def verdict(self, topic: Topic) -> CheckpointError | None:
         """Nobody else could have decided."""
         return None
+
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        self._notes[name] = data
+
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        return self._notes.get(name)
 
     def leave(self, deadline: Deadline) -> None:
         """Nobody else is there."""
@@ -189,6 +216,21 @@ class StoreCoordinator:
         except DistError as error:
             return self._lost(topic, error)
         return None if data is None else _decode_error(data)
+
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        try:
+            # A note is far shorter than a piece: it is read whole, the old one or the new one.
+            self._put(f"note/{name}", data)
+        except DistError as error:
+            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
+
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        try:
+            return self._try_get(f"note/{name}")
+        except DistError as error:
+            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
 
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""

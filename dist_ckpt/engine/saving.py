@@ -12,13 +12,16 @@ from typing import Any
 
 from dist_ckpt import events
 from dist_ckpt.dcp.writer import StagedFile, plan_files, stage
+from dist_ckpt.engine.about import About
 from dist_ckpt.engine.attempt import Attempt
 from dist_ckpt.engine.commit import Commit
 from dist_ckpt.engine.coordinator import Decide
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
+from dist_ckpt.engine.metrics import Metrics, as_numbers
 from dist_ckpt.engine.planning import Planner
+from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.engine.writer_thread import WriterThread
 from dist_ckpt.errors import (
@@ -26,13 +29,13 @@ from dist_ckpt.errors import (
     CoordinationError,
     ErrorKind,
     UsageError,
-    describe,
     from_wire,
     to_wire,
 )
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.marks import EpochNote
 from dist_ckpt.staging.arena import Arena
 from dist_ckpt.state.train_state import TrainState
 
@@ -47,7 +50,7 @@ class Saver:
     ) -> None:
         self._job = job
         self._state = state
-        self._keep = keep
+        self.retention = Retention(job, keep)
         self._metadata = dict(metadata)
         self._planner: Planner | None = None
         self._arena = Arena()
@@ -58,7 +61,7 @@ class Saver:
         self._last = False
         self._at_exit = _close_at_exit(self)
 
-    def start(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
+    def start(self, step: int, metrics: Metrics, about: About | None = None) -> SaveHandle:
         """Begin to save; return when the state may change again.
 
         Raises:
@@ -95,8 +98,9 @@ class Saver:
             *self._stage(snapshot, plan),
             stall_seconds=0.0,
             cancelled=cancelled,
+            metrics=as_numbers(metrics),
         )
-        decide = self._commit(attempt, metrics).decide
+        decide = self._commit(attempt, about or About()).decide
         attempt.stall_seconds = time.perf_counter() - begun
         self._emit_staged(attempt)
         # Known before it is submitted: from then on somebody has to wait for it.
@@ -112,6 +116,17 @@ class Saver:
         except BaseException:
             self._release()
             raise
+
+    def note_epoch(self, step: int, epoch: int, metrics: Metrics) -> None:
+        """Say of the checkpoint of `step`, once it is committed, what is known only now."""
+        if self._job.training.rank == 0:
+            try:
+                note = EpochNote(epoch, as_numbers(metrics))
+            except UsageError as error:
+                # Not raised: the other ranks have nothing to convert, and would go on alone.
+                self.retention.tell_failed(step, error)
+                return
+            self._writer.submit(lambda: self.retention.note_epoch(step, note))
 
     def drain(self) -> None:
         """Wait until the save in flight and the retention after it are over.
@@ -148,11 +163,11 @@ class Saver:
         # Last: until rank 0 has left, the end of its interpreter would cut the others off.
         self._at_exit.cancel()
 
-    def _snapshot(self, step: int, metrics: Mapping[str, float]) -> Snapshot | Exception:
+    def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | Exception:
         # Returned, not raised: the other ranks wait in a round, and must hear of it.
         try:
             check_step(step)
-            _check_metrics(metrics)
+            as_numbers(metrics)
             return take(self._state, world_size=self._job.training.world_size)
         except Exception as error:
             return error
@@ -174,18 +189,19 @@ class Saver:
         except Exception as error:
             return error, []
 
-    def _commit(self, attempt: Attempt, metrics: Mapping[str, float]) -> Commit:
+    def _commit(self, attempt: Attempt, about: About) -> Commit:
         assert self._planner is not None
         return Commit(
             transaction=attempt.transaction,
             held_by_rank=self._planner.held_by_rank,
             owned_by_rank=self._planner.owned_by_rank,
             parts=list(self._state.parts),
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics=attempt.metrics,
             metadata=self._metadata,
             parent_step=self._job.restored_step,
             deadline=attempt.deadline.for_coordinator(),
             cancelled=attempt.cancelled,
+            about=about,
         )
 
     def _run(self, attempt: Attempt, decide: Decide) -> None:
@@ -201,13 +217,8 @@ class Saver:
     def _tidy(self, step: int) -> None:
         """Rank 0, after a commit: retention and garbage. A failure here never undoes the commit."""
         repository, url = self._job.repository, self._job.url
-        origin = self._job.restored_step
-        protected = {step} if origin is None else {step, origin}
         try:
-            if self._keep is not None:
-                gone = repository.retain(self._keep, claim=self._job.claim(), protected=protected)
-                for old, reason in gone.items():
-                    events.emit(events.CheckpointDeleted(url, old, 0, reason))
+            self.retention.after(step)
             if self._litter:
                 repository.collect(claim=self._job.claim(), in_flight=())
                 self._litter = False
@@ -251,18 +262,6 @@ class Saver:
                 stall_seconds=attempt.stall_seconds,
             )
         )
-
-
-def _check_metrics(metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise UsageError(f"metric {name!r} must be named by text, not {type(name).__name__}")
-        try:
-            float(value)
-        except Exception as error:  # a foreign __float__ may do anything
-            raise UsageError(
-                f"metric {name!r} is {type(value).__name__}, not a number ({describe(error)})"
-            ) from error
 
 
 def _close_at_exit(saver: Saver) -> Finalize[None]:
