@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dist_ckpt import dcp as dcp
-    from dist_ckpt import errors, events
+    from dist_ckpt import errors, events, policy
+    from dist_ckpt import flags as flags
+    from dist_ckpt import scalars as scalars
     from dist_ckpt.checkpointer import Checkpointer
     from dist_ckpt.engine.handle import SaveHandle
     from dist_ckpt.engine.report import LoadReport
     from dist_ckpt.errors import CheckpointError
     from dist_ckpt.functional import async_save, load, save
     from dist_ckpt.repository import keep
+    from dist_ckpt.state.early_stopping import EarlyStopping
     from dist_ckpt.state.registry import register as register_type
     from dist_ckpt.state.sampler import ElasticSampler
     from dist_ckpt.state.train_state import PerRank, TrainState
@@ -36,6 +39,8 @@ __all__ = [
     "async_save",
     "load",
     "keep",
+    "policy",
+    "EarlyStopping",
     "register_type",
     "errors",
     "events",
@@ -54,6 +59,8 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "async_save": ("dist_ckpt.functional", "async_save"),
     "load": ("dist_ckpt.functional", "load"),
     "keep": ("dist_ckpt.repository.keep", None),
+    "policy": ("dist_ckpt.policy", None),
+    "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),
     "register_type": ("dist_ckpt.state.registry", "register"),
     "errors": ("dist_ckpt.errors", None),
     "events": ("dist_ckpt.events", None),
@@ -61,12 +68,12 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 }
 
 
-# A package with public names of its own, for those who call torch.distributed.checkpoint.
-_PACKAGES = ("dcp",)
+# Modules with public names of their own, of which few programs need more than one.
+_MODULES = ("dcp", "flags", "scalars")
 
 
 def __getattr__(name: str) -> object:
-    if name in _PACKAGES:
+    if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,4 +85,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import msgspec
 
+from dist_ckpt import flags, policy
+from dist_ckpt.engine.about import About
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
-from dist_ckpt.engine.loading import Loader
+from dist_ckpt.engine.metrics import Metrics
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
+from dist_ckpt.engine.origin import Origin
+from dist_ckpt.engine.pace import Pace
 from dist_ckpt.engine.report import LoadReport
+from dist_ckpt.engine.resuming import Resumer
 from dist_ckpt.engine.saving import Saver
+from dist_ckpt.engine.starting import stoppers_of
 from dist_ckpt.errors import CheckpointError, UsageError
-from dist_ckpt.policy import every
+from dist_ckpt.policy import Better, SavePolicy
+from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.state.train_state import TrainState
 
 
@@ -33,6 +42,9 @@ class Checkpointer:
     Every rank of the default process group makes the same calls in the same order. Leaving the
     `with` block finishes the save in flight.
 
+    An `EarlyStopping` in the state is fed with the metrics that `step` and `epoch_end` are given;
+    each time its metric gets better a save is made, and the best checkpoint is never deleted.
+
     Attributes:
         restored: what the last `restore` did, None before it and for a new run.
     """
@@ -43,6 +55,7 @@ class Checkpointer:
         state: TrainState | Mapping[str, Any],
         *,
         every_steps: int | None = None,
+        when: SavePolicy | None = None,
         keep: KeepPolicy | None = None,
         timeout_seconds: float = 1800.0,
         metadata: Mapping[str, Any] | None = None,
@@ -55,19 +68,34 @@ class Checkpointer:
         Args:
             url: the run: a path, a URL, or a `Store`.
             state: what to save and restore; a plain mapping of parts becomes a `TrainState`.
-            every_steps: let `step` save at every multiple of this; None for never by itself.
+            every_steps: short for `when=policy.every(every_steps)`; both together add up.
+            when: when `step` and `epoch_end` save, from `dist_ckpt.policy`; None for never.
             keep: which checkpoints to keep after each commit, from `dist_ckpt.keep`; None for all.
+                The best by a metric of `when` or of an early stopping is kept in any case.
             timeout_seconds: after this long a save or a restore fails on every rank.
-            metadata: any JSON, stored in the manifest of every checkpoint.
+            metadata: any JSON, stored in the manifest of every checkpoint. By convention `config`
+                is how the training was configured, `phase` is "pretraining", "finetuning" or the
+                like, `notes` are for people.
             **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`: see
                 `dist_ckpt.engine.options.SaveOptions`.
 
         Raises:
             UsageError: an argument is malformed.
         """
-        self._when = every(every_steps)
-        self._job = Job(url, timeout_seconds=timeout_seconds)
         train_state = TrainState.of(state)
+        when = policy.never() if when is None else when
+        if every_steps is not None:
+            when |= policy.every(every_steps)
+        self._stoppers = stoppers_of(train_state)
+        watched = _watched(when, [stopper.criterion for stopper in self._stoppers])
+        for criterion in watched:
+            # The best can be rolled back to, and kept, only if it was saved.
+            if criterion not in _watched(when, ()):
+                when |= Better(criterion)
+        if keep is not None:
+            bests = [keeping.best(each.metric, mode=each.mode) for each in watched]
+            keep = reduce(keeping.either, bests, keep)
+        self._job = Job(url, timeout_seconds=timeout_seconds)
         self._saver = Saver(
             self._job,
             train_state,
@@ -75,44 +103,150 @@ class Checkpointer:
             metadata=checked_metadata(metadata or {}),
             options=SaveOptions.of(options),
         )
-        self._loader = Loader(self._job, train_state)
+        found = [*watched, *(() if keep is None else keeping.criteria(keep))]
+        self._resumer = Resumer(self._job, train_state, list(dict.fromkeys(found)))
+        self._pace = Pace(self._job, when, best=self._best_saved)
+        self._program = Origin()
+        self._differing: set[str] = set()
+        self._flags: flags.Flags | None = None
+        self._told_step: int | None = None
+        self._saved_step: int | None = None
         self._closed = False
         self._stepped = False
         self.restored: LoadReport | None = None
         self._saver.prewarm()
 
-    def restore(self, *, step: int | None = None) -> int:
+    @classmethod
+    def from_args(
+        cls,
+        args: flags.Source,
+        state: TrainState | Mapping[str, Any],
+        *,
+        when: SavePolicy | None = None,
+        keep: KeepPolicy | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **options: Unpack[SaveKeywords],
+    ) -> Self:
+        """Make one as the flags of `dist_ckpt.flags` say; `restore()` then begins as they say.
+
+        Args:
+            args: what `flags.parse` takes: parsed arguments, a dict, or the path of a YAML file.
+            state: see `Checkpointer`.
+            when: when to save besides what the flags say.
+            keep: what to keep besides what the flags say.
+            metadata: see `Checkpointer`.
+            **options: see `Checkpointer`.
+
+        Raises:
+            UsageError: a flag is malformed, or flags contradict each other.
+        """
+        said = flags.parse(args)
+        kept = said.keep()
+        both = kept if keep is None or kept is None else keeping.either(kept, keep)
+        made = cls(
+            said.checkpoint_dir,
+            state,
+            when=said.when() if when is None else said.when() | when,
+            keep=keep if kept is None else both,
+            metadata=metadata,
+            **options,
+        )
+        made._flags = said
+        return made
+
+    @property
+    def signaled(self) -> str:
+        """The signal for which a save was made (`policy.on_signal`), "" for none: end the loop."""
+        return self._pace.signaled
+
+    def restore(
+        self, which: Literal["newest", "best"] = "newest", *, step: int | None = None
+    ) -> int:
         """Take the run over and restore the state in place; return the step to go on from.
 
         Without `step` that is the newest checkpoint, or the one before when it is damaged, and 0
         for a new run (the state is then unchanged). `restored.refused` tells what was passed over.
+        After `from_args` a call without arguments begins as the flags say.
 
         Args:
+            which: "best" restores the best one, by the metric of an early stopping in the state,
+                of `when=policy.better(...)`, or of `keep=keep.best(...)`, the first of these.
             step: restore exactly this one, with no falling back.
 
         Raises:
             IncompatibleError: the checkpoint does not fit the state; nothing was changed.
             IntegrityError: every checkpoint (or the one asked for) is damaged.
-            NotFound: `step` is not committed.
+            NotFound: `step` is not committed, or no checkpoint has the metric.
+            UsageError: nobody said what the best is, or the flags begin a run that exists.
             CoordinationError: a rank failed or did not arrive.
             CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
+        if which not in ("newest", "best") or (which == "best" and step is not None):
+            raise UsageError(f"restore takes 'newest' or 'best', or step=, not {which!r}, {step=}")
         failed = self._saver.settle()
-        self.restored = self._loader.load(step, fall_back=step is None, own=True, failed=failed)
+        if which == "best":
+            self.restored = self._resumer.best(failed, self._saver.retention.damaged)
+        elif step is None and self._flags is not None:
+            self.restored = self._start(self._flags, failed)
+        else:
+            self.restored = self._resumer.own(step, failed)
         self._saver.prewarm()  # optimizers may have their state only now
-        return 0 if self.restored is None else self.restored.step
+        if self.restored is None:
+            return 0
+        self._saver.retention.damaged |= self.restored.refused.keys()
+        if self._job.training.rank == 0 and (record := self._resumer.record(self.restored.step)):
+            self._program.go_on(started=record.started, elapsed_seconds=record.elapsed_seconds)
+        return self.restored.step
 
-    def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
-        """Tell that `step` is done: saves when due, see `save`; returns None otherwise."""
-        if self._when(step):
-            return self.save(step, metrics=metrics)
-        if not self._stepped:
-            self._stepped = True
-            self._saver.prewarm()  # some optimizers show only after a step what they keep
-        return None
+    def rollback(self) -> int:
+        """Restore the models of the best checkpoint in place, on all ranks; return its step.
 
-    def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+        Everything else stays as it is: optimizer, position in the data, counts of early stopping.
+
+        Raises:
+            UsageError: nobody said what the best is; see `restore`.
+            NotFound: no checkpoint has the metric.
+            CheckpointError: as for `restore`.
+        """
+        self._check_open()
+        failed = self._saver.settle()
+        damaged = self._saver.retention.damaged
+        return self._resumer.best(failed, damaged, model_only=True).step
+
+    def step(self, step: int, *, metrics: Metrics | None = None) -> SaveHandle | None:
+        """Tell that `step` is done: saves when due, see `save`; returns None otherwise.
+
+        Args:
+            step: the training step that the state stands after.
+            metrics: numbers by name, stored in the manifest; those of rank 0 count for all ranks.
+                A tensor is converted only when it is needed.
+        """
+        self._told_step = step
+        return self._tell(step, None, metrics or {})
+
+    def epoch_end(
+        self, epoch: int, *, metrics: Metrics | None = None, step: int | None = None
+    ) -> SaveHandle | None:
+        """Tell that `epoch` is over: saves when due, see `save`; returns None otherwise.
+
+        If its last step was saved by `step` a moment ago, that checkpoint is the epoch's: epoch
+        and metrics are noted beside it. So evaluate before the last step is told where a restart
+        must repeat every random number.
+
+        Args:
+            epoch: its number, stored in the manifest.
+            metrics: as for `step`.
+            step: the last step of the epoch. By default the one told last by `step`; where no
+                steps are told, the epoch is the step.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise UsageError(f"an epoch is an integer from 0, not {epoch!r}")
+        if step is None:
+            step = epoch if self._told_step is None else self._told_step
+        return self._tell(step, epoch, metrics or {})
+
+    def save(self, step: int, *, metrics: Metrics | None = None) -> SaveHandle:
         """Save now; return as soon as the state may change again, the rest runs in the background.
 
         Args:
@@ -124,7 +258,8 @@ class Checkpointer:
                 yet. The same on every rank.
         """
         self._check_open()
-        return self._saver.start(step, metrics or {})
+        self._told_step = step
+        return self._save(step, None, metrics or {}, "asked for")
 
     def wait(self) -> None:
         """Wait until the save in flight, and the retention after it, are over.
@@ -142,6 +277,7 @@ class Checkpointer:
         """
         if not self._closed:
             self._closed = True
+            self._pace.close()
             self._saver.close()
 
     def __enter__(self) -> Self:
@@ -163,6 +299,61 @@ class Checkpointer:
             # The exception that ended the loop is the news; the failed save is a note to it.
             error.add_note(f"besides, the save in flight failed: {failure}")
 
+    def _tell(self, step: int, epoch: int | None, metrics: Metrics) -> SaveHandle | None:
+        self._check_open()
+        verdict = self._pace.at(step, epoch, metrics)
+        for stopper in self._stoppers:
+            # Before the save: what is stored has seen this value.
+            if stopper.criterion.metric in verdict.metrics:
+                stopper.update(step, verdict.metrics[stopper.criterion.metric])
+        if step == self._saved_step:
+            if epoch is not None:
+                self._saver.note_epoch(step, epoch, metrics)
+            return None
+        if verdict.reason:
+            return self._save(step, epoch, metrics, verdict.reason)
+        if not self._stepped:
+            self._stepped = True
+            self._saver.prewarm()  # some optimizers show only after a step what they keep
+        return None
+
+    def _save(self, step: int, epoch: int | None, metrics: Metrics, reason: str) -> SaveHandle:
+        if self._job.training.rank == 0:
+            self._program.look()
+        about = About(
+            reason, epoch, self._program, self._program.elapsed_seconds(), self._differing
+        )
+        handle = self._saver.start(step, metrics, about)
+        if handle.outcome == "skipped":
+            return handle
+        self._saved_step = step
+        self._pace.saved()
+        if self._flags is not None and self._flags.no_async:
+            handle.wait()
+        return handle
+
+    def _start(self, said: flags.Flags, failed: CheckpointError | None) -> LoadReport | None:
+        """Begin as the flags say."""
+        place, reset = said.resume_from, said.reset_optimizer
+        if place == flags.NEWEST:
+            return self._resumer.existing(None, failed, reset_optimizer=reset)
+        if isinstance(place, int):
+            return self._resumer.existing(place, failed, reset_optimizer=reset)
+        if isinstance(place, str):
+            return self._resumer.elsewhere(place, reset_optimizer=reset)
+        if not said.auto_resume:
+            self._resumer.check_new("without --resume or --auto-resume this")
+        report = self._resumer.own(None, failed)
+        if report is None and said.pretrained_checkpoint is not None:
+            self._resumer.weights(said.pretrained_checkpoint)
+        return report
+
+    def _best_saved(self, criteria: Sequence[Criterion]) -> dict[Criterion, float]:
+        damaged = self._saver.retention.damaged  # nobody could go back to one of these
+        records = [each for each in self._job.repository.records() if each.step not in damaged]
+        ranked = {criterion: criterion.ranked(records) for criterion in criteria}
+        return {criterion: criterion.of(found[0]) for criterion, found in ranked.items() if found}
+
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer is closed: make a new one to go on")
@@ -179,3 +370,9 @@ def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise UsageError(f"metadata must be plain JSON values: {error}") from error
     return dict(metadata)
+
+
+def _watched(when: SavePolicy, others: Sequence[Criterion]) -> list[Criterion]:
+    """Return the metrics by which there is a best, those of early stopping first."""
+    own = [each.criterion for each in policy.members(when) if isinstance(each, Better)]
+    return list(dict.fromkeys([*others, *own]))

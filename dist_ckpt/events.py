@@ -126,6 +126,23 @@ class RetentionFailed(StepEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsDiffer(StepEvent):
+    """Told by rank 0 once for each name: another rank gave another value; `stored` counts.
+
+    Attributes:
+        name: the metric.
+        stored: what rank 0 gave, None when it gave none.
+        other_rank: a rank that gave something else.
+        other: what that was.
+    """
+
+    name: str
+    stored: float | None
+    other_rank: int
+    other: float
+
+
+@dataclass(frozen=True, slots=True)
 class OperationUse:
     """What all operations of one kind on one store came to.
 

@@ -55,7 +55,7 @@ def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: C
         ProofFailed: something was lost, repeated or changed.
         RecordError: the logs of a phase contradict themselves.
     """
-    training = ["--save-every", str(SAVE_EVERY), "--seed", str(arguments.seed)]
+    training = ["--checkpoint-interval", str(SAVE_EVERY), "--seed", str(arguments.seed)]
     training += ["--device", arguments.device]
     layout = arguments.parallel
     first = [

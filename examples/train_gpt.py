@@ -1,10 +1,12 @@
 """Train a small GPT on the source of Python's own standard library, and survive anything.
 
-    python examples/train_gpt.py --dir runs/gpt
-    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py --dir runs/gpt --parallel fsdp
+    python examples/train_gpt.py --checkpoint-dir runs/gpt --auto-resume
+    torchrun --standalone --nproc-per-node 2 examples/train_gpt.py \
+        --checkpoint-dir runs/gpt --auto-resume --parallel fsdp
 
 Kill it and start it again, with as many workers as you like and either layout: it goes on from
-the newest good checkpoint. Every line that has to do with checkpoints ends in `# checkpoint`.
+the newest good checkpoint. Asked to end (SIGTERM), it saves first. See `--help` for more ways to
+begin. Every line that has to do with checkpoints ends in `# checkpoint`.
 
 For `torchrun --max-restarts`, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: without it, torch 2.13
 hands restarted workers the addresses of those that died.
@@ -36,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from dist_ckpt import Checkpointer, ElasticSampler, TrainState, keep  # checkpoint
+from dist_ckpt import Checkpointer, ElasticSampler, TrainState, flags, policy  # checkpoint
 
 VOCABULARY = 256  # the tokens are bytes
 BLOCK_TOKENS = 64
@@ -54,20 +56,18 @@ class Options:
     """What the command line says.
 
     Attributes:
-        dir: where the checkpoints of the run are: a path or a URL.
+        checkpoint: where checkpoints go, when, and from which one to begin.
         parallel: `ddp` or `fsdp` (FSDP2).
         device: `cpu`, `cuda`, or `auto`: CUDA where each local worker can have a device.
         steps: stop after this step; a later start may go on to the end of the epoch.
-        save_every: steps between checkpoints; the last step is always saved.
         losses: file to append losses to, as JSON lines; sample ids go next to it, one file a rank.
         seed: of the weights, the order of the data, and dropout.
     """
 
-    dir: str
+    checkpoint: flags.Flags  # checkpoint
     parallel: str = "ddp"
     device: str = "auto"
     steps: int = EPOCH_STEPS
-    save_every: int = 10
     losses: Path | None = None
     seed: int = 1
 
@@ -75,7 +75,6 @@ class Options:
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line (`sys.argv` when `arguments` is None)."""
     parser = argparse.ArgumentParser(description="Train a small GPT on the standard library.")
-    parser.add_argument("--dir", required=True, metavar="URL", help="where the checkpoints go")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default=Options.parallel)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Options.device)
     parser.add_argument(
@@ -86,10 +85,15 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         metavar="N",
         help=f"stop after step N (at most {EPOCH_STEPS}, the epoch)",
     )
-    parser.add_argument("--save-every", type=int, default=Options.save_every, metavar="STEPS")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="append them to FILE")
     parser.add_argument("--seed", type=int, default=Options.seed)
-    return Options(**vars(parser.parse_args(arguments)))
+    flags.add_arguments(parser)  # checkpoint
+    parser.set_defaults(checkpoint_interval=10, keep_last=3)  # checkpoint
+    parsed = parser.parse_args(arguments)
+    own = {
+        name: getattr(parsed, name) for name in ("parallel", "device", "steps", "losses", "seed")
+    }
+    return Options(flags.parse(parsed), **own)  # checkpoint
 
 
 def read_corpus(limit_bytes: int = CORPUS_BYTES) -> bytes:
@@ -289,8 +293,8 @@ def train(options: Options, device: torch.device, *, watch: Watch | None = None)
     loader = DataLoader(data, batch_sampler=sampler)
 
     state = TrainState(model=model, optimizer=adamw, scheduler=rates, sampler=sampler)  # checkpoint
-    every, kept = options.save_every, keep.latest(3)  # checkpoint
-    with Checkpointer(options.dir, state, every_steps=every, keep=kept) as ckpt:  # checkpoint
+    also = policy.last(options.steps) | policy.on_signal()  # checkpoint
+    with Checkpointer.from_args(options.checkpoint, state, when=also) as ckpt:  # checkpoint
         resumed = ckpt.restore()  # checkpoint
         with Reporter(options, resumed=resumed) as report:
             if watch:
@@ -300,11 +304,12 @@ def train(options: Options, device: torch.device, *, watch: Watch | None = None)
                 loss = train_step(model, adamw, windows.to(device))
                 rate = float(rates.get_last_lr()[0])
                 rates.step()
-                save = ckpt.save if step == options.steps else ckpt.step  # checkpoint
-                save(step, metrics={"train/loss": loss})  # checkpoint
+                ckpt.step(step, metrics={"train/loss": loss})  # checkpoint
                 report.step(step, loss=loss, rate=rate, samples=samples.tolist())
                 if watch:
                     watch(step, model, adamw)
+                if ckpt.signaled:  # checkpoint
+                    break
 
 
 def main() -> None:

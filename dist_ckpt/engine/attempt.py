@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -82,6 +83,7 @@ class Attempt:
         coordinator: of the writer thread.
         topic: the round in which ranks report.
         deadline: when the save is over in any case.
+        metrics: what this rank was given; those of rank 0 are stored.
         overdue: see `SaveHooks`.
 
     Attributes:
@@ -98,11 +100,13 @@ class Attempt:
         *,
         topic: Topic,
         deadline: Deadline,
+        metrics: Mapping[str, float],
         overdue: Callable[[Attempt], CheckpointError | None],
     ) -> None:
         self.transaction = transaction
         self.topic = topic
         self.deadline = deadline
+        self.metrics = metrics
         self.rank = coordinator.rank
         self.stop = Stop(coordinator, topic)
         self.meter = ProgressMeter(self._tell)
@@ -159,6 +163,8 @@ class Attempt:
                     list(share.documents),
                     share.stall_seconds,
                     self.files.seconds,
+                    host=socket.gethostname(),
+                    metrics=dict(self.metrics),
                 )
             )
         except BaseException as error:  # whatever it is, the others are waiting to hear of it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,8 +15,10 @@ from dist_ckpt.dcp.holdings import TensorKey
 from dist_ckpt.dcp.metadata import RankShare, build_index
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
+from dist_ckpt.engine.about import About
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import Report, unpack
+from dist_ckpt.engine.metrics import tell_differing
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.repository import Transaction
@@ -40,6 +42,7 @@ class Commit:
     parent_step: int | None
     confirm: Callable[[], None]
     max_file_bytes: int | None = None
+    about: About = field(default_factory=About)
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.
@@ -59,6 +62,8 @@ class Commit:
             )
         ]
         index = build_index(shares, ties=self.ties, max_file_bytes=self.max_file_bytes)
+        where = (self.transaction.store.url, self.transaction.step)
+        tell_differing(*where, reports, self.about.told)
         self.confirm()
         self.transaction.commit(
             index,
@@ -97,6 +102,8 @@ class Commit:
                 for rank, report in enumerate(reports)
             },
             parent_step=self.parent_step,
+            epoch=self.about.epoch,
+            origin=self.about.origin([report.host for report in reports]),
         )
 
 

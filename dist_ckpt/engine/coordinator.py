@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +21,7 @@ import msgspec
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
+from dist_ckpt.engine.failures import decode_error, envelope, failure
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -115,12 +115,20 @@ class Coordinator(Protocol):
         """Return the error with which the round ended, if it ended with one; never waits."""
         ...
 
-    def call_off(self, topic: Topic) -> None:
-        """Tell every rank, whatever it is doing, that what `topic` is for is no longer wanted."""
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up under `name`, in the place of the one that was there.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
         ...
 
-    def called_off_by(self, topic: Topic) -> int | None:
-        """Return the rank that called `topic` off, None while nobody did; never waits."""
+    def look(self, name: str) -> bytes | None:
+        """Return the note under `name`, None when there is none; never waits.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
         ...
 
     def leave(self, deadline: Deadline) -> None:
@@ -134,6 +142,9 @@ class SoloCoordinator:
     rank = 0
     world_size = 1
 
+    def __init__(self) -> None:
+        self._notes: dict[str, bytes] = {}
+
     def round(
         self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
     ) -> bytes:
@@ -141,25 +152,26 @@ class SoloCoordinator:
         if isinstance(message, CheckpointError):
             raise message
         if isinstance(message, BaseException):
-            raise _failure(topic, 0, message) from message
+            raise failure(topic.label, 0, message) from message
         try:
             answer = decide([message])
         except CheckpointError:
             raise
         except Exception as error:
-            raise _failure(topic, 0, error) from error
+            raise failure(topic.label, 0, error) from error
         return answer if isinstance(answer, bytes) else answer[0]
 
     def verdict(self, topic: Topic) -> CheckpointError | None:
         """Nobody else could have decided."""
         return None
 
-    def call_off(self, topic: Topic) -> None:
-        """Nobody else has to hear of it."""
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        self._notes[name] = data
 
-    def called_off_by(self, topic: Topic) -> int | None:
-        """Nobody else could have called it off."""
-        return None
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        return self._notes.get(name)
 
     def leave(self, deadline: Deadline) -> None:
         """Nobody else is there."""
@@ -191,7 +203,7 @@ class StoreCoordinator:
         """Take part in one round; see `Coordinator.round`."""
         try:
             number = self._store.add(f"{topic.key}/arrived", 1)
-            self._put(f"{topic.key}/message/{number}", _envelope(self.rank, message))
+            self._put(f"{topic.key}/message/{number}", envelope(self.rank, message))
             if self.rank == 0:
                 self._decide(topic, decide, deadline.for_coordinator())
             answer = self._await_answer(topic, deadline)
@@ -215,20 +227,22 @@ class StoreCoordinator:
             data = self._try_get(f"{topic.key}/error")
         except DistError as error:
             return self._lost(topic, error)
-        return None if data is None else _decode_error(data)
+        return None if data is None else decode_error(data)
 
-    def call_off(self, topic: Topic) -> None:
-        """Tell every rank; see `Coordinator.call_off`."""
-        # Lost with the connection: then the round, too, ends without any of us.
-        with suppress(DistError):
-            self._put(f"{topic.key}/called_off", str(self.rank).encode())
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        try:
+            # A note is far shorter than a piece: it is read whole, the old one or the new one.
+            self._put(f"note/{name}", data)
+        except DistError as error:
+            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
 
-    def called_off_by(self, topic: Topic) -> int | None:
-        """Return the rank that called it off; see `Coordinator.called_off_by`."""
-        with suppress(DistError):
-            data = self._try_get(f"{topic.key}/called_off")
-            return None if data is None else int(data)
-        return None
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        try:
+            return self._try_get(f"note/{name}")
+        except DistError as error:
+            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
 
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""
@@ -254,11 +268,11 @@ class StoreCoordinator:
         try:
             answer = decide(self._gather(topic, deadline))
         except BaseException as error:
-            failure = error if isinstance(error, CheckpointError) else _failure(topic, 0, error)
-            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(failure)))
+            known = error if isinstance(error, CheckpointError) else failure(topic.label, 0, error)
+            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(known)))
             self._forget_messages(topic.key)
-            if isinstance(error, Exception) and failure is not error:
-                raise failure from error
+            if isinstance(error, Exception) and known is not error:
+                raise known from error
             raise  # also an interrupt: it stops this rank, and the others have been told
         if isinstance(answer, bytes):
             # One copy for all: an index times a thousand ranks would not fit into memory.
@@ -292,7 +306,7 @@ class StoreCoordinator:
             self._absent.discard(rank)
             if error is not None:
                 # The first error ends the round: waiting for more would only delay everybody.
-                raise _failure(topic, rank, from_wire(error))
+                raise failure(topic.label, rank, from_wire(error))
             messages[rank] = body
         absent = sorted(set(range(self.world_size)) - messages.keys())
         if absent:
@@ -319,7 +333,7 @@ class StoreCoordinator:
             if error_key is not None:
                 failed = self._try_get(error_key)
                 if failed is not None:
-                    raise _decode_error(failed)
+                    raise decode_error(failed)
             if deadline.passed:
                 return None
             time.sleep(nap)
@@ -371,26 +385,3 @@ class StoreCoordinator:
             kind=ErrorKind.PEER_ABSENT,
             ranks={0: "connection lost"},
         )
-
-
-def _envelope(rank: int, message: bytes | BaseException) -> bytes:
-    if isinstance(message, BaseException):
-        return msgspec.msgpack.encode((rank, b"", to_wire(message)))
-    return msgspec.msgpack.encode((rank, message, None))
-
-
-def _failure(topic: Topic, rank: int, cause: BaseException) -> CheckpointError:
-    """Return the error of the whole job: the class of the cause, and the rank in the message."""
-    text = describe(cause)
-    if isinstance(cause, CheckpointError) and cause.ranks:
-        # It says itself whose fault it was; who passes it on must not be blamed.
-        message = text if text.startswith(topic.label) else f"{topic.label} failed: {text}"
-        return type(cause)(message, kind=cause.kind, ranks=cause.ranks)
-    message = f"{topic.label} failed on rank {rank}: {text}"
-    if isinstance(cause, CheckpointError):
-        return type(cause)(message, kind=cause.kind, ranks={rank: text})
-    return CoordinationError(message, kind=ErrorKind.PEER_FAILED, ranks={rank: text})
-
-
-def _decode_error(data: bytes) -> CheckpointError:
-    return from_wire(msgspec.msgpack.decode(data, type=dict[str, object]))

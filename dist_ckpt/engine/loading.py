@@ -55,6 +55,7 @@ class Loader:
         fall_back: bool,
         own: bool,
         failed: CheckpointError | None = None,
+        wants: Callable[[str], bool] = lambda _: True,
     ) -> LoadReport | None:
         """Restore the state from `step`, or from the newest checkpoint.
 
@@ -64,6 +65,8 @@ class Loader:
             own: whether to take the run over first, so that an older job can no longer commit, and
                 to return None, not raise, when the run has no checkpoint.
             failed: what keeps this rank from loading; all ranks hear of it.
+            wants: tells by its name whether a part is to be loaded; the others stay as they are,
+                and whether the checkpoint has them does not matter.
 
         Raises:
             CheckpointError: the same on every rank. Nothing live was changed when the state does
@@ -84,7 +87,7 @@ class Loader:
                 return None
             refused = dict(choice.refused)
             try:
-                report = self._load(topic, choice, begun)
+                report = self._load(topic, choice, begun, wants)
             except IntegrityError as error:
                 # One round raised it on all ranks, so all of them go on to the next one together.
                 if not fall_back:
@@ -111,11 +114,13 @@ class Loader:
 
         return decide
 
-    def _load(self, topic: Topic, choice: Choice, begun: float) -> LoadReport:
+    def _load(
+        self, topic: Topic, choice: Choice, begun: float, wants: Callable[[str], bool]
+    ) -> LoadReport:
         where = f"step {choice.step} in {self._job.url}"
         opened = self._together(
             topic.phase("fits"),
-            lambda: self._open(choice),
+            lambda: self._open(choice, wants),
             message=lambda found: msgspec.msgpack.encode(found.misfits),
             decide=lambda messages: _judge(messages, where),
         )
@@ -163,18 +168,20 @@ class Loader:
         self._job.training.round(topic, outcome, decide, deadline=self._job.deadline())
         return done[0]
 
-    def _open(self, choice: Choice) -> _Opened:
+    def _open(self, choice: Choice, wants: Callable[[str], bool]) -> _Opened:
         """Find where each stored byte would go, and everything that does not fit."""
         assert choice.step is not None
         store = self._job.repository.store
         checkpoint = Checkpoint(store, choice.manifest, choice.index, step=choice.step)
-        stored = self._stored(checkpoint)
+        found_parts = self._stored(checkpoint)
+        stored = {name: each for name, each in found_parts.items() if wants(name)}
+        wanted = {name: part for name, part in self._state.parts.items() if wants(name)}
         misfits = Misfits(
-            missing=[part for part in self._state.parts if part not in stored],
-            unexpected=[part for part in stored if part not in self._state.parts],
+            missing=[part for part in wanted if part not in stored],
+            unexpected=[part for part in stored if part not in wanted],
         )
         targets: dict[str, Mapping[str, torch.Tensor]] = {}
-        for name, part in self._state.parts.items():
+        for name, part in wanted.items():
             if name not in stored:
                 continue
             found = part.targets(stored[name])
@@ -218,7 +225,8 @@ class Loader:
 
     def _restore(self, opened: _Opened) -> None:
         for name, part in self._state.parts.items():
-            part.restore(opened.stored[name], opened.targets[name])
+            if name in opened.targets:
+                part.restore(opened.stored[name], opened.targets[name])
 
     def _announce(self, refused: Sequence[tuple[int, str]] | set[tuple[int, str]]) -> None:
         rank = self._job.training.rank

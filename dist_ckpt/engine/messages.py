@@ -110,12 +110,14 @@ class ReplicaDigests(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a rank wrote, and how long it took."""
+    """What a rank wrote, how long it took, where it runs, and what metrics it was given."""
 
     files: list[WrittenFile]
     documents: list[Document]
     stage_seconds: float
     write_seconds: float
+    host: str = ""
+    metrics: dict[str, float] = {}
 
 
 def check_same(requests: Sequence[PlanRequest] | Sequence[LoadRequest], verb: str) -> None:

@@ -11,22 +11,26 @@ from typing import Any
 from dist_ckpt import events
 from dist_ckpt.dcp.planner import Describer
 from dist_ckpt.dcp.writer import StagedFile
+from dist_ckpt.engine.about import About
 from dist_ckpt.engine.attempt import Attempt, Inbox, Share
 from dist_ckpt.engine.commit import Commit
 from dist_ckpt.engine.exit import close_at_exit
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
+from dist_ckpt.engine.metrics import Metrics, as_numbers
 from dist_ckpt.engine.options import SaveOptions
 from dist_ckpt.engine.planning import Asked, Planner
+from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.engine.stager import Stager
 from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.engine.writer_thread import WriterThread
-from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, UsageError, describe
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, UsageError
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.marks import EpochNote
 from dist_ckpt.state.train_state import TrainState
 
 _GIVE_UP_SECONDS = 10.0
@@ -46,6 +50,7 @@ class Saver:
     ) -> None:
         self._job = job
         self._state = state
+        self.retention = Retention(job, keep)
         self._metadata = dict(metadata)
         self._options = options = options or SaveOptions()
         self._asked = _as_text(options, keep)
@@ -53,7 +58,7 @@ class Saver:
         self._describer = Describer()
         self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
         self._writer = WriterThread()
-        self._tidier = Tidier(job, keep)
+        self._tidier = Tidier(job, self.retention)
         self._pending: SaveHandle | None = None
         self._last = False
         self._at_exit = close_at_exit(self)
@@ -62,7 +67,7 @@ class Saver:
         """Begin to take the memory that the first save will need, in the background."""
         self._stager.prewarm(self._state)
 
-    def start(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
+    def start(self, step: int, metrics: Metrics, about: About | None = None) -> SaveHandle:
         """Begin to save; return when the state may change again.
 
         Raises:
@@ -99,14 +104,15 @@ class Saver:
             self._job.coordinators.writer,
             topic=topic.phase("commit"),
             deadline=deadline,
+            metrics=as_numbers(metrics),
             overdue=self._overdue,
         )
-        inbox = self._inbox(attempt, self._commit(attempt, metrics))
+        inbox = self._inbox(attempt, self._commit(attempt, about or About()))
         share = self._stage(attempt, inbox, snapshot, agreed.plan)
         self._hand_over(attempt, inbox, share, begun)
         return attempt.handle
 
-    def start_last(self, step: int, metrics: Mapping[str, float]) -> SaveHandle:
+    def start_last(self, step: int, metrics: Metrics) -> SaveHandle:
         """Begin the only save of this job; when it is over everything is released. See `start`."""
         self._last = True
         try:
@@ -115,6 +121,20 @@ class Saver:
             if self._pending is None:  # else the writer releases everything when it has reported
                 self._release()
             raise
+
+    def note_epoch(self, step: int, epoch: int, metrics: Metrics) -> None:
+        """Say of the checkpoint of `step`, once it is committed, what is known only now."""
+        if self._job.training.rank == 0:
+            try:
+                note = EpochNote(epoch, as_numbers(metrics))
+            except UsageError as error:
+                # Not raised: the other ranks have nothing to convert, and would go on alone.
+                self.retention.tell_failed(step, error)
+                return
+            # After the commit on the writer's thread, and after the tidying that follows it.
+            self._writer.submit(
+                lambda: self._tidier.submit_job(lambda: self.retention.note_epoch(step, note))
+            )
 
     def drain(self) -> None:
         """Wait until the save in flight and the retention after it are over.
@@ -180,11 +200,11 @@ class Saver:
         self._pending = None
         return handle.take_error()
 
-    def _snapshot(self, step: int, metrics: Mapping[str, float]) -> Snapshot | Exception:
+    def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | Exception:
         # Returned, not raised: the other ranks wait in a round, and must hear of it.
         try:
             check_step(step)
-            _check_metrics(metrics)
+            as_numbers(metrics)
             return take(
                 self._state,
                 world_size=self._job.training.world_size,
@@ -260,7 +280,7 @@ class Saver:
         if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
             raise share.staged  # an interrupt: the other ranks are told, and this one stops
 
-    def _commit(self, attempt: Attempt, metrics: Mapping[str, float]) -> Commit:
+    def _commit(self, attempt: Attempt, about: About) -> Commit:
         assert self._planner is not None
         deadline = attempt.deadline.for_coordinator()
         return Commit(
@@ -270,11 +290,12 @@ class Saver:
             owned_by_rank=self._planner.owned_by_rank,
             ties=self._planner.ties,
             parts=list(self._state.parts),
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics=attempt.metrics,
             metadata=self._metadata,
             parent_step=self._job.restored_step,
             confirm=lambda: attempt.stop.confirm(deadline),
             max_file_bytes=self._options.memory_limit_bytes,
+            about=about,
         )
 
     def _run(self, attempt: Attempt, inbox: Inbox, commit: Commit) -> None:
@@ -328,15 +349,3 @@ def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:
         "memory_limit_bytes": str(options.memory_limit_bytes),
         "check_replicas": str(options.check_replicas),
     }
-
-
-def _check_metrics(metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise UsageError(f"metric {name!r} must be named by text, not {type(name).__name__}")
-        try:
-            float(value)
-        except Exception as error:  # a foreign __float__ may do anything
-            raise UsageError(
-                f"metric {name!r} is {type(value).__name__}, not a number ({describe(error)})"
-            ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
@@ -23,6 +24,7 @@ class Stop:
     def __init__(self, coordinator: Coordinator, topic: Topic) -> None:
         self._coordinator = coordinator
         self._topic = topic
+        self._note = f"called_off/{topic.key}"
         self._reason: CheckpointError | None = None
         self._lock = threading.Lock()
         self._look_at = time.monotonic()
@@ -31,7 +33,9 @@ class Stop:
         """Give the save up on every rank, unless it is committed first."""
         rank = self._coordinator.rank
         self._end(_cancelled(self._topic, rank))
-        self._coordinator.call_off(self._topic)
+        # Lost with the connection: then the round, too, ends without any of us.
+        with suppress(CoordinationError):
+            self._coordinator.post(self._note, str(rank).encode())
 
     def give_up(self, error: CheckpointError) -> None:
         """End what this rank still does for the save: it has been told that it failed."""
@@ -76,9 +80,10 @@ class Stop:
         self.check()
 
     def _look(self) -> None:
-        rank = self._coordinator.called_off_by(self._topic)
-        if rank is not None:
-            self._end(_cancelled(self._topic, rank))
+        with suppress(CoordinationError):
+            rank = self._coordinator.look(self._note)
+            if rank is not None:
+                self._end(_cancelled(self._topic, int(rank)))
 
     def _is_time_to_look(self) -> bool:
         with self._lock:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from dist_ckpt import events
 from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.writer_thread import WriterThread
 from dist_ckpt.errors import CheckpointError, from_wire, to_wire
-from dist_ckpt.repository.keep import KeepPolicy
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -20,9 +21,9 @@ class Tidier:
         litter: whether files of dead attempts may lie around: at the start, after a failed save.
     """
 
-    def __init__(self, job: Job, keep: KeepPolicy | None) -> None:
+    def __init__(self, job: Job, retention: Retention) -> None:
         self._job = job
-        self._keep = keep
+        self._retention = retention
         self._thread = WriterThread("dist_ckpt-tidy")
         # Looked at while garbage is collected, so it must always hold what is being written.
         self._in_flight: set[str] = set()
@@ -39,19 +40,17 @@ class Tidier:
 
     def submit(self, step: int) -> None:
         """Tidy up in the background after the commit of `step`."""
-        if self._keep is not None or self.litter:
-            self._thread.submit(lambda: self.run(step))
+        self._thread.submit(lambda: self.run(step))
+
+    def submit_job(self, job: Callable[[], None]) -> None:
+        """Run `job` in the background, after the tidying that was submitted; it must not raise."""
+        self._thread.submit(job)
 
     def run(self, step: int) -> None:
         """Tidy up after the commit of `step`. A failure here never undoes the commit."""
         repository, url = self._job.repository, self._job.url
-        origin = self._job.restored_step
-        protected = {step} if origin is None else {step, origin}
         try:
-            if self._keep is not None:
-                gone = repository.retain(self._keep, claim=self._job.claim(), protected=protected)
-                for old, reason in gone.items():
-                    events.emit(events.CheckpointDeleted(url, old, 0, reason))
+            self._retention.after(step)
             if self.litter:
                 # Cleared first: what a save leaves behind meanwhile is for the next time.
                 self.litter = False

@@ -68,6 +68,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         metadata: JSON of the user.
         timings: by rank, in decimal.
         parent_step: the step that the run had restored, if any.
+        epoch: the epoch that ended with this step, None in the middle of one.
+        origin: what made it, as far as that is known: hosts, command line, commit of the program.
         format: version of the format.
     """
 
@@ -84,6 +86,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any]
     timings: dict[str, RankTimings]
     parent_step: int | None
+    # Not in the first manifests of format 1, which stay readable.
+    epoch: int | None = None
+    origin: dict[str, Any] = {}
     format: int = FORMAT
 
 
@@ -96,8 +101,9 @@ def encode(manifest: Manifest) -> bytes:
     """
     fields: dict[str, Any] = {"format": manifest.format}
     fields |= {name: getattr(manifest, name) for name in manifest.__struct_fields__}
-    fields["metrics"] = {name: _number(name, value) for name, value in manifest.metrics.items()}
+    fields["metrics"] = write_metrics(manifest.metrics)
     fields["metadata"] = _plain(manifest.metadata, "metadata", 0)
+    fields["origin"] = _plain(manifest.origin, "origin", 0)
     try:
         text = msgspec.json.format(msgspec.json.encode(fields), indent=2)
     except UnicodeEncodeError as error:
@@ -140,7 +146,7 @@ def decode(data: bytes, *, step: int) -> Manifest:
     if tail is None:
         raise _malformed(step, "it does not end in its digest: it was cut short or edited")
     try:
-        fields["metrics"] = _metrics(fields.get("metrics"))
+        fields["metrics"] = read_metrics(fields.get("metrics"))
         manifest = msgspec.convert(fields, Manifest)
     # OverflowError: a metric of four hundred digits.
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
@@ -171,6 +177,8 @@ def _check(manifest: Manifest, step: int) -> None:
         raise _malformed(step, f"parts {parts} have a name twice or one that cannot be")
     if manifest.parent_step is not None and not 0 <= manifest.parent_step < STEP_LIMIT:
         raise _malformed(step, f"parent step {manifest.parent_step}")
+    if manifest.epoch is not None and manifest.epoch < 0:
+        raise _malformed(step, f"epoch {manifest.epoch}")
     _check_files(manifest, step)
     _check_timings(manifest, step)
 
@@ -225,7 +233,21 @@ def _number(name: str, value: object) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _metrics(fields: object) -> dict[str, float]:
+def write_metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """Return `metrics` as JSON holds them: NaN and the infinities are text.
+
+    Raises:
+        UsageError: one is no number.
+    """
+    return {name: _number(name, value) for name, value in metrics.items()}
+
+
+def read_metrics(fields: object) -> dict[str, float]:
+    """Return the metrics that `write_metrics` made `fields` of.
+
+    Raises:
+        ValueError: it made no such thing.
+    """
     if not isinstance(fields, dict):
         raise ValueError("metrics are missing")
     metrics: dict[str, float] = {}

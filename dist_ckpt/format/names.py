@@ -15,6 +15,8 @@ from dist_ckpt.errors import UsageError
 MANIFEST = "manifest.json"
 INDEX = "index.msgpack"
 EXTRA = "extra"
+PIN = "pin.json"
+EPOCH_NOTE = "epoch.json"
 STEP_LIMIT = 10**10
 RANK_LIMIT = 10**5
 CLAIM_LIMIT = 10**6
@@ -189,7 +191,7 @@ def check_tensor_name(name: str) -> str:
 
 def is_attempt_file(name: str) -> bool:
     """Tell whether `name` is one that dist_ckpt itself writes inside a save id's directory."""
-    return name == INDEX or parse_shard_name(name) is not None
+    return name in (INDEX, PIN, EPOCH_NOTE) or parse_shard_name(name) is not None
 
 
 def _check_count(what: str, value: int, limit: int) -> int:

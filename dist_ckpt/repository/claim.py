@@ -7,9 +7,9 @@ import os
 import socket
 from datetime import UTC, datetime
 
-from dist_ckpt.errors import AlreadyExists, FencedError
+from dist_ckpt.errors import AlreadyExists, CheckpointError, FencedError
 from dist_ckpt.format.names import claim_key, parse_claim
-from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.base import Store, read_all
 
 
 def highest(store: Store) -> int:
@@ -44,6 +44,19 @@ def check_owner(store: Store, number: int) -> None:
     newest = highest(store)
     if newest > number:
         raise FencedError(
-            f"claim {number} on {store.url} was superseded by claim {newest}: another job took "
-            "this run over, so this one may not commit to it and must stop"
+            f"claim {number} on {store.url} was superseded by claim {newest}: "
+            f"{_taker(store, newest)} took this run over, so this one may not commit to it and "
+            "must stop"
         )
+
+
+def _taker(store: Store, number: int) -> str:
+    """Say who holds a claim, as far as that can be read: it is for people only."""
+    try:
+        record = json.loads(read_all(store, claim_key(number), limit_bytes=1 << 16))
+        host, pid, created = (str(record[name])[:80] for name in ("host", "pid", "created"))
+    except (CheckpointError, ValueError, TypeError, KeyError, RecursionError):
+        return "another job"
+    if (host, pid) == (socket.gethostname(), str(os.getpid())):
+        return f"another Checkpointer or save of this very process, at {created},"
+    return f"another job (process {pid} on {host}, at {created})"

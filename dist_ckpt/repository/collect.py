@@ -6,7 +6,7 @@ somebody put into the run stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.format import manifest as manifest_format
@@ -18,22 +18,23 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
+from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.storage.base import Store, Sweeper, read_all
 
 
 def removable(
-    steps: Collection[int], policy: KeepPolicy, protected: Collection[int]
-) -> Mapping[int, str]:
-    """Return the steps that may go, each with the reason; the newest never is one of them."""
-    ordered = sorted(steps)
+    records: Collection[Record], policy: KeepPolicy, protected: Collection[int]
+) -> list[Record]:
+    """Return the checkpoints that may go, the oldest first; the newest never is one of them."""
+    ordered = sorted(records, key=lambda record: record.step)
     kept = policy.kept(ordered)
     # The newest is kept whatever a policy says: it is what a restart needs.
-    return {
-        step: f"not kept by {policy}"
-        for step in ordered[:-1]
-        if step not in kept and step not in protected
-    }
+    return [
+        record
+        for record in ordered[:-1]
+        if record.step not in kept and record.step not in protected
+    ]
 
 
 def delete_checkpoint(store: Store, step: int) -> None:

@@ -12,8 +12,10 @@ from dist_ckpt.format.names import (
     parse_step_dir,
 )
 from dist_ckpt.repository import claim as claims
+from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint, removable
+from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import VerifyReport, verify
@@ -127,27 +129,86 @@ class Repository:
             return VerifyReport(step, 0, 0, (error.message,))
         return verify(checkpoint)
 
+    def records(self) -> list[Record]:
+        """Return what the manifests say of the committed checkpoints, ascending.
+
+        One whose manifest cannot be read has no record.
+
+        Raises:
+            StorageError: the backend failed.
+        """
+        return History(self.store).read(self.steps())
+
     def retain(
-        self, policy: KeepPolicy, *, claim: int, protected: Collection[int]
+        self,
+        policy: KeepPolicy,
+        *,
+        claim: int,
+        protected: Collection[int] = (),
+        damaged: Collection[int] = (),
+        history: History | None = None,
     ) -> Mapping[int, str]:
         """Delete what `policy` does not keep; return the deleted steps with the reasons.
 
+        Pinned checkpoints and the newest one stay in any case.
+
         Args:
-            policy: what to keep; the newest checkpoint stays in any case.
+            policy: what to keep.
             claim: that of the caller.
             protected: steps that stay in any case.
+            damaged: steps that are no use to a restart: they count for nothing, and are left for
+                people to look at, as those are whose manifest cannot be read.
+            history: what the caller has read already.
 
         Raises:
             FencedError: a newer claim owns the run, and may be restoring what would be deleted.
             StorageError: a listing or a deletion failed.
         """
-        going = removable(self.steps(), policy, protected)
-        if going:
+        found = (history or History(self.store)).read(self.steps())
+        good = [record for record in found if record.step not in damaged]
+        gone: dict[int, str] = {}
+        for record in removable(good, policy, protected):
+            if marks.is_pinned(self.store, record.step, record.save_id):
+                continue
             # Only the owner deletes, and a newer claim may have been made since the commit.
             claims.check_owner(self.store, claim)
-        for step in going:
-            delete_checkpoint(self.store, step)
-        return going
+            delete_checkpoint(self.store, record.step)
+            gone[record.step] = f"not kept by {policy}"
+        return gone
+
+    def pin(self, step: int, *, reason: str = "") -> None:
+        """Keep a committed checkpoint whatever any policy says, until `unpin`.
+
+        Args:
+            step: which one; pinned already, it stays as it is.
+            reason: for people, stored in the pin.
+
+        Raises:
+            NotFound: the step is not committed, or was deleted meanwhile.
+            StorageError: the pin could not be stored.
+        """
+        save_id = self.open(step).manifest.save_id
+        marks.pin(self.store, step, save_id, reason)
+        # Retention may have looked for a pin just before and gone on to delete.
+        if not self._is_committed(step):
+            marks.unpin(self.store, step, save_id)
+            raise self._not_found(step)
+
+    def unpin(self, step: int) -> None:
+        """Let retention decide about `step` again; without a pin nothing happens.
+
+        Raises:
+            NotFound: the step is not committed.
+        """
+        marks.unpin(self.store, step, self.open(step).manifest.save_id)
+
+    def pinned(self) -> list[int]:
+        """Return the pinned steps, ascending."""
+        return [
+            record.step
+            for record in self.records()
+            if marks.is_pinned(self.store, record.step, record.save_id)
+        ]
 
     def collect(self, *, claim: int, in_flight: Collection[str]) -> list[str]:
         """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""

@@ -42,11 +42,21 @@ class ModelPart:
     `name.<attribute>` each. What the module makes up for its state dict (`get_extra_state`, hooks
     that copy) is loaded fresh and given back through `module.load_state_dict`. Tied parameters
     appear under each of their names.
+
+    Args:
+        module: the live module.
+        name: of the part, for messages.
+        trainable_only: leave out parameters that do not require gradients, and whatever else
+            belongs to submodules that own no parameter which does (a frozen, perhaps quantized
+            base is loaded from where it came from).
     """
 
-    def __init__(self, module: nn.Module, *, name: str = "model") -> None:
+    def __init__(
+        self, module: nn.Module, *, name: str = "model", trainable_only: bool = False
+    ) -> None:
         self.module = module
         self.name = name
+        self._trainable_only = trainable_only
         self._optimizers: list[Optimizer] = []
         # Canonical by raw name, true for a module tree of these types.
         self._canonical: dict[str, str] = {}
@@ -149,8 +159,11 @@ class ModelPart:
         live = {id(tensor) for tensor in self.module.parameters()}
         live.update(id(tensor) for tensor in self.module.buffers())
         canonical = self._names()
+        trained = self._trained_modules() if self._trainable_only else None
         entries: dict[str, _Entry] = {}
         for raw_name, value in state.items():
+            if trained is not None and not _is_trained(raw_name, value, trained):
+                continue
             name = canonical(raw_name)
             is_live = id(value) in live
             inner = inner_tensors(value, name) if is_live else {name: value}
@@ -178,6 +191,14 @@ class ModelPart:
 
         return canonical
 
+    def _trained_modules(self) -> set[str]:
+        """Return the names of the submodules that own a parameter which requires a gradient."""
+        return {
+            name
+            for name, module in self.module.named_modules()
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        }
+
     def _path(self, name: str) -> str:
         return f"{self.name}.{name}"
 
@@ -185,3 +206,10 @@ class ModelPart:
 def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _is_trained(raw_name: str, value: object, trained: set[str]) -> bool:
+    # By the flag and not by the gradient, which is None before the first backward.
+    if isinstance(value, nn.Parameter):
+        return value.requires_grad
+    return raw_name.rpartition(".")[0] in trained

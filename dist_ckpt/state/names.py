@@ -12,6 +12,8 @@ _WRAPPERS: dict[tuple[str, str], str] = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    # Not to be taken off by a user, but averaged weights are to load into a plain model, too.
+    ("torch.optim.swa_utils", "AveragedModel"): "module",
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",

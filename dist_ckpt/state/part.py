@@ -8,7 +8,7 @@ encoding refers to (`dist_ckpt.state.objects.references`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -48,6 +48,10 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+def _no_ranks() -> Sequence[Mapping[str, bytes]]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a checkpoint holds for one part.
@@ -59,6 +63,8 @@ class Stored:
         rank: this rank, now.
         world_size: ranks now.
         saved_world_size: ranks at the save.
+        by_rank: of a per-rank part, returns the objects of every rank that saved, by rank. They are
+            read when asked for: only who reshards wants more than its own.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -66,6 +72,7 @@ class Stored:
     rank: int
     world_size: int
     saved_world_size: int
+    by_rank: Callable[[], Sequence[Mapping[str, bytes]]] = _no_ranks
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,13 @@ class Targets:
         tensors: what to fill, by stored name: live tensors or fresh ones, plain or DTensors.
         missing: names that the state has and the checkpoint has not.
         unexpected: names that the checkpoint has and the state, on this rank, has not.
+        note: what a user should know of this restore although nothing is wrong, for the report.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    note: str | None = None
 
 
 @runtime_checkable

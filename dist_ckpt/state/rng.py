@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from dist_ckpt.errors import IncompatibleError, describe
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.streams import fresh_note, fresh_seed
 
 _READ: dict[str, Callable[[], object]] = {
     "python": random.getstate,
@@ -43,7 +43,8 @@ class RngPart:
     def targets(self, stored: Stored) -> Targets:
         """Return no tensors: the states are objects."""
         unexpected = stored.tensors.keys() | (stored.objects.keys() - _READ.keys())
-        return Targets({}, sorted(_READ.keys() - stored.objects.keys()), sorted(unexpected))
+        missing = sorted(_READ.keys() - stored.objects.keys())
+        return Targets({}, missing, sorted(unexpected), fresh_note(self.name, stored))
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set every generator; the last thing to restore, since anything before may draw.
@@ -88,7 +89,7 @@ def _set_all(values: Mapping[str, Any], stored: Stored) -> None:
 
 def _seed_all(stored: Stored) -> None:
     random.seed(_seed(stored, "python"))
-    np.random.seed(np.frombuffer(_digest(stored, "numpy"), dtype="<u4").astype(np.uint32))
+    np.random.seed(np.frombuffer(_fresh(stored, "numpy"), dtype="<u4").astype(np.uint32))
     torch.default_generator.manual_seed(_seed(stored, "torch"))
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
@@ -103,16 +104,11 @@ def _seed_cuda(device: int, stored: Stored) -> None:
 
 def _seed(stored: Stored, kind: str) -> int:
     # 63 bits: torch takes a signed integer.
-    return int.from_bytes(_digest(stored, kind)[:8], "little") >> 1
+    return int.from_bytes(_fresh(stored, kind)[:8], "little") >> 1
 
 
-def _digest(stored: Stored, kind: str) -> bytes:
-    # Not Python's hash, which is salted per process, nor a sum, by which near ranks would collide.
-    digest = blake2b(digest_size=32)
+def _fresh(stored: Stored, kind: str) -> bytes:
     # Only of its own kind: a program that seeds torch and not Python is repeatable all the same.
     # A GPU's stream also depends on torch's, because a save without GPUs has nothing of its own.
     own = kind.partition(":")[0]
-    for name in (own, "torch") if own == "cuda" else (own,):
-        digest.update(stored.objects.get(name, b""))
-    digest.update(f"/{kind}/{stored.world_size}/{stored.rank}".encode())
-    return digest.digest()
+    return fresh_seed(stored, kind, (own, "torch") if own == "cuda" else (own,))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.state.repeatable import Indexed, Repeatable, seeded
 
 Batch = TypeVar("Batch")
 
@@ -28,7 +29,8 @@ class ElasticSampler:
     ::
 
         sampler = ElasticSampler(len(dataset), global_batch=64)
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2)
+        data = sampler.repeatable(dataset)  # where samples are made with random augmentation
+        loader = DataLoader(data, batch_sampler=sampler, num_workers=2)
         for batch in sampler.batches(loader):  # endless: ends when the loop is left
             ...
 
@@ -41,7 +43,7 @@ class ElasticSampler:
     away from the global generator: there it comes from `seed`, the epoch, the position and the
     rank, so the numbers that the training loop draws are the same whether or not it was resumed
     in the middle of an epoch. What workers themselves draw starts anew with each start of the
-    loader; augmentation that must repeat exactly takes its randomness from the sample's index.
+    loader, unless they draw from the dataset that `repeatable` returns.
 
     Args:
         length: samples in the dataset.
@@ -83,6 +85,7 @@ class ElasticSampler:
         self._world_size = world_size
         self._epoch = 0
         self._consumed = 0
+        self._repeatable = False
         self._restores = 0  # how often the position was moved from outside
         # Which of the two asked for index lists: the loader inside `batches`, or somebody else.
         self._in_batches = False
@@ -111,6 +114,26 @@ class ElasticSampler:
         else:
             self._started_elsewhere = True
         return self._index_lists(self._consumed)
+
+    def repeatable(self, dataset: Indexed[Any]) -> Repeatable:
+        """Return `dataset` such that its random augmentation repeats exactly.
+
+        The randomness of a sample then comes from `seed`, the epoch and the sample's index alone:
+        neither a resume nor another number of workers or ranks changes it. It works with the global
+        generators of Python, numpy and torch.
+
+        Args:
+            dataset: the samples, by index; the loader is to draw from what is returned.
+
+        Raises:
+            UsageError: it has another length than this sampler was made for.
+        """
+        if len(dataset) != self.length:
+            raise UsageError(
+                f"the dataset has {len(dataset)} samples, and the sampler is for {self.length}"
+            )
+        self._repeatable = True
+        return Repeatable(dataset)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of `loader`, which draws from this sampler, epoch after epoch.
@@ -215,13 +238,14 @@ class ElasticSampler:
                 f"a batch of {smallest} samples has none for some of {world_size} ranks: raise "
                 "global_batch, or pass drop_last=True if it is the last one of the epoch"
             )
-        order = self._order()
+        order, origin = self._order(), self._hash("sample")
         for first in range(start, end, self.global_batch):
             stop = min(first + self.global_batch, end)
             # The first ranks take one more; every rank can say so without asking another.
             share, extra = divmod(stop - first, world_size)
             low = first + rank * share + min(rank, extra)
-            yield order[low : low + share + (rank < extra)].tolist()
+            indices = order[low : low + share + (rank < extra)].tolist()
+            yield [seeded(i, origin) for i in indices] if self._repeatable else indices
 
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         if not self.shuffle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from functools import singledispatch
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,8 @@ from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
 
-_NAME = "value"
+VALUE = "value"
+"""The name of the one object that such a part consists of."""
 
 
 @runtime_checkable
@@ -30,43 +31,55 @@ class Stateful(Protocol):
         ...
 
 
+Reshard = Callable[[Sequence[Any], int, int], Any]
+"""Called with the saved values by rank, this rank, and the world size; returns this rank's."""
+
+
 class ValuePart:
     """A plain value, stored as one object named `value` and the tensors in it.
 
     A restore updates a dict, list, set, array or tensor in place, if the stored one is of its
     type (and shape and dtype), so that whoever holds it sees the change; any other value is
-    replaced. A per-rank value keeps its tensors inside the object.
+    replaced. A per-rank value keeps its tensors inside the object; at another world size `reshard`
+    makes each rank's value out of those of all ranks that saved.
     """
 
-    def __init__(self, value: object, *, name: str, per_rank: bool = False) -> None:
+    def __init__(
+        self, value: object, *, name: str, per_rank: bool = False, reshard: Reshard | None = None
+    ) -> None:
         self.value = value
         self.name = name
         self._per_rank = per_rank
+        self._reshard = reshard
 
     def capture(self) -> Captured:
         """Return the value encoded, and the tensors in it."""
         value = self._read()  # once: a state_dict may be costly or count its calls
         if self._per_rank:
             # Names of tensors are shared by all ranks, so these tensors go inside.
-            return Captured({}, {_NAME: encode(value, path=self.name)}, per_rank=True)
+            return Captured({}, {VALUE: encode(value, path=self.name)}, per_rank=True)
         tensors: dict[str, torch.Tensor] = {}
-        data = encode(value, path=self.name, tensors=tensors, prefix=_NAME)
-        return Captured(tensors, {_NAME: data})
+        data = encode(value, path=self.name, tensors=tensors, prefix=VALUE)
+        return Captured(tensors, {VALUE: data})
 
     def targets(self, stored: Stored) -> Targets:
         """Return fresh tensors, laid out as the live ones of the same names and shapes.
 
         Raises:
-            IncompatibleError: values of each rank, saved by another number of ranks.
+            IncompatibleError: values of each rank, saved by another number of ranks, and nothing
+                that could reshard them.
         """
-        if _NAME not in stored.objects:
-            return Targets({}, [_NAME], sorted(stored.tensors.keys() | stored.objects.keys()))
-        if self._per_rank and stored.world_size != stored.saved_world_size:
-            raise IncompatibleError(
-                f"{self.name} is kept per rank: it was saved by {stored.saved_world_size} ranks "
-                f"and there are {stored.world_size} now; run with as many, or leave it out"
+        if VALUE not in stored.objects:
+            return Targets({}, [VALUE], sorted(stored.tensors.keys() | stored.objects.keys()))
+        note = None
+        if self._is_resharded(stored):
+            # Asked for now, while nothing live has changed; the hook itself runs in `restore`.
+            self._saved_values(stored)
+            note = (
+                f"{self.name} was kept per rank by {stored.saved_world_size} ranks and resharded "
+                f"for {stored.world_size}"
             )
-        wanted = references(stored.objects[_NAME], path=self.name)
+        wanted = references(stored.objects[VALUE], path=self.name)
         # Fresh even where a live one would fit: a load_state_dict may compare old with new.
         live = self.capture().tensors if wanted else {}
         tensors = {}
@@ -77,13 +90,47 @@ class ValuePart:
                 like = live[name] if same else torch.empty(0)
                 tensors[name] = empty_beside(like, spec)
         missing = [name for name in wanted if name not in stored.tensors]
-        others = (stored.tensors.keys() - set(wanted)) | (stored.objects.keys() - {_NAME})
-        return Targets(tensors, missing, sorted(others))
+        others = (stored.tensors.keys() - set(wanted)) | (stored.objects.keys() - {VALUE})
+        return Targets(tensors, missing, sorted(others), note)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the stored value in the place of the live one."""
-        if _NAME in stored.objects:
-            self._write(decode(stored.objects[_NAME], tensors=tensors, path=self.name))
+        if VALUE not in stored.objects:
+            return
+        if self._is_resharded(stored):
+            self._write(self._resharded(stored))
+        else:
+            self._write(decode(stored.objects[VALUE], tensors=tensors, path=self.name))
+
+    def _is_resharded(self, stored: Stored) -> bool:
+        return self._per_rank and stored.world_size != stored.saved_world_size
+
+    def _saved_values(self, stored: Stored) -> list[Any]:
+        """Return the value of every rank that saved."""
+        if self._reshard is None:
+            # Never one rank's value for all, and never none: both lose data positions silently.
+            raise IncompatibleError(
+                f"{self.name} is kept per rank: it was saved by {stored.saved_world_size} ranks "
+                f"and there are {stored.world_size} now; run with as many, give "
+                "PerRank(..., reshard=...) a function that makes the new values, or leave it out"
+            )
+        return [
+            decode(objects[VALUE], tensors={}, path=f"{self.name} of rank {rank}")
+            for rank, objects in enumerate(stored.by_rank())
+        ]
+
+    def _resharded(self, stored: Stored) -> Any:
+        values = self._saved_values(stored)
+        assert self._reshard is not None  # `_saved_values` raised
+        try:
+            return self._reshard(values, stored.rank, stored.world_size)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise IncompatibleError(
+                f"{self.name}: its reshard hook failed on rank {stored.rank} of "
+                f"{stored.world_size}: {describe(error)}"
+            ) from error
 
     def _read(self) -> object:
         return self.value
@@ -98,8 +145,10 @@ class ValuePart:
 class StatefulPart(ValuePart):
     """Anything with `state_dict` and `load_state_dict`: what the one returns, the other gets."""
 
-    def __init__(self, value: Stateful, *, name: str, per_rank: bool = False) -> None:
-        super().__init__(value, name=name, per_rank=per_rank)
+    def __init__(
+        self, value: Stateful, *, name: str, per_rank: bool = False, reshard: Reshard | None = None
+    ) -> None:
+        super().__init__(value, name=name, per_rank=per_rank, reshard=reshard)
         self._stateful = value
 
     def _read(self) -> object:

@@ -106,7 +106,8 @@ class Phase:
             *("--local-addr", "127.0.0.1", "--nproc-per-node", str(self.world_size)),
             *("--max-restarts", str(restarts), "-m", "examples.demo_parts.worker"),
             *("--diary", str(self.folder / "diary"), *kill, "--"),
-            *("--dir", self.run, "--losses", str(self.losses), "--parallel", self.layout),
+            *("--checkpoint-dir", self.run, "--auto-resume", "--losses", str(self.losses)),
+            *("--parallel", self.layout),
             *("--steps", str(self.steps), *training),
         ]
 

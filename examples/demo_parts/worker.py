@@ -82,7 +82,8 @@ class Watcher:
 
     def __call__(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         restored, self.seen = not self.seen, True
-        saved = step % self.options.save_every == 0 or step == self.options.steps
+        interval = self.options.checkpoint.checkpoint_interval or self.options.steps
+        saved = step % interval == 0 or step == self.options.steps
         # A new run has no optimizer state yet, and asking for it would create one.
         if step and (restored or saved):
             digests = dict(full_digests(model, optimizer))
@@ -119,13 +120,14 @@ def main() -> None:
     parser.add_argument("training", nargs="+")
     arguments = parser.parse_args()
     options = train_gpt.parse_options(arguments.training)
+    run = options.checkpoint.checkpoint_dir
     diary = Diary(arguments.diary)
     events.subscribe(diary.note_event)
     if arguments.kill_at and diary.rank == VICTIM_RANK and diary.attempt == 0:
-        events.subscribe(Assassin(options.dir, arguments.kill_at, diary))
+        events.subscribe(Assassin(run, arguments.kill_at, diary))
     diary.note(
         "start",
-        listed=listed_steps(options.dir),
+        listed=listed_steps(run),
         epoch_steps=train_gpt.EPOCH_STEPS,
         samples=train_gpt.EPOCH_STEPS * train_gpt.GLOBAL_BATCH,
     )

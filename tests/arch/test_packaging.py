@@ -10,7 +10,11 @@ from typing import Any
 
 from tests.arch.source import ROOT, imports, modules
 
-IMPORT_NAMES = {"import-linter": "importlinter", "pytest-timeout": "pytest_timeout"}
+IMPORT_NAMES = {
+    "import-linter": "importlinter",
+    "pytest-timeout": "pytest_timeout",
+    "PyYAML": "yaml",
+}
 
 
 def _project() -> dict[str, Any]:
@@ -34,7 +38,7 @@ def _third_party(folder: Path) -> set[str]:
 
 
 def test_dependencies_are_what_the_package_imports() -> None:
-    wanted = {_bare(each) for each in _project()["dependencies"]}
+    wanted = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in _project()["dependencies"]}
     # What it ships for tests needs pytest, which whoever uses it has.
     assert _third_party(ROOT / "dist_ckpt") - {"pytest"} == wanted
 

@@ -20,6 +20,8 @@ NAMES = [
     "async_save",
     "load",
     "keep",
+    "policy",
+    "EarlyStopping",
     "register_type",
     "errors",
     "events",
@@ -51,7 +53,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
         "import dist_ckpt",
         "import dist_ckpt.errors, dist_ckpt.repository, dist_ckpt.storage, dist_ckpt.format",
         "import dist_ckpt.repository.repository, dist_ckpt.repository.verify",
-        "from dist_ckpt import keep, errors, events, CheckpointError",
+        "from dist_ckpt import keep, policy, errors, events, CheckpointError",
+        "from dist_ckpt import flags, scalars",
         "import dist_ckpt.testing",
     ],
 )

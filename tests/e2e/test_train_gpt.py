@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ TIMEOUT_SECONDS = 120
 
 
 def train(folder: Path, steps: int, *launcher: str, layout: str = "ddp") -> None:
-    command = [sys.executable, *launcher, "examples/train_gpt.py", "--dir", str(folder / "run")]
+    command = [sys.executable, *launcher, "examples/train_gpt.py"]
+    command += ["--checkpoint-dir", str(folder / "run"), "--auto-resume"]
     command += ["--parallel", layout, "--device", "cpu", "--steps", str(steps)]
-    command += ["--save-every", "2", "--losses", str(folder / "losses.jsonl")]
+    command += ["--checkpoint_interval", "2", "--losses", str(folder / "losses.jsonl")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -47,6 +49,27 @@ def test_a_run_goes_on_with_other_workers_and_layouts(tmp_path: Path) -> None:
     # The three newest are kept, and the last step of each start was saved though it was not due.
     assert repository.steps() == [4, 5, 6]
     assert [repository.verify(step).problems for step in repository.steps()] == [()] * 3
+
+
+def test_asked_to_end_it_saves_first(tmp_path: Path) -> None:
+    log = tmp_path / "losses.jsonl"
+    os.mkfifo(log)  # reading it waits for the next step
+    command = [sys.executable, "examples/train_gpt.py", "--checkpoint-dir", str(tmp_path / "run")]
+    command += ["--checkpoint-interval", "1000", "--device", "cpu", "--losses", str(log)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        with log.open() as lines:
+            steps = [json.loads(next(lines)).get("step", 0) for _ in range(4)]
+            process.terminate()
+            steps += [json.loads(line)["step"] for line in lines]
+        assert process.wait(TIMEOUT_SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+    # Nothing was due but by the signal, and no step that was taken is lost.
+    assert 3 <= steps[-1] < 90
+    assert Repository(resolve(str(tmp_path / "run"))).steps() == [steps[-1]]
 
 
 def _samples_seen(folder: Path) -> int:

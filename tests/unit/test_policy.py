@@ -2,25 +2,135 @@
 
 from __future__ import annotations
 
+import math
+import signal
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_ckpt import policy
 from dist_ckpt.errors import UsageError
-from dist_ckpt.policy import every
+from dist_ckpt.policy import Moment, SavePolicy, Scope
+from dist_ckpt.repository.ranking import Criterion
+
+LOSS = Criterion("loss")
 
 
 @given(st.integers(1, 1000), st.integers(0, 10**9))
 def test_multiples_are_due(steps: int, step: int) -> None:
-    assert every(steps)(step) is (step % steps == 0)
+    assert (policy.every(steps).due(Moment(step)) is not None) is (step % steps == 0)
 
 
 @given(st.integers(0, 10**9))
-def test_none_is_never(step: int) -> None:
-    assert every(None)(step) is False
+def test_never_is_never(step: int) -> None:
+    assert policy.never().due(Moment(step, epoch=1, seconds=1e9, signal="SIGTERM")) is None
+
+
+def test_steps_are_asked_about_once_and_not_at_the_end_of_the_epoch_again() -> None:
+    assert policy.every(5).due(Moment(10)) == "every 5 steps"
+    assert policy.every(5).due(Moment(10, epoch=2)) is None
+
+
+def test_ends_of_epochs() -> None:
+    due = [policy.every(epochs=2).due(Moment(7, epoch=epoch)) for epoch in (None, 1, 2, 4)]
+    assert due == [None, None, "end of epoch 2", "end of epoch 4"]
+
+
+def test_given_steps_and_the_last() -> None:
+    when = policy.at(1, 10) | policy.last(25)
+    assert [step for step in range(30) if when.due(Moment(step))] == [1, 10, 25]
+    assert when.due(Moment(25)) == "last step"
+    assert str(when) == "policy.at(1, 10) | policy.last(25)"
+
+
+def test_seconds_since_the_last_save() -> None:
+    assert policy.every(seconds=60).due(Moment(3, seconds=59.9)) is None
+    assert policy.every(seconds=60).due(Moment(3, seconds=60.0)) == "every 60 s"
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "due"),
+    [
+        (1.0, None, True),
+        (1.0, 2.0, True),
+        (2.0, 2.0, False),
+        (3.0, 2.0, False),
+        (math.nan, None, False),
+        (math.nan, 2.0, False),
+        (math.inf, None, True),
+    ],
+)
+def test_better_means_strictly_better_and_never_nan(
+    value: float, best: float | None, due: bool
+) -> None:
+    before = {} if best is None else {LOSS: best}
+    moment = Moment(5, metrics={"loss": value}, best=before)
+    assert (policy.better("loss").due(moment) is not None) is due
+    # For "max" the other way round; another criterion of the same metric has a best of its own.
+    flipped = Moment(
+        5,
+        metrics={"loss": -value},
+        best={Criterion("loss", "max"): -before[LOSS]} if before else {},
+    )
+    assert (policy.better("loss", mode="max").due(flipped) is not None) is due
+    assert policy.better("other").due(moment) is None
+
+
+def test_signals_by_name() -> None:
+    when = policy.on_signal(signal.SIGTERM, signal.SIGUSR1)
+    assert when.due(Moment(1, signal="SIGUSR1")) == "signal SIGUSR1"
+    assert when.due(Moment(1, signal="SIGUSR2")) is None
+    assert when.due(Moment(1)) is None
+    assert policy.on_signal() == policy.on_signal(signal.SIGTERM)
+
+
+def test_all_reasons_are_told() -> None:
+    when = policy.every(5) | policy.every(seconds=1) | policy.every(3)
+    assert when.due(Moment(15, seconds=2.0)) == "every 5 steps, every 1 s, every 3 steps"
+    assert len(policy.members(when)) == 3
+    assert policy.every(5) | policy.every(3) == policy.every(5) | policy.every(3), "pure values"
+
+
+@pytest.mark.parametrize(
+    ("when", "scope"),
+    [
+        (policy.every(5) | policy.every(epochs=1) | policy.at(3), Scope.LOCAL),
+        (policy.every(5) | policy.every(seconds=9), Scope.AHEAD),
+        (policy.on_signal(), Scope.AHEAD),
+        (policy.every(seconds=9) | policy.better("loss") | policy.every(5), Scope.AT_ONCE),
+        (policy.never(), Scope.LOCAL),
+    ],
+)
+def test_what_needs_the_word_of_rank_0(when: SavePolicy, scope: Scope) -> None:
+    assert when.scope is scope
 
 
 @pytest.mark.parametrize("steps", [0, -5, True, 2.0, "10"])
 def test_what_is_no_number_of_steps(steps: object) -> None:
     with pytest.raises(UsageError, match="positive integer"):
-        every(steps)  # type: ignore[arg-type]
+        policy.every(steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (policy.every, "one of"),
+        (lambda: policy.every(5, seconds=5), "one of"),
+        (lambda: policy.every(seconds=0), "above 0"),
+        (lambda: policy.every(seconds=math.nan), "above 0"),
+        (lambda: policy.every(seconds=math.inf), "above 0"),
+        (lambda: policy.every(seconds="60"), "above 0"),  # type: ignore[arg-type]
+        (lambda: policy.every(epochs=0), "positive integer"),
+        (policy.at, "at least one step"),
+        (lambda: policy.at(5, -1), "integer from 0"),
+        (lambda: policy.last(True), "integer from 0"),
+        (lambda: policy.better("loss", mode="lower"), "'min' or 'max'"),  # type: ignore[arg-type]
+        (lambda: policy.on_signal(signal.SIGKILL), "nobody can catch"),
+        (lambda: policy.on_signal(9999), "takes signals"),
+    ],
+)
+def test_bad_policies(make: Callable[[], SavePolicy], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()

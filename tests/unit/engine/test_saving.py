@@ -19,7 +19,7 @@ from dist_ckpt import events, keep
 from dist_ckpt.engine import job as job_module
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
-from dist_ckpt.repository import Repository
+from dist_ckpt.repository import Record, Repository
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule
@@ -180,7 +180,7 @@ def test_nothing_is_committed_once_the_deadline_has_passed() -> None:
 class Picky:
     """A policy with a mistake in it."""
 
-    def kept(self, steps: Sequence[int]) -> Mapping[int, str]:
+    def kept(self, records: Sequence[Record]) -> Mapping[int, str]:
         raise ZeroDivisionError("a mistake")
 
 

@@ -13,6 +13,7 @@ import torch
 import dist_ckpt
 from dist_ckpt import events, keep
 from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.errors import StorageError
 from dist_ckpt.repository import Repository, Transaction
@@ -75,7 +76,7 @@ def test_what_is_being_written_is_no_garbage() -> None:
     inner = new_store()
     root = FaultyStore(inner, [Rule("list_children", hang, key="step-*", nth=1)])
     job = Job(root, timeout_seconds=60)
-    tidier = Tidier(job, None)
+    tidier = Tidier(job, Retention(job, None))
     dead = Transaction(inner, 1, tidier.begin(1))
     dead.put_file("model.r00000.safetensors", [b"dead"])
     Transaction(inner, 2, tidier.begin(2))  # so that the first is over

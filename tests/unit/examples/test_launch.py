@@ -44,14 +44,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     text = " ".join(command)
     assert "--nproc-per-node 2 --max-restarts 1" in text
     assert "--kill-at 40 -- " in text
-    assert f"--dir {tmp_path}/run" in text
+    assert f"--checkpoint-dir {tmp_path}/run --auto-resume" in text
     assert text.endswith("--parallel fsdp --steps 60 --seed 7")
 
 
 def test_a_run_in_a_store_and_its_logs_in_the_folder(tmp_path: Path) -> None:
     phase = Phase("killed", tmp_path / "killed", "fsdp", 2, 60, store="s3://bucket/demo")
     text = " ".join(phase.command([]))
-    assert "--dir s3://bucket/demo/killed " in text
+    assert "--checkpoint-dir s3://bucket/demo/killed " in text
     assert f"--losses {tmp_path}/killed/losses.jsonl" in text
 
 

@@ -54,6 +54,23 @@ def sealed(change: Callable[[dict[str, Any]], Any]) -> bytes:
     return head + f',\n  "digest": "{bytes_digest(head)}"\n}}\n'.encode()
 
 
+def test_epoch_and_origin_come_back_and_may_be_absent() -> None:
+    said = manifest(epoch=3, origin={"hosts": ["a"], "git": {"dirty": True}})
+    assert decode(encode(said), step=STEP) == said
+
+    def forget(fields: dict[str, Any]) -> None:
+        del fields["epoch"], fields["origin"]
+
+    early = decode(sealed(forget), step=STEP)
+    assert (early.epoch, early.origin) == (None, {})
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.5, "1", True])
+def test_an_impossible_epoch_is_refused(epoch: object) -> None:
+    with pytest.raises(IntegrityError):
+        decode(sealed(lambda fields: fields.update(epoch=epoch)), step=STEP)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

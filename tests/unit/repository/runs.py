@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
+
+import msgspec
 
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests, bytes_digest, file_digest
@@ -50,9 +53,9 @@ def put_files(attempt: Transaction, content: bytes) -> Index:
     )
 
 
-def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile) -> Manifest:
-    """Describe the attempt."""
-    return Manifest(
+def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile, **said: Any) -> Manifest:
+    """Describe the attempt; `said` are fields of the manifest that are to be otherwise."""
+    plain = Manifest(
         step=attempt.step,
         save_id=attempt.save_id,
         claim=attempt.claim,
@@ -70,12 +73,13 @@ def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile) -> Man
         timings={},
         parent_step=None,
     )
+    return msgspec.structs.replace(plain, **said)
 
 
-def commit(attempt: Transaction, content: bytes = b"weights") -> Manifest:
-    """Write all files of an attempt and commit it."""
+def commit(attempt: Transaction, content: bytes = b"weights", **said: Any) -> Manifest:
+    """Write all files of an attempt and commit it; `said` as for `manifest_of`."""
     index = put_files(attempt, content)
-    return attempt.commit(index, lambda stored: manifest_of(attempt, index, stored))
+    return attempt.commit(index, lambda stored: manifest_of(attempt, index, stored, **said))
 
 
 def save(store: Store, *steps: int, claim: int | None = None, content: bytes = b"weights") -> int:

@@ -157,7 +157,7 @@ def test_of_takes_a_state_or_a_dict() -> None:
 @pytest.mark.parametrize("name", ["extra", "a.b", "", "1st", "x" * 65])
 def test_bad_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
-        TrainState(**{name: 1})
+        TrainState.of({name: 1})
 
 
 @pytest.mark.parametrize(

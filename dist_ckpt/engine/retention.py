@@ -1,0 +1,91 @@
+"""What rank 0 does about older checkpoints after each commit, on the background thread."""
+
+from __future__ import annotations
+
+import logging
+
+from dist_ckpt import events
+from dist_ckpt.engine.job import Job
+from dist_ckpt.errors import CheckpointError, from_wire, to_wire
+from dist_ckpt.repository.history import History
+from dist_ckpt.repository.keep import KeepPolicy, criteria
+from dist_ckpt.repository.marks import EpochNote, put_epoch_note
+from dist_ckpt.repository.ranking import Criterion
+
+_log = logging.getLogger("dist_ckpt")
+
+
+class Retention:
+    """Keeps what a policy keeps. Used by the background thread of rank 0 alone.
+
+    Attributes:
+        damaged: steps that a restore of this job passed over: they count for nothing, and stay.
+    """
+
+    def __init__(self, job: Job, policy: KeepPolicy | None) -> None:
+        """Remember what to keep; None is everything."""
+        self._job = job
+        self._policy = policy
+        self._history = History(job.repository.store)
+        self._missed: set[Criterion] = set()
+        self.damaged: frozenset[int] = frozenset()
+
+    def after(self, step: int) -> None:
+        """Delete what need not be kept, now that `step` is committed.
+
+        Raises:
+            CheckpointError: a listing or a deletion failed, or a newer job owns the run.
+        """
+        # It may be a step that was deleted by hand, or passed over, and is another one now.
+        self._history.forget(step)
+        self.damaged -= {step}
+        if self._policy is None:
+            return
+        origin = self._job.restored_step
+        gone = self._job.repository.retain(
+            self._policy,
+            claim=self._job.claim(),
+            protected={step} if origin is None else {step, origin},
+            damaged=self.damaged,
+            history=self._history,
+        )
+        for old, reason in gone.items():
+            events.emit(events.CheckpointDeleted(self._job.url, old, 0, reason))
+        self._tell_missing(self._policy, step)
+
+    def note_epoch(self, step: int, note: EpochNote) -> None:
+        """Say of the committed `step` what is known only now, then do as `after`.
+
+        A failure is told by an event and the log, not raised: the checkpoint is as good as before.
+        """
+        store = self._job.repository.store
+        try:
+            record = self._history.of(step)
+            if record is not None:  # else its save failed, and that is told elsewhere
+                put_epoch_note(store, step, record.save_id, note)
+                self.after(step)
+        except Exception as error:  # a policy of the user may raise anything
+            self.tell_failed(step, error)
+
+    def tell_failed(self, step: int, error: Exception) -> None:
+        """Say that something about a committed checkpoint could not be noted."""
+        failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
+        events.emit(events.RetentionFailed(self._job.url, step, 0, failure))
+        _log.warning("noting metrics of step %d in %s failed: %s", step, self._job.url, failure)
+
+    def _tell_missing(self, policy: KeepPolicy, step: int) -> None:
+        """Say once that a metric which decides what is kept is not there: it may be misspelt."""
+        record = self._history.of(step)
+        if record is None or record.epoch is None:
+            return  # most metrics are known at the ends of epochs only
+        for criterion in criteria(policy):
+            if criterion.metric not in record.metrics and criterion not in self._missed:
+                self._missed.add(criterion)
+                known = ", ".join(map(repr, record.metrics)) or "none"
+                _log.warning(
+                    "step %d in %s has no metric %r (it has: %s), so it cannot be kept as the best",
+                    step,
+                    self._job.url,
+                    criterion.metric,
+                    known,
+                )

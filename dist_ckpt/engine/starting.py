@@ -1,0 +1,97 @@
+"""How a training begins: which parts of a state are what, and which checkpoint is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Literal, TypeAlias
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ckpt.errors import ErrorKind, NotFound, UsageError
+from dist_ckpt.format.names import parse_step_dir
+from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.state.early_stopping import EarlyStopping
+from dist_ckpt.state.train_state import TrainState
+
+Role: TypeAlias = Literal["model", "optimizer", "scheduler", "other"]
+
+
+def parts_of(state: TrainState, *roles: Role) -> list[str]:
+    """Return the names of the parts that are of one of `roles`."""
+    return [name for name in state if _role(state[name]) in roles]
+
+
+def stoppers_of(state: TrainState) -> list[EarlyStopping]:
+    """Return the early stoppings among the parts."""
+    return [value for name in state if isinstance(value := state[name], EarlyStopping)]
+
+
+def main_model(state: TrainState) -> str:
+    """Return the name of the model that given weights are for.
+
+    Raises:
+        UsageError: none is called `model`, and there is not exactly one.
+    """
+    models = parts_of(state, "model")
+    if "model" in models:
+        return "model"
+    if len(models) != 1:
+        raise UsageError(
+            f"weights are for one model, and the state has {', '.join(models) or 'none'}: call one "
+            "of the parts 'model'"
+        )
+    return models[0]
+
+
+def best_step(records: Sequence[Record], criteria: Sequence[Criterion], *, where: str) -> int:
+    """Return the step of the best checkpoint by the first of `criteria`.
+
+    Raises:
+        UsageError: there is no criterion.
+        NotFound: no checkpoint has its metric.
+    """
+    if not criteria:
+        raise UsageError(
+            "which checkpoint is the best? Say by which metric: put an EarlyStopping into the "
+            "state, or give when=policy.better(...) or keep=keep.best(...)"
+        )
+    ranked = criteria[0].ranked(records)
+    if not ranked:
+        known = sorted({name for record in records for name in record.metrics})
+        raise NotFound(
+            f"no checkpoint in {where} has the metric {criteria[0].metric!r}, so none is the best; "
+            f"{len(records)} checkpoints have: {', '.join(known) or 'no metrics'}",
+            kind=ErrorKind.NO_CHECKPOINT,
+        )
+    return ranked[0].step
+
+
+def split_place(place: str) -> tuple[str, int | None]:
+    """Return the run that `place` names, and the step, if it is the directory of one."""
+    run, slash, name = place.rstrip("/").rpartition("/")
+    step = parse_step_dir(name)
+    return (place, None) if step is None else (run if slash else ".", step)
+
+
+@singledispatch
+def _role(value: object) -> Role:
+    return "other"
+
+
+@_role.register
+def _(value: nn.Module) -> Role:
+    return "model"
+
+
+@_role.register
+def _(value: Optimizer) -> Role:
+    return "optimizer"
+
+
+@_role.register
+def _(value: LRScheduler) -> Role:
+    return "scheduler"

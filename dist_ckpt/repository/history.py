@@ -1,0 +1,105 @@
+"""What the manifests of a run say of its checkpoints, read once each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import manifest_key
+from dist_ckpt.repository import marks
+from dist_ckpt.storage.base import Store, read_all
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is decided by: one checkpoint, as its manifest describes it.
+
+    Attributes:
+        step: the training step.
+        created: when it was committed, by the clock of the host of rank 0.
+        epoch: the epoch that ended with this step, None in the middle of one.
+        metrics: numbers by name, those that became known right after the save included.
+        elapsed_seconds: how long the run had trained by then, over all its starts; None when it
+            is not known.
+        started: when the run first started, as text; None when it is not known.
+        save_id: the attempt that wrote it.
+    """
+
+    step: int
+    created: datetime
+    epoch: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    elapsed_seconds: float | None = None
+    started: str | None = None
+    save_id: str = ""
+
+    @classmethod
+    def of(cls, manifest: Manifest, note: marks.EpochNote | None = None) -> Record:
+        """Return what `manifest`, and the note written after it, say."""
+        # Read with care: `origin` is any JSON.
+        elapsed, started = (manifest.origin.get(name) for name in ("elapsed_seconds", "started"))
+        return cls(
+            step=manifest.step,
+            created=datetime.fromisoformat(manifest.created),
+            epoch=manifest.epoch if note is None else note.epoch,
+            metrics=manifest.metrics | ({} if note is None else note.metrics),
+            elapsed_seconds=elapsed if isinstance(elapsed, int | float) else None,
+            started=started if isinstance(started, str) else None,
+            save_id=manifest.save_id,
+        )
+
+
+class History:
+    """The records of one run. Manifests never change, so each is read once.
+
+    Not safe to use from several threads.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[int, Record | None] = {}
+
+    def read(self, steps: Iterable[int]) -> list[Record]:
+        """Return the records of those of `steps` that can be read, ascending.
+
+        One that was deleted meanwhile, by hand for instance, or whose manifest is damaged or of
+        another format, has none.
+
+        Raises:
+            StorageError: the backend failed; an outage never looks like a missing checkpoint.
+        """
+        ordered = sorted(steps)
+        # What is gone may come back under the same number, as another checkpoint.
+        self._known = {step: self._known[step] for step in ordered if step in self._known}
+        found = (self.of(step) for step in ordered)
+        return [record for record in found if record is not None]
+
+    def of(self, step: int) -> Record | None:
+        """Return the record of `step`, None where `read` would leave it out.
+
+        Raises:
+            StorageError: the backend failed.
+        """
+        if step not in self._known:
+            try:
+                self._known[step] = self._read(step)
+            except NotFound:
+                return None  # asked for again, should it be listed again
+        return self._known[step]
+
+    def forget(self, step: int) -> None:
+        """Read `step` anew next time: it was saved again, or noted something about."""
+        self._known.pop(step, None)
+
+    def _read(self, step: int) -> Record | None:
+        data = read_all(self._store, manifest_key(step))
+        try:
+            manifest = manifest_format.decode(data, step=step)
+            note = marks.read_epoch_note(self._store, step, manifest.save_id)
+        except (IntegrityError, IncompatibleError):
+            return None
+        return Record.of(manifest, note)

@@ -1,0 +1,77 @@
+"""Which of several measured things is the best, said once for saving, keeping and stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from dist_ckpt.errors import UsageError
+
+Mode = Literal["min", "max"]
+
+
+class Measured(Protocol):
+    """Something with a step and metrics."""
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers by name."""
+        ...
+
+
+MeasuredT = TypeVar("MeasuredT", bound=Measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """A metric, and whether small or large values of it are good.
+
+    Attributes:
+        metric: its name in the `metrics` of a checkpoint.
+        mode: "min" when smaller is better, "max" when larger is.
+
+    Raises:
+        UsageError: no name, or another mode.
+    """
+
+    metric: str
+    mode: Mode = "min"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise UsageError(f"a metric has a name such as 'val/loss', not {self.metric!r}")
+        if self.mode not in ("min", "max"):
+            raise UsageError(f"mode is 'min' or 'max', not {self.mode!r}")
+
+    def __str__(self) -> str:
+        return f"{'lowest' if self.mode == 'min' else 'highest'} {self.metric}"
+
+    def beats(self, value: float, best: float | None, *, min_delta: float = 0.0) -> bool:
+        """Tell whether `value` is better than `best` by more than `min_delta`.
+
+        Any number is better than None; NaN is better than nothing.
+        """
+        if math.isnan(value):
+            return False
+        if best is None:
+            return True
+        # Strictly: of equal ones the older stays the best.
+        gain = best - value if self.mode == "min" else value - best
+        return gain > min_delta
+
+    def ranked(self, candidates: Iterable[MeasuredT]) -> list[MeasuredT]:
+        """Return those that have the metric, the best first, and of equal ones the older first."""
+        sign = 1.0 if self.mode == "min" else -1.0
+        known = [each for each in candidates if not math.isnan(self.of(each))]
+        return sorted(known, key=lambda each: (sign * self.of(each), each.step))
+
+    def of(self, candidate: Measured) -> float:
+        """Return the metric of `candidate`, NaN when it has none."""
+        return candidate.metrics.get(self.metric, math.nan)

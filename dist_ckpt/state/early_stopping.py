@@ -1,0 +1,102 @@
+"""Stopping when a metric no longer gets better, as a part of the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.repository.ranking import Criterion, Mode
+
+
+class EarlyStopping:
+    """Tells when a metric has not become better for `patience` looks at it.
+
+    As a part of the state it is fed by `Checkpointer.step` and `epoch_end`, with what rank 0 gives
+    as `metrics`; it makes the best model be saved and kept, and its counts survive a restart::
+
+        stopper = EarlyStopping("val/loss", patience=3)
+        state = TrainState(model=model, optimizer=optimizer, early_stopping=stopper)
+        with Checkpointer(url, state) as ckpt:
+            for epoch in range(ckpt.restore() + 1, epochs + 1):
+                ...
+                ckpt.epoch_end(epoch, metrics={"val/loss": loss})
+                if stopper.should_stop:
+                    ckpt.rollback()  # to the best model
+                    break
+
+    A value that is NaN is a look at the metric that was no better. Where the metric is not given
+    it was not looked at.
+
+    Attributes:
+        best_score: the best value so far, None before the first.
+        best_step: the step that it was given for.
+        looks: how many looks since then were no better.
+
+    Args:
+        metric: its name in the metrics.
+        patience: how many looks without a better value are enough.
+        min_delta: how much better a value must be to count.
+        mode: "min" when smaller is better, "max" when larger is.
+
+    Raises:
+        UsageError: an argument is malformed.
+    """
+
+    def __init__(
+        self, metric: str, *, patience: int, min_delta: float = 0.0, mode: Mode = "min"
+    ) -> None:
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise UsageError(f"patience must be a positive integer, not {patience!r}")
+        is_number = isinstance(min_delta, int | float) and not isinstance(min_delta, bool)
+        if not is_number or not 0 <= min_delta < math.inf:
+            raise UsageError(f"min_delta must be a finite number from 0, not {min_delta!r}")
+        self.criterion = Criterion(metric, mode)
+        self.patience = patience
+        self.min_delta = float(min_delta)
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.looks = 0
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `patience` looks in a row were no better than the best."""
+        return self.looks >= self.patience
+
+    def update(self, step: int, value: float) -> bool:
+        """Take a look at the metric after `step`; return whether it is the best so far."""
+        if self.criterion.beats(value, self.best_score, min_delta=self.min_delta):
+            self.best_score, self.best_step, self.looks = float(value), step, 0
+            return True
+        self.looks += 1
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and by what they were made."""
+        return {
+            "metric": self.criterion.metric,
+            "mode": self.criterion.mode,
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "looks": self.looks,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Take the counts that `state_dict` returned; patience and delta stay those of this object.
+
+        Raises:
+            IncompatibleError: they are of another metric, or no such counts.
+        """
+        saved = (state_dict.get("metric"), state_dict.get("mode"))
+        if saved != (self.criterion.metric, self.criterion.mode):
+            raise IncompatibleError(
+                f"the saved early stopping looks at {saved[0]!r} ({saved[1]}), this one at "
+                f"{self.criterion.metric!r} ({self.criterion.mode}): a best score of the one says "
+                "nothing about the other"
+            )
+        try:
+            score, step, looks = (state_dict[name] for name in ("best_score", "best_step", "looks"))
+        except KeyError as error:
+            raise IncompatibleError(f"the saved early stopping has no {error}") from error
+        self.best_score, self.best_step, self.looks = score, step, looks

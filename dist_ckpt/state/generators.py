@@ -1,0 +1,142 @@
+"""Random number generators that the program made itself, as parts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from dist_ckpt.errors import IncompatibleError, UsageError, describe
+from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.streams import fresh_note, fresh_seed
+
+Generator: TypeAlias = np.random.Generator | np.random.RandomState | torch.Generator | random.Random
+
+_NAME = "value"
+
+
+class GeneratorPart:
+    """One generator, per rank; at another world size it starts a new stream, as `RngPart` does.
+
+    Generators that numpy's `Generator.spawn` made are parts of their own; how many were spawned is
+    not kept.
+    """
+
+    def __init__(self, generator: Generator, *, name: str) -> None:
+        self.generator = generator
+        self.name = name
+
+    def capture(self) -> Captured:
+        """Return the state of the generator, encoded."""
+        data = encode(_read(self.generator), path=self.name)
+        return Captured({}, {_NAME: data}, per_rank=True)
+
+    def targets(self, stored: Stored) -> Targets:
+        """Return no tensors: the state is an object."""
+        missing = [] if _NAME in stored.objects else [_NAME]
+        unexpected = sorted(stored.tensors.keys() | (stored.objects.keys() - {_NAME}))
+        return Targets({}, missing, unexpected, fresh_note(self.name, stored))
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the generator; programs that hold it go on with it.
+
+        Raises:
+            IncompatibleError: it is of another kind than the stored one.
+        """
+        if _NAME not in stored.objects:
+            return
+        if stored.world_size != stored.saved_world_size:
+            _seed(self.generator, fresh_seed(stored, self.name, [_NAME]))
+            return
+        state = decode(stored.objects[_NAME], tensors={}, path=self.name)
+        try:
+            _write(self.generator, state)
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            kind = type(self.generator).__qualname__
+            raise IncompatibleError(
+                f"{self.name}: this {kind} refused the stored state: {describe(error)}; make it "
+                "of the kind that was saved, or leave the part out"
+            ) from error
+
+
+@singledispatch
+def _read(generator: object) -> object:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_read.register
+def _(generator: np.random.Generator) -> object:
+    return generator.bit_generator.state
+
+
+@_read.register
+def _(generator: np.random.RandomState) -> object:
+    return generator.get_state(legacy=False)
+
+
+@_read.register
+def _(generator: torch.Generator) -> object:
+    return generator.get_state()
+
+
+@_read.register
+def _(generator: random.Random) -> object:
+    return generator.getstate()
+
+
+@singledispatch
+def _write(generator: object, state: Any) -> None:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_write.register
+def _(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+@_write.register
+def _(generator: np.random.RandomState, state: Any) -> None:
+    generator.set_state(state)
+
+
+@_write.register
+def _(generator: torch.Generator, state: Any) -> None:
+    generator.set_state(state)
+
+
+@_write.register
+def _(generator: random.Random, state: Any) -> None:
+    generator.setstate(state)
+
+
+@singledispatch
+def _seed(generator: object, seed: bytes) -> None:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_seed.register
+def _(generator: np.random.Generator, seed: bytes) -> None:
+    # A bit generator cannot be seeded again: another one of its kind lends its state.
+    fresh: Any = type(generator.bit_generator)
+    generator.bit_generator.state = fresh(int.from_bytes(seed, "little")).state
+
+
+@_seed.register
+def _(generator: np.random.RandomState, seed: bytes) -> None:
+    generator.seed(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
+
+
+@_seed.register
+def _(generator: torch.Generator, seed: bytes) -> None:
+    # 63 bits: torch takes a signed integer.
+    generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+
+
+@_seed.register
+def _(generator: random.Random, seed: bytes) -> None:
+    generator.seed(seed)

@@ -1,0 +1,59 @@
+"""How far a training run has come, as one typed part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dist_ckpt.errors import IncompatibleError
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved and restored with the rest of the state.
+
+    ::
+
+        progress = dist_ckpt.Progress()
+        state = dist_ckpt.TrainState(model=model, optimizer=optimizer, progress=progress)
+        ...
+        progress.add(steps=1, samples=len(batch), tokens=batch.numel())
+
+    The counts are of the whole job, equal on every rank. A restore changes the object in place.
+
+    Attributes:
+        step: training steps done.
+        epoch: the epoch that training is in, from 0.
+        samples: samples seen by all ranks together.
+        tokens: tokens seen by all ranks together.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+    def add(self, *, steps: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
+        """Count on."""
+        self.step += steps
+        self.epoch += epochs
+        self.samples += samples
+        self.tokens += tokens
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Take the counts that `state_dict` returned; a count it does not know stays as it is.
+
+        Raises:
+            IncompatibleError: an entry is no count, or of a name that this version does not have.
+        """
+        known = {field.name for field in fields(self)}
+        for name, count in state_dict.items():
+            if name not in known or type(count) is not int or count < 0:
+                raise IncompatibleError(f"no count of a Progress: {name!r} = {count!r}")
+        for name, count in state_dict.items():
+            setattr(self, name, count)

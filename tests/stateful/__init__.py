@@ -1,0 +1,1 @@
+"""Runs that are interrupted, against runs that are not."""

@@ -1,0 +1,252 @@
+"""All ranks decide alike when to save, whatever only one of them knows."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from dist_ckpt import policy
+from dist_ckpt.engine import pace as pace_module
+from dist_ckpt.engine.coordinator import StoreCoordinator
+from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.pace import Pace, Verdict
+from dist_ckpt.engine.rendezvous import Coordinators
+from dist_ckpt.engine.signals import SignalNote
+from dist_ckpt.errors import CoordinationError, UsageError
+from dist_ckpt.policy import Moment, SavePolicy, Scope
+from dist_ckpt.repository.ranking import Criterion
+from tests.unit.engine.rounds import members, together
+
+WORLD = 3
+LOSS = Criterion("loss")
+
+
+def nothing(criteria: Sequence[Criterion]) -> Mapping[Criterion, float]:
+    return {}
+
+
+def job_of(member: StoreCoordinator | None = None, *, seconds: float = 60.0) -> Job:
+    job = Job("memory://unit-pace", timeout_seconds=seconds)
+    if member is not None:
+        job.__dict__["coordinators"] = Coordinators(member, member)
+    return job
+
+
+def alone(when: SavePolicy, best: Mapping[Criterion, float] | None = None) -> Pace:
+    return Pace(job_of(), when, best=lambda criteria: best or {})
+
+
+class Clock:
+    """Time that goes on only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(pace_module.time, "monotonic", lambda: self.now)  # type: ignore[attr-defined]
+
+
+def test_what_all_know_is_decided_without_a_word() -> None:
+    pace = Pace(job_of(), policy.every(2) | policy.every(epochs=1), best=nothing)
+    assert [pace.at(step, None, {"loss": object()}).reason for step in (1, 2, 3)] == [  # type: ignore[dict-item]
+        None,
+        "every 2 steps",
+        None,
+    ]
+    assert pace.at(3, 1, {}) == Verdict("end of epoch 1")
+    assert "coordinators" not in pace._job.__dict__, "no rank was asked"
+
+
+def test_time_counts_from_the_last_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = alone(policy.every(seconds=10))
+    due = []
+    for step in range(1, 8):
+        clock.now += 4
+        if pace.at(step, None, {}).reason:
+            pace.saved()
+            due.append(step)
+        if step == 4:
+            pace.saved()  # a save that was asked for
+    assert due == [3, 7]
+
+
+def test_better_than_what_was_saved_before_this_start() -> None:
+    pace = alone(policy.better("loss"), best={LOSS: 2.0})
+    values: list[float | None] = [3.0, math.nan, 1.5, None, 1.5, 1.0]
+    told = [pace.at(n, None, {} if v is None else {"loss": v}) for n, v in enumerate(values)]
+    assert [bool(verdict.reason) for verdict in told] == [False, False, True, False, False, True]
+    assert told[2].reason == "better loss: 1.5, before 2"
+    assert told[4].metrics == {"loss": 1.5}
+
+
+class EachHasItsOwn:
+    """Ranks as threads that take the same steps, each with metrics of its own."""
+
+    def __init__(self, when: SavePolicy, steps: int) -> None:
+        self.paces = [Pace(job_of(each), when, best=nothing) for each in members(WORLD)]
+        self.steps = steps
+
+    def run(self, metrics: Callable[[int, int], dict[str, float]]) -> list[list[Verdict]]:
+        def steps_of(rank: int) -> list[Verdict]:
+            told = []
+            for step in range(1, self.steps + 1):
+                told.append(self.paces[rank].at(step, None, metrics(rank, step)))
+                if told[-1].reason:
+                    self.paces[rank]._meet(step)  # as in a save all ranks do
+                    self.paces[rank].saved()
+            return told
+
+        found = together([lambda rank=rank: steps_of(rank) for rank in range(WORLD)])  # type: ignore[misc]
+        assert not [each for each in found if isinstance(each, BaseException)], found
+        return found  # type: ignore[return-value]
+
+
+def test_the_metrics_of_rank_0_count_for_all_ranks() -> None:
+    # More steps than there are between two meetings, and ranks far from one another.
+    steps = 600
+    job = EachHasItsOwn(policy.better("loss") | policy.every(100), steps)
+
+    def metrics(rank: int, step: int) -> dict[str, float]:
+        if rank == 0:
+            return {"loss": 1.0 / (step // 50), "other": 5.0} if step % 50 == 0 else {}
+        return {"loss": float(rank + step)} if rank == 1 else {}
+
+    first, *others = job.run(metrics)
+    assert others == [first] * (WORLD - 1)
+    assert [step for step, told in enumerate(first, 1) if told.reason] == [*range(50, 601, 50)]
+    assert first[49].metrics == {"loss": 1.0}
+    assert first[50].metrics == {}
+    word = job.paces[0]._word
+    assert len(word.entries) <= pace_module._MEET_CALLS, "nothing is kept for ever"
+
+
+def test_all_ranks_save_at_the_same_step_by_the_clock_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    job = EachHasItsOwn(policy.every(seconds=10), 40)
+    gate = threading.Barrier(WORLD)
+
+    def metrics(rank: int, step: int) -> dict[str, float]:
+        gate.wait()
+        if rank == 0:
+            clock.now += 1.0
+        gate.wait()
+        return {}
+
+    first, *others = job.run(metrics)
+    assert others == [first] * (WORLD - 1)
+    due = [step for step, told in enumerate(first, 1) if told.reason]
+    # One step late each, since the decision is told ahead.
+    assert due == [11, 22, 33]
+
+
+def test_a_signal_to_any_rank_saves_on_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace_module, "_AHEAD_SECONDS", 0.0)  # as when steps are slow
+    job = EachHasItsOwn(policy.on_signal(signal.SIGUSR1), 30)
+    gate = threading.Barrier(WORLD)
+
+    def metrics(rank: int, step: int) -> dict[str, float]:
+        gate.wait()
+        if step == 8 and rank in (1, 2):
+            job.paces[rank]._note._name = "SIGUSR1"
+        return {}
+
+    first, *others = job.run(metrics)
+    assert others == [first] * (WORLD - 1)
+    due = [step for step, told in enumerate(first, 1) if told.reason]
+    for pace in job.paces:
+        assert pace.signaled == "SIGUSR1"
+        pace.close()
+    assert due in ([9], [10]), "at the next step that can be agreed on"
+
+
+def test_fast_steps_are_decided_many_at_a_time() -> None:
+    steps = 200
+    job = EachHasItsOwn(policy.every(seconds=1000), steps)
+    looks = []
+    follower = job.paces[1]._job.training
+    look = follower.look
+    follower.look = lambda name: looks.append(name) or look(name)  # type: ignore[method-assign,func-returns-value]
+    gate = threading.Barrier(WORLD)
+
+    def metrics(rank: int, step: int) -> dict[str, float]:
+        gate.wait()  # in step with one another, as training is
+        return {}
+
+    job.run(metrics)
+    assert len(looks) < steps / 2
+
+
+def test_what_rank_0_cannot_decide_is_everybodys_error() -> None:
+    job = EachHasItsOwn(policy.better("loss"), 1)
+    found = together(
+        [
+            lambda pace=pace, rank=rank: pace.at(1, None, {"loss": "low" if rank == 0 else 1.0})  # type: ignore[misc]
+            for rank, pace in enumerate(job.paces)
+        ]
+    )
+    assert {type(each) for each in found} == {UsageError}
+    assert {"metric 'loss' is str" in str(each) for each in found} == {True}
+
+
+class Broken:
+    """A policy with a mistake in it."""
+
+    scope = Scope.AT_ONCE
+
+    def due(self, moment: Moment) -> str | None:
+        raise ZeroDivisionError("a mistake")
+
+    def __or__(self, other: SavePolicy) -> SavePolicy:
+        return policy.never() | self | other
+
+
+def test_a_policy_that_fails_is_everybodys_error_too() -> None:
+    job = EachHasItsOwn(Broken(), 1)
+    found = together([lambda pace=pace: pace.at(1, None, {}) for pace in job.paces])  # type: ignore[misc]
+    assert {type(each) for each in found} == {CoordinationError}
+    assert all("a mistake" in str(each) for each in found)
+
+
+def test_a_rank_0_that_says_nothing_is_named() -> None:
+    member = members(2)[1]
+    pace = Pace(job_of(member, seconds=0.05), policy.better("loss"), best=nothing)
+    with pytest.raises(CoordinationError, match="rank 0 did not say within") as caught:
+        pace.at(1, None, {})
+    assert caught.value.ranks == {0: "said nothing"}
+
+
+def test_a_handler_takes_a_note_and_calls_the_one_before() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        ours = signal.getsignal(signal.SIGUSR1)
+        note = SignalNote([signal.SIGUSR1])
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (note.take(), note.take(), heard) == ("SIGUSR1", "", [signal.SIGUSR1])
+        note.close()
+        assert signal.getsignal(signal.SIGUSR1) is ours
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_first_interrupt_asks_for_a_save_and_the_second_interrupts() -> None:
+    note = SignalNote([signal.SIGINT])
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert note.take() == "SIGINT"
+    note.close()
+
+
+def test_signals_are_taken_on_the_main_thread_only() -> None:
+    (error,) = together([lambda: SignalNote([signal.SIGUSR1])])
+    assert isinstance(error, UsageError)
+    assert "main thread" in str(error)
+    (pace,) = together([lambda: SignalNote([])])
+    assert isinstance(pace, SignalNote)

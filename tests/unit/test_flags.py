@@ -1,0 +1,145 @@
+"""Flags: every spelling and source says the same; contradictions are refused with the reason."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_ckpt import flags, keep, policy
+from dist_ckpt.errors import UsageError
+from dist_ckpt.repository.ranking import Criterion
+
+
+def parse(*arguments: str) -> flags.Flags:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=3)
+    flags.add_arguments(parser)
+    return flags.parse(parser.parse_args(arguments))
+
+
+def test_the_least_that_can_be_said() -> None:
+    said = parse("--checkpoint-dir", "runs/a")
+    assert said == flags.Flags("runs/a")
+    assert (said.when(), said.keep(), said.resume_from) == (policy.never(), None, None)
+
+
+def test_all_of_it_in_each_spelling_and_source(tmp_path: Path) -> None:
+    given = {
+        "checkpoint-dir": "s3://bucket/run",
+        "checkpoint-interval": 500,
+        "checkpoint-every-seconds": 900.0,
+        "keep-last": 3,
+        "keep-best": 2,
+        "best-metric": "val/f1:max",
+        "resume": 1000,
+        "reset-optimizer": True,
+        "no-async": True,
+    }
+    line = [f"--{name}" + ("" if value is True else f"={value}") for name, value in given.items()]
+    said = parse(*line)
+    assert said == parse(*(each.replace("-", "_").replace("__", "--", 1) for each in line))
+    file = tmp_path / "train.yaml"
+    rows = [f"  {name}: {str(value).lower()}" for name, value in given.items()]
+    file.write_text("\n".join(["lr: 0.1", "checkpoint:", *rows]))
+    from_dict = flags.parse({name.replace("-", "_"): value for name, value in given.items()})
+    for other in (flags.parse(file), flags.parse(str(file)), from_dict):
+        assert other.resume_from == said.resume_from == 1000
+        assert (
+            other.when()
+            == said.when()
+            == (
+                policy.never()
+                | policy.every(500)
+                | policy.every(seconds=900)
+                | policy.better("val/f1", mode="max")
+            )
+        )
+        assert other.keep() == said.keep() == keep.latest(3) | keep.best("val/f1", 2, mode="max")
+        assert (other.reset_optimizer, other.no_async) == (True, True)
+
+
+def test_a_file_of_nothing_but_flags(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint.yaml"
+    file.write_text("checkpoint-dir: runs/a\nauto_resume: yes\nkeep-last:\n")
+    assert flags.parse(file) == flags.Flags("runs/a", auto_resume=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "means"),
+    [("--resume", flags.NEWEST), ("--resume=7", 7), ("--resume=runs/b", "runs/b")],
+)
+def test_where_to_resume_from(value: str, means: object) -> None:
+    assert parse("--checkpoint-dir=a", value).resume_from == means
+
+
+@pytest.mark.parametrize(
+    ("value", "criterion"),
+    [
+        ("loss", Criterion("loss")),
+        ("loss:min", Criterion("loss", "min")),
+        ("f1:max", Criterion("f1", "max")),
+        ("val:loss", Criterion("val:loss")),
+    ],
+)
+def test_best_metric(value: str, criterion: Criterion) -> None:
+    assert flags.Flags("a", best_metric=value).criterion == criterion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "--checkpoint-dir is missing"),
+        (["--auto-resume", "--keep-last=3"], "--keep-last, --auto-resume without it"),
+        (["--checkpoint-dir=a", "--resume", "--auto-resume"], "contradict"),
+        (["--checkpoint-dir=a", "--resume", "--pretrained-checkpoint=b"], "contradict"),
+        (["--checkpoint-dir=a", "--reset-optimizer"], "without --resume"),
+        (["--checkpoint-dir=a", "--auto-resume", "--reset-optimizer"], "at every restart"),
+        (["--checkpoint-dir=a", "--keep-best=2"], "--keep-best needs --best-metric"),
+        (["--checkpoint-dir=a", "--keep-last=0"], "--keep-last: .*positive"),
+        (["--checkpoint-dir=a", "--checkpoint-interval=0"], "--checkpoint-interval: .*positive"),
+        (["--checkpoint-dir=a", "--checkpoint-every-seconds=-1"], "--checkpoint-every-seconds: "),
+        (["--checkpoint-dir=a", "--best-metric=:max"], "has a name"),
+        (["--checkpoint-dir= "], "takes text"),
+    ],
+)
+def test_contradictions_and_nonsense_are_refused(arguments: list[str], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"checkpoint-dri": "a"}, "did you mean 'checkpoint_dir'"),
+        ({"zzz": 1}, "known are checkpoint_dir"),
+        ({"checkpoint-dir": "a", "checkpoint_dir": "b"}, "both spellings"),
+        ({"checkpoint-dir": 5}, "takes text"),
+        ({"checkpoint-dir": "a", "keep-last": "3"}, "--keep-last: .*positive"),
+        ({"checkpoint-dir": "a", "auto-resume": "yes"}, "on or off"),
+        ({"checkpoint-dir": "a", "resume": 1.5}, "a step or a path"),
+    ],
+)
+def test_bad_sections(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        flags.parse(section)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "checkpoint: 5", "{", "!!python/object:os.system {}"])
+def test_bad_files(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"train\.yaml"):
+        flags.parse(file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        flags.parse(tmp_path / "absent.yaml")
+
+
+def test_help_shows_each_flag_once() -> None:
+    parser = argparse.ArgumentParser()
+    flags.add_arguments(parser)
+    text = parser.format_help()
+    assert "--checkpoint-dir" in text
+    assert "--checkpoint_dir" not in text
