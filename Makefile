@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
 
-.PHONY: help demo test bench-storage check venv clean
+.PHONY: help demo test bench-storage bench-saving bench-loading check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,14 @@ test: ## run all tests, on a real S3 server and network file system where that c
 
 bench-storage: venv ## measure local disk and S3 against their limits and peers
 	@$(RUN) -m benchmarks.storage $(ARGS)
+
+bench-saving: venv ## measure saves against memory, the disk, and other libraries
+	@$(RUN) tools/install_peers.py
+	@$(RUN) -m benchmarks.saving $(ARGS)
+
+bench-loading: venv ## measure loads against the disk, S3, and other libraries
+	@$(RUN) tools/install_peers.py
+	@$(RUN) -m benchmarks.loading $(ARGS)
 
 check: venv ## lint, format, types, layers
 	@$(RUN) -m ruff check .

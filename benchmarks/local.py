@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from benchmarks.measure import Case, interleave, table, verdict
+from benchmarks.measure import Case, interleave, no_warnings, table, verdict
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.storage import LocalStore
 from dist_ckpt.storage.direct import aligned_buffer
@@ -60,6 +58,44 @@ def run(place: Path, data: memoryview, *, repeats: int) -> bool:
         )
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def write_raw(path: str, data: memoryview) -> None:
+    """Write `data`, aligned and of whole sectors, to a new file as fast as the disk takes it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+    os.posix_fallocate(fd, 0, data.nbytes)
+
+    def write(offset: int) -> None:
+        piece = data[offset : offset + _PIECE_BYTES]
+        if os.pwrite(fd, piece, offset) != piece.nbytes:
+            raise AssertionError("a short write")
+
+    in_parallel(write, range(0, data.nbytes, _PIECE_BYTES), threads=2)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def read_raw(path: str, target: memoryview) -> None:
+    """Fill `target`, aligned and of whole sectors, from a file as fast as the disk gives it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read(offset: int) -> None:
+        piece = target[offset : offset + _PIECE_BYTES]
+        if os.preadv(fd, [piece], offset) != piece.nbytes:
+            raise AssertionError("a short read")
+
+    in_parallel(read, range(0, target.nbytes, _PIECE_BYTES), threads=8)
+    os.close(fd)
+
+
+def drop_cache(place: Path) -> None:
+    """Leave nothing of the files below `place` in the page cache."""
+    for path in place.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
 class _Bench:
@@ -108,41 +144,17 @@ class _Bench:
 
     def _make_cold(self) -> None:
         np.frombuffer(self._target, dtype=np.uint8).fill(0)
-        for path in self._place.rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
+        drop_cache(self._place)
 
     def _check(self) -> None:
         if self._target != self._data:
             raise AssertionError("what was read is not what was written")
 
     def _write_raw(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT
-        fd = os.open(self._raw, flags)
-        os.posix_fallocate(fd, 0, self._data.nbytes)
-
-        def write(offset: int) -> None:
-            piece = self._data[offset : offset + _PIECE_BYTES]
-            if os.pwrite(fd, piece, offset) != piece.nbytes:
-                raise AssertionError("a short write")
-
-        in_parallel(write, range(0, self._data.nbytes, _PIECE_BYTES), threads=2)
-        os.fsync(fd)
-        os.close(fd)
+        write_raw(self._raw, self._data)
 
     def _read_raw(self) -> None:
-        fd = os.open(self._raw, os.O_RDONLY | os.O_DIRECT)
-
-        def read(offset: int) -> None:
-            piece = self._target[offset : offset + _PIECE_BYTES]
-            if os.preadv(fd, [piece], offset) != piece.nbytes:
-                raise AssertionError("a short read")
-
-        in_parallel(read, range(0, self._data.nbytes, _PIECE_BYTES), threads=8)
-        os.close(fd)
+        read_raw(self._raw, self._target)
 
     def _put(self) -> None:
         self._store.put("step/save/model", [self._data])
@@ -158,20 +170,12 @@ class _Bench:
             block_digests(segment)
 
     def _save_stock(self) -> None:
-        with _no_warnings():
+        with no_warnings():
             dcp_save(self._state, checkpoint_id=self._stock, no_dist=True)
 
     def _load_stock(self) -> None:
-        with _no_warnings():
+        with no_warnings():
             dcp_load(self._loaded, checkpoint_id=self._stock, no_dist=True)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep the tables whole: stock DCP warns that there is one process, which is meant here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _tensors(data: memoryview) -> dict[str, torch.Tensor]:

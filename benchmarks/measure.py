@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -88,6 +90,14 @@ def say(text: str) -> None:
     """Print `text` at once, for those who wait."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep the tables whole: stock DCP warns that there is one process, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reset_peak() -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import msgspec
 
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.load_options import LoadKeywords
 from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
@@ -69,25 +70,46 @@ class Checkpointer:
         self._closed = False
         self.restored: LoadReport | None = None
 
-    def restore(self, *, step: int | None = None) -> int:
+    def restore(
+        self,
+        *,
+        step: int | None = None,
+        url: Place | None = None,
+        **options: Unpack[LoadKeywords],
+    ) -> int:
         """Take the run over and restore the state in place; return the step to go on from.
 
-        Without `step` that is the newest checkpoint, or the one before when it is damaged, and 0
-        for a new run (the state is then unchanged). `restored.refused` tells what was passed over.
+        Without `step` and `url` that is the newest checkpoint, or the one before when it is
+        damaged, and 0 for a new run (the state is then unchanged). `restored.refused` tells what
+        was passed over.
 
         Args:
             step: restore exactly this one, with no falling back.
+            url: restore from elsewhere, with no falling back: another run, one step directory of
+                it, or what another program wrote; see `dist_ckpt.load`. The run that is taken over
+                is this Checkpointer's own all the same.
+            **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
+                `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`. With
+                `skip=["optimizer", "scheduler"]` training begins anew on the restored model.
 
         Raises:
             IncompatibleError: the checkpoint does not fit the state; nothing was changed.
             IntegrityError: every checkpoint (or the one asked for) is damaged.
-            NotFound: `step` is not committed.
+            NotFound: `step` is not committed, or there is nothing at `url`.
+            UsageError: an option is malformed, differs between ranks, or matches no name.
             CoordinationError: a rank failed or did not arrive.
             CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
         failed = self._saver.settle()
-        self.restored = self._loader.load(step, fall_back=step is None, own=True, failed=failed)
+        self.restored = self._loader.load(
+            step,
+            place=url,
+            options=options,
+            fall_back=step is None and url is None,
+            own=True,
+            failed=failed,
+        )
         return 0 if self.restored is None else self.restored.step
 
     def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
