@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
 
-.PHONY: help demo test bench-storage bench-saving check venv clean
+.PHONY: help demo test bench-storage bench-saving bench-loading check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,10 @@ bench-storage: venv ## measure local disk and S3 against their limits and peers
 bench-saving: venv ## measure saves against memory, the disk, and other libraries
 	@$(RUN) tools/install_peers.py
 	@$(RUN) -m benchmarks.saving $(ARGS)
+
+bench-loading: venv ## measure loads against the disk, S3, and other libraries
+	@$(RUN) tools/install_peers.py
+	@$(RUN) -m benchmarks.loading $(ARGS)
 
 check: venv ## lint, format, types, layers
 	@$(RUN) -m ruff check .

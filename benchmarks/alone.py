@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 from benchmarks.measure import no_warnings, say
+from benchmarks.memory import Peak
 from benchmarks.peers import empty, make
 from benchmarks.workload import Loop, State
 
 EARLY_SAVES = 3
-
-_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ def measure_alone(name: str, place: Path, *, scale: float, saves: int) -> Alone:
     loop.steps(2)
     stalls: list[float] = []
     early = 0
-    with _Peak() as peak:
+    with Peak() as peak:
         peer = make(name, place, state)
         # A program trains before it saves; what a library prepares meanwhile is its good right.
         until = time.monotonic() + max(0.2, 3 * scale)
@@ -77,47 +74,6 @@ def measure_alone(name: str, place: Path, *, scale: float, saves: int) -> Alone:
                 early = peak.nbytes
         peer.close()
     return Alone(state.nbytes, stalls[0], median(stalls[1:]), early, peak.nbytes)
-
-
-class _Peak:
-    """Looks for the most memory that this process and those it started have, above the start.
-
-    Proportional to how many share a page, so that memory shared between two counts once. Huge
-    pages count in full.
-    """
-
-    def __init__(self) -> None:
-        self._before = _tree_bytes()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self.nbytes = 0
-
-    def __enter__(self) -> _Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(_SAMPLE_SECONDS):
-            self.nbytes = max(self.nbytes, _tree_bytes() - self._before)
-
-
-def _tree_bytes() -> int:
-    total, waiting = 0, ["self"]
-    while waiting:
-        process = Path("/proc") / waiting.pop()
-        try:
-            used = (process / "smaps_rollup").read_text()
-            found = re.search(r"^Pss:\s+(\d+) kB", used, re.MULTILINE)
-            total += int(found[1]) * 1024 if found else 0
-            for children in process.glob("task/*/children"):
-                waiting += children.read_text().split()
-        except OSError:
-            continue  # it ended while it was looked at
-    return total
 
 
 def main(arguments: list[str]) -> int:

@@ -75,6 +75,29 @@ def write_raw(path: str, data: memoryview) -> None:
     os.close(fd)
 
 
+def read_raw(path: str, target: memoryview) -> None:
+    """Fill `target`, aligned and of whole sectors, from a file as fast as the disk gives it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read(offset: int) -> None:
+        piece = target[offset : offset + _PIECE_BYTES]
+        if os.preadv(fd, [piece], offset) != piece.nbytes:
+            raise AssertionError("a short read")
+
+    in_parallel(read, range(0, target.nbytes, _PIECE_BYTES), threads=8)
+    os.close(fd)
+
+
+def drop_cache(place: Path) -> None:
+    """Leave nothing of the files below `place` in the page cache."""
+    for path in place.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
 class _Bench:
     def __init__(self, place: Path, data: memoryview) -> None:
         self._place = place
@@ -121,12 +144,7 @@ class _Bench:
 
     def _make_cold(self) -> None:
         np.frombuffer(self._target, dtype=np.uint8).fill(0)
-        for path in self._place.rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
+        drop_cache(self._place)
 
     def _check(self) -> None:
         if self._target != self._data:
@@ -136,15 +154,7 @@ class _Bench:
         write_raw(self._raw, self._data)
 
     def _read_raw(self) -> None:
-        fd = os.open(self._raw, os.O_RDONLY | os.O_DIRECT)
-
-        def read(offset: int) -> None:
-            piece = self._target[offset : offset + _PIECE_BYTES]
-            if os.preadv(fd, [piece], offset) != piece.nbytes:
-                raise AssertionError("a short read")
-
-        in_parallel(read, range(0, self._data.nbytes, _PIECE_BYTES), threads=8)
-        os.close(fd)
+        read_raw(self._raw, self._target)
 
     def _put(self) -> None:
         self._store.put("step/save/model", [self._data])

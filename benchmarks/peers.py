@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import import_module
 from pathlib import Path
@@ -156,18 +156,6 @@ def make(name: str, place: Path, state: State) -> Peer:
         ImportError: its library is not installed, or does not run with this torch.
     """
     return _PEERS[name](place, state)
-
-
-def available(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return those of `names` that can be imported, and for the others why not."""
-    absent: dict[str, str] = {}
-    for name in names:
-        if name in ("torchsnapshot", "torch_checkpointing"):
-            try:
-                import_module(name)
-            except Exception as error:  # a library of another time may fail in any way
-                absent[name] = f"{type(error).__name__}: {error}"
-    return [name for name in names if name not in absent], absent
 
 
 def settle(place: Path) -> None:

@@ -29,7 +29,7 @@ def run(data: memoryview, *, repeats: int) -> bool:
 
     The server is the one of the tests: a given one, or one that is started and stopped here.
     """
-    with s3_service() as service, _environment(service):
+    with s3_service() as service, environment_of(service):
         say(f"S3 server: {service.kind}, {service.endpoint}")
         bench = _Bench(service, data)
         try:

@@ -18,9 +18,10 @@ import torch
 
 from benchmarks import jobs
 from benchmarks.alone import EARLY_SAVES, run_alone
+from benchmarks.libraries import available
 from benchmarks.local import write_raw
 from benchmarks.measure import no_warnings, say, verdict
-from benchmarks.peers import BACKGROUND, NAMES, OURS, STOCK, Peer, available, empty, make, settle
+from benchmarks.peers import BACKGROUND, NAMES, OURS, STOCK, Peer, empty, make, settle
 from benchmarks.workload import Loop, State
 from dist_ckpt.storage.direct import aligned_buffer
 

@@ -1,8 +1,9 @@
 """Distributed sharded checkpoints for PyTorch training, from one process to thousands of ranks.
 
 In a training loop: `Checkpointer` and `TrainState`, with retention from `keep`. Without a loop:
-`save`, `async_save` and `load`. Names are imported when first used, so that a program which only
-lists, reads or verifies checkpoints never imports torch.
+`save`, `async_save`, `load` and `load_weights`; `open_checkpoint` looks into one. Names are
+imported when first used, so that a program which only lists, reads or verifies checkpoints never
+imports torch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from dist_ckpt import scalars as scalars
     from dist_ckpt.checkpointer import Checkpointer
     from dist_ckpt.engine.handle import SaveHandle
+    from dist_ckpt.engine.opened import open_checkpoint
     from dist_ckpt.engine.report import LoadReport
     from dist_ckpt.errors import CheckpointError
-    from dist_ckpt.functional import async_save, load, save
+    from dist_ckpt.functional import async_save, load, load_weights, save
     from dist_ckpt.repository import keep
     from dist_ckpt.state.early_stopping import EarlyStopping
     from dist_ckpt.state.registry import register as register_type
@@ -38,6 +40,8 @@ __all__ = [
     "save",
     "async_save",
     "load",
+    "load_weights",
+    "open_checkpoint",
     "keep",
     "policy",
     "EarlyStopping",
@@ -58,6 +62,8 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "save": ("dist_ckpt.functional", "save"),
     "async_save": ("dist_ckpt.functional", "async_save"),
     "load": ("dist_ckpt.functional", "load"),
+    "load_weights": ("dist_ckpt.functional", "load_weights"),
+    "open_checkpoint": ("dist_ckpt.engine.opened", "open_checkpoint"),
     "keep": ("dist_ckpt.repository.keep", None),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),

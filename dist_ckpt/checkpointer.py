@@ -13,6 +13,7 @@ from dist_ckpt import flags, policy
 from dist_ckpt.engine.about import About
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.load_options import LoadKeywords
 from dist_ckpt.engine.metrics import Metrics
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.origin import Origin
@@ -87,14 +88,8 @@ class Checkpointer:
         if every_steps is not None:
             when |= policy.every(every_steps)
         self._stoppers = stoppers_of(train_state)
-        watched = _watched(when, [stopper.criterion for stopper in self._stoppers])
-        for criterion in watched:
-            # The best can be rolled back to, and kept, only if it was saved.
-            if criterion not in _watched(when, ()):
-                when |= Better(criterion)
-        if keep is not None:
-            bests = [keeping.best(each.metric, mode=each.mode) for each in watched]
-            keep = reduce(keeping.either, bests, keep)
+        stopping = [stopper.criterion for stopper in self._stoppers]
+        when, keep, criteria = _with_bests(when, keep, stopping)
         self._job = Job(url, timeout_seconds=timeout_seconds)
         self._saver = Saver(
             self._job,
@@ -103,8 +98,7 @@ class Checkpointer:
             metadata=checked_metadata(metadata or {}),
             options=SaveOptions.of(options),
         )
-        found = [*watched, *(() if keep is None else keeping.criteria(keep))]
-        self._resumer = Resumer(self._job, train_state, list(dict.fromkeys(found)))
+        self._resumer = Resumer(self._job, train_state, criteria)
         self._pace = Pace(self._job, when, best=self._best_saved)
         self._program = Origin()
         self._differing: set[str] = set()
@@ -160,18 +154,30 @@ class Checkpointer:
         return self._pace.signaled
 
     def restore(
-        self, which: Literal["newest", "best"] = "newest", *, step: int | None = None
+        self,
+        which: Literal["newest", "best"] = "newest",
+        *,
+        step: int | None = None,
+        url: Place | None = None,
+        **options: Unpack[LoadKeywords],
     ) -> int:
         """Take the run over and restore the state in place; return the step to go on from.
 
-        Without `step` that is the newest checkpoint, or the one before when it is damaged, and 0
-        for a new run (the state is then unchanged). `restored.refused` tells what was passed over.
+        Without `step` and `url` that is the newest checkpoint, or the one before when it is
+        damaged, and 0 for a new run (the state is then unchanged). `restored.refused` tells what
+        was passed over.
         After `from_args` a call without arguments begins as the flags say.
 
         Args:
             which: "best" restores the best one, by the metric of an early stopping in the state,
                 of `when=policy.better(...)`, or of `keep=keep.best(...)`, the first of these.
             step: restore exactly this one, with no falling back.
+            url: restore from elsewhere, with no falling back: another run, one step directory of
+                it, or what another program wrote; see `dist_ckpt.load`. The run that is taken over
+                is this Checkpointer's own all the same.
+            **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
+                `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`. With
+                `skip=["optimizer", "scheduler"]` training begins anew on the restored model.
 
         Raises:
             IncompatibleError: the checkpoint does not fit the state; nothing was changed.
@@ -182,15 +188,21 @@ class Checkpointer:
             CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
-        if which not in ("newest", "best") or (which == "best" and step is not None):
-            raise UsageError(f"restore takes 'newest' or 'best', or step=, not {which!r}, {step=}")
+        exact = step is not None or url is not None
+        if which not in ("newest", "best") or (which == "best" and exact):
+            raise UsageError(
+                "restore takes 'newest' or 'best', or one of step= and url=, not "
+                f"{which!r}, {step=}, {url=}"
+            )
         failed = self._saver.settle()
         if which == "best":
-            self.restored = self._resumer.best(failed, self._saver.retention.damaged)
-        elif step is None and self._flags is not None:
+            self.restored = self._resumer.best(
+                failed, self._saver.retention.damaged, options=options
+            )
+        elif not exact and not options and self._flags is not None:
             self.restored = self._start(self._flags, failed)
         else:
-            self.restored = self._resumer.own(step, failed)
+            self.restored = self._resumer.own(step, failed, place=url, options=options)
         self._saver.prewarm()  # optimizers may have their state only now
         if self.restored is None:
             return 0
@@ -370,6 +382,22 @@ def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise UsageError(f"metadata must be plain JSON values: {error}") from error
     return dict(metadata)
+
+
+def _with_bests(
+    when: SavePolicy, keep: KeepPolicy | None, stopping: Sequence[Criterion]
+) -> tuple[SavePolicy, KeepPolicy | None, list[Criterion]]:
+    """Let the best by every metric that is watched be saved and kept; return these metrics, too."""
+    watched = _watched(when, stopping)
+    for criterion in watched:
+        # The best can be rolled back to, and kept, only if it was saved.
+        if criterion not in _watched(when, ()):
+            when |= Better(criterion)
+    if keep is not None:
+        bests = [keeping.best(each.metric, mode=each.mode) for each in watched]
+        keep = reduce(keeping.either, bests, keep)
+    found = [*watched, *(() if keep is None else keeping.criteria(keep))]
+    return when, keep, list(dict.fromkeys(found))
 
 
 def _watched(when: SavePolicy, others: Sequence[Criterion]) -> list[Criterion]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, Unpack
+
+import torch
+from torch import nn
 
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.load_options import LoadKeywords
 from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
-from dist_ckpt.errors import NotFound
+from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
 
 State: TypeAlias = TrainState | Mapping[str, Any]
@@ -71,22 +77,102 @@ def async_save(
 
 
 def load(
-    state: State, url: Place, *, step: int | None = None, timeout_seconds: float = 1800.0
+    state: State,
+    url: Place,
+    *,
+    step: int | None = None,
+    timeout_seconds: float = 1800.0,
+    **options: Unpack[LoadKeywords],
 ) -> LoadReport:
-    """Restore `state` in place from the newest checkpoint of the run at `url`, or from `step`.
+    """Restore `state` in place from one checkpoint; there is no falling back to another.
+
+    Every rank makes the call, with the same arguments. All that does not fit is found before the
+    first byte of a tensor is read, and is one error on every rank.
 
     Args:
         state: a `TrainState` or a mapping of parts that match the stored ones.
-        url: the run: a path, a URL, or a `Store`.
-        step: which checkpoint; there is no falling back to another.
+        url: a run, of which the newest checkpoint is loaded; one of its step directories
+            (`runs/17/step-0000000100`); or what `torch.distributed.checkpoint`, safetensors or
+            `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`.
+        step: which checkpoint of the run.
         timeout_seconds: after this long without all ranks the load fails.
+        **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
+            `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`.
+
+    Returns:
+        What was done, and from where.
 
     Raises:
         CheckpointError: the same on every rank; see `Checkpointer.restore`.
     """
+    return _load(
+        lambda: TrainState.of(state),
+        url,
+        step=step,
+        timeout_seconds=timeout_seconds,
+        options=options,
+    )
+
+
+def load_weights(
+    model: nn.Module | Mapping[str, torch.Tensor],
+    url: Place,
+    *,
+    step: int | None = None,
+    part: str = "model",
+    timeout_seconds: float = 1800.0,
+    **options: Unpack[LoadKeywords],
+) -> LoadReport:
+    """Load one module, or a dict of tensors, in place; nothing else of the checkpoint is read.
+
+    Arguments and errors are those of `load`. A model that was built on the meta device gets its
+    memory here, once, on `device`.
+
+    Args:
+        model: where the weights go.
+        url: a run, or one checkpoint, of another program too; see `load`.
+        step: which checkpoint of the run; None for the newest.
+        part: which part of it the weights are: `ema` loads the averaged ones into `model`.
+        timeout_seconds: after this long without all ranks the load fails.
+        **options: those of `load`; names begin with `part`, as in `skip=["model/head.*"]`.
+
+    Returns:
+        What was done, and from where.
+
+    Raises:
+        CheckpointError: the same on every rank; see `Checkpointer.restore`.
+    """
+    keywords: dict[str, Any] = {**options}
+    if not keywords.get("only"):
+        keywords["only"] = glob.escape(part)  # other parts are neither wanted nor unexpected
+
+    def state() -> TrainState:
+        weights = model if isinstance(model, nn.Module) else TensorsPart(model, name=part)
+        parts: dict[str, Any] = {part: weights}
+        return TrainState(rng=None, **parts)
+
+    return _load(state, url, step=step, timeout_seconds=timeout_seconds, options=keywords)
+
+
+def _load(
+    make_state: Callable[[], TrainState],
+    url: Place,
+    *,
+    step: int | None,
+    timeout_seconds: float,
+    options: Mapping[str, Any],
+) -> LoadReport:
     job = Job(url, timeout_seconds=timeout_seconds)
+    failed: CheckpointError | None = None
     try:
-        report = Loader(job, TrainState.of(state)).load(step, fall_back=False, own=False)
+        state = make_state()
+    except CheckpointError as error:
+        # Carried to the other ranks, which would wait for this one otherwise.
+        state, failed = TrainState(rng=None), error
+    try:
+        report = Loader(job, state).load(
+            step, place=url, options=options, fall_back=False, own=False, failed=failed
+        )
     finally:
         job.leave()
     if report is None:  # `own=False` raises instead

@@ -14,13 +14,20 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dist_ckpt.dcp.fetching import Fetcher
+from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.planner import Held, LocalBox, dtype_name
-from dist_ckpt.dcp.reader import fill, plan_reads
 from dist_ckpt.dcp.stock_catalog import Catalog, catalog
 from dist_ckpt.dcp.stock_edge import Place, open_store, plain_errors, step_of
+from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
+from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Repository
+from dist_ckpt.storage.ranges import Files
+
+_MAX_GAP_BYTES = 1 << 20
+_IN_FLIGHT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ class Reader(StorageReader):
             targets = [self._target(item, planner) for item in wanted]
             self._fill(targets)
             for item, target in zip(wanted, targets, strict=True):
-                planner.commit_tensor(item, target.memory)
+                planner.commit_tensor(item, target.local.memory)
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
                     value = self._opened.values[item.storage_index.fqn]()
@@ -164,9 +171,10 @@ class Reader(StorageReader):
             raise UsageError("no checkpoint is open: torch.distributed.checkpoint.load opens it")
         return self._catalog
 
-    def _target(self, item: ReadItem, planner: LoadPlanner) -> LocalBox:
+    def _target(self, item: ReadItem, planner: LoadPlanner) -> Wanted:
         fqn = item.storage_index.fqn
-        tensor = self._opened.checkpoint.index.tensors[self._opened.tensors[fqn]]
+        number = self._opened.tensors[fqn]
+        tensor = self._opened.checkpoint.index.tensors[number]
         memory = planner.resolve_tensor(item).detach()
         if dtype_name(memory.dtype) != tensor.dtype or memory.device.type == "meta":
             raise IncompatibleError(
@@ -178,15 +186,16 @@ class Reader(StorageReader):
         offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
         sizes = tuple(item.lengths)
         box = Held(tensor.part, tensor.name, tensor.dtype, tensor.shape, offsets, sizes)
-        return LocalBox(box, memory)
+        return Wanted(number, LocalBox(box, memory), memory.dtype)
 
-    def _fill(self, targets: Sequence[LocalBox]) -> None:
+    def _fill(self, wanted: Sequence[Wanted]) -> None:
         checkpoint = self._opened.checkpoint
-        plan = plan_reads(checkpoint.index, targets)
-        for segment in plan.segments:
-            data = checkpoint.read_blocks(segment.file, segment.start, segment.stop)
-            for number in segment.pieces:
-                fill(plan.reads[number], segment, data)
+        sizes = [file.nbytes for file in checkpoint.index.files]
+        files = Files(sizes, unit_bytes=BLOCK_BYTES)
+        filling = Filling(checkpoint.index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES)
+        Fetcher(checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES).fetch(
+            filling.needs
+        )
 
 
 class _Unreadable(Metadata):

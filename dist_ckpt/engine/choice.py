@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import msgspec
+import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
-from dist_ckpt.repository import Repository
+from dist_ckpt.format.index import Index
+from dist_ckpt.repository import Checkpoint, Repository
+from dist_ckpt.storage.parallel import in_parallel
+
+_THREADS = 16
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """A checkpoint, as rank 0 read it.
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint, as rank 0 opened it.
 
     Attributes:
-        step: the checkpoint, None when the run has none.
-        manifest: its manifest, encoded.
-        index: its index, encoded.
+        checkpoint: opened, None when the run has none.
         refused: newer checkpoints that were passed over, each with the reason.
     """
 
-    step: int | None
-    manifest: bytes = b""
-    index: bytes = b""
-    refused: dict[int, str] = {}
+    checkpoint: Checkpoint | None
+    refused: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int | None:
+        """Its step, None when the run has none."""
+        return None if self.checkpoint is None else self.checkpoint.step
+
+
+def _every(_: str) -> bool:
+    return True
 
 
 def choose(
@@ -33,6 +44,7 @@ def choose(
     *,
     fall_back: bool,
     empty_is_new: bool,
+    selects_part: Callable[[str], bool] = _every,
 ) -> Choice:
     """Open `step`, or the newest checkpoint that is not in `refused`.
 
@@ -42,6 +54,8 @@ def choose(
         refused: steps already found to be damaged, with the reasons.
         fall_back: whether a damaged one is passed over for the next older one.
         empty_is_new: whether a run without checkpoints is a choice (of none) and no error.
+        selects_part: tells of a stored part whether anything of it is to be loaded; a lost file of
+            the others is no reason to refuse.
 
     Raises:
         NotFound: no such step, or nothing to load.
@@ -49,14 +63,14 @@ def choose(
         IncompatibleError: it was written by a newer format; that is no damage to pass over.
     """
     if step is not None:
-        return _open(repository, step, {})
+        return _open(repository, step, {}, selects_part)
     reasons = dict(refused)
     steps = repository.steps()
     for candidate in reversed(steps):
         if candidate in reasons:
             continue
         try:
-            return _open(repository, candidate, reasons)
+            return _open(repository, candidate, reasons, selects_part)
         except IntegrityError as error:
             if not fall_back:
                 raise
@@ -77,8 +91,22 @@ def choose(
     raise NotFound(f"no checkpoint in {repository.store.url}", kind=ErrorKind.NO_CHECKPOINT)
 
 
-def _open(repository: Repository, step: int, refused: dict[int, str]) -> Choice:
+def _open(
+    repository: Repository,
+    step: int,
+    refused: dict[int, str],
+    selects_part: Callable[[str], bool],
+) -> Choice:
     checkpoint = repository.open(step)
     # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
-    checkpoint.check_sizes()
-    return Choice(step, checkpoint.manifest_bytes, checkpoint.index_bytes, refused)
+    files = _files_of(checkpoint.index, selects_part)
+    in_parallel(checkpoint.check_size, files, threads=min(_THREADS, len(files)))
+    return Choice(checkpoint, refused)
+
+
+def _files_of(index: Index, selects_part: Callable[[str], bool]) -> list[int]:
+    """Return the numbers of the files in which the selected parts lie, ascending."""
+    selected = np.array([selects_part(tensor.part) for tensor in index.tensors], bool)
+    files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())
+    files |= {entry.file for entry in index.objects if selects_part(entry.part)}
+    return sorted(files)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.planner import describe
-from dist_ckpt.dcp.reader import fill, plan_reads
-from dist_ckpt.engine.choice import Choice, choose
+from dist_ckpt.dcp.wanted import Wanted
+from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
 from dist_ckpt.engine.coordinator import Decide, Topic
-from dist_ckpt.engine.job import Job
-from dist_ckpt.engine.matching import Misfits, compare, judge
-from dist_ckpt.engine.messages import LoadRequest, check_same, pack, unpack
+from dist_ckpt.engine.holdings import Holdings, gather
+from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.load_options import LoadOptions
+from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
+from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
-from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError
-from dist_ckpt.format import document
-from dist_ckpt.repository import Checkpoint
-from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.layout import dtype_of, materialise
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
@@ -32,13 +33,32 @@ _log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
-    """A checkpoint and where its bytes go: nothing live has been changed yet."""
+class _Matched:
+    """What of a checkpoint goes where: nothing live has been changed yet."""
 
-    checkpoint: Checkpoint
-    stored: Mapping[str, Stored]
+    holdings: Holdings
     targets: Mapping[str, Mapping[str, torch.Tensor]]
     misfits: Misfits
+    known: frozenset[str]
+    notes: Sequence[str]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One load on its way.
+
+    Attributes:
+        begun: when, on the clock of `time.perf_counter`.
+        touched: whether bytes may have reached live tensors.
+        seconds: how long each phase took.
+    """
+
+    begun: float = field(default_factory=time.perf_counter)
+    touched: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def clock(self, phase: str, since: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
 
 
 class Loader:
@@ -52,6 +72,8 @@ class Loader:
         self,
         step: int | None,
         *,
+        place: Place | None = None,
+        options: Mapping[str, Any] | None = None,
         fall_back: bool,
         own: bool,
         failed: CheckpointError | None = None,
@@ -61,89 +83,192 @@ class Loader:
 
         Args:
             step: which one, None for the newest.
+            place: where from; None for the run of the job.
+            options: the keywords of `LoadOptions`.
             fall_back: whether to go on with the next older one when one is damaged.
-            own: whether to take the run over first, so that an older job can no longer commit, and
-                to return None, not raise, when the run has no checkpoint.
+            own: whether to take the run of the job over first, so that an older job can no longer
+                commit, and to return None, not raise, when that run has no checkpoint.
             failed: what keeps this rank from loading; all ranks hear of it.
             wants: tells by its name whether a part is to be loaded; the others stay as they are,
                 and whether the checkpoint has them does not matter.
 
         Raises:
             CheckpointError: the same on every rank. Nothing live was changed when the state does
-                not fit (`IncompatibleError`); a later failure may leave tensors half restored.
+                not fit (`IncompatibleError`); after a later failure the message says that tensors
+                may be partly restored.
         """
-        begun = time.perf_counter()
-        refused: dict[int, str] = {}
+        progress = _Progress()
+        chooser = Chooser(self._job, LoadCall.of(step, place, options, failed), own=own)
         while True:
-            topic = self._job.topic("load", f"load from {self._job.url}")
-            decide = self._chooser(step, refused, fall_back=fall_back, own=own)
-            request = failed or pack(LoadRequest(step, self._job.url))
-            data = self._job.training.round(
-                topic.phase("choose"), request, decide, deadline=self._job.deadline()
-            )
-            choice = msgspec.msgpack.decode(data, type=Choice)
-            self._announce(choice.refused.items() - refused.items())
-            if choice.step is None:
+            topic = self._job.topic("load", f"load from {chooser.url}")
+            since = time.perf_counter()
+            chosen, news = chooser.choose(topic, fall_back=fall_back)
+            progress.clock("choose", since)
+            self._announce(chooser.url, news)
+            if chosen is None:
                 return None
-            refused = dict(choice.refused)
             try:
-                report = self._load(topic, choice, begun, wants)
+                report = self._load(topic, chosen, chooser.options, progress)
             except IntegrityError as error:
                 # One round raised it on all ranks, so all of them go on to the next one together.
                 if not fall_back:
-                    raise
-                refused[choice.step] = error.message
-                self._announce([(choice.step, error.message)])
+                    raise _told(error, progress) from error
+                chooser.refuse(chosen.source.step, error.message)
+                self._announce(chooser.url, {chosen.source.step: error.message})
                 continue
-            if own:
+            except CheckpointError as error:
+                raise _told(error, progress) from error
+            if own and place is None:
                 self._job.restored_step = report.step
                 self._job.refuse(report.refused.keys())
             return report
 
-    def _chooser(
-        self, step: int | None, refused: Mapping[int, str], *, fall_back: bool, own: bool
-    ) -> Decide:
-        job = self._job
-
-        def decide(messages: Sequence[bytes]) -> bytes:
-            check_same([unpack(data, LoadRequest) for data in messages], "load")
-            if own:
-                job.claim()
-            choice = choose(job.repository, step, refused, fall_back=fall_back, empty_is_new=own)
-            return msgspec.msgpack.encode(choice)
-
-        return decide
-
     def _load(
-        self, topic: Topic, choice: Choice, begun: float, wants: Callable[[str], bool]
+        self, topic: Topic, chosen: Chosen, options: LoadOptions, progress: _Progress
     ) -> LoadReport:
-        where = f"step {choice.step} in {self._job.url}"
-        opened = self._together(
-            topic.phase("fits"),
-            lambda: self._open(choice, wants),
-            message=lambda found: msgspec.msgpack.encode(found.misfits),
-            decide=lambda messages: _judge(messages, where),
+        source = chosen.source
+        since = time.perf_counter()
+        matched, verdict = self._match(topic, source, options)
+        if progress.touched and verdict.missing:
+            # What an older one lacks would keep the values of the newer one that was damaged.
+            raise IncompatibleError(
+                f"{source.where} has no {verdict.missing[0]}, which a damaged newer one may have "
+                "filled by half: build the state anew and restore this step by its number",
+                kind=ErrorKind.STATE_MISMATCH,
+            )
+        targets, wanted = self._together(
+            topic.phase("memory"), lambda: _prepare(source, matched, options.device)
         )
-        nbytes = self._together(topic.phase("read"), lambda: _read(opened))
-        self._together(topic.phase("restore"), lambda: self._restore(opened))
-        manifest = opened.checkpoint.manifest
-        report = LoadReport(
-            url=self._job.url,
-            step=manifest.step,
-            save_id=manifest.save_id,
-            parts=tuple(opened.stored),
-            tensors=sum(len(named) for named in opened.targets.values()),
-            nbytes_read=nbytes,
-            seconds=time.perf_counter() - begun,
-            saved_world_size=manifest.world_size,
-            world_size=self._job.training.world_size,
-            refused=choice.refused,
+        progress.clock("match", since)
+        progress.touched = True
+        result = read(
+            source,
+            wanted,
+            ReadOptions(options.verify, options.exchange, options.in_flight_bytes),
+            coordinator=self._job.training,
+            topic=topic.phase("read"),
+            deadline=self._job.deadline(),
         )
+        for phase, seconds in result.seconds.items():
+            progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
+        since = time.perf_counter()
+        self._together(topic.phase("restore"), lambda: self._restore(matched, targets))
+        progress.clock("restore", since)
+        report = self._report(chosen, matched, verdict, result, options=options, progress=progress)
         rank = self._job.training.rank
         events.emit(
-            events.CheckpointRestored(report.url, report.step, rank, nbytes, report.seconds)
+            events.CheckpointRestored(
+                report.url, report.step, rank, report.nbytes_read, report.seconds
+            )
         )
         return report
+
+    def _match(
+        self, topic: Topic, source: Source, options: LoadOptions
+    ) -> tuple[_Matched, Misfits]:
+        """Compare names, shapes and dtypes on all ranks; return what they found together."""
+        known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
+        where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
+
+        def decide(messages: Sequence[bytes]) -> bytes:
+            misfits = [msgspec.msgpack.decode(data, type=Misfits) for data in messages]
+            check_matched(misfits, known[0])
+            return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
+
+        def work() -> _Matched:
+            found = self._fit(source, options)
+            known.append(found.known)
+            return found
+
+        answers: list[bytes] = []
+        matched = self._together(
+            topic.phase("fits"),
+            work,
+            message=lambda found: msgspec.msgpack.encode(found.misfits),
+            decide=decide,
+            answer=answers.append,
+        )
+        return matched, msgspec.msgpack.decode(answers[0], type=Misfits)
+
+    def _fit(self, source: Source, options: LoadOptions) -> _Matched:
+        """Find where each stored byte would go, and everything that does not fit."""
+        job, parts = self._job.training, self._state.parts
+        held = gather(source, options, live=parts, rank=job.rank, world_size=job.world_size)
+        missing: list[str] = []
+        unexpected: list[str] = []
+        compared: list[Misfits] = []
+        targets: dict[str, Mapping[str, torch.Tensor]] = {}
+        notes: list[str] = []
+        known = {*held.names, *parts}
+        for name, part in parts.items():
+            if not options.selects_part(name):
+                continue
+            stored = held.parts.get(name)
+            if stored is None:
+                missing.append(name)
+                continue
+            found = part.targets(stored)
+            notes += [] if found.note is None else [found.note]
+            wanted = [f"{name}/{entry}" for entry in found.missing]
+            known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
+            missing += [entry for entry in wanted if options.selects(entry)]
+            unexpected += [f"{name}/{entry}" for entry in found.unexpected]
+            compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
+            missing += compared[-1].missing
+            targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
+        unexpected += [
+            name for name in held.parts if name not in parts and options.selects_part(name)
+        ]
+        misfits = Misfits(
+            missing,
+            unexpected,
+            [entry for each in compared for entry in each.shapes],
+            [entry for each in compared for entry in each.dtypes],
+            [entry for each in compared for entry in each.casts],
+            unmatched(options, known, held.idle),
+        )
+        return _Matched(held, targets, misfits, frozenset(known), notes)
+
+    def _restore(
+        self, matched: _Matched, targets: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> None:
+        for name, part in self._state.parts.items():
+            if name in targets:
+                part.restore(matched.holdings.parts[name], targets[name])
+
+    def _report(
+        self,
+        chosen: Chosen,
+        matched: _Matched,
+        verdict: Misfits,
+        result: ReadResult,
+        *,
+        options: LoadOptions,
+        progress: _Progress,
+    ) -> LoadReport:
+        source = chosen.source
+        return LoadReport(
+            url=chosen.url,
+            step=source.step,
+            save_id=source.save_id,
+            parts=tuple(matched.targets),
+            loaded=tuple(f"{p}/{name}" for p, named in matched.targets.items() for name in named),
+            missing=tuple(verdict.missing),
+            unexpected=tuple(verdict.unexpected),
+            casts=tuple(verdict.casts),
+            notes=tuple(matched.notes),
+            nbytes_wanted=result.nbytes_wanted,
+            nbytes_read=result.nbytes_read,
+            nbytes_exchanged=result.nbytes_exchanged,
+            exchanged=result.exchanged,
+            exchange_reason=result.why,
+            verified=options.verify and source.verified,
+            seconds=time.perf_counter() - progress.begun,
+            seconds_by_phase=dict(progress.seconds),
+            saved_world_size=source.saved_world_size,
+            world_size=self._job.training.world_size,
+            refused=dict(chosen.refused),
+        )
 
     def _together(
         self,
@@ -152,6 +277,7 @@ class Loader:
         *,
         message: Callable[[ResultT], bytes] = lambda _: b"",
         decide: Decide = lambda _: b"",
+        answer: Callable[[bytes], object] = lambda _: None,
     ) -> ResultT:
         """Do `work` on this rank and return its result when it succeeded on every rank.
 
@@ -165,87 +291,35 @@ class Loader:
             outcome = message(done[0])
         except Exception as error:
             outcome = error
-        self._job.training.round(topic, outcome, decide, deadline=self._job.deadline())
+        answer(self._job.training.round(topic, outcome, decide, deadline=self._job.deadline()))
         return done[0]
 
-    def _open(self, choice: Choice, wants: Callable[[str], bool]) -> _Opened:
-        """Find where each stored byte would go, and everything that does not fit."""
-        assert choice.step is not None
-        store = self._job.repository.store
-        checkpoint = Checkpoint(store, choice.manifest, choice.index, step=choice.step)
-        found_parts = self._stored(checkpoint)
-        stored = {name: each for name, each in found_parts.items() if wants(name)}
-        wanted = {name: part for name, part in self._state.parts.items() if wants(name)}
-        misfits = Misfits(
-            missing=[part for part in wanted if part not in stored],
-            unexpected=[part for part in stored if part not in wanted],
-        )
-        targets: dict[str, Mapping[str, torch.Tensor]] = {}
-        for name, part in wanted.items():
-            if name not in stored:
-                continue
-            found = part.targets(stored[name])
-            targets[name] = found.tensors
-            differing = compare(name, found.tensors, stored[name].tensors)
-            misfits.missing += [f"{name}/{entry}" for entry in found.missing] + differing.missing
-            misfits.unexpected += [f"{name}/{entry}" for entry in found.unexpected]
-            misfits.mismatched += differing.mismatched
-        return _Opened(checkpoint, stored, targets, misfits)
-
-    def _stored(self, checkpoint: Checkpoint) -> dict[str, Stored]:
-        """Gather what the checkpoint holds for each of its parts, as seen from this rank."""
-        rank, world_size = self._job.training.rank, self._job.training.world_size
-        saved_world_size = checkpoint.manifest.world_size
-        # At another world size nobody has a predecessor: rank 0's values stand for all.
-        whose = rank if world_size == saved_world_size else 0
-        tensors: dict[str, dict[str, TensorSpec]] = {part: {} for part in checkpoint.manifest.parts}
-        objects: dict[str, dict[str, bytes]] = {part: {} for part in checkpoint.manifest.parts}
-        for tensor in checkpoint.index.tensors:
-            spec = TensorSpec(tensor.dtype, tensor.shape)
-            tensors.setdefault(tensor.part, {})[tensor.name] = spec
-        for entry in checkpoint.index.objects:
-            wanted = entry.rank is None or entry.rank == whose
-            if wanted and entry.part in self._state.parts:
-                data = checkpoint.read_object(entry)
-                where = f"part {entry.part!r} of {checkpoint.where}"
-                found = document.decode(data, where=where)
-                known = objects.setdefault(entry.part, {})
-                twice = sorted(found.keys() & known.keys())
-                if twice:
-                    raise IntegrityError(
-                        f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
-                    )
-                known.update(found)
-        return {
-            part: Stored(
-                tensors.get(part, {}), objects.get(part, {}), rank, world_size, saved_world_size
-            )
-            for part in checkpoint.manifest.parts
-        }
-
-    def _restore(self, opened: _Opened) -> None:
-        for name, part in self._state.parts.items():
-            if name in opened.targets:
-                part.restore(opened.stored[name], opened.targets[name])
-
-    def _announce(self, refused: Sequence[tuple[int, str]] | set[tuple[int, str]]) -> None:
+    def _announce(self, url: str, refused: Mapping[int, str]) -> None:
         rank = self._job.training.rank
-        for step, reason in sorted(refused, reverse=True):
-            events.emit(events.CheckpointRefused(self._job.url, step, rank, reason))
+        for step, reason in sorted(refused.items(), reverse=True):
+            events.emit(events.CheckpointRefused(url, step, rank, reason))
             if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
-                _log.warning("step %d in %s was passed over: %s", step, self._job.url, reason)
+                _log.warning("step %d in %s was passed over: %s", step, url, reason)
 
 
-def _read(opened: _Opened) -> int:
-    """Read and verify the wanted ranges, straight into the targets; return the bytes read."""
-    plan = plan_reads(opened.checkpoint.index, describe(opened.targets))
-    for segment in plan.segments:
-        data = opened.checkpoint.read_blocks(segment.file, segment.start, segment.stop)
-        for number in segment.pieces:
-            fill(plan.reads[number], segment, data)
-    return plan.nbytes
+def _prepare(
+    source: Source, matched: _Matched, device: torch.device | None
+) -> tuple[Mapping[str, Mapping[str, torch.Tensor]], list[Wanted]]:
+    """Give memory to what is on the meta device, and list the boxes that this rank wants."""
+    targets = {
+        part: materialise(tensors, device=device) for part, tensors in matched.targets.items()
+    }
+    numbers, tensors = matched.holdings.numbers, source.index.tensors
+    wanted = []
+    for local in describe(targets):
+        number = numbers[local.held.part, local.held.name]
+        wanted.append(Wanted(number, local, dtype_of(tensors[number].dtype)))
+    return targets, wanted
 
 
-def _judge(messages: Sequence[bytes], where: str) -> bytes:
-    judge([msgspec.msgpack.decode(data, type=Misfits) for data in messages], where=where)
-    return b""
+def _told(error: CheckpointError, progress: _Progress) -> CheckpointError:
+    """Return `error`, with what became of the state where that may have changed."""
+    if not progress.touched:
+        return error
+    message = f"{error.message}. Tensors of the state may be partly restored: load again before use"
+    return type(error)(message, kind=error.kind, ranks=error.ranks)

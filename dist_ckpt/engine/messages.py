@@ -44,10 +44,12 @@ class LoadRequest(msgspec.Struct, frozen=True):
     Attributes:
         step: what this rank was asked to load, None for the newest.
         url: where from.
+        options: how, each option as text.
     """
 
     step: int | None
     url: str
+    options: dict[str, str] = {}
 
 
 class PlanAnswer(msgspec.Struct, frozen=True):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
-from dist_ckpt.engine.job import Job
+from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.report import LoadReport
-from dist_ckpt.engine.starting import best_step, main_model, parts_of, split_place, stoppers_of
+from dist_ckpt.engine.starting import best_step, main_model, parts_of, stoppers_of
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, UsageError
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.marks import read_epoch_note
@@ -37,11 +37,25 @@ class Resumer:
         self._loader = Loader(job, state)
 
     def own(
-        self, step: int | None, failed: CheckpointError | None, *, skip: Collection[str] = ()
+        self,
+        step: int | None,
+        failed: CheckpointError | None,
+        *,
+        place: Place | None = None,
+        skip: Collection[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> LoadReport | None:
-        """Take the run over and restore `step`, or the newest good one; None when there is none."""
-        report = self._load(self._loader, step, own=True, failed=failed, skip=skip)
-        if report is not None:
+        """Take the run over and restore `step`, or the newest good one; None when there is none.
+
+        Args:
+            step: which one.
+            failed: see the class.
+            place: where from instead; that run is not taken over.
+            skip: parts to leave as they are.
+            options: the keywords of `LoadOptions`.
+        """
+        report = self._load(step, own=True, place=place, failed=failed, skip=skip, options=options)
+        if report is not None and place is None:
             self._hear_of_late_metrics(report)
         return report
 
@@ -51,6 +65,7 @@ class Resumer:
         damaged: Collection[int],
         *,
         model_only: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> LoadReport:
         """Restore the best checkpoint, or only the models of it.
 
@@ -60,7 +75,7 @@ class Resumer:
         """
         step = self._ask("best", lambda: self._best_step(damaged), failed)
         only = parts_of(self._state, "model") if model_only else ()
-        report = self._load(self._loader, step, own=not model_only, only=only)
+        report = self._load(step, own=not model_only, only=only, options=options)
         assert report is not None  # this very step was asked for
         if not model_only:
             self._hear_of_late_metrics(report)
@@ -123,33 +138,30 @@ class Resumer:
     def _load_from(
         self, place: str, *, only: Collection[str] = (), skip: Collection[str] = ()
     ) -> LoadReport:
-        url, step = split_place(place)
-        job = Job(url, timeout_seconds=self._job.timeout_seconds)
-        try:
-            loader = Loader(job, self._state)
-            report = self._load(loader, step, own=False, only=only, skip=skip)
-        finally:
-            job.leave()
-        assert report is not None  # `own=False` raises instead
+        report = self._load(None, own=True, place=place, only=only, skip=skip)
+        assert report is not None  # a place that was named has to have something
         return report
 
     def _load(
         self,
-        loader: Loader,
         step: int | None,
         *,
         own: bool,
+        place: Place | None = None,
         failed: CheckpointError | None = None,
         only: Collection[str] = (),
         skip: Collection[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> LoadReport | None:
-        """Load all parts, `only` some, or all but those in `skip`: the one call of the loader."""
-        return loader.load(
+        """Load all parts, `only` some, or all but those in `skip`."""
+        chosen = {"only": list(only)} if only else {"skip": list(skip)} if skip else {}
+        return self._loader.load(
             step,
-            fall_back=own and step is None,
+            place=place,
+            options={**(options or {}), **chosen},
+            fall_back=own and step is None and place is None,
             own=own,
             failed=failed,
-            wants=lambda part: part in only if only else part not in skip,
         )
 
     def _newest(self) -> int:

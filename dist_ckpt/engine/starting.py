@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
-from dist_ckpt.format.names import parse_step_dir
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.state.early_stopping import EarlyStopping
@@ -68,13 +67,6 @@ def best_step(records: Sequence[Record], criteria: Sequence[Criterion], *, where
             kind=ErrorKind.NO_CHECKPOINT,
         )
     return ranked[0].step
-
-
-def split_place(place: str) -> tuple[str, int | None]:
-    """Return the run that `place` names, and the step, if it is the directory of one."""
-    run, slash, name = place.rstrip("/").rpartition("/")
-    step = parse_step_dir(name)
-    return (place, None) if step is None else (run if slash else ".", step)
 
 
 @singledispatch

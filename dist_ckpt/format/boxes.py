@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.cover import check_cover
 
-__all__ = ["Box", "check_cover", "element_span", "intersect", "is_whole", "split_rows", "volume"]
+__all__ = [
+    "Box",
+    "check_cover",
+    "element_span",
+    "intersect",
+    "is_whole",
+    "run_boxes",
+    "split_rows",
+    "volume",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,49 @@ def element_span(outer: Box, inner: Box) -> tuple[int, int]:
         first = first * width + start
         last = last * width + start + inner.sizes[dim] - 1
     return first, last + 1
+
+
+def run_boxes(outer: Box, first: int, stop: int) -> list[Box]:
+    """Return the boxes that hold the elements `first` up to `stop` of `outer`, in their order.
+
+    Elements are counted as in `element_span`. At most two boxes for each dimension: the rest of
+    the row that `first` is in, whole rows, and the begin of the row that `stop` is in.
+
+    Raises:
+        UsageError: the elements are none, or not inside `outer`.
+    """
+    if not 0 <= first < stop <= volume(outer):
+        raise UsageError(f"elements {first} to {stop} are not inside {outer}, or none")
+    return [
+        Box(tuple(a + b for a, b in zip(outer.offsets, offsets, strict=True)), sizes)
+        for offsets, sizes in _runs(outer.sizes, first, stop)
+    ]
+
+
+_Run = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _runs(sizes: tuple[int, ...], first: int, stop: int) -> list[_Run]:
+    """Return (offsets, sizes) of `run_boxes`, relative to the outer box."""
+    if not sizes:
+        return [((), ())]
+    inner = sizes[1:]
+    row_elements = math.prod(inner)
+    row, begin = divmod(first, row_elements)
+    last, end = divmod(stop, row_elements)
+    if row == last:
+        return _in_row(row, _runs(inner, begin, end))
+    head: list[_Run] = []
+    if begin:
+        head = _in_row(row, _runs(inner, begin, row_elements))
+        row += 1
+    rows = [((row, *(0 for _ in inner)), (last - row, *inner))] if row < last else []
+    tail = _in_row(last, _runs(inner, 0, end)) if end else []
+    return [*head, *rows, *tail]
+
+
+def _in_row(row: int, runs: Sequence[_Run]) -> list[_Run]:
+    return [((row, *offsets), (1, *sizes)) for offsets, sizes in runs]
 
 
 def _stops(box: Box) -> list[int]:

@@ -146,6 +146,19 @@ class Index:
         table = self.chunks
         return ChunkRows(table.file[rows], table.offset[rows], boxes[:, 0], boxes[:, 1])
 
+    def rows_of(self, tensors: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return, for each tensor number, its first row in `chunks` and the one behind its last."""
+        return self._rows[tensors], self._rows[tensors + 1]
+
+    def boxes(
+        self, rows: NDArray[np.int64], ndim: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return int64[n, ndim] starts and sizes of the chunks in `rows`, all of `ndim` dims."""
+        tensor = self.chunks.tensor[rows]
+        place = self._values[tensor] + (rows - self._rows[tensor]) * (2 * ndim)
+        flat = self.chunks.boxes[place[:, None] + np.arange(2 * ndim)]
+        return flat[:, :ndim], flat[:, ndim:]
+
     @classmethod
     def build(
         cls,

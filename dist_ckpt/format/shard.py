@@ -175,12 +175,14 @@ def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
     return _LENGTH.size + length
 
 
-def parse_header(data: bytes, file_nbytes: int) -> ShardHeader:
+def parse_header(data: bytes, file_nbytes: int, *, ours: bool = True) -> ShardHeader:
     """Decode the header of a shard file, trusting nothing in it.
 
     Args:
         data: the first bytes of the file, at least `header_nbytes` of them.
         file_nbytes: size of the whole file.
+        ours: whether the rules of format 1 hold too: data on a page boundary, entries in the order
+            of their bytes. Files of other programs are any safetensors.
 
     Raises:
         IntegrityError: not safetensors, not aligned, or entries that do not fill the data
@@ -192,14 +194,18 @@ def parse_header(data: bytes, file_nbytes: int) -> ShardHeader:
             f"{len(data)} bytes of a shard header of {nbytes}: it was cut short",
             kind=ErrorKind.TRUNCATED,
         )
-    if nbytes % ALIGN_BYTES:
+    if ours and nbytes % ALIGN_BYTES:
         raise _malformed(f"its data start at byte {nbytes}, not a multiple of {ALIGN_BYTES}")
     fields = _decode(data[_LENGTH.size : nbytes], dict[str, msgspec.Raw])
     metadata = _decode(fields.pop("__metadata__", msgspec.Raw(b"{}")), dict[str, str])
     entries: list[StoredEntry] = []
     position = 0
-    for name, field in fields.items():
-        entry = _check_entry(name, _decode(field, _WireEntry), position, nbytes)
+    wires = [(name, _decode(field, _WireEntry)) for name, field in fields.items()]
+    if not ours:
+        # Empty ones before those that begin at the same byte.
+        wires.sort(key=lambda entry: entry[1].data_offsets)
+    for name, wire in wires:
+        entry = _check_entry(name, wire, position, nbytes)
         position += entry.nbytes
         entries.append(entry)
     if nbytes + position != file_nbytes:

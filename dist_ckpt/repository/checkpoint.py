@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
+from dist_ckpt.format import document
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
@@ -14,7 +15,7 @@ from dist_ckpt.storage.direct import aligned_buffer
 
 
 class Checkpoint:
-    """A committed checkpoint. Reading is safe from several threads.
+    """A committed checkpoint: the `Source` of what dist_ckpt wrote. Reading is safe from threads.
 
     Attributes:
         step: the training step.
@@ -107,34 +108,59 @@ class Checkpoint:
         Raises:
             IntegrityError: the file is missing, truncated, or a block differs from its digest.
         """
-        entry = self.index.files[file]
-        key = self._key(entry)
         # On a page, so that a disk can read into it directly.
         data = aligned_buffer(stop - start)
+        self.read_into(file, start, data)
+        return data
+
+    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
+        """Fill `buffer` with the bytes of file number `file` from `start` on.
+
+        Args:
+            file: position in `index.files`.
+            start: a multiple of the digest block size.
+            buffer: ends at a multiple of it too, or at the end of the file.
+            verify: whether each block is compared with its digest; without, any range can be read.
+
+        Raises:
+            IntegrityError: the file is missing, truncated, or a block differs from its digest.
+        """
+        entry = self.index.files[file]
+        key = self._key(entry)
         try:
-            count = self.store.read_into(key, start, data)
+            count = self.store.read_into(key, start, buffer)
         except NotFound as error:
             raise IntegrityError(
                 f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
             ) from error
-        if count != len(data):
+        if count != len(buffer):
             raise IntegrityError(
                 f"{self.where}: file {key} ends at byte {start + count}, "
                 f"{entry.nbytes} were committed",
                 kind=ErrorKind.TRUNCATED,
             )
-        first = start // BLOCK_BYTES
-        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
-        found = block_digests(data)
-        if found != stored:
-            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
-            block = first + bad // 8
-            raise IntegrityError(
-                f"{self.where}: file {key}, block {block} (bytes {block * BLOCK_BYTES} to "
-                f"{min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs from its digest: "
-                "the data was damaged after it was written"
-            )
-        return data
+        if verify:
+            self._compare(entry, key, start, buffer)
+
+    def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
+        """Return the encoded Python values of `part` by name: shared ones and those of `rank`.
+
+        Raises:
+            IntegrityError: see `read_object`; or a value is stored twice.
+        """
+        where = f"part {part!r} of {self.where}"
+        known: dict[str, bytes] = {}
+        for entry in self.index.objects:
+            if entry.part != part or entry.rank not in (None, rank):
+                continue
+            found = document.decode(self.read_object(entry), where=where)
+            twice = sorted(found.keys() & known.keys())
+            if twice:
+                raise IntegrityError(
+                    f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
+                )
+            known.update(found)
+        return known
 
     def read_object(self, entry: ObjectEntry) -> bytes:
         """Return the encoded Python values under `entry`, verified.
@@ -156,6 +182,39 @@ class Checkpoint:
     def where(self) -> str:
         """How messages name this checkpoint."""
         return f"step {self.step} in {self.store.url}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that were committed, also those without a tensor."""
+        return tuple(self.manifest.parts)
+
+    @property
+    def save_id(self) -> str:
+        """The attempt that wrote it."""
+        return self.manifest.save_id
+
+    @property
+    def saved_world_size(self) -> int:
+        """How many ranks saved it."""
+        return self.manifest.world_size
+
+    @property
+    def verified(self) -> bool:
+        """Whether there are digests: always."""
+        return True
+
+    def _compare(self, entry: FileEntry, key: str, start: int, data: memoryview) -> None:
+        first = start // BLOCK_BYTES
+        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
+        found = block_digests(data)
+        if found != stored:
+            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
+            block = first + bad // 8
+            raise IntegrityError(
+                f"{self.where}: file {key}, block {block} (bytes {block * BLOCK_BYTES} to "
+                f"{min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs from its digest: "
+                "the data was damaged after it was written"
+            )
 
     def _key(self, entry: FileEntry) -> str:
         return file_key(self.step, self.manifest.save_id, entry.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 PREFIX = "param_groups"
@@ -26,9 +26,11 @@ class GroupMatch:
     """The stored name of each live group that has one, and the names that have no partner.
 
     Attributes:
-        stored_of: by live group name; both have the same parameters, in whatever order.
+        stored_of: by live group name, from which its options come: each of its parameters was
+            saved with just these.
         missing: live groups, or `group[parameter]` where a group of that name has others.
-        unexpected: stored ones, likewise.
+        unexpected: stored ones, likewise; `group[parameter]` also where another rank may have
+            that parameter.
     """
 
     stored_of: dict[str, str] = field(default_factory=dict)
@@ -36,10 +38,27 @@ class GroupMatch:
     unexpected: list[str] = field(default_factory=list)
 
 
+def _never(first: str, second: str) -> bool:
+    return False
+
+
 def match_groups(
-    live: Mapping[str, Sequence[str]], stored: Mapping[str, Sequence[str]]
+    live: Mapping[str, Sequence[str]],
+    stored: Mapping[str, Sequence[str]],
+    *,
+    alike: Callable[[str, str], bool] = _never,
 ) -> GroupMatch:
-    """Match live groups to stored ones, each given as name to canonical parameter names."""
+    """Match live groups to stored ones, each given as name to canonical parameter names.
+
+    A group of one stage of a pipeline is a piece of what another layout has as one group. So a
+    live group may be a piece of a stored one, or be made of pieces of several that are `alike`. A
+    stored group is never shared by two live ones: whoever split it wants other options.
+
+    Args:
+        live: the groups of this rank.
+        stored: those of all ranks that saved.
+        alike: tells whether two stored groups have equal options.
+    """
     match = GroupMatch()
     # An optimizer has each parameter in one group only, so a set of them is an identity.
     by_parameters = {frozenset(params): name for name, params in stored.items() if params}
@@ -51,6 +70,16 @@ def match_groups(
         if found is not None:
             match.stored_of[name] = found
     taken = set(match.stored_of.values())
+    owner = {parameter: name for name, params in stored.items() for parameter in params}
+    for name, params in live.items():
+        if name in match.stored_of or not params or not owner.keys() >= set(params):
+            continue
+        first, *others = dict.fromkeys(owner[parameter] for parameter in params)
+        if taken.isdisjoint((first, *others)) and all(alike(first, each) for each in others):
+            match.stored_of[name] = first
+            taken.update((first, *others))
+            rest = {p: each for each in (first, *others) for p in stored[each]}
+            match.unexpected.extend(f"{rest[p]}[{p}]" for p in rest if p not in set(params))
     loose = {name: params for name, params in stored.items() if name not in taken}
     for name, params in live.items():
         if name in match.stored_of:

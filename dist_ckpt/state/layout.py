@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,22 +45,28 @@ def dtype_of(name: str) -> torch.dtype:
 _PLAIN = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
 
-def check_tensor(tensor: torch.Tensor, path: str) -> torch.Tensor:
+def check_tensor(tensor: torch.Tensor, path: str, *, meta: bool = False) -> torch.Tensor:
     """Return `tensor` without gradient, an alias of the same memory, if it can be stored.
+
+    Args:
+        tensor: a live tensor.
+        path: what it is called in the state, for messages.
+        meta: whether one on the meta device will do, because it only has to take values.
 
     Raises:
         UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names `path`.
     """
-    check_storable(tensor, path)
+    check_storable(tensor, path, meta=meta)
     return tensor.detach()  # in-place writes to a leaf that requires grad would be refused
 
 
-def check_storable(tensor: torch.Tensor, *path: str) -> None:
+def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None:
     """Check that `tensor` can be stored.
 
     Args:
         tensor: any tensor.
         path: what it is called in the state, joined by dots where it is needed: hardly ever.
+        meta: whether one on the meta device will do.
 
     Raises:
         UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names the path.
@@ -68,7 +75,7 @@ def check_storable(tensor: torch.Tensor, *path: str) -> None:
     if type(tensor) in _PLAIN and strided and not tensor.is_meta:
         return  # nearly all there are: what follows costs as much as describing them
     where = ".".join(path)
-    if is_lazy(tensor) or tensor.device.type == "meta":
+    if is_lazy(tensor) or (tensor.is_meta and not meta):
         raise UsageError(
             f"{where} has no data (a meta or lazy tensor): initialise the module first, "
             "for instance with to_empty(device=...) or one forward pass"
@@ -116,6 +123,26 @@ def empty_beside(
         placements = [_shared(placement, like, spec) for placement in like.placements]
         return empty(spec.shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
     return torch.empty(spec.shape, dtype=dtype, device=device or like.device)
+
+
+def materialise(
+    tensors: Mapping[str, torch.Tensor], *, device: torch.device | None
+) -> dict[str, torch.Tensor]:
+    """Return `tensors` with unfilled memory in the place of what is on the meta device.
+
+    Args:
+        tensors: those of one part, by name; the same object under two names gets one memory.
+        device: where to; None for the device of the mesh where the part has DTensors, and for the
+            CPU where it has none. A DTensor always lies where its mesh does.
+    """
+    kinds = [t.device_mesh.device_type for t in tensors.values() if isinstance(t, DTensor)]
+    place = device or torch.device(kinds[0] if kinds else "cpu")
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.device.type == "meta" and id(tensor) not in made:
+            own = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else place
+            made[id(tensor)] = torch.empty_like(tensor, device=own)
+    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def _shared(placement: Placement, like: DTensor, spec: TensorSpec) -> Placement:

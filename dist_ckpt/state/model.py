@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe
 from dist_ckpt.state.layout import check_storable, check_tensor, empty_beside, inner_tensors
+from dist_ckpt.state.meta import check_knowable, give_memory
 from dist_ckpt.state.names import canonical_name, refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
@@ -41,7 +42,8 @@ class ModelPart:
     several behind one face (a wrapper subclass, as quantized weights are) is stored as these,
     `name.<attribute>` each. What the module makes up for its state dict (`get_extra_state`, hooks
     that copy) is loaded fresh and given back through `module.load_state_dict`. Tied parameters
-    appear under each of their names.
+    appear under each of their names. What is on the meta device becomes real by a restore;
+    parameters stay the same objects.
 
     Args:
         module: the live module.
@@ -104,17 +106,26 @@ class ModelPart:
         return Captured(tensors, objects, unequal=frozenset(unequal), stepped=frozenset(stepped))
 
     def targets(self, stored: Stored) -> Targets:
-        """Return live tensors for what is live, fresh ones for what the module makes up."""
+        """Return live tensors for what is live, fresh ones for what the module makes up.
+
+        Raises:
+            IncompatibleError: something on the meta device is in no state dict.
+        """
         targets = Targets()
         owned: set[str] = set()
-        for name, entry in self._entries().items():
+        aliases: dict[int, torch.Tensor] = {}
+        entries = self._entries()
+        check_knowable(self.module, {id(entry.value) for entry in entries.values()}, self.name)
+        for name, entry in entries.items():
             is_tensor = isinstance(entry.value, torch.Tensor)
             if name not in (stored.tensors if is_tensor else stored.objects):
                 targets.missing.append(name)
             elif not is_tensor:
                 owned.update([name, *references(stored.objects[name], path=self._path(name))])
             elif entry.live:
-                targets.tensors[name] = check_tensor(entry.value, self._path(name))
+                alias = check_tensor(entry.value, self._path(name), meta=True)
+                # One alias for tied names: on the meta device that is all that ties them.
+                targets.tensors[name] = aliases.setdefault(id(entry.value), alias)
             else:  # a made-up tensor may have another size each time
                 targets.tensors[name] = empty_beside(entry.value, stored.tensors[name])
         for name in sorted(owned & stored.tensors.keys()):
@@ -126,13 +137,19 @@ class ModelPart:
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the module what it made up itself; its own tensors are filled already."""
         made_up: dict[str, Any] = {}
-        for name, entry in self._entries().items():
+        memory: dict[int, torch.Tensor] = {}
+        entries = self._entries()
+        for name, entry in entries.items():
             if isinstance(entry.value, torch.Tensor):
                 if not entry.live and name in tensors:
                     made_up[entry.raw_name] = tensors[name]
+                elif name in tensors and entry.value.device.type == "meta":
+                    memory[id(entry.value)] = tensors[name]
             elif name in stored.objects:
                 data = stored.objects[name]
                 made_up[entry.raw_name] = decode(data, tensors=tensors, path=self._path(name))
+        if memory:
+            give_memory(self.module, memory, self.name)
         if made_up:
             self._load(made_up)
 

@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.state.decoding import parse
 from dist_ckpt.state.groups import GroupMatch, group_name, is_group_name, match_groups
 from dist_ckpt.state.layout import check_storable, dtype_name, empty_beside
 from dist_ckpt.state.model import ModelPart
@@ -100,7 +101,7 @@ class OptimizerPart:
         """Return a tensor for each stored one: laid out as its parameter, in the stored dtype."""
         view = self._view()
         groups = self._stored_groups(stored)
-        match = self._match(view, groups)
+        match = self._match(view, stored, groups)
         on_device = _stepped_on_device(view, match, groups)
         tensors: dict[str, torch.Tensor] = {}
         # Objects come first: a stored tensor that an object refers to belongs to that object,
@@ -125,7 +126,7 @@ class OptimizerPart:
         """Make the optimizer's state exactly what is stored, and set the options of its groups."""
         # Groups are matched anew: nothing is kept from `targets`, which a dry run may call.
         view = self._view()
-        match = self._match(view, self._stored_groups(stored))
+        match = self._match(view, stored, self._stored_groups(stored))
         values = {
             name: decode(data, tensors=tensors, path=f"{self.name}.{name}")
             for name, data in stored.objects.items()
@@ -138,18 +139,29 @@ class OptimizerPart:
                 value = values[name] if name in values else tensors[name]
                 state.setdefault(owner[0], {})[owner[1]] = value
         shared = values.get(_SHARED, {})
+        kept = self._shared_state(view)
         if not isinstance(shared, dict):
             raise self._malformed(_SHARED, "is no dict")
+        self._keep_unselected(view, state, stored)
         # From here on nothing can fail: everything stored is decoded and has its place.
         self.optimizer.state.clear()
         for parameter_name, entries in state.items():
             self.optimizer.state[view.parameters[parameter_name]] = entries
-        self.optimizer.state.update(shared)
+        self.optimizer.state.update(shared if stored.selects(_SHARED) else kept)
         for live_name, stored_name in match.stored_of.items():
             group = view.groups[live_name]
             for key, value in values[stored_name].items():
                 if key not in _STRUCTURE:
                     group[key] = _in_place(group.get(key), value)
+
+    def _keep_unselected(
+        self, view: _View, state: dict[str, dict[str, Any]], stored: Stored
+    ) -> None:
+        """Add to the new `state` what the optimizer has now and is not to be loaded."""
+        for owner, parameter in view.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if not stored.selects(f"{_STATE}{owner}.{key}"):
+                    state.setdefault(owner, {})[key] = value
 
     def _view(self) -> _View:
         names = self._names()
@@ -207,8 +219,23 @@ class OptimizerPart:
                 groups[name] = value
         return groups
 
-    def _match(self, view: _View, stored: Mapping[str, Mapping[str, Any]]) -> GroupMatch:
-        return match_groups(view.members, {name: g["params"] for name, g in stored.items()})
+    def _match(
+        self, view: _View, stored: Stored, groups: Mapping[str, Mapping[str, Any]]
+    ) -> GroupMatch:
+        # As written: a rate that is a tensor is there by its name, which no other group's has.
+        options = {
+            name: {
+                key: value
+                for key, value in parse(stored.objects[name], name).items()
+                if key not in _STRUCTURE
+            }
+            for name in groups
+        }
+        return match_groups(
+            view.members,
+            {name: group["params"] for name, group in groups.items()},
+            alike=lambda first, second: options[first] == options[second],
+        )
 
     def _references(self, name: str, data: bytes, stored: Stored) -> tuple[str, ...]:
         names = references(data, path=f"{self.name}.{name}")

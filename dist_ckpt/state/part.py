@@ -52,19 +52,25 @@ def _no_ranks() -> Sequence[Mapping[str, bytes]]:
     return ()
 
 
+def _every(_: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint holds for one part.
+    """What a checkpoint holds for one part, under the names of this program.
 
     Attributes:
-        tensors: every stored tensor of the part, of all ranks.
+        tensors: every stored tensor of the part, of all ranks; those that are not to be loaded
+            are left out.
         objects: encoded values by name. For a per-rank part, those that this very rank saved
             when `saved_world_size == world_size`, and those of rank 0 otherwise.
         rank: this rank, now.
         world_size: ranks now.
-        saved_world_size: ranks at the save.
+        saved_world_size: ranks at the save; 0 where the checkpoint does not say.
         by_rank: of a per-rank part, returns the objects of every rank that saved, by rank. They are
             read when asked for: only who reshards wants more than its own.
+        selects: tells whether a name, stored or live, is to be loaded. What is not stays as it is.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -73,6 +79,7 @@ class Stored:
     world_size: int
     saved_world_size: int
     by_rank: Callable[[], Sequence[Mapping[str, bytes]]] = _no_ranks
+    selects: Callable[[str], bool] = _every
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ class Targets:
     """Where stored bytes go.
 
     Attributes:
-        tensors: what to fill, by stored name: live tensors or fresh ones, plain or DTensors.
+        tensors: what to fill, by stored name: live tensors or fresh ones, plain or DTensors. One
+            on the meta device gets its memory after the checkpoint was found to fit; the same
+            object under two names gets it once.
         missing: names that the state has and the checkpoint has not.
         unexpected: names that the checkpoint has and the state, on this rank, has not.
         note: what a user should know of this restore although nothing is wrong, for the report.

@@ -19,7 +19,6 @@ from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
-from dist_ckpt.storage.ranges import Piece, Segment, coalesce
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.storage.retry import Backoff, RetryStore
@@ -36,12 +35,10 @@ __all__ = [
     "LocalStore",
     "MemoryStore",
     "MeterStore",
-    "Piece",
     "PutMode",
     "ReadOnlyStore",
     "RetryStore",
     "S3Store",
-    "Segment",
     "SingleWriterStore",
     "Store",
     "StoreWrapper",
@@ -49,7 +46,6 @@ __all__ = [
     "Watch",
     "check_key",
     "check_prefix",
-    "coalesce",
     "read_all",
     "resolve",
 ]

@@ -1,108 +1,136 @@
-"""Which byte ranges of which files to read, so that few requests carry all wanted pieces. Pure."""
+"""Ranges of bytes of many files, as columns: widened, joined, and cut. Pure.
+
+All files of a checkpoint are thought of as lying in one row, each from a multiple of `unit_bytes`
+on and never touching the one before it. A place in this row is an *address*: then a range is two
+numbers, and what is true of neighbours in one file needs no look at which file it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dist_ckpt.errors import UsageError
 
+Column = NDArray[np.int64]
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Wanted bytes: `start` up to, not including, `stop` of file number `file`."""
-
-    file: int
-    start: int
-    stop: int
+_ADDRESS_LIMIT = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One read: bytes `start` up to `stop` of `file`; `pieces` are the numbers of those inside."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """Ranges of addresses, one row each: `start` up to, not including, `stop`.
 
-    file: int
-    start: int
-    stop: int
-    pieces: tuple[int, ...]
+    Attributes:
+        start: int64[n].
+        stop: int64[n].
+    """
+
+    start: Column
+    stop: Column
+
+    def __len__(self) -> int:
+        return len(self.start)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes this reads: its cost."""
-        return self.stop - self.start
+        """How many bytes the ranges hold, those of several counted several times."""
+        return int((self.stop - self.start).sum())
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the rows as Python numbers."""
+        return list(zip(self.start.tolist(), self.stop.tolist(), strict=True))
 
 
-def coalesce(
-    pieces: Sequence[Piece],
-    *,
-    block_bytes: int,
-    max_gap_bytes: int,
-    max_segment_bytes: int,
-    file_sizes: Sequence[int],
-) -> list[Segment]:
-    """Merge `pieces` into few reads of whole blocks; each piece is inside exactly one of them.
-
-    A segment starts at a multiple of `block_bytes` and stops at one or at the end of its file, so
-    that every block of it can be verified. Neighbours are merged while at most `max_gap_bytes`
-    unwanted bytes lie between their blocks and the whole is at most `max_segment_bytes`; only a
-    piece whose own blocks are more makes a longer segment. Two segments may share blocks where
-    merging them would be too long.
+class Files:
+    """The row of all files of a checkpoint.
 
     Args:
-        pieces: in any order; they may overlap and repeat.
-        block_bytes: what digests are taken over.
-        max_gap_bytes: unwanted bytes that cost less than one more request.
-        max_segment_bytes: what one request should carry at most.
-        file_sizes: bytes of each file, by its number.
-
-    Returns:
-        Segments sorted by file and start; `pieces` of each sorted by their start.
+        sizes: bytes of each file, by its number.
+        unit_bytes: what reads are made of: digest blocks, sectors, or single bytes.
 
     Raises:
-        UsageError: a piece is empty or not inside its file, or a limit is out of range.
+        UsageError: a size or the unit is out of range, or there are more bytes than addresses.
     """
-    if block_bytes < 1 or max_gap_bytes < 0 or max_segment_bytes < 1:
-        raise UsageError(
-            f"bad limits: block_bytes={block_bytes}, max_gap_bytes={max_gap_bytes}, "
-            f"max_segment_bytes={max_segment_bytes}"
-        )
-    for piece in pieces:
-        _check(piece, file_sizes)
-    # Equal pieces keep the caller's order: sorting is stable, so the result is deterministic.
-    order = sorted(
-        range(len(pieces)), key=lambda n: (pieces[n].file, pieces[n].start, pieces[n].stop)
+
+    def __init__(self, sizes: Sequence[int], *, unit_bytes: int) -> None:
+        if unit_bytes < 1 or any(size < 0 for size in sizes):
+            raise UsageError(f"bad sizes: unit_bytes={unit_bytes}, files of {min(sizes)} bytes")
+        # In Python integers: what an index claims may be more than int64 holds.
+        if sum(sizes) + 2 * unit_bytes * (len(sizes) + 1) > _ADDRESS_LIMIT:
+            raise UsageError(f"{len(sizes)} files claim more bytes than a load can address")
+        self.unit_bytes = unit_bytes
+        self._sizes = np.array(sizes, np.int64)
+        # One unit more than it has, so that the end of a file never touches the next one.
+        units = -(-self._sizes // unit_bytes) + 1
+        self._base = np.concatenate([[0], np.cumsum(units * unit_bytes)]).astype(np.int64)
+
+    def address(self, file: NDArray[np.integer], offset: Column) -> Column:
+        """Return the addresses of the bytes at `offset` of the files of numbers `file`."""
+        result: Column = self._base[file] + offset
+        return result
+
+    def place(self, address: int) -> tuple[int, int]:
+        """Return the number of the file that holds the byte at `address`, and its offset there."""
+        file = int(np.searchsorted(self._base, address, side="right")) - 1
+        return file, address - int(self._base[file])
+
+    def widen(self, ranges: Ranges) -> Ranges:
+        """Widen each range to whole units, the last of a file being as short as the file ends.
+
+        None of `ranges` is empty or leaves its file.
+        """
+        unit = self.unit_bytes
+        file = np.searchsorted(self._base, ranges.start, side="right") - 1
+        end = self._base[file] + self._sizes[file]
+        return Ranges(ranges.start // unit * unit, np.minimum(-(-ranges.stop // unit) * unit, end))
+
+
+def join(ranges: Ranges) -> Ranges:
+    """Return the same bytes, sorted and each once: what overlaps or touches becomes one range."""
+    order = np.argsort(ranges.start, kind="stable")
+    start = ranges.start[order]
+    reach = np.maximum.accumulate(ranges.stop[order])
+    # A range begins a new one where everything before it has ended.
+    heads = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]])[: len(start)])
+    tails = np.concatenate([heads[1:], [len(start)]])[: len(heads)] - 1
+    return Ranges(start[heads], reach[tails])
+
+
+def bridge(ranges: Ranges, *, max_gap_bytes: int) -> Ranges:
+    """Join neighbours over gaps that cost less than one more request.
+
+    A gap is read along where it has at most `max_gap_bytes`, and at most one byte for each 16 that
+    its two neighbours have: so no more than a sixteenth is ever read in vain.
+
+    Args:
+        ranges: sorted and disjoint.
+        max_gap_bytes: unwanted bytes that cost less than one more request; 0 joins nothing.
+    """
+    if len(ranges) < 2 or max_gap_bytes < 1:
+        return ranges
+    gap = ranges.start[1:] - ranges.stop[:-1]
+    size = ranges.stop - ranges.start
+    apart = (gap > max_gap_bytes) | (16 * gap > np.minimum(size[1:], size[:-1]))
+    heads = np.flatnonzero(np.concatenate([[True], apart]))
+    tails = np.flatnonzero(np.concatenate([apart, [True]]))
+    return Ranges(ranges.start[heads], ranges.stop[tails])
+
+
+def cut(ranges: Ranges, *, most_bytes: int) -> Ranges:
+    """Cut the ranges at every multiple of `most_bytes`, so that none has more.
+
+    The places do not depend on where a range begins: two ranks that cut what they have in common
+    do it at the same places.
+    """
+    first = ranges.start // most_bytes
+    counts = -(-ranges.stop // most_bytes) - first
+    owner = np.repeat(np.arange(len(ranges)), counts)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + first[owner]
+    return Ranges(
+        np.maximum(ranges.start[owner], step * most_bytes),
+        np.minimum(ranges.stop[owner], (step + 1) * most_bytes),
     )
-    growing: list[_Growing] = []
-    for number in order:
-        piece = pieces[number]
-        start = piece.start - piece.start % block_bytes
-        stop = min(-(-piece.stop // block_bytes) * block_bytes, file_sizes[piece.file])
-        last = growing[-1] if growing else None
-        if (
-            last is not None
-            and last.file == piece.file
-            and start - last.stop <= max_gap_bytes
-            # Where one holds the other, merging them reads no byte more than the longer alone.
-            and max(last.stop, stop) - last.start
-            <= max(max_segment_bytes, last.stop - last.start, stop - start)
-        ):
-            last.stop = max(last.stop, stop)
-            last.pieces.append(number)
-        else:
-            growing.append(_Growing(piece.file, start, stop, [number]))
-    return [Segment(each.file, each.start, each.stop, tuple(each.pieces)) for each in growing]
-
-
-@dataclass(slots=True)
-class _Growing:
-    file: int
-    start: int
-    stop: int
-    pieces: list[int]
-
-
-def _check(piece: Piece, file_sizes: Sequence[int]) -> None:
-    if not 0 <= piece.file < len(file_sizes):
-        raise UsageError(f"{piece} names a file that is not among the {len(file_sizes)} known")
-    if not 0 <= piece.start < piece.stop <= file_sizes[piece.file]:
-        raise UsageError(f"{piece} is empty or outside its file of {file_sizes[piece.file]} bytes")

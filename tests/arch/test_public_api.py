@@ -19,6 +19,8 @@ NAMES = [
     "save",
     "async_save",
     "load",
+    "load_weights",
+    "open_checkpoint",
     "keep",
     "policy",
     "EarlyStopping",

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import dist_ckpt
 from dist_ckpt import Checkpointer, TrainState, keep, policy
-from dist_ckpt.engine.starting import main_model, split_place
+from dist_ckpt.engine.starting import main_model
 from dist_ckpt.errors import IncompatibleError, NotFound, UsageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.memory import MemoryStore
@@ -154,20 +154,6 @@ def test_what_flags_and_script_say_adds_up(run: str) -> None:
             handle = ckpt.step(step)
             assert handle is None or handle.done(), "--no-async waits"
     assert Repository(MemoryStore(run.removeprefix("memory://"))).steps() == [4, 8]
-
-
-@pytest.mark.parametrize(
-    ("place", "split"),
-    [
-        ("runs/a", ("runs/a", None)),
-        ("runs/a/step-0000000012", ("runs/a", 12)),
-        ("s3://b/a/step-0000000012/", ("s3://b/a", 12)),
-        ("step-0000000012", (".", 12)),
-        ("runs/step-12", ("runs/step-12", None)),
-    ],
-)
-def test_a_place_is_a_run_or_one_of_its_steps(place: str, split: tuple[str, int | None]) -> None:
-    assert split_place(place) == split
 
 
 def test_weights_are_for_one_model() -> None:

@@ -36,8 +36,8 @@ def test_the_newest_with_what_rank_0_read() -> None:
     store = run(1, 2)
     choice = newest(store)
     assert (choice.step, choice.refused) == (2, {})
-    assert choice.manifest == read_all(store, manifest_key(2))
-    assert choice.index
+    assert choice.checkpoint is not None
+    assert choice.checkpoint.manifest_bytes == read_all(store, manifest_key(2))
 
 
 def test_damaged_ones_are_passed_over_with_the_reason() -> None:
@@ -107,3 +107,17 @@ def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
     choice = newest(store)
     assert choice.step == 1
     assert 2 in choice.refused
+
+
+def test_lost_files_of_parts_that_nobody_wants_are_no_damage() -> None:
+    store = run(1)
+    damage(store, 1)
+    choice = choose(
+        Repository(store),
+        1,
+        {},
+        fall_back=False,
+        empty_is_new=False,
+        selects_part=lambda part: part != "model",
+    )
+    assert choice.step == 1

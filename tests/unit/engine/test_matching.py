@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.engine.matching import Misfits, compare, judge
-from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.engine.load_options import LoadOptions
+from dist_ckpt.engine.matching import (
+    Misfits,
+    can_cast,
+    check_matched,
+    compare,
+    judge,
+    unmatched,
+)
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.part import TensorSpec
 
 NAMES = st.lists(st.sampled_from("abcdef"), unique=True)
@@ -30,31 +38,61 @@ def test_each_kind_of_difference_is_told_with_both_sides() -> None:
     found = compare("model", targets, stored)
     assert found.missing == ["model/new"]
     assert found.unexpected == [], "the part itself says what it does not know"
-    assert found.mismatched == [
-        "model/shape: stored float32[3, 2], wanted float32[2, 3]",
-        "model/dtype: stored float32[2], wanted bfloat16[2]",
-    ]
+    assert found.shapes == ["model/shape: stored float32[3, 2], wanted float32[2, 3]"]
+    assert found.dtypes == ["model/dtype: stored float32[2], wanted bfloat16[2]"]
+    assert found.casts == []
+    cast = compare("model", targets, stored, cast=True)
+    assert (cast.dtypes, cast.casts) == ([], found.dtypes)
+    never = compare("m", {"n": torch.zeros(2)}, {"n": TensorSpec("int8", (2,))}, cast=True)
+    assert never.dtypes == ["m/n: stored int8[2], wanted float32[2] (never cast)"]
 
 
-@given(st.lists(st.tuples(NAMES, NAMES, NAMES), min_size=1, max_size=4))
+@pytest.mark.parametrize(
+    ("stored", "wanted", "possible"),
+    [
+        (torch.float32, torch.bfloat16, True),
+        (torch.bfloat16, torch.float64, True),
+        (torch.float32, torch.float8_e4m3fn, True),
+        (torch.complex64, torch.complex128, True),
+        (torch.complex64, torch.float32, False),
+        (torch.float32, torch.complex64, False),
+        (torch.int8, torch.int64, True),
+        (torch.uint8, torch.int16, True),
+        (torch.int64, torch.int32, False),
+        (torch.int8, torch.uint8, False),
+        (torch.uint8, torch.int8, False),
+        (torch.float32, torch.int64, False),
+        (torch.int64, torch.float64, False),
+        (torch.bool, torch.int8, False),
+        (torch.int8, torch.bool, False),
+    ],
+)
+def test_what_may_be_cast(stored: torch.dtype, wanted: torch.dtype, possible: bool) -> None:
+    assert can_cast(stored, wanted) is possible
+
+
+@given(st.lists(st.tuples(NAMES, NAMES, NAMES, NAMES), min_size=1, max_size=4), st.booleans())
 def test_missing_on_any_rank_and_unexpected_on_all(
-    by_rank: list[tuple[list[str], list[str], list[str]]],
+    by_rank: list[tuple[list[str], list[str], list[str], list[str]]], strict: bool
 ) -> None:
     misfits = [Misfits(*each) for each in by_rank]
     missing = set().union(*(each[0] for each in by_rank))
     unexpected = set(by_rank[0][1]).intersection(*(each[1] for each in by_rank))
-    mismatched = set().union(*(each[2] for each in by_rank))
-    if not (missing or unexpected or mismatched):
-        judge(misfits, where="step 1 in x")
+    shapes = set().union(*(each[2] for each in by_rank))
+    dtypes = set().union(*(each[3] for each in by_rank))
+    if not (shapes or dtypes or (strict and (missing or unexpected))):
+        found = judge(misfits, where="step 1 in x", strict=strict)
+        assert (set(found.missing), set(found.unexpected)) == (missing, unexpected)
         return
     with pytest.raises(IncompatibleError) as caught:
-        judge(misfits, where="step 1 in x")
+        judge(misfits, where="step 1 in x", strict=strict)
     message = str(caught.value)
-    assert message.startswith("step 1 in x does not fit this state; nothing was changed.")
+    assert message.startswith("step 1 in x does not fit this state; nothing was changed")
     for kind, names in (
         ("missing in the checkpoint", missing),
         ("unexpected in the checkpoint", unexpected),
-        ("of another shape or dtype", mismatched),
+        ("of another shape", shapes),
+        ("of another dtype", dtypes),
     ):
         listed = f"{kind}: {', '.join(sorted(names))}"
         assert (listed in message) is bool(names)
@@ -71,3 +109,34 @@ def test_misfits_do_not_share_their_lists() -> None:
     one, other = Misfits(), Misfits()
     one.missing.append("x")
     assert other.missing == []
+
+
+def test_a_pattern_counts_as_matched_when_it_matches_on_one_rank() -> None:
+    options = LoadOptions(only=("model", "ema/*"), skip=("model/haed.*",))
+    known = {"model", "model/head.weight", "model/body"}
+    lost = unmatched(options, known, {"model/old"})
+    assert lost == ["ema/*", "model/haed.*", "model/old"]
+    mine = Misfits(unmatched=lost)
+    check_matched([mine, Misfits()], known)
+    with pytest.raises(UsageError, match=r"'model/haed\.\*'.*did you mean 'model/head'"):
+        check_matched([mine, Misfits(unmatched=["model/haed.*"])], known)
+
+
+def test_a_pattern_without_its_part_is_explained() -> None:
+    known = {"model", "model/head.weight"}
+    lost = unmatched(LoadOptions(skip=("head.*",)), known, ())
+    with pytest.raises(UsageError, match=r"names begin with their part.*'\*/head\.\*'"):
+        check_matched([Misfits(unmatched=lost)], known)
+
+
+def test_the_message_offers_what_would_help() -> None:
+    for found, ways in (
+        (Misfits(missing=["a"]), ("strict=False",)),
+        (Misfits(dtypes=["a"]), ("cast=True",)),
+        (Misfits(dtypes=["a (never cast)"]), ()),
+        (Misfits(shapes=["a"]), ()),
+    ):
+        with pytest.raises(IncompatibleError) as caught:
+            judge([found], where="step 1")
+        offered = [way for way in ("strict=False", "cast=True") if way in str(caught.value)]
+        assert offered == list(ways)

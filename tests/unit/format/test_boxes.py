@@ -15,6 +15,7 @@ from dist_ckpt.format.boxes import (
     element_span,
     intersect,
     is_whole,
+    run_boxes,
     split_rows,
     volume,
 )
@@ -111,6 +112,25 @@ def test_the_span_is_from_the_first_to_the_last_element(
 def test_a_span_of_what_is_outside_is_refused(inner: Box) -> None:
     with pytest.raises(UsageError, match="not inside"):
         element_span(Box((1,), (4,)), inner)
+
+
+@given(st.data(), st.lists(st.integers(1, 4), max_size=4).map(tuple))
+def test_the_boxes_of_a_run_hold_its_elements_in_order(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
+    outer = Box(tuple(range(len(shape))), shape)
+    order = elements(outer)
+    first = data.draw(st.integers(0, len(order) - 1))
+    stop = data.draw(st.integers(first + 1, len(order)))
+    boxes = run_boxes(outer, first, stop)
+    assert [index for box in boxes for index in elements(box)] == order[first:stop]
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 0), (3, 2), (-1, 2), (0, 7)])
+def test_a_run_of_what_is_outside_is_refused(first: int, stop: int) -> None:
+    with pytest.raises(UsageError, match="not inside"):
+        run_boxes(Box((1, 0), (2, 3)), first, stop)
 
 
 @st.composite

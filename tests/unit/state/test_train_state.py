@@ -16,6 +16,7 @@ from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Captured, Part, Stored, Targets
 from dist_ckpt.state.rng import RngPart
+from dist_ckpt.state.scheduler import SchedulerPart
 from dist_ckpt.state.sampler import ElasticSampler
 from dist_ckpt.state.train_state import PerRank, TrainState
 from dist_ckpt.state.values import StatefulPart, ValuePart
@@ -41,7 +42,7 @@ def test_values_become_parts_by_what_they_are_in_the_order_to_restore() -> None:
     assert {name: type(part) for name, part in parts.items()} == {
         "model": ModelPart,
         "optimizer": OptimizerPart,
-        "scheduler": StatefulPart,
+        "scheduler": SchedulerPart,
         "sampler": StatefulPart,
         "history": ValuePart,
         "mine": ValuePart,

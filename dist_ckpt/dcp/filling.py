@@ -1,0 +1,193 @@
+"""From bytes of files to elements of tensors: what is wanted of a checkpoint, and where it goes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dist_ckpt.dcp.wanted import Wanted
+from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.pieces import find_pieces
+from dist_ckpt.staging.copy import view_box
+from dist_ckpt.storage.ranges import Files, Ranges, join
+
+
+class Filling:
+    """What one rank wants, planned: which bytes it needs, and what becomes of them.
+
+    Bytes may come in any order, from several threads, in ranges that are cut anywhere.
+
+    Args:
+        index: the chunk table.
+        wanted: boxes and their memory; the index has the tensors with these shapes and dtypes.
+        files: gives the addresses.
+        max_gap_bytes: how many bytes of a chunk that nobody wants may be read along.
+
+    Attributes:
+        needs: the ranges of addresses to be given to `fill`, whole units, sorted and disjoint.
+        nbytes_wanted: bytes of the boxes.
+    """
+
+    def __init__(
+        self, index: Index, wanted: Sequence[Wanted], files: Files, *, max_gap_bytes: int
+    ) -> None:
+        self._index = index
+        self._wanted = wanted
+        boxes = [each.local.held.box for each in wanted]
+        self.nbytes_wanted = sum(
+            volume(box) * each.dtype.itemsize for box, each in zip(boxes, wanted, strict=True)
+        )
+        pieces, runs = find_pieces(
+            index, [each.tensor for each in wanted], boxes, max_gap_bytes=max_gap_bytes
+        )
+        file = index.chunks.file
+        self.needs = join(
+            files.widen(
+                Ranges(
+                    files.address(file[runs.row], runs.start),
+                    files.address(file[runs.row], runs.stop),
+                )
+            )
+        )
+        start = files.address(file[pieces.row], pieces.start)
+        order = np.argsort(start, kind="stable")
+        self._start = start[order]
+        self._stop = files.address(file[pieces.row], pieces.stop)[order]
+        self._reach = np.maximum.accumulate(self._stop)
+        self._want = pieces.want[order]
+        self._row = pieces.row[order]
+        self._halves: dict[int, _Half] = {}
+        self._lock = threading.Lock()
+
+    def fill(self, start: int, data: memoryview) -> None:
+        """Copy out of `data`, which lies at the address `start`, all that is wanted of it."""
+        for number in self._pieces_in(start, start + len(data)):
+            self._copy(number, start, data)
+
+    def names_in(self, start: int, stop: int) -> list[str]:
+        """Return the stored `part/name` of wanted tensors with bytes in a range of addresses."""
+        tensors = [
+            self._index.tensors[self._wanted[int(self._want[number])].tensor]
+            for number in self._pieces_in(start, stop)
+        ]
+        return list(dict.fromkeys(f"{each.part}/{each.name}" for each in tensors))
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices with memory that something goes to."""
+        return list(dict.fromkeys(each.local.memory.device for each in self._wanted))
+
+    def _pieces_in(self, start: int, stop: int) -> list[int]:
+        # Before `first` every piece has ended, from `last` on none has begun.
+        first = int(np.searchsorted(self._reach, start, side="right"))
+        last = int(np.searchsorted(self._start, stop, side="left"))
+        return (first + np.flatnonzero(self._stop[first:last] > start)).tolist()
+
+    def _copy(self, number: int, at: int, data: memoryview) -> None:
+        """Copy what `data`, at the address `at`, holds of piece `number`."""
+        begin, end = int(self._start[number]), int(self._stop[number])
+        low, high = max(begin, at), min(end, at + len(data))
+        want = self._wanted[int(self._want[number])]
+        chunk = self._chunk(int(self._row[number]), len(want.local.held.shape))
+        common = intersect(chunk, want.local.held.box)
+        assert common is not None  # this is what a piece is
+        target = view_box(want.local.memory, common, origin=want.local.held.offsets)
+        source = data[low - at : high - at]
+        item = want.dtype.itemsize
+        first, last = element_span(chunk, common)
+        if volume(common) == last - first and _is_plain(target, want.dtype):
+            # The common case, a run of bytes to a run of bytes: numpy lets other threads run.
+            flat = target.view(-1).view(torch.uint8).numpy()
+            np.copyto(flat[low - begin : high - begin], np.frombuffer(source, np.uint8))
+        elif (low - begin) % item == 0 and (high - begin) % item == 0:
+            first += (low - begin) // item
+            _copy_run(target, torch.frombuffer(source, dtype=want.dtype), chunk, common, first)
+        else:
+            # Files of other programs have elements anywhere, so a read may end inside of one: it
+            # is put together of bytes, in memory of the stored dtype.
+            half = self._half(number, target, want.dtype, common)
+            outer, inner = _in_bytes(chunk, item), _in_bytes(common, item)
+            raw = torch.frombuffer(source, dtype=torch.uint8)
+            nbytes = _copy_run(
+                _as_bytes(half.memory), raw, outer, inner, first * item + low - begin
+            )
+            self._add(number, target, half, nbytes)
+
+    def _chunk(self, row: int, ndim: int) -> Box:
+        starts, sizes = self._index.boxes(np.array([row]), ndim)
+        return Box(tuple(starts[0].tolist()), tuple(sizes[0].tolist()))
+
+    def _half(self, number: int, target: torch.Tensor, dtype: torch.dtype, box: Box) -> _Half:
+        with self._lock:
+            found = self._halves.get(number)
+            if found is None:
+                same = target.dtype == dtype
+                memory = target if same else torch.empty(box.sizes, dtype=dtype)
+                found = _Half(memory, volume(box) * dtype.itemsize)
+                self._halves[number] = found
+            return found
+
+    def _add(self, number: int, target: torch.Tensor, half: _Half, nbytes: int) -> None:
+        with self._lock:
+            half.missing_bytes -= nbytes
+            if half.missing_bytes:
+                return
+            del self._halves[number]
+        if half.memory is not target:
+            _assign(target, half.memory)
+
+
+@dataclass(slots=True)
+class _Half:
+    """A piece that comes in parts which end inside of elements."""
+
+    memory: torch.Tensor
+    missing_bytes: int
+
+
+def _copy_run(target: torch.Tensor, run: torch.Tensor, chunk: Box, common: Box, first: int) -> int:
+    """Copy a run of elements of `chunk` into `target`, which is for `common`; return how many.
+
+    Args:
+        target: memory of the sizes of `common`.
+        run: the elements of `chunk` from its element number `first` on.
+        chunk: a stored box.
+        common: a box inside it: other elements of the run are stepped over.
+        first: counted in the C order of `chunk`.
+    """
+    # With the strides of the stored chunk, whatever of it the run holds.
+    strides = [math.prod(chunk.sizes[dim + 1 :]) for dim in range(len(chunk.sizes))]
+    count = 0
+    for box in run_boxes(chunk, first, first + len(run)):
+        part = intersect(box, common)
+        if part is not None:
+            offset = element_span(chunk, part)[0] - first
+            source = run.as_strided(part.sizes, strides, offset)
+            _assign(view_box(target, part, origin=common.offsets), source)
+            count += volume(part)
+    return count
+
+
+def _assign(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.no_grad():
+        # Out of pinned memory this goes on behind our back: whoever owns the memory waits.
+        target.copy_(source, non_blocking=True)
+
+
+def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of `target` lie in memory as they are stored."""
+    return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+
+
+def _in_bytes(box: Box, item: int) -> Box:
+    return Box((*box.offsets, 0), (*box.sizes, item))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(-1).view(torch.uint8)

@@ -1,0 +1,214 @@
+"""All ranks open one checkpoint: rank 0 finds it and reads its description, the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dist_ckpt.engine.choice import choose
+from dist_ckpt.engine.coordinator import Topic
+from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.load_options import LoadOptions
+from dist_ckpt.engine.location import Location, find_foreign, locate, name_of
+from dist_ckpt.engine.messages import LoadRequest, check_same, pack, unpack
+from dist_ckpt.errors import CheckpointError, UsageError
+from dist_ckpt.format.names import check_step
+from dist_ckpt.repository import Checkpoint, Repository
+from dist_ckpt.repository.foreign import ForeignSource
+from dist_ckpt.repository.source import Source
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCall:
+    """What one rank was asked to load.
+
+    Attributes:
+        step: which checkpoint, None for the newest.
+        place: where from; None for the run of the job.
+        url: how messages name that place; empty for None.
+        options: how.
+        failed: what keeps this rank from loading.
+    """
+
+    step: int | None
+    place: Place | None
+    url: str
+    options: LoadOptions
+    failed: CheckpointError | None
+
+    @classmethod
+    def of(
+        cls,
+        step: int | None,
+        place: Place | None,
+        keywords: Mapping[str, Any] | None,
+        failed: CheckpointError | None,
+    ) -> LoadCall:
+        """Check the arguments; what is wrong with them is kept, for all ranks to hear."""
+        url, options = "", LoadOptions()
+        try:
+            options = LoadOptions.of(keywords or {})
+            url = "" if place is None else name_of(place)
+            if step is not None:
+                check_step(step)
+        except CheckpointError as error:
+            failed = failed or error
+        return cls(step, place, url, options, failed)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The checkpoint to load, opened on this rank.
+
+    Attributes:
+        source: what to read from.
+        url: its run, or its directory where another program wrote it.
+        refused: newer checkpoints that were passed over, each with the reason.
+    """
+
+    source: Source
+    url: str
+    refused: Mapping[int, str]
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What rank 0 chose and read, for the other ranks.
+
+    Attributes:
+        step: None where there is no checkpoint.
+        text: from what its store is to be resolved.
+        manifest: encoded.
+        index: encoded.
+        refused: what was passed over.
+        foreign: the description of a checkpoint that another program wrote; it has no manifest.
+    """
+
+    step: int | None
+    text: str | None = None
+    manifest: bytes = b""
+    index: bytes = b""
+    refused: dict[int, str] = {}
+    foreign: bytes = b""
+
+
+class Chooser:
+    """Chooses a checkpoint together with the other ranks, once or until one is whole."""
+
+    def __init__(self, job: Job, call: LoadCall, *, own: bool) -> None:
+        """Take this rank's call.
+
+        Args:
+            job: the ranks, and the run that `own` is about.
+            call: what to load.
+            own: whether to take the run of the job over first, and to choose none, not raise,
+                when it has no checkpoint.
+        """
+        self.url = call.url or job.url
+        self.options = call.options
+        self._job = job
+        self._call = call
+        self._own = own
+        self._refused: dict[int, str] = {}
+        self._opened: Source | None = None
+
+    def choose(self, topic: Topic, *, fall_back: bool) -> tuple[Chosen | None, Mapping[int, str]]:
+        """Return the checkpoint, None for a new run, and what was newly refused; a round.
+
+        Args:
+            topic: names the load.
+            fall_back: whether a damaged one is passed over for the next older one.
+
+        Raises:
+            CheckpointError: the same on every rank; see `dist_ckpt.engine.choice.choose`.
+            UsageError: the ranks were asked for different things.
+        """
+        call = self._call
+        request = call.failed or pack(LoadRequest(call.step, self.url, call.options.fingerprint()))
+
+        def decide(messages: Sequence[bytes]) -> bytes:
+            _check_alike([unpack(data, LoadRequest) for data in messages])
+            return msgspec.msgpack.encode(self._decide(fall_back=fall_back))
+
+        data = self._job.training.round(
+            topic.phase("choose"), request, decide, deadline=self._job.deadline()
+        )
+        answer = msgspec.msgpack.decode(data, type=_Answer)
+        news = {step: why for step, why in answer.refused.items() if step not in self._refused}
+        self._refused = dict(answer.refused)
+        if answer.step is None:
+            return None, news
+        source = self._open(answer)
+        return Chosen(source, self.url, answer.refused), news
+
+    def refuse(self, step: int, reason: str) -> None:
+        """Take note that the data of `step` is damaged; all ranks do so together."""
+        self._refused[step] = reason
+
+    def _decide(self, *, fall_back: bool) -> _Answer:
+        """Rank 0: take the run over, find the checkpoint, open it."""
+        if self._own:
+            self._job.claim()
+        location = self._location()
+        foreign = None if self._call.place is None else find_foreign(location)
+        if foreign is not None:
+            foreign.check_sizes()
+            self._opened = foreign
+            return _Answer(foreign.step, location.text, foreign=foreign.message)
+        choice = choose(
+            Repository(location.store),
+            location.step,
+            self._refused,
+            fall_back=fall_back,
+            empty_is_new=self._own and self._call.place is None,
+            selects_part=self.options.selects_stored,
+        )
+        # Kept, because decoding an index of millions of chunks twice is felt.
+        self._opened = opened = choice.checkpoint
+        if opened is None:
+            return _Answer(None, refused=choice.refused)
+        return _Answer(
+            opened.step, location.text, opened.manifest_bytes, opened.index_bytes, choice.refused
+        )
+
+    def _location(self) -> Location:
+        if self._call.place is None:
+            return Location(self._job.repository.store, self._call.step)
+        return locate(self._call.place, self._call.step)
+
+    def _open(self, answer: _Answer) -> Source:
+        if self._opened is not None:
+            return self._opened
+        store = self._store(answer)
+        if answer.foreign:
+            return ForeignSource(store, answer.foreign)
+        assert answer.step is not None
+        return Checkpoint(store, answer.manifest, answer.index, step=answer.step)
+
+    def _store(self, answer: _Answer) -> Store:
+        place = self._call.place
+        if place is None:
+            return self._job.repository.store
+        return place if isinstance(place, Store) else resolve(answer.text or "")
+
+
+def _check_alike(requests: Sequence[LoadRequest]) -> None:
+    """Check that all ranks were asked to load the same thing in the same way.
+
+    Raises:
+        UsageError: names what differs, and two ranks.
+    """
+    check_same(requests, "load")
+    for rank, request in enumerate(requests):
+        for option, value in requests[0].options.items():
+            other = request.options.get(option)
+            if other != value:
+                raise UsageError(
+                    f"the ranks were asked to load in different ways ({option}: rank 0: {value}, "
+                    f"rank {rank}: {other}): make the call with the same arguments on every rank",
+                    ranks={0: value, rank: str(other)},
+                )

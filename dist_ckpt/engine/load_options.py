@@ -1,0 +1,236 @@
+"""How to load: the options that every call which loads takes as plain keywords."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import torch
+
+from dist_ckpt.errors import UsageError, describe
+from dist_ckpt.format.digest import bytes_digest
+
+Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
+Exchange: TypeAlias = Literal["auto", "always", "never"]
+
+_EXCHANGES = ("auto", "always", "never")
+_SWITCHES = ("strict", "cast", "verify")
+_MIN_IN_FLIGHT_BYTES = 1 << 20
+_NEAR = 3
+
+
+class LoadKeywords(TypedDict, total=False):
+    """The keywords of `LoadOptions`, for the signatures of the calls that take them."""
+
+    strict: bool
+    only: str | Iterable[str]
+    skip: str | Iterable[str]
+    rename: Rename | None
+    cast: bool
+    device: str | torch.device | None
+    verify: bool
+    exchange: Exchange
+    in_flight_bytes: int
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load, and how. Names are `part/name`, as the state has them after `rename`.
+
+    Attributes:
+        strict: a name that only one of state and checkpoint has is an error. Without it such names
+            are left alone (on the meta device, where they are there), and the report lists them.
+        only: glob patterns: nothing else is loaded. One without `/` is of whole parts: `model`;
+            others are of names: `model/blocks.*`. A `*` matches dots and slashes, too.
+        skip: glob patterns: what is not loaded, even where `only` has it.
+        rename: from stored names to those of the state: a function of `part/name`, or a mapping.
+            A key of the mapping is a whole name, or the beginning of names up to a `.` or `/`
+            (`{"model/encoder": "model/backbone"}`, `{"ema": "model"}`, `{"model/net": "model"}`);
+            the longest one counts.
+        cast: let floating tensors take another floating dtype, and integers a wider one. Nothing
+            else is ever cast.
+        device: where tensors of the state that are on the meta device get their memory; None for
+            the CPU, and for the device of its mesh where it is a DTensor.
+        verify: compare every block read with its digest.
+        exchange: whether bytes that several ranks want are read by one of them and sent to the
+            others: "auto" where that is expected to be faster.
+        in_flight_bytes: how much of this rank's host memory the bytes under way may take.
+    """
+
+    strict: bool = True
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    rename: Rename | None = None
+    cast: bool = False
+    device: torch.device | None = None
+    verify: bool = True
+    exchange: Exchange = "auto"
+    in_flight_bytes: int = 256 << 20
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> LoadOptions:
+        """Return the options that the keywords of a call mean.
+
+        Raises:
+            UsageError: an unknown keyword, or a value that is none of its option's; names it.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(keywords.keys() - set(known))
+        if unknown:
+            raise UsageError(
+                f"unknown option {unknown[0]!r}{near(unknown[0], known)}: a load knows "
+                f"{', '.join(known)}"
+            )
+        values = dict(keywords)
+        for name in ("only", "skip"):
+            if name in values:
+                values[name] = _patterns(name, values[name])
+        if values.get("device") is not None:
+            values["device"] = _device(values["device"])
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is True or False, not {getattr(self, name)!r}")
+        if self.exchange not in _EXCHANGES:
+            raise UsageError(f"exchange is one of {', '.join(_EXCHANGES)}, not {self.exchange!r}")
+        number = self.in_flight_bytes
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if not (whole and number >= _MIN_IN_FLIGHT_BYTES):
+            raise UsageError(
+                f"in_flight_bytes is a number of bytes of at least {_MIN_IN_FLIGHT_BYTES}, "
+                f"not {number!r}"
+            )
+        _check_rename(self.rename)
+
+    def selects(self, name: str) -> bool:
+        """Tell whether `name`, a part or `part/name` of the state, is to be loaded."""
+        chosen = not self.only or any(matches(pattern, name) for pattern in self.only)
+        return chosen and not any(matches(pattern, name) for pattern in self.skip)
+
+    def selects_part(self, part: str) -> bool:
+        """Tell whether any name of `part` could be selected: if not, nothing of it is read."""
+        if any("/" not in pattern and fnmatchcase(part, pattern) for pattern in self.skip):
+            return False
+        # What follows the slash decides later, name by name.
+        heads = (pattern.partition("/")[0] for pattern in self.only)
+        return not self.only or any(fnmatchcase(part, head) or "*" in head for head in heads)
+
+    def selects_stored(self, part: str) -> bool:
+        """Tell whether anything of the stored `part` could be selected, under whatever name."""
+        if self.rename is None:
+            return self.selects_part(part)
+        if not isinstance(self.rename, Mapping):
+            return True
+        heads = [self.rename[key] for key in self.rename if key.partition("/")[0] == part]
+        homes = {head.partition("/")[0] for head in (*heads, part)}
+        return any(self.selects_part(home) for home in homes)
+
+    def renamed(self, name: str) -> str:
+        """Return what the stored `part/name` is called in the state.
+
+        Raises:
+            UsageError: the function failed, or returned no `part/name`.
+        """
+        if self.rename is None:
+            return name
+        if isinstance(self.rename, Mapping):
+            return _mapped(self.rename, name)
+        try:
+            new = self.rename(name)
+        except Exception as error:
+            raise UsageError(f"rename({name!r}) failed: {describe(error)}") from error
+        if not isinstance(new, str):
+            raise UsageError(f"rename({name!r}) returned {new!r}: it must return a name")
+        return new
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return each option as short text: equal on all ranks, or they load different things."""
+        shown = {field.name: repr(getattr(self, field.name)) for field in fields(self)}
+        # Each rank has a device of its own; that all are of one type is enough.
+        shown["device"] = "None" if self.device is None else self.device.type
+        if isinstance(self.rename, Mapping):
+            pairs = repr(sorted(self.rename.items()))
+            shown["rename"] = f"{len(self.rename)} names, {bytes_digest(pairs.encode())}"
+        elif self.rename is not None:
+            # The address in a function's repr differs from process to process.
+            shown["rename"] = getattr(self.rename, "__qualname__", type(self.rename).__qualname__)
+        return shown
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a pattern matches `part/name`; one without `/` is of the part alone."""
+    return fnmatchcase(name if "/" in pattern else name.partition("/")[0], pattern)
+
+
+def rename_key(rename: Mapping[str, str], name: str) -> str | None:
+    """Return the longest key of `rename` that is `name`, or its beginning up to a `.` or `/`.
+
+    The key may have that separator or leave it out.
+    """
+    if name in rename:
+        return name
+    for stop in range(len(name) - 1, 0, -1):
+        # With its separator first, so that `model/value.` can become `model/`.
+        if name[stop] in "./":
+            for key in (name[: stop + 1], name[:stop]):
+                if key in rename:
+                    return key
+    return None
+
+
+def _mapped(rename: Mapping[str, str], name: str) -> str:
+    key = rename_key(rename, name)
+    if key is None:
+        return name
+    new, rest = rename[key], name[len(key) :]
+    if rest and rest[0] in "./" and key[-1] not in "./":
+        # A name has one slash, behind its part: where a beginning gains or loses its part, the
+        # separator behind it changes, so that `{"model": "model/net"}` does what it says.
+        rest = ("." if "/" in new else "/") + rest[1:]
+    return new + rest
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return a question that offers the known names most like `name`; empty without any."""
+    found = difflib.get_close_matches(name, list(known), _NEAR)
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def _patterns(option: str, value: object) -> tuple[str, ...]:
+    # One string is one pattern: its letters would be patterns, too.
+    listed = (value,) if isinstance(value, str) else value
+    if not isinstance(listed, Iterable):
+        raise UsageError(f"{option} is a pattern or a list of them, not {value!r}")
+    patterns = tuple(listed)
+    bad = [pattern for pattern in patterns if not isinstance(pattern, str) or not pattern]
+    if bad:
+        raise UsageError(f"{option} is made of patterns such as 'model/*', not {bad[0]!r}")
+    return patterns
+
+
+def _device(value: Any) -> torch.device:
+    try:
+        device: torch.device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {value!r} is none that torch knows: {error}") from error
+    if device.type == "meta":
+        raise UsageError("device='meta' has no memory to load into: give a real one")
+    return device
+
+
+def _check_rename(rename: object) -> None:
+    if isinstance(rename, Mapping):
+        bad = [(old, new) for old, new in rename.items() if not (_is_name(old) and _is_name(new))]
+        if bad:
+            raise UsageError(f"rename maps names to names, not {bad[0][0]!r} to {bad[0][1]!r}")
+    elif rename is not None and not callable(rename):
+        raise UsageError(f"rename is a mapping or a function of names, not {rename!r}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

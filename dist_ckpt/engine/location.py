@@ -1,0 +1,118 @@
+"""From what a person points at to the run, or the checkpoint, that it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+from dist_ckpt.engine.foreign import FILE_SUFFIXES, looked_for, open_foreign
+from dist_ckpt.engine.job import Place
+from dist_ckpt.errors import ErrorKind, NotFound, UsageError
+from dist_ckpt.format.names import manifest_key, parse_step_dir
+from dist_ckpt.repository import Repository
+from dist_ckpt.repository.foreign import ForeignSource
+from dist_ckpt.repository.source import Source
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where to look for checkpoints.
+
+    Attributes:
+        store: the run, or the directory of a foreign checkpoint.
+        step: the only checkpoint of the run that is meant; None for any.
+        text: from what `store` was resolved, None for a store that was given.
+        file: the file in `store` that was pointed at, for a checkpoint that is one file.
+    """
+
+    store: Store
+    step: int | None
+    text: str | None = None
+    file: str | None = None
+
+
+def name_of(place: Place) -> str:
+    """Return what messages call `place`, the same on ranks that mean the same; asks nobody.
+
+    Raises:
+        UsageError: the place is malformed.
+    """
+    if isinstance(place, Store):
+        return place.url
+    if not isinstance(place, str | PathLike):
+        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
+    return resolve(place).url
+
+
+def locate(place: Place, step: int | None) -> Location:
+    """Find what `place` is: a run, a step directory inside one, or a file of another program.
+
+    Args:
+        place: a path, a URL, or a store.
+        step: which checkpoint the caller asks for besides, None for none in particular.
+
+    Raises:
+        UsageError: the place is malformed, or is the directory of another step than `step`.
+        StorageError: it could not be looked at.
+    """
+    if isinstance(place, Store):
+        return Location(place, step)
+    text = str(place).rstrip("/") or str(place)
+    head, _, name = text.rpartition("/")
+    above = head or ("/" if text.startswith("/") else ".")
+    own = parse_step_dir(name)
+    # Only if it was committed there: a run may have been given the name of a step directory.
+    if own is not None and _has(resolve(above), manifest_key(own)):
+        if step not in (None, own):
+            raise UsageError(f"{text} is the checkpoint of step {own}, not of step {step}")
+        return Location(resolve(above), own, above)
+    if name.endswith(FILE_SUFFIXES) and _has(resolve(above), name):
+        return Location(resolve(above), step, above, name)
+    return Location(resolve(place), step, str(place))
+
+
+def _has(store: Store, key: str) -> bool:
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
+
+
+def open_source(location: Location) -> Source:
+    """Open the checkpoint at `location`, whoever wrote it; of a run the newest, unless told.
+
+    Raises:
+        NotFound: there is none.
+        IntegrityError: its description is damaged.
+        IncompatibleError: it was written by a newer format.
+    """
+    foreign = find_foreign(location)
+    if foreign is not None:
+        return foreign
+    run = Repository(location.store)
+    return run.open_latest() if location.step is None else run.open(location.step)
+
+
+def find_foreign(location: Location) -> ForeignSource | None:
+    """Open what another program wrote at `location`; None where that is a run, or nothing at all.
+
+    Raises:
+        NotFound: there is something, but no checkpoint.
+        IntegrityError: it is malformed or incomplete.
+        IncompatibleError: it holds something that cannot be read.
+    """
+    if location.file is not None:
+        return open_foreign(location.store, location.file)
+    # Whatever else lies in a run, its checkpoints come first.
+    if location.step is not None or Repository(location.store).latest() is not None:
+        return None
+    found = open_foreign(location.store)
+    if found is None and location.store.list_children():
+        raise NotFound(
+            f"no committed checkpoint in {location.store.url}: {looked_for()}",
+            kind=ErrorKind.NO_CHECKPOINT,
+        )
+    return found

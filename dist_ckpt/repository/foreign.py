@@ -1,0 +1,179 @@
+"""Checkpoints that other programs wrote, described as ours are: which bytes are which box."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
+from dist_ckpt.format import index as index_format
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
+from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import shard_name
+from dist_ckpt.storage.base import Store
+
+Chunk = tuple[int, int, int, Box]
+"""Tensor number, file number, byte offset in the file, box."""
+
+Objects = Mapping[str, Mapping[str, bytes]]
+"""Encoded Python values by part and name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a reader of some format made out.
+
+    Attributes:
+        format: the name of the format, for messages and reports.
+        keys: of each file, in the store.
+        nbytes: the size of each of them.
+        tensors: what there is.
+        chunks: where the raw bytes of each box lie: little-endian, the last dimension innermost.
+        objects: Python values.
+        step: the training step, 0 if nothing says.
+    """
+
+    format: str
+    keys: Sequence[str]
+    nbytes: Sequence[int]
+    tensors: Sequence[TensorEntry]
+    chunks: Iterable[Chunk]
+    objects: Objects = field(default_factory=dict)
+    step: int = 0
+
+
+class _Message(msgspec.Struct, frozen=True):
+    """What rank 0 tells the others of a checkpoint that it opened."""
+
+    format: str
+    keys: list[str]
+    index: bytes
+    objects: dict[str, dict[str, bytes]]
+    step: int
+
+
+class ForeignSource:
+    """The `Source` of what another program wrote. Nothing in it can be verified.
+
+    Attributes:
+        store: where its files are.
+        format: what wrote it.
+        index: where every byte lies; the digests in it are blank.
+    """
+
+    def __init__(self, store: Store, message: bytes) -> None:
+        """Open what `describe` returned, perhaps on another rank.
+
+        Raises:
+            IntegrityError: the description is not that of a whole checkpoint.
+        """
+        told = msgspec.msgpack.decode(message, type=_Message)
+        self.store = store
+        self.message = message
+        self.format = told.format
+        # Decoding checks everything that is checked of our own: names, bounds, coverage.
+        self.index: Index = index_format.decode(told.index)
+        self._keys = told.keys
+        self._objects = told.objects
+        self._step = told.step
+
+    @classmethod
+    def of(cls, store: Store, found: Found) -> ForeignSource:
+        """Open what a reader made out.
+
+        Raises:
+            IntegrityError: chunks that do not tile their tensor, or bytes outside their file.
+        """
+        files = []
+        for number, nbytes in enumerate(found.nbytes):
+            # No digest of these bytes is known: `verified` keeps anybody from comparing these.
+            blank = bytes(DIGEST_BYTES * block_count(nbytes))
+            files.append(FileEntry(shard_name("file", number), nbytes, file_digest(blank), blank))
+        index = Index.build(files, list(found.tensors), [], found.chunks)
+        objects = {part: dict(values) for part, values in found.objects.items()}
+        message = _Message(
+            found.format, list(found.keys), index_format.encode(index), objects, found.step
+        )
+        return cls(store, msgspec.msgpack.encode(message))
+
+    @property
+    def where(self) -> str:
+        """How messages name this checkpoint."""
+        return f"the {self.format} checkpoint in {self.store.url}"
+
+    @property
+    def step(self) -> int:
+        """The training step; 0 if nothing says."""
+        return self._step
+
+    @property
+    def save_id(self) -> str:
+        """The name of the format."""
+        return self.format
+
+    @property
+    def saved_world_size(self) -> int:
+        """Not known."""
+        return 0
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """There is none."""
+        return None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that its names were sorted into."""
+        named = (tensor.part for tensor in self.index.tensors)
+        return tuple(dict.fromkeys([*named, *self._objects]))
+
+    @property
+    def verified(self) -> bool:
+        """There are no digests to verify anything by."""
+        return False
+
+    def check_sizes(self) -> None:
+        """Compare the size of every file with what was found when it was described.
+
+        Raises:
+            IntegrityError: a file is missing, or has another size.
+        """
+        for key, entry in zip(self._keys, self.index.files, strict=True):
+            try:
+                nbytes = self.store.size(key)
+            except NotFound as error:
+                raise self._missing(key) from error
+            if nbytes != entry.nbytes:
+                raise IntegrityError(
+                    f"{self.where}: file {key} holds {nbytes} bytes, and held {entry.nbytes}",
+                    kind=ErrorKind.TRUNCATED,
+                )
+
+    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
+        """Fill `buffer` with the bytes of file number `file` from `start` on; see `Source`.
+
+        Raises:
+            IntegrityError: the file is missing or shorter.
+        """
+        key = self._keys[file]
+        try:
+            count = self.store.read_into(key, start, buffer)
+        except NotFound as error:
+            raise self._missing(key) from error
+        if count != len(buffer):
+            raise IntegrityError(
+                f"{self.where}: file {key} ends at byte {start + count}, before what its tensors "
+                "take",
+                kind=ErrorKind.TRUNCATED,
+            )
+
+    def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
+        """Return the encoded Python values of `part`: all ranks share them."""
+        return dict(self._objects.get(part, {}))
+
+    def _missing(self, key: str) -> IntegrityError:
+        return IntegrityError(f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE)

@@ -1,0 +1,89 @@
+"""What a load reads from: a checkpoint of dist_ckpt, or one that another program wrote."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An opened checkpoint: what it holds, and reads of its bytes.
+
+    Matching, planning, exchange and the report know nothing else, so whatever has an index of
+    byte ranges goes through all of them. Reading is safe from several threads.
+    """
+
+    @property
+    def where(self) -> str:
+        """How messages name this checkpoint."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The training step; 0 where the checkpoint does not say."""
+        ...
+
+    @property
+    def save_id(self) -> str:
+        """The attempt that wrote it; the name of the format where another program did."""
+        ...
+
+    @property
+    def saved_world_size(self) -> int:
+        """How many ranks saved it; 0 where the checkpoint does not say."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What was committed; None for a checkpoint that dist_ckpt did not write."""
+        ...
+
+    @property
+    def index(self) -> Index:
+        """Which box of which tensor lies where; files have no digests where `verified` is False."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts there are, also those without a tensor."""
+        ...
+
+    @property
+    def verified(self) -> bool:
+        """Whether there are digests, so that every byte read can be compared with its own."""
+        ...
+
+    def check_sizes(self) -> None:
+        """Compare the size of every file with what the index says, reading no data.
+
+        Raises:
+            IntegrityError: a file is missing, shorter or longer.
+        """
+        ...
+
+    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
+        """Fill `buffer` with the bytes of file number `file` from `start` on.
+
+        Args:
+            file: position in `index.files`.
+            start: with digests to compare, a multiple of the digest block size.
+            buffer: ends at a multiple of it too, or at the end of the file.
+            verify: whether to compare each block with its digest, where there are digests.
+
+        Raises:
+            IntegrityError: the file is missing or truncated, or a block differs from its digest.
+        """
+        ...
+
+    def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
+        """Return the encoded Python values of `part` by name, verified.
+
+        Those that all ranks share, and those of `rank`.
+
+        Raises:
+            IntegrityError: they are missing, damaged or malformed.
+        """
+        ...

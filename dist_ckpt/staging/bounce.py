@@ -1,0 +1,56 @@
+"""Bounce buffers: aligned host memory that bytes pass through on their way to tensors."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from dist_ckpt.storage.direct import aligned_buffer
+
+
+class BounceBuffers:
+    """A few buffers that several threads borrow in turn; only their first use pays for the memory.
+
+    Where bytes go on to a GPU the memory is pinned, and they go by a stream beside that of the
+    training, so that one thread's copy runs along with another's read.
+
+    Args:
+        count: how many buffers there are, and so how many threads have one at a time.
+        nbytes: the size of each; it begins on a page.
+        devices: where bytes may go on to.
+    """
+
+    def __init__(self, count: int, nbytes: int, *, devices: Sequence[torch.device]) -> None:
+        gpus = [device for device in devices if device.type == "cuda"]
+        self._free: queue.SimpleQueue[tuple[memoryview, list[torch.cuda.Stream]]]
+        self._free = queue.SimpleQueue()
+        for _ in range(count):
+            streams = [torch.cuda.Stream(device) for device in gpus]  # type: ignore[no-untyped-call]
+            for stream in streams:
+                # What the training still does to a target is over before bytes get there.
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
+            self._free.put((_pinned(nbytes) if gpus else aligned_buffer(nbytes), streams))
+
+    @contextmanager
+    def lend(self) -> Iterator[memoryview]:
+        """Lend a buffer; copies out of it that were begun meanwhile are over when it is back."""
+        memory, streams = self._free.get()
+        try:
+            with ExitStack() as stack:
+                for stream in streams:
+                    stack.enter_context(torch.cuda.stream(stream))
+                yield memory
+        finally:
+            for stream in streams:
+                # The next borrower writes to this memory: no copy may still read from it.
+                stream.synchronize()
+            self._free.put((memory, streams))
+
+
+def _pinned(nbytes: int) -> memoryview:
+    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    view: memoryview = memory.numpy().data
+    return view

@@ -1,0 +1,164 @@
+"""Loads in which ranks read for one another: bytes, failures, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import dist_ckpt
+from dist_ckpt.dcp.planner import Held, LocalBox
+from dist_ckpt.dcp.wanted import Wanted
+from dist_ckpt.engine import reading
+from dist_ckpt.engine.coordinator import Deadline, Topic
+from dist_ckpt.engine.reading import ReadOptions, ReadResult
+from dist_ckpt.engine.rendezvous import join
+from dist_ckpt.errors import CheckpointError
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage import LocalStore
+from dist_ckpt.testing.ranks import ranks, run_ranks
+
+ROWS, COLUMNS = 5 << 10, 1000  # 20 MB of float32: no row and no rank's share ends with a block
+WHOLE = (0, 0, ROWS, COLUMNS)
+
+Rectangle = tuple[int, int, int, int]
+"""First row, first column, rows, columns."""
+
+
+def weights() -> torch.Tensor:
+    return torch.arange(ROWS * COLUMNS, dtype=torch.float32).reshape(ROWS, COLUMNS)
+
+
+def save(folder: Path) -> str:
+    place = str(folder / "run")
+    dist_ckpt.save({"model": {"w": weights(), "b": torch.ones(7)}}, place, step=1)
+    return place
+
+
+def read(
+    place: str,
+    boxes: list[Rectangle],
+    *,
+    in_flight_bytes: int = 8 << 20,
+    exchange: str = "auto",
+    seconds: float = 40.0,
+) -> tuple[list[torch.Tensor], ReadResult]:
+    """Read boxes of the tensor, in float64, as a rank that wants them does."""
+    source = Repository(LocalStore(place)).open(1)
+    (number,) = (n for n, each in enumerate(source.index.tensors) if each.shape[1:] == (COLUMNS,))
+    memory = [torch.zeros(box[2], box[3], dtype=torch.float64) for box in boxes]
+    wanted = [
+        Wanted(number, LocalBox(held(box), target), torch.float32)
+        for box, target in zip(boxes, memory, strict=True)
+    ]
+    options = ReadOptions(exchange=exchange, in_flight_bytes=in_flight_bytes)  # type: ignore[arg-type]
+    result = reading.read(
+        source,
+        wanted,
+        options,
+        coordinator=join(timeout_seconds=30).training,
+        topic=Topic("read", f"load from {place}"),
+        deadline=Deadline.after(seconds),
+    )
+    return memory, result
+
+
+def held(box: Rectangle) -> Held:
+    return Held("model", "w", "float32", (ROWS, COLUMNS), box[:2], box[2:])
+
+
+def outcome(place: str, by_rank: list[list[Rectangle]], options: dict[str, object]) -> ReadResult:
+    """Read, compare every element, and see that nothing is left behind."""
+    boxes = by_rank[dist.get_rank()]
+    threads = threading.active_count()
+    groups = len(dist.distributed_c10d._world.pg_map)
+    memory, result = read(place, boxes, **options)  # type: ignore[arg-type]
+    for target, (row, column, rows, columns) in zip(memory, boxes, strict=True):
+        expected = weights()[row : row + rows, column : column + columns]
+        assert torch.equal(target, expected.double())
+    assert threading.active_count() == threads
+    assert len(dist.distributed_c10d._world.pg_map) == groups
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    assert one.item() == dist.get_world_size()
+    return result
+
+
+def thirds(rows: int) -> list[list[Rectangle]]:
+    edges = [0, rows // 3, 2 * rows // 3, rows]
+    return [[(edges[n], 0, edges[n + 1] - edges[n], COLUMNS)] for n in range(3)]
+
+
+def test_what_several_ranks_want_is_read_once(tmp_path: Path) -> None:
+    place = save(tmp_path)
+    file = sum(each.stat().st_size for each in Path(place).rglob("model*.safetensors"))
+    layouts: dict[str, list[list[Rectangle]]] = {
+        "replicas": [[WHOLE]] * 3,
+        "rows": thirds(ROWS),
+        "columns": [[(0, 0, ROWS, 400)], [(0, 400, ROWS, 600)], []],
+        "uneven": [[WHOLE], [(100, 3, 3000, 500), (4000, 0, 7, 9)], [(0, 0, 1, 1)]],
+    }
+    for name, by_rank in layouts.items():
+        # A window holds less than there is, so that there are several.
+        results = run_ranks(3, outcome, place, by_rank, {"in_flight_bytes": 5 << 20})
+        assert sum(each.nbytes_read for each in results) <= file, name
+        assert all(each.exchanged for each in results), name
+        assert sum(each.nbytes_exchanged for each in results) > 0
+    apart = run_ranks(3, outcome, place, layouts["replicas"], {"exchange": "never"})
+    assert all(each.nbytes_read >= 4 * ROWS * COLUMNS for each in apart)
+    assert {each.nbytes_exchanged for each in apart} == {0}
+
+
+def damaged(place: str) -> None:
+    caught: CheckpointError | None = None
+    try:
+        read(place, [WHOLE])
+    except CheckpointError as error:
+        caught = error
+    assert caught is not None
+    for word in ("block 9 ", "holds bytes of model/", "step 1", "model.r00000", "bytes 9437184 to"):
+        assert word in str(caught), str(caught)
+    (rank,) = caught.ranks
+    found: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (str(caught), rank))
+    assert len(set(found)) == 1
+
+
+@ranks(3)
+def on_three(place: str) -> None:
+    damaged(place)
+
+
+def test_a_damaged_block_is_everybodys_error_and_is_named(tmp_path: Path) -> None:
+    place = save(tmp_path)
+    (file,) = Path(place).rglob("model*.safetensors")
+    with file.open("r+b") as opened:
+        opened.seek((9 << 20) + 5)
+        old = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([old ^ 16]))
+    on_three(place)
+
+
+def dies(place: str) -> tuple[str, list[int]]:
+    """Rank 1 is killed when all have read the first window and begin to exchange it."""
+    if dist.get_rank() == 1:
+        vars(reading)["swap"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        read(place, [WHOLE], seconds=30.0)
+    except CheckpointError as error:
+        return str(error), sorted(error.ranks)
+    raise AssertionError("the load went on without a rank")
+
+
+def test_a_rank_that_dies_is_named_by_the_others(tmp_path: Path) -> None:
+    results = run_ranks(3, dies, save(tmp_path), expect_killed=[1])
+    told = [each for each in results if each is not None]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert told[0][1] == [1]
+    assert "rank 1" in told[0][0]

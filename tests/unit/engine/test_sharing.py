@@ -1,0 +1,126 @@
+"""The schedule of a load: every byte read once, everyone served, memory bounded, work shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_ckpt.engine.reading import choose
+from dist_ckpt.engine.sharing import Sharing, cost, place, share
+from dist_ckpt.storage.ranges import Ranges, join
+
+PAGE = 4096
+
+
+def needs_of(*pairs: tuple[int, int]) -> Ranges:
+    columns = np.array(pairs, np.int64).reshape(len(pairs), 2)
+    return join(Ranges(columns[:, 0], columns[:, 1]))
+
+
+def held(ranges: Ranges) -> list[int]:
+    return [at for start, stop in ranges.pairs() for at in range(start, stop)]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[list[Ranges], list[int]]:
+    spans = st.tuples(st.integers(0, 50), st.integers(1, 20)).map(lambda p: (p[0], p[0] + p[1]))
+    groups = draw(st.lists(st.lists(spans, max_size=4), min_size=1, max_size=4))
+    more = draw(st.lists(st.integers(0, len(groups) - 1), max_size=4))
+    group_of = draw(st.permutations([*range(len(groups)), *more]))
+    return [needs_of(*pairs) for pairs in groups], group_of
+
+
+def readers(sharing: Sharing) -> list[list[int]]:
+    """By rank, every address that it reads."""
+    reads = [held(alone) for alone in sharing.alone]
+    for window in sharing.windows:
+        for extent in window:
+            reads[extent.reader] += range(extent.start, extent.stop)
+    return reads
+
+
+@given(jobs(), st.integers(1, 9), st.integers(1, 5))
+def test_every_byte_is_read_once_and_reaches_everyone(
+    job: tuple[list[Ranges], list[int]], extent_bytes: int, pages: int
+) -> None:
+    needs, group_of = job
+    sharing = share(needs, group_of, extent_bytes=extent_bytes, window_bytes=pages * PAGE)
+    reads = readers(sharing)
+    present = [needs[group] for group in group_of]
+    every = sorted({at for each in present for at in held(each)})
+    assert sorted(at for each in reads for at in each) == every
+    for rank, mine in enumerate(present):
+        served = held(sharing.alone[rank])
+        for window in sharing.windows:
+            extents = [extent for extent in window if rank in extent.ranks]
+            served += [at for each in extents for at in range(each.start, each.stop)]
+            assert place(extents)[-1] <= max(pages, 1) * PAGE
+            assert len({extent.tag for extent in window}) == len(window)
+            assert all(extent.nbytes <= extent_bytes for extent in window)
+            assert all(extent.reader in extent.ranks for extent in window)
+        assert sorted(served) == held(mine)
+
+
+@given(st.integers(1, 6), st.integers(1, 400), st.integers(1, 9))
+def test_replicas_read_about_the_same(world_size: int, nbytes: int, extent_bytes: int) -> None:
+    sharing = share(
+        [needs_of((0, nbytes))],
+        [0] * world_size,
+        extent_bytes=extent_bytes,
+        window_bytes=8 * PAGE,
+    )
+    loads = [len(each) for each in readers(sharing)]
+    assert max(loads) - min(loads) <= extent_bytes or world_size == 1
+
+
+def test_who_reads_much_alone_reads_less_for_others() -> None:
+    needs = [needs_of((0, 100)), needs_of((60, 100))]
+    sharing = share(needs, [0, 1], extent_bytes=5, window_bytes=8 * PAGE)
+    assert [len(each) for each in readers(sharing)] == [60, 40]
+
+
+def test_shards_of_hsdp_fill_their_windows_side_by_side() -> None:
+    needs = [needs_of((0, 40)), needs_of((50, 90))]
+    sharing = share(needs, [0, 1, 0, 1], extent_bytes=10, window_bytes=2 * PAGE)
+    shown = [sorted((each.start, each.ranks) for each in window) for window in sharing.windows]
+    left, right = (0, 2), (1, 3)
+    assert shown == [
+        [(0, left), (10, left), (50, right), (60, right)],
+        [(20, left), (30, left), (70, right), (80, right)],
+    ]
+
+
+def test_nothing_in_common_needs_no_window() -> None:
+    needs = [needs_of((0, 40)), needs_of((40, 90)), needs_of()]
+    sharing = share(needs, [0, 1, 2, 2], extent_bytes=10, window_bytes=PAGE)
+    assert sharing.windows == ()
+    assert [held(each) for each in sharing.alone] == [held(needs[n]) for n in (0, 1, 2, 2)]
+
+
+@given(jobs())
+def test_cost_counts_bytes(job: tuple[Sequence[Ranges], Sequence[int]]) -> None:
+    needs, group_of = job
+    apart, once = cost(needs, group_of)
+    assert apart == sum(len(held(needs[group])) for group in group_of)
+    assert once == len({at for group in group_of for at in held(needs[group])})
+
+
+@pytest.mark.parametrize(
+    ("exchange", "apart", "once", "chosen"),
+    [
+        ("auto", 400, 100, True),
+        ("auto", 106, 100, True),
+        ("auto", 105, 100, False),
+        ("always", 101, 100, True),
+        ("always", 100, 100, False),
+        ("never", 400, 100, False),
+    ],
+)
+def test_the_choice_and_its_reason(exchange: str, apart: int, once: int, chosen: bool) -> None:
+    found, why = choose(exchange, apart_bytes=apart, once_bytes=once)  # type: ignore[arg-type]
+    assert found is chosen
+    assert (str(apart - once) in why) if apart > once else ("no byte" in why)
