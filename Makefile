@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
 
-.PHONY: help demo test bench-storage bench-saving bench-loading check venv clean
+.PHONY: help demo test soak bench-storage bench-saving bench-loading check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ test: ## run all tests, on a real S3 server and network file system where that c
 	@$(PYTHON) tools/install_services.py & services=$$!; \
 	  $(MAKE) --no-print-directory venv && wait $$services
 	@$(RUN) -m pytest -q --durations=10 tests
+
+soak: venv ## run the tests that take too long for every run
+	@$(RUN) -m pytest -q -m soak --timeout=3600 tests
 
 bench-storage: venv ## measure local disk and S3 against their limits and peers
 	@$(RUN) -m benchmarks.storage $(ARGS)

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from dist_ckpt import flags as flags
     from dist_ckpt import scalars as scalars
     from dist_ckpt.checkpointer import Checkpointer
-    from dist_ckpt.engine.handle import SaveHandle
     from dist_ckpt.engine.opened import open_checkpoint
-    from dist_ckpt.engine.report import LoadReport
     from dist_ckpt.errors import CheckpointError
     from dist_ckpt.functional import async_save, load, load_weights, save
     from dist_ckpt.repository import keep
     from dist_ckpt.state.early_stopping import EarlyStopping
+    from dist_ckpt.state.progress import Progress
     from dist_ckpt.state.registry import register as register_type
     from dist_ckpt.state.sampler import ElasticSampler
     from dist_ckpt.state.train_state import PerRank, TrainState
@@ -35,8 +34,6 @@ __all__ = [
     "TrainState",
     "PerRank",
     "ElasticSampler",
-    "SaveHandle",
-    "LoadReport",
     "save",
     "async_save",
     "load",
@@ -45,6 +42,7 @@ __all__ = [
     "keep",
     "policy",
     "EarlyStopping",
+    "Progress",
     "register_type",
     "errors",
     "events",
@@ -57,8 +55,6 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "TrainState": ("dist_ckpt.state.train_state", "TrainState"),
     "PerRank": ("dist_ckpt.state.train_state", "PerRank"),
     "ElasticSampler": ("dist_ckpt.state.sampler", "ElasticSampler"),
-    "SaveHandle": ("dist_ckpt.engine.handle", "SaveHandle"),
-    "LoadReport": ("dist_ckpt.engine.report", "LoadReport"),
     "save": ("dist_ckpt.functional", "save"),
     "async_save": ("dist_ckpt.functional", "async_save"),
     "load": ("dist_ckpt.functional", "load"),
@@ -67,6 +63,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "keep": ("dist_ckpt.repository.keep", None),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),
+    "Progress": ("dist_ckpt.state.progress", "Progress"),
     "register_type": ("dist_ckpt.state.registry", "register"),
     "errors": ("dist_ckpt.errors", None),
     "events": ("dist_ckpt.events", None),

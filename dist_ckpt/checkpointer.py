@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
@@ -11,6 +10,7 @@ import msgspec
 
 from dist_ckpt import flags, policy
 from dist_ckpt.engine.about import About
+from dist_ckpt.engine.bests import with_bests
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadKeywords
@@ -23,7 +23,7 @@ from dist_ckpt.engine.resuming import Resumer
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.engine.starting import stoppers_of
 from dist_ckpt.errors import CheckpointError, UsageError
-from dist_ckpt.policy import Better, SavePolicy
+from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion
@@ -89,7 +89,7 @@ class Checkpointer:
             when |= policy.every(every_steps)
         self._stoppers = stoppers_of(train_state)
         stopping = [stopper.criterion for stopper in self._stoppers]
-        when, keep, criteria = _with_bests(when, keep, stopping)
+        when, keep, criteria = with_bests(when, keep, stopping)
         self._job = Job(url, timeout_seconds=timeout_seconds)
         self._saver = Saver(
             self._job,
@@ -382,25 +382,3 @@ def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise UsageError(f"metadata must be plain JSON values: {error}") from error
     return dict(metadata)
-
-
-def _with_bests(
-    when: SavePolicy, keep: KeepPolicy | None, stopping: Sequence[Criterion]
-) -> tuple[SavePolicy, KeepPolicy | None, list[Criterion]]:
-    """Let the best by every metric that is watched be saved and kept; return these metrics, too."""
-    watched = _watched(when, stopping)
-    for criterion in watched:
-        # The best can be rolled back to, and kept, only if it was saved.
-        if criterion not in _watched(when, ()):
-            when |= Better(criterion)
-    if keep is not None:
-        bests = [keeping.best(each.metric, mode=each.mode) for each in watched]
-        keep = reduce(keeping.either, bests, keep)
-    found = [*watched, *(() if keep is None else keeping.criteria(keep))]
-    return when, keep, list(dict.fromkeys(found))
-
-
-def _watched(when: SavePolicy, others: Sequence[Criterion]) -> list[Criterion]:
-    """Return the metrics by which there is a best, those of early stopping first."""
-    own = [each.criterion for each in policy.members(when) if isinstance(each, Better)]
-    return list(dict.fromkeys([*others, *own]))
