@@ -117,9 +117,7 @@ def _save(place: str, layout: Layout, shapes: tuple[tuple[int, int], ...]) -> No
         dcp_save({"model": model.state_dict()}, checkpoint_id=f"{place}/stock")
 
 
-def _load(
-    place: str, layout: Layout, shapes: tuple[tuple[int, int], ...]
-) -> tuple[int, int, int]:
+def _load(place: str, layout: Layout, shapes: tuple[tuple[int, int], ...]) -> tuple[int, int, int]:
     model = _model(layout, shapes)
     ours, wanted = _metered(f"{place}/ours", TrainState(model=model, rng=None))
     return wanted, ours, _stock(lambda: {"model": model.state_dict()}, place)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
+from dist_ckpt.state.decoding import UNREADABLE
+from dist_ckpt.state.encoding import TAG
 from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
 
@@ -36,6 +39,13 @@ class Entry:
     dtype: str | None
     shape: tuple[int, ...] = ()
     value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that only a program which executes pickles could read."""
+
+    reason: str
 
 
 @dataclass(slots=True)
@@ -150,7 +160,9 @@ class _Naming:
             data = encode(_filled(value, numbers), path=path, tensors=found, prefix=name)
         except UsageError as error:
             # Of no use, but no reason to refuse the rest: whoever wants it is told why.
-            data = b'{"!":"@%s","v":null}' % _as_tag(f"what {self._where} holds: {error.message}")
+            fault = error.message.partition("; ")[0]  # what follows is advice for who saves
+            reason = f"{self._where} holds something else than plain values ({fault})"
+            data = msgspec.json.encode({TAG: UNREADABLE, "v": reason})
             found = {}
         self.objects[name] = data
         for inner, tensor in found.items():
@@ -231,12 +243,10 @@ def _filled(value: Any, numbers: dict[int, int]) -> Any:
         numbers[stand_in.data_ptr()] = value.number
         # Kept by what is returned, so no other gets the same memory meanwhile.
         return stand_in
+    if isinstance(value, Unreadable):
+        raise UsageError(value.reason)
     if type(value) is dict:
         return {key: _filled(item, numbers) for key, item in value.items()}
     if type(value) is list:
         return [_filled(item, numbers) for item in value]
     return value
-
-
-def _as_tag(text: str) -> bytes:
-    return text.replace("\\", "/").replace('"', "'").encode(errors="replace")

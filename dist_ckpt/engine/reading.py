@@ -16,7 +16,7 @@ from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
 from dist_ckpt.engine.exchange import private_group, swap
-from dist_ckpt.engine.fetching import READ_BYTES, Fetcher
+from dist_ckpt.engine.fetching import MAX_GAP_BYTES, READ_BYTES, Fetcher
 from dist_ckpt.engine.sharing import Extent, cost, place, share
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.repository.source import Source
@@ -191,7 +191,8 @@ class _Reading:
         index = self._source.index
         # What is not verified is read by sectors, so that it can go past the page cache too.
         unit = BLOCK_BYTES if verify else _SECTOR_BYTES
-        files = Files([file.nbytes for file in index.files], unit_bytes=unit)
+        sizes = [file.nbytes for file in index.files]
+        files = Files(sizes, unit_bytes=unit, apart_bytes=MAX_GAP_BYTES)
         filling = Filling(index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else unit)
         fetcher = Fetcher(
             self._source,

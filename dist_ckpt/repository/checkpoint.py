@@ -186,7 +186,7 @@ class Checkpoint:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that were committed, also those without a tensor."""
-        return self.manifest.parts
+        return tuple(self.manifest.parts)
 
     @property
     def save_id(self) -> str:
