@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,25 +25,12 @@ _ROWS, _COLUMNS = 3, 16  # of one chunk: no rank's share of the rows ends where 
 _GAP_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What one planning took.
-
-    Attributes:
-        seconds: from the bytes of the index to sorted ranges.
-        nbytes: to be read.
-    """
-
-    seconds: float
-    nbytes: int
-
-
 def index_bytes(tensors: int = TENSORS, chunks: int = CHUNKS) -> bytes:
     """Return the index of `tensors` tensors, each cut by rows into `chunks`, a file for each."""
     chunk_bytes = 4 * _ROWS * _COLUMNS
     blocks = bytes(DIGEST_BYTES * block_count(tensors * chunk_bytes))
     files = tuple(
-        FileEntry(shard_name("model", rank, 0), tensors * chunk_bytes, file_digest(blocks), blocks)
+        FileEntry(shard_name("model", rank), tensors * chunk_bytes, file_digest(blocks), blocks)
         for rank in range(chunks)
     )
     entries = tuple(
@@ -63,8 +49,8 @@ def index_bytes(tensors: int = TENSORS, chunks: int = CHUNKS) -> bytes:
     return index_format.encode(Index(files, entries, (), table))
 
 
-def shares(data: bytes) -> dict[str, Callable[[], Planned]]:
-    """Return what plans the load of one rank, by how much of every tensor that rank wants.
+def shares(data: bytes) -> dict[str, Callable[[], float]]:
+    """Return what plans the load of one rank and tells the seconds, by what that rank wants.
 
     Args:
         data: the bytes of the index.
@@ -81,7 +67,7 @@ def shares(data: bytes) -> dict[str, Callable[[], Planned]]:
 
 def _planner(
     data: bytes, entries: tuple[TensorEntry, ...], first: int, rows: int
-) -> Callable[[], Planned]:
+) -> Callable[[], float]:
     memory = torch.empty(rows, _COLUMNS)  # nothing is written to it
     wanted = [
         Wanted(
@@ -95,11 +81,12 @@ def _planner(
         for number, each in enumerate(entries)
     ]
 
-    def run() -> Planned:
+    def run() -> float:
         begun = time.perf_counter()
         index = index_format.decode(data)
-        files = Files([file.nbytes for file in index.files], unit_bytes=BLOCK_BYTES)
-        needs = Filling(index, wanted, files, max_gap_bytes=_GAP_BYTES).needs
-        return Planned(time.perf_counter() - begun, needs.nbytes)
+        sizes = [file.nbytes for file in index.files]
+        files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=_GAP_BYTES)
+        Filling(index, wanted, files, max_gap_bytes=_GAP_BYTES)
+        return time.perf_counter() - begun
 
     return run

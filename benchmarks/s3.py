@@ -145,7 +145,7 @@ def _config() -> TransferConfig:
 
 
 @contextmanager
-def _environment(service: S3Service) -> Iterator[None]:
+def environment_of(service: S3Service) -> Iterator[None]:
     """Let every client find `service` as it would find any: by the variables of AWS."""
     before = dict(os.environ)
     os.environ.update(service.environment)

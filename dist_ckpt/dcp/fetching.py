@@ -14,8 +14,10 @@ from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
 READ_BYTES = 4 << 20
 """How much one read brings at most: as much as a disk takes at once, and S3 by one request."""
 
+MAX_GAP_BYTES = 1 << 20
+"""Over how many bytes at most that nobody wants a read goes on, inside of a file."""
+
 _THREADS = 8
-_MAX_GAP_BYTES = 1 << 20
 
 
 class Fetcher:
@@ -23,7 +25,8 @@ class Fetcher:
 
     Args:
         source: the checkpoint.
-        files: gives the addresses; its unit is the digest block where bytes are verified.
+        files: gives the addresses; its unit is the digest block where bytes are verified, and
+            its files lie apart by `MAX_GAP_BYTES`.
         filling: takes the bytes.
         verify: whether to compare them with their digests.
         in_flight_bytes: the most memory for bytes that are under way.
@@ -51,7 +54,7 @@ class Fetcher:
 
     def fetch(self, ranges: Ranges) -> int:
         """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
-        bridged = bridge(ranges, max_gap_bytes=_MAX_GAP_BYTES)
+        bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)
         reads = cut(bridged, most_bytes=self._read_bytes)
         threads = min(self._threads, len(reads))
         buffers = BounceBuffers(threads, self._read_bytes, devices=self._filling.devices)

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as stock
 
-from dist_ckpt.dcp.foreign_names import Entry, Placed, place
+from dist_ckpt.dcp.foreign_names import Entry, Placed, Unreadable, place
 from dist_ckpt.dcp.planner import dtype_name
 from dist_ckpt.errors import (
     CheckpointError,
@@ -32,7 +32,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.pickle_guard import check_pickle
 from dist_ckpt.repository import torch_files
-from dist_ckpt.repository.foreign import Chunk, Found
+from dist_ckpt.repository.foreign import Chunk, Found, Runs
 from dist_ckpt.repository.torch_files import StoredTensor
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.parallel import in_parallel
@@ -145,6 +145,12 @@ class _Reading:
             # What is read never lies outside of what the user pointed at.
             if key.startswith("/") or not set(key.split("/")).isdisjoint({"", ".", ".."}):
                 raise _broken(where, f"{key!r} is no file of it")
+        try:
+            self.sizes = [store.size(key) for key in keys]
+        except NotFound as error:
+            raise IntegrityError(
+                f"{where} lacks a file: {error.message}", kind=ErrorKind.MISSING_FILE
+            ) from error
 
     def value(self, fqn: str, blob: _Blob) -> Any:
         """Return a Python value, or what stands for one that cannot be read."""
@@ -156,7 +162,9 @@ class _Reading:
                 io.BytesIO(data), map_location="cpu", weights_only=True
             )
         except Exception as error:  # whatever a foreign pickle leads to
-            return Unreadable(f"{fqn}: {describe(error)}")
+            # Of torch's message only the fault: the rest is how to execute the pickle after all.
+            fault = describe(error).rpartition("WeightsUnpickler error: ")[2].strip()
+            return Unreadable(f"{fqn}: {fault.partition('. ')[0].splitlines()[0]}")
 
     def tensors(self, blobs: Sequence[_Blob]) -> list[StoredTensor]:
         """Return where the bytes of the tensor in each of `blobs` lie."""
@@ -174,17 +182,11 @@ class _Reading:
         return [found[number] for number in range(len(blobs))]
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a value that only a program which executes pickles could read."""
-
-    reason: str
-
-
 def _described(
     reading: _Reading, placed: Placed, chunks: Sequence[Sequence[tuple[Box, _Blob]]]
 ) -> Found:
     rows: list[Chunk] = []
+    runs = Runs(len(reading.keys))
     flat = [(n, box, blob) for n, each in enumerate(chunks) for box, blob in each]
     stored = reading.tensors([blob for _, _, blob in flat])
     for (number, box, blob), tensor in zip(flat, stored, strict=True):
@@ -195,9 +197,16 @@ def _described(
                 f"{entry.name!r} at {list(box.offsets)} should be {entry.dtype}{list(box.sizes)} "
                 f"and is {tensor.dtype}{list(tensor.shape)}",
             )
-        rows.append((number, blob.file, tensor.offset, box))
-    sizes = [reading.store.size(key) for key in reading.keys]
-    return Found("stock DCP", reading.keys, sizes, placed.tensors, rows, placed.objects)
+        rows.append((number, *runs.place(tensor, blob.file), box))
+    return Found(
+        "stock DCP",
+        reading.keys,
+        reading.sizes,
+        placed.tensors,
+        rows,
+        placed.objects,
+        permuted=runs.permuted,
+    )
 
 
 def _read_metadata(store: Store) -> Any:

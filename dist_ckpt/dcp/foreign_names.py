@@ -12,6 +12,8 @@ import torch
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
+from dist_ckpt.state.decoding import UNREADABLE
+from dist_ckpt.state.encoding import TAG
 from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
 
@@ -37,6 +39,13 @@ class Entry:
     dtype: str | None
     shape: tuple[int, ...] = ()
     value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that only a program which executes pickles could read."""
+
+    reason: str
 
 
 @dataclass(slots=True)
@@ -151,8 +160,9 @@ class _Naming:
             data = encode(_filled(value, numbers), path=path, tensors=found, prefix=name)
         except UsageError as error:
             # Of no use, but no reason to refuse the rest: whoever wants it is told why.
-            tag = f"@what {self._where} holds: {error.message}"
-            data = msgspec.json.encode({"!": tag, "v": None})
+            fault = error.message.partition("; ")[0]  # what follows is advice for who saves
+            reason = f"{self._where} holds something else than plain values ({fault})"
+            data = msgspec.json.encode({TAG: UNREADABLE, "v": reason})
             found = {}
         self.objects[name] = data
         for inner, tensor in found.items():
@@ -233,6 +243,8 @@ def _filled(value: Any, numbers: dict[int, int]) -> Any:
         numbers[stand_in.data_ptr()] = value.number
         # Kept by what is returned, so no other gets the same memory meanwhile.
         return stand_in
+    if isinstance(value, Unreadable):
+        raise UsageError(value.reason)
     if type(value) is dict:
         return {key: _filled(item, numbers) for key, item in value.items()}
     if type(value) is list:

@@ -10,7 +10,7 @@ from dist_ckpt.dcp.foreign_names import Entry, place
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.repository import torch_files
-from dist_ckpt.repository.foreign import Chunk, ForeignSource, Found
+from dist_ckpt.repository.foreign import Chunk, ForeignSource, Found, Runs
 from dist_ckpt.repository.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -80,23 +80,32 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
 
     Raises:
         IntegrityError: a file is malformed, or holds something else than tensors and plain values.
-        IncompatibleError: a tensor is not contiguous in its file.
+        IncompatibleError: a tensor does not fill one run of bytes of its file.
     """
     entries: list[Entry] = []
     chunks: list[Chunk] = []
     tensors = 0
+    runs = Runs(len(keys))
     for number, key in enumerate(keys):
         for path, value in _leaves(torch_files.describe(store, key), ()):
             if isinstance(value, StoredTensor):
                 entries.append(Entry(path, value.dtype, value.shape))
                 whole = Box((0,) * len(value.shape), value.shape)
-                chunks.append((tensors, number, value.offset, whole))
+                chunks.append((tensors, *runs.place(value, number), whole))
                 tensors += 1
             else:
                 entries.append(Entry(path, None, (), value))
     placed = place(entries, f"{', '.join(keys)} in {store.url}")
     sizes = [store.size(key) for key in keys]
-    return Found("torch.save", keys, sizes, placed.tensors, chunks, placed.objects)
+    return Found(
+        "torch.save",
+        keys,
+        sizes,
+        placed.tensors,
+        chunks,
+        placed.objects,
+        permuted=runs.permuted,
+    )
 
 
 def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:

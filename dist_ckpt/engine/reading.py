@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch.distributed as dist
 
-from dist_ckpt.dcp.fetching import READ_BYTES, Fetcher
+from dist_ckpt.dcp.fetching import MAX_GAP_BYTES, READ_BYTES, Fetcher
 from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
@@ -191,7 +191,8 @@ class _Reading:
         index = self._source.index
         # What is not verified is read by sectors, so that it can go past the page cache too.
         unit = BLOCK_BYTES if verify else _SECTOR_BYTES
-        files = Files([file.nbytes for file in index.files], unit_bytes=unit)
+        sizes = [file.nbytes for file in index.files]
+        files = Files(sizes, unit_bytes=unit, apart_bytes=MAX_GAP_BYTES)
         filling = Filling(index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else unit)
         fetcher = Fetcher(
             self._source,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format import index as index_format
@@ -14,6 +17,8 @@ from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.shard import itemsize
+from dist_ckpt.repository.torch_files import StoredTensor
 from dist_ckpt.storage.base import Store
 
 Chunk = tuple[int, int, int, Box]
@@ -21,6 +26,29 @@ Chunk = tuple[int, int, int, Box]
 
 Objects = Mapping[str, Mapping[str, bytes]]
 """Encoded Python values by part and name."""
+
+
+class Permuted(msgspec.Struct, frozen=True):
+    """A run of bytes whose last dimension is not innermost; read, it is put into that order.
+
+    Attributes:
+        file: number of the file.
+        offset: where in it the run begins.
+        shape: in elements.
+        strides: in elements, along each dimension.
+        itemsize: bytes of an element.
+    """
+
+    file: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """How long the run is."""
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +63,8 @@ class Found:
         chunks: where the raw bytes of each box lie: little-endian, the last dimension innermost.
         objects: Python values.
         step: the training step, 0 if nothing says.
+        permuted: each stands for a file of its own in `chunks`; their numbers follow those of
+            the files.
     """
 
     format: str
@@ -44,6 +74,7 @@ class Found:
     chunks: Iterable[Chunk]
     objects: Objects = field(default_factory=dict)
     step: int = 0
+    permuted: Sequence[Permuted] = ()
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -54,6 +85,29 @@ class _Message(msgspec.Struct, frozen=True):
     index: bytes
     objects: dict[str, dict[str, bytes]]
     step: int
+    permuted: list[Permuted]
+
+
+class Runs:
+    """Where the runs of bytes of one checkpoint lie, those out of order set apart.
+
+    Attributes:
+        permuted: the latter.
+    """
+
+    def __init__(self, files: int) -> None:
+        """Begin with the number of files."""
+        self._files = files
+        self.permuted: list[Permuted] = []
+
+    def place(self, tensor: StoredTensor, file: int) -> tuple[int, int]:
+        """Return the number of the file that a chunk is in, and its offset there."""
+        if not tensor.strides:
+            return file, tensor.offset
+        self.permuted.append(
+            Permuted(file, tensor.offset, tensor.shape, tensor.strides, itemsize(tensor.dtype))
+        )
+        return self._files + len(self.permuted) - 1, 0
 
 
 class ForeignSource:
@@ -80,6 +134,10 @@ class ForeignSource:
         self._keys = told.keys
         self._objects = told.objects
         self._step = told.step
+        self._permuted = told.permuted
+        # The last one read: its pieces are asked for one after another, by several threads.
+        self._row_major: tuple[int, memoryview] | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def of(cls, store: Store, found: Found) -> ForeignSource:
@@ -89,14 +147,26 @@ class ForeignSource:
             IntegrityError: chunks that do not tile their tensor, or bytes outside their file.
         """
         files = []
-        for number, nbytes in enumerate(found.nbytes):
+        for run in found.permuted:
+            if run.offset + run.nbytes > found.nbytes[run.file]:
+                raise IntegrityError(
+                    f"{found.keys[run.file]} in {store.url} ends before what its tensors take",
+                    kind=ErrorKind.TRUNCATED,
+                )
+        sizes = [*found.nbytes, *(run.nbytes for run in found.permuted)]
+        for number, nbytes in enumerate(sizes):
             # No digest of these bytes is known: `verified` keeps anybody from comparing these.
             blank = bytes(DIGEST_BYTES * block_count(nbytes))
             files.append(FileEntry(shard_name("file", number), nbytes, file_digest(blank), blank))
         index = Index.build(files, list(found.tensors), [], found.chunks)
         objects = {part: dict(values) for part, values in found.objects.items()}
         message = _Message(
-            found.format, list(found.keys), index_format.encode(index), objects, found.step
+            found.format,
+            list(found.keys),
+            index_format.encode(index),
+            objects,
+            found.step,
+            list(found.permuted),
         )
         return cls(store, msgspec.msgpack.encode(message))
 
@@ -142,7 +212,7 @@ class ForeignSource:
         Raises:
             IntegrityError: a file is missing, or has another size.
         """
-        for key, entry in zip(self._keys, self.index.files, strict=True):
+        for key, entry in zip(self._keys, self.index.files, strict=False):
             try:
                 nbytes = self.store.size(key)
             except NotFound as error:
@@ -159,6 +229,9 @@ class ForeignSource:
         Raises:
             IntegrityError: the file is missing or shorter.
         """
+        if file >= len(self._keys):
+            buffer[:] = self._in_order(file - len(self._keys))[start : start + len(buffer)]
+            return
         key = self._keys[file]
         try:
             count = self.store.read_into(key, start, buffer)
@@ -170,6 +243,22 @@ class ForeignSource:
                 "take",
                 kind=ErrorKind.TRUNCATED,
             )
+
+    def _in_order(self, number: int) -> memoryview:
+        """Return the bytes of a permuted run with its last dimension innermost.
+
+        The run is read whole, and takes twice its size of host memory meanwhile.
+        """
+        with self._lock:
+            if self._row_major is None or self._row_major[0] != number:
+                run = self._permuted[number]
+                raw = bytearray(run.nbytes)
+                self.read_into(run.file, run.offset, memoryview(raw))
+                strides = [step * run.itemsize for step in run.strides]
+                # Elements are bytes to be moved: numpy has not every dtype of torch.
+                view = np.ndarray(run.shape, f"V{run.itemsize}", raw, 0, strides)
+                self._row_major = number, memoryview(view.tobytes())
+            return self._row_major[1]
 
     def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
         """Return the encoded Python values of `part`: all ranks share them."""

@@ -12,7 +12,7 @@ import math
 import pickle  # noqa: TID251 - only to be restricted: see _Unpickler
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from dist_ckpt.storage.base import Store
 _PICKLE_LIMIT_BYTES = 1 << 28
 _WINDOW_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
+# The pickled number that files of before the archives begin with, by every protocol up to 5.
+_OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _STORAGES = {
     "DoubleStorage": "float64",
@@ -50,11 +52,14 @@ class StoredTensor:
         dtype: as torch names it without "torch.".
         shape: in elements.
         offset: where its bytes begin, from the start of the file.
+        strides: in elements, where the last dimension is not innermost (transposed tensors, images
+            with their channels last); empty elsewhere. The elements still fill one run of bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +76,12 @@ class _Storage:
 @dataclass(frozen=True, slots=True)
 class _Dtype:
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    kind: str
+    index: int | None = None
 
 
 class StoredFile:
@@ -123,14 +134,21 @@ def describe(store: Store, key: str, *, start: int = 0, nbytes: int | None = Non
     Raises:
         IntegrityError: it is no such archive, or names something that is neither tensor nor plain
             value; nothing of that is executed.
-        IncompatibleError: it has a tensor whose bytes are not one contiguous run.
+        IncompatibleError: it has a tensor whose elements do not fill one run of bytes, or is of the
+            form that torch wrote before its version 1.6.
         NotFound: no such key.
     """
     size = store.size(key) - start if nbytes is None else nbytes
     where = f"{key} in {store.url}"
     try:
-        with StoredFile(store, key, start, size).open() as file, zipfile.ZipFile(file) as archive:
-            return _Archive(archive, file, start, where).load()
+        with StoredFile(store, key, start, size).open() as file:
+            if _OLD_MAGIC in file.peek(len(_OLD_MAGIC) + 2)[: len(_OLD_MAGIC) + 2]:
+                raise IncompatibleError(
+                    f"{where} has the form that torch wrote before its version 1.6: load it with "
+                    "torch.load(weights_only=True) and save it anew"
+                )
+            with zipfile.ZipFile(file) as archive:
+                return _Archive(archive, file, start, where).load()
     except CheckpointError:
         raise  # of the store, or said above; some are OSErrors, too
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
@@ -162,14 +180,13 @@ class _Archive:
         self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
     ) -> StoredTensor:
         """Return where the elements of a view of `storage` lie."""
-        elements, contiguous = math.prod(size), 1
-        for extent, step in zip(reversed(size), reversed(stride), strict=True):
-            if extent > 1 and step != contiguous and elements:
-                raise IncompatibleError(
-                    f"{self._where} holds a tensor of shape {list(size)} and strides "
-                    f"{list(stride)}, which is not contiguous: save it contiguous"
-                )
-            contiguous *= extent
+        elements = math.prod(size)
+        strides = _normal(size, stride)
+        if elements and not _is_dense(size, strides):
+            raise IncompatibleError(
+                f"{self._where} holds a tensor of shape {list(size)} and strides {list(stride)}, "
+                "whose elements do not fill one run of bytes: save a contiguous clone of it"
+            )
         info = self._archive.getinfo(f"{self._folder}/data/{storage.record}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError("its tensors are compressed")
@@ -177,7 +194,9 @@ class _Archive:
         # In Python integers: sizes are whatever the file claims.
         if offset < 0 or (offset + elements) * item > info.file_size:
             raise ValueError("a tensor is larger than its memory")
-        return StoredTensor(storage.dtype, size, self._data_start(info) + offset * item)
+        start = self._data_start(info) + offset * item
+        row_major = not elements or strides == _normal(size, _row_major(size))
+        return StoredTensor(storage.dtype, size, start, () if row_major else strides)
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         # The local header may have other extra fields than the directory: torch aligns by them.
@@ -193,8 +212,13 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: io.BytesIO, archive: _Archive) -> None:
         super().__init__(data)
         self._archive = archive
-        self._known: dict[tuple[str, str], Callable[..., Any] | type | _Dtype] = {
+        self._known: dict[tuple[str, str], Callable[..., Any] | type] = {
             ("collections", "OrderedDict"): OrderedDict,
+            # Protocol 2, which torch writes, has the names of Python 2.
+            ("__builtin__", "set"): set,
+            ("__builtin__", "complex"): complex,
+            ("_codecs", "encode"): _bytes_of,
+            ("torch", "device"): _Device,
             ("torch", "Size"): tuple,
             ("torch._utils", "_rebuild_tensor"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -236,6 +260,32 @@ class _Unpickler(pickle.Unpickler):
         # Memory without a type of its own; the dtype follows after two flags of autograd.
         dtype = more[2]
         return self._tensor(_Storage(storage.record, dtype.name), offset, size, stride)
+
+
+def _bytes_of(text: str, encoding: str) -> bytes:
+    """Return the bytes that protocol 2 writes as text, one character for each."""
+    if encoding != "latin1":
+        raise ValueError(f"it has bytes encoded as {encoding}")
+    return text.encode(encoding)
+
+
+def _row_major(size: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(size[at + 1 :]) for at in range(len(size)))
+
+
+def _normal(size: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, zero where a dimension has one element and never takes a step."""
+    return tuple(step if extent > 1 else 0 for extent, step in zip(size, stride, strict=True))
+
+
+def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Tell whether the elements fill one run of memory, in whatever order of the dimensions."""
+    filled = 1
+    for step, extent in sorted(zip(stride, size, strict=True)):
+        if extent > 1 and step != filled:
+            return False
+        filled *= extent
+    return True
 
 
 def _malformed(where: str, error: BaseException) -> IntegrityError:

@@ -20,6 +20,9 @@ from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.registry import REGISTRY
 
+UNREADABLE = "unreadable"
+"""The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
+
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
     tag: kind for kind, tag in PAIRS.items()
 }
@@ -54,6 +57,8 @@ class Decoder:
     def _tagged(self, tag: str, payload: Any, depth: int) -> Any:
         if tag.startswith("@"):
             return self._registered(tag[1:], payload, depth)
+        if tag == UNREADABLE:
+            raise IncompatibleError(f"{self._path} cannot be read: {payload}")
         try:
             if tag in BY_TAG:
                 return BY_TAG[tag].decode(payload)

@@ -51,21 +51,25 @@ class Files:
     Args:
         sizes: bytes of each file, by its number.
         unit_bytes: what reads are made of: digest blocks, sectors, or single bytes.
+        apart_bytes: how many addresses lie between two files besides: as many as the gaps have
+            that are to be bridged.
 
     Raises:
         UsageError: a size or the unit is out of range, or there are more bytes than addresses.
     """
 
-    def __init__(self, sizes: Sequence[int], *, unit_bytes: int) -> None:
-        if unit_bytes < 1 or any(size < 0 for size in sizes):
+    def __init__(self, sizes: Sequence[int], *, unit_bytes: int, apart_bytes: int = 0) -> None:
+        if unit_bytes < 1 or apart_bytes < 0 or any(size < 0 for size in sizes):
             raise UsageError(f"bad sizes: unit_bytes={unit_bytes}, files of {min(sizes)} bytes")
         # In Python integers: what an index claims may be more than int64 holds.
-        if sum(sizes) + 2 * unit_bytes * (len(sizes) + 1) > _ADDRESS_LIMIT:
+        apart = 1 + -(-apart_bytes // unit_bytes)
+        if sum(sizes) + (1 + apart) * unit_bytes * (len(sizes) + 1) > _ADDRESS_LIMIT:
             raise UsageError(f"{len(sizes)} files claim more bytes than a load can address")
         self.unit_bytes = unit_bytes
         self._sizes = np.array(sizes, np.int64)
-        # One unit more than it has, so that the end of a file never touches the next one.
-        units = -(-self._sizes // unit_bytes) + 1
+        # More units than it has, so that the end of a file never touches the next one, and no read
+        # that goes on over a gap leaves its file.
+        units = -(-self._sizes // unit_bytes) + apart
         self._base = np.concatenate([[0], np.cumsum(units * unit_bytes)]).astype(np.int64)
 
     def address(self, file: NDArray[np.integer], offset: Column) -> Column:

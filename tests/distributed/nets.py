@@ -160,15 +160,22 @@ def differences(found: Training, expected: Training) -> Iterator[str]:
     options = [_options(training) for training in (found, expected)]
     if options[0] != options[1]:
         yield f"options {options[0]}"
+    yield from weight_differences(found.net, expected.net)
     wanted = dict(expected.net.named_parameters())
     for name, parameter in found.net.named_parameters():
-        if not _alike(parameter, wanted[name]):
-            yield name
         state = found.optimizer.state.get(parameter, {})
         like = expected.optimizer.state[wanted[name]]
         if state.keys() != like.keys():
             yield f"{name} has {sorted(state)}"
         yield from (f"{name}.{key}" for key in state if not _alike(state[key], like[key]))
+
+
+def weight_differences(found: Net, expected: Net) -> Iterator[str]:
+    """Name the parameters of `found` that are not, bit for bit, what they are in `expected`."""
+    wanted = dict(expected.named_parameters())
+    for name, parameter in found.named_parameters():
+        if not _alike(parameter, wanted[name]):
+            yield name
 
 
 def _options(training: Training) -> list[dict[str, Any]]:

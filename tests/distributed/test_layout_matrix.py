@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 import dist_ckpt
+from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.testing.ranks import run_ranks
 from tests.distributed.nets import LAYOUTS, build, clear, differences
 from tests.services.s3 import S3Service
 
 SIZES = sorted(set(LAYOUTS.values()))
+STEPS = {layout: step for step, layout in enumerate(LAYOUTS)}
 
 
 def of_size(world_size: int) -> list[str]:
@@ -17,23 +19,25 @@ def of_size(world_size: int) -> list[str]:
 
 
 def save_all(roots: list[str], world_size: int) -> None:
+    stores = [resolve(root) for root in roots]  # once: a client of S3 is slow to make
     for layout in of_size(world_size):
         state = build(layout).state
-        for root in roots:
-            dist_ckpt.save(state, f"{root}/{layout}", step=world_size)
+        for store in stores:
+            dist_ckpt.save(state, store, step=STEPS[layout])
 
 
 def load_all(roots: list[str], world_size: int) -> list[str]:
     wrong = []
+    stores = [resolve(root) for root in roots]
     for layout in of_size(world_size):
         training, expected = build(layout), build(layout)
-        for root in roots:
-            for saved in LAYOUTS:
+        for store in stores:
+            for saved, step in STEPS.items():
                 clear(training)
-                report = dist_ckpt.load(training.state, f"{root}/{saved}")
+                report = dist_ckpt.load(training.state, store, step=step)
                 assert (report.verified, report.saved_world_size) == (True, LAYOUTS[saved])
                 wrong += [
-                    f"{saved} into {layout} from {root}: {name}"
+                    f"{saved} into {layout} from {store.url}: {name}"
                     for name in differences(training, expected)
                 ]
     return wrong

@@ -110,6 +110,16 @@ def test_the_report_reads_well(run: Path) -> None:
     assert "NOT verified" in str(dist_ckpt.load_weights(net(), run, verify=False))
 
 
+def test_files_that_are_read_whole_are_read_apart(tmp_path: Path) -> None:
+    sizes = (300, 256, 1000)
+    state = {f"net{size}": nn.Linear(size, 1000) for size in sizes}  # a file of 1 MB and more each
+    dist_ckpt.save(state, tmp_path)
+    for verify in (False, True):
+        loaded = {f"net{size}": nn.Linear(size, 1000) for size in sizes}
+        dist_ckpt.load(loaded, tmp_path, verify=verify)
+        assert all(equal(state[name], loaded[name]) for name in state)
+
+
 # ---------------------------------------------------------------- what does not fit
 
 

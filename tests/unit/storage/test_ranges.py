@@ -102,3 +102,12 @@ def test_nothing_stays_nothing() -> None:
     assert join(none).pairs() == bridge(none, max_gap_bytes=9).pairs() == []
     assert cut(none, most_bytes=4).pairs() == []
     assert Files([4], unit_bytes=2).widen(none).pairs() == []
+
+
+def test_no_gap_between_two_files_is_bridged() -> None:
+    for nbytes in (256, 255):  # of whole units, and not
+        files = Files([nbytes, nbytes], unit_bytes=4, apart_bytes=8)
+        both = np.arange(2)
+        start = files.address(both, np.zeros(2, np.int64))
+        whole = Ranges(start, files.address(both, np.full(2, nbytes)))
+        assert bridge(whole, max_gap_bytes=8).pairs() == whole.pairs()

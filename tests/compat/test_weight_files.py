@@ -1,0 +1,268 @@
+"""Weights as other programs write them: safetensors, and torch.save, whole or in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import dist_ckpt
+from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError
+from dist_ckpt.storage.memory import MemoryStore
+from tests.distributed.layouts import same_bits
+from tests.services.s3 import S3Service
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64)
+Writer = Callable[[Path], None]
+
+
+class Weights(nn.Module):
+    """One tensor of each dtype, an empty one and a scalar, below a prefix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        for dtype in DTYPES:
+            name = "as_" + str(dtype).removeprefix("torch.")
+            raw = torch.arange(7 * 3 * dtype.itemsize, dtype=torch.uint8)
+            self.inner.register_buffer(name, raw.view(dtype).reshape(7, 3))
+        self.register_buffer("empty", torch.zeros(0, 4))
+        self.register_buffer("scale", torch.tensor(0.1))
+
+
+def halves() -> list[dict[str, torch.Tensor]]:
+    items = list(Weights().state_dict().items())
+    return [dict(items[:3]), dict(items[3:])]
+
+
+def write_index(root: Path, pattern: str, index: str) -> None:
+    files = [pattern.format(number) for number in (1, 2)]
+    named = {name: file for file, half in zip(files, halves(), strict=True) for name in half}
+    (root / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": named}))
+
+
+def safetensors_one(root: Path) -> None:
+    save_file(Weights().state_dict(), root / "model.safetensors", {"format": "pt"})
+
+
+def safetensors_sharded(root: Path) -> None:
+    pattern = "model-{:05}-of-00002.safetensors"
+    for number, half in enumerate(halves(), 1):
+        save_file(half, root / pattern.format(number))
+    write_index(root, pattern, "model.safetensors.index.json")
+
+
+def torch_flat(root: Path) -> None:
+    torch.save(Weights().state_dict(), root / "weights.pt")
+
+
+def torch_nested(root: Path) -> None:
+    torch.save({"model": Weights().state_dict(), "epoch": 3}, root / "last.ckpt")
+
+
+def torch_sharded(root: Path) -> None:
+    pattern = "pytorch_model-{:05}-of-00002.bin"
+    for number, half in enumerate(halves(), 1):
+        torch.save(half, root / pattern.format(number))
+    write_index(root, pattern, "pytorch_model.bin.index.json")
+
+
+WRITERS = (safetensors_one, safetensors_sharded, torch_flat, torch_nested, torch_sharded)
+
+
+def blank() -> nn.Module:
+    """Return the module on the meta device."""
+    return Weights().to(device="meta")
+
+
+def check(model: nn.Module) -> None:
+    expected = Weights().state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert same_bits(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_directory_loads_onto_the_meta_device(write: Writer, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    model = blank()
+    report = dist_ckpt.load_weights(model, tmp_path)
+    check(model)
+    assert report.parts == ("model",)
+    assert (report.verified, report.step, report.missing) == (False, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("write", "file"), [(safetensors_one, "model.safetensors"), (torch_nested, "last.ckpt")]
+)
+def test_a_single_file_can_be_named(write: Writer, file: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "other.pt").write_bytes(b"not one")
+    model = blank()
+    dist_ckpt.load_weights(model, tmp_path / file)
+    check(model)
+
+
+def test_the_values_beside_the_weights_are_there(tmp_path: Path) -> None:
+    torch_nested(tmp_path)
+    with dist_ckpt.open_checkpoint(tmp_path / "last.ckpt") as opened:
+        assert opened.parts == ("model", "epoch")
+        assert opened.read_values("epoch") == {"value": 3}
+        rows = opened["model/inner.as_bfloat16"][2:4]
+    assert same_bits(rows, Weights().state_dict()["inner.as_bfloat16"][2:4])
+
+
+def test_what_other_programs_keep_beside_the_weights_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    plain = {"rate": 0.1, "betas": (0.9, 0.5), "tags": {"a", "b"}, "key": b"\xff\x00a"}
+    other = {"device": torch.device("cuda", 1), "dtype": torch.float16, "c": 1 + 2j}
+    weights = Weights().state_dict()
+    torch.save({"state_dict": weights, "plain": plain, **other}, path)
+    model = blank()
+    dist_ckpt.load_weights(model, path, part="state_dict")
+    check(model)
+    with dist_ckpt.open_checkpoint(path) as opened:
+        assert opened.read_values("plain") == {"value": plain}
+        for name in ("device", "c"):
+            with pytest.raises(IncompatibleError, match=f"{name}.value cannot be read"):
+                opened.read_values(name)
+
+
+def test_a_store_in_memory_and_one_on_s3_do_as_well(
+    tmp_path: Path, s3_service: S3Service, s3_name: str
+) -> None:
+    safetensors_sharded(tmp_path)
+    store = MemoryStore("weight-files")
+    client = s3_service.client()
+    for path in tmp_path.iterdir():
+        store.put(path.name, [path.read_bytes()])
+        key = f"{s3_service.prefix}{s3_name}/{path.name}"
+        client.put_object(Bucket=s3_service.bucket, Key=key, Body=path.read_bytes())
+    for place in (store, s3_service.url(s3_name)):
+        model = blank()
+        dist_ckpt.load_weights(model, place)
+        check(model)
+
+
+class Evil:
+    """Runs a program when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.witness}",)
+
+
+def refused(kind: type[CheckpointError], place: Path, *words: str) -> None:
+    """Check that loading says these words, and changes nothing."""
+    model = Weights()
+    with pytest.raises(kind) as caught:
+        dist_ckpt.load_weights(model, place)
+    for word in words:
+        assert word in str(caught.value)
+    check(model)
+
+
+def test_a_pickle_that_calls_something_is_refused_and_not_executed(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    path = tmp_path / "evil.pt"
+    torch.save({**Weights().state_dict(), "x": Evil(witness)}, path)
+    refused(IntegrityError, path, "evil.pt", "posix.system")
+    assert not witness.exists()
+
+
+def test_a_file_of_before_the_archives_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save(Weights().state_dict(), path, _use_new_zipfile_serialization=False)
+    refused(IncompatibleError, path, "old.pt", "before its version 1.6")
+
+
+def test_big_endian_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "big.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.byteorder", "big")  # what torch notes in the file
+        torch.save(Weights().state_dict(), path)
+    refused(IncompatibleError, path, "big.pt", "big-endian")
+
+
+def safetensors_of(path: Path, header: object, data: bytes = b"") -> Path:
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(shape: list[int], start: int, stop: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+
+
+BOMBS: dict[str, dict[str, object]] = {
+    "2^60 elements": {"a": entry([1 << 60], 0, 1 << 62)},
+    "2^60 elements in 16 bytes": {"a": entry([1 << 30, 1 << 30], 0, 16)},
+    "an overlap": {"a": entry([4], 0, 16), "b": entry([2], 8, 16)},
+    "a negative offset": {"a": entry([4], -16, 0)},
+    "a negative size": {"a": entry([-4], 0, 16)},
+    "bytes past the end": {"a": entry([8], 0, 32)},
+    "no dtype": {"a": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_a_lying_header_is_refused(bomb: dict[str, object], tmp_path: Path) -> None:
+    path = safetensors_of(tmp_path / "bomb.safetensors", bomb, bytes(16))
+    refused(CheckpointError, path, "bomb.safetensors")
+
+
+@pytest.mark.parametrize("prefix", [b"", b"\1", b"\xff" * 8, struct.pack("<Q", 1 << 60)])
+def test_no_header_at_all_is_refused(prefix: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    path.write_bytes(prefix)
+    refused(IntegrityError, path, "none.safetensors")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a/b", "..", ""])
+def test_an_index_names_only_files_beside_it(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file(Weights().state_dict(), tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(Weights().state_dict(), name)}))
+    refused(IntegrityError, folder, repr(name), "not beside it")
+
+
+def test_a_shard_that_is_lost_or_cut_is_named(tmp_path: Path) -> None:
+    safetensors_sharded(tmp_path)
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-1])
+    refused(IntegrityError, tmp_path, second.name)
+    second.unlink()
+    refused(IntegrityError, tmp_path, second.name, "not there")
+
+
+def test_a_cut_archive_is_refused(tmp_path: Path) -> None:
+    torch_flat(tmp_path)
+    path = tmp_path / "weights.pt"
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(IntegrityError, path, "weights.pt")
+
+
+def test_what_no_weights_are_in_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    refused(CheckpointError, tmp_path, "no step directories", "*.safetensors")
+    refused(CheckpointError, tmp_path / "notes.txt")
+
+
+def test_several_files_without_an_index_are_ambiguous(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        torch.save(Weights().state_dict(), tmp_path / name)
+    refused(IntegrityError, tmp_path, "a.pt, b.pt", "name one file")
