@@ -11,13 +11,18 @@ from dist_ckpt.staging.bounce import BounceBuffers
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
 
-READ_BYTES = 4 << 20
-"""How much one read brings at most: as much as a disk takes at once, and S3 by one request."""
+_DISK_BYTES, _DISK_THREADS = 8 << 20, 8
+"""Of a disk: each read is one request of the kernel, and eight at a time keep it busy."""
+
+_REMOTE_BYTES, _REMOTE_THREADS = 32 << 20, 3
+"""Of other stores, which share a read out to many requests by themselves: while one is under way,
+another is compared and copied, and a third waits."""
 
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
 
-_THREADS = 8
+# Small reads are a matter of latency, which only many at a time can hide.
+_SMALL_BYTES, _SMALL_THREADS = 4 << 20, 8
 
 
 class Fetcher:
@@ -45,19 +50,22 @@ class Fetcher:
         self._files = files
         self._filling = filling
         self._verify = verify
+        self._in_flight_bytes = in_flight_bytes
         # Never less than a unit, which is what can be verified.
-        self._read_bytes = max(
-            min(READ_BYTES, in_flight_bytes) // files.unit_bytes * files.unit_bytes,
-            files.unit_bytes,
-        )
-        self._threads = max(1, min(_THREADS, in_flight_bytes // self._read_bytes))
+        disk = source.store.capabilities.direct_io
+        self._large_threads = _DISK_THREADS if disk else _REMOTE_THREADS
+        most = min(_DISK_BYTES if disk else _REMOTE_BYTES, in_flight_bytes // self._large_threads)
+        self._read_bytes = max(most // files.unit_bytes, 1) * files.unit_bytes
 
     def fetch(self, ranges: Ranges) -> int:
         """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
         bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)
         reads = cut(bridged, most_bytes=self._read_bytes)
-        threads = min(self._threads, len(reads))
-        buffers = BounceBuffers(threads, self._read_bytes, devices=self._filling.devices)
+        if not len(reads):
+            return 0
+        largest = int((reads.stop - reads.start).max())
+        threads = self._threads(reads.nbytes // len(reads), largest, len(reads))
+        buffers = BounceBuffers(threads, largest, devices=self._filling.devices)
 
         def work(read: tuple[int, int]) -> None:
             start, stop = read
@@ -71,8 +79,17 @@ class Fetcher:
 
     def fetch_into(self, reads: Sequence[tuple[int, memoryview]]) -> int:
         """Fill each buffer from its address on, whole units; return the bytes read."""
-        in_parallel(lambda read: self._read(*read), reads, threads=min(self._threads, len(reads)))
-        return sum(len(data) for _, data in reads)
+        nbytes = sum(len(data) for _, data in reads)
+        if reads:
+            threads = self._threads(nbytes // len(reads), 0, len(reads))
+            in_parallel(lambda read: self._read(*read), reads, threads=threads)
+        return nbytes
+
+    def _threads(self, mean: int, largest: int, count: int) -> int:
+        """Return how many threads are worth it, for reads of a mean size, and fit into memory."""
+        wanted = _SMALL_THREADS if mean <= _SMALL_BYTES else self._large_threads
+        fitting = self._in_flight_bytes // max(largest, 1)
+        return max(1, min(wanted, fitting, count))
 
     def _read(self, address: int, data: memoryview) -> None:
         file, offset = self._files.place(address)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
@@ -63,6 +64,8 @@ class Filling:
         self._want = pieces.want[order]
         self._row = pieces.row[order]
         self._halves: dict[int, _Half] = {}
+        # The memory of pieces that come in several reads, where it is one run of bytes.
+        self._flat: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def fill(self, start: int, data: memoryview) -> None:
@@ -93,6 +96,11 @@ class Filling:
         """Copy what `data`, at the address `at`, holds of piece `number`."""
         begin, end = int(self._start[number]), int(self._stop[number])
         low, high = max(begin, at), min(end, at + len(data))
+        known = self._flat.get(number)
+        if known is not None:
+            raw_bytes = np.frombuffer(data[low - at : high - at], np.uint8)
+            np.copyto(known[low - begin : high - begin], raw_bytes)
+            return
         want = self._wanted[int(self._want[number])]
         chunk = self._chunk(int(self._row[number]), len(want.local.held.shape))
         common = intersect(chunk, want.local.held.box)
@@ -104,6 +112,8 @@ class Filling:
         if volume(common) == last - first and _is_plain(target, want.dtype):
             # The common case, a run of bytes to a run of bytes: numpy lets other threads run.
             flat = target.view(-1).view(torch.uint8).numpy()
+            if high - low < end - begin:
+                self._flat[number] = flat
             np.copyto(flat[low - begin : high - begin], np.frombuffer(source, np.uint8))
         elif (low - begin) % item == 0 and (high - begin) % item == 0:
             first += (low - begin) // item

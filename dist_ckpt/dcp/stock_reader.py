@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dist_ckpt.dcp.fetching import Fetcher
+from dist_ckpt.dcp.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.planner import Held, LocalBox, dtype_name
 from dist_ckpt.dcp.stock_catalog import Catalog, catalog
@@ -26,7 +26,6 @@ from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.ranges import Files
 
-_MAX_GAP_BYTES = 1 << 20
 _IN_FLIGHT_BYTES = 64 << 20
 
 
@@ -191,8 +190,8 @@ class Reader(StorageReader):
     def _fill(self, wanted: Sequence[Wanted]) -> None:
         checkpoint = self._opened.checkpoint
         sizes = [file.nbytes for file in checkpoint.index.files]
-        files = Files(sizes, unit_bytes=BLOCK_BYTES)
-        filling = Filling(checkpoint.index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES)
+        files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)
+        filling = Filling(checkpoint.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES).fetch(
             filling.needs
         )

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch.distributed as dist
 
-from dist_ckpt.dcp.fetching import MAX_GAP_BYTES, READ_BYTES, Fetcher
+from dist_ckpt.dcp.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
@@ -28,6 +28,8 @@ Exchange = Literal["auto", "always", "never"]
 ResultT = TypeVar("ResultT")
 
 _SECTOR_BYTES = 4096
+# What one rank reads for several at a time: small enough to even out what ranks read.
+_EXTENT_BYTES = 4 << 20
 # Bytes that nobody wants, inside of a chunk, above which they are stepped over.
 _MAX_GAP_BYTES = 1 << 20
 # With "auto", what may be read in vain for each byte that is wanted by somebody.
@@ -212,7 +214,7 @@ class _Reading:
         sharing = share(
             [each.ranges for each in answer.needs],
             answer.group_of,
-            extent_bytes=min(max(share_bytes, unit), READ_BYTES),
+            extent_bytes=min(max(share_bytes, unit), _EXTENT_BYTES),
             window_bytes=limit,
         )
         mine = [[each for each in window if rank in each.ranks] for window in sharing.windows]

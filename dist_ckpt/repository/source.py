@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.storage.base import Store
 
 
 @runtime_checkable
@@ -15,6 +16,11 @@ class Source(Protocol):
     Matching, planning, exchange and the report know nothing else, so whatever has an index of
     byte ranges goes through all of them. Reading is safe from several threads.
     """
+
+    @property
+    def store(self) -> Store:
+        """Where its files are."""
+        ...
 
     @property
     def where(self) -> str:

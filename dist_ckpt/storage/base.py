@@ -8,6 +8,7 @@ never assumed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -172,6 +173,11 @@ class Sweeper(Protocol):
         ...
 
 
+# By the regex engine: a load asks for a key at each of its reads.
+_UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
 def check_key(key: str) -> str:
     """Return `key` if it is a valid one: relative, `/`-separated, inside the store.
 
@@ -181,11 +187,11 @@ def check_key(key: str) -> str:
     """
     if not key or any(part in ("", ".", "..") for part in key.split("/")):
         raise UsageError(f"bad key {key!r}: must be relative with no empty, '.' or '..' component")
-    if "\\" in key or any(ord(char) < 32 or ord(char) == 127 for char in key):
+    if _UNPRINTABLE.search(key):
         raise UsageError(f"bad key {key!r}: must hold no backslash and no control character")
     if any(part.startswith(TEMPORARY_PREFIX) for part in key.split("/")):
         raise UsageError(f"bad key {key!r}: {TEMPORARY_PREFIX!r} is kept for unfinished objects")
-    if any("\ud800" <= char <= "\udfff" for char in key):
+    if _SURROGATE.search(key):
         raise UsageError(f"bad key {key!r}: must be encodable as UTF-8")
     return key
 

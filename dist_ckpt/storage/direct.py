@@ -27,7 +27,7 @@ DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""
 
 _SECTOR_BYTES = 4096  # aligned to this is aligned for every disk and file system there is
-_READ_BYTES = 4 << 20
+_READ_BYTES = 8 << 20
 _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 # Two writers keep a disk busy, also while one of them copies; reads gain from a deeper queue.
 _WRITE_THREADS = 2
