@@ -160,7 +160,10 @@ def _schedule(recipe: Recipe, optimizer: Optimizer) -> LRScheduler:
 
 def _digest(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
     tensors = dict(model.state_dict())
-    for i, entries in enumerate(optimizer.state.values()):
+    # In the order of the groups: that of `state` is the order in which gradients came first.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, parameter in enumerate(parameters):
+        entries = optimizer.state[parameter]
         tensors |= {f"{i}.{key}": torch.as_tensor(value) for key, value in entries.items()}
     return {
         name: hashlib.sha256(_local(tensor).detach().numpy().tobytes()).hexdigest()
