@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import dist_ckpt
+from dist_ckpt.engine import file_writer
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.storage import direct, durable
 from dist_ckpt.storage.local import LocalStore
@@ -32,6 +34,7 @@ class CrashingOs:
     def __init__(self, at: int | None) -> None:
         self.at = at
         self.count = 0
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -39,8 +42,10 @@ class CrashingOs:
 
     def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count == self.at:
+            with self._lock:
+                self.count += 1
+                reached = self.count == self.at
+            if reached:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
@@ -57,6 +62,9 @@ def save_with_crashing_os(root: str, at: int | None) -> int:
     crashing = CrashingOs(at)
     for module in (durable, direct):
         setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
+    # Files one after another: side by side they would race for their directory, and every run would
+    # come to another number of calls.
+    file_writer.__dict__["_FILES_AT_ONCE"] = 1
     direct.DIRECT_BYTES = LARGE_BYTES
     direct.__dict__["PIECE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)

@@ -70,8 +70,8 @@ def test_memory_is_such_that_the_disk_reads_into_it(
 def test_file_that_shrinks_while_it_is_read_is_truncated(
     saved: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = 5 * BLOCK_BYTES + 77
-    when_read_at(monkeypatch, 4 << 20, lambda: os.truncate(path_of(saved), left))
+    left = 9 * BLOCK_BYTES + 77
+    when_read_at(monkeypatch, 8 << 20, lambda: os.truncate(path_of(saved), left))
     with pytest.raises(IntegrityError, match="committed") as caught:
         read(saved)
     assert caught.value.kind == ErrorKind.TRUNCATED
@@ -82,9 +82,9 @@ def test_file_that_changes_while_it_is_read_is_damaged(
 ) -> None:
     def change() -> None:
         with path_of(saved).open("r+b") as file:
-            file.seek(5 * BLOCK_BYTES + 3)
+            file.seek(9 * BLOCK_BYTES + 3)
             file.write(b"!")
 
-    when_read_at(monkeypatch, 4 << 20, change)
-    with pytest.raises(IntegrityError, match=r"block 5 .*differs from its digest"):
+    when_read_at(monkeypatch, 8 << 20, change)
+    with pytest.raises(IntegrityError, match=r"block 9 .*differs from its digest"):
         read(saved)
