@@ -19,7 +19,6 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as stock
 
 from dist_ckpt.dcp.foreign_names import Entry, Placed, Unreadable, place
-from dist_ckpt.dcp.planner import dtype_name
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
@@ -34,6 +33,7 @@ from dist_ckpt.format.pickle_guard import check_pickle
 from dist_ckpt.repository import torch_files
 from dist_ckpt.repository.foreign import Chunk, Found, Runs
 from dist_ckpt.repository.torch_files import StoredTensor
+from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.parallel import in_parallel
 

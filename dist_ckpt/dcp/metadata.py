@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
+import torch
 
 from dist_ckpt.dcp.holdings import TensorKey
 from dist_ckpt.dcp.owners import Owned
@@ -14,6 +17,15 @@ from dist_ckpt.dcp.writer import check_reported_sizes, extra_name, plan_extra, p
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import file_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+
+
+def versions() -> dict[str, str]:
+    """Return what a manifest says of the programs that wrote it."""
+    try:
+        own = version("dist_ckpt")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        own = "unknown"
+    return {"dist_ckpt": own, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 class WrittenFile(msgspec.Struct, frozen=True, array_like=True):

@@ -28,6 +28,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.state.layout import dtype_name
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""
@@ -168,11 +169,6 @@ def describe(
 ) -> list[LocalBox]:
     """Describe `tensors` once; see `Describer.describe`."""
     return Describer().describe(tensors, unequal=unequal)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of `dtype` as the format writes it, for example "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_storable(part: str, name: str, tensor: torch.Tensor) -> None:

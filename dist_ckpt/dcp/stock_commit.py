@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
-import torch
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.dcp.stock_edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.stock_items import described
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
@@ -73,7 +70,7 @@ class Attempt:
                 claim=transaction.claim,
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 world_size=len(reports),
-                versions=_versions(),
+                versions=versions() | {NAMING: NAMING_VERSION},
                 parts=list(dict.fromkeys(parts)),
                 files=[
                     ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
@@ -95,16 +92,3 @@ def _timings(report: Report) -> RankTimings:
         write_seconds=report.write_seconds,
         nbytes=report.nbytes,
     )
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("dist_ckpt")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        own = "unknown"
-    return {
-        "dist_ckpt": own,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        NAMING: NAMING_VERSION,
-    }

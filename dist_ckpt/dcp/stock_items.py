@@ -15,11 +15,12 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from dist_ckpt.dcp.owners import Owned
-from dist_ckpt.dcp.planner import Held, dtype_name
+from dist_ckpt.dcp.planner import Held
 from dist_ckpt.dcp.stock_edge import part_and_name
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.state.layout import dtype_name
 
 Paths = Mapping[str, Sequence[object]]
 """Where in the state dict each flattened name lies."""

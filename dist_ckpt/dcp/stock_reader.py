@@ -16,7 +16,7 @@ from torch.futures import Future
 
 from dist_ckpt.dcp.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.dcp.filling import Filling
-from dist_ckpt.dcp.planner import Held, LocalBox, dtype_name
+from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.dcp.stock_catalog import Catalog, catalog
 from dist_ckpt.dcp.stock_edge import Place, open_store, plain_errors, step_of
 from dist_ckpt.dcp.wanted import Wanted
@@ -24,6 +24,7 @@ from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Repository
+from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.ranges import Files
 
 _IN_FLIGHT_BYTES = 64 << 20

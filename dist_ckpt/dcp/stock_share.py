@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.dcp.metadata import Document
 from dist_ckpt.dcp.owners import Owned
-from dist_ckpt.dcp.planner import Held, dtype_name
+from dist_ckpt.dcp.planner import Held
 from dist_ckpt.dcp.stock_edge import part_and_name
 from dist_ckpt.dcp.stock_items import described, paths_of
 from dist_ckpt.dcp.writer import extra_name, plan_extra, plan_files
@@ -21,7 +21,7 @@ from dist_ckpt.errors import UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.boxes import volume
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.state.layout import check_tensor
+from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.state.objects import encode
 from dist_ckpt.storage.direct import aligned_buffer
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from dist_ckpt.dcp.holdings import TensorKey
-from dist_ckpt.dcp.metadata import RankShare, build_index
+from dist_ckpt.dcp.metadata import RankShare, build_index, versions
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held
 from dist_ckpt.engine.about import About
@@ -84,7 +80,7 @@ class Commit:
             claim=transaction.claim,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             world_size=len(reports),
-            versions=_versions(),
+            versions=versions(),
             parts=list(self.parts),
             files=[
                 ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
@@ -105,11 +101,3 @@ class Commit:
             epoch=self.about.epoch,
             origin=self.about.origin([report.host for report in reports]),
         )
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = version("dist_ckpt")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        own = "unknown"
-    return {"dist_ckpt": own, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -22,6 +22,7 @@ from dist_ckpt.engine.load_options import LoadOptions
 from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
+from dist_ckpt.engine.together import together
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.layout import dtype_of, materialise
@@ -136,7 +137,7 @@ class Loader:
                 "filled by half: build the state anew and restore this step by its number",
                 kind=ErrorKind.STATE_MISMATCH,
             )
-        targets, wanted = self._together(
+        (targets, wanted), _ = self._together(
             topic.phase("memory"), lambda: _prepare(source, matched, options.device)
         )
         progress.clock("match", since)
@@ -180,15 +181,13 @@ class Loader:
             known.append(found.known)
             return found
 
-        answers: list[bytes] = []
-        matched = self._together(
+        matched, answer = self._together(
             topic.phase("fits"),
             work,
             message=lambda found: msgspec.msgpack.encode(found.misfits),
             decide=decide,
-            answer=answers.append,
         )
-        return matched, msgspec.msgpack.decode(answers[0], type=Misfits)
+        return matched, msgspec.msgpack.decode(answer, type=Misfits)
 
     def _fit(self, source: Source, options: LoadOptions) -> _Matched:
         """Find where each stored byte would go, and everything that does not fit."""
@@ -277,22 +276,15 @@ class Loader:
         *,
         message: Callable[[ResultT], bytes] = lambda _: b"",
         decide: Decide = lambda _: b"",
-        answer: Callable[[bytes], object] = lambda _: None,
-    ) -> ResultT:
-        """Do `work` on this rank and return its result when it succeeded on every rank.
-
-        Raises:
-            CheckpointError: it failed on some rank, or `decide` refused; the same on every rank.
-        """
-        done: list[ResultT] = []
-        outcome: bytes | Exception
-        try:
-            done.append(work())
-            outcome = message(done[0])
-        except Exception as error:
-            outcome = error
-        answer(self._job.training.round(topic, outcome, decide, deadline=self._job.deadline()))
-        return done[0]
+    ) -> tuple[ResultT, bytes]:
+        return together(
+            self._job.training,
+            topic,
+            work,
+            deadline=self._job.deadline(),
+            message=message,
+            decide=decide,
+        )
 
     def _announce(self, url: str, refused: Mapping[int, str]) -> None:
         rank = self._job.training.rank

@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 import msgspec
 import torch
 
-from dist_ckpt.dcp.planner import dtype_name
 from dist_ckpt.engine.load_options import LoadOptions, matches, near
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.state.layout import dtype_of
+from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.state.part import TensorSpec
 
 _SHOWN = 20

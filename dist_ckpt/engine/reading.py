@@ -18,6 +18,7 @@ from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
 from dist_ckpt.engine.exchange import private_group, swap
 from dist_ckpt.engine.sharing import Extent, cost, place, share
+from dist_ckpt.engine.together import together
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceBuffers
@@ -273,17 +274,14 @@ class _Reading:
         decide: Decide = lambda _: b"",
     ) -> tuple[ResultT, bytes]:
         """Do `work`; return its result and rank 0's answer when it succeeded on every rank."""
-        done: list[ResultT] = []
-        outcome: bytes | Exception
-        try:
-            done.append(work())
-            outcome = message(done[0])
-        except Exception as error:
-            outcome = error
-        answer = self._coordinator.round(
-            self._topic.phase(phase), outcome, decide, deadline=self._deadline
+        return together(
+            self._coordinator,
+            self._topic.phase(phase),
+            work,
+            deadline=self._deadline,
+            message=message,
+            decide=decide,
         )
-        return done[0], answer
 
 
 def _encode(needs: Ranges, exchange: Exchange) -> bytes:
