@@ -10,6 +10,7 @@ times what it costs to see that: a `Describer` asks it only about what is new or
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
         return TensorEntry(self.part, self.name, self.dtype, self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class LocalBox:
+class LocalBox(msgspec.Struct, frozen=True):
     """A box that this rank holds, with the live memory behind it.
 
     Attributes:
@@ -91,10 +91,19 @@ _Sketch = tuple[object, ...]
 
 @dataclass(slots=True)
 class _Known:
-    """What was planned for one tensor; no box where this rank is not part of its mesh."""
+    """What was planned for one tensor; no box where this rank is not part of its mesh.
+
+    Attributes:
+        sketch: what that depended on; None for a type that may know better.
+        held: the boxes.
+        tensor: which object it was; not kept alive, since a state may drop it.
+        lay: where its elements were, see `_lie`.
+    """
 
     sketch: _Sketch | None
     held: list[Held]
+    tensor: weakref.ref[torch.Tensor] | None = None
+    lay: _Sketch = ()
 
     def marked(
         self, number: int, memory: torch.Tensor, first: dict[_Sketch, str], *, unequal: bool
@@ -122,6 +131,7 @@ class Describer:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], _Known] = {}
+        self._unequal: dict[str, Collection[str]] = {}
         self._digested: tuple[list[Held], str] = ([], "")
 
     def describe(
@@ -142,19 +152,53 @@ class Describer:
             UsageError: a tensor cannot be stored (on the meta device, sparse, of a dtype without a
                 place in the format, without memory), or holds pending partial sums.
         """
+        varying, waiting = dict(unequal or {}), stepped or {}
+        with torch.no_grad():  # `to_local` is a graph operation otherwise, and ten times as slow
+            boxes = self._unchanged(tensors, waiting) if varying == self._unequal else None
+            if boxes is None:
+                self._unequal = varying
+                boxes = self._changed(tensors, waiting)
+        return boxes
+
+    def _unchanged(
+        self, tensors: NamedTensors, stepped: Mapping[str, Collection[str]]
+    ) -> list[LocalBox] | None:
+        """Return the boxes if each tensor is the very object it was, with its elements in place.
+
+        Then no tie between two of them can be another one either.
+        """
+        if sum(map(len, tensors.values())) != len(self._known):
+            return None
+        boxes = []
+        for part, named in tensors.items():
+            waiting = stepped.get(part, ())
+            for name, tensor in named.items():
+                known = self._known.get((part, name))
+                if known is None or known.tensor is None or known.tensor() is not tensor:
+                    return None
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if _lie(local) != known.lay:
+                    return None
+                memory = local.detach()
+                boxes += [LocalBox(held, memory, name in waiting) for held in known.held]
+        return boxes
+
+    def _changed(
+        self, tensors: NamedTensors, stepped: Mapping[str, Collection[str]]
+    ) -> list[LocalBox]:
+        """Look at each tensor; plan it where it is not planned yet."""
         # What is gone from the state is forgotten with it.
         before, self._known = self._known, {}
-        boxes: list[LocalBox] = []
-        with torch.no_grad():  # `to_local` is a graph operation otherwise, and ten times as slow
-            for part, named in tensors.items():
-                varying, waiting = (unequal or {}).get(part, ()), (stepped or {}).get(part, ())
-                first: dict[_Sketch, str] = {}
-                for name, tensor in named.items():
-                    entry, memories = _look_up(before.get((part, name)), part, name, tensor)
-                    self._known[part, name] = entry
-                    for number, memory in enumerate(memories):
-                        held = entry.marked(number, memory, first, unequal=name in varying)
-                        boxes.append(LocalBox(held, memory, name in waiting))
+        boxes = []
+        for part, named in tensors.items():
+            varying, waiting = self._unequal.get(part, ()), stepped.get(part, ())
+            first: dict[_Sketch, str] = {}
+            for name, tensor in named.items():
+                entry, memories = _look_up(before.get((part, name)), part, name, tensor)
+                self._known[part, name] = entry
+                for number, memory in enumerate(memories):
+                    held = entry.marked(number, memory, first, unequal=name in varying)
+                    boxes.append(LocalBox(held, memory, name in waiting))
         return boxes
 
     def digest(self, held: list[Held]) -> str:
@@ -197,7 +241,15 @@ def _look_up(
         memories = [memory for _, memory in planned]
     for memory in memories:
         _check_backed(part, name, memory)
+    if sketch is not None and memories:
+        known.tensor, known.lay = weakref.ref(tensor), _lie(memories[0])
     return known, memories
+
+
+def _lie(local: torch.Tensor) -> _Sketch:
+    """Return where the elements of a dense tensor are and what they are."""
+    storage_bytes = local.untyped_storage().nbytes()
+    return (local.data_ptr(), storage_bytes, local.shape, local.stride(), local.dtype)
 
 
 def _sketch(tensor: torch.Tensor) -> _Sketch | None:

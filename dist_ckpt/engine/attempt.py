@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Inbox:
     def __init__(self, begin: Callable[[], None]) -> None:
         self._begin: Callable[[], None] | None = begin
         self._files: SimpleQueue[StagedFile | None] = SimpleQueue()
+        self._ended = threading.Event()
         self._share = Share(CoordinationError("the share of this rank is not complete yet"))
 
     def give(self, file: StagedFile) -> None:
@@ -56,7 +58,12 @@ class Inbox:
     def end(self, share: Share) -> None:
         """Say that no file follows but those of `share`."""
         self._share = share
+        self._ended.set()
         self._put(None)
+
+    def wait(self) -> None:
+        """Block until the end."""
+        self._ended.wait()
 
     def files(self) -> Iterator[StagedFile]:
         """Yield the files that are given, until the end."""
@@ -149,7 +156,8 @@ class Attempt:
     def _report(self, inbox: Inbox) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""
         try:
-            self.files.write(inbox.files())
+            # Digests would take processors from the copies that the training waits for.
+            self.files.write(inbox.files(), before_digests=inbox.wait)
             share = inbox.share
             if isinstance(share.staged, BaseException):
                 return share.staged

@@ -1,11 +1,11 @@
-"""From the arena to the store: digests first, then bytes, several files side by side."""
+"""From the arena to the store: bytes, several files side by side, and their digests meanwhile."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from queue import SimpleQueue
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import WrittenFile
@@ -17,10 +17,14 @@ from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
 from dist_ckpt.repository import Transaction
 from dist_ckpt.storage.parallel import in_parallel
 
-# While one file is digested the other keeps the disk or the network busy. More would take the
-# processors from the training, and nothing is left to be gained: each put has threads of its own.
+# While one file is begun or made durable the other keeps the disk or the network busy. More would
+# gain nothing: each put has threads of its own.
 _FILES_AT_ONCE = 2
 _DIGESTED_BYTES = 8 * BLOCK_BYTES
+
+
+def _nothing() -> None:
+    pass
 
 
 class FileWriter:
@@ -33,9 +37,9 @@ class FileWriter:
         meter: counts the bytes.
 
     Attributes:
-        written: the files that are durable, in the order in which they were given.
+        written: the files that are durable and digested, in the order in which they were given.
         nbytes: how many bytes they have.
-        seconds: how long it took to digest and write them, those that were waited for included.
+        seconds: how long it took to write and digest them, those that were waited for included.
     """
 
     def __init__(
@@ -45,8 +49,7 @@ class FileWriter:
         self._rank = rank
         self._stop = stop
         self._meter = meter
-        self._failure: BaseException | None = None
-        self._digesting = threading.Lock()
+        self._durable: list[str] = []
         self.written: list[WrittenFile] = []
         self.seconds = 0.0
 
@@ -55,55 +58,86 @@ class FileWriter:
         """How many bytes are durable."""
         return sum(file.nbytes for file in self.written)
 
-    def write(self, files: Iterable[StagedFile]) -> None:
-        """Digest and store `files`, as they come; each is durable when this returns.
+    def write(
+        self, files: Iterable[StagedFile], *, before_digests: Callable[[], object] = _nothing
+    ) -> None:
+        """Store and digest `files`, as they come; each is durable when this returns.
+
+        Both at once: what they read nobody can change, so a digest is that of the staged bytes
+        whether these have left already or not, and the disk need not wait for it.
+
+        Args:
+            files: their images stay as they are until this returns.
+            before_digests: called before the first digest; it may block.
 
         Raises:
             CheckpointError: the first failure of a put, or why the save is to stop.
         """
         begun = time.perf_counter()
-        found: dict[int, WrittenFile] = {}
+        taken: list[StagedFile] = []
+        digests: list[bytes] = []
+        queue: SimpleQueue[StagedFile | None] = SimpleQueue()
+        failures: list[BaseException] = []
 
-        def write(numbered: tuple[int, StagedFile]) -> None:
-            number, file = numbered
+        def take() -> Iterator[StagedFile]:
+            for file in files:
+                taken.append(file)
+                queue.put(file)
+                yield file
+
+        def put(file: StagedFile) -> None:
             try:
-                found[number] = self._write(file)
+                self._put(file)
             except BaseException as error:
+                failures.append(error)
                 # The others are not worth their time any more, and their errors not worth telling.
-                self._failure = self._failure or error
                 self._stop.fail(error)
                 raise
 
+        def put_all() -> None:
+            try:
+                in_parallel(put, take(), threads=_FILES_AT_ONCE)
+            finally:
+                queue.put(None)
+
+        def digest_all() -> None:
+            before_digests()
+            while (file := queue.get()) is not None:
+                digests.append(self._digest(file.image))
+
         try:
-            in_parallel(write, enumerate(files), threads=_FILES_AT_ONCE)
+            # In this order, should there be no second thread to be had.
+            in_parallel(lambda work: work(), [put_all, digest_all], threads=2)
         except BaseException:
-            if self._failure is None:  # the source of the files failed, not a put
+            if not failures:  # the source of the files failed, or a digest was stopped
                 raise
         finally:
-            self.written += [found[number] for number in sorted(found)]
             self.seconds += time.perf_counter() - begun
-        if self._failure is not None:
-            raise self._failure  # of several the first, and with the cause that it has
+        if failures:
+            raise failures[0]  # of several the first, and with the cause that it has
+        self.written += [
+            WrittenFile(file.name, len(file.image), blocks)
+            for file, blocks in zip(taken, digests, strict=True)
+        ]
 
     def discard(self) -> None:
         """Remove what was written for a save that nobody wants; what stays is garbage by now."""
-        folder = [self._transaction.key(file.name) for file in self.written]
         with suppress(CheckpointError):
-            self._transaction.store.delete(folder)
+            self._transaction.store.delete([self._transaction.key(name) for name in self._durable])
 
-    def _write(self, file: StagedFile) -> WrittenFile:
+    def _put(self, file: StagedFile) -> None:
         self._stop.check()
         begun = time.perf_counter()
-        nbytes = len(file.image)
-        # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
-        blocks = self._digest(file.image)
-        count = self._meter.file(nbytes)
+        # Read-only, so that no store can change what is being digested.
+        image = file.image.toreadonly()
+        count = self._meter.file(len(image))
 
         def watch(piece_bytes: int) -> None:
             self._stop.check()
             count(piece_bytes)
 
-        key = self._transaction.put_file(file.name, [file.image], watch=watch)
+        key = self._transaction.put_file(file.name, [image], watch=watch)
+        self._durable.append(file.name)
         # From here on the file is durable: a report never speaks of one that is not.
         events.emit(
             events.FileWritten(
@@ -112,19 +146,16 @@ class FileWriter:
                 self._rank,
                 save_id=self._transaction.save_id,
                 key=key,
-                nbytes=nbytes,
+                nbytes=len(image),
                 seconds=time.perf_counter() - begun,
             )
         )
-        return WrittenFile(file.name, nbytes, blocks)
 
     def _digest(self, image: memoryview) -> bytes:
         digests = []
-        # One at a time, since two would take turns at the interpreter lock, and both come late.
-        with self._digesting:
-            for start in range(0, len(image), _DIGESTED_BYTES):
-                self._stop.check()
-                digests.append(block_digests(image[start : start + _DIGESTED_BYTES]))
-                # A digest holds the interpreter lock: a training step that waits for it goes first.
-                time.sleep(0)
+        for start in range(0, len(image), _DIGESTED_BYTES):
+            self._stop.check()
+            digests.append(block_digests(image[start : start + _DIGESTED_BYTES]))
+            # A digest holds the interpreter lock: a training step that waits for it goes first.
+            time.sleep(0)
         return b"".join(digests)

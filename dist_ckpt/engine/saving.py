@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.planner import Describer
@@ -237,7 +234,7 @@ class Saver:
                 owned=plan.owned,
                 documents=documents,
                 write_out=lambda files: self._write_out(attempt, files),
-                ready=inbox.give if _has_spare_processors() else None,
+                ready=inbox.give,
             )
             attempt.meter.staged(staged.nbytes)
             if not staged.files:
@@ -330,17 +327,6 @@ class Saver:
         self._writer.abandon()
         self._stager.abandon()
         self._tidier.litter = True
-
-
-def _has_spare_processors() -> bool:
-    """Whether there are processors that the copy into the arena does not use itself.
-
-    Without one, writing files while others are copied would make the training step wait for longer.
-    """
-    found = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return found > torch.get_num_threads()
 
 
 def _late(attempt: Attempt) -> CoordinationError:

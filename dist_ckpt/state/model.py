@@ -72,7 +72,7 @@ class ModelPart:
     def parameter_names(self) -> dict[int, str]:
         """Return the canonical name of every parameter by its `id`; of tied ones the first."""
         # Asking for the state dict first lets FSDP2 put its sharded parameters back in place.
-        self.module.state_dict()
+        self.module.state_dict(keep_vars=True)
         names: dict[int, str] = {}
         canonical = self._names()
         for raw_name, parameter in self.module.named_parameters():

@@ -51,13 +51,13 @@ def write_file(
     fd, temporary, top = _open_temporary(directory)
     try:
         # From here on the temporary keeps its directories from being pruned by a deleter.
-        for parent in _path_between(min(anchor, top, key=len), directory):
-            sync_directory(parent)
         preallocate(fd, sum(view.nbytes for view in views))
         if not direct.write(fd, views, watch):
             write_buffered(fd, views, watch)
-        # The bytes are durable before any reader can find a name for them.
+        # The bytes and the way to them are durable before any reader can find a name for them.
         os.fsync(fd)
+        for parent in _path_between(min(anchor, top, key=len), directory):
+            sync_directory(parent)
         if mode == "create":
             _link(fd, temporary, path)
         else:

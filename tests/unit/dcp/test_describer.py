@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -193,3 +194,48 @@ def test_a_tensor_without_memory_is_named_and_not_read(gone: Callable[[], torch.
 def test_every_layout_in_memory_is_backed(tensor: torch.Tensor) -> None:
     (box,) = describe({"m": {"w": tensor}})
     assert torch.equal(box.memory, tensor)
+
+
+def turned(w: torch.Tensor) -> None:
+    w.t_()
+
+
+def of_another_dtype(w: torch.Tensor) -> None:
+    w.data = w.data.view(torch.int32)
+
+
+def elsewhere(w: torch.Tensor) -> None:
+    w.data = w.data.clone()
+
+
+@pytest.mark.parametrize("change", [turned, of_another_dtype, elsewhere])
+def test_a_tensor_that_changes_in_place_is_described_as_it_is(
+    change: Callable[[torch.Tensor], None],
+) -> None:
+    describer = Describer()
+    w = torch.rand(4, 2)
+    named = {"m": {"a": w, "b": w.view(4, 2)}}
+    describer.describe(named)
+    change(w)
+    found = describer.describe(named)
+    assert [box.held for box in found] == [box.held for box in describe(named)]
+    assert torch.equal(found[0].memory, w)
+    assert found[0].memory.data_ptr() == w.data_ptr()
+
+
+def test_a_storage_that_is_cut_short_in_place_is_not_read() -> None:
+    describer = Describer()
+    w = torch.ones(100)
+    describer.describe({"m": {"w": w}})
+    w.untyped_storage().resize_(0)
+    with pytest.raises(UsageError, match=r"tensor 'w' of part 'm' has no memory"):
+        describer.describe({"m": {"w": w}})
+
+
+def test_a_tensor_that_the_state_dropped_is_not_kept() -> None:
+    describer = Describer()
+    w = torch.ones(3)
+    gone = weakref.ref(w)
+    describer.describe({"m": {"w": w}})
+    del w
+    assert gone() is None

@@ -13,19 +13,16 @@ import torch
 import dist_ckpt
 from dist_ckpt import events
 from dist_ckpt.dcp.writer import BoxCopy
+from dist_ckpt.engine import file_writer
 from dist_ckpt.engine.stager import Stager
 from dist_ckpt.errors import CoordinationError
+from dist_ckpt.format.digest import block_digests
 from dist_ckpt.repository import Repository
+from dist_ckpt.storage.base import Buffer
 from dist_ckpt.storage.memory import MemoryStore
 
 _LIMIT_SECONDS = 60.0
 _names = itertools.count()
-
-
-@pytest.fixture(autouse=True)
-def _a_spare_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Files leave early only if the copy does not need every processor there is.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 0)
 
 
 def new_store() -> MemoryStore:
@@ -71,25 +68,57 @@ class Broken(RuntimeError):
     """What a copy may raise."""
 
 
-def test_without_a_spare_processor_files_leave_after_the_copy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 << 20)
-    staged: list[int] = []
-    written: list[str] = []
+def test_nothing_is_digested_while_the_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    digested: list[int] = []
+
+    def noted(buffer: Any) -> bytes:
+        digested.append(len(buffer))
+        return block_digests(buffer)
+
+    monkeypatch.setattr(file_writer, "block_digests", noted)
+    written = threading.Semaphore(0)
 
     def listen(event: events.Event) -> None:
-        if isinstance(event, events.SaveStaged):
-            staged.append(len(written))
         if isinstance(event, events.FileWritten):
-            written.append(event.key)
+            written.release()
 
     leave = events.subscribe(listen)
-    with dist_ckpt.Checkpointer(new_store(), state()) as ckpt:
+    found: list[int] = []
+
+    def look() -> None:
+        # The values and the first part: both are durable, and no digest was taken yet.
+        assert all(written.acquire(timeout=_LIMIT_SECONDS) for _ in range(2))
+        found.append(len(digested))
+
+    before_the_second_copy(monkeypatch, look)
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state()) as ckpt:
         ckpt.save(1).wait()
     leave()
-    assert staged == [0]
-    assert len(written) == 3
+    assert found == [0]
+    assert len(digested) == 3
+    assert Repository(store).verify(1).ok
+
+
+class Scribbler(MemoryStore):
+    """A store that would change what it is given to store, if it could."""
+
+    refused = 0
+
+    def put(self, key: str, buffers: Sequence[Buffer], **how: Any) -> None:
+        for buffer in buffers if ".safetensors" in key else ():
+            with pytest.raises(TypeError, match="read-only"):
+                memoryview(buffer)[-1:] = b"!"
+            self.refused += 1
+        super().put(key, buffers, **how)
+
+
+def test_a_store_cannot_change_what_is_being_digested() -> None:
+    store = Scribbler(f"unit-inbox-{next(_names)}")
+    with dist_ckpt.Checkpointer(store, state()) as ckpt:
+        ckpt.save(1).wait()
+    assert store.refused == 3
+    assert Repository(store).verify(1).ok
 
 
 def test_a_copy_that_fails_after_a_file_was_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_an_interrupt_while_waiting_leaves_the_save_in_flight_alone(
     live = state(1.0)
     ckpt = dist_ckpt.Checkpointer(store, live, timeout_seconds=60)
     ckpt.save(1)
-    hang.reached.wait()  # digested, and held before its bytes leave the arena
+    hang.reached.wait()  # held before its bytes leave the arena
     monkeypatch.setattr(SaveHandle, "settle", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ckpt.save(2)
