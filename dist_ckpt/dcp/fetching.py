@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.repository.source import Source
-from dist_ckpt.staging.bounce import BounceBuffers
+from dist_ckpt.staging.bounce import BounceBuffers, BounceMemory
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
 
@@ -25,6 +25,19 @@ MAX_GAP_BYTES = 1 << 20
 _SMALL_BYTES, _SMALL_THREADS = 4 << 20, 8
 
 
+def _large_reads(source: Source, in_flight_bytes: int) -> tuple[int, int]:
+    """Return how many large reads are under way at once, and how many bytes each has at most."""
+    disk = source.store.capabilities.direct_io
+    threads = _DISK_THREADS if disk else _REMOTE_THREADS
+    return threads, min(_DISK_BYTES if disk else _REMOTE_BYTES, in_flight_bytes // threads)
+
+
+def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
+    """Begin to make memory ready for reading as much as all of `source`; see `Fetcher`."""
+    threads, most = _large_reads(source, in_flight_bytes)
+    return BounceMemory(min(threads * most, sum(file.nbytes for file in source.index.files)))
+
+
 class Fetcher:
     """What one rank reads of one checkpoint.
 
@@ -35,6 +48,7 @@ class Fetcher:
         filling: takes the bytes.
         verify: whether to compare them with their digests.
         in_flight_bytes: the most memory for bytes that are under way.
+        memory: that memory, if it is being made ready already.
     """
 
     def __init__(
@@ -45,16 +59,16 @@ class Fetcher:
         *,
         verify: bool,
         in_flight_bytes: int,
+        memory: BounceMemory | None = None,
     ) -> None:
         self._source = source
         self._files = files
         self._filling = filling
         self._verify = verify
         self._in_flight_bytes = in_flight_bytes
+        self._memory = memory
+        self._large_threads, most = _large_reads(source, in_flight_bytes)
         # Never less than a unit, which is what can be verified.
-        disk = source.store.capabilities.direct_io
-        self._large_threads = _DISK_THREADS if disk else _REMOTE_THREADS
-        most = min(_DISK_BYTES if disk else _REMOTE_BYTES, in_flight_bytes // self._large_threads)
         self._read_bytes = max(most // files.unit_bytes, 1) * files.unit_bytes
 
     def fetch(self, ranges: Ranges) -> int:
@@ -65,7 +79,8 @@ class Fetcher:
             return 0
         largest = int((reads.stop - reads.start).max())
         threads = self._threads(reads.nbytes // len(reads), largest, len(reads))
-        buffers = BounceBuffers(threads, largest, devices=self._filling.devices)
+        devices = self._filling.devices
+        buffers = BounceBuffers(threads, largest, devices=devices, memory=self._memory)
 
         def work(read: tuple[int, int]) -> None:
             start, stop = read

@@ -41,9 +41,10 @@ class Filling:
         self._index = index
         self._wanted = wanted
         boxes = [each.local.held.box for each in wanted]
-        self.nbytes_wanted = sum(
+        nbytes = [
             volume(box) * each.dtype.itemsize for box, each in zip(boxes, wanted, strict=True)
-        )
+        ]
+        self.nbytes_wanted = sum(nbytes)
         pieces, runs = find_pieces(
             index, [each.tensor for each in wanted], boxes, max_gap_bytes=max_gap_bytes
         )
@@ -63,6 +64,8 @@ class Filling:
         self._reach = np.maximum.accumulate(self._stop)
         self._want = pieces.want[order]
         self._row = pieces.row[order]
+        # Nothing lies between two elements of such a box, and they come in its own order.
+        self._whole = self._stop - self._start == np.array(nbytes, np.int64)[self._want]
         self._halves: dict[int, _Half] = {}
         # The memory of pieces that come in several reads, where it is one run of bytes.
         self._flat: dict[int, NDArray[np.uint8]] = {}
@@ -96,38 +99,52 @@ class Filling:
         """Copy what `data`, at the address `at`, holds of piece `number`."""
         begin, end = int(self._start[number]), int(self._stop[number])
         low, high = max(begin, at), min(end, at + len(data))
-        known = self._flat.get(number)
-        if known is not None:
-            raw_bytes = np.frombuffer(data[low - at : high - at], np.uint8)
-            np.copyto(known[low - begin : high - begin], raw_bytes)
-            return
-        want = self._wanted[int(self._want[number])]
-        chunk = self._chunk(int(self._row[number]), len(want.local.held.shape))
-        common = intersect(chunk, want.local.held.box)
-        assert common is not None  # this is what a piece is
-        target = view_box(want.local.memory, common, origin=want.local.held.offsets)
         source = data[low - at : high - at]
-        item = want.dtype.itemsize
-        first, last = element_span(chunk, common)
-        if volume(common) == last - first and _is_plain(target, want.dtype):
-            # The common case, a run of bytes to a run of bytes: numpy lets other threads run.
-            flat = target.view(-1).view(torch.uint8).numpy()
-            if high - low < end - begin:
-                self._flat[number] = flat
-            np.copyto(flat[low - begin : high - begin], np.frombuffer(source, np.uint8))
-        elif (low - begin) % item == 0 and (high - begin) % item == 0:
-            first += (low - begin) // item
-            _copy_run(target, torch.frombuffer(source, dtype=want.dtype), chunk, common, first)
-        else:
-            # Files of other programs have elements anywhere, so a read may end inside of one: it
-            # is put together of bytes, in memory of the stored dtype.
-            half = self._half(number, target, want.dtype, common)
-            outer, inner = _in_bytes(chunk, item), _in_bytes(common, item)
-            raw = torch.frombuffer(source, dtype=torch.uint8)
-            nbytes = _copy_run(
-                _as_bytes(half.memory), raw, outer, inner, first * item + low - begin
-            )
-            self._add(number, target, half, nbytes)
+        flat = self._flat.get(number)
+        want = self._wanted[int(self._want[number])]
+        if flat is None and self._whole[number] and _is_plain(want.local.memory, want.dtype):
+            flat = _flat(want.local.memory)
+        if flat is None:
+            chunk = self._chunk(int(self._row[number]), len(want.local.held.shape))
+            common = intersect(chunk, want.local.held.box)
+            assert common is not None  # this is what a piece is
+            target = view_box(want.local.memory, common, origin=want.local.held.offsets)
+            first, last = element_span(chunk, common)
+            if volume(common) != last - first or not _is_plain(target, want.dtype):
+                self._copy_elements(number, low, source, (chunk, common, target))
+                return
+            flat = _flat(target)
+        if high - low < end - begin:
+            self._flat[number] = flat
+        # A run of bytes to a run of bytes, the common case: numpy lets the other threads run.
+        np.copyto(flat[low - begin : high - begin], np.frombuffer(source, np.uint8))
+
+    def _copy_elements(
+        self, number: int, low: int, source: memoryview, where: tuple[Box, Box, torch.Tensor]
+    ) -> None:
+        """Copy what `source`, at the address `low`, holds of piece `number`, one by one.
+
+        Args:
+            number: the piece.
+            low: where in it the bytes begin.
+            source: the bytes.
+            where: the stored chunk, what of it is wanted, and the memory for that.
+        """
+        chunk, common, target = where
+        dtype = self._wanted[int(self._want[number])].dtype
+        item, done = dtype.itemsize, low - int(self._start[number])
+        first, _ = element_span(chunk, common)
+        if done % item == 0 and len(source) % item == 0:
+            run = torch.frombuffer(source, dtype=dtype)
+            _copy_run(target, run, chunk, common, first + done // item)
+            return
+        # Files of other programs have elements anywhere, so a read may end inside of one: it is
+        # put together of bytes, in memory of the stored dtype.
+        half = self._half(number, target, dtype, common)
+        outer, inner = _in_bytes(chunk, item), _in_bytes(common, item)
+        raw = torch.frombuffer(source, dtype=torch.uint8)
+        nbytes = _copy_run(_as_bytes(half.memory), raw, outer, inner, first * item + done)
+        self._add(number, target, half, nbytes)
 
     def _chunk(self, row: int, ndim: int) -> Box:
         starts, sizes = self._index.boxes(np.array([row]), ndim)
@@ -188,6 +205,10 @@ def _assign(target: torch.Tensor, source: torch.Tensor) -> None:
     with torch.no_grad():
         # Out of pinned memory this goes on behind our back: whoever owns the memory waits.
         target.copy_(source, non_blocking=True)
+
+
+def _flat(target: torch.Tensor) -> NDArray[np.uint8]:
+    return target.view(-1).view(torch.uint8).numpy()
 
 
 def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:

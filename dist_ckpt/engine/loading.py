@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from dist_ckpt import events
+from dist_ckpt.dcp.fetching import warm_memory
 from dist_ckpt.dcp.planner import describe
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
@@ -25,6 +26,7 @@ from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.together import together
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.repository.source import Source
+from dist_ckpt.staging.bounce import BounceMemory
 from dist_ckpt.state.layout import dtype_of, materialise
 from dist_ckpt.state.train_state import TrainState
 
@@ -109,7 +111,9 @@ class Loader:
             if chosen is None:
                 return None
             try:
-                report = self._load(topic, chosen, chooser.options, progress)
+                # Made ready while it is found out what goes where.
+                with warm_memory(chosen.source, chooser.options.in_flight_bytes) as memory:
+                    report = self._load(topic, chosen, chooser.options, progress, memory)
             except IntegrityError as error:
                 # One round raised it on all ranks, so all of them go on to the next one together.
                 if not fall_back:
@@ -125,7 +129,12 @@ class Loader:
             return report
 
     def _load(
-        self, topic: Topic, chosen: Chosen, options: LoadOptions, progress: _Progress
+        self,
+        topic: Topic,
+        chosen: Chosen,
+        options: LoadOptions,
+        progress: _Progress,
+        memory: BounceMemory,
     ) -> LoadReport:
         source = chosen.source
         since = time.perf_counter()
@@ -149,6 +158,7 @@ class Loader:
             coordinator=self._job.training,
             topic=topic.phase("read"),
             deadline=self._job.deadline(),
+            memory=memory,
         )
         for phase, seconds in result.seconds.items():
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds

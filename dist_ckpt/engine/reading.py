@@ -21,7 +21,7 @@ from dist_ckpt.engine.sharing import Extent, cost, place, share
 from dist_ckpt.engine.together import together
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.repository.source import Source
-from dist_ckpt.staging.bounce import BounceBuffers
+from dist_ckpt.staging.bounce import BounceBuffers, BounceMemory
 from dist_ckpt.storage.ranges import Files, Ranges
 
 Exchange = Literal["auto", "always", "never"]
@@ -129,6 +129,7 @@ def read(
     coordinator: Coordinator,
     topic: Topic,
     deadline: Deadline,
+    memory: BounceMemory | None = None,
 ) -> ReadResult:
     """Fill the memory of `wanted` on every rank; a collective call.
 
@@ -139,11 +140,15 @@ def read(
         coordinator: the way to the other ranks.
         topic: names the rounds of this.
         deadline: when to give up.
+        memory: for bytes under way, if some is being made ready already; it may be released.
 
     Raises:
         CheckpointError: the same on every rank; tensors may be half filled.
     """
-    return _Reading(source, options, coordinator, topic, deadline=deadline).run(wanted)
+    reading = _Reading(
+        source, options, coordinator, topic, deadline=deadline, memory=memory or BounceMemory()
+    )
+    return reading.run(wanted)
 
 
 class _Reading:
@@ -157,7 +162,9 @@ class _Reading:
         topic: Topic,
         *,
         deadline: Deadline,
+        memory: BounceMemory,
     ) -> None:
+        self._memory = memory
         self._source = source
         self._options = options
         self._coordinator = coordinator
@@ -203,6 +210,7 @@ class _Reading:
             filling,
             verify=verify,
             in_flight_bytes=self._options.in_flight_bytes,
+            memory=self._memory,
         )
         return _Plan(files, filling, fetcher)
 
@@ -225,9 +233,10 @@ class _Reading:
                     "connect", lambda: stack.enter_context(private_group(self._deadline))
                 )
             with self._counts.clock("read"):
-                # Before the windows, so that what these buffers take is free again.
                 nbytes, _ = self._together("alone", lambda: plan.fetcher.fetch(sharing.alone[rank]))
             self._counts.read += nbytes
+            # The windows take as much as is allowed.
+            self._memory.release()
             size = max((place(extents)[-1] for extents in mine), default=0)
             buffers = BounceBuffers(1, size, devices=plan.filling.devices)
             for number, extents in enumerate(mine):

@@ -5,10 +5,42 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import torch
 
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.staging.arena import Arena, aligned
+
+
+class BounceMemory:
+    """Memory for bounce buffers, touched in the background from the moment this is made.
+
+    A new page costs the kernel more than reading into it: where a reader is going to be busy with
+    something else for a while, its memory is made ready meanwhile.
+
+    Args:
+        nbytes: a guess of how much it will be.
+    """
+
+    def __init__(self, nbytes: int = 0) -> None:
+        self._arena = Arena()
+        if nbytes:
+            self._arena.prewarm(nbytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back, as soon as nobody looks at its buffers any more."""
+        self._arena.release()
+
+    def cut(self, count: int, nbytes: int) -> list[memoryview]:
+        """Return `count` buffers of `nbytes`, each from a page on; those of before are void."""
+        self._arena.reset(count * aligned(nbytes))
+        return [self._arena.take(nbytes) for _ in range(count)]
 
 
 class BounceBuffers:
@@ -21,18 +53,27 @@ class BounceBuffers:
         count: how many buffers there are, and so how many threads have one at a time.
         nbytes: the size of each; it begins on a page.
         devices: where bytes may go on to.
+        memory: what to make them of, if they need not be pinned; None for memory of their own.
     """
 
-    def __init__(self, count: int, nbytes: int, *, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        count: int,
+        nbytes: int,
+        *,
+        devices: Sequence[torch.device],
+        memory: BounceMemory | None = None,
+    ) -> None:
         gpus = [device for device in devices if device.type == "cuda"]
         self._free: queue.SimpleQueue[tuple[memoryview, list[torch.cuda.Stream]]]
         self._free = queue.SimpleQueue()
-        for _ in range(count):
+        buffers = None if gpus else (memory or BounceMemory()).cut(count, nbytes)
+        for number in range(count):
             streams = [torch.cuda.Stream(device) for device in gpus]  # type: ignore[no-untyped-call]
             for stream in streams:
                 # What the training still does to a target is over before bytes get there.
                 stream.wait_stream(torch.cuda.current_stream(stream.device))
-            self._free.put((_pinned(nbytes) if gpus else aligned_buffer(nbytes), streams))
+            self._free.put((_pinned(nbytes) if buffers is None else buffers[number], streams))
 
     @contextmanager
     def lend(self) -> Iterator[memoryview]:
