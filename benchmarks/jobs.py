@@ -76,7 +76,7 @@ def exchange(place: Path, tensors: int) -> Exchange:
     steady = list(zip(*by_rank, strict=True))[_STEADY_FROM:]
     return Exchange(
         nbytes=round(median(sum(nbytes for nbytes, _ in save) for save in steady)),
-        # The rank that comes last waits for nobody: its time is that of the exchange alone.
+        # They come together, and the one that comes last waits for nobody.
         seconds=median(min(seconds for _, seconds in save) for save in steady),
     )
 
@@ -134,9 +134,12 @@ def _exchange_of_rank(place: str, tensors: int) -> list[tuple[int, float]]:
 
     def counted(inner: Callable[..., bytes]) -> Callable[..., bytes]:
         def round_(self: StoreCoordinator, topic: Topic, sent: Any, *rest: Any, **n: Any) -> bytes:
+            planning = topic.key.endswith("/plan")
+            if planning:
+                dist.barrier()  # ranks that still describe their state would be waited for
             begun = time.perf_counter()
             answer = inner(self, topic, sent, *rest, **n)
-            if topic.key.endswith("/plan"):
+            if planning:
                 seconds[0] += time.perf_counter() - begun
             nbytes[0] += len(sent) + len(answer)
             return answer
@@ -148,7 +151,6 @@ def _exchange_of_rank(place: str, tensors: int) -> list[tuple[int, float]]:
     with Checkpointer(place, TrainState(model=model, rng=None)) as checkpointer:
         for number in range(_SAVES):
             nbytes[0], seconds[0] = 0, 0.0
-            dist.barrier()
             checkpointer.save(number).wait()
             found.append((nbytes[0], seconds[0]))
     return found

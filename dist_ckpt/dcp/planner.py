@@ -1,8 +1,9 @@
 """What one rank holds, described by DCP's local planning.
 
-`create_default_local_save_plan` knows every tensor type that torch can shard (plain tensors,
-DTensor, ShardedTensor): its write items say which box of which global tensor lies on this rank. The
-same description serves saving (what there is to write) and loading (where bytes belong).
+`create_default_local_save_plan` knows every tensor type that torch can shard (DTensor,
+ShardedTensor): its write items say which box of which global tensor lies on this rank; a plain
+tensor is one box. The same description serves saving (what there is to write) and loading (where
+bytes belong).
 
 A training state hardly changes its structure from save to save, and DCP's planning costs many
 times what it costs to see that: a `Describer` asks it only about what is new or changed.
@@ -263,8 +264,13 @@ def _sketch(tensor: torch.Tensor) -> _Sketch | None:
 
 
 def _plan(part: str, name: str, tensor: torch.Tensor) -> list[tuple[Held, torch.Tensor]]:
-    """Ask DCP which boxes of one tensor lie on this rank."""
+    """Find out which boxes of one tensor lie on this rank."""
     _check_storable(part, name, tensor)
+    if type(tensor) in _PLAIN:
+        # What DCP says of them, at a tenth of the cost: the first save waits for it.
+        shape = tuple(tensor.shape)
+        whole = Held(part, name, dtype_name(tensor.dtype), shape, (0,) * len(shape), shape)
+        return [(whole, tensor.detach())]
     named = {name: tensor}
     boxes = []
     # DCP reads `is_coordinator` only for values that are no tensors, of which there are none.

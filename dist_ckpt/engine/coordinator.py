@@ -54,7 +54,9 @@ Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
 
 # The store refuses a value above 8 MiB (c10d's TCPStore, libuv backend).
 _PIECE_BYTES = 4 << 20
-_FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0002, 0.02
+# A nap is an eighth of the wait so far: that much later, at most, is news heard, and ranks that
+# come at different times find one another soon without asking the store all the time.
+_FIRST_NAP_SECONDS, _NAP_GROWTH, _LONGEST_NAP_SECONDS = 0.0002, 1.125, 0.02
 # Rank 0 gives up a little before the others, so that they hear from it who was absent.
 _COORDINATOR_SHARE = 0.9
 
@@ -337,7 +339,7 @@ class StoreCoordinator:
             if deadline.passed:
                 return None
             time.sleep(nap)
-            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
+            nap = min(nap * _NAP_GROWTH, _LONGEST_NAP_SECONDS)
 
     def _put(self, key: str, data: bytes) -> None:
         pieces = range(0, len(data), _PIECE_BYTES)

@@ -93,17 +93,19 @@ def test_a_put_that_is_ended_leaves_no_parts(
     assert list(store.list_entries()) == []
 
 
-def test_checkpoint_of_1500_objects(store: Store, s3_service: S3Service, s3_name: str) -> None:
+def test_checkpoint_of_more_objects_than_a_page(
+    store: Store, s3_service: S3Service, s3_name: str
+) -> None:
     """More than a page of a listing holds, in one folder."""
     if s3_service.kind == "moto":
         pytest.skip("moto takes a minute for it")
-    datas = [number.to_bytes(4, "big") * 8 for number in range(1500)]
+    datas = [number.to_bytes(4, "big") * 8 for number in range(1050)]
     repository = Repository(store)
     checkpoints.save(repository, 7, datas, threads=8)
     assert repository.steps() == [7]
     folder = f"step-0000000007/{repository.open(7).manifest.save_id}/"
-    assert len(store.list_children(folder)) == 1501
-    assert len(list(store.list_entries(folder))) == 1501
+    assert len(store.list_children(folder)) == 1051
+    assert len(list(store.list_entries(folder))) == 1051
     report = repository.verify(7)
     assert report.ok
-    assert report.files == 1500
+    assert report.files == 1050

@@ -1,4 +1,7 @@
-"""Any world size and layout to any other, bit for bit."""
+"""Any world size and layout to any other, bit for bit: all in `make soak`, two here.
+
+`test_layout_matrix` has every layout at one world size of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import dist_ckpt
 from dist_ckpt.testing.ranks import run_ranks
 from tests.distributed.layouts import LAYOUTS, build, problems
 
-SIZES = (1, 2, 3, 4)
+SIZES = {"2 and 3": (2, 3), "1 to 4": (1, 2, 3, 4)}
 
 
 def save_all(root: str, world_size: int) -> None:
@@ -19,9 +22,9 @@ def save_all(root: str, world_size: int) -> None:
         dist_ckpt.save(build(layout, seed), f"{root}/{layout}-{world_size}", step=seed)
 
 
-def load_all(root: str) -> list[str]:
+def load_all(root: str, sizes: tuple[int, ...]) -> list[str]:
     wrong = []
-    for saved_size in SIZES:
+    for saved_size in sizes:
         for number, saved_layout in enumerate(LAYOUTS):
             for layout in LAYOUTS:
                 state = build(layout, None)
@@ -34,15 +37,11 @@ def load_all(root: str) -> list[str]:
     return wrong
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("reshard")
-    for world_size in SIZES:
-        run_ranks(world_size, save_all, str(root), world_size)
-    return root
-
-
-@pytest.mark.parametrize("world_size", SIZES)
-def test_every_layout_loads_into_every_other_at(world_size: int, saved: Path) -> None:
-    for rank, wrong in enumerate(run_ranks(world_size, load_all, str(saved))):
-        assert wrong == [], f"on rank {rank}"
+@pytest.mark.parametrize("sizes", ["2 and 3", pytest.param("1 to 4", marks=pytest.mark.soak)])
+def test_every_layout_loads_into_every_other(sizes: str, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for world_size in SIZES[sizes]:
+        run_ranks(world_size, save_all, root, world_size)
+    for world_size in SIZES[sizes]:
+        for rank, wrong in enumerate(run_ranks(world_size, load_all, root, SIZES[sizes])):
+            assert wrong == [], f"on rank {rank} of {world_size}"

@@ -59,12 +59,15 @@ class Sweep:
     proxy: FaultProxy
     store: Store
     direct: Repository
+    stride: int = 1
 
     def each_request(
         self, work: Callable[[int], None], fault: Fault, *, for_ever: bool
     ) -> Iterator[tuple[int, CheckpointError | None, str]]:
         """Spoil request after request of `work`; yield which, what came of it, and a label."""
-        for at in itertools.count(1):
+        # Each fault begins at another one, so that together they miss none.
+        first = 1 + FAULTS.index(fault) % self.stride
+        for at in itertools.count(first, self.stride):
             self.proxy.arm(fault, at=at, then="equal" if for_ever else "nothing")
             error = None
             try:
@@ -105,7 +108,7 @@ class Sweep:
 
 
 @contextmanager
-def new_sweep(service: S3Service, name: str, *, attempts: int) -> Iterator[Sweep]:
+def new_sweep(service: S3Service, name: str, *, attempts: int, stride: int = 1) -> Iterator[Sweep]:
     with FaultProxy(service.endpoint) as proxy:
         options = {
             "endpoint_url": proxy.endpoint,
@@ -117,18 +120,22 @@ def new_sweep(service: S3Service, name: str, *, attempts: int) -> Iterator[Sweep
         try:
             # To connect may take longer than the patience that only requests are meant to have.
             store.list_children()
-            yield Sweep(service, name, proxy, store, Repository(direct))
+            yield Sweep(service, name, proxy, store, Repository(direct), stride)
         finally:
             store.close()
             direct.close()
 
 
 @pytest.mark.parametrize("kind", ["saves", "loads"])
-def test_every_fault_at_every_request(s3_service: S3Service, s3_name: str, kind: str) -> None:
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.soak), 4], ids=str)
+def test_faults_at_each_request(
+    s3_service: S3Service, s3_name: str, kind: str, stride: int
+) -> None:
     def run(number: int, fault: Fault, for_ever: bool) -> None:
         # A busy machine may be silent for a while too: that must not look like a second fault.
         attempts = 3 if for_ever else 6
-        with new_sweep(s3_service, f"{s3_name}-{number}", attempts=attempts) as sweep:
+        name = f"{s3_name}-{number}"
+        with new_sweep(s3_service, name, attempts=attempts, stride=stride) as sweep:
             getattr(sweep, kind)(fault, for_ever=for_ever)
 
     # Most of the time is spent in waiting for a retry or a silent server, so all at once.

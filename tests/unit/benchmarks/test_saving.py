@@ -42,7 +42,7 @@ def test_saves_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_first_save_and_memory(tmp_path: Path) -> None:
-    found = measure_alone(OURS, tmp_path, scale=0.01, saves=4)
+    found = measure_alone(OURS, tmp_path, scale=0.01, saves=4, watched=True)
     assert found.state_bytes > 10 << 20
     assert found.first_seconds > 0 < found.warm_seconds
     # The copy of the state is seen, so what a leak would take is seen too.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -22,16 +22,27 @@ Named = dict[str, torch.Tensor]
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names that DCP was asked to plan."""
+    """The names of the tensors that were planned."""
     names: list[str] = []
-    real = default_planner.create_default_local_save_plan
+    real = planner._plan
 
-    def noted(state_dict: dict[str, Any], is_coordinator: bool) -> Any:
-        names.extend(state_dict)
-        return real(state_dict, is_coordinator=is_coordinator)
+    def noted(part: str, name: str, tensor: torch.Tensor) -> Any:
+        names.append(name)
+        return real(part, name, tensor)
 
-    monkeypatch.setattr(planner, "create_default_local_save_plan", noted)
+    monkeypatch.setattr(planner, "_plan", noted)
     return names
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 3, 4)], ids=str)
+def test_a_plain_tensor_is_described_as_dcp_does(shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(shape, dtype=torch.bfloat16)
+    (item,) = create_default_local_save_plan({"w": tensor}, is_coordinator=False).items
+    (box,) = describe({"m": {"w": tensor}})
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    assert box.held.shape == tuple(item.tensor_data.size) == shape
+    assert (box.held.offsets, box.held.sizes) == (tuple(chunk.offsets), tuple(chunk.sizes))
 
 
 def ties(tensors: Mapping[str, torch.Tensor], **marks: Any) -> dict[str, str]:
