@@ -75,14 +75,13 @@ class FileWriter:
         """
         begun = time.perf_counter()
         taken: list[StagedFile] = []
-        digests: list[bytes] = []
-        queue: SimpleQueue[StagedFile | None] = SimpleQueue()
         failures: list[BaseException] = []
+        digester = _Digester(self._stop)
 
         def take() -> Iterator[StagedFile]:
             for file in files:
                 taken.append(file)
-                queue.put(file)
+                digester.give(file.image)
                 yield file
 
         def put(file: StagedFile) -> None:
@@ -98,12 +97,11 @@ class FileWriter:
             try:
                 in_parallel(put, take(), threads=_FILES_AT_ONCE)
             finally:
-                queue.put(None)
+                digester.end()
 
         def digest_all() -> None:
             before_digests()
-            while (file := queue.get()) is not None:
-                digests.append(self._digest(file.image))
+            digester.run()
 
         try:
             # In this order, should there be no second thread to be had.
@@ -115,10 +113,8 @@ class FileWriter:
             self.seconds += time.perf_counter() - begun
         if failures:
             raise failures[0]  # of several the first, and with the cause that it has
-        self.written += [
-            WrittenFile(file.name, len(file.image), blocks)
-            for file, blocks in zip(taken, digests, strict=True)
-        ]
+        for file, blocks in zip(taken, digester.found, strict=True):
+            self.written.append(WrittenFile(file.name, len(file.image), blocks))
 
     def discard(self) -> None:
         """Remove what was written for a save that nobody wants; what stays is garbage by now."""
@@ -150,6 +146,32 @@ class FileWriter:
                 seconds=time.perf_counter() - begun,
             )
         )
+
+
+class _Digester:
+    """Takes the digests of images one after another.
+
+    Attributes:
+        found: the joined block digests of each image, in the order in which they were given.
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self._images: SimpleQueue[memoryview | None] = SimpleQueue()
+        self.found: list[bytes] = []
+
+    def give(self, image: memoryview) -> None:
+        """Have `image` digested."""
+        self._images.put(image)
+
+    def end(self) -> None:
+        """Say that no image follows."""
+        self._images.put(None)
+
+    def run(self) -> None:
+        """Digest what is given, until the end; raise why the save is to stop."""
+        while (image := self._images.get()) is not None:
+            self.found.append(self._digest(image))
 
     def _digest(self, image: memoryview) -> bytes:
         digests = []

@@ -38,6 +38,8 @@ from dist_ckpt.storage.base import (
 )
 
 _WHOLE_BYTES = 8 << 20
+# How often an object may be replaced during one read of its end.
+_LOOKS = 20
 """Up to here an object is joined in memory: what commits a checkpoint then appears at once."""
 
 _OBJECT_STORES = frozenset({"gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"})
@@ -132,15 +134,23 @@ class FsspecStore:
         """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
         path = self._path(key)
         view = fill_view(offset, buffer)
-        wanted = max(0, min(view.nbytes, self.size(key) - offset))
-        if not wanted:
-            return 0
-        with self._mapped(f"read {key}", key):
-            data = self._system().cat_file(path, start=offset, end=offset + wanted)
-            if len(data) > wanted:
-                raise OSError(errno.EIO, f"{len(data)} bytes came where {wanted} were asked for")
-            view[: len(data)] = data
-            return len(data)
+        size = self.size(key)
+        for _ in range(_LOOKS):
+            wanted = max(0, min(view.nbytes, size - offset))
+            if not wanted:
+                return 0
+            with self._mapped(f"read {key}", key):
+                data = self._system().cat_file(path, start=offset, end=offset + wanted)
+                if len(data) > wanted:
+                    raise OSError(errno.EIO, f"{len(data)} bytes came, {wanted} were asked for")
+                view[: len(data)] = data
+            if len(data) == view.nbytes:
+                return len(data)
+            # It was the size that ended the read: an object that took its place since has another.
+            before, size = size, self.size(key)
+            if size == before:
+                return len(data)
+        raise StorageError(f"cannot read {key} in {self.url}: it was replaced {_LOOKS} times")
 
     def size(self, key: str) -> int:
         """Return the size of `key` in bytes. See `Store.size`."""

@@ -184,3 +184,22 @@ def test_travels_to_another_process() -> None:
 def test_unknown_scheme() -> None:
     with pytest.raises(UsageError, match="foo"):
         FsspecStore("foo://x")
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 7), (7, 3)])
+def test_an_object_that_is_replaced_after_a_look_at_its_size_is_read_whole(
+    before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FsspecStore("memory://replaced")
+    store.put("k", [b"o" * before], mode="replace")
+    look = FsspecStore.size
+
+    def replaced(self: FsspecStore, key: str) -> int:
+        size = look(self, key)
+        store.put("k", [b"n" * after], mode="replace")
+        return size
+
+    monkeypatch.setattr(FsspecStore, "size", replaced)
+    target = bytearray(10)
+    assert store.read_into("k", 0, memoryview(target)) == after
+    assert target[:after] == b"n" * after
