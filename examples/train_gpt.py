@@ -43,7 +43,7 @@ from dist_ckpt import Checkpointer, ElasticSampler, TrainState, flags, policy  #
 VOCABULARY = 256  # the tokens are bytes
 BLOCK_TOKENS = 64
 GLOBAL_BATCH = 12  # samples per step over all ranks: 1, 2, 3 and 4 ranks get equal shares
-EPOCH_STEPS = 90
+EPOCH_STEPS = 72
 WARMUP_STEPS = 10
 PEAK_RATE = 1e-3
 CORPUS_BYTES = 2_000_000
