@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import platform
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +16,9 @@ from benchmarks.libraries import available
 from benchmarks.load_alone import run_alone
 from benchmarks.loads import NAMES, OURS, SMALL, SMALL_BYTES, Way, make
 from benchmarks.local import drop_cache, read_raw, write_raw
-from benchmarks.measure import Case, interleave, no_warnings, say, table
+from benchmarks.measure import Case, interleave, say, table
 from benchmarks.s3 import environment_of
+from benchmarks.sections import run_sections
 from benchmarks.workload import State
 from dist_ckpt.engine.load_options import LoadOptions
 from dist_ckpt.format.digest import bytes_digest
@@ -73,29 +70,8 @@ def main(arguments: list[str]) -> int:
         "s3": _s3,
         "planning": _planning,
     }
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=list(sections), help=", ".join(sections))
-    parser.add_argument("--place", type=Path, default=Path("build"), help="a folder of the disk")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="1.0 is a GPT-2-small")
-    chosen = parser.parse_args(arguments)
-    if not set(chosen.what) <= sections.keys() or chosen.repeats < 1 or not 0 < chosen.scale <= 1:
-        parser.error(f"choose from {', '.join(sections)}; --scale is above 0 and at most 1")
-    say(
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, Linux {platform.release()}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    chosen.place.mkdir(parents=True, exist_ok=True)
-    figures: list[Figure] = []
-    with no_warnings():  # of the threads of the peers too
-        for name, reason in available(NAMES)[1].items():
-            say(f"NOT MEASURED: {name} cannot be imported ({reason})")
-        for name in chosen.what:
-            place = Path(tempfile.mkdtemp(prefix="bench-loading-", dir=chosen.place))
-            try:
-                figures += sections[name](place, chosen)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
+    found = run_sections(arguments, sections, description=__doc__, libraries=NAMES)
+    figures = [figure for each in found for figure in each]
     _summarise(figures)
     return 0 if all(each.met for each in figures) else 1
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import platform
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +17,9 @@ from benchmarks import jobs
 from benchmarks.alone import EARLY_SAVES, run_alone
 from benchmarks.libraries import available
 from benchmarks.local import write_raw
-from benchmarks.measure import no_warnings, say, verdict
+from benchmarks.measure import say, verdict
 from benchmarks.peers import BACKGROUND, NAMES, OURS, STOCK, Peer, empty, make, settle
+from benchmarks.sections import run_sections
 from benchmarks.workload import Loop, State
 from dist_ckpt.storage.direct import aligned_buffer
 
@@ -59,30 +57,8 @@ def main(arguments: list[str]) -> int:
         "training": _training,
         "ranks": _ranks,
     }
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=list(sections), help=", ".join(sections))
-    parser.add_argument("--place", type=Path, default=Path("build"), help="a folder of the disk")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="1.0 is a GPT-2-small")
-    chosen = parser.parse_args(arguments)
-    if not set(chosen.what) <= sections.keys() or chosen.repeats < 1 or not 0 < chosen.scale <= 1:
-        parser.error(f"choose from {', '.join(sections)}; --scale is above 0 and at most 1")
-    say(
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, Linux {platform.release()}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    met = True
-    chosen.place.mkdir(parents=True, exist_ok=True)
-    with no_warnings():  # of the threads of the peers too
-        for name, reason in available(NAMES)[1].items():
-            say(f"NOT MEASURED: {name} cannot be imported ({reason})")
-        for name in chosen.what:
-            place = Path(tempfile.mkdtemp(prefix="bench-saving-", dir=chosen.place))
-            try:
-                met &= sections[name](place, chosen)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
-    return 0 if met else 1
+    met = run_sections(arguments, sections, description=__doc__, libraries=NAMES)
+    return 0 if all(met) else 1
 
 
 def _stall(place: Path, chosen: argparse.Namespace) -> bool:
