@@ -21,7 +21,7 @@ import dist_ckpt
 from dist_ckpt.errors import CheckpointError, StorageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import Store, resolve
-from tests.services.proxy import FAULTS, LOSE, RESET, SLOW_DOWN, Fault, FaultProxy
+from tests.services.proxy import FAULTS, LOSE, RESET, SLOW_DOWN, STALL, Fault, FaultProxy
 from tests.services.s3 import S3Service
 
 PART_BYTES = 5 << 20  # the least that S3 takes
@@ -108,12 +108,17 @@ class Sweep:
 
 
 @contextmanager
-def new_sweep(service: S3Service, name: str, *, attempts: int, stride: int = 1) -> Iterator[Sweep]:
+def new_sweep(
+    service: S3Service, name: str, *, attempts: int, patience_seconds: float, stride: int = 1
+) -> Iterator[Sweep]:
     with FaultProxy(service.endpoint) as proxy:
         options = {
             "endpoint_url": proxy.endpoint,
             "default_block_size": PART_BYTES,
-            "config_kwargs": {"read_timeout": 0.6, "retries": {"total_max_attempts": attempts}},
+            "config_kwargs": {
+                "read_timeout": patience_seconds,
+                "retries": {"total_max_attempts": attempts},
+            },
         }
         store = resolve(service.url(name), storage_options=options)
         direct = resolve(service.url(name))
@@ -132,10 +137,16 @@ def test_faults_at_each_request(
     s3_service: S3Service, s3_name: str, kind: str, stride: int
 ) -> None:
     def run(number: int, fault: Fault, for_ever: bool) -> None:
-        # A busy machine may be silent for a while too: that must not look like a second fault.
         attempts = 3 if for_ever else 6
-        name = f"{s3_name}-{number}"
-        with new_sweep(s3_service, name, attempts=attempts, stride=stride) as sweep:
+        # A busy machine may be silent for a while too: that must not look like a second fault.
+        patience = 0.6 if fault is STALL else 30.0
+        with new_sweep(
+            s3_service,
+            f"{s3_name}-{number}",
+            attempts=attempts,
+            patience_seconds=patience,
+            stride=stride,
+        ) as sweep:
             getattr(sweep, kind)(fault, for_ever=for_ever)
 
     # Most of the time is spent in waiting for a retry or a silent server, so all at once.
@@ -147,7 +158,7 @@ def test_faults_at_each_request(
 
 def test_server_that_goes_away_and_comes_back(s3_service: S3Service, s3_name: str) -> None:
     """From the middle of an upload on nothing answers, not even to the clearing up."""
-    with new_sweep(s3_service, s3_name, attempts=3) as sweep:
+    with new_sweep(s3_service, s3_name, attempts=3, patience_seconds=30) as sweep:
         save(sweep.store, 1)
         sweep.proxy.arm(None)
         save(sweep.store, 2)
