@@ -76,7 +76,8 @@ class LocalBox(msgspec.Struct, frozen=True):
 
     Attributes:
         held: the box.
-        memory: the local tensor, detached; its first element is the first one of the box.
+        memory: the local tensor, without a gradient; its first element is the first one of the
+            box. It may be the very tensor of the state.
         stepped: whether only a step of an optimizer of the state changes the memory
             (`dist_ckpt.state.part.Captured.stepped`).
     """
@@ -180,7 +181,8 @@ class Describer:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 if _lie(local) != known.lay:
                     return None
-                memory = local.detach()
+                # Each view costs, more so when it goes: torch lets other threads run meanwhile.
+                memory = local.detach() if local.requires_grad else local
                 boxes += [LocalBox(held, memory, name in waiting) for held in known.held]
         return boxes
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import Document
-from dist_ckpt.dcp.writer import StagedFile
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
 from dist_ckpt.engine.file_writer import FileWriter
 from dist_ckpt.engine.handle import SaveHandle, SaveHooks
@@ -25,61 +22,17 @@ from dist_ckpt.repository import Transaction
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank gives to a save, besides the files that were given before.
+    """What this rank gives to a save.
 
     Attributes:
         staged: the images of its files, or the error that kept them from being made.
-        documents: the encoded values among them.
-        stall_seconds: how long the training step waited for them.
+        documents: the encoded values among its files.
+        stall_seconds: how long the training step waited for it.
     """
 
     staged: Staged | BaseException
     documents: Sequence[Document] = ()
     stall_seconds: float = 0.0
-
-
-class Inbox:
-    """What the training thread hands to the writer thread: files as they get ready, and an end.
-
-    Args:
-        begin: called once, when there is something to be fetched.
-    """
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin: Callable[[], None] | None = begin
-        self._files: SimpleQueue[StagedFile | None] = SimpleQueue()
-        self._ended = threading.Event()
-        self._share = Share(CoordinationError("the share of this rank is not complete yet"))
-
-    def give(self, file: StagedFile) -> None:
-        """Have `file` written; returns at once."""
-        self._put(file)
-
-    def end(self, share: Share) -> None:
-        """Say that no file follows but those of `share`."""
-        self._share = share
-        self._ended.set()
-        self._put(None)
-
-    def wait(self) -> None:
-        """Block until the end."""
-        self._ended.wait()
-
-    def files(self) -> Iterator[StagedFile]:
-        """Yield the files that are given, until the end."""
-        while (file := self._files.get()) is not None:
-            yield file
-
-    @property
-    def share(self) -> Share:
-        """What came with the end."""
-        return self._share
-
-    def _put(self, file: StagedFile | None) -> None:
-        begin, self._begin = self._begin, None
-        if begin is not None:
-            begin()
-        self._files.put(file)
 
 
 class Attempt:
@@ -129,10 +82,10 @@ class Attempt:
         self._stall_seconds = 0.0
         self._commit_seconds = 0.0
 
-    def run(self, inbox: Inbox, decide: Decide) -> None:
+    def run(self, share: Share, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
         error: CheckpointError | None = None
-        message = self._report(inbox)
+        message = self._report(share)
         self.meter.enter("committing")
         begun = time.perf_counter()
         try:
@@ -153,14 +106,11 @@ class Attempt:
         if error is not None and error.kind is ErrorKind.CANCELLED:
             self.files.discard()
 
-    def _report(self, inbox: Inbox) -> bytes | BaseException:
+    def _report(self, share: Share) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""
+        if isinstance(share.staged, BaseException):
+            return share.staged
         try:
-            # Digests would take processors from the copies that the training waits for.
-            self.files.write(inbox.files(), before_digests=inbox.wait)
-            share = inbox.share
-            if isinstance(share.staged, BaseException):
-                return share.staged
             share.staged.wait()
             self.meter.enter("writing")
             self.files.write(share.staged.files)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence
 from contextlib import suppress
-from queue import SimpleQueue
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import WrittenFile
@@ -23,10 +22,6 @@ _FILES_AT_ONCE = 2
 _DIGESTED_BYTES = 8 * BLOCK_BYTES
 
 
-def _nothing() -> None:
-    pass
-
-
 class FileWriter:
     """Writes the files of one rank for one attempt.
 
@@ -39,7 +34,7 @@ class FileWriter:
     Attributes:
         written: the files that are durable and digested, in the order in which they were given.
         nbytes: how many bytes they have.
-        seconds: how long it took to write and digest them, those that were waited for included.
+        seconds: how long it took to write and digest them.
     """
 
     def __init__(
@@ -58,31 +53,21 @@ class FileWriter:
         """How many bytes are durable."""
         return sum(file.nbytes for file in self.written)
 
-    def write(
-        self, files: Iterable[StagedFile], *, before_digests: Callable[[], object] = _nothing
-    ) -> None:
-        """Store and digest `files`, as they come; each is durable when this returns.
+    def write(self, files: Sequence[StagedFile]) -> None:
+        """Store and digest `files`; each is durable when this returns.
 
         Both at once: what they read nobody can change, so a digest is that of the staged bytes
         whether these have left already or not, and the disk need not wait for it.
 
         Args:
             files: their images stay as they are until this returns.
-            before_digests: called before the first digest; it may block.
 
         Raises:
             CheckpointError: the first failure of a put, or why the save is to stop.
         """
         begun = time.perf_counter()
-        taken: list[StagedFile] = []
         failures: list[BaseException] = []
-        digester = _Digester(self._stop)
-
-        def take() -> Iterator[StagedFile]:
-            for file in files:
-                taken.append(file)
-                digester.give(file.image)
-                yield file
+        digests: list[bytes] = []
 
         def put(file: StagedFile) -> None:
             try:
@@ -94,26 +79,22 @@ class FileWriter:
                 raise
 
         def put_all() -> None:
-            try:
-                in_parallel(put, take(), threads=_FILES_AT_ONCE)
-            finally:
-                digester.end()
+            in_parallel(put, files, threads=_FILES_AT_ONCE)
 
         def digest_all() -> None:
-            before_digests()
-            digester.run()
+            digests.extend(self._digest(file.image) for file in files)
 
         try:
             # In this order, should there be no second thread to be had.
             in_parallel(lambda work: work(), [put_all, digest_all], threads=2)
         except BaseException:
-            if not failures:  # the source of the files failed, or a digest was stopped
+            if not failures:  # a digest was stopped
                 raise
         finally:
             self.seconds += time.perf_counter() - begun
         if failures:
             raise failures[0]  # of several the first, and with the cause that it has
-        for file, blocks in zip(taken, digester.found, strict=True):
+        for file, blocks in zip(files, digests, strict=True):
             self.written.append(WrittenFile(file.name, len(file.image), blocks))
 
     def discard(self) -> None:
@@ -147,33 +128,8 @@ class FileWriter:
             )
         )
 
-
-class _Digester:
-    """Takes the digests of images one after another.
-
-    Attributes:
-        found: the joined block digests of each image, in the order in which they were given.
-    """
-
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-        self._images: SimpleQueue[memoryview | None] = SimpleQueue()
-        self.found: list[bytes] = []
-
-    def give(self, image: memoryview) -> None:
-        """Have `image` digested."""
-        self._images.put(image)
-
-    def end(self) -> None:
-        """Say that no image follows."""
-        self._images.put(None)
-
-    def run(self) -> None:
-        """Digest what is given, until the end; raise why the save is to stop."""
-        while (image := self._images.get()) is not None:
-            self.found.append(self._digest(image))
-
     def _digest(self, image: memoryview) -> bytes:
+        """Return the joined digests of the blocks of `image`."""
         digests = []
         for start in range(0, len(image), _DIGESTED_BYTES):
             self._stop.check()

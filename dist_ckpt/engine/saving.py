@@ -12,7 +12,8 @@ from dist_ckpt import events
 from dist_ckpt.dcp.planner import Describer
 from dist_ckpt.dcp.writer import StagedFile
 from dist_ckpt.engine.about import About
-from dist_ckpt.engine.attempt import Attempt, Inbox, Share
+from dist_ckpt.engine.attempt import Attempt, Share
+from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.commit import Commit
 from dist_ckpt.engine.exit import close_at_exit
 from dist_ckpt.engine.handle import SaveHandle
@@ -86,30 +87,31 @@ class Saver:
         # Only now: the time that the save before took is not taken from this one.
         deadline = self._job.deadline()
         topic = self._job.topic("save", f"save of step {step}")
-        # A failure goes where a snapshot would: the other ranks wait for this one in the round.
-        snapshot = failed or self._snapshot(step, metrics)
-        agreed = planner.agree(
-            Asked(step, self._job.url, self._asked, busy),
-            snapshot,
-            self._tidier.begin,
-            topic=topic,
-            deadline=deadline,
-        )
-        if agreed.plan is None:
-            events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
-            return SaveHandle.skipped(step)
-        assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
-        attempt = Attempt(
-            Transaction(self._job.repository.store, step, agreed.save_id),
-            self._job.coordinators.writer,
-            topic=topic.phase("commit"),
-            deadline=deadline,
-            metrics=as_numbers(metrics),
-            overdue=self._overdue,
-        )
-        inbox = self._inbox(attempt, self._commit(attempt, about or About()))
-        share = self._stage(attempt, inbox, snapshot, agreed.plan)
-        self._hand_over(attempt, inbox, share, begun)
+        with no_collection():
+            # A failure goes where a snapshot would: the other ranks wait for this one in the round.
+            snapshot = failed or self._snapshot(step, metrics)
+            agreed = planner.agree(
+                Asked(step, self._job.url, self._asked, busy),
+                snapshot,
+                self._tidier.begin,
+                topic=topic,
+                deadline=deadline,
+            )
+            if agreed.plan is None:
+                events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
+                return SaveHandle.skipped(step)
+            assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
+            attempt = Attempt(
+                Transaction(self._job.repository.store, step, agreed.save_id),
+                self._job.coordinators.writer,
+                topic=topic.phase("commit"),
+                deadline=deadline,
+                metrics=as_numbers(metrics),
+                overdue=self._overdue,
+            )
+            commit = self._commit(attempt, about or About())
+            share = self._stage(attempt, snapshot, agreed.plan)
+        self._hand_over(attempt, share, commit, begun)
         return attempt.handle
 
     def start_last(self, step: int, metrics: Metrics) -> SaveHandle:
@@ -213,18 +215,7 @@ class Saver:
         except Exception as error:
             return error
 
-    def _inbox(self, attempt: Attempt, commit: Commit) -> Inbox:
-        """Return where files are put for the writer thread, which begins with the first one."""
-
-        def begin() -> None:
-            # Known before it is submitted: from then on somebody has to wait for it.
-            self._pending = attempt.handle
-            self._writer.submit(lambda: self._run(attempt, inbox, commit))
-
-        inbox = Inbox(begin)
-        return inbox
-
-    def _stage(self, attempt: Attempt, inbox: Inbox, snapshot: Snapshot, plan: RankPlan) -> Share:
+    def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> Share:
         attempt.meter.enter("staging")
         try:
             documents = snapshot.documents(plan.objects)
@@ -234,11 +225,8 @@ class Saver:
                 owned=plan.owned,
                 documents=documents,
                 write_out=lambda files: self._write_out(attempt, files),
-                ready=inbox.give,
             )
             attempt.meter.staged(staged.nbytes)
-            if not staged.files:
-                attempt.meter.enter("writing")  # nothing is left to be copied meanwhile
             return Share(staged, snapshot.describe_documents(documents))
         except BaseException as error:
             # Returned even when it is an interrupt: the others wait to hear how it went here.
@@ -263,7 +251,7 @@ class Saver:
         if failures:
             raise failures[0]
 
-    def _hand_over(self, attempt: Attempt, inbox: Inbox, share: Share, begun: float) -> None:
+    def _hand_over(self, attempt: Attempt, share: Share, commit: Commit, begun: float) -> None:
         """Tell the writer thread that all is staged, or why it is not."""
         share = replace(share, stall_seconds=time.perf_counter() - begun)
         events.emit(
@@ -276,7 +264,9 @@ class Saver:
                 stall_seconds=share.stall_seconds,
             )
         )
-        inbox.end(share)
+        # Known before it is submitted: from then on somebody has to wait for it.
+        self._pending = attempt.handle
+        self._writer.submit(lambda: self._run(attempt, share, commit))
         if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
             raise share.staged  # an interrupt: the other ranks are told, and this one stops
 
@@ -298,9 +288,9 @@ class Saver:
             about=about,
         )
 
-    def _run(self, attempt: Attempt, inbox: Inbox, commit: Commit) -> None:
+    def _run(self, attempt: Attempt, share: Share, commit: Commit) -> None:
         """The background job: write and commit, then have it tidied up."""
-        attempt.run(inbox, commit.decide)
+        attempt.run(share, commit.decide)
         if attempt.handle.outcome != "committed":
             self._tidier.litter = True
         elif self._last and attempt.rank == 0:

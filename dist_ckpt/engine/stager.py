@@ -77,7 +77,7 @@ class _Layout:
     owned: Sequence[Owned]
     turns: Sequence[_Turn]
     files: Sequence[StagedFile] = ()
-    copies: Sequence[Sequence[BoxCopy]] = ()
+    copies: Sequence[BoxCopy] = ()
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +130,6 @@ class Stager:
         owned: Sequence[Owned],
         documents: Mapping[str, bytes],
         write_out: WriteOut,
-        ready: Callable[[StagedFile], None] | None = None,
     ) -> Staged:
         """Copy what `rank` writes, each box once, straight to its place in a file.
 
@@ -145,37 +144,28 @@ class Stager:
             documents: the encoded values it writes, by part.
             write_out: called, on this thread, with each part of the share that has to leave the
                 arena before the rest can be staged.
-            ready: called, on this thread, with each file that is complete before the rest is, and
-                then is none of `Staged.files`: it can be written while others are copied. It must
-                not block.
 
         Raises:
             Exception: what a copy or `write_out` raised.
         """
         self.settle()
         layout = self._laid_out(rank, local, owned)
-        last: list[StagedFile] = []
-        give = ready or last.append
-        nbytes = layout.nbytes
-        extra = stage_documents(rank, documents) if documents else None
+        extra = [stage_documents(rank, documents)] if documents else []
         for turn in layout.turns[:-1]:
             self._reset(layout, local)
             files, copies = _place(self._arena, turn, local)
-            self._copy([copy for each in copies for copy in each], local)
+            self._copy(copies, local)
             write_out(files)
-        if extra is not None:
-            nbytes += len(extra.image)
-            give(extra)
+        files = []
         if layout.turns:
             files, copies = self._last_turn(layout, local)
-            later = [c for each in copies for c in each if self._waits_for_step(local[c.held])]
+            later = [copy for copy in copies if self._waits_for_step(local[copy.held])]
             # Begun first: the others are copied meanwhile, and have to be done at the return.
             self._begin(later, local)
-            for file, each in zip(files, copies, strict=True):
-                now = [c for c in each if not self._waits_for_step(local[c.held])]
-                self._copy(now, local)
-                (give if len(now) == len(each) else last.append)(file)
-        return Staged(last, nbytes, self._in_flight)
+            now = [copy for copy in copies if not self._waits_for_step(local[copy.held])]
+            self._copy(now, local)
+        nbytes = layout.nbytes + sum(len(file.image) for file in extra)
+        return Staged([*extra, *files], nbytes, self._in_flight)
 
     def settle(self) -> None:
         """Wait until no copy reads the state or fills the arena any more, however it ended."""
@@ -207,7 +197,7 @@ class Stager:
 
     def _last_turn(
         self, layout: _Layout, local: Sequence[LocalBox]
-    ) -> tuple[Sequence[StagedFile], Sequence[Sequence[BoxCopy]]]:
+    ) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
         turn = layout.turns[-1]
         same = self._reset(layout, local)
         if len(layout.turns) > 1:
@@ -232,7 +222,8 @@ class Stager:
 
     def _begin(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
         prepared = [
-            self._engine(device).prepare(targets, sources)
+            # Views of their own: `parameter.data = other` must not reach a copy in flight.
+            self._engine(device).prepare(targets, [source.detach() for source in sources])
             for device, targets, sources in _by_device(copies, local)
         ]
         if not prepared:
@@ -270,13 +261,11 @@ def _turns(plans: Sequence[FilePlan], limit: int | None) -> list[_Turn]:
 
 def _place(
     arena: Arena, turn: _Turn, local: Sequence[LocalBox]
-) -> tuple[Sequence[StagedFile], Sequence[Sequence[BoxCopy]]]:
+) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
     files = lay_out(arena, turn.plans)
     held = [box.held for box in local]
-    copies = [
-        list(box_copies(plan, file, held)) for plan, file in zip(turn.plans, files, strict=True)
-    ]
-    return files, copies
+    pairs = zip(turn.plans, files, strict=True)
+    return files, [copy for plan, file in pairs for copy in box_copies(plan, file, held)]
 
 
 def _by_device(
