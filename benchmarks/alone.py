@@ -77,10 +77,11 @@ def measure_alone(name: str, place: Path, *, scale: float, saves: int, watched: 
     early = 0
     with Peak() if watched else nullcontext() as peak:
         peer = make(name, place, state)
-        # A program trains before it saves; what a library prepares meanwhile is its good right.
+        # A program trains what it saves; what a library prepares meanwhile is its good right.
         until = time.monotonic() + max(0.2, _TRAINED_SECONDS * scale)
         while time.monotonic() < until:
             loop.steps(1)
+            state.touch()
         gc.collect()  # else whoever comes first may pay for the garbage of all imports
         for number in range(saves):
             begun = time.perf_counter()

@@ -56,6 +56,10 @@ class State:
         """Return what stock and others are given."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    def touch(self) -> None:
+        """Read and write all of it, as a step of training does; the values stay as they are."""
+        torch._foreach_mul_(self.tensors(), 1.0)
+
     def tensors(self) -> list[Tensor]:
         """Return every tensor of it, once."""
         moments = [each for entry in self.optimizer.state.values() for each in entry.values()]
