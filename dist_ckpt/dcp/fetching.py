@@ -14,9 +14,9 @@ from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
 _DISK_BYTES, _DISK_THREADS = 8 << 20, 8
 """Of a disk: each read is one request of the kernel, and eight at a time keep it busy."""
 
-_REMOTE_BYTES, _REMOTE_THREADS = 32 << 20, 3
-"""Of other stores, which share a read out to many requests by themselves: while one is under way,
-another is compared and copied, and a third waits."""
+_REMOTE_BYTES, _REMOTE_THREADS = 16 << 20, 6
+"""Of other stores, which share a read out to two or more requests by themselves: many small ones
+cost processor time each, few large ones do not fill a network where each is slow."""
 
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""

@@ -16,6 +16,7 @@ from dist_ckpt.dcp.fetching import warm_memory
 from dist_ckpt.dcp.planner import describe
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
+from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
 from dist_ckpt.engine.holdings import Holdings, gather
 from dist_ckpt.engine.job import Job, Place
@@ -138,17 +139,18 @@ class Loader:
     ) -> LoadReport:
         source = chosen.source
         since = time.perf_counter()
-        matched, verdict = self._match(topic, source, options)
-        if progress.touched and verdict.missing:
-            # What an older one lacks would keep the values of the newer one that was damaged.
-            raise IncompatibleError(
-                f"{source.where} has no {verdict.missing[0]}, which a damaged newer one may have "
-                "filled by half: build the state anew and restore this step by its number",
-                kind=ErrorKind.STATE_MISMATCH,
+        with no_collection():
+            matched, verdict = self._match(topic, source, options)
+            if progress.touched and verdict.missing:
+                # What an older one lacks would keep the values of the newer one that was damaged.
+                raise IncompatibleError(
+                    f"{source.where} has no {verdict.missing[0]}, which a damaged newer one may "
+                    "have filled by half: build the state anew and restore this step by its number",
+                    kind=ErrorKind.STATE_MISMATCH,
+                )
+            (targets, wanted), _ = self._together(
+                topic.phase("memory"), lambda: _prepare(source, matched, options.device)
             )
-        (targets, wanted), _ = self._together(
-            topic.phase("memory"), lambda: _prepare(source, matched, options.device)
-        )
         progress.clock("match", since)
         progress.touched = True
         result = read(

@@ -11,9 +11,12 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import s3fs
+from aiobotocore.session import AioSession
+from botocore.loaders import Loader, create_loader
 from s3fs.utils import ParamKwargsHelper
 
 from dist_ckpt.errors import CheckpointError, UsageError, describe
@@ -227,12 +230,29 @@ class _Session:
         fixed = {"skip_instance_cache": True, "use_listings_cache": False, "asynchronous": True}
         try:
             system = s3fs.S3FileSystem(**{**self._options, **fixed})
+            if system.session is None:
+                system.session = _new_session(system.kwargs)
             self._clients.append(await system.set_session())
         except (TypeError, KeyError, ValueError) as error:
             raise UsageError(f"bad storage_options: {describe(error)}; correct them") from error
         self._system = system
         self.connection += 1
         return system
+
+
+def _new_session(options: Mapping[str, Any]) -> AioSession:
+    """Return what s3fs would make, but for the description of S3: a parsed one is shared.
+
+    Everything else is its own, credentials above all: they are found anew for each connection.
+    """
+    session = AioSession(**options)
+    session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
+    return session
+
+
+@cache
+def _loader(data_path: str | None) -> Loader:
+    return create_loader(data_path)
 
 
 _open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()

@@ -11,7 +11,7 @@ from dist_ckpt.storage.multipart import MIB, spans
 from dist_ckpt.storage.s3_client import Answer, Client, stall_watch, together
 from dist_ckpt.storage.s3_errors import BEHIND_THE_END, FOREIGN, Changed, Truncated, code_of
 
-MIN_PIECE_BYTES = 4 * MIB
+MIN_PIECE_BYTES = 8 * MIB
 MAX_PIECE_BYTES = 16 * MIB
 
 _TRIES = 3

@@ -1,4 +1,4 @@
-"""The collector of garbage and the saves that put it off."""
+"""The collector of garbage, and the saves and loads that put it off."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import dist_ckpt
+from dist_ckpt.engine.loading import Loader
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -34,7 +35,7 @@ class Crowd:
         return {"kept": len(kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise NotImplementedError
+        assert gc.isenabled()  # what the state does with its values is its own
 
     def _count(self, phase: str, _: Mapping[str, int]) -> None:
         self.collections += phase == "start"
@@ -67,6 +68,22 @@ def test_who_collects_by_hand_goes_on_to() -> None:
             assert not gc.isenabled()
         finally:
             gc.enable()
+
+
+def test_nothing_is_collected_while_a_load_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+    fit = Loader._fit
+
+    def noted(self: Loader, *given: Any) -> Any:
+        enabled.append(gc.isenabled())
+        return fit(self, *given)
+
+    monkeypatch.setattr(Loader, "_fit", noted)
+    with checkpointer(Crowd()) as ckpt:
+        ckpt.save(1).wait()
+        assert ckpt.restore() == 1
+    assert enabled == [False]
+    assert gc.isenabled()
 
 
 def test_a_save_that_fails_lets_it_begin_again() -> None:
