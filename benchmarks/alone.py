@@ -20,7 +20,7 @@ from benchmarks.workload import Loop, State
 
 EARLY_SAVES = 3
 _TRAINED_SECONDS = 10.0
-_TIMED_RUNS = 3
+_TIMED_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)

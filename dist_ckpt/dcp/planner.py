@@ -90,6 +90,9 @@ class LocalBox(msgspec.Struct, frozen=True):
 _Sketch = tuple[object, ...]
 """All that DCP's planning of a tensor depends on: equal sketches are planned alike."""
 
+_Lay = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]
+"""The address of the first element, the bytes of the storage, shape, strides and dtype."""
+
 
 @dataclass(slots=True)
 class _Known:
@@ -105,7 +108,7 @@ class _Known:
     sketch: _Sketch | None
     held: list[Held]
     tensor: weakref.ref[torch.Tensor] | None = None
-    lay: _Sketch = ()
+    lay: _Lay | None = None
 
     def marked(
         self, number: int, memory: torch.Tensor, first: dict[_Sketch, str], *, unequal: bool
@@ -243,14 +246,15 @@ def _look_up(
         known = _Known(sketch, [held for held, _ in planned])
         memories = [memory for _, memory in planned]
     for memory in memories:
-        _check_backed(part, name, memory)
-    if sketch is not None and memories:
-        known.tensor, known.lay = weakref.ref(tensor), _lie(memories[0])
+        lay = _lie(memory)
+        _check_backed(part, name, memory, have=lay[1])
+        if sketch is not None:
+            known.tensor, known.lay = weakref.ref(tensor), lay
     return known, memories
 
 
-def _lie(local: torch.Tensor) -> _Sketch:
-    """Return where the elements of a dense tensor are and what they are."""
+def _lie(local: torch.Tensor) -> _Lay:
+    """Return where the elements of a dense tensor are, and what they are."""
     storage_bytes = local.untyped_storage().nbytes()
     return (local.data_ptr(), storage_bytes, local.shape, local.stride(), local.dtype)
 
@@ -312,11 +316,10 @@ def _tie(held: Held, memory: torch.Tensor, like: _Sketch, first: dict[_Sketch, s
     return "" if owner == held.name else owner
 
 
-def _check_backed(part: str, name: str, memory: torch.Tensor) -> None:
-    """Refuse a tensor that reaches beyond its storage: reading it would be a crash."""
+def _check_backed(part: str, name: str, memory: torch.Tensor, *, have: int) -> None:
+    """Refuse a tensor that reaches beyond its storage of `have` bytes: reading it would crash."""
     if not memory.numel():
         return
-    have = memory.untyped_storage().nbytes()
     if memory.is_contiguous():
         last = memory.numel() - 1
     else:

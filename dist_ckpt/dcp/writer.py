@@ -16,7 +16,7 @@ import torch
 from dist_ckpt.dcp.owners import Owned
 from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.boxes import Box, is_whole, volume
+from dist_ckpt.format.boxes import Box, is_whole
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
 from dist_ckpt.format.shard import ALIGN_BYTES, ShardEntry, ShardLayout, entry_nbytes, layout
@@ -134,12 +134,13 @@ def box_copies(plan: FilePlan, file: StagedFile, held: Sequence[Held]) -> Iterat
         held: the boxes that this rank holds.
     """
     for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
-        if volume(owned.box) == 0:
+        if 0 in owned.sizes:
             continue  # a tensor without elements has a name in the file and no bytes
         source = held[owned.held]
         dtype: torch.dtype = getattr(torch, source.dtype)
         target = as_tensor(file.image, dtype, owned.sizes, offset)
-        yield BoxCopy(owned.held, _narrow(source.box, owned.box), target)
+        whole = owned.sizes == source.sizes  # and so nowhere else in it
+        yield BoxCopy(owned.held, () if whole else _narrow(source.box, owned.box), target)
 
 
 def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import threading
 from collections.abc import Callable
@@ -203,5 +204,5 @@ def as_tensor(
     buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...], offset: int
 ) -> torch.Tensor:
     """Return a tensor over `buffer` from byte `offset` on, without a copy; `shape` is not empty."""
-    count = torch.Size(shape).numel()
+    count = math.prod(shape)
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
