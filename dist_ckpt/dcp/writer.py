@@ -139,8 +139,7 @@ def box_copies(plan: FilePlan, file: StagedFile, held: Sequence[Held]) -> Iterat
         source = held[owned.held]
         dtype: torch.dtype = getattr(torch, source.dtype)
         target = as_tensor(file.image, dtype, owned.sizes, offset)
-        whole = owned.sizes == source.sizes  # and so nowhere else in it
-        yield BoxCopy(owned.held, () if whole else _narrow(source.box, owned.box), target)
+        yield BoxCopy(owned.held, _narrow(source, owned), target)
 
 
 def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:
@@ -189,8 +188,8 @@ def _entry(tensor: TensorEntry, box: Box) -> ShardEntry:
     return ShardEntry(chunk_name(tensor.name, offsets), tensor.dtype, box.sizes)
 
 
-def _narrow(source: Box, box: Box) -> tuple[tuple[int, int, int], ...]:
-    dims = enumerate(zip(box.offsets, source.offsets, box.sizes, source.sizes, strict=True))
+def _narrow(source: Held, owned: Owned) -> tuple[tuple[int, int, int], ...]:
+    dims = enumerate(zip(owned.offsets, source.offsets, owned.sizes, source.sizes, strict=True))
     return tuple(
         (dim, start - origin, size) for dim, (start, origin, size, width) in dims if size < width
     )
