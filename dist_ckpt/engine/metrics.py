@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import SupportsFloat, TypeAlias
 
+import torch
+
 from dist_ckpt import events
 from dist_ckpt.engine.messages import Report
 from dist_ckpt.errors import UsageError, describe
@@ -28,7 +30,8 @@ def as_numbers(metrics: Metrics) -> dict[str, float]:
         if not isinstance(name, str):
             raise UsageError(f"metric {name!r} must be named by text, not {type(name).__name__}")
         try:
-            numbers[name] = float(value)
+            # A loss is given as it is: torch warns of numbers taken from what has a gradient.
+            numbers[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
         except Exception as error:  # a foreign __float__ may do anything
             raise UsageError(
                 f"metric {name!r} is {type(value).__name__}, not a number ({describe(error)})"
