@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.errors import ErrorKind, IntegrityError
@@ -11,31 +13,46 @@ from dist_ckpt.staging.bounce import BounceBuffers, BounceMemory
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
 
-_DISK_BYTES, _DISK_THREADS = 8 << 20, 8
-"""Of a disk: each read is one request of the kernel, and eight at a time keep it busy."""
 
-_REMOTE_BYTES, _REMOTE_THREADS = 16 << 20, 6
-"""Of other stores, which share a read out to two or more requests by themselves: many small ones
-cost processor time each, few large ones do not fill a network where each is slow."""
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How a store is read.
+
+    Attributes:
+        nbytes: what is read at once, at most.
+        reads: how many reads are under way.
+        threads: more than reads, so that reading goes on while some digest and copy.
+    """
+
+    nbytes: int
+    reads: int
+    threads: int
+
+
+# Each read is one request of the kernel. Eight at a time keep a disk busy, and more take from one
+# another; smaller ones cost more in all than they are ready sooner.
+_DISK = _Pace(4 << 20, reads=8, threads=12)
+# Such a store shares a read out to two or more requests by itself: many small ones cost processor
+# time each, few large ones do not fill a network where each is slow.
+_REMOTE = _Pace(16 << 20, reads=6, threads=6)
 
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
 
 # Small reads are a matter of latency, which only many at a time can hide.
-_SMALL_BYTES, _SMALL_THREADS = 4 << 20, 8
+_SMALL_BYTES, _SMALL_READS = 4 << 20, 8
 
 
-def _large_reads(source: Source, in_flight_bytes: int) -> tuple[int, int]:
-    """Return how many large reads are under way at once, and how many bytes each has at most."""
-    disk = source.store.capabilities.direct_io
-    threads = _DISK_THREADS if disk else _REMOTE_THREADS
-    return threads, min(_DISK_BYTES if disk else _REMOTE_BYTES, in_flight_bytes // threads)
+def _pace(source: Source, in_flight_bytes: int) -> _Pace:
+    pace = _DISK if source.store.capabilities.direct_io else _REMOTE
+    return replace(pace, nbytes=min(pace.nbytes, in_flight_bytes // pace.threads))
 
 
 def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
     """Begin to make memory ready for reading as much as all of `source`; see `Fetcher`."""
-    threads, most = _large_reads(source, in_flight_bytes)
-    return BounceMemory(min(threads * most, sum(file.nbytes for file in source.index.files)))
+    pace = _pace(source, in_flight_bytes)
+    nbytes = sum(file.nbytes for file in source.index.files)
+    return BounceMemory(min(pace.threads * pace.nbytes, nbytes))
 
 
 class Fetcher:
@@ -67,9 +84,9 @@ class Fetcher:
         self._verify = verify
         self._in_flight_bytes = in_flight_bytes
         self._memory = memory
-        self._large_threads, most = _large_reads(source, in_flight_bytes)
+        self._pace = _pace(source, in_flight_bytes)
         # Never less than a unit, which is what can be verified.
-        self._read_bytes = max(most // files.unit_bytes, 1) * files.unit_bytes
+        self._read_bytes = max(self._pace.nbytes // files.unit_bytes, 1) * files.unit_bytes
 
     def fetch(self, ranges: Ranges) -> int:
         """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
@@ -78,7 +95,7 @@ class Fetcher:
         if not len(reads):
             return 0
         largest = int((reads.stop - reads.start).max())
-        threads = self._threads(reads.nbytes // len(reads), largest, len(reads))
+        turns, threads = self._share_out(reads.nbytes, len(reads), largest=largest)
         devices = self._filling.devices
         buffers = BounceBuffers(threads, largest, devices=devices, memory=self._memory)
 
@@ -86,7 +103,7 @@ class Fetcher:
             start, stop = read
             with buffers.lend() as memory:
                 data = memory[: stop - start]
-                self._read(start, data)
+                self._read(start, data, turns)
                 self._filling.fill(start, data)
 
         in_parallel(work, reads.pairs(), threads=threads)
@@ -96,20 +113,33 @@ class Fetcher:
         """Fill each buffer from its address on, whole units; return the bytes read."""
         nbytes = sum(len(data) for _, data in reads)
         if reads:
-            threads = self._threads(nbytes // len(reads), 0, len(reads))
-            in_parallel(lambda read: self._read(*read), reads, threads=threads)
+            turns, threads = self._share_out(nbytes, len(reads), largest=0)
+            in_parallel(lambda read: self._read(*read, turns), reads, threads=threads)
         return nbytes
 
-    def _threads(self, mean: int, largest: int, count: int) -> int:
-        """Return how many threads are worth it, for reads of a mean size, and fit into memory."""
-        wanted = _SMALL_THREADS if mean <= _SMALL_BYTES else self._large_threads
-        fitting = self._in_flight_bytes // max(largest, 1)
-        return max(1, min(wanted, fitting, count))
+    def _share_out(
+        self, nbytes: int, count: int, *, largest: int
+    ) -> tuple[threading.Semaphore, int]:
+        """Return the turns to read and how many threads take them, for `count` reads.
 
-    def _read(self, address: int, data: memoryview) -> None:
+        Args:
+            nbytes: of all reads together.
+            count: at least one.
+            largest: bytes of memory that each thread takes.
+        """
+        reads, threads = self._pace.reads, self._pace.threads
+        if nbytes // count <= _SMALL_BYTES:
+            reads, threads = max(reads, _SMALL_READS), max(threads, _SMALL_READS)
+        fitting = self._in_flight_bytes // max(largest, 1)
+        return threading.Semaphore(reads), max(1, min(threads, fitting, count))
+
+    def _read(self, address: int, data: memoryview, turns: threading.Semaphore) -> None:
         file, offset = self._files.place(address)
         try:
-            self._source.read_into(file, offset, data, verify=self._verify)
+            with turns:
+                self._source.read_into(file, offset, data)
+            if self._verify:
+                self._source.compare(file, offset, data)
         except IntegrityError as error:
             names = self._damaged(file, offset, address, data)
             if not names:
@@ -125,7 +155,9 @@ class Fetcher:
         for start in range(0, len(data), unit):
             piece = data[start : start + unit]
             try:
-                self._source.read_into(file, offset + start, piece, verify=self._verify)
+                self._source.read_into(file, offset + start, piece)
+                if self._verify:
+                    self._source.compare(file, offset + start, piece)
             except IntegrityError as error:
                 if error.kind == ErrorKind.DIGEST:
                     return self._filling.names_in(address + start, address + start + len(piece))

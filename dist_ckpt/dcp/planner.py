@@ -214,11 +214,20 @@ class Describer:
         return self._digested[1]
 
 
-def describe(
-    tensors: NamedTensors, *, unequal: Mapping[str, Collection[str]] | None = None
-) -> list[LocalBox]:
-    """Describe `tensors` once; see `Describer.describe`."""
-    return Describer().describe(tensors, unequal=unequal)
+def local_boxes(tensors: NamedTensors) -> list[LocalBox]:
+    """Return the boxes of `tensors` that lie on this rank, to be loaded into: none has a mark.
+
+    Raises:
+        UsageError: see `Describer.describe`.
+    """
+    boxes = []
+    with torch.no_grad():
+        for part, named in tensors.items():
+            for name, tensor in named.items():
+                for held, memory in _plan(part, name, tensor):
+                    _check_backed(part, name, memory, have=memory.untyped_storage().nbytes())
+                    boxes.append(LocalBox(held, memory))
+    return boxes
 
 
 def _check_storable(part: str, name: str, tensor: torch.Tensor) -> None:
@@ -276,7 +285,7 @@ def _plan(part: str, name: str, tensor: torch.Tensor) -> list[tuple[Held, torch.
         # What DCP says of them, at a tenth of the cost: the first save waits for it.
         shape = tuple(tensor.shape)
         whole = Held(part, name, dtype_name(tensor.dtype), shape, (0,) * len(shape), shape)
-        return [(whole, tensor.detach())]
+        return [(whole, tensor.detach() if tensor.requires_grad else tensor)]
     named = {name: tensor}
     boxes = []
     # DCP reads `is_coordinator` only for values that are no tensors, of which there are none.

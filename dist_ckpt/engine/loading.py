@@ -13,7 +13,7 @@ import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.fetching import warm_memory
-from dist_ckpt.dcp.planner import describe
+from dist_ckpt.dcp.planner import local_boxes
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
 from dist_ckpt.engine.collecting import no_collection
@@ -315,7 +315,7 @@ def _prepare(
     }
     numbers, tensors = matched.holdings.numbers, source.index.tensors
     wanted = []
-    for local in describe(targets):
+    for local in local_boxes(targets):
         number = numbers[local.held.part, local.held.name]
         wanted.append(Wanted(number, local, dtype_of(tensors[number].dtype)))
     return targets, wanted

@@ -57,13 +57,13 @@ def compare(
         if spec is None:
             misfits.missing.append(f"{part}/{name}")
             continue
-        both = (
-            f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, "
-            f"wanted {dtype_name(target.dtype)}{list(target.shape)}"
-        )
-        if tuple(target.shape) != spec.shape:
+        shape, dtype = tuple(target.shape), dtype_name(target.dtype)
+        if (shape, dtype) == (spec.shape, spec.dtype):
+            continue
+        both = f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, wanted {dtype}{list(shape)}"
+        if shape != spec.shape:
             misfits.shapes.append(both)
-        elif dtype_name(target.dtype) != spec.dtype:
+        else:
             possible = can_cast(dtype_of(spec.dtype), target.dtype)
             if cast and possible:
                 misfits.casts.append(both)

@@ -111,19 +111,14 @@ class Checkpoint:
         # On a page, so that a disk can read into it directly.
         data = aligned_buffer(stop - start)
         self.read_into(file, start, data)
+        self.compare(file, start, data)
         return data
 
-    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
-        """Fill `buffer` with the bytes of file number `file` from `start` on.
-
-        Args:
-            file: position in `index.files`.
-            start: a multiple of the digest block size.
-            buffer: ends at a multiple of it too, or at the end of the file.
-            verify: whether each block is compared with its digest; without, any range can be read.
+    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes of file number `file`, not verified; see `Source.read_into`.
 
         Raises:
-            IntegrityError: the file is missing, truncated, or a block differs from its digest.
+            IntegrityError: the file is missing or truncated.
         """
         entry = self.index.files[file]
         key = self._key(entry)
@@ -139,8 +134,25 @@ class Checkpoint:
                 f"{entry.nbytes} were committed",
                 kind=ErrorKind.TRUNCATED,
             )
-        if verify:
-            self._compare(entry, key, start, buffer)
+
+    def compare(self, file: int, start: int, data: memoryview) -> None:
+        """Compare bytes of file number `file` with their digests; see `Source.compare`.
+
+        Raises:
+            IntegrityError: a block differs from its digest; names it.
+        """
+        entry = self.index.files[file]
+        first = start // BLOCK_BYTES
+        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
+        found = block_digests(data)
+        if found != stored:
+            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
+            block = first + bad // 8
+            raise IntegrityError(
+                f"{self.where}: file {self._key(entry)}, block {block} (bytes "
+                f"{block * BLOCK_BYTES} to {min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs "
+                "from its digest: the data was damaged after it was written"
+            )
 
     def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
         """Return the encoded Python values of `part` by name: shared ones and those of `rank`.
@@ -202,19 +214,6 @@ class Checkpoint:
     def verified(self) -> bool:
         """Whether there are digests: always."""
         return True
-
-    def _compare(self, entry: FileEntry, key: str, start: int, data: memoryview) -> None:
-        first = start // BLOCK_BYTES
-        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
-        found = block_digests(data)
-        if found != stored:
-            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
-            block = first + bad // 8
-            raise IntegrityError(
-                f"{self.where}: file {key}, block {block} (bytes {block * BLOCK_BYTES} to "
-                f"{min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs from its digest: "
-                "the data was damaged after it was written"
-            )
 
     def _key(self, entry: FileEntry) -> str:
         return file_key(self.step, self.manifest.save_id, entry.name)

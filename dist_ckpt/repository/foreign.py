@@ -223,7 +223,7 @@ class ForeignSource:
                     kind=ErrorKind.TRUNCATED,
                 )
 
-    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
+    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of file number `file` from `start` on; see `Source`.
 
         Raises:
@@ -243,6 +243,9 @@ class ForeignSource:
                 "take",
                 kind=ErrorKind.TRUNCATED,
             )
+
+    def compare(self, file: int, start: int, data: memoryview) -> None:
+        """Take the bytes as they are: there are no digests. See `Source.compare`."""
 
     def _in_order(self, number: int) -> memoryview:
         """Return the bytes of a permuted run with its last dimension innermost.

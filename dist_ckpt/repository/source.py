@@ -70,17 +70,24 @@ class Source(Protocol):
         """
         ...
 
-    def read_into(self, file: int, start: int, buffer: memoryview, *, verify: bool = True) -> None:
-        """Fill `buffer` with the bytes of file number `file` from `start` on.
+    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of file number `file` from `start` on, not verified.
+
+        Raises:
+            IntegrityError: the file is missing or truncated.
+        """
+        ...
+
+    def compare(self, file: int, start: int, data: memoryview) -> None:
+        """Compare bytes of file number `file` with their digests, if there are digests.
 
         Args:
             file: position in `index.files`.
-            start: with digests to compare, a multiple of the digest block size.
-            buffer: ends at a multiple of it too, or at the end of the file.
-            verify: whether to compare each block with its digest, where there are digests.
+            start: where in the file they were read, a multiple of the digest block size.
+            data: the bytes; they end at a multiple of it too, or at the end of the file.
 
         Raises:
-            IntegrityError: the file is missing or truncated, or a block differs from its digest.
+            IntegrityError: a block differs from its digest.
         """
         ...
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe
 from dist_ckpt.state.layout import check_storable, check_tensor, empty_beside, inner_tensors
 from dist_ckpt.state.meta import check_knowable, give_memory
-from dist_ckpt.state.names import canonical_name, refuse_fsdp1
+from dist_ckpt.state.names import canonical_name, refuse_fsdp1, wrapped_attribute
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
 
@@ -63,6 +63,7 @@ class ModelPart:
         # Canonical by raw name, true for a module tree of these types.
         self._canonical: dict[str, str] = {}
         self._types: list[type[nn.Module]] = []
+        self._wrapped = False
         refuse_fsdp1(module, name)
 
     def stepped_by(self, optimizer: Optimizer) -> None:
@@ -196,9 +197,14 @@ class ModelPart:
     def _names(self) -> Callable[[str], str]:
         """Return what gives the canonical name for a raw one."""
         # A name depends on which modules are wrappers, and on nothing else.
-        types = [type(module) for module in self.module.modules()]
+        modules = list(self.module.modules())
+        types = [type(module) for module in modules]
         if types != self._types:
             self._canonical, self._types = {}, types
+            one_of_each = dict(zip(types, modules, strict=True)).values()
+            self._wrapped = any(wrapped_attribute(module) for module in one_of_each)
+        if not self._wrapped:
+            return str
 
         def canonical(raw_name: str) -> str:
             name = self._canonical.get(raw_name)

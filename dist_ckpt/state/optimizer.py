@@ -257,7 +257,8 @@ class OptimizerPart:
         # What the optimizer has already shows how it wants it: layout, device, memory order.
         if isinstance(live, torch.Tensor) and tuple(live.shape) == spec.shape:
             if dtype_name(live.dtype) == spec.dtype:
-                return live.detach()  # a second copy of the moments may not fit
+                # Itself, or what shares its memory: a second copy of the moments may not fit.
+                return live.detach() if live.requires_grad else live
             return empty_beside(live, spec)
         return empty_beside(parameter, spec)
 

@@ -13,11 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dist_ckpt.dcp import planner
-from dist_ckpt.dcp.planner import Describer, describe
+from dist_ckpt.dcp.planner import Describer, LocalBox
 from dist_ckpt.errors import UsageError
 from tests.unit.dcp.test_layouts import rank_of
 
 Named = dict[str, torch.Tensor]
+
+
+def describe(tensors: Mapping[str, Mapping[str, torch.Tensor]], **marks: Any) -> list[LocalBox]:
+    return Describer().describe(tensors, **marks)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def read(
     for start, stop in reversed(pieces.pairs()):
         data = memoryview(bytearray(stop - start))
         file, offset = files.place(start)
-        opened.read_into(file, offset, data, verify=False)
+        opened.read_into(file, offset, data)
         filling.fill(start, data)
     return pieces.nbytes
 

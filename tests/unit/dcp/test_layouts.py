@@ -18,7 +18,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, empty
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ckpt.dcp.owners import MIN_PIECE_BYTES, Owned, decide
-from dist_ckpt.dcp.planner import Held, describe
+from dist_ckpt.dcp.planner import Held, local_boxes
 from dist_ckpt.format.shard import itemsize
 from tests.unit.dcp.test_owners import cells, loads
 
@@ -63,7 +63,7 @@ def held_by(mesh_shape: tuple[int, ...], tensors: Sequence[Tensor]) -> list[list
                         device_mesh=mesh,
                         placements=list(one.placements),
                     )
-            by_rank.append([box.held for box in describe({"model": named})])
+            by_rank.append([box.held for box in local_boxes({"model": named})])
     return by_rank
 
 

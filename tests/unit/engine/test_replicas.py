@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.dcp.holdings import Holdings
-from dist_ckpt.dcp.planner import LocalBox, describe
+from dist_ckpt.dcp.planner import Describer, LocalBox
 from dist_ckpt.engine.messages import ReplicaDigests, pack
 from dist_ckpt.engine.replicas import checksum, compare_replicas, digest_replicas
 from dist_ckpt.errors import ErrorKind, IncompatibleError
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.
 
 def compared(by_rank: list[dict[str, torch.Tensor]], **marks: Any) -> bytes:
     """Compare what ranks hold, as a save does."""
-    local = [describe({"m": named}, **marks) for named in by_rank]
+    local = [Describer().describe({"m": named}, **marks) for named in by_rank]
     held = [[box.held for box in boxes] for boxes in local]
     replicas = Holdings.of(held).replicas()
     digests = [
@@ -66,7 +66,8 @@ def test_values_that_may_differ_are_exempt() -> None:
 
 def test_what_one_rank_alone_holds_is_not_digested() -> None:
     held = [
-        [box.held for box in describe({"m": {f"stage{rank}": torch.ones(2)}})] for rank in range(2)
+        [box.held for box in Describer().describe({"m": {f"stage{rank}": torch.ones(2)}})]
+        for rank in range(2)
     ]
     assert Holdings.of(held).replicas() == [[], []]
 
@@ -74,7 +75,7 @@ def test_what_one_rank_alone_holds_is_not_digested() -> None:
 def test_digests_of_two_kinds_are_not_compared_and_that_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    held = [[box.held for box in describe({"m": {"w": torch.ones(2)}})]] * 2
+    held = [[box.held for box in Describer().describe({"m": {"w": torch.ones(2)}})]] * 2
     messages = [pack(ReplicaDigests(method, b"8 bytes " * 1)) for method in (b"h", b"d")]
     with caplog.at_level(logging.WARNING, logger="dist_ckpt"):
         assert compare_replicas(held, [[0], [0]], messages) == b""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from dist_ckpt.dcp.owners import Owned, decide
-from dist_ckpt.dcp.planner import LocalBox, describe
+from dist_ckpt.dcp.planner import Describer, LocalBox
 from dist_ckpt.dcp.writer import StagedFile
 from dist_ckpt.engine.estimate import SPARE_BYTES
 from dist_ckpt.engine.options import SaveOptions, Staging
@@ -40,7 +40,7 @@ class Rank:
         (self.owned,) = decide([held], max_piece_bytes=self.options.max_piece_bytes)
 
     def local(self, stepped: Sequence[str] = ()) -> list[LocalBox]:
-        boxes = describe({"model": self.tensors})
+        boxes = Describer().describe({"model": self.tensors})
         return [LocalBox(box.held, box.memory, box.held.name in stepped) for box in boxes]
 
     def stage(self, *, stepped: Sequence[str] = ()) -> tuple[Staged, dict[str, bytes]]:
@@ -170,7 +170,7 @@ def test_a_share_over_the_limit_goes_through_a_small_arena_in_turns(
 
 def test_turns_are_filled_up_with_files_of_several_parts() -> None:
     parts = {f"part{i}": {"w": content((100,), torch.float32, seed=i)} for i in range(12)}
-    local = describe(parts)
+    local = Describer().describe(parts)
     (owned,) = decide([[box.held for box in local]])
     written: list[int] = []
     Stager(mode="blocking", memory_limit_bytes=MIB).stage(
@@ -274,7 +274,7 @@ def test_the_first_save_finds_its_memory_touched() -> None:
     layer(torch.ones(2, 1024)).sum().backward()
     optimizer.step()
     parts = {name: part.capture().tensors for name, part in state.parts.items()}
-    local = describe(parts)
+    local = Describer().describe(parts)
     (owned,) = decide([[box.held for box in local]])
     staged = stager.stage(rank=0, local=local, owned=owned, documents={}, write_out=_unused)
     assert staged.nbytes <= guessed <= 1.01 * staged.nbytes + SPARE_BYTES

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import dist_ckpt
-from dist_ckpt.dcp.planner import describe
+from dist_ckpt.dcp.planner import Describer
 from dist_ckpt.errors import UsageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.state.model import ModelPart
@@ -100,7 +100,7 @@ def test_a_shard_that_is_a_wrapper_is_refused_by_name() -> None:
         mesh = init_device_mesh("cpu", (2,))
         sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
         with pytest.raises(UsageError, match=r"'w' of part 'm': .* a Scaled, which is no dense"):
-            describe({"m": {"w": sharded}})
+            Describer().describe({"m": {"w": sharded}})
 
 
 class Tied(nn.Module):
