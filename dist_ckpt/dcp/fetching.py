@@ -6,12 +6,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dist_ckpt.dcp.filling import Filling
+from dist_ckpt.dcp.filling import Filling, Landing
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceBuffers, BounceMemory
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut
+from dist_ckpt.storage.scatter import Scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,11 @@ class _Pace:
     threads: int
 
 
-# Each read is one request of the kernel. Eight at a time keep a disk busy, and more take from one
-# another; smaller ones cost more in all than they are ready sooner.
-_DISK = _Pace(4 << 20, reads=8, threads=12)
-# Such a store shares a read out to two or more requests by itself: many small ones cost processor
-# time each, few large ones do not fill a network where each is slow.
-_REMOTE = _Pace(16 << 20, reads=6, threads=6)
+# Each read is one request of the kernel. A few large ones keep a disk busy, and take little new
+# memory and few turns from digests and copies (docs/design/006).
+_DISK = _Pace(8 << 20, reads=5, threads=6)
+# Each is one request over a network, which many at a time fill; small ones cost processor time.
+_REMOTE = _Pace(16 << 20, reads=8, threads=8)
 
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
@@ -50,6 +50,8 @@ def _pace(source: Source, in_flight_bytes: int) -> _Pace:
 
 def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
     """Begin to make memory ready for reading as much as all of `source`; see `Fetcher`."""
+    if not source.store.capabilities.direct_io:
+        return BounceMemory()  # most goes straight to the targets
     pace = _pace(source, in_flight_bytes)
     nbytes = sum(file.nbytes for file in source.index.files)
     return BounceMemory(min(pace.threads * pace.nbytes, nbytes))
@@ -102,9 +104,10 @@ class Fetcher:
         def work(read: tuple[int, int]) -> None:
             start, stop = read
             with buffers.lend() as memory:
-                data = memory[: stop - start]
-                self._read(start, data, turns)
-                self._filling.fill(start, data)
+                landings = self._land(start, memory[: stop - start])
+                self._read(start, [landing.view for landing in landings], turns)
+                for landing in landings:
+                    self._filling.settle(landing)
 
         in_parallel(work, reads.pairs(), threads=threads)
         return bridged.nbytes
@@ -114,7 +117,7 @@ class Fetcher:
         nbytes = sum(len(data) for _, data in reads)
         if reads:
             turns, threads = self._share_out(nbytes, len(reads), largest=0)
-            in_parallel(lambda read: self._read(*read, turns), reads, threads=threads)
+            in_parallel(lambda read: self._read(read[0], [read[1]], turns), reads, threads=threads)
         return nbytes
 
     def _share_out(
@@ -133,15 +136,21 @@ class Fetcher:
         fitting = self._in_flight_bytes // max(largest, 1)
         return threading.Semaphore(reads), max(1, min(threads, fitting, count))
 
-    def _read(self, address: int, data: memoryview, turns: threading.Semaphore) -> None:
+    def _land(self, start: int, bounce: memoryview) -> list[Landing]:
+        # A disk reads to whole sectors of memory only, which tensors hardly ever begin at.
+        if self._source.store.capabilities.direct_io:
+            return [Landing(start, bounce)]
+        return self._filling.land(start, bounce)
+
+    def _read(self, address: int, views: Sequence[memoryview], turns: threading.Semaphore) -> None:
         file, offset = self._files.place(address)
         try:
             with turns:
-                self._source.read_into(file, offset, data)
+                self._source.read_into(file, offset, *views)
             if self._verify:
-                self._source.compare(file, offset, data)
+                self._source.compare(file, offset, *views)
         except IntegrityError as error:
-            names = self._damaged(file, offset, address, data)
+            names = self._damaged(file, offset, address, Scatter(views))
             if not names:
                 raise
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
@@ -149,18 +158,19 @@ class Fetcher:
                 f"{error.message}. It holds bytes of {shown}", kind=error.kind, ranks=error.ranks
             ) from error
 
-    def _damaged(self, file: int, offset: int, address: int, data: memoryview) -> list[str]:
+    def _damaged(self, file: int, offset: int, address: int, into: Scatter) -> list[str]:
         """Return the names of the tensors in the first unit that cannot be read."""
         unit = self._files.unit_bytes
-        for start in range(0, len(data), unit):
-            piece = data[start : start + unit]
+        for start in range(0, into.nbytes, unit):
+            stop = min(start + unit, into.nbytes)
+            piece = into.cut(start, stop)
             try:
-                self._source.read_into(file, offset + start, piece)
+                self._source.read_into(file, offset + start, *piece)
                 if self._verify:
-                    self._source.compare(file, offset + start, piece)
+                    self._source.compare(file, offset + start, *piece)
             except IntegrityError as error:
                 if error.kind == ErrorKind.DIGEST:
-                    return self._filling.names_in(address + start, address + start + len(piece))
+                    return self._filling.names_in(address + start, address + stop)
                 break
         # A whole file is missing or short, or the damage was in the way and not in the file.
-        return self._filling.names_in(address, address + len(data))
+        return self._filling.names_in(address, address + into.nbytes)

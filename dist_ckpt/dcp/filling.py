@@ -16,7 +16,25 @@ from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volu
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.pieces import find_pieces
 from dist_ckpt.staging.copy import view_box
-from dist_ckpt.storage.ranges import Files, Ranges, join
+from dist_ckpt.storage.ranges import Column, Files, Ranges, join
+
+_STRAIGHT_BYTES = 64 << 10
+"""Fewer bytes than this are copied sooner than they are listed for a read of several places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where one stretch of the bytes of a read goes.
+
+    Attributes:
+        address: of its first byte.
+        view: what it is read to, as long as the stretch.
+        straight: whether that is its place already.
+    """
+
+    address: int
+    view: memoryview
+    straight: bool = False
 
 
 class Filling:
@@ -63,6 +81,10 @@ class Filling:
         self._stop = files.address(file[pieces.row], pieces.stop)[order]
         self._reach = np.maximum.accumulate(self._stop)
         self._want = pieces.want[order]
+        # What may be read straight to its place: bytes that have no second place, to memory that
+        # no other bytes go to. Else one would be compared while the other is written over it.
+        memory = np.array([_extent(each.local.memory) for each in wanted], np.int64).reshape(-1, 2)
+        self._straight = _are_apart(self._start, self._stop) & _are_apart(*memory.T)[self._want]
         self._row = pieces.row[order]
         # Nothing lies between two elements of such a box, and they come in its own order.
         self._whole = self._stop - self._start == np.array(nbytes, np.int64)[self._want]
@@ -70,6 +92,39 @@ class Filling:
         # The memory of pieces that come in several reads, where it is one run of bytes.
         self._flat: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
+
+    def land(self, start: int, bounce: memoryview) -> list[Landing]:
+        """Find memory to read a range to: that of the targets where that is possible.
+
+        Args:
+            start: the address of the range, which is as long as `bounce`.
+            bounce: memory for what cannot be read to its place.
+
+        Returns:
+            Stretches of the range, one after another: each to be given to `settle` when its bytes
+            are there.
+        """
+        stop, done = start + len(bounce), start
+        landings = []
+        for number in self._pieces_in(start, stop):
+            begin = int(self._start[number])
+            low, high = max(begin, start), min(int(self._stop[number]), stop)
+            if high - low < _STRAIGHT_BYTES or not self._straight[number]:
+                continue
+            run = self._run(number, part=high - low)
+            if run is not None:
+                if done < low:
+                    landings.append(Landing(done, bounce[done - start : low - start]))
+                landings.append(Landing(low, run[low - begin : high - begin].data, straight=True))
+                done = high
+        if done < stop:
+            landings.append(Landing(done, bounce[done - start :]))
+        return landings
+
+    def settle(self, landing: Landing) -> None:
+        """Bring what was read to `landing.view` to its place."""
+        if not landing.straight:
+            self.fill(landing.address, landing.view)
 
     def fill(self, start: int, data: memoryview) -> None:
         """Copy out of `data`, which lies at the address `start`, all that is wanted of it."""
@@ -89,6 +144,39 @@ class Filling:
         """The devices with memory that something goes to."""
         return list(dict.fromkeys(each.local.memory.device for each in self._wanted))
 
+    def _run(self, number: int, *, part: int) -> NDArray[np.uint8] | None:
+        """Return the memory of piece `number` if it is one run of bytes, just as it is stored.
+
+        Args:
+            number: the piece.
+            part: how many bytes of it are wanted now: if it is not all, it is asked for again.
+        """
+        flat = self._flat.get(number)
+        if flat is not None:
+            return flat
+        want = self._wanted[int(self._want[number])]
+        if self._whole[number]:
+            target = want.local.memory
+        else:
+            chunk, common, target = self._target(number)
+            first, last = element_span(chunk, common)
+            if volume(common) != last - first:
+                return None
+        if not _is_plain(target, want.dtype):
+            return None
+        flat = _flat(target)
+        if part < len(flat):
+            self._flat[number] = flat
+        return flat
+
+    def _target(self, number: int) -> tuple[Box, Box, torch.Tensor]:
+        """Return the chunk that piece `number` is of, what of it is wanted, and the memory."""
+        local = self._wanted[int(self._want[number])].local
+        chunk = self._chunk(int(self._row[number]), len(local.held.shape))
+        common = intersect(chunk, local.held.box)
+        assert common is not None  # this is what a piece is
+        return chunk, common, view_box(local.memory, common, origin=local.held.offsets)
+
     def _pieces_in(self, start: int, stop: int) -> list[int]:
         # Before `first` every piece has ended, from `last` on none has begun.
         first = int(np.searchsorted(self._reach, start, side="right"))
@@ -100,37 +188,16 @@ class Filling:
         begin, end = int(self._start[number]), int(self._stop[number])
         low, high = max(begin, at), min(end, at + len(data))
         source = data[low - at : high - at]
-        flat = self._flat.get(number)
-        want = self._wanted[int(self._want[number])]
-        if flat is None and self._whole[number] and _is_plain(want.local.memory, want.dtype):
-            flat = _flat(want.local.memory)
-        if flat is None:
-            chunk = self._chunk(int(self._row[number]), len(want.local.held.shape))
-            common = intersect(chunk, want.local.held.box)
-            assert common is not None  # this is what a piece is
-            target = view_box(want.local.memory, common, origin=want.local.held.offsets)
-            first, last = element_span(chunk, common)
-            if volume(common) != last - first or not _is_plain(target, want.dtype):
-                self._copy_elements(number, low, source, (chunk, common, target))
-                return
-            flat = _flat(target)
-        if high - low < end - begin:
-            self._flat[number] = flat
-        # A run of bytes to a run of bytes, the common case: numpy lets the other threads run.
-        np.copyto(flat[low - begin : high - begin], np.frombuffer(source, np.uint8))
+        run = self._run(number, part=high - low)
+        if run is None:
+            self._copy_elements(number, low, source)
+        else:
+            # The common case: numpy lets the other threads run.
+            np.copyto(run[low - begin : high - begin], np.frombuffer(source, np.uint8))
 
-    def _copy_elements(
-        self, number: int, low: int, source: memoryview, where: tuple[Box, Box, torch.Tensor]
-    ) -> None:
-        """Copy what `source`, at the address `low`, holds of piece `number`, one by one.
-
-        Args:
-            number: the piece.
-            low: where in it the bytes begin.
-            source: the bytes.
-            where: the stored chunk, what of it is wanted, and the memory for that.
-        """
-        chunk, common, target = where
+    def _copy_elements(self, number: int, low: int, source: memoryview) -> None:
+        """Copy what `source`, at the address `low`, holds of piece `number`, one by one."""
+        chunk, common, target = self._target(number)
         dtype = self._wanted[int(self._want[number])].dtype
         item, done = dtype.itemsize, low - int(self._start[number])
         first, _ = element_span(chunk, common)
@@ -168,6 +235,29 @@ class Filling:
             del self._halves[number]
         if half.memory is not target:
             _assign(target, half.memory)
+
+
+def _extent(memory: torch.Tensor) -> tuple[int, int]:
+    """Return the address of the first byte of a tensor, and that behind its last one."""
+    if not memory.numel() or memory.device.type != "cpu":
+        return 0, 0
+    pairs = zip(memory.shape, memory.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in pairs)
+    start = memory.data_ptr()
+    return start, start + (last + 1) * memory.itemsize
+
+
+def _are_apart(start: Column, stop: Column) -> NDArray[np.bool_]:
+    """Tell of each range whether it has nothing in common with any other one."""
+    order = np.argsort(start, kind="stable")
+    first, last = start[order], stop[order]
+    reach = np.maximum.accumulate(last)
+    apart = np.ones(len(order), np.bool_)
+    apart[1:] &= first[1:] >= reach[:-1]
+    apart[:-1] &= last[:-1] <= first[1:]
+    found = np.empty(len(order), np.bool_)
+    found[order] = apart
+    return found
 
 
 @dataclass(slots=True)

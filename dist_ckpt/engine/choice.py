@@ -65,8 +65,8 @@ def choose(
     if step is not None:
         return _open(repository, step, {}, selects_part)
     reasons = dict(refused)
-    steps = repository.steps()
-    for candidate in reversed(steps):
+    # One by one: a run on an object store would be asked about each of its steps otherwise.
+    for candidate in repository.newest_first():
         if candidate in reasons:
             continue
         try:

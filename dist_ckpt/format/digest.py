@@ -20,20 +20,34 @@ def block_count(nbytes: int) -> int:
     return -(-nbytes // BLOCK_BYTES)
 
 
-def block_digests(buffer: Buffer) -> bytes:
-    """Return the digest of each block of `buffer`, 8 bytes big-endian each, b"" for no bytes.
+def block_digests(*buffers: Buffer) -> bytes:
+    """Return the digest of each block of `buffers`, 8 bytes big-endian each, b"" for no bytes.
 
     The digests of a file may be computed in pieces and joined, as long as every piece but the
     last is a whole number of blocks.
 
     Args:
-        buffer: the bytes, C-contiguous, of any element type.
+        buffers: the bytes, one buffer after another, C-contiguous, of any element type.
     """
-    view = memoryview(buffer).cast("B")
-    digest = xxhash.xxh3_64_digest
-    return b"".join(
-        digest(view[start : start + BLOCK_BYTES]) for start in range(0, len(view), BLOCK_BYTES)
-    )
+    digests = []
+    block, room = None, BLOCK_BYTES
+    for buffer in buffers:
+        view, start = memoryview(buffer).cast("B"), 0
+        while start < len(view):
+            piece = view[start : start + room]
+            start += len(piece)
+            if len(piece) == BLOCK_BYTES:
+                digests.append(xxhash.xxh3_64_digest(piece))
+                continue
+            block = block or xxhash.xxh3_64()
+            block.update(piece)
+            room -= len(piece)
+            if not room:
+                digests.append(block.digest())
+                block, room = None, BLOCK_BYTES
+    if block is not None:
+        digests.append(block.digest())
+    return b"".join(digests)
 
 
 def file_digest(digests: bytes) -> str:

@@ -114,8 +114,8 @@ class Checkpoint:
         self.compare(file, start, data)
         return data
 
-    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with bytes of file number `file`, not verified; see `Source.read_into`.
+    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
+        """Fill `buffers` with bytes of file number `file`, not verified; see `Source.read_into`.
 
         Raises:
             IntegrityError: the file is missing or truncated.
@@ -123,19 +123,19 @@ class Checkpoint:
         entry = self.index.files[file]
         key = self._key(entry)
         try:
-            count = self.store.read_into(key, start, buffer)
+            count = self.store.read_into(key, start, *buffers)
         except NotFound as error:
             raise IntegrityError(
                 f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
             ) from error
-        if count != len(buffer):
+        if count != sum(map(len, buffers)):
             raise IntegrityError(
                 f"{self.where}: file {key} ends at byte {start + count}, "
                 f"{entry.nbytes} were committed",
                 kind=ErrorKind.TRUNCATED,
             )
 
-    def compare(self, file: int, start: int, data: memoryview) -> None:
+    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
         """Compare bytes of file number `file` with their digests; see `Source.compare`.
 
         Raises:
@@ -143,8 +143,8 @@ class Checkpoint:
         """
         entry = self.index.files[file]
         first = start // BLOCK_BYTES
-        stored = entry.blocks[8 * first : 8 * (first + -(-len(data) // BLOCK_BYTES))]
-        found = block_digests(data)
+        found = block_digests(*buffers)
+        stored = entry.blocks[8 * first : 8 * first + len(found)]
         if found != stored:
             bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
             block = first + bad // 8

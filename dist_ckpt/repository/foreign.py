@@ -20,6 +20,7 @@ from dist_ckpt.format.names import shard_name
 from dist_ckpt.format.shard import itemsize
 from dist_ckpt.repository.torch_files import StoredTensor
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.scatter import Scatter
 
 Chunk = tuple[int, int, int, Box]
 """Tensor number, file number, byte offset in the file, box."""
@@ -223,28 +224,29 @@ class ForeignSource:
                     kind=ErrorKind.TRUNCATED,
                 )
 
-    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of file number `file` from `start` on; see `Source`.
+    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
+        """Fill `buffers` with the bytes of file number `file` from `start` on; see `Source`.
 
         Raises:
             IntegrityError: the file is missing or shorter.
         """
         if file >= len(self._keys):
-            buffer[:] = self._in_order(file - len(self._keys))[start : start + len(buffer)]
+            into = Scatter(buffers)
+            into.write(0, self._in_order(file - len(self._keys))[start : start + into.nbytes])
             return
         key = self._keys[file]
         try:
-            count = self.store.read_into(key, start, buffer)
+            count = self.store.read_into(key, start, *buffers)
         except NotFound as error:
             raise self._missing(key) from error
-        if count != len(buffer):
+        if count != sum(map(len, buffers)):
             raise IntegrityError(
                 f"{self.where}: file {key} ends at byte {start + count}, before what its tensors "
                 "take",
                 kind=ErrorKind.TRUNCATED,
             )
 
-    def compare(self, file: int, start: int, data: memoryview) -> None:
+    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
         """Take the bytes as they are: there are no digests. See `Source.compare`."""
 
     def _in_order(self, number: int) -> memoryview:

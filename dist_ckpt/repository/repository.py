@@ -36,6 +36,14 @@ class Repository:
         """
         return sorted(self._committed())
 
+    def newest_first(self) -> Iterator[int]:
+        """Yield the committed steps, descending; each is asked for when it is its turn.
+
+        Raises:
+            StorageError: see `steps`.
+        """
+        return self._committed()
+
     def latest(self) -> int | None:
         """Return the newest committed step, or None when there is none."""
         return next(self._committed(), None)

@@ -70,21 +70,21 @@ class Source(Protocol):
         """
         ...
 
-    def read_into(self, file: int, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of file number `file` from `start` on, not verified.
+    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
+        """Fill `buffers`, one after another, from `start` of file number `file`; not verified.
 
         Raises:
             IntegrityError: the file is missing or truncated.
         """
         ...
 
-    def compare(self, file: int, start: int, data: memoryview) -> None:
+    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
         """Compare bytes of file number `file` with their digests, if there are digests.
 
         Args:
             file: position in `index.files`.
             start: where in the file they were read, a multiple of the digest block size.
-            data: the bytes; they end at a multiple of it too, or at the end of the file.
+            buffers: the bytes; they end at a multiple of it too, or at the end of the file.
 
         Raises:
             IntegrityError: a block differs from its digest.

@@ -112,14 +112,16 @@ class Store(Protocol):
         """
         ...
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` with the bytes of `key` from `offset` on; return how many there were.
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """Fill `buffers`, one after another, with the bytes of `key` from `offset` on.
 
-        The count is short of `len(buffer)` only where the object ends, 0 from there on.
+        Returns:
+            How many bytes there were: short of what fits only where the object ends, 0 from there
+            on. No byte behind them is touched.
 
         Raises:
             NotFound: no such key; a folder is no key.
-            UsageError: `offset` is negative, or `buffer` is read-only or not contiguous.
+            UsageError: `offset` is negative, or a buffer is read-only or not contiguous.
         """
         ...
 
@@ -251,18 +253,18 @@ def watched(views: Iterable[memoryview], watch: Watch | None) -> Iterator[memory
             yield piece
 
 
-def fill_view(offset: int, buffer: memoryview) -> memoryview:
-    """Return a view of the bytes that `read_into(key, offset, buffer)` has to fill.
+def fill_views(offset: int, buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Return views of the bytes that `read_into(key, offset, *buffers)` has to fill.
 
     Raises:
-        UsageError: `offset` is negative, or `buffer` is read-only or not contiguous.
+        UsageError: `offset` is negative, or a buffer is read-only or not contiguous.
     """
     if offset < 0:
         raise UsageError(f"bad offset {offset}: must not be negative")
-    view = _flat(buffer)
-    if view.readonly:
+    views = [_flat(buffer) for buffer in buffers]
+    if any(view.readonly for view in views):
         raise UsageError("the buffer to read into is read-only")
-    return view
+    return [view for view in views if view.nbytes]
 
 
 def _flat(buffer: Buffer) -> memoryview:

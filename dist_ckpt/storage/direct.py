@@ -22,6 +22,7 @@ import numpy as np
 
 from dist_ckpt.storage.base import PIECE_BYTES, Watch
 from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.storage.scatter import Scatter
 
 DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""
@@ -131,18 +132,18 @@ class DirectIO:
             _write_at(fd, tail, offset)
         return True
 
-    def read(self, fd: int, view: memoryview, offset: int) -> int:
-        """Fill `view` from `offset` of the file on; return how many bytes there were."""
-        if view.nbytes < DIRECT_BYTES:
-            return _read_at(fd, view, offset, sector_bytes=1)
-        if offset % _SECTOR_BYTES == 0 and _is_aligned(view) and self._turn_on(fd):
+    def read(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
+        """Fill `views` from `offset` of the file on; return how many bytes there were."""
+        if sum(view.nbytes for view in views) < DIRECT_BYTES:
+            return _read_at(fd, Scatter(views), offset, sector_bytes=1)
+        if offset % _SECTOR_BYTES == 0 and _are_sectors(views) and self._turn_on(fd):
             try:
-                return _read_pieces(fd, view, offset, sector_bytes=_SECTOR_BYTES)
+                return _read_pieces(fd, views, offset, sector_bytes=_SECTOR_BYTES)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._refuse(fd)
-        return _read_pieces(fd, view, offset, sector_bytes=1)
+        return _read_pieces(fd, views, offset, sector_bytes=1)
 
     def _turn_on(self, fd: int) -> bool:
         if not _O_DIRECT or os.fstat(fd).st_dev in self._refused:
@@ -219,42 +220,46 @@ def _some(count: int) -> int:
     return count
 
 
-def _read_pieces(fd: int, view: memoryview, offset: int, *, sector_bytes: int) -> int:
-    """Read pieces of `view` in parallel; return how many bytes there are before the first gap."""
-    if view.nbytes <= _READ_BYTES:
-        return _read_at(fd, view, offset, sector_bytes=sector_bytes)
+def _read_pieces(fd: int, views: Sequence[memoryview], offset: int, *, sector_bytes: int) -> int:
+    """Read pieces of `views` in parallel; return how many bytes there are before the first gap."""
+    pieces = [(start, Scatter(run)) for start, run in _cut(views, _READ_BYTES)]
     counts: dict[int, int] = {}
 
-    def read(start: int) -> None:
-        piece = view[start : start + _READ_BYTES]
-        counts[start] = _read_at(fd, piece, offset + start, sector_bytes=sector_bytes)
+    def read(piece: tuple[int, Scatter]) -> None:
+        start, into = piece
+        counts[start] = _read_at(fd, into, offset + start, sector_bytes=sector_bytes)
 
-    starts = range(0, view.nbytes, _READ_BYTES)
-    in_parallel(read, starts, threads=min(_READ_THREADS, len(starts)))
-    for start in starts:
+    in_parallel(read, pieces, threads=min(_READ_THREADS, len(pieces)))
+    for start, into in pieces:
         # A file that another shrinks meanwhile may have bytes after the first that is missing.
-        if counts[start] < min(_READ_BYTES, view.nbytes - start):
+        if counts[start] < into.nbytes:
             return start + counts[start]
-    return view.nbytes
+    return sum(counts.values())
 
 
-def _read_at(fd: int, view: memoryview, offset: int, *, sector_bytes: int) -> int:
-    """Fill `view`, reading whole sectors of `sector_bytes`; return how many bytes there were."""
-    whole = view.nbytes - view.nbytes % sector_bytes
+def _read_at(fd: int, into: Scatter, offset: int, *, sector_bytes: int) -> int:
+    """Fill `into`, reading whole sectors of `sector_bytes`; return how many bytes there were."""
+    whole = into.nbytes - into.nbytes % sector_bytes
     reached = done = 0
     while done < whole:
-        reached = done + os.preadv(fd, [view[done:whole]], offset + done)
+        reached = done + os.preadv(fd, into.cut(done, whole)[:_BUFFERS_PER_CALL], offset + done)
         # A short read in the middle of a sector is gone on with from its start.
         again = reached - reached % sector_bytes
         if again == done:
             break
         done = again
-    if reached < whole or whole == view.nbytes:
+    if reached < whole or whole == into.nbytes:
         return reached
     sector = aligned_buffer(sector_bytes)
-    count = min(os.preadv(fd, [sector], offset + whole), view.nbytes - whole)
-    view[whole : whole + count] = sector[:count]
+    count = min(os.preadv(fd, [sector], offset + whole), into.nbytes - whole)
+    into.write(whole, sector[:count])
     return whole + count
+
+
+def _are_sectors(views: Sequence[memoryview]) -> bool:
+    """Whether sectors can be read to `views`: only the last one may end inside of one."""
+    whole = all(view.nbytes % _SECTOR_BYTES == 0 for view in views[:-1])
+    return whole and all(map(_is_aligned, views))
 
 
 def _is_aligned(view: memoryview) -> bool:

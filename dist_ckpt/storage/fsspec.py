@@ -31,11 +31,12 @@ from dist_ckpt.storage.base import (
     check_keys,
     check_mode,
     check_prefix,
-    fill_view,
+    fill_views,
     flat_views,
     is_key,
     watched,
 )
+from dist_ckpt.storage.scatter import Scatter
 
 _WHOLE_BYTES = 8 << 20
 # How often an object may be replaced during one read of its end.
@@ -130,21 +131,21 @@ class FsspecStore:
             if stored != nbytes:
                 raise OSError(errno.EIO, f"{stored} of {nbytes} bytes were stored")
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """Fill `buffers` from `offset` of `key`. See `Store.read_into`."""
         path = self._path(key)
-        view = fill_view(offset, buffer)
+        into = Scatter(fill_views(offset, buffers))
         size = self.size(key)
         for _ in range(_LOOKS):
-            wanted = max(0, min(view.nbytes, size - offset))
+            wanted = max(0, min(into.nbytes, size - offset))
             if not wanted:
                 return 0
             with self._mapped(f"read {key}", key):
                 data = self._system().cat_file(path, start=offset, end=offset + wanted)
                 if len(data) > wanted:
                     raise OSError(errno.EIO, f"{len(data)} bytes came, {wanted} were asked for")
-                view[: len(data)] = data
-            if len(data) == view.nbytes:
+                into.write(0, data)
+            if len(data) == into.nbytes:
                 return len(data)
             # It was the size that ended the read: an object that took its place since has another.
             before, size = size, self.size(key)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_view, flat_views
+from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -61,10 +61,10 @@ class LimitStore(StoreWrapper):
         self._pace(sum(view.nbytes for view in flat_views(buffers)))
         super().put(key, buffers, mode=mode, watch=watch)
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Wait until the bytes may come, then read them. See `Store.read_into`."""
-        self._pace(fill_view(offset, buffer).nbytes)
-        return super().read_into(key, offset, buffer)
+        self._pace(sum(view.nbytes for view in fill_views(offset, buffers)))
+        return super().read_into(key, offset, *buffers)
 
     def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         if self._slots is None:

@@ -28,7 +28,7 @@ from dist_ckpt.storage.base import (
     check_keys,
     check_mode,
     check_prefix,
-    fill_view,
+    fill_views,
     flat_views,
 )
 from dist_ckpt.storage.direct import DirectIO
@@ -119,12 +119,12 @@ class LocalStore:
                     raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error
                 raise AlreadyExists(f"{key} already exists in {self.url}") from error
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """Fill `buffers` from `offset` of `key`. See `Store.read_into`."""
         path = self._path(key)
-        view = fill_view(offset, buffer)
+        views = fill_views(offset, buffers)
         with self._mapped(f"read {key}", path, reading=key):
-            return self._current(path, lambda: self._read(key, view, offset))
+            return self._current(path, lambda: self._read(key, views, offset))
 
     def size(self, key: str) -> int:
         """Return the size of `key` in bytes. See `Store.size`."""
@@ -187,12 +187,12 @@ class LocalStore:
     def close(self) -> None:
         """Release nothing: no file stays open between calls."""
 
-    def _read(self, key: str, view: memoryview, offset: int) -> int:
+    def _read(self, key: str, views: Sequence[memoryview], offset: int) -> int:
         # Not to be held up by a pipe that bears the name of an object.
         fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._check_regular(key, os.fstat(fd))
-            return self._direct.read(fd, view, offset)
+            return self._direct.read(fd, views, offset)
         finally:
             os.close(fd)
 

@@ -17,10 +17,11 @@ from dist_ckpt.storage.base import (
     check_keys,
     check_mode,
     check_prefix,
-    fill_view,
+    fill_views,
     flat_views,
     watched,
 )
+from dist_ckpt.storage.scatter import Scatter
 
 
 @dataclass(slots=True)
@@ -79,11 +80,11 @@ class MemoryStore:
                 raise AlreadyExists(f"{key} already exists in {self.url}")
             self._space.objects[key] = data
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` of `key`. See `Store.read_into`."""
-        view = fill_view(offset, buffer)
-        part = memoryview(self._get(key))[offset : offset + view.nbytes]
-        view[: part.nbytes] = part
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """Fill `buffers` from `offset` of `key`. See `Store.read_into`."""
+        into = Scatter(fill_views(offset, buffers))
+        part = memoryview(self._get(key))[offset : offset + into.nbytes]
+        into.write(0, part)
         return part.nbytes
 
     def size(self, key: str) -> int:

@@ -55,9 +55,9 @@ class MeterStore(StoreWrapper):
         run = partial(self.inner.put, key, buffers, mode=mode, watch=watch)
         self._measured("put", key, run, lambda _: nbytes)
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Read and count the bytes that there were. See `Store.read_into`."""
-        run = partial(self.inner.read_into, key, offset, buffer)
+        run = partial(self.inner.read_into, key, offset, *buffers)
         return self._measured("read_into", key, run, lambda count: count)
 
     def list_entries(self, prefix: str = "") -> Iterator[Entry]:

@@ -25,7 +25,7 @@ from dist_ckpt.storage.base import (
     check_keys,
     check_mode,
     check_prefix,
-    fill_view,
+    fill_views,
     flat_views,
     is_key,
 )
@@ -44,6 +44,7 @@ from dist_ckpt.storage.s3_errors import (
     to_error,
 )
 from dist_ckpt.storage.s3_upload import Upload
+from dist_ckpt.storage.scatter import Scatter
 
 _T = TypeVar("_T")
 
@@ -154,18 +155,18 @@ class S3Store:
         if not stored:
             raise AlreadyExists(f"{key} already exists in {self.url}")
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` by several requests at once. See `Store.read_into`.
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """Fill `buffers` by several requests at once. See `Store.read_into`.
 
         All bytes are of one version of the object, or it fails.
         """
         target = self._target(key)
-        view = fill_view(offset, buffer)
-        if not view.nbytes:
+        into = Scatter(fill_views(offset, buffers))
+        if not into.nbytes:
             self.size(key)
             return 0
         with self._mapped(f"read {key}", key):
-            return self._run(Download(self._client, target, offset, view).run)
+            return self._run(Download(self._client, target, offset, into).run)
 
     def size(self, key: str) -> int:
         """Return the size of `key` in bytes. See `Store.size`."""

@@ -10,10 +10,10 @@ from functools import partial
 from dist_ckpt.storage.multipart import MIB, spans
 from dist_ckpt.storage.s3_client import Answer, Client, stall_watch, together
 from dist_ckpt.storage.s3_errors import BEHIND_THE_END, FOREIGN, Changed, Truncated, code_of
+from dist_ckpt.storage.scatter import Scatter
 
-MIN_PIECE_BYTES = 8 * MIB
-MAX_PIECE_BYTES = 16 * MIB
-
+# As large as what peers ask for at once: less costs processor time for each request.
+_PIECE_BYTES = 16 * MIB
 _TRIES = 3
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-\d+/(?P<total>\d+)")
 
@@ -24,12 +24,6 @@ class _Version:
     nbytes: int
 
 
-def piece_bytes(nbytes: int, *, at_once: int) -> int:
-    """Return the size of the pieces in which to read `nbytes`, so that `at_once` have one each."""
-    share = -(-nbytes // at_once)
-    return min(max(-(-share // MIB) * MIB, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
-
-
 class Download:
     """One range of one object.
 
@@ -37,16 +31,14 @@ class Download:
         client: makes the requests.
         target: `Bucket` and `Key`.
         offset: of the first byte wanted.
-        view: where the bytes go; not empty.
+        into: where the bytes go; not empty.
     """
 
-    def __init__(
-        self, client: Client, target: dict[str, str], offset: int, view: memoryview
-    ) -> None:
+    def __init__(self, client: Client, target: dict[str, str], offset: int, into: Scatter) -> None:
         self._client = client
         self._target = target
         self._offset = offset
-        self._view = view
+        self._into = into
         self._version: _Version | None = None
 
     async def run(self) -> int:
@@ -62,8 +54,7 @@ class Download:
 
     async def _read(self) -> int:
         self._version = None
-        size = piece_bytes(self._view.nbytes, at_once=self._client.concurrency)
-        pieces = spans(self._view.nbytes, size)
+        pieces = spans(self._into.nbytes, _PIECE_BYTES)
         counts = await together(
             (partial(self._read_piece, *piece) for piece in pieces),
             at_once=min(len(pieces), self._client.concurrency),
@@ -100,7 +91,7 @@ class Download:
                         progress()
                         if len(chunk) > end - done:
                             raise Truncated(f"more bytes than {byte_range} arrived")
-                        self._view[done : done + len(chunk)] = chunk
+                        self._into.write(done, chunk)
                         done += len(chunk)
                 finally:
                     body.close()
@@ -111,7 +102,7 @@ class Download:
         return done - start
 
     def _end(self, stop: int) -> int:
-        """Return where in the view the object ends, at most `stop`."""
+        """Return where in the range the object ends, at most `stop`."""
         return min(stop, self._version.nbytes - self._offset) if self._version else 0
 
     def _check_version(self, answer: Answer, first: int) -> None:

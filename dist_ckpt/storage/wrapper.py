@@ -80,9 +80,9 @@ class StoreWrapper(ABC):
         """See `Store.put`."""
         self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """See `Store.read_into`."""
-        return self._around("read_into", key, lambda: self.inner.read_into(key, offset, buffer))
+        return self._around("read_into", key, lambda: self.inner.read_into(key, offset, *buffers))
 
     def size(self, key: str) -> int:
         """See `Store.size`."""

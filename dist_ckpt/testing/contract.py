@@ -138,6 +138,19 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
         assert store.read_into("k", 0, target) == 16
         assert target.tobytes() == bytes(range(16))
 
+    @pytest.mark.parametrize("offset", [0, 3])
+    def test_reads_to_several_buffers(self, store: Store, offset: int) -> None:
+        """Buffers are filled one after another, as if they were one, up to the end."""
+        store.put("k", [b"0123456789"])
+        target = bytearray(b"." * 24)
+        view = memoryview(target)
+        buffers = [view[1:4], view[4:4], view[8:12].cast("I"), view[13:21]]
+        assert store.read_into("k", offset, *buffers) == 10 - offset
+        filled = bytes(target[1:4] + target[8:12] + target[13:21])
+        assert filled == b"0123456789"[offset:] + b"." * (5 + offset)
+        assert target.count(b".") == 24 - (10 - offset)
+        assert store.read_into("k", 0) == 0
+
     def test_read_refuses_bad_arguments(self, store: Store) -> None:
         """A negative offset and a buffer that cannot be filled are mistakes of the caller."""
         store.put("k", [b"0123456789"])
@@ -147,6 +160,8 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
             store.read_into("k", 0, memoryview(b"1234"))
         with pytest.raises(UsageError, match="contiguous"):
             store.read_into("k", 0, memoryview(bytearray(8))[::2])
+        with pytest.raises(UsageError, match="read-only"):
+            store.read_into("k", 0, memoryview(bytearray(4)), memoryview(b"1234"))
 
     def test_missing_key_is_not_found(self, store: Store) -> None:
         """What does not exist, a folder and what would be below an object are no keys."""

@@ -57,6 +57,21 @@ class LargeContract:
         assert store.read_into("large", start, memoryview(found)[1 : 1 + size]) == len(expected)
         assert found == b"." + expected + b"." * (size - len(expected) + 1)
 
+    @pytest.mark.parametrize("step", [1 << 20, (1 << 20) + 5])
+    def test_large_object_to_several_buffers(self, store: Store, step: int) -> None:
+        """Buffers that begin on a page, of whole pages or not, with memory between them."""
+        data = bytes(_fill(memoryview(bytearray(self.large_bytes))))
+        store.put("large", [data])
+        memory = memoryview(mmap.mmap(-1, 3 * self.large_bytes))
+        apart = -(-step // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
+        count = -(-self.large_bytes // step)
+        # One more than there is: the last ones stay as they are.
+        buffers = [memory[n * apart : n * apart + step] for n in range(count + 1)]
+        assert store.read_into("large", 0, *buffers) == self.large_bytes
+        assert b"".join(buffers)[: self.large_bytes] == data
+        assert not any(b"".join(buffers)[self.large_bytes :])
+        assert not any(any(memory[n * apart + step : (n + 1) * apart]) for n in range(count))
+
     @pytest.mark.parametrize("mode", ["create", "replace"])
     def test_large_object_that_exists(self, store: Store, other: Store, mode: PutMode) -> None:
         """However an object goes up, creating it again is refused, and replacing replaces all."""

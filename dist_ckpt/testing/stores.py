@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_view, flat_views
+from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
+from dist_ckpt.storage.scatter import Scatter
 from dist_ckpt.storage.wrapper import CHANGES, OPERATIONS, Operation, StoreWrapper
 
 __all__ = [
@@ -146,14 +147,14 @@ class FaultyStore(_KeyByKey):
         if any(isinstance(fault, Truncate | Flip) for fault in faults):
             # Damaged in a copy: the caller's own bytes stay as they are.
             data = bytearray().join(flat_views(buffers))
-            buffers = [data[: _damage(faults, memoryview(data), len(data))]]
+            buffers = [data[: _damage(faults, [memoryview(data)], len(data))]]
         _run(faults, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Read, then damage what was read as the rules say. See `Store.read_into`."""
         faults = self._faults("read_into", key)
-        count = _run(faults, lambda: self.inner.read_into(key, offset, buffer))
-        return _damage(faults, fill_view(offset, buffer), count)
+        count = _run(faults, lambda: self.inner.read_into(key, offset, *buffers))
+        return _damage(faults, fill_views(offset, buffers), count)
 
     def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         return _run(self._faults(operation, key), run)
@@ -267,8 +268,8 @@ def _run(faults: Sequence[Fault], run: Callable[[], _T]) -> _T:
     return result
 
 
-def _damage(faults: Sequence[Fault], data: memoryview, count: int) -> int:
-    """Flip bits in the first `count` bytes of `data`; return how many of them shall be left."""
+def _damage(faults: Sequence[Fault], views: Sequence[memoryview], count: int) -> int:
+    """Flip bits in the first `count` bytes of `views`; return how many of them shall be left."""
     left = count
     for fault in faults:
         if isinstance(fault, Truncate):
@@ -276,5 +277,7 @@ def _damage(faults: Sequence[Fault], data: memoryview, count: int) -> int:
         elif isinstance(fault, Flip):
             if not -count <= fault.at < count:
                 raise UsageError(f"{fault} lies outside the {count} bytes of the operation")
-            data[fault.at if fault.at >= 0 else count + fault.at] ^= 1
+            at = fault.at if fault.at >= 0 else count + fault.at
+            (view,) = Scatter(views).cut(at, at + 1)
+            view[0] ^= 1
     return left

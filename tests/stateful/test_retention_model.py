@@ -156,7 +156,7 @@ class Life:
         outer = self
 
         class Meanwhile(FaultyStore):
-            def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+            def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
                 nonlocal victim
                 if victim is not None and key.endswith("manifest.json"):
                     self.inner.delete([manifest_key(victim)])
@@ -164,7 +164,7 @@ class Life:
                     gone, victim = victim, None
                     if key == manifest_key(gone):
                         raise NotFound("deleted by hand")
-                return super().read_into(key, offset, buffer)
+                return super().read_into(key, offset, *buffers)
 
         self.save(gap, loss, Meanwhile(self.store, []))
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.filling import Filling
+from dist_ckpt.dcp import filling
+from dist_ckpt.dcp.filling import Filling, Landing
 from dist_ckpt.dcp.planner import LocalBox
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.format.boxes import Box
@@ -34,18 +35,37 @@ def wants(index: Index, targets: Sequence[LocalBox]) -> list[Wanted]:
 
 
 def read(
-    opened: Checkpoint, targets: Sequence[LocalBox], *, unit: int = 1, most: int = 1 << 20
+    opened: Checkpoint,
+    targets: Sequence[LocalBox],
+    *,
+    unit: int = 1,
+    most: int = 1 << 20,
+    landing: bool = False,
 ) -> int:
-    """Fill `targets` with reads of whole units that are cut at `most`; return the bytes read."""
+    """Fill `targets` with reads of whole units that are cut at `most`; return the bytes read.
+
+    Args:
+        opened: where from.
+        targets: what to fill.
+        unit: bytes.
+        most: bytes of one read.
+        landing: whether what can be is read straight to its place.
+    """
     files = Files([file.nbytes for file in opened.index.files], unit_bytes=unit)
-    filling = Filling(opened.index, wants(opened.index, targets), files, max_gap_bytes=unit)
-    pieces = cut(filling.needs, most_bytes=most)
+    planned = Filling(opened.index, wants(opened.index, targets), files, max_gap_bytes=unit)
+    pieces = cut(planned.needs, most_bytes=most)
     # Backwards, since the order does not matter.
     for start, stop in reversed(pieces.pairs()):
         data = memoryview(bytearray(stop - start))
         file, offset = files.place(start)
-        opened.read_into(file, offset, data)
-        filling.fill(start, data)
+        if landing:
+            landings = planned.land(start, data)
+            opened.read_into(file, offset, *(each.view for each in landings))
+            for each in landings:
+                planned.settle(each)
+        else:
+            opened.read_into(file, offset, data)
+            planned.fill(start, data)
     return pieces.nbytes
 
 
@@ -84,7 +104,10 @@ def test_any_cut_into_any_other(data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(1, 3)))
     ]
     unit = data.draw(st.sampled_from([1, 3, 16]))
-    read(opened, wanted, unit=unit, most=unit * data.draw(st.integers(1, 40)))
+    most = unit * data.draw(st.integers(1, 40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "_STRAIGHT_BYTES", data.draw(st.integers(1, 9)))
+        read(opened, wanted, unit=unit, most=most, landing=data.draw(st.booleans()))
     for target in wanted:
         expected = part_of(tensors[target.held.name], target.held.box)
         assert same_bits(target.memory, expected), target.held
@@ -200,3 +223,53 @@ def test_many_boxes_of_one_tensor_look_their_chunks_up(count: int) -> None:
     assert read(opened, targets) == count
     for target in targets:
         assert torch.equal(target.memory, part_of(whole, target.held.box))
+
+
+def landings_of(opened: Checkpoint, targets: Sequence[LocalBox]) -> list[Landing]:
+    files = Files([file.nbytes for file in opened.index.files], unit_bytes=1)
+    planned = Filling(opened.index, wants(opened.index, targets), files, max_gap_bytes=1)
+    ((start, stop),) = planned.needs.pairs()
+    return planned.land(start, memoryview(bytearray(stop - start)))
+
+
+def test_large_tensors_are_read_to_their_own_memory_and_the_rest_beside() -> None:
+    tensors = {"a": torch.rand(1 << 15), "b": torch.rand(7), "c": torch.rand(1 << 15)}
+    opened = checkpoint(
+        [[local(name, t, Box((0,), tuple(t.shape))) for name, t in tensors.items()]]
+    )
+    targets = [blank(name, t, Box((0,), tuple(t.shape))) for name, t in tensors.items()]
+    first, between, last = landings_of(opened, targets)
+    assert (first.straight, between.straight, last.straight) == (True, False, True)
+    for landing, target in ((first, targets[0]), (last, targets[2])):
+        landing.view[:4] = torch.full((1,), 7.0).numpy().tobytes()
+        assert target.memory[0] == 7
+        assert len(landing.view) == target.memory.nbytes
+
+
+def test_what_has_two_places_or_another_form_is_not_read_straight() -> None:
+    tensor = torch.rand(1 << 15)
+    box = Box((0,), (1 << 15,))
+    opened = checkpoint([[local("a", tensor, box)]])
+    twice = [blank("a", tensor, box) for _ in range(2)]
+    assert [each.straight for each in landings_of(opened, twice)] == [False]
+    strided = LocalBox(held("a", (1 << 15,), box), torch.empty(1 << 16)[::2])
+    assert [each.straight for each in landings_of(opened, [strided])] == [False]
+    cast = LocalBox(held("a", (1 << 15,), box), torch.empty(1 << 15, dtype=torch.float64))
+    assert [each.straight for each in landings_of(opened, [cast])] == [False]
+
+
+def test_two_stored_tensors_of_one_memory_are_not_read_over_each_other() -> None:
+    """A model that ties what was stored apart: one would be compared with the other's digests."""
+    box = Box((0,), (1 << 15,))
+    tensors = {"a": torch.rand(1 << 15), "b": torch.rand(1 << 15)}
+    opened = checkpoint([[local(name, t, box) for name, t in tensors.items()]])
+    memory = torch.empty(1 << 15)
+    targets = [LocalBox(held(name, (1 << 15,), box), memory) for name in tensors]
+    assert not any(each.straight for each in landings_of(opened, targets))
+    # Also where they have only a part of it in common.
+    memory = torch.empty(3 << 14)
+    targets = [
+        LocalBox(held("a", (1 << 15,), box), memory[: 1 << 15]),
+        LocalBox(held("b", (1 << 15,), box), memory[1 << 14 :]),
+    ]
+    assert not any(each.straight for each in landings_of(opened, targets))

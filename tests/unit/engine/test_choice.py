@@ -100,6 +100,16 @@ def test_an_outage_is_neither_damage_nor_emptiness() -> None:
             newest(FaultyStore(run(1, 2), [rule]))
 
 
+def test_older_ones_are_not_asked_about() -> None:
+    """A run on an object store has many, and each answer takes its time."""
+    asked = Fail(StorageError("asked"))
+    store = FaultyStore(run(1, 2, 3), [Rule("size", asked, key=manifest_key(1), nth=None)])
+    assert newest(store).step == 3
+    assert newest(store, refused={3: "damaged"}).step == 2
+    with pytest.raises(StorageError, match="asked"):
+        newest(store, refused={3: "damaged", 2: "damaged"})
+
+
 def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
     inner = run(1, 2)
     gone = Fail(NotFound("gone"))

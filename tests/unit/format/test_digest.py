@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import array
+from itertools import pairwise
 
 import pytest
 import xxhash
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format import digest
 from dist_ckpt.format.digest import (
     BLOCK_BYTES,
     block_count,
@@ -41,6 +43,17 @@ def test_whole_blocks_may_be_digested_apart() -> None:
     data = b"ab" * BLOCK_BYTES
     apart = block_digests(data[:BLOCK_BYTES]) + block_digests(data[BLOCK_BYTES:])
     assert apart == block_digests(data)
+
+
+@given(st.binary(max_size=64), st.lists(st.integers(0, 64), max_size=5))
+def test_buffers_are_digested_as_one(data: bytes, cuts: list[int]) -> None:
+    places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    parts = [data[start:stop] for start, stop in pairwise(places)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest, "BLOCK_BYTES", 8)
+        blocks = [data[start : start + 8] for start in range(0, len(data), 8)]
+        expected = b"".join(xxhash.xxh3_64_digest(block) for block in blocks)
+        assert block_digests(*parts) == expected
 
 
 @given(st.binary(max_size=64))

@@ -12,7 +12,7 @@ import botocore.exceptions as boto
 import pytest
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
-from dist_ckpt.storage import Backoff, Entry, S3Store, read_all
+from dist_ckpt.storage import Backoff, Entry, S3Store, read_all, s3_download
 from dist_ckpt.storage.s3_client import Client
 from tests.unit.storage.fake_s3 import BUCKET, FakeS3, Fault, refusal
 
@@ -216,6 +216,11 @@ class TestParts:
 
 
 class TestRead:
+    @pytest.fixture(autouse=True)
+    def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that `LARGE` is read by several requests."""
+        monkeypatch.setattr(s3_download, "_PIECE_BYTES", 4 * MIB)
+
     @pytest.mark.parametrize("cuts", [[0], [1, 2], [3 * MIB, 0]])
     def test_goes_on_where_it_broke_off(
         self, store: S3Store, fake: FakeS3, cuts: list[int]

@@ -24,7 +24,6 @@ from dist_ckpt.storage.multipart import (
     part_bytes,
     spans,
 )
-from dist_ckpt.storage.s3_download import MAX_PIECE_BYTES, MIN_PIECE_BYTES, piece_bytes
 
 sizes = st.one_of(
     st.integers(0, MAX_OBJECT_BYTES),
@@ -90,14 +89,6 @@ def test_cut_copies_nothing() -> None:
 def test_crc_is_that_of_the_concatenation(buffers: list[bytes]) -> None:
     expected = zlib.crc32(b"".join(buffers)).to_bytes(4, "big")
     assert crc32([memoryview(buffer) for buffer in buffers]) == base64.b64encode(expected).decode()
-
-
-@given(st.integers(1, 1 << 40), st.integers(1, 100))
-def test_pieces_of_a_read(nbytes: int, at_once: int) -> None:
-    size = piece_bytes(nbytes, at_once=at_once)
-    assert MIN_PIECE_BYTES <= size <= MAX_PIECE_BYTES
-    if MIN_PIECE_BYTES < size < MAX_PIECE_BYTES:
-        assert size * at_once >= nbytes
 
 
 class TestBody:

@@ -118,9 +118,9 @@ class WritesInPlace(LocalStore):
             for buffer in buffers[middle:]:
                 file.write(buffer)
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         with self._first_half:
-            count = super().read_into(key, offset, buffer)
+            count = super().read_into(key, offset, *buffers)
             if self._half.is_set():
                 self._looked.set()
         return count
@@ -190,15 +190,30 @@ class HidesWhoEndedThePut(Broken):
 class FillsTheWholeBuffer(Broken):
     """Clears what is behind the end of the object."""
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        count = super().read_into(key, offset, buffer)
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        count = super().read_into(key, offset, *buffers)
+        (buffer,) = buffers
         buffer[count:] = b"\0" * (len(buffer) - count)
         return count
 
 
+class FillsOneBuffer(Broken):
+    """Has no eyes for the others."""
+
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        return super().read_into(key, offset, *buffers[:1])
+
+
+class JoinsBuffers(Broken):
+    """Fills each from the offset on."""
+
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        return sum(super(JoinsBuffers, self).read_into(key, offset, each) for each in buffers)
+
+
 class CountsItems(Broken):
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        return super().read_into(key, offset, buffer) // buffer.itemsize
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        return super().read_into(key, offset, *buffers) // buffers[0].itemsize
 
 
 class OverwritesLarge(Broken):
@@ -219,7 +234,8 @@ class OverwritesLarge(Broken):
 class LosesThePiece(Broken):
     """Leaves out the second of the pieces in which it reads."""
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        (buffer,) = buffers
         whole = bytearray(len(buffer))
         count = super().read_into(key, offset, memoryview(whole))
         buffer[: 4 << 20] = whole[: 4 << 20]
@@ -230,9 +246,9 @@ class LosesThePiece(Broken):
 class ReadsToTheEndOfThePage(Broken):
     """Fills a little more than it was given, where there is more memory behind."""
 
-    def read_into(self, key: str, offset: int, buffer: memoryview) -> int:
-        count = super().read_into(key, offset, buffer)
-        behind = memoryview(buffer.obj)[-1:]
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        count = super().read_into(key, offset, *buffers)
+        behind = memoryview(buffers[0].obj)[-1:]
         behind[0] = 1
         return count
 
@@ -348,6 +364,12 @@ class TakesAnyKey(Broken):
             lambda s: contract.test_watch_that_raises_ends_the_put(s, "second", None),
         ),
         (FillsTheWholeBuffer, lambda s: contract.test_reads_at_offsets(s, 6, 10, b"6789")),
+        (FillsOneBuffer, lambda s: contract.test_reads_to_several_buffers(s, 0)),
+        (JoinsBuffers, lambda s: contract.test_reads_to_several_buffers(s, 0)),
+        (
+            FillsOneBuffer,
+            lambda s: contract.test_large_object_to_several_buffers(s, 1 << 20),
+        ),
         (CountsItems, lambda s: contract.test_read_fills_items_of_any_size(s)),
         (OverwritesLarge, lambda s: contract.test_large_object_that_exists(s, s, "create")),
         (LosesThePiece, lambda s: contract.test_ranges_of_a_large_object(s, 1, 9 << 20)),

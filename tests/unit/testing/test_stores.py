@@ -158,6 +158,12 @@ class TestDamage:
         assert read(store, "a/x") == b"0123456789"
         assert read(inner, "a/x") == b"0123456789"
 
+    def test_of_what_is_read_to_several_buffers(self, inner: Store) -> None:
+        store = FaultyStore(inner, [Rule("read_into", Flip(-2))])
+        parts = [memoryview(bytearray(size)) for size in (3, 6, 1)]
+        assert store.read_into("a/x", 0, *parts) == 10
+        assert b"".join(parts) == b"0123456799"
+
     def test_that_would_not_happen_is_a_mistake(self, inner: Store) -> None:
         store = FaultyStore(inner, [Rule("read_into", Flip(10)), Rule("put", Flip(-2))])
         with pytest.raises(UsageError, match="outside the 10 bytes"):
