@@ -32,7 +32,7 @@ class _Pace:
 
 # Each read is one request of the kernel. A few large ones keep a disk busy, and take little new
 # memory and few turns from digests and copies (docs/design/006).
-_DISK = _Pace(8 << 20, reads=5, threads=6)
+_DISK = _Pace(8 << 20, reads=6, threads=8)
 # Each is one request over a network, which many at a time fill; small ones cost processor time.
 _REMOTE = _Pace(16 << 20, reads=8, threads=8)
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -81,10 +82,6 @@ class Filling:
         self._stop = files.address(file[pieces.row], pieces.stop)[order]
         self._reach = np.maximum.accumulate(self._stop)
         self._want = pieces.want[order]
-        # What may be read straight to its place: bytes that have no second place, to memory that
-        # no other bytes go to. Else one would be compared while the other is written over it.
-        memory = np.array([_extent(each.local.memory) for each in wanted], np.int64).reshape(-1, 2)
-        self._straight = _are_apart(self._start, self._stop) & _are_apart(*memory.T)[self._want]
         self._row = pieces.row[order]
         # Nothing lies between two elements of such a box, and they come in its own order.
         self._whole = self._stop - self._start == np.array(nbytes, np.int64)[self._want]
@@ -143,6 +140,17 @@ class Filling:
     def devices(self) -> list[torch.device]:
         """The devices with memory that something goes to."""
         return list(dict.fromkeys(each.local.memory.device for each in self._wanted))
+
+    @cached_property
+    def _straight(self) -> NDArray[np.bool_]:
+        """What may be read straight to its place.
+
+        Bytes that have no second place, to memory that no other bytes go to: else one would be
+        compared while the other is written over it.
+        """
+        memory = np.array([_extent(each.local.memory) for each in self._wanted], np.int64)
+        start, stop = memory.reshape(-1, 2).T
+        return _are_apart(self._start, self._stop) & _are_apart(start, stop)[self._want]
 
     def _run(self, number: int, *, part: int) -> NDArray[np.uint8] | None:
         """Return the memory of piece `number` if it is one run of bytes, just as it is stored.

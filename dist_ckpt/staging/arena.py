@@ -20,7 +20,7 @@ Pin = Callable[[memoryview], Unpin]
 
 _PAGE_BYTES = mmap.PAGESIZE
 # A save that begins while the memory is being touched waits for one of these.
-_TOUCH_BYTES = 16 << 20
+_TOUCH_BYTES = 2 << 20
 # A guess that is too large by less than this, and by less than a 32nd, is kept.
 _SPARE_BYTES = 16 << 20
 _log = logging.getLogger("dist_ckpt")
