@@ -106,7 +106,8 @@ def _open(
 
 def _files_of(index: Index, selects_part: Callable[[str], bool]) -> list[int]:
     """Return the numbers of the files in which the selected parts lie, ascending."""
-    selected = np.array([selects_part(tensor.part) for tensor in index.tensors], bool)
+    chosen = {part: selects_part(part) for part in {tensor.part for tensor in index.tensors}}
+    selected = np.array([chosen[tensor.part] for tensor in index.tensors], bool)
     files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())
     files |= {entry.file for entry in index.objects if selects_part(entry.part)}
     return sorted(files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -69,6 +69,11 @@ class ElasticSampler:
         shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
+        if not isinstance(length, SupportsIndex):
+            raise UsageError(
+                f"ElasticSampler takes the number of samples, not a {type(length).__qualname__}: "
+                "give it len(dataset)"
+            )
         if global_batch < 1 or length < (global_batch if drop_last else 1):
             raise UsageError(
                 f"{length} samples make no batch of {global_batch}: lower global_batch"

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -303,6 +304,12 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], message: st
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ElasticSampler(arguments.pop("length"), **arguments)
+
+
+def test_a_dataset_is_not_its_length() -> None:
+    with pytest.raises(UsageError, match=r"not a Numbers: give it len\(dataset\)"):
+        ElasticSampler(Numbers(8), global_batch=2)  # type: ignore[arg-type]
+    assert ElasticSampler(np.int64(8), global_batch=2).length == 8  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
