@@ -11,26 +11,37 @@ import torch
 
 from dist_ckpt.staging.arena import Arena, aligned
 
+_KEPT_BYTES = 64 << 20
+"""How much memory a process keeps for its next load, at most."""
+
+_kept: list[Arena] = []  # one at most
+
 
 class BounceMemory:
     """Memory for bounce buffers, touched in the background from the moment this is made.
 
     A new page costs the kernel more than reading into it: where a reader is going to be busy with
-    something else for a while, its memory is made ready meanwhile.
+    something else for a while, its memory is made ready meanwhile. And what was used up to the end
+    of the context is kept for the next one of this process: up to 64 MiB.
 
     Args:
-        nbytes: a guess of how much it will be.
+        nbytes: a guess of how much it will be; 0 if it may be none.
     """
 
     def __init__(self, nbytes: int = 0) -> None:
-        self._arena = Arena()
+        self._arena = _taken() if nbytes else Arena()
         if nbytes:
             self._arena.prewarm(nbytes)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        # After a failure something given up may still write to it: then nobody else may use it.
+        if failed is None and 0 < self._arena.capacity_bytes <= _KEPT_BYTES:
+            self._arena.reset(self._arena.capacity_bytes)  # nobody touches it any more
+            _kept[:] = [self._arena]
+            self._arena = Arena()
         self.release()
 
     def release(self) -> None:
@@ -41,6 +52,13 @@ class BounceMemory:
         """Return `count` buffers of `nbytes`, each from a page on; those of before are void."""
         self._arena.reset(count * aligned(nbytes))
         return [self._arena.take(nbytes) for _ in range(count)]
+
+
+def _taken() -> Arena:
+    try:
+        return _kept.pop()  # atomic: of two loads at once one gets it
+    except IndexError:
+        return Arena()
 
 
 class BounceBuffers:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from dist_ckpt.staging import bounce
 from dist_ckpt.staging.bounce import BounceBuffers, BounceMemory
 
 _PAGE_BYTES = 4096
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounce, "_kept", [])
 
 
 @pytest.mark.parametrize("guess", [0, 1, 3 * _PAGE_BYTES, 1 << 20], ids=str)
@@ -27,6 +34,33 @@ def test_memory_may_be_cut_again_and_after_it_was_released() -> None:
     memory.release()
     assert [len(buffer) for buffer in memory.cut(1, 7)] == [7]
     memory.release()
+
+
+def address_of(memory: BounceMemory) -> int:
+    (buffer,) = memory.cut(1, 1 << 20)
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)
+
+
+def test_memory_of_a_load_that_went_well_is_used_by_the_next_one() -> None:
+    with BounceMemory(1 << 20) as memory:
+        first = address_of(memory)
+    # In pairs, since new memory may lie where some was just given back.
+    with BounceMemory(1 << 20) as memory, BounceMemory(1 << 20) as beside:
+        assert address_of(memory) == first
+        assert address_of(beside) != first
+    with pytest.raises(KeyError), BounceMemory(1 << 20):
+        raise KeyError
+    assert not bounce._kept
+
+
+def test_much_memory_is_given_back() -> None:
+    with BounceMemory(bounce._KEPT_BYTES + 1):
+        pass
+    assert not bounce._kept
+    with BounceMemory() as memory:
+        memory.cut(1, 100)
+        memory.release()
+    assert not bounce._kept
 
 
 def test_each_borrower_has_a_buffer_of_its_own() -> None:
