@@ -22,7 +22,7 @@ class _Pace:
     Attributes:
         nbytes: what is read at once, at most.
         reads: how many reads are under way.
-        threads: more than reads, so that reading goes on while some digest and copy.
+        threads: as many, or more: then reading goes on while some digest and copy.
     """
 
     nbytes: int
@@ -145,12 +145,9 @@ class Fetcher:
     def _read(self, address: int, views: Sequence[memoryview], turns: threading.Semaphore) -> None:
         file, offset = self._files.place(address)
         try:
-            with turns:
-                self._source.read_into(file, offset, *views)
-            if self._verify:
-                self._source.compare(file, offset, *views)
+            self._get(file, offset, views, turns)
         except IntegrityError as error:
-            names = self._damaged(file, offset, address, Scatter(views))
+            names = self._damaged(address, Scatter(views), turns)
             if not names:
                 raise
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
@@ -158,16 +155,22 @@ class Fetcher:
                 f"{error.message}. It holds bytes of {shown}", kind=error.kind, ranks=error.ranks
             ) from error
 
-    def _damaged(self, file: int, offset: int, address: int, into: Scatter) -> list[str]:
+    def _get(
+        self, file: int, offset: int, views: Sequence[memoryview], turns: threading.Semaphore
+    ) -> None:
+        with turns:
+            self._source.read_into(file, offset, *views)
+        if self._verify:
+            self._source.compare(file, offset, *views)
+
+    def _damaged(self, address: int, into: Scatter, turns: threading.Semaphore) -> list[str]:
         """Return the names of the tensors in the first unit that cannot be read."""
+        file, offset = self._files.place(address)
         unit = self._files.unit_bytes
         for start in range(0, into.nbytes, unit):
             stop = min(start + unit, into.nbytes)
-            piece = into.cut(start, stop)
             try:
-                self._source.read_into(file, offset + start, *piece)
-                if self._verify:
-                    self._source.compare(file, offset + start, *piece)
+                self._get(file, offset + start, into.cut(start, stop), turns)
             except IntegrityError as error:
                 if error.kind == ErrorKind.DIGEST:
                     return self._filling.names_in(address + start, address + stop)

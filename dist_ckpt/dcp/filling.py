@@ -16,7 +16,7 @@ from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.pieces import find_pieces
-from dist_ckpt.staging.copy import view_box
+from dist_ckpt.staging.copy import reach, view_box
 from dist_ckpt.storage.ranges import Column, Files, Ranges, join
 
 _STRAIGHT_BYTES = 64 << 10
@@ -249,10 +249,8 @@ def _extent(memory: torch.Tensor) -> tuple[int, int]:
     """Return the address of the first byte of a tensor, and that behind its last one."""
     if not memory.numel() or memory.device.type != "cpu":
         return 0, 0
-    pairs = zip(memory.shape, memory.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in pairs)
     start = memory.data_ptr()
-    return start, start + (last + 1) * memory.itemsize
+    return start, start + reach(memory) * memory.itemsize
 
 
 def _are_apart(start: Column, stop: Column) -> NDArray[np.bool_]:

@@ -30,6 +30,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.staging.copy import reach
 from dist_ckpt.state.layout import dtype_name
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
@@ -329,12 +330,7 @@ def _check_backed(part: str, name: str, memory: torch.Tensor, *, have: int) -> N
     """Refuse a tensor that reaches beyond its storage of `have` bytes: reading it would crash."""
     if not memory.numel():
         return
-    if memory.is_contiguous():
-        last = memory.numel() - 1
-    else:
-        pairs = zip(memory.shape, memory.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in pairs)
-    if have < (memory.storage_offset() + last + 1) * memory.itemsize:
+    if have < (memory.storage_offset() + reach(memory)) * memory.itemsize:
         raise UsageError(
             f"tensor {name!r} of part {part!r} has no memory: its storage of {have} bytes was "
             "freed or cut short. Give it its values back before it is saved"

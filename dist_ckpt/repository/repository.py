@@ -34,19 +34,23 @@ class Repository:
         Raises:
             StorageError: the listing failed; an outage never looks like an empty run.
         """
-        return sorted(self._committed())
+        return sorted(self.newest_first())
 
     def newest_first(self) -> Iterator[int]:
-        """Yield the committed steps, descending; each is asked for when it is its turn.
+        """Yield the committed steps, descending; one size request each, when it is its turn.
 
         Raises:
             StorageError: see `steps`.
         """
-        return self._committed()
+        names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
+        found = (parse_step_dir(name) for name in names)
+        for step in sorted((step for step in found if step is not None), reverse=True):
+            if self._is_committed(step):
+                yield step
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None when there is none."""
-        return next(self._committed(), None)
+        return next(self.newest_first(), None)
 
     def open(self, step: int) -> Checkpoint:
         """Open a committed checkpoint.
@@ -110,7 +114,7 @@ class Repository:
         check_step(step)
         self._check_can_commit()
         claims.check_owner(self.store, claim)
-        newest = next((found for found in self._committed() if found not in refused), -1)
+        newest = next((found for found in self.newest_first() if found not in refused), -1)
         if step < newest and step not in refused and self._is_committed(step):
             raise self._exists(step)
         if step == newest:
@@ -221,14 +225,6 @@ class Repository:
     def collect(self, *, claim: int, in_flight: Collection[str]) -> list[str]:
         """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""
         return collect_garbage(self.store, claim=claim, in_flight=in_flight)
-
-    def _committed(self) -> Iterator[int]:
-        """Committed steps, newest first; one size request each, so `latest` asks once or twice."""
-        names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
-        found = (parse_step_dir(name) for name in names)
-        for step in sorted((step for step in found if step is not None), reverse=True):
-            if self._is_committed(step):
-                yield step
 
     def _check_can_commit(self) -> None:
         can = self.store.capabilities

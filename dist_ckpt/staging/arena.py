@@ -19,7 +19,7 @@ Pin = Callable[[memoryview], Unpin]
 """Make memory reachable for a device, and return what takes that back."""
 
 _PAGE_BYTES = mmap.PAGESIZE
-# A save that begins while the memory is being touched waits for one of these.
+# Whoever needs the memory while it is being touched waits for one of these: a huge page.
 _TOUCH_BYTES = 2 << 20
 # A guess that is too large by less than this, and by less than a 32nd, is kept.
 _SPARE_BYTES = 16 << 20

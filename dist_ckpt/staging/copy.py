@@ -13,3 +13,11 @@ def view_box(tensor: torch.Tensor, box: Box, *, origin: tuple[int, ...]) -> torc
     for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
         view = view.narrow(dim, offset - origin[dim], size)
     return view
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Return how many elements of memory a tensor with elements spans, gaps between them too."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)

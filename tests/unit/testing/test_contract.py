@@ -204,11 +204,13 @@ class FillsOneBuffer(Broken):
         return super().read_into(key, offset, *buffers[:1])
 
 
-class JoinsBuffers(Broken):
-    """Fills each from the offset on."""
+class FillsEachFromTheOffset(Broken):
+    """Takes each buffer for the only one."""
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
-        return sum(super(JoinsBuffers, self).read_into(key, offset, each) for each in buffers)
+        return sum(
+            super(FillsEachFromTheOffset, self).read_into(key, offset, each) for each in buffers
+        )
 
 
 class CountsItems(Broken):
@@ -365,7 +367,7 @@ class TakesAnyKey(Broken):
         ),
         (FillsTheWholeBuffer, lambda s: contract.test_reads_at_offsets(s, 6, 10, b"6789")),
         (FillsOneBuffer, lambda s: contract.test_reads_to_several_buffers(s, 0)),
-        (JoinsBuffers, lambda s: contract.test_reads_to_several_buffers(s, 0)),
+        (FillsEachFromTheOffset, lambda s: contract.test_reads_to_several_buffers(s, 0)),
         (
             FillsOneBuffer,
             lambda s: contract.test_large_object_to_several_buffers(s, 1 << 20),
