@@ -43,7 +43,6 @@ def choose(
     refused: Mapping[int, str],
     *,
     fall_back: bool,
-    empty_is_new: bool,
     selects_part: Callable[[str], bool] = _every,
 ) -> Choice:
     """Open `step`, or the newest checkpoint that is not in `refused`.
@@ -53,31 +52,30 @@ def choose(
         step: which one, None for the newest.
         refused: steps already found to be damaged, with the reasons.
         fall_back: whether a damaged one is passed over for the next older one.
-        empty_is_new: whether a run without checkpoints is a choice (of none) and no error.
         selects_part: tells of a stored part whether anything of it is to be loaded; a lost file of
             the others is no reason to refuse.
 
     Raises:
-        NotFound: no such step, or nothing to load.
+        NotFound: no such step.
         IntegrityError: the checkpoint is damaged and may not be passed over, or all are damaged.
         IncompatibleError: it was written by a newer format; that is no damage to pass over.
     """
     if step is not None:
-        return _open(repository, step, {}, selects_part)
+        return _checked(repository.open(step), {}, selects_part)
     reasons = dict(refused)
     # One by one: a run on an object store would be asked about each of its steps otherwise.
-    for candidate in repository.newest_first():
+    for candidate in repository.candidates():
         if candidate in reasons:
             continue
         try:
-            return _open(repository, candidate, reasons, selects_part)
+            checkpoint = Checkpoint.read(repository.store, candidate)
+            return _checked(checkpoint, reasons, selects_part)
         except IntegrityError as error:
             if not fall_back:
                 raise
             reasons[candidate] = error.message
-        except NotFound as error:
-            # Deleted between the listing and now, by retention or by hand.
-            reasons[candidate] = error.message
+        except NotFound:
+            continue  # never committed, or deleted since the listing, by retention or by hand
     if reasons:
         listed = "; ".join(f"step {old}: {why}" for old, why in sorted(reasons.items()))
         raise IntegrityError(
@@ -85,19 +83,12 @@ def choose(
             f"lose them ({listed}). Repair or remove them, or begin a run elsewhere",
             kind=ErrorKind.MALFORMED,
         )
-    if empty_is_new:
-        return Choice(None)
-    repository.open_latest()  # there is none: raises the error that says what is there instead
-    raise NotFound(f"no checkpoint in {repository.store.url}", kind=ErrorKind.NO_CHECKPOINT)
+    return Choice(None)
 
 
-def _open(
-    repository: Repository,
-    step: int,
-    refused: dict[int, str],
-    selects_part: Callable[[str], bool],
+def _checked(
+    checkpoint: Checkpoint, refused: dict[int, str], selects_part: Callable[[str], bool]
 ) -> Choice:
-    checkpoint = repository.open(step)
     # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
     files = _files_of(checkpoint.index, selects_part)
     in_parallel(checkpoint.check_size, files, threads=min(_THREADS, len(files)))

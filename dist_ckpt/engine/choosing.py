@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from dist_ckpt.engine.choice import choose
+from dist_ckpt.engine.choice import Choice, choose
 from dist_ckpt.engine.coordinator import Topic
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
@@ -154,25 +154,35 @@ class Chooser:
         if self._own:
             self._job.claim()
         location = self._location()
-        foreign = None if self._call.place is None else find_foreign(location)
-        if foreign is not None:
-            foreign.check_sizes()
-            self._opened = foreign
-            return _Answer(foreign.step, location.text, foreign=foreign.message)
-        choice = choose(
+        # Whatever else lies in a run, its checkpoints come first.
+        choice = (
+            Choice(None)
+            if location.file is not None
+            else self._choose(location, fall_back=fall_back)
+        )
+        # Kept, because decoding an index of millions of chunks twice is felt.
+        self._opened = opened = choice.checkpoint
+        if opened is not None:
+            return _Answer(
+                opened.step,
+                location.text,
+                opened.manifest_bytes,
+                opened.index_bytes,
+                choice.refused,
+            )
+        if self._own and self._call.place is None:
+            return _Answer(None)
+        self._opened = foreign = find_foreign(location)
+        foreign.check_sizes()
+        return _Answer(foreign.step, location.text, foreign=foreign.message)
+
+    def _choose(self, location: Location, *, fall_back: bool) -> Choice:
+        return choose(
             Repository(location.store),
             location.step,
             self._refused,
             fall_back=fall_back,
-            empty_is_new=self._own and self._call.place is None,
             selects_part=self.options.selects_stored,
-        )
-        # Kept, because decoding an index of millions of chunks twice is felt.
-        self._opened = opened = choice.checkpoint
-        if opened is None:
-            return _Answer(None, refused=choice.refused)
-        return _Answer(
-            opened.step, location.text, opened.manifest_bytes, opened.index_bytes, choice.refused
         )
 
     def _location(self) -> Location:

@@ -7,7 +7,7 @@ from os import PathLike
 
 from dist_ckpt.engine.foreign import FILE_SUFFIXES, looked_for, open_foreign
 from dist_ckpt.engine.job import Place
-from dist_ckpt.errors import ErrorKind, NotFound, UsageError
+from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.foreign import ForeignSource
@@ -89,30 +89,23 @@ def open_source(location: Location) -> Source:
         IntegrityError: its description is damaged.
         IncompatibleError: it was written by a newer format.
     """
-    foreign = find_foreign(location)
-    if foreign is not None:
-        return foreign
+    if location.file is not None:
+        return find_foreign(location)
     run = Repository(location.store)
-    return run.open_latest() if location.step is None else run.open(location.step)
+    # Whatever else lies in a run, its checkpoints come first.
+    step = run.latest() if location.step is None else location.step
+    return find_foreign(location) if step is None else run.open(step)
 
 
-def find_foreign(location: Location) -> ForeignSource | None:
-    """Open what another program wrote at `location`; None where that is a run, or nothing at all.
+def find_foreign(location: Location) -> ForeignSource:
+    """Open what another program wrote at `location`, where no checkpoint of ours is.
 
     Raises:
-        NotFound: there is something, but no checkpoint.
+        NotFound: there is none either.
         IntegrityError: it is malformed or incomplete.
         IncompatibleError: it holds something that cannot be read.
     """
-    if location.file is not None:
-        return open_foreign(location.store, location.file)
-    # Whatever else lies in a run, its checkpoints come first.
-    if location.step is not None or Repository(location.store).latest() is not None:
-        return None
-    found = open_foreign(location.store)
-    if found is None and location.store.list_children():
-        raise NotFound(
-            f"no committed checkpoint in {location.store.url}: {looked_for()}",
-            kind=ErrorKind.NO_CHECKPOINT,
-        )
+    found = open_foreign(location.store, location.file)
+    if found is None:
+        raise Repository(location.store).no_checkpoint(looked_for())
     return found

@@ -42,11 +42,17 @@ class Repository:
         Raises:
             StorageError: see `steps`.
         """
+        return filter(self._is_committed, self.candidates())
+
+    def candidates(self) -> list[int]:
+        """Return the steps that have a directory, descending: those with a manifest are committed.
+
+        Raises:
+            StorageError: see `steps`.
+        """
         names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
         found = (parse_step_dir(name) for name in names)
-        for step in sorted((step for step in found if step is not None), reverse=True):
-            if self._is_committed(step):
-                yield step
+        return sorted((step for step in found if step is not None), reverse=True)
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None when there is none."""
@@ -256,9 +262,19 @@ class Repository:
                 f"no checkpoint of step {step} in {self.store.url}: the newest there are {shown}",
                 kind=ErrorKind.NO_CHECKPOINT,
             )
+        return self.no_checkpoint()
+
+    def no_checkpoint(self, looked_for: str = "") -> NotFound:
+        """Return the error of a place without a committed checkpoint: an empty one, or another.
+
+        Args:
+            looked_for: what else was looked for in vain, for the message.
+        """
         if self.store.list_children():
             return NotFound(
-                f"no committed checkpoint in {self.store.url}", kind=ErrorKind.NO_CHECKPOINT
+                f"no committed checkpoint in {self.store.url}"
+                + f": {looked_for}" * bool(looked_for),
+                kind=ErrorKind.NO_CHECKPOINT,
             )
         return NotFound(
             f"{self.store.url} is no run: there is nothing there; check the path",

@@ -176,6 +176,7 @@ class Sweeper(Protocol):
 
 
 # By the regex engine: a load asks for a key at each of its reads.
+_READ_AT_ONCE_BYTES = 1 << 18
 _UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -281,18 +282,25 @@ def _flat(buffer: Buffer) -> memoryview:
 
 
 def read_all(store: Store, key: str, *, limit_bytes: int = 1 << 32) -> bytes:
-    """Return the whole object under `key`.
+    """Return the whole object under `key`; a small one by a single request, so it is of one piece.
 
     Raises:
         NotFound: no such key.
         IntegrityError: the object is larger than `limit_bytes`, so it is not what it should be.
     """
-    nbytes = store.size(key)
+    # What is asked for by itself is nearly always small, and a question for its size would cost as
+    # much as the object.
+    head = memoryview(bytearray(_READ_AT_ONCE_BYTES))
+    count = store.read_into(key, 0, head)
+    nbytes = count if count < head.nbytes else store.size(key)
     if nbytes > limit_bytes:
         raise IntegrityError(
             f"{key} in {store.url} holds {nbytes} bytes, more than the {limit_bytes} it could be",
             kind=ErrorKind.MALFORMED,
         )
+    if nbytes <= count:
+        return bytes(head[:nbytes])
     data = bytearray(nbytes)
-    count = store.read_into(key, 0, memoryview(data))
+    data[:count] = head
+    count += store.read_into(key, count, memoryview(data)[count:])
     return bytes(data[:count])

@@ -10,8 +10,8 @@ from dist_ckpt.format.names import manifest_key
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.memory import MemoryStore
-from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
-from tests.unit.repository.runs import MODEL, new_store, save
+from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
+from tests.unit.repository.runs import MODEL, new_store, put_files, save
 
 
 def run(*steps: int) -> MemoryStore:
@@ -29,7 +29,7 @@ def damage(store: Store, step: int) -> None:
 def newest(
     store: Store, *, fall_back: bool = True, refused: dict[int, str] | None = None
 ) -> Choice:
-    return choose(Repository(store), None, refused or {}, fall_back=fall_back, empty_is_new=True)
+    return choose(Repository(store), None, refused or {}, fall_back=fall_back)
 
 
 def test_the_newest_with_what_rank_0_read() -> None:
@@ -58,14 +58,14 @@ def test_without_falling_back_damage_is_an_error() -> None:
     with pytest.raises(IntegrityError, match=MODEL):
         newest(store, fall_back=False)
     with pytest.raises(IntegrityError, match=MODEL):
-        choose(Repository(store), 2, {}, fall_back=True, empty_is_new=True)
+        choose(Repository(store), 2, {}, fall_back=True)
 
 
 def test_one_that_was_asked_for_is_never_exchanged() -> None:
     store = run(1, 2)
-    assert choose(Repository(store), 1, {}, fall_back=True, empty_is_new=True).step == 1
+    assert choose(Repository(store), 1, {}, fall_back=True).step == 1
     with pytest.raises(NotFound, match="step 5"):
-        choose(Repository(store), 5, {}, fall_back=True, empty_is_new=True)
+        choose(Repository(store), 5, {}, fall_back=True)
 
 
 def test_when_all_are_damaged_nothing_begins_anew() -> None:
@@ -77,10 +77,24 @@ def test_when_all_are_damaged_nothing_begins_anew() -> None:
     assert caught.value.kind == ErrorKind.MALFORMED
 
 
-def test_an_empty_run_is_new_or_an_error() -> None:
-    assert newest(new_store()) == Choice(None)
-    with pytest.raises(NotFound, match="is no run"):
-        choose(Repository(new_store()), None, {}, fall_back=False, empty_is_new=False)
+def test_what_was_never_committed_is_nothing_to_choose() -> None:
+    store = new_store()
+    assert newest(store) == Choice(None)
+    repository = Repository(store)
+    put_files(repository.begin(9, repository.claim()), b"a crash before the commit")
+    assert newest(store) == Choice(None)
+    save(store, 3)
+    assert newest(store).step == 3
+
+
+def test_each_thing_is_asked_for_once() -> None:
+    """On an object store each of these waits for an answer of its own."""
+    store = CrashStore(run(1, 2))
+    assert newest(store).step == 2
+    kinds = [kind for kind, _ in store.operations]
+    manifest_and_index = ["read_into", "read_into"]
+    assert kinds[:3] == ["list_children", *manifest_and_index]
+    assert set(kinds[3:]) == {"size"}, "one for each file"
 
 
 def test_a_newer_format_is_no_damage() -> None:
@@ -103,7 +117,7 @@ def test_an_outage_is_neither_damage_nor_emptiness() -> None:
 def test_older_ones_are_not_asked_about() -> None:
     """A run on an object store has many, and each answer takes its time."""
     asked = Fail(StorageError("asked"))
-    store = FaultyStore(run(1, 2, 3), [Rule("size", asked, key=manifest_key(1), nth=None)])
+    store = FaultyStore(run(1, 2, 3), [Rule("read_into", asked, key=manifest_key(1), nth=None)])
     assert newest(store).step == 3
     assert newest(store, refused={3: "damaged"}).step == 2
     with pytest.raises(StorageError, match="asked"):
@@ -111,12 +125,10 @@ def test_older_ones_are_not_asked_about() -> None:
 
 
 def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
-    inner = run(1, 2)
     gone = Fail(NotFound("gone"))
-    store = FaultyStore(inner, [Rule("read_into", gone, key=manifest_key(2))])
-    choice = newest(store)
-    assert choice.step == 1
-    assert 2 in choice.refused
+    store = FaultyStore(run(1, 2), [Rule("read_into", gone, key=manifest_key(2))])
+    assert newest(store).step == 1
+    assert store.fired == [1]
 
 
 def test_lost_files_of_parts_that_nobody_wants_are_no_damage() -> None:
@@ -127,7 +139,6 @@ def test_lost_files_of_parts_that_nobody_wants_are_no_damage() -> None:
         1,
         {},
         fall_back=False,
-        empty_is_new=False,
         selects_part=lambda part: part != "model",
     )
     assert choice.step == 1

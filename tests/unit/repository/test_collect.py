@@ -10,7 +10,7 @@ from dist_ckpt.errors import FencedError, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
 from dist_ckpt.repository import Repository, keep
 from dist_ckpt.repository.collect import delete_checkpoint
-from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
+from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Operation, Rule
 from tests.unit.repository.runs import commit, keys, manifest_of, new_store, put_files, save
 
 FOREIGN = (
@@ -133,10 +133,11 @@ def test_the_files_of_a_manifest_that_cannot_be_read_are_left(manifest: bytes) -
     assert keys(store) == before
 
 
-def test_an_outage_deletes_nothing() -> None:
+@pytest.mark.parametrize("operation", ["list_children", "read_into"])
+def test_an_outage_deletes_nothing(operation: Operation) -> None:
     inner = new_store()
     claim = save(inner, 1)
-    store = FaultyStore(inner, [Rule("size", Fail(StorageError("down")), nth=None)])
+    store = FaultyStore(inner, [Rule(operation, Fail(StorageError("down")), nth=None)])
     before = keys(inner)
     with pytest.raises(StorageError):
         Repository(store).collect(claim=claim, in_flight=())

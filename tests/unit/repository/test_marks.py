@@ -95,7 +95,8 @@ def test_a_note_goes_with_its_checkpoint_and_is_not_of_the_next_one() -> None:
 def test_manifests_are_read_once_and_what_was_deleted_is_gone() -> None:
     inner = new_store()
     save(inner, 1, 2, 3)
-    store = FaultyStore(inner, [Rule("read_into", Fail(StorageError("read twice")), nth=4)])
+    twice = Fail(StorageError("read twice"))
+    store = FaultyStore(inner, [Rule("read_into", twice, key="*/manifest.json", nth=4)])
     history = History(store)
     assert [record.step for record in history.read([1, 2, 3])] == [1, 2, 3]
     assert [record.step for record in history.read([3, 1])] == [1, 3]

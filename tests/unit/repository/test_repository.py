@@ -50,21 +50,27 @@ def test_foreign_names_are_no_steps() -> None:
     assert Repository(store).steps() == []
 
 
-@pytest.mark.parametrize("operation", ["list_children", "size"])
+@pytest.mark.parametrize("operation", ["list_children", "size", "read_into"])
 def test_an_outage_never_looks_like_an_empty_run(operation: Operation) -> None:
     inner = new_store()
     claim = save(inner, 1)
     down = FaultyStore(inner, [Rule(operation, Fail(StorageError("down")), nth=None)])
     repository = Repository(down)
-    for use in (
+    looking = [
         repository.steps,
         repository.latest,
-        repository.open_latest,
         lambda: repository.open(2),
-        lambda: repository.verify(1) if operation == "size" else repository.steps(),
         lambda: repository.begin(2, claim),
-        lambda: repository.retain(keep.latest(1), claim=claim, protected=()),
+    ]
+    reading = [
+        lambda: repository.open(1),
+        lambda: repository.verify(1),
         lambda: repository.collect(claim=claim, in_flight=()),
+    ]
+    for use in (
+        repository.open_latest,
+        lambda: repository.retain(keep.latest(1), claim=claim, protected=()),
+        *(reading if operation == "read_into" else looking),
     ):
         with pytest.raises(StorageError, match="down"):
             use()

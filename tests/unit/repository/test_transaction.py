@@ -82,7 +82,7 @@ def test_when_nobody_can_tell_the_failure_stands() -> None:
         new_store(),
         [
             Rule("put", Fail(StorageError("no answer"), after=True), key=MANIFESTS),
-            Rule("size", Fail(StorageError("down")), key=MANIFESTS, nth=2),
+            Rule("read_into", Fail(StorageError("down")), key=MANIFESTS),
         ],
     )
     with pytest.raises(StorageError, match="no answer"):
