@@ -123,6 +123,8 @@ def read_log(log: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def _kill_everything() -> None:
+    # A DataLoader raises here when a worker of its dies, and this process would outlive it.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # As a scheduler does it: workers left behind would look for their parent every 5 s only.
     for worker in multiprocessing.active_children():
         worker.kill()
