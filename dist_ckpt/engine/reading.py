@@ -240,8 +240,9 @@ class _Reading:
             size = max((place(extents)[-1] for extents in mine), default=0)
             buffers = BounceBuffers(1, size, devices=plan.filling.devices)
             for number, extents in enumerate(mine):
-                with buffers.lend() as memory:
-                    self._window(plan, group, number, (extents, memory))
+                buffer = buffers.take()
+                with buffers.using(buffer):
+                    self._window(plan, group, number, (extents, buffer.memory))
 
     def _window(
         self,

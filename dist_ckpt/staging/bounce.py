@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -61,6 +62,19 @@ def _taken() -> Arena:
         return Arena()
 
 
+@dataclass(frozen=True, slots=True)
+class BounceBuffer:
+    """Memory to read to, and the streams of the GPUs by which it is copied on.
+
+    Attributes:
+        memory: begins on a page.
+        streams: one for each GPU; none where bytes go to host memory only.
+    """
+
+    memory: memoryview
+    streams: Sequence[torch.cuda.Stream]
+
+
 class BounceBuffers:
     """A few buffers that several threads borrow in turn; only their first use pays for the memory.
 
@@ -83,30 +97,33 @@ class BounceBuffers:
         memory: BounceMemory | None = None,
     ) -> None:
         gpus = [device for device in devices if device.type == "cuda"]
-        self._free: queue.SimpleQueue[tuple[memoryview, list[torch.cuda.Stream]]]
-        self._free = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[BounceBuffer] = queue.SimpleQueue()
         buffers = None if gpus else (memory or BounceMemory()).cut(count, nbytes)
         for number in range(count):
             streams = [torch.cuda.Stream(device) for device in gpus]  # type: ignore[no-untyped-call]
             for stream in streams:
                 # What the training still does to a target is over before bytes get there.
                 stream.wait_stream(torch.cuda.current_stream(stream.device))
-            self._free.put((_pinned(nbytes) if buffers is None else buffers[number], streams))
+            view = _pinned(nbytes) if buffers is None else buffers[number]
+            self._free.put(BounceBuffer(view, streams))
+
+    def take(self) -> BounceBuffer:
+        """Borrow a buffer, to be given back by `using`; waits while all are lent."""
+        return self._free.get()
 
     @contextmanager
-    def lend(self) -> Iterator[memoryview]:
-        """Lend a buffer; copies out of it that were begun meanwhile are over when it is back."""
-        memory, streams = self._free.get()
+    def using(self, buffer: BounceBuffer) -> Iterator[None]:
+        """Copy out of `buffer` inside of this: copies begun here are over when it is given back."""
         try:
             with ExitStack() as stack:
-                for stream in streams:
+                for stream in buffer.streams:
                     stack.enter_context(torch.cuda.stream(stream))
-                yield memory
+                yield
         finally:
-            for stream in streams:
+            for stream in buffer.streams:
                 # The next borrower writes to this memory: no copy may still read from it.
                 stream.synchronize()
-            self._free.put((memory, streams))
+            self._free.put(buffer)
 
 
 def _pinned(nbytes: int) -> memoryview:

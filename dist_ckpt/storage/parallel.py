@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 ItemT = TypeVar("ItemT")
+HalfT = TypeVar("HalfT")
 
 
 def in_parallel(work: Callable[[ItemT], None], items: Iterable[ItemT], *, threads: int) -> None:
@@ -22,53 +24,163 @@ def in_parallel(work: Callable[[ItemT], None], items: Iterable[ItemT], *, thread
     Raises:
         BaseException: the first failure of any call; what was not begun by then is left out.
     """
-    shared = _Shared(work, items)
+    _run(_Items(work, items), threads)
+
+
+def in_two_steps(
+    first: Callable[[ItemT], HalfT],
+    second: Callable[[HalfT], None],
+    items: Iterable[ItemT],
+    *,
+    firsts: int,
+    seconds: int,
+    under_way: int,
+) -> None:
+    """Call `first` on each of `items` and `second` on what it returned, several of each at once.
+
+    First steps are those that wait, for a disk or a network, and second ones those that compute.
+    A thread goes on with a first step wherever one may begin, so the disk has its next request
+    before anybody computes, and without waiting for another thread to wake up.
+
+    Threads and failures are those of `in_parallel`.
+
+    Args:
+        first: what is done with an item in any order.
+        second: what is done with its result, in another thread as it may be.
+        items: taken in their order, one at a time.
+        firsts: how many first steps run at once, at most.
+        seconds: how many second steps run at once, at most.
+        under_way: how many items may be begun and not done, at most: what memory there is for.
+    """
+    steps = _Steps(first, second, items, firsts, seconds, under_way)
+    _run(steps, min(firsts + seconds, under_way))
+
+
+class _Jobs(Protocol):
+    """Whose jobs several threads do until there are no more."""
+
+    def next(self) -> Callable[[], None] | None:
+        """Return what this thread is to do next, None when there is nothing left for it."""
+
+    def stop(self) -> None:
+        """Give out no more."""
+
+
+def _run(jobs: _Jobs, threads: int) -> None:
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            while job := jobs.next():
+                job()
+        except BaseException as error:
+            # Kept for the caller: a thread that fails unheard would make half a file a success.
+            failures.append(error)
+            jobs.stop()
+
     helpers: list[threading.Thread] = []
     try:
         for _ in range(threads - 1):
-            helper = threading.Thread(target=shared.run, name="dist_ckpt-io")
+            helper = threading.Thread(target=run, name="dist_ckpt-io")
             try:
                 helper.start()
             except RuntimeError:
                 break  # no more threads can be had: those there are do it, in more time
             helpers.append(helper)
-        shared.run()
+        run()
         _join(helpers)
     except BaseException:
         # An interrupt while waiting: the threads still use what the caller is about to close.
-        shared.stop.set()
+        jobs.stop()
         _join(helpers)
         raise
-    if shared.failures:
-        raise shared.failures[0]
-
-
-class _Shared(Generic[ItemT]):
-    """What the threads of one call have in common."""
-
-    def __init__(self, work: Callable[[ItemT], None], items: Iterable[ItemT]) -> None:
-        self._work = work
-        self._items = iter(items)
-        self._lock = threading.Lock()
-        self.stop = threading.Event()
-        self.failures: list[BaseException] = []
-
-    def run(self) -> None:
-        """Take items until there is none left or a thread failed."""
-        try:
-            while not self.stop.is_set() and (taken := self._take()):
-                self._work(taken[0])
-        except BaseException as error:
-            # Kept for the caller: a thread that fails unheard would make half a file a success.
-            self.failures.append(error)
-            self.stop.set()
-
-    def _take(self) -> list[ItemT]:
-        # A generator cannot be resumed by two threads at once.
-        with self._lock:
-            return list(islice(self._items, 1))
+    if failures:
+        raise failures[0]
 
 
 def _join(threads: Iterable[threading.Thread]) -> None:
     for thread in threads:
         thread.join()
+
+
+class _Items(Generic[ItemT]):
+    """One job for each item."""
+
+    def __init__(self, work: Callable[[ItemT], None], items: Iterable[ItemT]) -> None:
+        self._work = work
+        self._items = iter(items)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def next(self) -> Callable[[], None] | None:
+        # A generator cannot be resumed by two threads at once.
+        with self._lock:
+            if not self._stopped:
+                for item in self._items:
+                    return partial(self._work, item)
+        return None
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+class _Steps(Generic[ItemT, HalfT]):
+    """Two jobs for each item, one after the other."""
+
+    def __init__(
+        self,
+        first: Callable[[ItemT], HalfT],
+        second: Callable[[HalfT], None],
+        items: Iterable[ItemT],
+        firsts: int,
+        seconds: int,
+        under_way: int,
+    ) -> None:
+        self._first = first
+        self._second = second
+        self._items = iter(items)
+        self._most_firsts = firsts
+        self._most_seconds = seconds
+        self._most_under_way = under_way
+        self._firsts = self._seconds = self._under_way = 0
+        self._halves: deque[HalfT] = deque()
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def next(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._stopped:
+                if self._firsts < self._most_firsts and self._under_way < self._most_under_way:
+                    for item in self._items:
+                        self._firsts += 1
+                        self._under_way += 1
+                        return partial(self._do_first, item)
+                if self._halves and self._seconds < self._most_seconds:
+                    self._seconds += 1
+                    return partial(self._do_second, self._halves.popleft())
+                if not self._under_way:
+                    break
+                self._changed.wait()
+        return None
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _do_first(self, item: ItemT) -> None:
+        half = self._first(item)
+        with self._changed:
+            self._firsts -= 1
+            self._halves.append(half)
+            self._changed.notify()
+
+    def _do_second(self, half: HalfT) -> None:
+        self._second(half)
+        with self._changed:
+            self._seconds -= 1
+            self._under_way -= 1
+            if self._under_way:
+                self._changed.notify()
+            else:
+                self._changed.notify_all()  # there may be nothing left for anybody

@@ -73,7 +73,7 @@ def test_a_read_goes_on_while_another_is_compared(
 ) -> None:
     tensor, opened = stored
     monkeypatch.setattr(fetching, "_SMALL_READS", 1)
-    monkeypatch.setattr(fetching, "_REMOTE", fetching._Pace(BLOCK_BYTES, reads=1, threads=2))
+    monkeypatch.setattr(fetching, "_REMOTE", fetching._Pace(BLOCK_BYTES, reads=1, under_way=2))
     source, target = Watched(opened), torch.zeros(COUNT)
     fetch(source, target)
     assert torch.equal(target, tensor)

@@ -66,9 +66,9 @@ def test_much_memory_is_given_back() -> None:
 def test_each_borrower_has_a_buffer_of_its_own() -> None:
     with BounceMemory(64) as memory:
         buffers = BounceBuffers(2, 10, devices=[], memory=memory)
-        with buffers.lend() as one, buffers.lend() as other:
-            one[:] = b"1" * 10
-            other[:] = b"2" * 10
-            assert bytes(one) == b"1" * 10
-        with buffers.lend() as again:
-            assert len(again) == 10
+        one, other = buffers.take(), buffers.take()
+        with buffers.using(one), buffers.using(other):
+            one.memory[:] = b"1" * 10
+            other.memory[:] = b"2" * 10
+            assert bytes(one.memory) == b"1" * 10
+        assert {len(buffers.take().memory), len(buffers.take().memory)} == {10}
