@@ -43,7 +43,7 @@ MAX_GAP_BYTES = 1 << 20
 # Small reads are a matter of latency, which only many at a time can hide.
 _SMALL_BYTES, _SMALL_READS = 4 << 20, 8
 
-# More than there are processors would only get in each other's way.
+# So many digest and copy faster than disks and networks of today deliver.
 _MOST_COMPUTING = 4
 
 
@@ -162,8 +162,10 @@ class Fetcher:
         reads, under_way = self._pace.reads, self._pace.under_way
         if nbytes // count <= _SMALL_BYTES:
             reads = max(reads, _SMALL_READS)
-            under_way = max(under_way, reads + _MOST_COMPUTING)
-        fitting = self._in_flight_bytes // max(largest, 1)
+            under_way = max(under_way, reads + _computing())
+        # No more memory than was made ready, and is kept, for reads of full size.
+        most_bytes = min(self._in_flight_bytes, self._pace.under_way * self._read_bytes)
+        fitting = most_bytes // max(largest, 1)
         return reads, max(1, min(under_way, fitting, count))
 
     def _land(self, start: int, bounce: memoryview) -> list[Landing]:
@@ -218,5 +220,6 @@ class Fetcher:
 
 def _computing() -> int:
     """Return how many threads digest and copy at once."""
+    # More than there are processors would only get in each other's way.
     affinity = getattr(os, "sched_getaffinity", None)  # unknown to some systems
     return min(_MOST_COMPUTING, len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,7 +64,7 @@ def choose(
         return _checked(repository.open(step), {}, selects_part)
     reasons = dict(refused)
     # One by one: a run on an object store would be asked about each of its steps otherwise.
-    for candidate in repository.candidates():
+    for candidate in _candidates(repository):
         if candidate in reasons:
             continue
         try:
@@ -84,6 +84,17 @@ def choose(
             kind=ErrorKind.MALFORMED,
         )
     return Choice(None)
+
+
+def _candidates(repository: Repository) -> Iterator[int]:
+    """Yield the steps that may be committed, descending, and then those that came meanwhile.
+
+    A trainer that keeps one checkpoint commits the next and deletes the one that was listed.
+    """
+    seen: set[int] = set()
+    while new := [step for step in repository.candidates() if step not in seen]:
+        yield from new
+        seen.update(new)
 
 
 def _checked(

@@ -60,7 +60,7 @@ class Checkpoint:
         manifest = manifest_format.decode(manifest_bytes, step=step)
         key = f"{step_dir(step)}/{manifest.index.key}"
         try:
-            index_bytes = read_all(store, key)
+            index_bytes = read_all(store, key, likely_bytes=manifest.index.nbytes)
         except NotFound as error:
             raise IntegrityError(
                 f"step {step} in {store.url}: its index {key} is missing",

@@ -76,13 +76,14 @@ class BounceBuffer:
 
 
 class BounceBuffers:
-    """A few buffers that several threads borrow in turn; only their first use pays for the memory.
+    """A few buffers that are borrowed in turn; only their first use pays for the memory.
 
-    Where bytes go on to a GPU the memory is pinned, and they go by a stream beside that of the
-    training, so that one thread's copy runs along with another's read.
+    One thread may fill a buffer and another one empty it. Where bytes go on to a GPU the memory is
+    pinned, and they go by a stream beside that of the training, so that copies run along with
+    reads.
 
     Args:
-        count: how many buffers there are, and so how many threads have one at a time.
+        count: how many buffers there are.
         nbytes: the size of each; it begins on a page.
         devices: where bytes may go on to.
         memory: what to make them of, if they need not be pinned; None for memory of their own.
@@ -108,7 +109,7 @@ class BounceBuffers:
             self._free.put(BounceBuffer(view, streams))
 
     def take(self) -> BounceBuffer:
-        """Borrow a buffer, to be given back by `using`; waits while all are lent."""
+        """Borrow a buffer, which `using` gives back; waits while all are lent."""
         return self._free.get()
 
     @contextmanager

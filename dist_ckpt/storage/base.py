@@ -176,7 +176,6 @@ class Sweeper(Protocol):
 
 
 # By the regex engine: a load asks for a key at each of its reads.
-_READ_AT_ONCE_BYTES = 1 << 18
 _UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -281,16 +280,26 @@ def _flat(buffer: Buffer) -> memoryview:
     return view.cast("B")
 
 
-def read_all(store: Store, key: str, *, limit_bytes: int = 1 << 32) -> bytes:
-    """Return the whole object under `key`; a small one by a single request, so it is of one piece.
+_READ_AT_ONCE_BYTES = 64 << 20
+
+
+def read_all(
+    store: Store, key: str, *, likely_bytes: int = 1 << 18, limit_bytes: int = 1 << 32
+) -> bytes:
+    """Return the whole object under `key`, of one version of it.
+
+    Args:
+        store: where it is.
+        key: its name.
+        likely_bytes: how large it is, at a guess: if it is not larger, one read is all it takes.
+        limit_bytes: how large it can be at most.
 
     Raises:
         NotFound: no such key.
         IntegrityError: the object is larger than `limit_bytes`, so it is not what it should be.
     """
-    # What is asked for by itself is nearly always small, and a question for its size would cost as
-    # much as the object.
-    head = memoryview(bytearray(_READ_AT_ONCE_BYTES))
+    # A question for its size first would cost an object store as much as the object.
+    head = memoryview(bytearray(min(likely_bytes, _READ_AT_ONCE_BYTES) + 1))
     count = store.read_into(key, 0, head)
     nbytes = count if count < head.nbytes else store.size(key)
     if nbytes > limit_bytes:
@@ -298,9 +307,9 @@ def read_all(store: Store, key: str, *, limit_bytes: int = 1 << 32) -> bytes:
             f"{key} in {store.url} holds {nbytes} bytes, more than the {limit_bytes} it could be",
             kind=ErrorKind.MALFORMED,
         )
-    if nbytes <= count:
-        return bytes(head[:nbytes])
+    if count < head.nbytes:
+        return bytes(head[:count])
+    # From its begin on once more: what was read may be of a version that was replaced since.
     data = bytearray(nbytes)
-    data[:count] = head
-    count += store.read_into(key, count, memoryview(data)[count:])
+    count = store.read_into(key, 0, memoryview(data))
     return bytes(data[:count])

@@ -63,8 +63,11 @@ class LimitStore(StoreWrapper):
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Wait until the bytes may come, then read them. See `Store.read_into`."""
-        self._pace(sum(view.nbytes for view in fill_views(offset, buffers)))
-        return super().read_into(key, offset, *buffers)
+        asked = sum(view.nbytes for view in fill_views(offset, buffers))
+        self._pace(asked)
+        count = super().read_into(key, offset, *buffers)
+        self._give_back(asked - count)
+        return count
 
     def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         if self._slots is None:
@@ -82,6 +85,12 @@ class LimitStore(StoreWrapper):
             self._free_at = begin + nbytes / self._rate
         if begin > now:
             self._sleep(begin - now)
+
+    def _give_back(self, nbytes: int) -> None:
+        """Take back bytes that `_pace` counted and that never came: the object is shorter."""
+        if self._rate is not None:
+            with self._lock:
+                self._free_at -= nbytes / self._rate
 
 
 class AdaptiveLimit:

@@ -145,10 +145,12 @@ class _Steps(Generic[ItemT, HalfT]):
         self._firsts = self._seconds = self._under_way = 0
         self._halves: deque[HalfT] = deque()
         self._stopped = False
-        self._changed = threading.Condition()
+        # Taken by itself: an interrupt inside of `with condition` may leave it locked for ever.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def next(self) -> Callable[[], None] | None:
-        with self._changed:
+        with self._lock:
             while not self._stopped:
                 if self._firsts < self._most_firsts and self._under_way < self._most_under_way:
                     for item in self._items:
@@ -164,20 +166,20 @@ class _Steps(Generic[ItemT, HalfT]):
         return None
 
     def stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._changed.notify_all()
 
     def _do_first(self, item: ItemT) -> None:
         half = self._first(item)
-        with self._changed:
+        with self._lock:
             self._firsts -= 1
             self._halves.append(half)
             self._changed.notify()
 
     def _do_second(self, half: HalfT) -> None:
         self._second(half)
-        with self._changed:
+        with self._lock:
             self._seconds -= 1
             self._under_way -= 1
             if self._under_way:

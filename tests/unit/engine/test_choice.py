@@ -131,6 +131,20 @@ def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
     assert store.fired == [1]
 
 
+def test_one_that_takes_the_place_of_the_newest_meanwhile_is_found() -> None:
+    """The run goes on, and keeps one checkpoint."""
+    inner = run(1)
+
+    class Goes(FaultyStore):
+        def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+            if key == manifest_key(1) and Repository(inner).latest() == 1:
+                save(inner, 2)
+                inner.delete([manifest_key(1)])
+            return super().read_into(key, offset, *buffers)
+
+    assert newest(Goes(inner, [])).step == 2
+
+
 def test_lost_files_of_parts_that_nobody_wants_are_no_damage() -> None:
     store = run(1)
     damage(store, 1)

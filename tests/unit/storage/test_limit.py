@@ -69,6 +69,18 @@ def test_bytes_a_second_are_those_of_puts_and_reads_together() -> None:
     assert clock.waits[2:] == [pytest.approx(2.0)]
 
 
+def test_bytes_behind_the_end_of_an_object_are_not_counted() -> None:
+    clock = _Clock()
+    store = LimitStore(
+        MemoryStore("limit/short"), max_bytes_per_second=1000.0, clock=clock, sleep=clock.wait
+    )
+    store.put("k", [bytes(100)], mode="replace")
+    clock.now += 60
+    store.read_into("k", 0, memoryview(bytearray(1_000_000)))
+    store.read_into("k", 0, memoryview(bytearray(1)))
+    assert clock.waits == [pytest.approx(0.1)]
+
+
 def test_limits_are_positive() -> None:
     with pytest.raises(UsageError, match="max_concurrent"):
         LimitStore(MemoryStore("limit/wrong"), max_concurrent=0)
