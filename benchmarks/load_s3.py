@@ -80,9 +80,7 @@ class _Bench:
 
     def close(self) -> None:
         """Remove what was written."""
-        self._store.close()
-        for place in (self._place, self._stock):
-            store = resolve(place)
+        for store in (self._store, resolve(self._stock)):
             store.delete(entry.key for entry in store.list_entries())
             store.close()
 

@@ -271,9 +271,9 @@ class Repository:
             looked_for: what else was looked for in vain, for the message.
         """
         if self.store.list_children():
+            besides = f": {looked_for}" if looked_for else ""
             return NotFound(
-                f"no committed checkpoint in {self.store.url}"
-                + f": {looked_for}" * bool(looked_for),
+                f"no committed checkpoint in {self.store.url}{besides}",
                 kind=ErrorKind.NO_CHECKPOINT,
             )
         return NotFound(

@@ -280,6 +280,7 @@ def _flat(buffer: Buffer) -> memoryview:
     return view.cast("B")
 
 
+# However large an object is said to be: what says so may be wrong.
 _READ_AT_ONCE_BYTES = 64 << 20
 
 
