@@ -92,13 +92,19 @@ class Holdings:
                 candidates += tiles
         return cls(len(held_by_rank), candidates, ties)
 
-    def replicas(self) -> list[list[int]]:
-        """For each rank, the positions of the boxes that it must hold just as others do."""
-        positions: list[list[int]] = [[] for _ in range(self.world_size)]
+    def replicas(self) -> list[dict[int, list[int]]]:
+        """For each rank, the positions of the boxes that it must hold just as others do.
+
+        They are grouped by the ranks that hold them: a group has the same number, and the same
+        boxes in the same order, on each of its ranks.
+        """
+        positions: list[dict[int, list[int]]] = [{} for _ in range(self.world_size)]
+        numbers: dict[tuple[int, ...], int] = {}
         for candidate in self.candidates:
             if len(candidate.holders) > 1 and not candidate.unequal:
+                number = numbers.setdefault(tuple(candidate.ranks), len(numbers))
                 for rank, position in candidate.holders:
-                    positions[rank].append(position)
+                    positions[rank].setdefault(number, []).append(position)
         return positions
 
 

@@ -26,6 +26,8 @@ class PlanRequest(msgspec.Struct, frozen=True):
         url: where to.
         plan: the number of the plan that this rank has for what it holds now, None without one.
         shared: digest of the encoded values of each group that several ranks hold alike.
+        replicas: digest of a sample of the boxes of each group that several ranks hold alike; the
+            first byte says how it was made.
         options: how it was asked to save, by the name of the option, as text.
         busy: whether it would rather skip this save, because one is in flight here.
     """
@@ -34,6 +36,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
     url: str
     plan: int | None
     shared: dict[int, str]
+    replicas: dict[int, bytes] = {}
     options: dict[str, str] = {}
     busy: bool = False
 
@@ -59,11 +62,15 @@ class PlanAnswer(msgspec.Struct, frozen=True):
         save_id: under which id to write; empty when the save is skipped.
         plan_holds: whether the plan of the save before still holds.
         skip: whether nothing is saved, on any rank, because some rank was busy.
+        turn: which sample of the replicas to take for the next save.
+        suspicious: whether the samples differ, so that all has to be compared.
     """
 
     save_id: str
     plan_holds: bool
     skip: bool = False
+    turn: int = 0
+    suspicious: bool = False
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -87,7 +94,7 @@ class RankPlan(msgspec.Struct, frozen=True):
         objects: the encoded values it writes besides those of its per-rank parts.
         groups: the encoded values that must be equal on several ranks, by number of the group.
         replicas: positions, in what it holds, of the boxes that other ranks hold too, and that
-            must have equal values there.
+            must have equal values there, by number of the group of ranks that hold them.
         replicated: whether any rank has such boxes.
     """
 
@@ -95,7 +102,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     owned: list[Owned]
     objects: list[ObjectName]
     groups: dict[int, list[ObjectName]]
-    replicas: list[int] = []
+    replicas: dict[int, list[int]] = {}
     replicated: bool = False
 
 

@@ -20,7 +20,12 @@ from dist_ckpt.engine.messages import (
     pack,
     unpack,
 )
-from dist_ckpt.engine.replicas import compare_replicas, digest_replicas
+from dist_ckpt.engine.replicas import (
+    compare_replicas,
+    digest_replicas,
+    digest_sample,
+    samples_differ,
+)
 from dist_ckpt.engine.snapshot import Snapshot
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 
@@ -79,7 +84,8 @@ class Planner:
             coordinator: the way to the other ranks.
             max_piece_bytes: a larger box is cut; None for no limit. The same on all ranks.
             check_replicas: whether what several ranks hold is compared before it is staged: at
-                every save, never, or (None) once for each plan. The same on all ranks.
+                every save, never, or (None) once for each plan and by samples after that. The same
+                on all ranks.
         """
         self._coordinator = coordinator
         self._max_piece_bytes = max_piece_bytes
@@ -87,12 +93,13 @@ class Planner:
         self._own: tuple[str, RankPlan] | None = None
         # The number of the plan whose replicas were found equal.
         self._checked = 0
+        self._turn = 0
         # Rank 0 only: the number of its newest plan, and what that was made of.
         self._number = 0
         self.held_by_rank: list[list[Held]] = []
         self.owned_by_rank: list[list[Owned]] = []
         self.ties: Mapping[TensorKey, str] = {}
-        self._replicas: list[list[int]] = []
+        self._replicas: list[dict[int, list[int]]] = []
 
     def agree(
         self,
@@ -115,7 +122,14 @@ class Planner:
         Raises:
             CheckpointError: the same on every rank.
         """
-        message = snapshot if isinstance(snapshot, BaseException) else self._ask(asked, snapshot)
+        message: bytes | BaseException
+        try:
+            # Raised in the round, where the other ranks wait for this one.
+            message = (
+                snapshot if isinstance(snapshot, BaseException) else self._ask(asked, snapshot)
+            )
+        except Exception as error:
+            message = error
         data = self._coordinator.round(
             topic.phase("plan"),
             message,
@@ -125,38 +139,50 @@ class Planner:
         answer = unpack(data, PlanAnswer)
         if isinstance(snapshot, BaseException):  # the round raised it on every rank
             raise snapshot
+        self._turn = answer.turn
         if answer.skip:
             return Agreed("", None)
         if answer.plan_holds and self._own is not None:
             plan = self._own[1]
         else:
             plan = self._plan_anew(snapshot, topic, deadline)
-        if plan.replicated and self._is_check_due(plan):
+        if plan.replicated and (answer.suspicious or self._is_check_due(plan)):
             self._compare(snapshot, plan, topic, deadline)
             # Only now: ranks that differ are told so at every save until they are made equal.
             self._checked = plan.number
         return Agreed(answer.save_id, plan)
 
     def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
-        number, digests = None, {}
+        number, digests, samples = None, {}, {}
         if self._own is not None and self._own[0] == snapshot.fingerprint:
             plan = self._own[1]
             number = plan.number
             digests = {group: snapshot.group_digest(names) for group, names in plan.groups.items()}
+            if self._check_replicas is None and not asked.busy:
+                samples = {
+                    group: digest_sample([snapshot.local[at] for at in positions], self._turn)
+                    for group, positions in plan.replicas.items()
+                }
         return pack(
-            PlanRequest(asked.step, asked.url, number, digests, dict(asked.options), asked.busy)
+            PlanRequest(
+                asked.step, asked.url, number, digests, samples, dict(asked.options), asked.busy
+            )
         )
 
     def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
         requests = [unpack(data, PlanRequest) for data in messages]
         check_same(requests, "save")
         check_same_options(requests)
+        # Told to all, since a rank that once missed an answer would take other samples for ever.
+        turn = self._turn + 1
         if any(request.busy for request in requests):
-            return pack(PlanAnswer("", plan_holds=False, skip=True))
+            return pack(PlanAnswer("", plan_holds=False, skip=True, turn=turn))
         # Every rank has to have this very plan: one that missed its share asks for a new one.
         holds = all(request.plan == self._number for request in requests)
         holds = holds and _groups_agree(requests)
-        return pack(PlanAnswer(begin(requests[0].step), holds))
+        suspicious = holds and samples_differ(request.replicas for request in requests)
+        save_id = begin(requests[0].step)
+        return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious))
 
     def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
         # Forgotten before the new one is there: a rank that misses its answer must not write by a
@@ -199,15 +225,21 @@ class Planner:
     ) -> None:
         message: bytes | BaseException
         try:
-            message = pack(digest_replicas([snapshot.local[number] for number in plan.replicas]))
+            message = pack(digest_replicas([snapshot.local[at] for at in _flat(plan.replicas)]))
         except Exception as error:  # a device that failed: the others wait in the round
             message = error
         self._coordinator.round(
             topic.phase("replicas"),
             message,
-            lambda all_: compare_replicas(self.held_by_rank, self._replicas, all_),
+            lambda all_: compare_replicas(
+                self.held_by_rank, [_flat(groups) for groups in self._replicas], all_
+            ),
             deadline=deadline,
         )
+
+
+def _flat(groups: Mapping[int, Sequence[int]]) -> list[int]:
+    return [position for positions in groups.values() for position in positions]
 
 
 def share_objects(

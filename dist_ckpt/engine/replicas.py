@@ -1,13 +1,14 @@
 """Are replicas equal? Ranks compare digests of what they hold alike.
 
 The first difference is named: rows of replicas that drifted apart would be a checkpoint of a state
-that no rank ever had.
+that no rank ever had. All is compared when a plan is new. Later saves compare a sample, another one
+each time, within the messages that they exchange anyway; all again where samples differ.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,14 +17,13 @@ import xxhash
 from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.engine.messages import ReplicaDigests, unpack
 from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.staging.checksum import bytes_of, checksum
 
 _log = logging.getLogger("dist_ckpt")
 
 _DIGEST_BYTES = 8
 # How the digest of a box was made. Digests are comparable where both letters are equal.
 _ON_HOST, _ON_DEVICE = b"h", b"d"
-_WORDS_AT_ONCE = 1 << 22
-"""How many elements a device widens to 64 bits at a time: temporary memory of some 100 MiB."""
 
 
 def digest_replicas(boxes: Sequence[LocalBox]) -> ReplicaDigests:
@@ -42,6 +42,64 @@ def digest_replicas(boxes: Sequence[LocalBox]) -> ReplicaDigests:
     fetched = iter(_fetch(sums))
     parts = [host[number] if number in host else next(fetched) for number in range(len(boxes))]
     return ReplicaDigests(b"".join(methods), b"".join(parts))
+
+
+SAMPLES = 32
+"""In so many saves everything is compared: what the last of them costs, each of them costs.
+
+A digest reads 29 GiB/s where the copy of a share writes 14 (two cores, x86-64): with four replicas
+of everything a sample takes 6 % of the time that the copies take.
+"""
+
+
+def digest_sample(boxes: Sequence[LocalBox], turn: int) -> bytes:
+    """Digest one of `SAMPLES` stretches of the memory of all `boxes` laid end to end.
+
+    Args:
+        boxes: what is held alike on other ranks, in the same order there.
+        turn: which stretch; they come round.
+
+    Returns:
+        A letter that says how it was made, and the digest; comparable where the letters are equal.
+    """
+    hasher = xxhash.xxh3_64()
+    sums: list[torch.Tensor] = []
+    methods: set[bytes] = set()
+    for memory, start, stop in _stretch([box.memory for box in boxes], turn % SAMPLES):
+        part = bytes_of(memory)[start:stop]
+        if part.device.type == "cpu":
+            methods.add(_ON_HOST)
+            hasher.update(part.numpy().data)
+        else:
+            methods.add(_ON_DEVICE)
+            sums.append(checksum(part))
+    for value in _fetch(sums):
+        hasher.update(value)
+    return b"".join(sorted(methods)) + hasher.digest()
+
+
+def samples_differ(samples_by_rank: Iterable[Mapping[int, bytes]]) -> bool:
+    """Tell whether two ranks of a group have comparable digests that are not equal."""
+    seen: dict[tuple[int, bytes], bytes] = {}
+    return any(
+        seen.setdefault((group, digest[:-_DIGEST_BYTES]), digest) != digest
+        for samples in samples_by_rank
+        for group, digest in samples.items()
+    )
+
+
+def _stretch(
+    memories: Sequence[torch.Tensor], number: int
+) -> Iterable[tuple[torch.Tensor, int, int]]:
+    """Return which bytes of which memory belong to the stretch `number`."""
+    total = sum(memory.nbytes for memory in memories)
+    low, high = total * number // SAMPLES, total * (number + 1) // SAMPLES
+    begin = 0
+    for memory in memories:
+        start, stop = max(low - begin, 0), min(high - begin, memory.nbytes)
+        if start < stop:
+            yield memory, start, stop
+        begin += memory.nbytes
 
 
 def compare_replicas(
@@ -72,37 +130,9 @@ def compare_replicas(
     return b""
 
 
-def checksum(memory: torch.Tensor) -> torch.Tensor:
-    """Return a 64-bit checksum of `memory` as an int64 tensor on its device.
-
-    Each 32-bit word (or byte, where they do not fit) is multiplied by an odd number that depends on
-    its place, in integers that wrap around: a change of one word always changes the sum, and one of
-    several all but always. Integer sums are the same in whatever order a device adds.
-    """
-    flat = _bytes_of(memory)
-    words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
-    total = torch.zeros((), dtype=torch.int64, device=memory.device)
-    for start in range(0, words.numel(), _WORDS_AT_ONCE):
-        part = words[start : start + _WORDS_AT_ONCE].to(torch.int64)
-        places = torch.arange(start, start + part.numel(), device=memory.device)
-        # Odd, so that it can be divided by modulo 2**64: no difference of one word is multiplied
-        # away. The golden ratio spreads neighbours over all 64 bits.
-        total += (part * ((places * _GOLDEN) | 1)).sum()
-    return total
-
-
-_GOLDEN = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as a signed number
-
-
 def _host_digest(memory: torch.Tensor) -> bytes:
     # Zero-copy where the tensor is contiguous, as nearly all are.
-    return xxhash.xxh3_64_digest(_bytes_of(memory).numpy().data)
-
-
-def _bytes_of(memory: torch.Tensor) -> torch.Tensor:
-    # Bits, not numbers: two NaNs may be equal replicas, and 0.0 and -0.0 are not.
-    flat = memory.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8)
+    return xxhash.xxh3_64_digest(bytes_of(memory).numpy().data)
 
 
 def _fetch(sums: Sequence[torch.Tensor]) -> list[bytes]:

@@ -179,7 +179,7 @@ def test_one_memory_under_two_names_is_written_once() -> None:
     written = [ranks[rank][box.held].name for rank, one in enumerate(decide(ranks)) for box in one]
     assert set(written) == {"a"}
     # What is written once is also compared once.
-    assert holdings.replicas() == [[0]] * 3
+    assert holdings.replicas() == [{0: [0]}] * 3
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dist_ckpt.dcp.holdings import Holdings
 from dist_ckpt.dcp.planner import Describer, LocalBox
 from dist_ckpt.engine.messages import ReplicaDigests, pack
-from dist_ckpt.engine.replicas import checksum, compare_replicas, digest_replicas
+from dist_ckpt.engine.replicas import (
+    SAMPLES,
+    compare_replicas,
+    digest_replicas,
+    digest_sample,
+    samples_differ,
+)
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool]
@@ -23,7 +27,10 @@ def compared(by_rank: list[dict[str, torch.Tensor]], **marks: Any) -> bytes:
     """Compare what ranks hold, as a save does."""
     local = [Describer().describe({"m": named}, **marks) for named in by_rank]
     held = [[box.held for box in boxes] for boxes in local]
-    replicas = Holdings.of(held).replicas()
+    replicas = [
+        [position for group in groups.values() for position in group]
+        for groups in Holdings.of(held).replicas()
+    ]
     digests = [
         pack(digest_replicas([boxes[number] for number in numbers]))
         for boxes, numbers in zip(local, replicas, strict=True)
@@ -69,7 +76,7 @@ def test_what_one_rank_alone_holds_is_not_digested() -> None:
         [box.held for box in Describer().describe({"m": {f"stage{rank}": torch.ones(2)}})]
         for rank in range(2)
     ]
-    assert Holdings.of(held).replicas() == [[], []]
+    assert Holdings.of(held).replicas() == [{}, {}]
 
 
 def test_digests_of_two_kinds_are_not_compared_and_that_is_said(
@@ -87,25 +94,46 @@ def test_nothing_to_digest() -> None:
     assert digest_replicas(list[LocalBox]()) == ReplicaDigests(b"", b"")
 
 
-@given(st.binary(min_size=1, max_size=64), st.data())
-def test_a_checksum_tells_any_changed_byte(content: bytes, data: st.DataObject) -> None:
-    def summed(raw: bytes) -> int:
-        return int(checksum(torch.frombuffer(bytearray(raw), dtype=torch.uint8)))
-
-    place = data.draw(st.integers(0, len(content) - 1))
-    other = data.draw(st.integers(0, 255).filter(lambda value: value != content[place]))
-    changed = content[:place] + bytes([other]) + content[place + 1 :]
-    assert summed(content) == summed(bytes(content))
-    assert summed(content) != summed(changed)
-    if content != content[::-1]:
-        assert summed(content) != summed(content[::-1]), "the order counts"
+def sample(turn: int, **named: torch.Tensor) -> bytes:
+    return digest_sample(Describer().describe({"m": named}), turn)
 
 
-def test_a_checksum_does_not_depend_on_how_much_is_widened_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tensor = torch.randn(1000)
-    whole = int(checksum(tensor))
-    monkeypatch.setattr("dist_ckpt.engine.replicas._WORDS_AT_ONCE", 7)
-    assert int(checksum(tensor)) == whole
-    assert int(checksum(tensor.view(torch.uint8)[:-1])) != whole
+@pytest.mark.parametrize("place", [0, 1, 500, 999, 1000, 1003])
+def test_one_round_of_samples_finds_any_change(place: int) -> None:
+    def state(change: float) -> dict[str, torch.Tensor]:
+        memory = torch.arange(1004.0)
+        memory[place] += change
+        return {"a": memory[:1000].view(20, 50).t(), "empty": torch.ones(0), "b": memory[1000:]}
+
+    found = [sample(turn, **state(0)) != sample(turn, **state(1)) for turn in range(SAMPLES)]
+    assert found.count(True) == 1
+    assert sample(SAMPLES, **state(0)) == sample(0, **state(0)), "they come round"
+
+
+def test_a_change_of_everything_shows_in_every_sample() -> None:
+    one, other = ({"w": torch.full((4096,), value)} for value in (1.0, 2.0))
+    assert all(sample(turn, **one) != sample(turn, **other) for turn in range(SAMPLES))
+
+
+def test_samples_of_two_kinds_are_not_compared() -> None:
+    host, device = b"h" + b"8 bytes ", b"d" + b"8 bytez "
+    assert not samples_differ([{0: host}, {0: device}, {0: host, 1: device}])
+    assert samples_differ([{0: host}, {0: device}, {0: b"h" + b"8 bytez "}])
+
+
+def test_groups_have_one_number_and_one_order_on_all_their_ranks() -> None:
+    boxes = {"all": torch.ones(2), "also": torch.ones(3)}
+    extra = {"pair": torch.ones(4)}
+    held = [
+        [box.held for box in Describer().describe({"m": named})]
+        for named in ({**extra, **boxes}, boxes, {**boxes, **extra})
+    ]
+    replicas = Holdings.of(held).replicas()
+    named = [
+        {group: [held[rank][at].name for at in positions] for group, positions in groups.items()}
+        for rank, groups in enumerate(replicas)
+    ]
+    assert named[0] == named[2]
+    assert sorted(named[0].values()) == [["all", "also"], ["pair"]]
+    (only,) = named[1]
+    assert named[1][only] == named[0][only] == ["all", "also"]
