@@ -34,16 +34,19 @@ class SaveOptions:
     Attributes:
         staging: "blocking": `save` returns when this rank's share is copied. "overlapped": what
             only an optimizer step changes is copied while training goes on, and the step waits if
-            it comes first. Not for steps that never come to `Optimizer.step`, such as the replay
-            of a CUDA graph that holds one.
+            it comes first. Whatever else writes to it meanwhile does not reach the checkpoint: in
+            host memory the writer gets a copy of its own, on a device the save fails and names
+            the tensor. Not for what writes past torch: the replay of a CUDA graph that holds a
+            step, another process, a pointer.
         when_busy: what a save does while the one before is still being written: "wait" for it,
             "skip" itself, or "replace" (cancel) the other.
         memory_limit_bytes: how much host memory the copy may take, at least 1 MiB; a larger share
             goes through it in turns, and `save` blocks for longer. None: as much as the share has.
             Python values are not counted.
         check_replicas: compare what ranks hold as copies of one tensor before they save it. None:
-            at the first save and whenever the structure of the state changed; True: at each save;
-            False: never.
+            all of it at the first save and whenever the structure of the state changed, and at
+            each other save one part in 32, another one each time; True: all at each save; False:
+            never.
 
     Raises:
         UsageError: an option has a value that it cannot have.

@@ -217,14 +217,14 @@ class Stager:
         return self._overlapped and box.stepped and box.memory.device.type in ("cpu", "cuda")
 
     def _copy(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
-        for device, targets, sources in _by_device(copies, local):
+        for device, targets, sources, _ in _by_device(copies, local):
             self._engine(device).copy(targets, sources)
 
     def _begin(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
         prepared = [
             # Views of their own: `parameter.data = other` must not reach a copy in flight.
-            self._engine(device).prepare(targets, [source.detach() for source in sources])
-            for device, targets, sources in _by_device(copies, local)
+            self._engine(device).prepare(targets, [source.detach() for source in sources], names)
+            for device, targets, sources, names in _by_device(copies, local)
         ]
         if not prepared:
             return
@@ -270,12 +270,14 @@ def _place(
 
 def _by_device(
     copies: Sequence[BoxCopy], local: Sequence[LocalBox]
-) -> Iterator[tuple[torch.device, list[torch.Tensor], list[torch.Tensor]]]:
-    grouped: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+) -> Iterator[tuple[torch.device, list[torch.Tensor], list[torch.Tensor], list[str]]]:
+    """Return for each device targets, sources and the names of the sources."""
+    grouped: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor], list[str]]] = {}
     for copy in copies:
         source = copy.source(local)
-        targets, sources = grouped.setdefault(source.device, ([], []))
+        targets, sources, names = grouped.setdefault(source.device, ([], [], []))
         targets.append(copy.target)
         sources.append(source)
-    for device, (targets, sources) in grouped.items():
-        yield device, targets, sources
+        names.append(local[copy.held].held.name)
+    for device, columns in grouped.items():
+        yield device, *columns

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import torch
 
+from dist_ckpt.errors import UsageError
 from dist_ckpt.staging.arena import Pin
+from dist_ckpt.staging.checksum import checksum
 from dist_ckpt.staging.pinning import pin_for
 
 Tensors = Sequence[torch.Tensor]
@@ -47,8 +49,17 @@ class CopyEngine(Protocol):
         """Fill each of `targets` from the one of `sources` beside it, of equal dtype and shape."""
         ...
 
-    def prepare(self, targets: Tensors, sources: Tensors) -> InFlight:
-        """Return what will do as `copy`; the sources must not change before it is done."""
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+        """Return what will do as `copy`, of the values that the sources have when it begins.
+
+        A step of an optimizer waits for it. Whatever else changes a source meanwhile either does
+        not reach the target, or `InFlight.wait` raises and says which source it was.
+
+        Args:
+            targets: see `copy`.
+            sources: see `copy`.
+            names: of the sources, for messages.
+        """
         ...
 
 
@@ -61,20 +72,23 @@ class HostCopies:
         """See `CopyEngine.copy`."""
         _copy_all(targets, sources, non_blocking=False)
 
-    def prepare(self, targets: Tensors, sources: Tensors) -> InFlight:
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
         """See `CopyEngine.prepare`; a thread copies, and leaves the interpreter to others."""
         return _HostCopying(targets, sources)
 
 
 class _HostCopying:
-    """A thread that copies."""
+    """A thread that copies from memory which torch moves every writer away from."""
 
     def __init__(self, targets: Tensors, sources: Tensors) -> None:
-        self._pairs: tuple[Tensors, Tensors] | None = (targets, sources)
+        self._targets = targets
+        self._sources = sources
+        self._pairs: tuple[Tensors, Tensors] | None = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
+        self._pairs = self._freeze()
         # No daemon: it ends by itself, and must not use memory after the interpreter is gone.
         thread = threading.Thread(target=self._run, name="dist_ckpt-copy")
         try:
@@ -94,7 +108,22 @@ class _HostCopying:
         if self._thread is not None:
             self._thread.join()
 
+    def _freeze(self) -> tuple[Tensors, Tensors]:
+        """Return what can be copied later; the rest is copied now."""
+        targets, sources = self._targets, self._sources
+        self._targets = self._sources = ()
+        frozen = [_frozen(source) for source in sources]
+        later: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        now: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for target, source, clone in zip(targets, sources, frozen, strict=True):
+            chosen, value = (now, source) if clone is None else (later, clone)
+            chosen[0].append(target)
+            chosen[1].append(value)
+        _copy_all(*now, non_blocking=False)
+        return later
+
     def _run(self) -> None:
+        # Dropped with the end of this function: from then on a writer takes the memory as it is.
         pairs, self._pairs = self._pairs, None
         try:
             if pairs is not None:
@@ -113,35 +142,55 @@ class CudaCopies:
 
     def copy(self, targets: Tensors, sources: Tensors) -> None:
         """See `CopyEngine.copy`; the device copies in the order of the current stream."""
-        copying = self.prepare(targets, sources)
+        # Nameless: this thread waits, so nothing can change beside the copies.
+        copying = self.prepare(targets, sources, ())
         copying.begin()
         copying.wait()
 
-    def prepare(self, targets: Tensors, sources: Tensors) -> InFlight:
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
         """See `CopyEngine.prepare`."""
-        return _CudaCopying(self._device, self._stream, targets, sources)
+        return _CudaCopying(self._device, self._stream, targets, sources, names)
 
 
 class _CudaCopying:
-    """Copies on a side stream, and the event at their end."""
+    """Copies on a side stream, and the event at their end.
+
+    Device memory cannot be moved away from under a writer, as host memory is: graphs and
+    communicators know its address. So what has a name is summed up before the copies, in the order
+    of the training, and after them, in that of the copies.
+    """
 
     def __init__(
-        self, device: torch.device, stream: torch.cuda.Stream, targets: Tensors, sources: Tensors
+        self,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+        targets: Tensors,
+        sources: Tensors,
+        names: Sequence[str],
     ) -> None:
         self._device = device
         self._stream = stream
         # Kept for as long as this is: the device writes to memory that it does not own.
         self._targets = targets
         self._sources = sources
+        self._names = names
+        self._sums: tuple[Tensors, Tensors] = ((), ())
+        self._changed: str | None = None
         self._done: torch.cuda.Event | None = None
 
     def begin(self) -> None:
         sources, self._sources = self._sources, ()
+        # On the stream of the training: whatever is enqueued there later comes after these.
+        before = [checksum(source) for source in sources] if self._names else []
         # What was enqueued before the save belongs to what is saved.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
                 _copy_all(self._targets, sources, non_blocking=True)
+                # Behind the copies: a change before or during one shows here, unless it was undone
+                # before the device came to this sum.
+                after = [checksum(source) for source in sources] if self._names else []
+            self._sums = before, after
         finally:
             # Also when it failed half-way: some copies are on their way.
             for source in sources:
@@ -150,13 +199,32 @@ class _CudaCopying:
             self._done = self._stream.record_event()
 
     def wait(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
+        if self._done is None:
+            return
+        self._done.synchronize()
+        if self._changed is None:
+            self._changed = self._find_changed()
+        if self._changed:
+            raise UsageError(
+                f"{self._changed} was changed between the save and the next step of an optimizer, "
+                'while it was being copied: save with staging="blocking", or change it before '
+                "save() or after the step"
+            )
 
     def before_change(self) -> None:
         # The device waits, this thread does not.
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def _find_changed(self) -> str:
+        """Return the name of the first source that changed, "" for none."""
+        (before, after), self._sums = self._sums, ((), ())
+        if not before:
+            return ""
+        # On the stream of the copies, not to wait for the training.
+        with torch.cuda.stream(self._stream):
+            equal = (torch.stack(list(before)) == torch.stack(list(after))).tolist()
+        return next((name for name, same in zip(self._names, equal, strict=True) if not same), "")
 
 
 def engine_for(device: torch.device) -> CopyEngine:
@@ -165,6 +233,27 @@ def engine_for(device: torch.device) -> CopyEngine:
 
 
 def _copy_all(targets: Tensors, sources: Tensors, *, non_blocking: bool) -> None:
+    if not targets:
+        return
     with torch.no_grad():
         # One call for all: no work of Python between two tensors, and the interpreter is free.
         torch._foreach_copy_(list(targets), list(sources), non_blocking=non_blocking)
+
+
+def _frozen(source: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor that keeps the values of `source`, and shares its memory while it can.
+
+    Whoever writes to that memory through torch first gets a copy of its own (copy on write): in
+    place, through `.data` or a view, by resizing it to nothing. None where torch cannot do that:
+    memory of files, of other processes, or that numpy knows the address of.
+
+    Torch 2.13 refuses to write, by an internal assertion, to a storage that was resized while it
+    was shared like this: that raises in the program that does it, and nothing wrong is stored.
+    """
+    if not source.untyped_storage().resizable():
+        return None  # numpy writes to it past torch
+    try:
+        # No public call does this; without it the copy is made at once.
+        return torch._lazy_clone(source.detach())  # noqa: SLF001
+    except (RuntimeError, AttributeError):
+        return None

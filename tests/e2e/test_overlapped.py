@@ -107,6 +107,58 @@ def test_steps_right_after_a_save_do_not_reach_it(
     training.check(tmp_path, training.was)
 
 
+def swap_average(training: Training) -> None:
+    for parameter in training.net.parameters():
+        parameter.data.copy_(torch.zeros_like(parameter))
+
+
+def reset_moments(training: Training) -> None:
+    for kept in training.optimizer.state.values():
+        kept["exp_avg"].zero_()
+        kept["exp_avg_sq"].data.fill_(1)
+
+
+def free_memory(training: Training) -> None:
+    for parameter in training.net.parameters():
+        parameter.untyped_storage().resize_(0)
+
+
+def load_other_weights(training: Training) -> None:
+    training.net.load_state_dict(Training().net.state_dict())
+
+
+def clamp(training: Training) -> None:
+    with torch.no_grad():
+        for parameter in training.net.parameters():
+            parameter.clamp_(-1e-3, 1e-3)
+
+
+def start_optimizer_anew(training: Training) -> None:
+    training.optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swap_average, reset_moments, free_memory, load_other_weights, clamp, start_optimizer_anew],
+)
+def test_writes_between_a_save_and_the_next_step_do_not_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Training], None]
+) -> None:
+    training = Training()
+    training.train()
+    was = {1: training.now()}
+    with monkeypatch.context() as patch:
+        late = copy_as_late_as_allowed(patch)
+        with dist_ckpt.Checkpointer(tmp_path, training.state, staging="overlapped") as ckpt:
+            ckpt.save(1)
+            change(training)
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).step()
+    assert late == ["copied"], "only after the change"
+    fresh = Training()
+    fresh.train()
+    fresh.check(tmp_path, was)
+
+
 def shard(net: torch.nn.Module) -> torch.nn.Module:
     fully_shard(net)
     return net

@@ -41,7 +41,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., InFlight]:
 
         monkeypatch.setattr(torch, "_foreach_copy_", copy)
         target, source = pair or (torch.zeros(3), torch.ones(3))
-        copying = HostCopies().prepare([target], [source])
+        copying = HostCopies().prepare([target], [source], ["w"])
         copying.begin()
         gate.reached.wait()
         return copying
@@ -71,7 +71,7 @@ def test_every_source_becomes_its_values_in_order(*, beside: bool) -> None:
         for each in sources
     ]
     if beside:
-        copying = HostCopies().prepare(targets, sources)
+        copying = HostCopies().prepare(targets, sources, list(SOURCES))
         copying.begin()
         copying.wait()
     else:
@@ -137,7 +137,7 @@ def test_without_a_thread_the_copy_is_made_at_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     target = torch.zeros(3)
-    copying = HostCopies().prepare([target], [torch.ones(3)])
+    copying = HostCopies().prepare([target], [torch.ones(3)], ["w"])
     copying.begin()
     copying.before_change()
     copying.wait()
@@ -148,7 +148,7 @@ def fork_while_copying() -> int:
     gate = Gate()
     original = torch._foreach_copy_
     torch._foreach_copy_ = gate.copy
-    copying = HostCopies().prepare([torch.zeros(3)], [torch.ones(3)])
+    copying = HostCopies().prepare([torch.zeros(3)], [torch.ones(3)], ["w"])
     copying.begin()
     hold_steps([copying])
     gate.reached.wait()
@@ -169,3 +169,58 @@ def fork_while_copying() -> int:
 
 def test_a_forked_process_does_not_wait_for_its_parents_copies() -> None:
     assert run_ranks(1, fork_while_copying) == [0]
+
+
+def exported() -> torch.Tensor:
+    made = torch.ones(3)
+    made.numpy()  # somebody may write to it past torch from now on
+    return made
+
+
+def shared() -> torch.Tensor:
+    made = torch.ones(3)
+    made.share_memory_()  # type: ignore[no-untyped-call]
+    return made
+
+
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "in place": lambda source: source.fill_(2),
+    "through .data": lambda source: source.data.clamp_(5, 6),
+    "through a view": lambda source: source.view(-1)[1:].zero_(),
+    "resized to nothing": lambda source: source.untyped_storage().resize_(0),
+    "exchanged": lambda source: setattr(source, "data", torch.zeros(3)),
+    "an optimizer of its own": lambda source: torch._foreach_add_([source], 1.0),
+    "numpy, later": lambda source: source.numpy().fill(4),
+    "numpy, before": lambda source: source.numpy().fill(4),
+    "another process": lambda source: source.fill_(2),
+}
+
+MEMORY: dict[str, Callable[[], torch.Tensor]] = {
+    "numpy, before": exported,
+    "another process": shared,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_no_writer_reaches_a_copy_in_flight(gated: Callable[..., InFlight], write: str) -> None:
+    gate = Gate()
+    target = torch.zeros(3)
+    source = MEMORY.get(write, lambda: torch.ones(3))()
+    if write in MEMORY:
+        gate.open.set()  # what torch cannot keep writers away from is copied at once
+    copying = gated(gate, target, source)
+    WRITES[write](source)
+    gate.open.set()
+    copying.wait()
+    assert torch.equal(target, torch.ones(3))
+
+
+def test_what_nobody_wrote_to_stays_where_it_is(gated: Callable[..., InFlight]) -> None:
+    gate = Gate()
+    source = torch.ones(3)
+    address = source.data_ptr()
+    copying = gated(gate, torch.zeros(3), source)
+    gate.open.set()
+    copying.wait()
+    source.add_(1)
+    assert source.data_ptr() == address

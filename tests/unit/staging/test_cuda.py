@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_ckpt.errors import UsageError
 from dist_ckpt.staging import copies
 from dist_ckpt.staging.arena import Arena
 from dist_ckpt.staging.copies import CudaCopies, engine_for
@@ -84,7 +85,7 @@ def test_copies_come_after_what_was_enqueued_and_before_what_steps(device: Devic
     engine = engine_for(DEVICE)
     assert isinstance(engine, CudaCopies)
     targets = [torch.zeros(3), torch.zeros(2)]
-    copying = engine.prepare(targets, [torch.ones(3), torch.ones(2)])
+    copying = engine.prepare(targets, [torch.ones(3), torch.ones(2)], ["a", "b"])
     copying.before_change()
     assert device.calls == [], "nothing is begun"
     copying.begin()
@@ -98,6 +99,7 @@ def test_copies_come_after_what_was_enqueued_and_before_what_steps(device: Devic
         "end of side",
         "training waits for the copies",  # and not the host
         "host waits for the copies",
+        "on side:",  # what was summed up is compared there
     ]
     assert all(bool(target.all()) for target in targets)
 
@@ -109,11 +111,33 @@ def test_a_copy_that_cannot_be_enqueued_still_guards_those_that_were(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(copies, "_copy_all", broken)
-    copying = CudaCopies(DEVICE).prepare([torch.zeros(3)], [torch.ones(3)])
+    copying = CudaCopies(DEVICE).prepare([torch.zeros(3)], [torch.ones(3)], ["w"])
     with pytest.raises(RuntimeError, match="out of memory"):
         copying.begin()
     copying.before_change()
     assert device.calls[2:] == ["keep for side", "end of side", "training waits for the copies"]
+
+
+@pytest.mark.parametrize("when", ["before its copy", "after its copy"])
+def test_what_changes_beside_the_copies_fails_the_save_by_its_name(
+    device: Device, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    sources = [torch.ones(3), torch.ones(2)]
+    original = copies._copy_all
+
+    def beside(*args: Any, **kwargs: Any) -> None:
+        if when == "after its copy":
+            original(*args, **kwargs)
+        sources[1].data.clamp_(5, 6)
+        if when == "before its copy":
+            original(*args, **kwargs)
+
+    monkeypatch.setattr(copies, "_copy_all", beside)
+    copying = CudaCopies(DEVICE).prepare([torch.zeros(3), torch.zeros(2)], sources, ["a", "b"])
+    copying.begin()
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"^b was changed between the save and the next step"):
+            copying.wait()
 
 
 def test_memory_is_pinned_on_the_device_that_copies_and_not_on_the_first(device: Device) -> None:
