@@ -9,7 +9,15 @@ imports torch.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+if find_spec("fcntl") is None:
+    # Named here: what would fail later is an import deep inside of the storage room.
+    raise ImportError(
+        "dist_ckpt runs on Linux and macOS: this Python has no module fcntl, which locking files "
+        "needs (on Windows use WSL 2)"
+    )
 
 if TYPE_CHECKING:
     from dist_ckpt import dcp as dcp

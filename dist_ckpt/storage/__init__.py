@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from dist_ckpt.storage.base import (
     Buffer,
     Capabilities,
@@ -22,8 +25,10 @@ from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.storage.retry import Backoff, RetryStore
-from dist_ckpt.storage.s3 import S3Store
 from dist_ckpt.storage.wrapper import StoreWrapper
+
+if TYPE_CHECKING:
+    from dist_ckpt.storage.s3 import S3Store
 
 __all__ = [
     "Backoff",
@@ -49,3 +54,16 @@ __all__ = [
     "read_all",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The client library for S3 is most of what there is to import: only for who goes there.
+    if name != "S3Store":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = import_module(f"{__name__}.s3").S3Store
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

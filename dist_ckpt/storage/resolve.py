@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,7 +20,6 @@ from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
 from dist_ckpt.storage.retry import RetryStore
-from dist_ckpt.storage.s3 import open_s3
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
@@ -93,7 +93,10 @@ def _open(
     url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None, conditional: bool
 ) -> Store:
     if scheme in ("s3", "s3a"):
-        return open_s3(url, rest, storage_options=options, conditional=conditional)
+        # Imported here, or every program that saves to a disk would load a client for S3.
+        s3 = import_module("dist_ckpt.storage.s3")
+        opened: Store = s3.open_s3(url, rest, storage_options=options, conditional=conditional)
+        return opened
     if scheme in _PLAIN:
         if options:
             raise UsageError(f"{url!r} takes no storage_options, but has {sorted(options)}")
