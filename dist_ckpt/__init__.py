@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if find_spec("fcntl") is None:
     # Named here: what would fail later is an import deep inside of the storage room.
     raise ImportError(
-        "dist_ckpt runs on Linux and macOS: this Python has no module fcntl, which locking files "
-        "needs (on Windows use WSL 2)"
+        "dist_ckpt needs a POSIX system, such as Linux: this Python has no module fcntl, which "
+        "locks files (on Windows use WSL 2)"
     )
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ message if anything was lost, repeated or changed.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import os
 import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,8 @@ SAVE_EVERY = 10
 KILL_AT = 40
 STEPS = 60  # where the first two runs end and the others go on
 CONTINUED_WITH = (1, 4)  # workers
-REPORT = ROOT / "demo-output" / "report.png"
+OUTPUT = ROOT / "demo-output"
+REPORT = "report.png"
 
 
 def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: Console) -> None:
@@ -46,7 +48,7 @@ def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: C
 
     Args:
         arguments: the command line.
-        folder: where logs and diaries go, and run directories unless there is a `store`.
+        folder: where picture, logs and diaries go, and run directories unless there is a `store`.
         store: URL below which run directories go, or "".
         console: where everything is shown.
 
@@ -86,8 +88,14 @@ def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: C
     console.print(_table([reference, killed, *continued]))
     for line in prove(reference, killed, continued, samples=epoch["samples"]):
         console.print(f"[green]proved[/] {line}", highlight=False, soft_wrap=True)
-    draw(_story(reference, killed, continued), REPORT)
-    console.print(f"picture {REPORT}", highlight=False, soft_wrap=True)
+    draw(_story(reference, killed, continued), folder / REPORT)
+    console.print(f"picture {folder / REPORT}", highlight=False, soft_wrap=True)
+    if not store:
+        console.print(
+            f"checkpoints {killed.phase.run} and beside it, until the next demo",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def copy_run(source: str, target: str) -> None:
@@ -97,6 +105,25 @@ def copy_run(source: str, target: str) -> None:
         copy.put(entry.key, [read_all(origin, entry.key)])
     for place in (origin, copy):
         place.close()
+
+
+def make_empty(folder: Path) -> bool:
+    """Make an empty folder that is this process's own until it ends; return False if it cannot be.
+
+    What an earlier demo left there goes.
+    """
+    folder.mkdir(exist_ok=True)
+    try:
+        # Never closed: the lock ends with the process.
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return True
 
 
 def remove_runs(store: str) -> None:
@@ -144,12 +171,17 @@ def main() -> int:
         "--store", metavar="URL", help="put the checkpoints below URL, not into a local folder"
     )
     parser.add_argument(
-        "--keep-output", type=Path, metavar="DIR", help="keep run directories and logs in DIR"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="put picture, run directories and logs into DIR (default: demo-output, made anew)",
     )
     arguments = parser.parse_args()
-    folder = arguments.keep_output
+    folder = arguments.output
     if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="dist_ckpt-demo-"))
+        folder = OUTPUT
+        if not make_empty(folder):
+            parser.error(f"another demo runs in {folder}: give --output DIR")
     elif folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
     # A name of its own, so that no earlier demo is resumed.
@@ -168,10 +200,8 @@ def main() -> int:
     else:
         console.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
         status = 0
-    if arguments.keep_output is None:
-        shutil.rmtree(folder)
-        if store:
-            remove_runs(store)
+    if store:
+        remove_runs(store)
     return status
 
 

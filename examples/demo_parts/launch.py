@@ -18,7 +18,7 @@ from examples.demo_parts.records import RecordError, read_losses
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT_NAMES = {"ddp": "DDP", "fsdp": "FSDP2"}
-DEADLINE_SECONDS = 240.0
+DEADLINE_SECONDS = 900.0
 # Asked to end, torchrun gives its workers 30 s before it kills them itself.
 GRACE_SECONDS = 40.0
 _POLL_SECONDS = 0.1

@@ -20,6 +20,7 @@ INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e7eb"
 PALE, SPAN, RED = "#9fc5e8", "#d3dde8", "#d1343f"
 COMMIT = "#1a7f5a"
 _BAR = 0.42  # height of a lane, whose rows are 1 apart
+_LABEL = 0.03  # width of a label of two digits, as a share of all seconds
 # Curves that lie on one another stay visible: the later, the thinner.
 CONTINUED = (("#f7c873", 8.0), ("#b79ad9", 5.5), ("#2a9d8f", 3.0), ("#7a1f4f", 1.1))
 
@@ -142,7 +143,7 @@ def _draw_curves(axes: Axes, story: Story) -> None:
     axes.text(
         killed.steps[-1] + 0.8,
         top,
-        "continued at other world sizes",
+        "continued at\nother world sizes",
         color=MUTED,
         size=9.5,
         va="top",
@@ -150,13 +151,20 @@ def _draw_curves(axes: Axes, story: Story) -> None:
     axes.set_xlim(0, max(curve.steps[-1] for curve in (killed, *story.continued)) + 1)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss (nats per byte)")
+    # Between the kill and where the others go on: the one place that nothing else is in.
     axes.legend(
-        loc="upper right", bbox_to_anchor=(1, 0.9), frameon=False, fontsize=9.5, labelcolor=INK
+        loc="upper left",
+        bbox_to_anchor=(last + 0.5, top),
+        bbox_transform=axes.transData,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
     )
     _dress(axes, grid="both")
 
 
 def _draw_lanes(axes: Axes, lanes: Sequence[Lane]) -> None:
+    seconds = max(stop for lane in lanes for _, stop in lane.training)
     for row, lane in enumerate(lanes):
         for start, stop in lane.training:
             axes.barh(row, stop - start, left=start, height=_BAR, color=SPAN, lw=0, zorder=2)
@@ -165,11 +173,20 @@ def _draw_lanes(axes: Axes, lanes: Sequence[Lane]) -> None:
             axes.plot([save.start, save.stop], [row, row], color=color, lw=3.5, zorder=3)
             if save.committed:
                 axes.plot([save.stop], [row], "D", color=color, ms=5.5, zorder=4)
-            place = {"ha": "center", "va": "bottom", "size": 8.5, "color": color}
-            axes.text(save.stop, row - _BAR / 2 - 0.05, str(save.step), place)
+        for near in close_together(lane.saves, seconds * _LABEL):
+            place = {"ha": "center", "va": "bottom", "size": 8.5}
+            place["color"] = COMMIT if near[-1].committed else RED
+            middle = (near[0].stop + near[-1].stop) / 2
+            label = ", ".join(str(save.step) for save in near)
+            axes.text(middle, row - _BAR / 2 - 0.05, label, place)
         if lane.resumed:
+            start, stop = lane.training[-1]
+            marks = [save.stop for save in lane.saves if save.stop >= start]
+            # Inside the bar where there is room before its first mark, else behind all of it.
+            inside = min([stop, *marks]) - start > 2.5 * seconds * _LABEL
             place = {"ha": "left", "va": "center", "size": 8.5, "color": MUTED}
-            axes.text(lane.training[-1][0], row, f" from {lane.resumed}", place)
+            text = f" from {lane.resumed}" if inside else f"   from {lane.resumed}"
+            axes.text(start if inside else max([stop, *marks]), row, text, place)
         if lane.killed is not None:
             _draw_restart(axes, row, lane.killed, lane.training[-1][0])
     axes.set_yticks(range(len(lanes)), [lane.label for lane in lanes])
@@ -202,6 +219,18 @@ def _draw_lanes(axes: Axes, lanes: Sequence[Lane]) -> None:
         handletextpad=0.5,
     )
     _dress(axes, grid="x")
+
+
+def close_together(saves: Sequence[Save], seconds: float) -> list[list[Save]]:
+    """Group saves that ended less than `seconds` after the one before: they share a label."""
+    groups: list[list[Save]] = []
+    for save in saves:
+        alike = groups and groups[-1][-1].committed == save.committed
+        if alike and save.stop - groups[-1][-1].stop < seconds:
+            groups[-1].append(save)
+        else:
+            groups.append([save])
+    return groups
 
 
 def _draw_restart(axes: Axes, row: int, killed: float, again: float) -> None:

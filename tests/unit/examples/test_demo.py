@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 
 from dist_ckpt.storage import MemoryStore, read_all
-from examples.demo import KILL_AT, SAVE_EVERY, STEPS, copy_run, prove, remove_runs
+from examples.demo import (
+    KILL_AT,
+    SAVE_EVERY,
+    STEPS,
+    copy_run,
+    make_empty,
+    prove,
+    remove_runs,
+)
 from examples.demo_parts.evidence import Evidence
 from examples.demo_parts.launch import Phase
 from examples.demo_parts.proofs import ProofFailed
 from examples.demo_parts.records import Attempt, Entry, Note
+from examples.demo_parts.report import Save, close_together
 
 EPOCH = STEPS + 20
 BATCH = 4
@@ -204,3 +213,26 @@ def test_run_is_copied_between_stores_and_removed() -> None:
     remove_runs("memory://demo-test/runs/copy")
     assert list(target.list_entries()) == []
     assert len(list(source.list_entries())) == 2
+
+
+def test_its_folder_is_made_empty_and_is_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "output"
+    assert make_empty(folder)
+    # Once more, as by another process: the lock is that of an open file.
+    (folder / "report.png").touch()
+    assert not make_empty(folder)
+    assert (folder / "report.png").exists(), "what the other one writes stays"
+
+
+def test_what_an_earlier_demo_left_goes(tmp_path: Path) -> None:
+    (tmp_path / "killed" / "run").mkdir(parents=True)
+    (tmp_path / "report.png").touch()
+    assert make_empty(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_would_overlap_are_one() -> None:
+    saves = [Save(step, at - 0.1, at, committed=True) for step, at in ((10, 1.0), (70, 2.0))]
+    saves += [Save(72, 2.1, 2.2, committed=True), Save(74, 2.2, 2.3, committed=False)]
+    found = [[save.step for save in group] for group in close_together(saves, 0.5)]
+    assert found == [[10], [70, 72], [74]]
