@@ -4,6 +4,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
+# How many tests run at once. They are heavy on the processor, not on waiting.
+WORKERS ?= 2
 
 .PHONY: help demo test soak bench-storage bench-saving bench-loading check venv clean
 
@@ -22,7 +24,7 @@ demo: venv ## train, kill a worker, resume at other world sizes, print the proof
 test: ## run all tests, on a real S3 server and network file system where that can be had
 	@$(PYTHON) tools/install_services.py & services=$$!; \
 	  $(MAKE) --no-print-directory venv && wait $$services
-	@$(RUN) -m pytest -q --durations=10 tests
+	@$(RUN) -m pytest -q --durations=10 -n $(WORKERS) --dist loadgroup tests
 
 soak: venv ## run the tests that take too long for every run
 	@$(RUN) -m pytest -q -m soak --timeout=3600 tests

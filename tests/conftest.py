@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 _places = itertools.count()
 
+_LONG_SECONDS = 1000
+_SERVERS = {"ceph", "s3_service", "cephfs"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out well between workers.
+
+    A server is started once: all tests that need one go to the same worker. The longest ones, which
+    have a limit of their own, come first, so that no worker is left alone with one at the end.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and _SERVERS.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("servers"))
+    items.sort(key=_is_short)
+
+
+def _is_short(item: pytest.Item) -> bool:
+    own = item.get_closest_marker("timeout")
+    return own is None or own.args[0] < _LONG_SECONDS
+
+
 
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[tuple[CephCluster | None, str]]:
@@ -51,9 +73,8 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
             if cluster is not None:
                 service = ceph_service(cluster)
             else:
-                terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-                assert isinstance(terminal, pytest.TerminalReporter)
-                terminal.write_line(f"\n{moto_line(reason)}")
+                # Past the capture; a worker has no terminal of its own.
+                sys.__stderr__.write(f"\n{moto_line(reason)}\n")
                 service = stack.enter_context(moto_service())
         environment = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in service.environment.items():
