@@ -190,6 +190,7 @@ Listener = Callable[[Event], None]
 
 _log = logging.getLogger("dist_ckpt")
 _listeners: list[Listener] = []
+_told: set[str] = set()
 _lock = threading.Lock()
 
 
@@ -222,3 +223,15 @@ def emit(event: Event) -> None:
                 describe(error),
                 exc_info=error,
             )
+
+
+def tell_once(message: str) -> None:
+    """Warn of what lies in a place and is passed by, once in this process for each message.
+
+    Such things stay where they are, and would be told again at every look.
+    """
+    with _lock:
+        if message in _told:
+            return
+        _told.add(message)
+    _log.warning("%s", message)

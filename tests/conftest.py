@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from tests.services.ceph import FILE_SYSTEM_PROGRAMS, CephCluster, ServiceFailed
+from tests.services.linkless import linkless_mount
 from tests.services.s3 import (
     S3Service,
     ceph_service,
@@ -86,6 +87,16 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
 def s3_name(s3_service: S3Service) -> str:
     """A place of the S3 server that no other test uses; see `S3Service.url`."""
     return f"place-{next(_places)}"
+
+
+@pytest.fixture(scope="session")
+def linkless_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mounted file system that has no hard links; only root can make one."""
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(linkless_mount(tmp_path_factory.mktemp("linkless")))
+        except PermissionError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ never assumed.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
 
 Buffer = bytes | bytearray | memoryview
 PutMode = Literal["create", "replace"]
@@ -162,21 +163,75 @@ class Store(Protocol):
         ...
 
 
+MayGo = Callable[[str], bool]
+"""Says of an unfinished object, by its key, whether it may go; of a folder, whose key ends in `/`,
+whether anything in it may. An unfinished file is asked about by its temporary name."""
+
+
+def everything(_: str) -> bool:
+    """Let everything go that a killed writer left."""
+    return True
+
+
 @runtime_checkable
 class Sweeper(Protocol):
     """What a store also offers whose killed writers leave something behind."""
 
-    def sweep(self, prefix: str = "") -> int:
+    def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> int:
         """Remove what killed writers left below the folder `prefix`; return how many things.
 
-        What a living writer, on this host or another, still needs is left alone, and no listed
-        object is touched.
+        What a living writer, on this host or another, still needs is left alone as far as the
+        backend can tell, no listed object is touched, and no link is followed.
+
+        Args:
+            prefix: where to look.
+            may_go: a store knows how its own unfinished objects look, not what others keep beside
+                them or what this job is writing: only what this takes is removed. Folders that it
+                does not take are not looked into.
         """
         ...
 
 
+@runtime_checkable
+class ExactDeleter(Protocol):
+    """What a store also offers that can look and delete in one step, or nearly so."""
+
+    def delete_exactly(self, key: str, data: bytes) -> bool:
+        """Remove the object under `key` only if it holds `data`; see the function of this name."""
+        ...
+
+
+def delete_exactly(store: Store, key: str, data: bytes) -> bool:
+    """Remove the object under `key` only if it holds exactly `data`.
+
+    Where the backend can compare and delete as one, nothing that was put in between goes; elsewhere
+    the object is read right before it is deleted.
+
+    Returns:
+        Whether it held that, and is gone now. False changes nothing.
+
+    Raises:
+        StorageError: the backend failed, and the object may be there still.
+    """
+    if isinstance(store, ExactDeleter):
+        return store.delete_exactly(key, data)
+    if not holds(store, key, data):
+        return False
+    store.delete([key])
+    return True
+
+
+def holds(store: Store, key: str, data: bytes) -> bool:
+    """Whether there is an object under `key`, and its bytes are `data`."""
+    try:
+        return read_all(store, key, likely_bytes=len(data)) == data
+    except (NotFound, IntegrityError):
+        return False
+
+
 # By the regex engine: a load asks for a key at each of its reads.
 _UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f]")
+_TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"[0-9a-f]{16}")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -205,6 +260,16 @@ def is_key(text: str) -> bool:
     except UsageError:
         return False
     return True
+
+
+def temporary_name() -> str:
+    """Return a new name for an unfinished object."""
+    return TEMPORARY_PREFIX + secrets.token_hex(8)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `name` is exactly one that `temporary_name` returns."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def check_prefix(prefix: str) -> str:

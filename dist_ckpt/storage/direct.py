@@ -34,7 +34,8 @@ _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 _WRITE_THREADS = 2
 _READ_THREADS = 8
 _HUGE_PAGE_BYTES = 2 << 20
-_NOT_PREALLOCATED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+_NOT_PREALLOCATED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # unknown to some systems
 
 # The one call that reserves room or says that it cannot: where a file system cannot,
@@ -122,7 +123,7 @@ class DirectIO:
             threads = min(_WRITE_THREADS, -(-nbytes // PIECE_BYTES))
             in_parallel(write, _cut(views, PIECE_BYTES), threads=threads)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in _NOT_DIRECT:
                 raise
             self._refuse(fd)
             return False
@@ -140,7 +141,7 @@ class DirectIO:
             try:
                 return _read_pieces(fd, views, offset, sector_bytes=_SECTOR_BYTES)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _NOT_DIRECT:
                     raise
                 self._refuse(fd)
         return _read_pieces(fd, views, offset, sector_bytes=1)
@@ -152,7 +153,7 @@ class DirectIO:
             # Turned on in an open file, so that it is certainly the file that was looked at.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | _O_DIRECT)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in _NOT_DIRECT:
                 raise
             self._refuse(fd)
             return False

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name beside its final one, made durable, then named, then the
 name is made durable. Its writer holds a lock on the temporary until that name is gone, which is
-how `remove_abandoned` tells what a killed writer left from what a living one still needs. No
+how a sweep tells what a killed writer left from what a living one still needs. No
 directory is ever renamed, and no decision rests on a time stamp.
 
 Everything here raises plain `OSError`; the store maps it.
@@ -13,19 +13,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from dist_ckpt.errors import StorageError
-from dist_ckpt.storage.base import TEMPORARY_PREFIX, PutMode, Watch
+from dist_ckpt.storage.base import PutMode, Watch, temporary_name
 from dist_ckpt.storage.direct import DirectIO, preallocate, write_buffered
+from dist_ckpt.storage.naming import Naming
 
 _ATTEMPTS = 100
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-_NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524)
+_NO_DIRECTORY_FSYNC = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EISDIR,
+    524,
+)
 
 
 def write_file(
@@ -35,6 +42,7 @@ def write_file(
     mode: PutMode,
     anchor: str,
     direct: DirectIO,
+    naming: Naming,
     watch: Watch | None,
 ) -> None:
     """Make `path` hold the bytes of `views`, durably, whole or not at all; see `Store.put`.
@@ -59,7 +67,7 @@ def write_file(
         for parent in _path_between(min(anchor, top, key=len), directory):
             sync_directory(parent)
         if mode == "create":
-            _link(fd, temporary, path)
+            naming.create(fd, temporary, path)
         else:
             os.replace(temporary, path)
     finally:
@@ -104,27 +112,31 @@ def look_again(root: str, directory: str) -> None:
             return
 
 
-def remove_abandoned(path: str) -> bool:
-    """Remove the temporary file `path` unless its writer lives; return whether it was removed."""
+def remove_exactly(path: str, data: bytes, naming: Naming) -> bool:
+    """Remove the file `path` only if it holds `data`; return whether it did, and is gone."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        if not _lock(fd):
+        if not _holds(path, data):
             return False
-        # Still locked: a writer that opened it just now finds it gone and takes another name.
-        os.unlink(path)
+        aside = os.path.join(os.path.dirname(path), temporary_name())
+        os.rename(path, aside)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    # Looked at once more where nobody else can reach it: what took the place of the file since the
+    # first look is given its name back, where it would have been lost by an unlink.
+    if _holds(aside, data):
+        os.unlink(aside)
         return True
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        # Without locks nobody can tell that the writer is dead, so the file stays.
-        if error.errno in _NO_LOCKS:
-            return False
-        raise
+    fd = os.open(aside, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        naming.create(fd, aside, path)
     finally:
-        os.close(fd)
+        _discard(fd, aside)
+    return False
+
+
+def _holds(path: str, data: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(data) + 1) == data
 
 
 def nearest_existing(path: str) -> str:
@@ -136,7 +148,10 @@ def nearest_existing(path: str) -> str:
     while True:
         try:
             os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            # What lies behind a link that leads round in circles does not exist either.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             path = os.path.dirname(path)
         else:
             return path
@@ -158,7 +173,7 @@ def prune(directory: str, root: str) -> None:
 def _open_temporary(directory: str) -> tuple[int, str, str]:
     """Return a locked descriptor, its path, and the highest directory that got a new name."""
     for _ in range(_ATTEMPTS):
-        temporary = os.path.join(directory, TEMPORARY_PREFIX + secrets.token_hex(8))
+        temporary = os.path.join(directory, temporary_name())
         try:
             top = _make_directories(directory)
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -217,32 +232,7 @@ def _path_between(top: str, directory: str) -> Iterator[str]:
     return reversed(chain)
 
 
-def _link(fd: int, temporary: str, path: str) -> None:
-    """Give the file its final name unless that exists: the one atomic step of a create."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # A network file system may do the link and lose the answer. Which file has the name tells
-        # who won; the count of names would not, which a host may remember from before.
-        if not _is_named(fd, path):
-            raise
-    except OSError as error:
-        if error.errno in _NO_LINKS:
-            raise StorageError(
-                f"cannot create {path}: its file system does not make hard links "
-                f"({error.strerror}), which an atomic create needs; use another file system"
-            ) from error
-        raise
-
-
-def _is_named(fd: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(fd: int) -> bool:
+def lock(fd: int) -> bool:
     """Take the lock on the open file, which dies with its holder; False if another holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,8 +243,8 @@ def _lock(fd: int) -> bool:
 
 def _lock_if_possible(fd: int) -> bool:
     try:
-        return _lock(fd)
+        return lock(fd)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         return True

@@ -18,32 +18,37 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.storage.base import (
-    TEMPORARY_PREFIX,
     Buffer,
     Capabilities,
     Entry,
+    MayGo,
     PutMode,
     Watch,
     check_key,
     check_keys,
     check_mode,
     check_prefix,
+    everything,
     fill_views,
     flat_views,
+    is_key,
 )
 from dist_ckpt.storage.direct import DirectIO
 from dist_ckpt.storage.durable import (
     look_again,
     nearest_existing,
     prune,
-    remove_abandoned,
+    remove_exactly,
     sync_directory,
     write_file,
 )
+from dist_ckpt.storage.naming import Naming
+from dist_ckpt.storage.sweeping import sweep_files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+# A link that leads back to itself leads to nothing.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _LOOKS = 3
 
 ResultT = TypeVar("ResultT")
@@ -57,18 +62,21 @@ class LocalStore:
 
     Args:
         path: relative to the working directory of now.
+        single_writer: the caller promises that one host at a time creates objects there. It counts
+            only on a mount without hard links, where creating is refused otherwise.
 
     Raises:
         UsageError: no path.
         StorageError: nobody can tell what exists there: no permission, or a broken disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, single_writer: bool = False) -> None:
         text = os.fspath(path)
         if not text or "\0" in text:
             raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
         self._root = os.path.abspath(text)
         self._direct = DirectIO()
+        self._naming = Naming(single_writer=single_writer)
         # What did not exist at this point may have been created since by a process that has not
         # made it durable yet, so every put makes the directories from here down durable itself.
         with self._mapped("find out what exists", self._root):
@@ -86,10 +94,11 @@ class LocalStore:
     def capabilities(self) -> Capabilities:
         """Everything: hard links are atomic, and files and directories are flushed to disk.
 
-        `direct_io` turns false where a mount was met that does not take it.
+        `direct_io` turns false where a mount was met that does not take it, and `atomic_create`
+        where one was met that has no hard links, unless a single writer was promised.
         """
         return Capabilities(
-            atomic_create=True,
+            atomic_create=self._naming.atomic,
             strong_list=True,
             durable=True,
             direct_io=not self._direct.refused,
@@ -112,7 +121,13 @@ class LocalStore:
         with self._mapped(f"put {key}", path, needed_bytes=nbytes):
             try:
                 write_file(
-                    path, views, mode=mode, anchor=self._anchor, direct=self._direct, watch=watch
+                    path,
+                    views,
+                    mode=mode,
+                    anchor=self._anchor,
+                    direct=self._direct,
+                    naming=self._naming,
+                    watch=watch,
                 )
             except FileExistsError as error:
                 if os.path.isdir(path):
@@ -145,8 +160,7 @@ class LocalStore:
         check_prefix(prefix)
         names: list[str] = []
         for name, _ in self._scan(prefix):
-            # A killed writer or a deleter may leave folders that hold no object.
-            if not name.endswith("/") or next(self._walk(prefix + name), None) is not None:
+            if not name.endswith("/") or self._may_hold_object(prefix + name):
                 names.append(name)
         return names
 
@@ -169,19 +183,34 @@ class LocalStore:
                 self._sync_nearest(directory)
                 prune(directory, self._root)
 
-    def sweep(self, prefix: str = "") -> int:
-        """Remove the temporary files of killed writers below `prefix`. See `Sweeper.sweep`."""
+    def delete_exactly(self, key: str, data: bytes) -> bool:
+        """Remove `key` if it holds `data`. See `ExactDeleter.delete_exactly`."""
+        path = self._path(key)
+        directory = os.path.dirname(path)
+        with self._mapped(f"delete {key}", path):
+            self._check_no_link(key, directory)
+            if not remove_exactly(path, data, self._naming):
+                return False
+            self._sync_nearest(directory)
+            prune(directory, self._root)
+        return True
+
+    def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> int:
+        """Remove the temporary files of killed writers below `prefix`. See `Sweeper.sweep`.
+
+        A folder that cannot be looked into keeps nobody from the others.
+
+        Raises:
+            StorageError: the first thing that failed, once everything else is done.
+        """
         check_prefix(prefix)
-        top = os.path.join(self._root, prefix)
-        removed = 0
-        with self._mapped(f"sweep {top}", top):
-            # Links are not followed: what is behind them may belong to others.
-            for directory, _, names in os.walk(top, onerror=_raise_unless_missing):
-                found = [name for name in names if name.startswith(TEMPORARY_PREFIX)]
-                count = sum(remove_abandoned(os.path.join(directory, name)) for name in found)
-                if count:
-                    prune(directory, self._root)
-                removed += count
+        # Links are not followed, here and in the walk: what is behind them may belong to others.
+        if self._is_behind_link(os.path.join(self._root, prefix)):
+            return 0
+        removed, failures = sweep_files(self._root, prefix, may_go)
+        with self._mapped(f"sweep {prefix or 'all'}", self._root):
+            for error in failures:
+                raise error
         return removed
 
     def close(self) -> None:
@@ -217,17 +246,27 @@ class LocalStore:
         with self._mapped(f"list {path}", path):
             try:
                 entries = self._current(path, lambda: _valid_entries(path))
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
                 # A missing folder holds nothing; a root that is a file is a mistake.
                 self._check_root()
                 return []
             # The slash takes part in the order: "a-b" comes before "a/b".
-            named = {
-                (entry.name + "/" if entry.is_dir() else entry.name): entry
-                for entry in entries
-                if entry.is_dir() or entry.is_file()
-            }
-            return sorted(named.items(), key=lambda item: item[0])
+            named = ((_listed_name(entry), entry) for entry in entries)
+            return sorted((pair for pair in named if pair[0]), key=lambda item: item[0])
+
+    def _may_hold_object(self, folder: str) -> bool:
+        """Whether an object lies below `folder`, or nobody may look whether one does."""
+        try:
+            # A killed writer or a deleter may leave folders that hold no object.
+            return next(self._walk(folder), None) is not None
+        except StorageError as error:
+            # Its name is there for all to see, and one closed folder (`lost+found`, a colleague's)
+            # hides none of the others; whoever wants to read in it is told.
+            if error.kind is not ErrorKind.PERMISSION:
+                raise
+            return True
 
     def _walk(self, prefix: str) -> Iterator[Entry]:
         for name, entry in self._scan(prefix):
@@ -239,7 +278,7 @@ class LocalStore:
                 try:
                     nbytes = entry.stat().st_size
                 except FileNotFoundError:
-                    continue  # deleted since
+                    continue  # deleted since, or a link into nothing
             yield Entry(prefix + name, nbytes)
 
     def _leads_back(self, prefix: str, link: str) -> bool:
@@ -270,13 +309,18 @@ class LocalStore:
             raise UsageError(f"{path} is not a directory; choose another place than {self.url}")
 
     def _check_no_link(self, key: str, directory: str) -> None:
-        root = os.path.realpath(self._root)
-        relative = os.path.relpath(directory, self._root)
-        if os.path.realpath(directory) != os.path.normpath(os.path.join(root, relative)):
+        if self._is_behind_link(directory):
             raise StorageError(
                 f"cannot delete {key} in {self.url}: a link leads out of the way to it, and what "
-                "is behind may belong to others; remove the link by hand"
+                "is behind may belong to others",
+                kind=ErrorKind.PERMISSION,
             )
+
+    def _is_behind_link(self, directory: str) -> bool:
+        """Whether a link lies between the root, which may be one itself, and `directory`."""
+        root = os.path.realpath(self._root)
+        relative = os.path.relpath(directory, self._root)
+        return os.path.realpath(directory) != os.path.normpath(os.path.join(root, relative))
 
     @contextmanager
     def _mapped(
@@ -333,20 +377,21 @@ def _unlink(path: str) -> None:
 
 def _valid_entries(path: str) -> list[os.DirEntry[str]]:
     with os.scandir(path) as found:
-        return [entry for entry in found if _is_valid(entry.name)]
+        return [entry for entry in found if is_key(entry.name)]
 
 
-def _is_valid(name: str) -> bool:
+def _listed_name(entry: os.DirEntry[str]) -> str:
+    """Return how a listing shows `entry`: a folder with a `/`, what is neither as ""."""
     try:
-        check_key(name)
-    except UsageError:
-        return False
-    return True
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+        if entry.is_dir():
+            return entry.name + "/"
+        return entry.name if entry.is_file() else ""
+    except OSError:
+        # A link that leads round in circles, or to where nobody may look, is no object of ours;
+        # what it points to cannot be told from nothing.
+        if entry.is_symlink():
+            return ""
+        raise
 
 
 def _free_bytes(path: str) -> int:

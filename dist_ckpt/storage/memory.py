@@ -107,6 +107,15 @@ class MemoryStore:
             with self._space.lock:
                 self._space.objects.pop(key, None)
 
+    def delete_exactly(self, key: str, data: bytes) -> bool:
+        """Remove `key` if it holds `data`. See `ExactDeleter.delete_exactly`."""
+        check_key(key)
+        with self._space.lock:
+            if self._space.objects.get(key) != data:
+                return False
+            del self._space.objects[key]
+            return True
+
     def close(self) -> None:
         """Release nothing: the space belongs to the process."""
 

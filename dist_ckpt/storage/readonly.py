@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from dist_ckpt.errors import ErrorKind, StorageError
-from dist_ckpt.storage.base import Buffer, Capabilities, PutMode, Watch
+from dist_ckpt.storage.base import Buffer, Capabilities, MayGo, PutMode, Watch, everything
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -46,7 +46,15 @@ class ReadOnlyStore(_PassThrough):
         """
         self._refuse("delete anything")
 
-    def sweep(self, prefix: str = "") -> NoReturn:
+    def delete_exactly(self, key: str, data: bytes) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            StorageError: always.
+        """
+        self._refuse(f"delete {key}")
+
+    def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> NoReturn:
         """Refuse.
 
         Raises:

@@ -42,8 +42,8 @@ def resolve(
             `memory://name`, `s3://bucket/run`, or any url of fsspec such as `gs://bucket/run`.
         storage_options: for the backend: see `S3Store` and the file systems of fsspec. Paths and
             memory take none.
-        single_writer: the caller promises that one process at a time creates objects there, which
-            lets a backend without atomic create commit.
+        single_writer: the caller promises that one job at a time creates objects there, which
+            lets a backend without atomic create commit: a mount without hard links too.
         read_only: refuse every change.
         max_concurrent: how many operations run at once; None: any number.
         max_bytes_per_second: of what is put and read together; None: no limit.
@@ -53,7 +53,7 @@ def resolve(
     """
     text = _checked(os.fspath(url))
     scheme, rest = _split(text)
-    store = _open(text, scheme, rest, options=storage_options, conditional=not single_writer)
+    store = _open(text, scheme, rest, options=storage_options, single_writer=single_writer)
     # From the inside to the outside; s3 repeats single requests itself, which is cheaper.
     if isinstance(store, FsspecStore):
         store = RetryStore(store)
@@ -90,17 +90,19 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _open(
-    url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None, conditional: bool
+    url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None, single_writer: bool
 ) -> Store:
     if scheme in ("s3", "s3a"):
         # Imported here, or every program that saves to a disk would load a client for S3.
         s3 = import_module("dist_ckpt.storage.s3")
-        opened: Store = s3.open_s3(url, rest, storage_options=options, conditional=conditional)
+        opened: Store = s3.open_s3(
+            url, rest, storage_options=options, conditional=not single_writer
+        )
         return opened
     if scheme in _PLAIN:
         if options:
             raise UsageError(f"{url!r} takes no storage_options, but has {sorted(options)}")
-        return _PLAIN[scheme](url, rest)
+        return _PLAIN[scheme](url, rest, single_writer)
     return _open_fsspec(url, scheme, rest, options=options)
 
 
@@ -121,27 +123,27 @@ def _open_fsspec(url: str, scheme: str, rest: str, *, options: Mapping[str, Any]
     return FsspecStore(f"{scheme}://{rest}", storage_options=options)
 
 
-def _open_path(_: str, rest: str) -> Store:
-    return LocalStore(os.path.expanduser(rest))
+def _open_path(_: str, rest: str, single_writer: bool) -> Store:  # noqa: FBT001
+    return LocalStore(os.path.expanduser(rest), single_writer=single_writer)
 
 
-def _open_file(url: str, rest: str) -> Store:
+def _open_file(url: str, rest: str, single_writer: bool) -> Store:  # noqa: FBT001
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash:
         raise UsageError(f"bad url {url!r}: a file url has three slashes, file:///data/run")
     if "?" in path or "#" in path:
         raise UsageError(f"bad url {url!r}: write '?' as %3F and '#' as %23, or give a plain path")
-    return LocalStore("/" + unquote(path))
+    return LocalStore("/" + unquote(path), single_writer=single_writer)
 
 
-def _open_memory(url: str, rest: str) -> Store:
+def _open_memory(url: str, rest: str, _: bool) -> Store:  # noqa: FBT001
     name = rest.rstrip("/")
     if not name:
         raise UsageError(f"bad url {url!r}: a memory url names its space, memory://my-run")
     return MemoryStore(name)
 
 
-_PLAIN: Mapping[str, Callable[[str, str], Store]] = {
+_PLAIN: Mapping[str, Callable[[str, str, bool], Store]] = {
     "": _open_path,
     "file": _open_file,
     "memory": _open_memory,

@@ -19,20 +19,24 @@ from dist_ckpt.storage.base import (
     Buffer,
     Capabilities,
     Entry,
+    MayGo,
     PutMode,
     Watch,
     check_key,
     check_keys,
     check_mode,
     check_prefix,
+    everything,
     fill_views,
     flat_views,
+    holds,
     is_key,
 )
 from dist_ckpt.storage.multipart import MAX_OBJECT_BYTES, MAX_PART_BYTES, MIB, part_bytes
 from dist_ckpt.storage.s3_client import Answer, Client, together
 from dist_ckpt.storage.s3_download import Download
 from dist_ckpt.storage.s3_errors import (
+    EXISTS,
     FOREIGN,
     NO_SUCH_OBJECT,
     NO_SUCH_UPLOAD,
@@ -200,13 +204,37 @@ class S3Store:
             with self._mapped(f"delete {batch[0][0]}{more}"):
                 self._run(partial(together, jobs, at_once=self._client.concurrency))
 
-    def sweep(self, prefix: str = "") -> int:
+    def delete_exactly(self, key: str, data: bytes) -> bool:
+        """Remove `key` if it holds `data`. See `ExactDeleter.delete_exactly`.
+
+        The server compares once more (`If-Match`); one that does not know that of a deletion
+        removes what was compared a moment before.
+        """
+        target = self._target(key)
+        with self._mapped(f"delete {key}"):
+            try:
+                # Before the bytes are read: what is put after them has another tag.
+                tag = self._run(partial(self._client.call, "head_object", **target))["ETag"]
+                if not holds(self, key, data):
+                    return False
+                condition = {"IfMatch": tag} if self._conditional else {}
+                self._run(partial(self._delete_if, target, condition))
+            except FOREIGN as error:
+                if code_of(error) not in EXISTS | NO_SUCH_OBJECT:
+                    raise
+                return False
+        return True
+
+    def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> int:
         """Abort the uploads below `prefix` that had no part for long. See `Sweeper.sweep`."""
         check_prefix(prefix)
         aborted = 0
         for page in self._pages("list_multipart_uploads", prefix):
             now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
             for found in page.get("Uploads", []):
+                key = found["Key"][len(self._root) :]
+                if not (is_key(key) and may_go(key)):
+                    continue
                 with self._mapped(f"sweep {found['Key']}"):
                     aborted += self._run(partial(self._abort_abandoned, found, now.timestamp()))
         return aborted
@@ -246,6 +274,14 @@ class S3Store:
                 f"the server of {self.url} ignores the condition If-None-Match, so two jobs could "
                 "commit the same step: choose another place, or promise single_writer=True"
             )
+
+    async def _delete_if(self, target: dict[str, str], condition: dict[str, str]) -> None:
+        try:
+            await self._client.call("delete_object", **target, **condition)
+        except FOREIGN as error:
+            if code_of(error) not in NOT_IMPLEMENTED or not condition:
+                raise
+            await self._client.call("delete_object", **target)
 
     async def _abort_abandoned(self, found: Answer, now: float) -> int:
         upload = {"Bucket": self._bucket, "Key": found["Key"], "UploadId": found["UploadId"]}

@@ -12,11 +12,14 @@ from dist_ckpt.storage.base import (
     Buffer,
     Capabilities,
     Entry,
+    MayGo,
     PutMode,
     Store,
     Sweeper,
     Watch,
     check_keys,
+    delete_exactly,
+    everything,
 )
 
 _T = TypeVar("_T")
@@ -103,9 +106,14 @@ class StoreWrapper(ABC):
         while batch := list(islice(pending, self.delete_batch)):
             self._around("delete", batch[0], partial(self.inner.delete, batch))
 
-    def sweep(self, prefix: str = "") -> int:
+    def delete_exactly(self, key: str, data: bytes) -> bool:
+        """See `ExactDeleter.delete_exactly`; an operation like any other deletion."""
+        return self._around("delete", key, lambda: delete_exactly(self.inner, key, data))
+
+    def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> int:
         """See `Sweeper.sweep`; 0 where the inner store is none. Not counted as an operation."""
-        return self.inner.sweep(prefix) if isinstance(self.inner, Sweeper) else 0
+        inner = self.inner
+        return inner.sweep(prefix, may_go=may_go) if isinstance(inner, Sweeper) else 0
 
     def close(self) -> None:
         """Close the inner store."""

@@ -1,7 +1,8 @@
 """Run by test_durable: puts one object again and again, killed one system call later each time.
 
 Arguments: the folder to work in, the mode of the put, and `direct` where the object shall go past
-the page cache in parallel, else `buffered`. For each n a child works in the folder
+the page cache in parallel, `linkless` where the file system shall know neither hard links nor a
+rename that replaces nothing, else `buffered`. For each n a child works in the folder
 `n`, which holds what `tests.unit.storage.test_durable` prepared there or nothing; the n-th call
 of the child that reaches the file system is not made, the child being killed instead. Prints the
 number of the first child that came to the end.
@@ -9,6 +10,7 @@ number of the first child that came to the end.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -18,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from dist_ckpt.storage import LocalStore, PutMode, direct
+from dist_ckpt.storage import LocalStore, PutMode, direct, naming
 
 CALLS = ["mkdir", "open", "writev", "pwrite", "fsync", "link", "replace", "unlink", "close"]
+CALLS += ["dup", "lstat", "rename"]
 NEW = b"new " * 10_000 + b"bytes"
 
 
@@ -28,6 +31,16 @@ def go_direct() -> None:
     """Let `NEW` be taken for large: five pieces and a tail, by two writers."""
     direct.DIRECT_BYTES = 8192
     direct.__dict__["PIECE_BYTES"] = 8192
+
+
+def go_linkless() -> None:
+    """Let links fail as FAT does, and the C library know no better rename than POSIX has."""
+
+    def link(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "no hard links", source)
+
+    os.link = link  # type: ignore[assignment]
+    naming._renameat2 = None
 
 
 def crash_before(number: int) -> None:
@@ -51,7 +64,7 @@ def crash_before(number: int) -> None:
 def main(root: Path, mode: PutMode) -> None:
     """Fork one child for each call of a put, until one survives."""
     for number in itertools.count(1):
-        store = LocalStore(root / str(number))
+        store = LocalStore(root / str(number), single_writer=True)
         child = os.fork()
         if not child:
             crash_before(number)
@@ -68,4 +81,6 @@ def main(root: Path, mode: PutMode) -> None:
 if __name__ == "__main__":
     if sys.argv[3] == "direct":
         go_direct()
+    elif sys.argv[3] == "linkless":
+        go_linkless()
     main(Path(sys.argv[1]), cast("PutMode", sys.argv[2]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -68,6 +69,7 @@ class FakeS3:
     Attributes:
         calls: the names of the requests that came.
         ignores_conditions: as some servers do.
+        before_delete: called when the server is about to look at what it shall delete.
         cuts: how many bytes of each of the next bodies arrive; then all of them do.
     """
 
@@ -76,6 +78,7 @@ class FakeS3:
     faults: list[Fault] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     ignores_conditions: bool = False
+    before_delete: Callable[[], object] | None = None
     cuts: list[int] = field(default_factory=list)
     now: datetime = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -131,6 +134,12 @@ class FakeS3:
         }
 
     async def _delete_object(self, asked: Answer) -> Answer:
+        if self.before_delete is not None:
+            await asyncio.to_thread(self.before_delete)
+        found = self.objects.get(asked["Key"])
+        tag = None if found is None else found.etag
+        if not self.ignores_conditions and asked.get("IfMatch", tag) != tag:
+            raise refusal("PreconditionFailed", 412)
         self.objects.pop(asked["Key"], None)
         return {}
 

@@ -134,9 +134,16 @@ def test_deletion_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("mode", "old"), [("create", None), ("replace", None), ("replace", b"old")]
+    ("way", "mode", "old"),
+    [
+        *(
+            (way, mode, old)
+            for way in ("buffered", "direct")
+            for mode, old in (("create", None), ("replace", None), ("replace", b"old"))
+        ),
+        ("linkless", "create", None),  # a replacement needs no link
+    ],
 )
-@pytest.mark.parametrize("way", ["buffered", "direct"])
 def test_killed_at_every_call(tmp_path: Path, mode: PutMode, old: bytes | None, way: str) -> None:
     if old is not None:
         for number in range(1, 80):
@@ -299,19 +306,6 @@ def test_file_system_whose_folders_cannot_be_flushed_is_used(
     assert len(flushed) == 1
     store.delete(["a/key"])
     assert list(store.list_entries()) == []
-
-
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
-def test_file_system_without_hard_links_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def link(source: str, target: str) -> None:
-        raise OSError(code, "cannot")
-
-    monkeypatch.setattr(os, "link", link)
-    with pytest.raises(StorageError, match="hard links"):
-        LocalStore(tmp_path).put("key", [b"."])
-    assert list(tmp_path.iterdir()) == []
 
 
 class TestSweep:

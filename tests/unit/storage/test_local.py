@@ -149,6 +149,25 @@ class TestForeignThings:
             with pytest.raises(NotFound, match=key):
                 store.read_into(key, 0, memoryview(bytearray(1)))
 
+    def test_links_that_lead_round_in_circles_are_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "round").symlink_to("round")
+        (tmp_path / "there").symlink_to("back")
+        (tmp_path / "back").symlink_to("there")
+        store = LocalStore(tmp_path)
+        store.put("a/key", [b"."])
+        (tmp_path / "a" / "loop").symlink_to("loop")
+        assert store.list_children() == ["a/"]
+        assert [entry.key for entry in store.list_entries()] == ["a/key"]
+        assert store.list_children("round/") == []
+        for key in ("round", "there/below", "a/loop"):
+            with pytest.raises(NotFound, match=key):
+                store.size(key)
+            with pytest.raises(NotFound, match=key):
+                store.read_into(key, 0, memoryview(bytearray(1)))
+        with pytest.raises(UsageError, match="round is not a directory"):
+            LocalStore(tmp_path / "round" / "run").list_children()
+        assert store.sweep() == 0
+
     def test_links_are_followed_but_never_in_circles(self, tmp_path: Path) -> None:
         fast = LocalStore(tmp_path / "fast")
         fast.put("step/key", [b"."])
@@ -355,11 +374,29 @@ def test_directory_that_cannot_be_read_is_not_an_empty_one(open_folder: Path) ->
     try:
         with no_privileges():
             check_forbidden(lambda: list(store.list_entries()), store.url)
-            check_forbidden(lambda: store.list_children(), store.url)
+            check_forbidden(lambda: store.list_children("a/"), store.url)
+            assert store.list_children() == ["a/"], "its name is there for all to see"
             check_forbidden(lambda: store.size("a/key"), store.url)
             check_forbidden(lambda: store.sweep(), store.url)
     finally:
         (root / "a").chmod(0o755)
+
+
+def test_a_closed_folder_beside_hides_no_other(open_folder: Path) -> None:
+    root = open_folder / "run"
+    store = LocalStore(root)
+    store.put("a/key", [b"."])
+    store.put("lost+found/key", [b"."])
+    (root / "linked").symlink_to("lost+found/key")
+    (root / "lost+found").chmod(0)
+    try:
+        with no_privileges():
+            assert store.list_children() == ["a/", "lost+found/"]
+            check_forbidden(lambda: store.size("lost+found/key"), store.url)
+            check_forbidden(lambda: list(store.list_entries()), store.url)
+            assert list(store.list_entries("a/")) == [Entry("a/key", 1)]
+    finally:
+        (root / "lost+found").chmod(0o755)
 
 
 # ---------------------------------------------------------------- no room

@@ -58,6 +58,6 @@ def test_place_to_commit_needs_the_promise() -> None:
 
 
 def test_wrapper_sweeps_what_is_inside(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-left").touch()
+    (tmp_path / ".tmp-0123456789abcdef").touch()
     assert SingleWriterStore(LocalStore(tmp_path)).sweep() == 1
     assert SingleWriterStore(MemoryStore("single-writer-memory")).sweep() == 0

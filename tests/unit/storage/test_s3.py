@@ -337,6 +337,49 @@ class TestOthers:
         assert store.sweep("a/") == 1
         assert list(fake.uploads) == ["busy", "elsewhere"]
 
+    def test_sweep_takes_only_what_may_go(self, fake: FakeS3) -> None:
+        keys = {"dead": "run/a/dead", "live": "run/a/live", "odd": "run/a//b", "root": "run/"}
+        fake.uploads = {
+            name: {"Key": key, "parts": {}, "begun": fake.now} for name, key in keys.items()
+        }
+        asked: list[str] = []
+
+        def may_go(key: str) -> bool:
+            asked.append(key)
+            return key == "a/dead"
+
+        assert new_store(abandoned_seconds=0).sweep(may_go=may_go) == 1
+        assert sorted(fake.uploads) == ["live", "odd", "root"]
+        assert asked == ["a/dead", "a/live"], "what is no key of a store is nobody's of ours"
+
+    @pytest.mark.parametrize("knows_condition", [True, False])
+    def test_deletes_exactly_what_was_read(
+        self, store: S3Store, fake: FakeS3, knows_condition: bool
+    ) -> None:
+        fake.ignores_conditions = not knows_condition
+        store.put("k", [b"good"], mode="replace")
+        assert not store.delete_exactly("k", b"damaged")
+        assert not store.delete_exactly("none", b"damaged")
+        assert fake.data("run/k") == b"good"
+        assert store.delete_exactly("k", b"good")
+        assert "run/k" not in fake.objects
+
+    def test_server_refuses_to_delete_what_came_after_the_look(
+        self, store: S3Store, fake: FakeS3
+    ) -> None:
+        store.put("k", [b"damaged"])
+        fake.before_delete = lambda: new_store().put("k", [b"good"], mode="replace")
+        assert not store.delete_exactly("k", b"damaged")
+        assert fake.data("run/k") == b"good"
+
+    def test_server_without_conditional_deletes_is_asked_without(
+        self, store: S3Store, fake: FakeS3
+    ) -> None:
+        store.put("k", [b"damaged"])
+        fake.faults = [Fault("delete_object", refusal("NotImplemented", 501))]
+        assert store.delete_exactly("k", b"damaged")
+        assert "run/k" not in fake.objects
+
     def test_sweep_meets_an_upload_that_just_ended(self, fake: FakeS3) -> None:
         fake.uploads = {"x": {"Key": "run/k", "parts": {}, "begun": fake.now}}
         fake.faults = [Fault("list_parts", refusal("NoSuchKey", 404))]

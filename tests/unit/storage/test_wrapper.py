@@ -67,7 +67,7 @@ def test_keys_are_deleted_in_batches() -> None:
 
 
 def test_what_the_inner_store_offers_besides_is_passed_on(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-left").touch()
+    (tmp_path / ".tmp-0123456789abcdef").touch()
     inner = RetryStore(LocalStore(tmp_path))
     store = wrapped(inner)
     assert isinstance(store, StoreWrapper)
