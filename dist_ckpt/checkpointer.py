@@ -196,9 +196,7 @@ class Checkpointer:
             )
         failed = self._saver.settle()
         if which == "best":
-            self.restored = self._resumer.best(
-                failed, self._saver.retention.damaged, options=options
-            )
+            self.restored = self._resumer.best(failed, options=options)
         elif not exact and not options and self._flags is not None:
             self.restored = self._start(self._flags, failed)
         else:
@@ -206,7 +204,6 @@ class Checkpointer:
         self._saver.prewarm()  # optimizers may have their state only now
         if self.restored is None:
             return 0
-        self._saver.retention.damaged |= self.restored.refused.keys()
         if self._job.training.rank == 0 and (record := self._resumer.record(self.restored.step)):
             self._program.go_on(started=record.started, elapsed_seconds=record.elapsed_seconds)
         return self.restored.step
@@ -223,8 +220,7 @@ class Checkpointer:
         """
         self._check_open()
         failed = self._saver.settle()
-        damaged = self._saver.retention.damaged
-        return self._resumer.best(failed, damaged, model_only=True).step
+        return self._resumer.best(failed, model_only=True).step
 
     def step(self, step: int, *, metrics: Metrics | None = None) -> SaveHandle | None:
         """Tell that `step` is done: saves when due, see `save`; returns None otherwise.
@@ -361,7 +357,7 @@ class Checkpointer:
         return report
 
     def _best_saved(self, criteria: Sequence[Criterion]) -> dict[Criterion, float]:
-        damaged = self._saver.retention.damaged  # nobody could go back to one of these
+        damaged = self._job.passed_over.steps  # nobody could go back to one of these
         records = [each for each in self._job.repository.records() if each.step not in damaged]
         ranked = {criterion: criterion.ranked(records) for criterion in criteria}
         return {criterion: criterion.of(found[0]) for criterion, found in ranked.items() if found}

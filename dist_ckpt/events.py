@@ -126,6 +126,17 @@ class RetentionFailed(StepEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class PassedBy(Event):
+    """Something in the place is left alone, and nothing waits for it; told once in a process.
+
+    Attributes:
+        reason: what it is, and why.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsDiffer(StepEvent):
     """Told by rank 0 once for each name: another rank gave another value; `stored` counts.
 
@@ -190,7 +201,7 @@ Listener = Callable[[Event], None]
 
 _log = logging.getLogger("dist_ckpt")
 _listeners: list[Listener] = []
-_told: set[str] = set()
+_told: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
@@ -225,13 +236,14 @@ def emit(event: Event) -> None:
             )
 
 
-def tell_once(message: str) -> None:
-    """Warn of what lies in a place and is passed by, once in this process for each message.
+def tell_once(url: str, message: str) -> None:
+    """Warn of something in the place `url` that is passed by, once in this process.
 
     Such things stay where they are, and would be told again at every look.
     """
     with _lock:
-        if message in _told:
+        if (url, message) in _told:
             return
-        _told.add(message)
+        _told.add((url, message))
     _log.warning("%s", message)
+    emit(PassedBy(url, message))

@@ -24,6 +24,7 @@ from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.ranges import Files
 
@@ -150,8 +151,9 @@ class Reader(StorageReader):
         Raises:
             IncompatibleError: a tensor has another dtype than the stored one; nothing was changed.
             IntegrityError: stored bytes differ from their digest.
+            NotFound: the checkpoint was deleted since it was opened.
         """
-        with plain_errors():
+        with plain_errors(), unless_deleted(self._opened.checkpoint):
             wanted = [item for item in plan.items if item.type == LoadItemType.TENSOR]
             targets = [self._target(item, planner) for item in wanted]
             self._fill(targets)

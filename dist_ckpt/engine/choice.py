@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.index import Index
 from dist_ckpt.repository import Checkpoint, Repository
+from dist_ckpt.repository.checkpoint import read_manifest, reread, unless_deleted
+from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.parallel import in_parallel
 
 _THREADS = 16
@@ -22,10 +25,12 @@ class Choice:
     Attributes:
         checkpoint: opened, None when the run has none.
         refused: newer checkpoints that were passed over, each with the reason.
+        manifests: of those that were found damaged here, as they were read.
     """
 
     checkpoint: Checkpoint | None
     refused: dict[int, str] = field(default_factory=dict)
+    manifests: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def step(self) -> int | None:
@@ -61,49 +66,52 @@ def choose(
         IncompatibleError: it was written by a newer format; that is no damage to pass over.
     """
     if step is not None:
-        return _checked(repository.open(step), {}, selects_part)
+        return Choice(reread(lambda: _checked(repository.open(step), selects_part)))
     reasons = dict(refused)
+    manifests: dict[int, bytes] = {}
     # One by one: a run on an object store would be asked about each of its steps otherwise.
-    for candidate in _candidates(repository):
+    for candidate in repository.newest_now():
         if candidate in reasons:
             continue
+        look = partial(_look, repository.store, candidate, selects_part, manifests)
         try:
-            checkpoint = Checkpoint.read(repository.store, candidate)
-            return _checked(checkpoint, reasons, selects_part)
+            checkpoint = reread(look)
         except IntegrityError as error:
             if not fall_back:
                 raise
             reasons[candidate] = error.message
         except NotFound:
-            continue  # never committed, or deleted since the listing, by retention or by hand
+            # Never committed, or deleted since the listing, by retention or by hand. That is no
+            # damage: what came meanwhile is looked for before anything older is taken.
+            manifests.pop(candidate, None)
+        else:
+            del manifests[candidate]
+            return Choice(checkpoint, reasons, manifests)
     if reasons:
         listed = "; ".join(f"step {old}: {why}" for old, why in sorted(reasons.items()))
         raise IntegrityError(
-            f"no checkpoint in {repository.store.url} can be restored, and starting anew would "
-            f"lose them ({listed}). Repair or remove them, or begin a run elsewhere",
+            f"no checkpoint in {repository.store.url} can be restored, and a training that began "
+            f"anew there would in time take their place ({listed}). Nothing was changed: bring "
+            "back a copy of what is damaged, or begin a run elsewhere",
             kind=ErrorKind.MALFORMED,
         )
     return Choice(None)
 
 
-def _candidates(repository: Repository) -> Iterator[int]:
-    """Yield the steps that may be committed, descending, and then those that came meanwhile.
-
-    A trainer that keeps one checkpoint commits the next and deletes the one that was listed.
-    """
-    seen: set[int] = set()
-    while new := [step for step in repository.candidates() if step not in seen]:
-        yield from new
-        seen.update(new)
+def _look(
+    store: Store, step: int, selects_part: Callable[[str], bool], manifests: dict[int, bytes]
+) -> Checkpoint:
+    """Open `step`, and keep its manifest as it was read, whatever comes of it."""
+    manifests[step] = read_manifest(store, step)
+    return _checked(Checkpoint.open(store, manifests[step], step=step), selects_part)
 
 
-def _checked(
-    checkpoint: Checkpoint, refused: dict[int, str], selects_part: Callable[[str], bool]
-) -> Choice:
+def _checked(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Checkpoint:
     # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
     files = _files_of(checkpoint.index, selects_part)
-    in_parallel(checkpoint.check_size, files, threads=min(_THREADS, len(files)))
-    return Choice(checkpoint, refused)
+    with unless_deleted(checkpoint):
+        in_parallel(checkpoint.check_size, files, threads=min(_THREADS, len(files)))
+    return checkpoint
 
 
 def _files_of(index: Index, selects_part: Callable[[str], bool]) -> list[int]:

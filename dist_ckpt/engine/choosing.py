@@ -114,6 +114,7 @@ class Chooser:
         self._call = call
         self._own = own
         self._refused: dict[int, str] = {}
+        self._manifests: dict[int, bytes] = {}
         self._opened: Source | None = None
 
     def choose(self, topic: Topic, *, fall_back: bool) -> tuple[Chosen | None, Mapping[int, str]]:
@@ -148,6 +149,12 @@ class Chooser:
     def refuse(self, step: int, reason: str) -> None:
         """Take note that the data of `step` is damaged; all ranks do so together."""
         self._refused[step] = reason
+        if isinstance(self._opened, Checkpoint):
+            self._manifests[step] = self._opened.manifest_bytes
+
+    def passed_over(self) -> dict[int, bytes | None]:
+        """Return the steps that were refused, on rank 0 with their manifests."""
+        return {step: self._manifests.get(step) for step in self._refused}
 
     def _decide(self, *, fall_back: bool) -> _Answer:
         """Rank 0: take the run over, find the checkpoint, open it."""
@@ -177,13 +184,15 @@ class Chooser:
         return _Answer(foreign.step, location.text, foreign=foreign.message)
 
     def _choose(self, location: Location, *, fall_back: bool) -> Choice:
-        return choose(
+        choice = choose(
             Repository(location.store),
             location.step,
             self._refused,
             fall_back=fall_back,
             selects_part=self.options.selects_stored,
         )
+        self._manifests |= choice.manifests
+        return choice
 
     def _location(self) -> Location:
         if self._call.place is None:

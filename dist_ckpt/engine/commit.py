@@ -65,7 +65,7 @@ class Commit:
             index,
             lambda stored: self._manifest(index, stored, reports),
             confirm=self.confirm,
-            replaces=self.job.is_refused(self.transaction.step),
+            replaces=self.job.passed_over.manifest(self.transaction.step),
         )
         self.job.committed(self.transaction.step)
         return b""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.engine.passed_over import PassedOver
 from dist_ckpt.engine.rendezvous import Coordinators, join
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import new_save_id
@@ -32,6 +33,7 @@ class Job:
         repository: the run.
         timeout_seconds: the deadline of every save and restore.
         restored_step: the step this job went on from, None for a fresh start.
+        passed_over: what its restores found damaged.
     """
 
     def __init__(self, place: Place, *, timeout_seconds: float) -> None:
@@ -51,8 +53,8 @@ class Job:
         self.repository = Repository(store)
         self.timeout_seconds = timeout_seconds
         self.restored_step: int | None = None
-        self._refused: set[int] = set()
-        # Rank 0, from the first save on: the newest committed step that was not refused, -1 for
+        self.passed_over = PassedOver()
+        # Rank 0, from the first save on: the newest committed step not passed over, -1 for
         # none. Nobody else may commit while this job owns the run, so it need not be looked for.
         self._newest: int | None = None
         self._claim: int | None = None
@@ -89,25 +91,27 @@ class Job:
         """
         claim = self.claim()
         if self._newest is None or step <= self._newest:
-            self._newest = self.repository.check_begin(step, claim, refused=self._refused)
+            self._newest = self.repository.check_begin(step, claim, refused=self.passed_over.steps)
         return new_save_id(claim)
 
     def committed(self, step: int) -> None:
         """Rank 0: note that `step` was committed."""
         self._newest = step
-        self._refused.discard(step)
+        self.passed_over.discard(step)
 
-    def refuse(self, steps: Collection[int]) -> None:
-        """Note which steps were passed over as damaged by the restore that the job goes on from.
+    def go_on_from(self, step: int, passed_over: Mapping[int, bytes | None]) -> None:
+        """Note what was restored, and which steps were passed over as damaged on the way to it.
 
         They may be saved again; no other committed step ever is.
-        """
-        self._refused = set(steps)
-        self._newest = None
 
-    def is_refused(self, step: int) -> bool:
-        """Whether the job passed `step` over, and has not saved it again since."""
-        return step in self._refused
+        Args:
+            step: what the job goes on from.
+            passed_over: the damaged steps, each with its manifest as far as this rank knows it.
+        """
+        self.restored_step = step
+        self.passed_over.add(passed_over)
+        self.passed_over.discard(step)
+        self._newest = None
 
     def topic(self, verb: str, label: str) -> Topic:
         """Return the topic of the next round; ranks that make the same calls get the same one."""

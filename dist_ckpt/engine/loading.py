@@ -25,13 +25,23 @@ from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, un
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.together import together
-from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+)
+from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
 from dist_ckpt.state.layout import dtype_of, materialise
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
+
+# How many checkpoints may be deleted under one reader, who is slower than the run by then.
+_MOST_LOST = 10
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -54,11 +64,13 @@ class _Progress:
     Attributes:
         begun: when, on the clock of `time.perf_counter`.
         touched: whether bytes may have reached live tensors.
+        lost: how many checkpoints were deleted while they were read.
         seconds: how long each phase took.
     """
 
     begun: float = field(default_factory=time.perf_counter)
     touched: bool = False
+    lost: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def clock(self, phase: str, since: float) -> None:
@@ -106,7 +118,10 @@ class Loader:
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
             since = time.perf_counter()
-            chosen, news = chooser.choose(topic, fall_back=fall_back)
+            try:
+                chosen, news = chooser.choose(topic, fall_back=fall_back)
+            except CheckpointError as error:
+                raise _told(error, progress) from error
             progress.clock("choose", since)
             self._announce(chooser.url, news)
             if chosen is None:
@@ -117,16 +132,12 @@ class Loader:
                     report = self._load(topic, chosen, chooser.options, progress, memory)
             except IntegrityError as error:
                 # One round raised it on all ranks, so all of them go on to the next one together.
-                if not fall_back:
-                    raise _told(error, progress) from error
-                chooser.refuse(chosen.source.step, error.message)
-                self._announce(chooser.url, {chosen.source.step: error.message})
+                self._give_up(topic, chosen.source, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
                 raise _told(error, progress) from error
             if own and place is None:
-                self._job.restored_step = report.step
-                self._job.refuse(report.refused.keys())
+                self._job.go_on_from(report.step, chooser.passed_over())
             return report
 
     def _load(
@@ -144,8 +155,9 @@ class Loader:
             if progress.touched and verdict.missing:
                 # What an older one lacks would keep the values of the newer one that was damaged.
                 raise IncompatibleError(
-                    f"{source.where} has no {verdict.missing[0]}, which a damaged newer one may "
-                    "have filled by half: build the state anew and restore this step by its number",
+                    f"{source.where} has no {verdict.missing[0]}, which another checkpoint that "
+                    "was given up half-way may have filled: build the state anew and restore this "
+                    "step by its number",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
             (targets, wanted), _ = self._together(
@@ -298,6 +310,49 @@ class Loader:
             decide=decide,
         )
 
+    def _give_up(
+        self,
+        topic: Topic,
+        source: Source,
+        chooser: Chooser,
+        progress: _Progress,
+        error: IntegrityError,
+        *,
+        fall_back: bool,
+    ) -> None:
+        """Pass over what turned out to be damaged, or was deleted meanwhile; all ranks together.
+
+        Raises:
+            IntegrityError: it is damaged, and nothing else was asked for.
+            NotFound: again and again retention was faster.
+        """
+        if self._is_gone(topic, source):
+            # That is no damage, so nothing is noted: what there is by now is chosen next.
+            progress.lost += 1
+            if progress.lost == _MOST_LOST:
+                raise _told(deleted_meanwhile(source.store, source.step), progress) from error
+            return
+        if not fall_back:
+            raise _told(error, progress) from error
+        chooser.refuse(source.step, error.message)
+        self._announce(chooser.url, {source.step: error.message})
+
+    def _is_gone(self, topic: Topic, source: Source) -> bool:
+        """Whether rank 0 finds that `source` was deleted or replaced since it was opened; a round.
+
+        The next choice then is what a reader who came later would get: the newest there is by
+        then, or that the step which was asked for is not found.
+        """
+
+        def decide(_: Sequence[bytes]) -> bytes:
+            try:
+                return msgspec.msgpack.encode(not source.still_there())
+            except CheckpointError:
+                return msgspec.msgpack.encode(False)  # nobody knows: then what was found is damage
+
+        _, answer = self._together(topic.phase("gone"), lambda: None, decide=decide)
+        return msgspec.msgpack.decode(answer, type=bool)
+
     def _announce(self, url: str, refused: Mapping[int, str]) -> None:
         rank = self._job.training.rank
         for step, reason in sorted(refused.items(), reverse=True):
@@ -326,4 +381,5 @@ def _told(error: CheckpointError, progress: _Progress) -> CheckpointError:
     if not progress.touched:
         return error
     message = f"{error.message}. Tensors of the state may be partly restored: load again before use"
-    return type(error)(message, kind=error.kind, ranks=error.ranks)
+    known = NotFound if isinstance(error, NotFound) else type(error)
+    return known(message, kind=error.kind, ranks=error.ranks)

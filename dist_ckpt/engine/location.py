@@ -92,9 +92,13 @@ def open_source(location: Location) -> Source:
     if location.file is not None:
         return find_foreign(location)
     run = Repository(location.store)
-    # Whatever else lies in a run, its checkpoints come first.
-    step = run.latest() if location.step is None else location.step
-    return find_foreign(location) if step is None else run.open(step)
+    if location.step is not None:
+        return run.open(location.step)
+    try:
+        # Whatever else lies in a run, its checkpoints come first.
+        return run.open_latest()
+    except NotFound:
+        return find_foreign(location)
 
 
 def find_foreign(location: Location) -> ForeignSource:

@@ -19,6 +19,7 @@ from dist_ckpt.engine.reading import ReadOptions, read
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
@@ -84,6 +85,7 @@ class StoredTensor:
 
         Raises:
             IntegrityError: their bytes are damaged or missing.
+            NotFound: the checkpoint was deleted since it was opened.
             UsageError: the subscript is none of integers, slices and an ellipsis.
             IndexError: it lies outside.
         """
@@ -93,14 +95,15 @@ class StoredTensor:
         memory = torch.empty(sizes, dtype=self.dtype)
         entry = self._source.index.tensors[self._number]
         held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, sizes)
-        read(
-            self._source,
-            [Wanted(self._number, LocalBox(held, memory), self.dtype)],
-            self._options,
-            coordinator=SoloCoordinator(),
-            topic=Topic("opened", f"read of {entry.part}/{entry.name}"),
-            deadline=Deadline.after(_TIMEOUT_SECONDS),
-        )
+        with unless_deleted(self._source):
+            read(
+                self._source,
+                [Wanted(self._number, LocalBox(held, memory), self.dtype)],
+                self._options,
+                coordinator=SoloCoordinator(),
+                topic=Topic("opened", f"read of {entry.part}/{entry.name}"),
+                deadline=Deadline.after(_TIMEOUT_SECONDS),
+            )
         # Every integer and step is applied to the box that holds what they select.
         return memory[tuple(each.within for each in selected)]
 
@@ -164,14 +167,15 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             rank: whose values, where each rank has its own.
 
         Raises:
-            NotFound: there is no such part.
+            NotFound: there is no such part, or the checkpoint was deleted since it was opened.
             IntegrityError: they are damaged.
             IncompatibleError: a type in them is not registered in this program.
         """
         if part not in self.parts:
             hint = near(part, self.parts)
             raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
-        found = self._source.read_objects(part, rank=rank)
+        with unless_deleted(self._source):
+            found = self._source.read_objects(part, rank=rank)
         inside = {name for data in found.values() for name in references(data, path=part)}
         stored = {name: self[f"{part}/{name}"].read() for name in sorted(inside)}
         return {

@@ -12,7 +12,7 @@ from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.starting import best_step, main_model, parts_of, stoppers_of
-from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, UsageError
+from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
@@ -62,7 +62,6 @@ class Resumer:
     def best(
         self,
         failed: CheckpointError | None,
-        damaged: Collection[int],
         *,
         model_only: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -73,7 +72,7 @@ class Resumer:
             UsageError: nobody said by which metric.
             NotFound: no checkpoint has the metric.
         """
-        step = self._ask("best", lambda: self._best_step(damaged), failed)
+        step = self._ask("best", self._best_step, failed)
         only = parts_of(self._state, "model") if model_only else ()
         report = self._load(step, own=not model_only, only=only, options=options)
         assert report is not None  # this very step was asked for
@@ -168,7 +167,8 @@ class Resumer:
         newest = self._job.repository.latest()
         return -1 if newest is None else newest
 
-    def _best_step(self, damaged: Collection[int]) -> int:
+    def _best_step(self) -> int:
+        damaged = self._job.passed_over.steps
         records = [each for each in self._job.repository.records() if each.step not in damaged]
         return best_step(records, self._criteria, where=self._job.url)
 
@@ -179,7 +179,12 @@ class Resumer:
             return
 
         def late() -> dict[str, float]:
-            note = read_epoch_note(self._job.repository.store, report.step, report.save_id)
+            try:
+                note = read_epoch_note(self._job.repository.store, report.step, report.save_id)
+            except IntegrityError as error:
+                # The checkpoint itself is whole, and was restored.
+                _log.warning("%s", error)
+                return {}
             return {} if note is None else note.metrics
 
         metrics = self._ask("late", late, None)

@@ -16,11 +16,7 @@ _log = logging.getLogger("dist_ckpt")
 
 
 class Retention:
-    """Keeps what a policy keeps. Used by the background thread of rank 0 alone.
-
-    Attributes:
-        damaged: steps that a restore of this job passed over: they count for nothing, and stay.
-    """
+    """Keeps what a policy keeps. Used by the background thread of rank 0 alone."""
 
     def __init__(self, job: Job, policy: KeepPolicy | None) -> None:
         """Remember what to keep; None is everything."""
@@ -28,7 +24,6 @@ class Retention:
         self._policy = policy
         self._history = History(job.repository.store)
         self._missed: set[Criterion] = set()
-        self.damaged: frozenset[int] = frozenset()
 
     def after(self, step: int) -> None:
         """Delete what need not be kept, now that `step` is committed.
@@ -38,7 +33,6 @@ class Retention:
         """
         # It may be a step that was deleted by hand, or passed over, and is another one now.
         self._history.forget(step)
-        self.damaged -= {step}
         if self._policy is None:
             return
         origin = self._job.restored_step
@@ -46,7 +40,7 @@ class Retention:
             self._policy,
             claim=self._job.claim(),
             protected={step} if origin is None else {step, origin},
-            damaged=self.damaged,
+            damaged=self._job.passed_over.steps,
             history=self._history,
         )
         for old, reason in gone.items():

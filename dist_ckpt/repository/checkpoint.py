@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format import document
 from dist_ckpt.format import index as index_format
@@ -10,8 +14,68 @@ from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import file_key, manifest_key, step_dir
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.repository.source import Source
+from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
+
+_LOOKS = 3
+
+CheckpointT = TypeVar("CheckpointT")
+
+
+def read_manifest(store: Store, step: int) -> bytes:
+    """Return the manifest of `step` as it is stored, not decoded.
+
+    Raises:
+        NotFound: no such step is committed.
+        IntegrityError: it is larger than any manifest.
+    """
+    try:
+        return read_all(store, manifest_key(step))
+    except NotFound:
+        raise NotFound(
+            f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
+        ) from None
+
+
+class DeletedMeanwhile(NotFound):
+    """A checkpoint was deleted, or saved anew, while it was read: look again."""
+
+
+def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
+    """Return the error that says so of `step`."""
+    return DeletedMeanwhile(
+        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
+        "by the retention of the job that owns the run or by hand: read another one, or the "
+        "newest anew",
+        kind=ErrorKind.NO_CHECKPOINT,
+    )
+
+
+def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
+    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    for _ in range(_LOOKS - 1):
+        with suppress(DeletedMeanwhile):
+            return look()
+    return look()
+
+
+@contextmanager
+def unless_deleted(source: Source) -> Iterator[None]:
+    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
+
+    Retention beside a reader takes the files away under it; that is no damage.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        if not source.still_there():
+            raise deleted_meanwhile(source.store, source.step) from error
+        raise
 
 
 class Checkpoint:
@@ -47,26 +111,38 @@ class Checkpoint:
         """Open `step` from storage.
 
         Raises:
-            NotFound: no such step is committed.
+            NotFound: no such step is committed, or it was deleted meanwhile.
             IntegrityError: the manifest or the index is damaged or missing.
             IncompatibleError: the format version is not known.
         """
+        return reread(lambda: cls.open(store, read_manifest(store, step), step=step))
+
+    @classmethod
+    def open(cls, store: Store, manifest_bytes: bytes, *, step: int) -> Checkpoint:
+        """Open `step`, given its manifest as it was just read. See `read`."""
         try:
-            manifest_bytes = read_all(store, manifest_key(step))
-        except NotFound:
-            raise NotFound(
-                f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
-            ) from None
-        manifest = manifest_format.decode(manifest_bytes, step=step)
-        key = f"{step_dir(step)}/{manifest.index.key}"
-        try:
-            index_bytes = read_all(store, key, likely_bytes=manifest.index.nbytes)
-        except NotFound as error:
-            raise IntegrityError(
-                f"step {step} in {store.url}: its index {key} is missing",
-                kind=ErrorKind.MISSING_FILE,
-            ) from error
-        return cls(store, manifest_bytes, index_bytes, step=step)
+            manifest = manifest_format.decode(manifest_bytes, step=step)
+            key = f"{step_dir(step)}/{manifest.index.key}"
+            try:
+                index_bytes = read_all(store, key, likely_bytes=manifest.index.nbytes)
+            except NotFound as error:
+                raise IntegrityError(
+                    f"step {step} in {store.url}: its index {key} is missing",
+                    kind=ErrorKind.MISSING_FILE,
+                ) from error
+            return cls(store, manifest_bytes, index_bytes, step=step)
+        except IntegrityError as error:
+            if not holds(store, manifest_key(step), manifest_bytes):
+                raise deleted_meanwhile(store, step) from error
+            raise
+
+    def still_there(self) -> bool:
+        """Whether this very checkpoint is still committed: neither deleted nor saved anew.
+
+        A reader who finds a file missing asks this, to tell damage from a retention that was
+        faster.
+        """
+        return holds(self.store, manifest_key(self.step), self.manifest_bytes)
 
     def check_sizes(self) -> None:
         """Compare the size of every file with what was committed, reading no data.

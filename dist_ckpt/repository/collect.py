@@ -6,9 +6,12 @@ somebody put into the run stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 
-from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
+from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import (
     INDEX,
@@ -20,7 +23,7 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.storage.base import Store, Sweeper, read_all
+from dist_ckpt.storage.base import Store, Sweeper, is_temporary, read_all
 
 
 def removable(
@@ -53,36 +56,81 @@ def collect_garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> 
     """Remove the files of attempts that can no longer commit; return their folders.
 
     An attempt is dead when its claim is not newer than `claim`, no manifest names it, and it is
-    not in `in_flight`.
+    not in `in_flight`. A step that this user may not look into, or that lies behind a link, is
+    told once and left alone.
 
     Args:
         store: where the run is.
         claim: the claim of the caller, which owns the run.
-        in_flight: save_ids that the caller is writing now.
+        in_flight: save_ids that the caller is writing now; looked at whenever that matters, so it
+            may change meanwhile.
 
     Raises:
         StorageError: a listing or a deletion failed.
     """
     removed: list[str] = []
     for child in store.list_children():
-        step = parse_step_dir(child.removesuffix("/")) if child.endswith("/") else None
-        if step is None:
-            continue
-        names = store.list_children(child)
-        attempts = {name[:-1]: parse_save_id(name[:-1]) for name in names if name.endswith("/")}
-        candidates = {
-            save_id
-            for save_id, owner in attempts.items()
-            if owner is not None and owner <= claim and save_id not in in_flight
-        }
-        if candidates:
-            # The manifest is read only after the listing: an attempt that committed in between is
-            # named by it, so it cannot be taken for garbage.
-            for save_id in sorted(candidates - _named(store, step, candidates)):
-                _delete_attempt(store, f"{child}{save_id}/")
-                removed.append(f"{child}{save_id}/")
+        if child.endswith("/") and parse_step_dir(child[:-1]) is not None:
+            with passing_by(store, child):
+                removed += _collect_step(store, child, claim=claim, in_flight=in_flight)
     if isinstance(store, Sweeper):
-        store.sweep()  # unfinished objects of killed writers
+        # Unfinished objects of killed writers.
+        with passing_by(store, "what killed writers left"):
+            store.sweep(may_go=partial(_may_go, claim=claim, in_flight=in_flight))
+    return removed
+
+
+@contextmanager
+def passing_by(store: Store, what: str) -> Iterator[None]:
+    """Leave `what` alone, and tell so once, where this user has no right to it.
+
+    Any other failure is an outage, and stays one.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if error.kind is not ErrorKind.PERMISSION:
+            raise
+        tell_once(store.url, f"{what} in {store.url} is left as it is: {error.message}")
+
+
+def _may_go(key: str, *, claim: int, in_flight: Collection[str]) -> bool:
+    """Whether `key` is of an unfinished object of ours that nobody needs; see `MayGo`.
+
+    Only the three places where dist_ckpt writes count: other folders of a run are other people's.
+    """
+    folder, _, name = key.rpartition("/")
+    top, _, attempt = folder.partition("/")
+    if folder == "claims" or (not attempt and parse_step_dir(top) is not None):
+        # Claims and manifests are put whole: an upload under such a name is nobody's that died.
+        return not name or is_temporary(name)
+    if parse_step_dir(top) is None:
+        return False
+    owner = parse_save_id(attempt)
+    if owner is None or owner > claim or attempt in in_flight:
+        return False
+    return not name or is_attempt_file(name) or is_temporary(name)
+
+
+def _collect_step(
+    store: Store, folder: str, *, claim: int, in_flight: Collection[str]
+) -> list[str]:
+    step = parse_step_dir(folder[:-1])
+    assert step is not None
+    names = store.list_children(folder)
+    attempts = {name[:-1]: parse_save_id(name[:-1]) for name in names if name.endswith("/")}
+    candidates = {
+        save_id
+        for save_id, owner in attempts.items()
+        if owner is not None and owner <= claim and save_id not in in_flight
+    }
+    removed = []
+    if candidates:
+        # The manifest is read only after the listing: an attempt that committed in between is
+        # named by it, so it cannot be taken for garbage.
+        for save_id in sorted(candidates - _named(store, step, candidates)):
+            _delete_attempt(store, f"{folder}{save_id}/")
+            removed.append(f"{folder}{save_id}/")
     return removed
 
 

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
+from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.repository import marks
 from dist_ckpt.storage.base import Store, read_all
+
+_MOST_SECONDS = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,18 @@ class Record:
             created=datetime.fromisoformat(manifest.created),
             epoch=manifest.epoch if note is None else note.epoch,
             metrics=manifest.metrics | ({} if note is None else note.metrics),
-            elapsed_seconds=elapsed if isinstance(elapsed, int | float) else None,
+            elapsed_seconds=_seconds(elapsed),
             started=started if isinstance(started, str) else None,
             save_id=manifest.save_id,
         )
+
+
+def _seconds(value: object) -> float | None:
+    """Return a time that a run can have trained, None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Compared before it is converted: an integer of JSON may be larger than any float.
+    return float(value) if 0 <= value <= _MOST_SECONDS else None
 
 
 class History:
@@ -96,10 +107,24 @@ class History:
         self._known.pop(step, None)
 
     def _read(self, step: int) -> Record | None:
-        data = read_all(self._store, manifest_key(step))
         try:
+            data = read_all(self._store, manifest_key(step))
             manifest = manifest_format.decode(data, step=step)
             note = marks.read_epoch_note(self._store, step, manifest.save_id)
-        except (IntegrityError, IncompatibleError):
+        except (IntegrityError, IncompatibleError) as error:
+            # Without a record nothing is decided about it: it stays, and keeps no other from it.
+            # By a note that is lost it may have been the best.
+            tell_once(
+                self._store.url,
+                f"step {step} in {self._store.url} counts for no policy: {error.message}",
+            )
+            return None
+        except StorageError as error:
+            if error.kind is not ErrorKind.PERMISSION:
+                raise
+            tell_once(
+                self._store.url,
+                f"step {step} in {self._store.url} counts for no policy: {error.message}",
+            )
             return None
         return Record.of(manifest, note)

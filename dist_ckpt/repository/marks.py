@@ -87,6 +87,7 @@ def read_epoch_note(store: Store, step: int, save_id: str) -> EpochNote | None:
         return msgspec.convert({**fields, "metrics": metrics}, EpochNote)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise IntegrityError(
-            f"{key} in {store.url} is damaged ({error}): delete it",
+            f"{key} in {store.url} is damaged ({error}): the epoch and the metrics that were noted "
+            "there are not known any more; the checkpoint itself is not touched by that",
             kind=ErrorKind.MALFORMED,
         ) from error

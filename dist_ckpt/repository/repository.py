@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import (
@@ -13,8 +14,13 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import marks
-from dist_ckpt.repository.checkpoint import Checkpoint
-from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint, removable
+from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
+from dist_ckpt.repository.collect import (
+    collect_garbage,
+    delete_checkpoint,
+    passing_by,
+    removable,
+)
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.transaction import Transaction
@@ -29,12 +35,17 @@ class Repository:
         self.store = store
 
     def steps(self) -> list[int]:
-        """Return the committed steps, ascending.
+        """Return the committed steps, ascending, without those that this user may not look at.
 
         Raises:
             StorageError: the listing failed; an outage never looks like an empty run.
         """
-        return sorted(self.newest_first())
+        found = []
+        for step in self.candidates():
+            with passing_by(self.store, f"step {step}"):
+                if self._is_committed(step):
+                    found.append(step)
+        return sorted(found)
 
     def newest_first(self) -> Iterator[int]:
         """Yield the committed steps, descending; one size request each, when it is its turn.
@@ -53,6 +64,20 @@ class Repository:
         names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
         found = (parse_step_dir(name) for name in names)
         return sorted((step for step in found if step is not None), reverse=True)
+
+    def newest_now(self) -> Iterator[int]:
+        """Yield the steps that have a directory, descending, those first that came meanwhile.
+
+        A trainer that keeps one checkpoint commits the next and deletes the one that was listed:
+        whoever opens them one by one goes on with what there is by then.
+
+        Raises:
+            StorageError: see `steps`.
+        """
+        seen: set[int] = set()
+        while new := [step for step in self.candidates() if step not in seen]:
+            seen.add(new[0])
+            yield new[0]
 
     def latest(self) -> int | None:
         """Return the newest committed step, or None when there is none."""
@@ -79,10 +104,11 @@ class Repository:
             NotFound: this is no run, or nothing is committed in it.
             IntegrityError: its manifest or index is damaged.
         """
-        step = self.latest()
-        if step is None:
-            raise self._not_found(None)
-        return self.open(step)
+        for step in self.newest_now():
+            with suppress(NotFound):  # deleted since the look
+                if self._is_committed(step):
+                    return Checkpoint.read(self.store, step)
+        raise self._not_found(None)
 
     def claim(self) -> int:
         """Take the run over: return the number of a new claim, higher than all before it."""
@@ -129,7 +155,7 @@ class Repository:
             raise UsageError(
                 f"step {step} is older than the newest checkpoint in {self.store.url}, step "
                 f"{newest}, and a restart would go on from that one: continue from step {newest}, "
-                "save into another run, or delete the newer checkpoints first",
+                "or save into another run",
                 kind=ErrorKind.STEP_BEHIND,
             )
         return newest
@@ -138,14 +164,17 @@ class Repository:
         """Read every byte of a committed checkpoint and compare it with its digests.
 
         Raises:
-            NotFound: the step is not committed.
+            NotFound: the step is not committed, or was deleted meanwhile.
             StorageError: the backend failed.
         """
         try:
             checkpoint = self.open(step)
         except IntegrityError as error:
             return VerifyReport(step, 0, 0, (error.message,))
-        return verify(checkpoint)
+        report = verify(checkpoint)
+        if report.problems and not checkpoint.still_there():
+            raise deleted_meanwhile(self.store, step)
+        return report
 
     def records(self) -> list[Record]:
         """Return what the manifests say of the committed checkpoints, ascending.
@@ -186,12 +215,14 @@ class Repository:
         good = [record for record in found if record.step not in damaged]
         gone: dict[int, str] = {}
         for record in removable(good, policy, protected):
-            if marks.is_pinned(self.store, record.step, record.save_id):
-                continue
-            # Only the owner deletes, and a newer claim may have been made since the commit.
-            claims.check_owner(self.store, claim)
-            delete_checkpoint(self.store, record.step)
-            gone[record.step] = f"not kept by {policy}"
+            # One that this user may not delete, or that lies behind a link, keeps no other.
+            with passing_by(self.store, f"step {record.step}"):
+                if marks.is_pinned(self.store, record.step, record.save_id):
+                    continue
+                # Only the owner deletes, and a newer claim may have been made since the commit.
+                claims.check_owner(self.store, claim)
+                delete_checkpoint(self.store, record.step)
+                gone[record.step] = f"not kept by {policy}"
         return gone
 
     def pin(self, step: int, *, reason: str = "") -> None:
@@ -238,7 +269,8 @@ class Repository:
             raise UsageError(
                 f"{self.store.url} cannot create an object atomically, or not list it at once, so "
                 "two jobs could commit to one run: choose another place, or, where no other job "
-                "ever writes, open it by resolve(url, single_writer=True)"
+                "ever writes, open it by resolve(url, single_writer=True) and give that store in "
+                "place of the url"
             )
 
     def _exists(self, step: int) -> AlreadyExists:

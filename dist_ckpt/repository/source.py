@@ -70,6 +70,10 @@ class Source(Protocol):
         """
         ...
 
+    def still_there(self) -> bool:
+        """Whether it was neither deleted nor replaced since it was opened, as far as is known."""
+        ...
+
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
         """Fill `buffers`, one after another, from `start` of file number `file`; not verified.
 

@@ -12,7 +12,7 @@ from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile
 from dist_ckpt.format.names import file_key, index_key, manifest_key, parse_save_id, step_dir
 from dist_ckpt.repository.claim import check_owner
-from dist_ckpt.storage.base import Buffer, Store, Watch, read_all
+from dist_ckpt.storage.base import Buffer, Store, Watch, delete_exactly, read_all
 
 
 class Transaction:
@@ -55,7 +55,7 @@ class Transaction:
         describe: Callable[[ManifestFile], Manifest],
         *,
         confirm: Callable[[], None] = lambda: None,
-        replaces: bool = False,
+        replaces: bytes | None = None,
     ) -> Manifest:
         """Make the checkpoint exist.
 
@@ -63,8 +63,8 @@ class Transaction:
             index: the chunk table of all files put by all ranks.
             describe: returns the manifest, given the entry of the stored index.
             confirm: asked last, right before the manifest is put; raises to call the commit off.
-            replaces: whether a manifest of this step that is there already goes first: one that
-                this very job found damaged and passed over.
+            replaces: the manifest of this step that this very job found damaged and passed over,
+                as it was then; it goes first, if it still is the one that is there.
 
         Raises:
             FencedError: a newer claim owns the run; nothing was committed.
@@ -80,9 +80,11 @@ class Transaction:
         # Looked at last: what happens between this line and the put is the protocol's only window.
         check_owner(self.store, self.claim)
         confirm()
-        if replaces:
+        if replaces is not None:
             # Only now: until everything of the new one is durable, the damaged one is all there is.
-            self.store.delete([manifest_key(self.step)])
+            # And only itself: were this job suspended since the look at the claims, the one that
+            # took the run over may have saved the step anew.
+            delete_exactly(self.store, manifest_key(self.step), replaces)
         self._put_manifest(data)
         return manifest
 
@@ -96,6 +98,8 @@ class Transaction:
             if self._stored_manifest(key) == data:
                 return
             if isinstance(error, AlreadyExists):
+                # Whoever saved it may have taken the run over: then this job has to stop.
+                check_owner(self.store, self.claim)
                 raise AlreadyExists(
                     f"step {self.step} is already committed in {self.store.url}: "
                     "save under another step",

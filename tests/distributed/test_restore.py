@@ -13,7 +13,11 @@ import torch.distributed as dist
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError
+from dist_ckpt.format.names import step_dir
+from dist_ckpt.repository.collect import delete_checkpoint
+from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
+from tests.unit.engine.test_beside_retention import Meanwhile
 
 WORLD = 3
 
@@ -63,6 +67,29 @@ def test_all_ranks_fall_back_together(tmp_path: Path) -> None:
         assert "weights.r00002" in refused[3]
         assert "weights.r00001" in refused[2]
         assert refused == results[0][1], "every rank tells the same story"
+
+
+def load_while_it_is_collected(root: str, spare: str) -> tuple[int, dict[int, str]]:
+    store = Meanwhile(LocalStore(root), "read_into", "weights.r")
+    if dist.get_rank() == 1:
+
+        def go_on() -> None:
+            """Do what the job does that owns the run: commit the next one, delete this one."""
+            Path(spare, step_dir(3)).rename(Path(root, step_dir(3)))
+            delete_checkpoint(LocalStore(root), 2)
+
+        store.then = go_on
+    state = parts(0)
+    report = dist_ckpt.load(state, store, timeout_seconds=60)
+    assert (state["weights"]["w"] == report.step).all()
+    return report.step, dict(report.refused)
+
+
+def test_all_ranks_go_on_to_what_is_newer_when_theirs_is_collected(tmp_path: Path) -> None:
+    root, spare = str(tmp_path / "run"), str(tmp_path / "spare")
+    run_ranks(2, save_steps, root, 1, 2)
+    run_ranks(2, save_steps, spare, 3)
+    assert run_ranks(2, load_while_it_is_collected, root, spare) == [(3, {})] * 2
 
 
 def test_when_all_are_damaged_every_rank_is_told(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.errors import StorageError
+from dist_ckpt.format.names import step_dir
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore
@@ -89,6 +90,25 @@ def test_what_is_being_written_is_no_garbage() -> None:
     assert tidier.wait(60)
     assert [entry.key for entry in inner.list_entries("step-0000000001/")] == [key]
     assert read_all(inner, key) == b"alive"
+    tidier.stop()
+
+
+def test_what_other_ranks_write_is_no_garbage_though_no_lock_tells_so(tmp_path: Path) -> None:
+    """On many mounts a host sees only its own locks: what is in flight has to be known."""
+    store = LocalStore(tmp_path)
+    job = Job(store, timeout_seconds=60)
+    tidier = Tidier(job, Retention(job, None))
+    dead = tidier.begin(1)
+    living = tidier.begin(2)
+    unfinished = {}
+    for step, save_id in ((1, dead), (2, living)):
+        folder = tmp_path / step_dir(step) / save_id
+        folder.mkdir(parents=True)
+        unfinished[save_id] = folder / ".tmp-0123456789abcdef"
+        unfinished[save_id].write_bytes(b"of a rank on another host")
+    tidier.run(2)
+    assert not unfinished[dead].exists()
+    assert unfinished[living].exists()
     tidier.stop()
 
 

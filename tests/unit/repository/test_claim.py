@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from dist_ckpt.errors import FencedError, StorageError, UsageError
+from dist_ckpt.errors import ErrorKind, FencedError, StorageError, UsageError
+from dist_ckpt.format.names import claim_key
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.claim import check_owner, highest, take
-from dist_ckpt.storage.base import Capabilities
+from dist_ckpt.storage.base import Capabilities, read_all
+from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 from tests.unit.repository.runs import keys, new_store
@@ -97,3 +101,108 @@ def test_a_place_that_cannot_commit_is_refused_untouched(capabilities: Capabilit
         with pytest.raises(UsageError, match="choose another place"):
             use()
     assert keys(MemoryStore(name)) == []
+
+
+# ---------------------------------------------------------------- what is called like a claim
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"3", b'{"claim": 3}', b'{"claim": "999998"}', b"\xff", b"x" * 100_000],
+)
+@pytest.mark.parametrize("number", [5, 6, 4000, 999_998, 999_999])
+def test_a_stray_among_the_claims_stops_nobody(number: int, content: bytes) -> None:
+    store = new_store()
+    for _ in range(4):
+        take(store)
+    stray = claim_key(number)
+    store.put(stray, [content])
+    first = take(store)
+    assert first == (5 if number != 5 else 6), "a free number follows the last claim"
+    check_owner(store, first)
+    second = take(store)
+    assert second > first
+    check_owner(store, second)
+    assert highest(store) == second
+    for older in (4, first):
+        with pytest.raises(FencedError, match=f"claim {second}"):
+            check_owner(store, older)
+    assert read_all(store, stray) == content, "it is left where it is"
+
+
+def test_the_last_number_is_no_claim_whatever_it_says() -> None:
+    store = new_store()
+    own = take(store)
+    store.put(claim_key(999_999), [json.dumps({"claim": 999_999}).encode()])
+    check_owner(store, own)
+    assert take(store) == own + 1
+    with pytest.raises(FencedError):
+        check_owner(store, own)
+
+
+def test_when_the_numbers_are_used_up_it_is_said() -> None:
+    store = new_store()
+    store.put(claim_key(999_998), [json.dumps({"claim": 999_998}).encode()])
+    with pytest.raises(UsageError, match="another run"):
+        take(store)
+
+
+def test_a_number_that_comes_later_fences_whatever_it_holds() -> None:
+    """It may be a claim that was damaged: to go on would let two jobs own the run."""
+    store = new_store()
+    own = take(store)
+    store.put(claim_key(7), [b""])
+    with pytest.raises(FencedError, match="claim 7"):
+        check_owner(store, own)
+    again = take(store)
+    check_owner(store, again)
+    with pytest.raises(FencedError):
+        check_owner(store, own)
+
+
+def test_a_damaged_claim_is_followed_by_a_higher_one() -> None:
+    store = new_store()
+    older, damaged = take(store), take(store)
+    store.put(claim_key(damaged), [b"{"], mode="replace")
+    newer = take(store)
+    assert newer > damaged
+    for each in (older, damaged):
+        with pytest.raises(FencedError):
+            check_owner(store, each)
+
+
+def test_a_claim_that_may_not_be_read_counts() -> None:
+    inner = new_store()
+    take(inner)
+    take(inner)
+    denied = StorageError("denied", kind=ErrorKind.PERMISSION)
+    store = FaultyStore(inner, [Rule("read_into", Fail(denied), key=claim_key(2), nth=None)])
+    assert take(store) == 3
+    with pytest.raises(FencedError):
+        check_owner(store, 2)
+
+
+def test_strays_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    store = new_store()
+    store.put(claim_key(77), [b"{}"])
+    for _ in range(3):
+        take(store)
+    assert caplog.text.count("000077.json") == 1
+
+
+@pytest.mark.parametrize("below", ["000002.json", "000002.json/a/b"])
+def test_a_folder_called_like_a_claim_is_gone_round(tmp_path: Path, below: str) -> None:
+    store = LocalStore(tmp_path)
+    assert take(store) == 1
+    (tmp_path / "claims" / below).mkdir(parents=True)
+    if below.count("/"):
+        (tmp_path / "claims" / below / "file").touch()
+    assert take(store) == 3
+    with pytest.raises(FencedError):
+        check_owner(store, 1)
+
+
+def test_a_place_that_takes_no_claim_at_all_says_so(tmp_path: Path) -> None:
+    (tmp_path / "claims").write_bytes(b"a file where a folder should be")
+    with pytest.raises(UsageError, match="no object can bear the name of a folder"):
+        take(LocalStore(tmp_path))

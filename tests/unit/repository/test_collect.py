@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.errors import FencedError, StorageError
+from dist_ckpt.errors import ErrorKind, FencedError, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
 from dist_ckpt.repository import Repository, keep
 from dist_ckpt.repository.collect import delete_checkpoint
+from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.storage.s3 import S3Store
+from dist_ckpt.storage.s3_client import Client
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Operation, Rule
-from tests.unit.repository.runs import commit, keys, manifest_of, new_store, put_files, save
+from tests.unit.repository.runs import MODEL, commit, keys, manifest_of, new_store, put_files, save
+from tests.unit.storage.fake_s3 import FakeS3
 
 FOREIGN = (
     "notes.txt",
@@ -175,3 +183,130 @@ def test_save_ids_alone_tell_whose_an_attempt_is() -> None:
     Repository(store).collect(claim=claim, in_flight=())
     assert foreign in keys(store)
     assert commit(Repository(store).begin(2, claim)).step == 2
+
+
+# ---------------------------------------------------------------- unfinished objects
+
+
+LEFT = ".tmp-0123456789abcdef"
+
+
+def litter(root: Path, *folders: str) -> list[Path]:
+    paths = [root / folder / LEFT for folder in folders]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    return paths
+
+
+def test_unfinished_files_go_only_where_ours_lie(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    claim = save(store, 1, 2)
+    committed = f"step-0000000002/{Repository(store).open(2).manifest.save_id}"
+    dead, alive, newer = new_save_id(claim), new_save_id(claim), new_save_id(claim + 1)
+    ours = litter(
+        tmp_path / "run", "claims", "step-0000000001", committed, f"step-0000000005/{dead}"
+    )
+    theirs = litter(
+        tmp_path / "run",
+        "",  # dist_ckpt puts nothing beside the steps
+        "cache",
+        "claims/old",
+        "step-0000000001/plots",
+        f"{committed}/cache",
+        "step-5",
+        "step-0000000005/c000001-zzzzzzzzzzzzzzzz",
+        "nested/claims",
+        f"nested/step-0000000001/{dead}",
+        f"step-0000000005/{alive}",
+        f"step-0000000005/{newer}",
+    )
+    behind = litter(tmp_path / "elsewhere", dead)
+    (tmp_path / "run" / "step-0000000009").symlink_to(tmp_path / "elsewhere")
+    Repository(store).collect(claim=claim, in_flight={alive})
+    assert [path for path in ours if path.exists()] == []
+    assert [path for path in (*theirs, *behind) if not path.exists()] == []
+    assert Repository(store).verify(2).ok
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeS3:
+    fake = FakeS3()
+
+    async def send(_: Client, name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return await fake.send(name, parameters)
+
+    monkeypatch.setattr(Client, "send", send)
+    return fake
+
+
+def uploads_of(fake: FakeS3, *keys: str) -> None:
+    for key in keys:
+        fake.uploads[key] = {"Key": f"run/{key}", "parts": {}, "begun": fake.now}
+
+
+def test_uploads_go_only_when_they_are_of_dead_attempts(fake: FakeS3) -> None:
+    """Also with an age of nothing: what is in flight has no age at which it may be aborted."""
+    store = S3Store("bucket", "run", storage_options={"abandoned_seconds": 0})
+    claim = Repository(store).claim()
+    dead, alive, newer = new_save_id(claim), new_save_id(claim), new_save_id(claim + 1)
+    ours = [f"step-0000000005/{dead}/{name}" for name in (MODEL, "index.msgpack")]
+    theirs = [
+        "video.mp4",
+        "step-0000000005/left",
+        f"step-0000000005/{dead}/core.dump",
+        f"step-0000000005/{dead}/deeper/{MODEL}",
+        f"nested/step-0000000005/{dead}/{MODEL}",
+        f"step-0000000005/{alive}/{MODEL}",
+        f"step-0000000005/{newer}/{MODEL}",
+        "step-0000000005/manifest.json",
+    ]
+    uploads_of(fake, *ours, *theirs)
+    Repository(store).collect(claim=claim, in_flight={alive})
+    assert sorted(fake.uploads) == sorted(theirs)
+
+
+# ---------------------------------------------------------------- what may not be deleted
+
+
+def denied(operation: Operation, key: str) -> Rule:
+    error = StorageError("denied", kind=ErrorKind.PERMISSION)
+    return Rule(operation, Fail(error), key=key, nth=None)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        denied("delete", manifest_key(1)),
+        denied("size", f"{step_dir(1)}/*/pin.json"),
+        denied("read_into", manifest_key(1)),
+        denied("size", manifest_key(1)),
+    ],
+    ids=lambda rule: f"{rule.operation} {rule.key}",
+)
+def test_a_step_that_may_not_be_touched_keeps_no_other(
+    rule: Rule, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = new_store()
+    claim = save(inner, 1, 2, 3, 4)
+    store = FaultyStore(inner, [rule])
+    for _ in range(3):
+        Repository(store).retain(keep.latest(2), claim=claim, protected=())
+    assert Repository(inner).steps() == [1, 3, 4]
+    assert caplog.text.count("denied") == 1, "said once"
+
+
+def test_a_linked_step_keeps_no_other_and_nothing_behind_it_goes(tmp_path: Path) -> None:
+    theirs = LocalStore(tmp_path / "theirs")
+    save(theirs, 1)
+    run = tmp_path / "run"
+    store = LocalStore(run)
+    claim = save(store, 2, 3, 4)
+    (run / step_dir(1)).symlink_to(tmp_path / "theirs" / step_dir(1))
+    before = keys(theirs)
+    assert Repository(store).steps() == [1, 2, 3, 4], "it is listed like any other"
+    gone = Repository(store).retain(keep.latest(1), claim=claim, protected=())
+    assert list(gone) == [2, 3]
+    Repository(store).collect(claim=claim, in_flight=())
+    assert keys(theirs) == before
+    assert Repository(theirs).verify(1).ok

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
 import pytest
 
 from dist_ckpt.errors import (
@@ -12,8 +18,12 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
+from dist_ckpt.format.names import manifest_key, new_save_id
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
 from tests.unit.repository.runs import (
     MODEL,
@@ -26,6 +36,8 @@ from tests.unit.repository.runs import (
 )
 
 MANIFESTS = "*/manifest.json"
+
+_T = TypeVar("_T")
 
 
 def begin(store: Store, step: int = 1) -> Transaction:
@@ -157,3 +169,109 @@ def test_begin_refuses_before_anything_is_written() -> None:
     Repository(store).claim()
     with pytest.raises(FencedError):
         Repository(store).begin(4, claim)
+
+
+# ---------------------------------------------------------------- instead of a damaged one
+
+
+def damaged_run() -> tuple[MemoryStore, bytes]:
+    """Return a run whose step 1 is damaged, and its manifest."""
+    store = new_store()
+    save(store, 1, content=b"damaged")
+    return store, read_all(store, manifest_key(1))
+
+
+def replace(attempt: Transaction, manifest: bytes, content: bytes) -> None:
+    index = put_files(attempt, content)
+    attempt.commit(index, lambda stored: manifest_of(attempt, index, stored), replaces=manifest)
+
+
+def attempt_of(store: Store, claim: int) -> Transaction:
+    return Transaction(store, 1, new_save_id(claim))
+
+
+def test_the_damaged_manifest_makes_way() -> None:
+    store, found = damaged_run()
+    attempt = attempt_of(store, Repository(store).claim())
+    replace(attempt, found, b"good")
+    assert Repository(store).open(1).manifest.save_id == attempt.save_id
+    assert Repository(store).verify(1).ok
+
+
+def test_another_manifest_than_the_damaged_one_stays() -> None:
+    store, found = damaged_run()
+    claim = Repository(store).claim()
+    replace(attempt_of(store, claim), found, b"good")
+    good = read_all(store, manifest_key(1))
+    with pytest.raises(AlreadyExists):
+        replace(attempt_of(store, claim), found, b"late")
+    assert read_all(store, manifest_key(1)) == good
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        *itertools.product(("memory", "local", "linkless"), ("claims", "delete", "put")),
+        # Between its look and its deletion a plain store has the window that the protocol names.
+        *itertools.product(("plain",), ("claims", "put")),
+    ],
+)
+def test_a_fenced_job_never_takes_away_what_its_successor_saved(
+    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is suspended wherever that may be: right behind its look at the claims, too."""
+    inner: Store = new_store()
+    if kind in ("local", "linkless"):
+        inner = LocalStore(tmp_path, single_writer=True)
+    if kind == "linkless":
+
+        def no_link(*_: object) -> None:
+            raise PermissionError(1, "no links")
+
+        monkeypatch.setattr(os, "link", no_link)
+    save(inner, 1, content=b"damaged")
+    found = read_all(inner, manifest_key(1))
+    succeeded: list[str] = []
+
+    class Suspended(StoreWrapper):
+        def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+            places = {
+                "claims": operation == "list_children" and key == "claims/",
+                "delete": operation == "delete" and key == manifest_key(1),
+                "put": operation == "put" and key == manifest_key(1),
+            }
+            if where == "claims":
+                result = run()
+                if places[where] and not succeeded:
+                    succeed()
+                return result
+            if places[where] and not succeeded:
+                succeed()
+            return run()
+
+    def succeed() -> None:
+        succeeded.append("")
+        attempt = attempt_of(inner, Repository(inner).claim())
+        # Where the first one has deleted the damaged one already, there is nothing to replace.
+        replace(attempt, found, b"of the new owner")
+        succeeded.append(attempt.save_id)
+
+    old = Repository(inner).claim()
+    store: Store = Suspended(inner)
+    if kind == "plain":
+        store = Plain(store)
+    with pytest.raises(FencedError):
+        replace(attempt_of(store, old), found, b"of the old one")
+    assert Repository(inner).open(1).manifest.save_id == succeeded[1]
+    assert Repository(inner).verify(1).ok
+    assert keys(inner)[-1] == manifest_key(1)
+
+
+class Plain:
+    """A store of somebody's own, with the seven methods and nothing besides."""
+
+    def __init__(self, inner: Store) -> None:
+        self.url, self.capabilities = inner.url, inner.capabilities
+        self.put, self.read_into, self.size = inner.put, inner.read_into, inner.size
+        self.list_entries, self.list_children = inner.list_entries, inner.list_children
+        self.delete, self.close = inner.delete, inner.close
