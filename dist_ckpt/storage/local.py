@@ -257,15 +257,13 @@ class LocalStore:
             return sorted((pair for pair in named if pair[0]), key=lambda item: item[0])
 
     def _may_hold_object(self, folder: str) -> bool:
-        """Whether an object lies below `folder`, or nobody may look whether one does."""
+        """Whether an object lies below `folder`, or nobody can tell."""
         try:
             # A killed writer or a deleter may leave folders that hold no object.
             return next(self._walk(folder), None) is not None
-        except StorageError as error:
+        except StorageError:
             # Its name is there for all to see, and one closed folder (`lost+found`, a colleague's)
-            # hides none of the others; whoever wants to read in it is told.
-            if error.kind is not ErrorKind.PERMISSION:
-                raise
+            # hides none of the others; whoever wants to read in it is told what is wrong.
             return True
 
     def _walk(self, prefix: str) -> Iterator[Entry]:
