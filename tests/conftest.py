@@ -54,7 +54,6 @@ def _is_short(item: pytest.Item) -> bool:
     return own is None or own.args[0] < _LONG_SECONDS
 
 
-
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[tuple[CephCluster | None, str]]:
     """A Ceph cluster of this session, or None and why there is none."""

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from dist_ckpt.errors import AlreadyExists
-from dist_ckpt.storage.base import PutMode, Store, Sweeper, read_all
+from dist_ckpt.storage.base import PutMode, Store, Sweeper, delete_exactly, read_all
 
 Cut = Literal["whole", "aligned", "odd"]
 
@@ -95,6 +95,19 @@ class LargeContract:
         for prefix in ("", "a/", "no/such/"):
             assert store.sweep(prefix) == 0
         assert [entry.key for entry in store.list_entries()] == ["a/b", "a/c/d", "e"]
+
+
+    def test_exact_deletion_takes_nothing_else(self, store: Store, other: Store) -> None:
+        """An object goes only while it holds exactly the bytes that were found in it."""
+        store.put("a/k", [b"old"])
+        for data in (b"", b"ol", b"old!", b"new"):
+            assert not delete_exactly(store, "a/k", data)
+        other.put("a/k", [b"new"], mode="replace")
+        assert not delete_exactly(store, "a/k", b"old")
+        assert [entry.key for entry in other.list_entries()] == ["a/k"]
+        assert delete_exactly(store, "a/k", b"new")
+        assert not delete_exactly(store, "a/k", b"new")
+        assert other.list_children() == []
 
 
 def _fill(view: memoryview) -> memoryview:
