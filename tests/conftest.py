@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,7 +74,7 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
                 service = ceph_service(cluster)
             else:
                 # Past the capture; a worker has no terminal of its own.
-                sys.__stderr__.write(f"\n{moto_line(reason)}\n")
+                os.write(2, f"\n{moto_line(reason)}\n".encode())
                 service = stack.enter_context(moto_service())
         environment = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in service.environment.items():
