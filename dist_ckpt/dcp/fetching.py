@@ -94,6 +94,12 @@ class Fetcher:
         # Never less than a unit, which is what can be verified.
         self._read_bytes = max(self._pace.nbytes // files.unit_bytes, 1) * files.unit_bytes
 
+    def fetch_all(self) -> int:
+        """Read all that the filling needs and check that it is filled; return the bytes read."""
+        nbytes = self.fetch(self._filling.needs)
+        self._filling.check_filled()
+        return nbytes
+
     def fetch(self, ranges: Ranges) -> int:
         """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
         bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dist_ckpt.dcp.wanted import Wanted
+from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.pieces import find_pieces
@@ -30,12 +32,17 @@ class Landing:
     Attributes:
         address: of its first byte.
         view: what it is read to, as long as the stretch.
-        straight: whether that is its place already.
+        piece: the number of the piece whose place that is already; None where it is not.
     """
 
     address: int
     view: memoryview
-    straight: bool = False
+    piece: int | None = None
+
+    @property
+    def straight(self) -> bool:
+        """Whether the view is the place that the bytes go to."""
+        return self.piece is not None
 
 
 class Filling:
@@ -52,6 +59,9 @@ class Filling:
     Attributes:
         needs: the ranges of addresses to be given to `fill`, whole units, sorted and disjoint.
         nbytes_wanted: bytes of the boxes.
+
+    Raises:
+        IntegrityError: the chunks do not hold every wanted element exactly once.
     """
 
     def __init__(
@@ -83,8 +93,14 @@ class Filling:
         self._reach = np.maximum.accumulate(self._stop)
         self._want = pieces.want[order]
         self._row = pieces.row[order]
-        # Nothing lies between two elements of such a box, and they come in its own order.
-        self._whole = self._stop - self._start == np.array(nbytes, np.int64)[self._want]
+        piece_bytes = pieces.nbytes[order]
+        # Nothing lies between two elements of such a piece, and they come in its own order. Its
+        # length alone says nothing: elements and gaps may add up to the bytes of any box.
+        self._dense = self._stop - self._start == piece_bytes
+        self._whole = self._dense & (piece_bytes == np.array(nbytes, np.int64)[self._want])
+        # Bytes of each piece that have not come to their place yet.
+        self._missing = piece_bytes.copy()
+        self._check_planned(nbytes)
         self._halves: dict[int, _Half] = {}
         # The memory of pieces that come in several reads, where it is one run of bytes.
         self._flat: dict[int, NDArray[np.uint8]] = {}
@@ -112,7 +128,7 @@ class Filling:
             if run is not None:
                 if done < low:
                     landings.append(Landing(done, bounce[done - start : low - start]))
-                landings.append(Landing(low, run[low - begin : high - begin].data, straight=True))
+                landings.append(Landing(low, run[low - begin : high - begin].data, number))
                 done = high
         if done < stop:
             landings.append(Landing(done, bounce[done - start :]))
@@ -120,13 +136,27 @@ class Filling:
 
     def settle(self, landing: Landing) -> None:
         """Bring what was read to `landing.view` to its place."""
-        if not landing.straight:
+        if landing.piece is None:
             self.fill(landing.address, landing.view)
+        else:
+            self._count([landing.piece], [len(landing.view)])
 
     def fill(self, start: int, data: memoryview) -> None:
         """Copy out of `data`, which lies at the address `start`, all that is wanted of it."""
-        for number in self._pieces_in(start, start + len(data)):
-            self._copy(number, start, data)
+        numbers = self._pieces_in(start, start + len(data))
+        self._count(numbers, [self._copy(number, start, data) for number in numbers])
+
+    def check_filled(self) -> None:
+        """Check that as many bytes as are wanted came to their places: none is missing or twice.
+
+        Raises:
+            IntegrityError: a tensor is not what is stored; names it. No damage of the checkpoint
+                can lead here, only an error in reading it.
+        """
+        wrong = np.flatnonzero(self._missing)
+        if len(wrong):
+            number = int(wrong[0])
+            self._refuse(int(self._want[number]), f"{int(self._missing[number])} bytes are left")
 
     def names_in(self, start: int, stop: int) -> list[str]:
         """Return the stored `part/name` of wanted tensors with bytes in a range of addresses."""
@@ -135,6 +165,30 @@ class Filling:
             for number in self._pieces_in(start, stop)
         ]
         return list(dict.fromkeys(f"{each.part}/{each.name}" for each in tensors))
+
+    def _check_planned(self, nbytes: Sequence[int]) -> None:
+        """Check that the pieces of each wanted box hold as many bytes as it has."""
+        planned = np.zeros(len(nbytes), np.int64)
+        np.add.at(planned, self._want, self._missing)
+        wrong = np.flatnonzero(planned != np.array(nbytes, np.int64))
+        if len(wrong):
+            want = int(wrong[0])
+            self._refuse(want, f"{int(planned[want])} of {nbytes[want]} bytes are in its chunks")
+
+    def _refuse(self, want: int, problem: str) -> NoReturn:
+        tensor, held = self._index.tensors[self._wanted[want].tensor], self._wanted[want].local.held
+        raise IntegrityError(
+            f"{tensor.part}/{tensor.name}, elements {list(held.offsets)} to "
+            f"{[a + n for a, n in zip(held.offsets, held.sizes, strict=True)]}: {problem} after "
+            "each wanted byte should have come to its place once; do not use what was loaded",
+            kind=ErrorKind.COVERAGE,
+        )
+
+    def _count(self, numbers: list[int], nbytes: list[int]) -> None:
+        """Note how many bytes of these pieces, each named once, came to their places."""
+        if numbers:
+            with self._lock:
+                self._missing[numbers] -= nbytes
 
     @property
     def devices(self) -> list[torch.device]:
@@ -162,14 +216,11 @@ class Filling:
         flat = self._flat.get(number)
         if flat is not None:
             return flat
+        if not self._dense[number]:
+            return None
         want = self._wanted[int(self._want[number])]
-        if self._whole[number]:
-            target = want.local.memory
-        else:
-            chunk, common, target = self._target(number)
-            first, last = element_span(chunk, common)
-            if volume(common) != last - first:
-                return None
+        whole = self._whole[number]
+        target = want.local.memory if whole else self._target(number)[2]
         if not _is_plain(target, want.dtype):
             return None
         flat = _flat(target)
@@ -191,35 +242,41 @@ class Filling:
         last = int(np.searchsorted(self._start, stop, side="left"))
         return (first + np.flatnonzero(self._stop[first:last] > start)).tolist()
 
-    def _copy(self, number: int, at: int, data: memoryview) -> None:
-        """Copy what `data`, at the address `at`, holds of piece `number`."""
+    def _copy(self, number: int, at: int, data: memoryview) -> int:
+        """Copy what `data`, at the address `at`, holds of piece `number`; return the bytes."""
         begin, end = int(self._start[number]), int(self._stop[number])
         low, high = max(begin, at), min(end, at + len(data))
         source = data[low - at : high - at]
         run = self._run(number, part=high - low)
         if run is None:
-            self._copy_elements(number, low, source)
-        else:
-            # The common case: numpy lets the other threads run.
-            np.copyto(run[low - begin : high - begin], np.frombuffer(source, np.uint8))
+            return self._copy_elements(number, low, source)
+        # The common case: numpy lets the other threads run.
+        np.copyto(run[low - begin : high - begin], np.frombuffer(source, np.uint8))
+        return len(source)
 
-    def _copy_elements(self, number: int, low: int, source: memoryview) -> None:
-        """Copy what `source`, at the address `low`, holds of piece `number`, one by one."""
+    def _copy_elements(self, number: int, low: int, source: memoryview) -> int:
+        """Copy what `source`, at the address `low`, holds of piece `number`, one by one.
+
+        Returns:
+            How many bytes of the piece that were, those between its elements not counted.
+        """
         chunk, common, target = self._target(number)
         dtype = self._wanted[int(self._want[number])].dtype
         item, done = dtype.itemsize, low - int(self._start[number])
         first, _ = element_span(chunk, common)
+        raw = torch.frombuffer(source, dtype=torch.uint8)
         if done % item == 0 and len(source) % item == 0:
-            run = torch.frombuffer(source, dtype=dtype)
-            _copy_run(target, run, chunk, common, first + done // item)
-            return
+            # Files of other programs have elements at any byte, and a processor may refuse to load
+            # one from an address that its size does not divide: complex128 ends the process.
+            run = (raw if raw.data_ptr() % item == 0 else raw.clone()).view(dtype)
+            return item * _copy_run(target, run, chunk, common, first + done // item)
         # Files of other programs have elements anywhere, so a read may end inside of one: it is
         # put together of bytes, in memory of the stored dtype.
         half = self._half(number, target, dtype, common)
         outer, inner = _in_bytes(chunk, item), _in_bytes(common, item)
-        raw = torch.frombuffer(source, dtype=torch.uint8)
         nbytes = _copy_run(_as_bytes(half.memory), raw, outer, inner, first * item + done)
         self._add(number, target, half, nbytes)
+        return nbytes
 
     def _chunk(self, row: int, ndim: int) -> Box:
         starts, sizes = self._index.boxes(np.array([row]), ndim)
@@ -304,7 +361,8 @@ def _assign(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _flat(target: torch.Tensor) -> NDArray[np.uint8]:
-    return target.view(-1).view(torch.uint8).numpy()
+    # By numbers: `view` asks for the stride of a single element, which means nothing.
+    return target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:

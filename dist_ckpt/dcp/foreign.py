@@ -27,7 +27,7 @@ from dist_ckpt.errors import (
     NotFound,
     describe,
 )
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.pickle_guard import check_pickle
 from dist_ckpt.repository import torch_files
@@ -126,12 +126,26 @@ def _read_stock(store: Store) -> Found:
         if isinstance(kept, stock.TensorStorageMetadata):
             entry = Entry(path, dtype_name(kept.properties.dtype), tuple(kept.size))
             boxes = [Box(tuple(c.offsets), tuple(c.sizes)) for c in kept.chunks]
-            chunks[fqn] = [(box, blob(fqn, box.offsets)) for box in boxes]
+            found_at = [(box, blob(fqn, box.offsets)) for box in boxes]
+            chunks[fqn] = _with_elements(entry.shape, found_at)
         else:
             entry = Entry(path, None, (), reading.value(fqn, blob(fqn, ())))
         entries.append(entry)
     placed = place(entries, where)
     return _described(reading, placed, list(chunks.values()))
+
+
+def _with_elements(
+    shape: tuple[int, ...], chunks: Sequence[tuple[Box, _Blob]]
+) -> list[tuple[Box, _Blob]]:
+    """Leave out the chunks of ranks that had nothing of a tensor.
+
+    Stock lists them, where the tensor ends or where another chunk begins. Of a tensor without
+    elements there is one chunk, of all of it, however ranks cut their nothing.
+    """
+    if not all(shape):
+        return [(Box((0,) * len(shape), shape), blob) for _, blob in chunks[:1]]
+    return [(box, blob) for box, blob in chunks if volume(box)]
 
 
 class _Reading:
@@ -191,7 +205,8 @@ def _described(
     stored = reading.tensors([blob for _, _, blob in flat])
     for (number, box, blob), tensor in zip(flat, stored, strict=True):
         entry: TensorEntry = placed.tensors[number]
-        if (tensor.dtype, tensor.shape) != (entry.dtype, box.sizes):
+        alike = tensor.shape == box.sizes or (0 in tensor.shape and not volume(box))
+        if tensor.dtype != entry.dtype or not alike:
             raise _broken(
                 reading.where,
                 f"{entry.name!r} at {list(box.offsets)} should be {entry.dtype}{list(box.sizes)} "

@@ -195,9 +195,9 @@ class Reader(StorageReader):
         sizes = [file.nbytes for file in checkpoint.index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)
         filling = Filling(checkpoint.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
-        Fetcher(checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES).fetch(
-            filling.needs
-        )
+        Fetcher(
+            checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES
+        ).fetch_all()
 
 
 class _Unreadable(Metadata):

@@ -185,7 +185,7 @@ class _Reading:
             self._exchange(plan, answer)
         else:
             with self._counts.clock("read"):
-                nbytes, _ = self._together("read", lambda: plan.fetcher.fetch(plan.filling.needs))
+                nbytes, _ = self._together("read", plan.fetcher.fetch_all)
             self._counts.read = nbytes
         return ReadResult(
             self._counts.read,
@@ -243,6 +243,8 @@ class _Reading:
                 buffer = buffers.take()
                 with buffers.using(buffer):
                     self._window(plan, group, number, (extents, buffer.memory))
+            # After the last buffer is free again: what went to a device is there by then.
+            self._together("filled", plan.filling.check_filled)
 
     def _window(
         self,

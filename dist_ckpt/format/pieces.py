@@ -28,12 +28,14 @@ class Pieces:
         row: int64[n], row of the chunk in `Index.chunks`.
         start: int64[n], byte offset in its file of the first common element.
         stop: int64[n], byte offset behind the last one.
+        nbytes: int64[n], of the common elements: `stop - start` only where nothing lies between.
     """
 
     want: Column
     row: Column
     start: Column
     stop: Column
+    nbytes: Column
 
 
 def find_pieces(
@@ -150,7 +152,9 @@ def _spans(
     stride, span = _strides(extents, sizes)
     base = index.chunks.offset[row].astype(np.int64)
     start = base + (relative * stride).sum(axis=1) * item
-    pieces = Pieces(want, row, start, start + span[:, 0] * item)
+    # What lies between two elements is in the span, and in no count of bytes that are wanted.
+    nbytes = sizes.prod(axis=1) * item
+    pieces = Pieces(want, row, start, start + span[:, 0] * item, nbytes)
     # Between two neighbours in a dimension lie a stride's elements, less what the first one spans.
     gap = np.where(sizes > 1, (stride - span[:, 1:]) * item[:, None], 0)
     wide = np.flatnonzero((gap > max_gap_bytes).any(axis=1))
@@ -158,7 +162,7 @@ def _spans(
         return pieces, pieces
     dense = np.ones(len(want), np.bool_)
     dense[wide] = False
-    runs = [Pieces(want[dense], row[dense], start[dense], pieces.stop[dense])]
+    runs = [Pieces(want[dense], row[dense], start[dense], pieces.stop[dense], nbytes[dense])]
     for at in wide.tolist():
         # A gap is never narrower than those of the dimensions inside its own.
         depth = int(np.flatnonzero(gap[at] > max_gap_bytes)[-1]) + 1
@@ -167,7 +171,8 @@ def _spans(
             places = (places[:, None] + np.arange(sizes[at, dim]) * stride[at, dim]).reshape(-1)
         first = start[at] + places * item[at]
         filled = np.full(len(first), want[at]), np.full(len(first), row[at])
-        runs.append(Pieces(*filled, first, first + span[at, depth] * item[at]))
+        stop = first + span[at, depth] * item[at]
+        runs.append(Pieces(*filled, first, stop, np.full(len(first), nbytes[at] // len(first))))
     return pieces, _concatenate(runs)
 
 
@@ -200,4 +205,5 @@ def _concatenate(many: Sequence[Pieces]) -> Pieces:
         np.concatenate([empty, *(each.row for each in many)]),
         np.concatenate([empty, *(each.start for each in many)]),
         np.concatenate([empty, *(each.stop for each in many)]),
+        np.concatenate([empty, *(each.nbytes for each in many)]),
     )
