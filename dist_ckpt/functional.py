@@ -96,8 +96,8 @@ def load(
             `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`.
         step: which checkpoint of the run.
         timeout_seconds: after this long without all ranks the load fails.
-        **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
-            `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`.
+        **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
+            `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`.
 
     Returns:
         What was done, and from where.

@@ -286,7 +286,7 @@ class Filling:
         with self._lock:
             found = self._halves.get(number)
             if found is None:
-                same = target.dtype == dtype
+                same = target.dtype == dtype and not _is_lazy(target)
                 memory = target if same else torch.empty(box.sizes, dtype=dtype)
                 found = _Half(memory, volume(box) * dtype.itemsize)
                 self._halves[number] = found
@@ -367,7 +367,14 @@ def _flat(target: torch.Tensor) -> NDArray[np.uint8]:
 
 def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the bytes of `target` lie in memory as they are stored."""
+    if _is_lazy(target):
+        return False
     return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+
+
+def _is_lazy(target: torch.Tensor) -> bool:
+    """Whether the memory has another value than the tensor: only torch's own copy minds that."""
+    return target.is_conj() or target.is_neg()
 
 
 def _in_bytes(box: Box, item: int) -> Box:

@@ -19,6 +19,7 @@ from dist_ckpt.dcp.filling import Filling
 from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.dcp.stock_catalog import Catalog, catalog
 from dist_ckpt.dcp.stock_edge import Place, open_store, plain_errors, step_of
+from dist_ckpt.dcp.ties import TIE_RULES, TieRule, Ties
 from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
@@ -55,16 +56,22 @@ class Reader(StorageReader):
     of the state dict. What they keep for each rank (random number generators) is left out.
     """
 
-    def __init__(self, url: Place, *, step: int | None = None) -> None:
+    def __init__(self, url: Place, *, step: int | None = None, ties: TieRule = "refuse") -> None:
         """Describe the checkpoint; nothing is read yet.
 
         Args:
             url: the run: a path, a URL, or a `Store`; the same on every rank.
             step: which checkpoint, None for the newest. Another one is never taken for it.
+            ties: where entries of the state dict share memory and the checkpoint has different
+                values for them: "refuse" is an error that names both, before anything is changed;
+                "last" lets the last entry have its way.
 
         Raises:
-            UsageError: the place or the step is malformed.
+            UsageError: the place, the step or `ties` is malformed.
         """
+        if ties not in TIE_RULES:
+            raise UsageError(f"ties is one of {', '.join(TIE_RULES)}, not {ties!r}")
+        self._ties: TieRule = ties
         self._step = None if step is None else check_step(step)
         self._repository = Repository(open_store(url))
         self._catalog: Catalog | None = None
@@ -191,6 +198,21 @@ class Reader(StorageReader):
         return Wanted(number, LocalBox(box, memory), memory.dtype)
 
     def _fill(self, wanted: Sequence[Wanted]) -> None:
+        checkpoint = self._opened.checkpoint
+        ties = Ties(
+            checkpoint.index,
+            wanted,
+            where=checkpoint.where,
+            rule=self._ties,
+            window_bytes=_IN_FLIGHT_BYTES,
+        )
+        for number in range(ties.windows):
+            self._fetch(ties.window(number))
+            ties.settle(number)
+        self._fetch(ties.wanted)
+        ties.finish()
+
+    def _fetch(self, wanted: Sequence[Wanted]) -> None:
         checkpoint = self._opened.checkpoint
         sizes = [file.nbytes for file in checkpoint.index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)

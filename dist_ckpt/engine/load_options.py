@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 
+from dist_ckpt.dcp.ties import TIE_RULES, TieRule
 from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.format.digest import bytes_digest
 
@@ -31,6 +32,7 @@ class LoadKeywords(TypedDict, total=False):
     rename: Rename | None
     cast: bool
     device: str | torch.device | None
+    ties: TieRule
     verify: bool
     exchange: Exchange
     in_flight_bytes: int
@@ -54,6 +56,10 @@ class LoadOptions:
             else is ever cast.
         device: where tensors of the state that are on the meta device get their memory; None for
             the CPU, and for the device of its mesh where it is a DTensor.
+        ties: what becomes of names that share memory in the state (one tensor under two names, in
+            two parts, or as a view of another) where the checkpoint has different values for them:
+            "refuse": an error that names both, before anything is changed; "last": the name that
+            comes last in the state has its way, as in `load_state_dict` of torch.
         verify: compare every block read with its digest.
         exchange: whether bytes that several ranks want are read by one of them and sent to the
             others: "auto" where that is expected to be faster.
@@ -66,6 +72,7 @@ class LoadOptions:
     rename: Rename | None = None
     cast: bool = False
     device: torch.device | None = None
+    ties: TieRule = "refuse"
     verify: bool = True
     exchange: Exchange = "auto"
     in_flight_bytes: int = 256 << 20
@@ -98,6 +105,8 @@ class LoadOptions:
                 raise UsageError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.exchange not in _EXCHANGES:
             raise UsageError(f"exchange is one of {', '.join(_EXCHANGES)}, not {self.exchange!r}")
+        if self.ties not in TIE_RULES:
+            raise UsageError(f"ties is one of {', '.join(TIE_RULES)}, not {self.ties!r}")
         number = self.in_flight_bytes
         whole = isinstance(number, int) and not isinstance(number, bool)
         if not (whole and number >= _MIN_IN_FLIGHT_BYTES):

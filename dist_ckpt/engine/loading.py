@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,8 +13,8 @@ import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.fetching import warm_memory
-from dist_ckpt.dcp.planner import local_boxes
-from dist_ckpt.dcp.wanted import Wanted
+from dist_ckpt.dcp.planner import NamedTensors
+from dist_ckpt.dcp.ties import Ties
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
@@ -24,6 +24,7 @@ from dist_ckpt.engine.load_options import LoadOptions
 from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
+from dist_ckpt.engine.tied import compare_ties, prepare
 from dist_ckpt.engine.together import together
 from dist_ckpt.errors import (
     CheckpointError,
@@ -35,7 +36,6 @@ from dist_ckpt.errors import (
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
-from dist_ckpt.state.layout import dtype_of, materialise
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
@@ -160,24 +160,13 @@ class Loader:
                     "step by its number",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
-            (targets, wanted), _ = self._together(
-                topic.phase("memory"), lambda: _prepare(source, matched, options.device)
-            )
+            (targets, ties), windows = self._prepare(topic, source, matched, options)
         progress.clock("match", since)
-        progress.touched = True
-        result = read(
-            source,
-            wanted,
-            ReadOptions(options.verify, options.exchange, options.in_flight_bytes),
-            coordinator=self._job.training,
-            topic=topic.phase("read"),
-            deadline=self._job.deadline(),
-            memory=memory,
-        )
+        result = self._read(topic, source, ties, options, progress, windows=windows, memory=memory)
         for phase, seconds in result.seconds.items():
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
         since = time.perf_counter()
-        self._together(topic.phase("restore"), lambda: self._restore(matched, targets))
+        self._together(topic.phase("restore"), lambda: self._restore(matched, targets, ties))
         progress.clock("restore", since)
         report = self._report(chosen, matched, verdict, result, options=options, progress=progress)
         rank = self._job.training.rank
@@ -187,6 +176,58 @@ class Loader:
             )
         )
         return report
+
+    def _prepare(
+        self, topic: Topic, source: Source, matched: _Matched, options: LoadOptions
+    ) -> tuple[tuple[NamedTensors, Ties], int]:
+        """Return what is to be filled, and in how many windows any rank has ties to compare."""
+        prepared, answer = self._together(
+            topic.phase("memory"),
+            lambda: prepare(source, matched.targets, matched.holdings.numbers, options=options),
+            message=lambda found: msgspec.msgpack.encode(found[1].windows),
+            decide=lambda counts: max(counts, key=msgspec.msgpack.decode),
+        )
+        return prepared, msgspec.msgpack.decode(answer, type=int)
+
+    def _read(
+        self,
+        topic: Topic,
+        source: Source,
+        ties: Ties,
+        options: LoadOptions,
+        progress: _Progress,
+        *,
+        windows: int,
+        memory: BounceMemory,
+    ) -> ReadResult:
+        """Read everything to its place, once it is known that what shares memory agrees."""
+        how = ReadOptions(options.verify, options.exchange, options.in_flight_bytes)
+        since = time.perf_counter()
+        compared = compare_ties(
+            source,
+            ties,
+            how,
+            windows=windows,
+            coordinator=self._job.training,
+            topic=topic,
+            deadline=self._job.deadline(),
+        )
+        progress.clock("match", since)
+        progress.touched = True
+        result = read(
+            source,
+            ties.wanted,
+            how,
+            coordinator=self._job.training,
+            topic=topic.phase("read"),
+            deadline=self._job.deadline(),
+            memory=memory,
+        )
+        return replace(
+            result,
+            nbytes_read=result.nbytes_read + compared,
+            nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
+        )
 
     def _match(
         self, topic: Topic, source: Source, options: LoadOptions
@@ -252,9 +293,8 @@ class Loader:
         )
         return _Matched(held, targets, misfits, frozenset(known), notes)
 
-    def _restore(
-        self, matched: _Matched, targets: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> None:
+    def _restore(self, matched: _Matched, targets: NamedTensors, ties: Ties) -> None:
+        ties.finish()
         for name, part in self._state.parts.items():
             if name in targets:
                 part.restore(matched.holdings.parts[name], targets[name])
@@ -359,21 +399,6 @@ class Loader:
             events.emit(events.CheckpointRefused(url, step, rank, reason))
             if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
                 _log.warning("step %d in %s was passed over: %s", step, url, reason)
-
-
-def _prepare(
-    source: Source, matched: _Matched, device: torch.device | None
-) -> tuple[Mapping[str, Mapping[str, torch.Tensor]], list[Wanted]]:
-    """Give memory to what is on the meta device, and list the boxes that this rank wants."""
-    targets = {
-        part: materialise(tensors, device=device) for part, tensors in matched.targets.items()
-    }
-    numbers, tensors = matched.holdings.numbers, source.index.tensors
-    wanted = []
-    for local in local_boxes(targets):
-        number = numbers[local.held.part, local.held.name]
-        wanted.append(Wanted(number, local, dtype_of(tensors[number].dtype)))
-    return targets, wanted
 
 
 def _told(error: CheckpointError, progress: _Progress) -> CheckpointError:

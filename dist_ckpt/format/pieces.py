@@ -153,7 +153,9 @@ def _spans(
     base = index.chunks.offset[row].astype(np.int64)
     start = base + (relative * stride).sum(axis=1) * item
     # What lies between two elements is in the span, and in no count of bytes that are wanted.
-    nbytes = sizes.prod(axis=1) * item
+    nbytes = item.copy()
+    for dim in range(sizes.shape[1]):  # by columns: a reduction of short rows costs many times that
+        nbytes *= sizes[:, dim]
     pieces = Pieces(want, row, start, start + span[:, 0] * item, nbytes)
     # Between two neighbours in a dimension lie a stride's elements, less what the first one spans.
     gap = np.where(sizes > 1, (stride - span[:, 1:]) * item[:, None], 0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -129,23 +130,46 @@ def empty_beside(
 
 
 def materialise(
-    tensors: Mapping[str, torch.Tensor], *, device: torch.device | None
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    device: torch.device | None,
+    made: dict[object, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return `tensors` with unfilled memory in the place of what is on the meta device.
 
     Args:
-        tensors: those of one part, by name; the same object under two names gets one memory.
+        tensors: those of one part, by name.
         device: where to; None for the device of the mesh where the part has DTensors, and for the
             CPU where it has none. A DTensor always lies where its mesh does.
+        made: what was made so far for other parts of the state, which this adds to: tensors that
+            are one on the meta device get one memory, under two names or in two parts.
     """
+    made = {} if made is None else made
     kinds = [t.device_mesh.device_type for t in tensors.values() if isinstance(t, DTensor)]
     place = device or torch.device(kinds[0] if kinds else "cpu")
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors.values():
-        if tensor.device.type == "meta" and id(tensor) not in made:
-            own = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else place
-            made[id(tensor)] = torch.empty_like(tensor, device=own)
-    return {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()}
+    real: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            key = _meta_key(tensor)
+            if key not in made:
+                own = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else place
+                made[key] = torch.empty_like(tensor, device=own)
+            tensor = made[key]
+        real[name] = tensor
+    return real
+
+
+def _meta_key(tensor: torch.Tensor) -> object:
+    """Return what tells a tensor on the meta device from those that are not the very same."""
+    # Aliases of one tensor are objects of their own: what they have in common is the storage, of
+    # which here too there is one for each tensor, though it has no address.
+    placed: object = None
+    if isinstance(tensor, DTensor):
+        placed = tensor.device_mesh, tensor.placements, tensor.shape
+        with torch.no_grad():
+            tensor = tensor.to_local()
+    storage = StorageWeakRef(tensor.untyped_storage()).cdata  # type: ignore[no-untyped-call]
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, placed
 
 
 def _shared(placement: Placement, like: DTensor, spec: TensorSpec) -> Placement:

@@ -99,8 +99,7 @@ def load_all(root: str) -> list[str]:
     for place in sorted(Path(root).iterdir()):
         for seed in range(10, 10 + LOADS):
             found = module(seed, blank=True)
-            exchange = "always" if seed % 2 else "never"
-            dist_ckpt.load_weights(found, place, exchange=exchange)
+            dist_ckpt.load_weights(found, place, exchange="always" if seed % 2 else "never")
             wrong += [f"{place.name} into {seed}: {name}" for name in wrong_in(found, seed)]
     return wrong
 
@@ -133,8 +132,8 @@ def _subscript(rng: random.Random, shape: torch.Size) -> tuple[int | slice, ...]
         if size and rng.random() < 0.2:
             items.append(rng.randrange(-size, size))
         else:
-            ends = sorted(rng.randint(0, size) for _ in range(2))
-            items.append(slice(*ends, rng.choice((1, 1, 2, 3))))
+            first, last = sorted(rng.randint(0, size) for _ in range(2))
+            items.append(slice(first, last, rng.choice((1, 1, 2, 3))))
     return tuple(items)
 
 

@@ -54,21 +54,16 @@ def random_shape(rng: random.Random) -> tuple[int, ...]:
 
 def random_cut(rng: random.Random, shape: Sequence[int]) -> list[Box]:
     """Cut a tensor by rows, by columns, into blocks, or not at all; the boxes tile it."""
-    kind = rng.choice(("whole", "one", "one", "blocks"))
-    dims = (
-        range(len(shape)) if kind == "blocks" else rng.sample(range(len(shape)), min(len(shape), 1))
-    )
+    dims = list(range(len(shape)))
     edges = [[0, size] for size in shape]
-    for dim in dims if kind != "whole" else ():
+    for dim in rng.sample(dims, min(rng.choice((0, 1, 1, 4)), len(dims))):
         size = shape[dim]
-        if rng.random() < 0.5:  # as torch shards: equal pieces, a smaller one, and empty ones
-            step = -(-size // rng.randint(1, 4)) or 1
-            inner = range(step, size, step)
+        if rng.random() < 0.5:  # as torch shards: equal pieces, and a smaller one
+            rows = -(-size // rng.randint(1, 4)) or 1
+            inner = list(range(rows, size, rows))
         else:
-            inner = sorted(
-                rng.sample(range(1, max(size, 1)), min(rng.randint(0, 3), max(size - 1, 0)))
-            )
-        edges[dim] = [0, *inner, size]
+            inner = rng.sample(range(1, size), min(rng.randint(0, 3), size - 1)) if size else []
+        edges[dim] = [0, *sorted(inner), size]
     spans = [list(itertools.pairwise(each)) for each in edges]
     return [
         Box(tuple(a for a, _ in each), tuple(b - a for a, b in each))

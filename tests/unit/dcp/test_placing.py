@@ -15,7 +15,7 @@ from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
-from dist_ckpt.storage.ranges import Files
+from dist_ckpt.storage.ranges import Files, cut
 from tests.unit.dcp.boxes import held
 from tests.unit.dcp.placing import Situation, Target, as_bytes, numbered, pick, situation, target_of
 
@@ -99,6 +99,26 @@ def test_values_that_name_their_place_are_found_there(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_a_million_of_them(seed: int) -> None:
     cases(random.Random(1000 + seed), 100_000)
+
+
+@pytest.mark.parametrize("unit", [3, 64])
+def test_memory_that_torch_reads_otherwise_is_filled_by_torch(unit: int) -> None:
+    """A conjugate is no copy: its memory has the other sign."""
+    whole = torch.arange(6).to(torch.complex64) * (1 + 2j)
+    base = torch.zeros(6, dtype=torch.complex64)
+    for view in (base.conj(), base.conj().imag):
+        stored = whole if view.is_complex() else whole.imag.contiguous()
+        box, dtype = Box((0,), (6,)), stored.dtype
+        entry = TensorEntry("model", "t0", str(dtype).removeprefix("torch."), (6,))
+        image = as_bytes(stored)
+        file = FileEntry("model.r00000.safetensors", len(image), "", b"")
+        index = Index.build([file], [entry], [], [(0, 0, 0, box)])
+        wanted = Wanted(0, LocalBox(held("t0", (6,), box, dtype=entry.dtype), view), dtype)
+        planned = Filling(index, [wanted], Files([len(image)], unit_bytes=unit), max_gap_bytes=0)
+        for start, stop in cut(planned.needs, most_bytes=7 * unit).pairs():
+            planned.fill(start, memoryview(bytearray(image[start:stop])))
+        planned.check_filled()
+        assert torch.equal(view, stored)
 
 
 def test_each_byte_is_missed_that_does_not_come_and_each_that_comes_twice() -> None:
