@@ -334,7 +334,8 @@ def test_shards_that_differ_on_one_rank_alone(tmp_path: Path) -> None:
             place = tmp_path / f"{kind}-{same}"
             dist_ckpt.save({"model": saved}, place)
             torch.manual_seed(9)
-            live = Net(tied=True, rows=41)
+            # Where only one rank has ties, the other takes part in comparing nothing of its own.
+            live = Net(tied=kind == "fsdp" or mesh.get_rank() == 1, rows=41)
             if kind == "fsdp":
                 fully_shard(live, mesh=mesh)
             weight = live.inner.weight
