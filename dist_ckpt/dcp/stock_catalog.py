@@ -23,7 +23,7 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.repository import Checkpoint
-from dist_ckpt.state.groups import PREFIX, is_group_name
+from dist_ckpt.state.groups import PREFIX, is_group_name, options_of
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
 
@@ -117,14 +117,16 @@ def _of_parts(checkpoint: Checkpoint) -> Catalog:
             groups[part] += 1
         names = {each: numbers[part, each] for each in references(data, path=_joined(path))}
         inside |= {(part, each) for each in names}
-        _add_nested(found, path, data, names)
+        _add_nested(found, path, data, names, is_group=is_group_name(name))
     for (part, name), number in numbers.items():
         if (part, name) not in inside:
             found.add_tensor((part, name), number)
     return found
 
 
-def _add_nested(found: Catalog, path: Path, data: bytes, numbers: Mapping[str, int]) -> None:
+def _add_nested(
+    found: Catalog, path: Path, data: bytes, numbers: Mapping[str, int], *, is_group: bool
+) -> None:
     tensors = found.checkpoint.index.tensors
     blanks = {name: _blank(tensors[number]) for name, number in numbers.items()}
     try:
@@ -133,6 +135,8 @@ def _add_nested(found: Catalog, path: Path, data: bytes, numbers: Mapping[str, i
         # Of a type that this program does not know: said when it is asked for.
         found.add_value(path, partial(decode, data, tensors=blanks, path=_joined(path)))
         return
+    if is_group and isinstance(value, dict):
+        value = {**options_of(value), "params": value.get("params")}  # stock has no notes
     number_of = {id(blank): numbers[name] for name, blank in blanks.items()}
     for inner, leaf in _leaves(value):
         if id(leaf) in number_of:

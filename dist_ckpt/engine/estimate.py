@@ -65,16 +65,19 @@ def _tensors(state: TrainState) -> Iterator[tuple[torch.Tensor, int]]:
                 if not is_lazy(tensor) and tensor.device.type != "meta":
                     yield tensor, 1
         elif isinstance(part, OptimizerPart):
-            yield from _optimizer_tensors(part.optimizer)
+            for optimizer in part.optimizers:
+                yield from _optimizer_tensors(optimizer)
 
 
 def _optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, int]]:
+    # A wrapper may be no optimizer of torch's and have no state by that name.
+    state: Mapping[Any, Any] = getattr(optimizer, "state", {})
     for group in optimizer.param_groups:
         count = _moments(optimizer, group)
         for parameter in group["params"]:
             # By `get`, since reading an absent key would create it.
-            kept = optimizer.state.get(parameter)
-            if kept:
+            kept = state.get(parameter)
+            if isinstance(kept, dict) and kept:
                 yield from ((value, 1) for value in kept.values() if torch.is_tensor(value))
             elif parameter.requires_grad and not is_lazy(parameter):
                 yield parameter, count

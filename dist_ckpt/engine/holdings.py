@@ -138,6 +138,7 @@ def gather(
                 source.saved_world_size,
                 by_rank=_of_every_rank(source, part),
                 selects=_within(part, options),
+                cast=options.cast,
             )
             for part, mine in found.parts.items()
         },

@@ -260,6 +260,7 @@ class Loader:
         held = gather(source, options, live=parts, rank=job.rank, world_size=job.world_size)
         missing: list[str] = []
         unexpected: list[str] = []
+        unlike: list[str] = []
         compared: list[Misfits] = []
         targets: dict[str, Mapping[str, torch.Tensor]] = {}
         notes: list[str] = []
@@ -277,6 +278,7 @@ class Loader:
             known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
             missing += [entry for entry in wanted if options.selects(entry)]
             unexpected += [f"{name}/{entry}" for entry in found.unexpected]
+            unlike += found.unlike
             compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
             missing += compared[-1].missing
             targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
@@ -290,6 +292,7 @@ class Loader:
             [entry for each in compared for entry in each.dtypes],
             [entry for each in compared for entry in each.casts],
             unmatched(options, known, held.idle),
+            unlike,
         )
         return _Matched(held, targets, misfits, frozenset(known), notes)
 

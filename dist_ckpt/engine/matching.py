@@ -25,6 +25,7 @@ class Misfits(msgspec.Struct, frozen=True):
         shapes: stored in another shape than wanted; the entry tells both.
         dtypes: stored in another dtype than wanted, which may not be cast; likewise.
         casts: stored in another dtype than wanted, to be cast; likewise.
+        unlike: written by something else than what the state has; the entry tells both.
         unmatched: patterns of `only` and `skip`, and keys of `rename`, that match nothing.
     """
 
@@ -34,6 +35,7 @@ class Misfits(msgspec.Struct, frozen=True):
     dtypes: list[str] = []
     casts: list[str] = []
     unmatched: list[str] = []
+    unlike: list[str] = []
 
 
 def compare(
@@ -105,14 +107,17 @@ def judge(misfits_by_rank: Sequence[Misfits], *, where: str, strict: bool = True
         shapes=_union(each.shapes for each in misfits_by_rank),
         dtypes=_union(each.dtypes for each in misfits_by_rank),
         casts=_union(each.casts for each in misfits_by_rank),
+        unlike=_union(each.unlike for each in misfits_by_rank),
     )
     findings = {
         "missing in the checkpoint": found.missing,
         "unexpected in the checkpoint": found.unexpected,
         "of another shape": found.shapes,
         "of another dtype": found.dtypes,
+        "of another kind": found.unlike,
     }
-    if found.shapes or found.dtypes or (strict and (found.missing or found.unexpected)):
+    loose = found.missing or found.unexpected or found.unlike
+    if found.shapes or found.dtypes or (strict and loose):
         lines = [f"  {kind}: {shown(names)}" for kind, names in findings.items() if names]
         raise IncompatibleError(
             f"{where} does not fit this state; nothing was changed{_way_out(found)}\n"
@@ -163,6 +168,8 @@ def _way_out(found: Misfits) -> str:
     ways = []
     if found.missing or found.unexpected:
         ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")
+    if found.unlike:
+        ways.append("skip= begins with a new one, strict=False takes what fits of the other")
     if any(not entry.endswith("(never cast)") for entry in found.dtypes):
         ways.append("cast=True converts floating dtypes, and integers to wider ones")
     return f" ({'; '.join(ways)})" if ways else ""

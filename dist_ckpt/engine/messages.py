@@ -79,10 +79,13 @@ class Description(msgspec.Struct, frozen=True):
     Attributes:
         held: its boxes.
         objects: the digest of each encoded value, by part and name, per-rank parts excluded.
+        versioned: by part and name, for values of which ranks may hold versions, the digest of
+            what is equal in all of these; each part that has such values is in it.
     """
 
     held: list[Held]
     objects: dict[str, dict[str, str]]
+    versioned: dict[str, dict[str, str]] = {}
 
 
 class RankPlan(msgspec.Struct, frozen=True):
@@ -96,6 +99,8 @@ class RankPlan(msgspec.Struct, frozen=True):
         replicas: positions, in what it holds, of the boxes that other ranks hold too, and that
             must have equal values there, by number of the group of ranks that hold them.
         replicated: whether any rank has such boxes.
+        versions: by part and name in `objects` and `groups`, what this rank itself calls a value
+            that is stored under another name.
     """
 
     number: int
@@ -104,6 +109,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     groups: dict[int, list[ObjectName]]
     replicas: dict[int, list[int]] = {}
     replicated: bool = False
+    versions: dict[str, dict[str, str]] = {}
 
 
 class ReplicaDigests(msgspec.Struct, frozen=True):

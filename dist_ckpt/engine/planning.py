@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dist_ckpt.dcp.holdings import Holdings, TensorKey
@@ -27,6 +27,7 @@ from dist_ckpt.engine.replicas import (
     samples_differ,
 )
 from dist_ckpt.engine.snapshot import Snapshot
+from dist_ckpt.engine.versions import split_versions
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 
 BeginAttempt = Callable[[int], str]
@@ -157,7 +158,10 @@ class Planner:
         if self._own is not None and self._own[0] == snapshot.fingerprint:
             plan = self._own[1]
             number = plan.number
-            digests = {group: snapshot.group_digest(names) for group, names in plan.groups.items()}
+            digests = {
+                group: snapshot.group_digest(names, plan.versions)
+                for group, names in plan.groups.items()
+            }
             if self._check_replicas is None and not asked.busy:
                 samples = {
                     group: digest_sample([snapshot.local[at] for at in positions], self._turn)
@@ -199,7 +203,9 @@ class Planner:
         # First of all: should planning fail half-way, no rank has a plan of this number.
         self._number += 1
         descriptions = [unpack(data, Description) for data in messages]
-        writers, groups = share_objects([each.objects for each in descriptions])
+        objects, versions = split_versions(descriptions)
+        common = {part for each in descriptions for part in each.versioned}
+        writers, groups = share_objects(objects, common=common)
         # Replaced, never changed: the commit of a save that was given up may still read the old.
         self.held_by_rank = [each.held for each in descriptions]
         holdings = Holdings.of(self.held_by_rank)
@@ -209,7 +215,13 @@ class Planner:
         return [
             pack(
                 RankPlan(
-                    self._number, owned, writers[rank], groups[rank], shared[rank], any(shared)
+                    self._number,
+                    owned,
+                    writers[rank],
+                    groups[rank],
+                    shared[rank],
+                    any(shared),
+                    {part: dict(named) for part, named in versions[rank].items()},
                 )
             )
             for rank, owned in enumerate(self.owned_by_rank)
@@ -244,11 +256,14 @@ def _flat(groups: Mapping[int, Sequence[int]]) -> list[int]:
 
 def share_objects(
     objects_by_rank: Sequence[dict[str, dict[str, str]]],
+    *,
+    common: Collection[str] = (),
 ) -> tuple[list[list[ObjectName]], list[dict[int, list[ObjectName]]]]:
     """Decide which rank writes each encoded value, and which values must stay equal over ranks.
 
     Args:
         objects_by_rank: for each rank the digest of each value it holds, by part and name.
+        common: parts that cannot be each rank's own.
 
     Returns:
         For each rank the values it writes (the lowest holder writes), and for each rank its groups:
@@ -266,7 +281,8 @@ def share_objects(
     groups: list[dict[int, list[ObjectName]]] = [{} for _ in objects_by_rank]
     numbers: dict[tuple[int, ...], int] = {}
     for (part, name), ranks in holders.items():
-        _check_equal(part, name, ranks, [objects_by_rank[rank][part][name] for rank in ranks])
+        digests = [objects_by_rank[rank][part][name] for rank in ranks]
+        _check_equal(part, name, ranks, digests, way_out=part not in common)
         writers[ranks[0]].append((part, name))
         if len(ranks) > 1:
             number = numbers.setdefault(tuple(ranks), len(numbers))
@@ -275,13 +291,15 @@ def share_objects(
     return writers, groups
 
 
-def _check_equal(part: str, name: str, ranks: Sequence[int], digests: Sequence[str]) -> None:
+def _check_equal(
+    part: str, name: str, ranks: Sequence[int], digests: Sequence[str], *, way_out: bool
+) -> None:
     for rank, digest in zip(ranks, digests, strict=True):
         if digest != digests[0]:
             value = f"value {name!r} of part {part!r}" if name else f"part {part!r}"
             raise IncompatibleError(
                 f"{value} differs between rank {ranks[0]} and rank {rank}: make it equal on all "
-                "ranks, or wrap the part in PerRank(...) to keep one for each rank",
+                f"ranks{', or wrap the part in PerRank(...) to keep one for each' * way_out}",
                 kind=ErrorKind.REPLICAS_DIFFER,
             )
 

@@ -218,7 +218,7 @@ class Saver:
     def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> Share:
         attempt.meter.enter("staging")
         try:
-            documents = snapshot.documents(plan.objects)
+            documents = snapshot.documents(plan.objects, plan.versions)
             staged = self._stager.stage(
                 rank=attempt.rank,
                 local=snapshot.local,

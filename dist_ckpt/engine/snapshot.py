@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
@@ -11,9 +11,11 @@ import torch
 from dist_ckpt.dcp.metadata import Document
 from dist_ckpt.dcp.planner import Describer, Held, LocalBox
 from dist_ckpt.engine.messages import Description, ObjectName
+from dist_ckpt.engine.versions import Versions
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.state.groups import options_digest
 from dist_ckpt.state.train_state import TrainState
 
 Objects = Mapping[str, Mapping[str, bytes]]
@@ -29,12 +31,14 @@ class Snapshot:
         shared: encoded values that are the same on every rank that holds them.
         per_rank: encoded values of this rank alone.
         fingerprint: digest of all that a plan depends on: names, shapes, dtypes, boxes.
+        versioned: by part, the names of shared values of which ranks may hold versions.
     """
 
     local: list[LocalBox]
     shared: Objects
     per_rank: Objects
     fingerprint: str
+    versioned: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def held(self) -> list[Held]:
@@ -47,24 +51,41 @@ class Snapshot:
             part: {name: bytes_digest(data) for name, data in objects.items()}
             for part, objects in self.shared.items()
         }
-        return Description(self.held, digests)
+        versioned = {
+            part: {name: options_digest(self.shared[part][name]) for name in names}
+            for part, names in self.versioned.items()
+        }
+        return Description(self.held, digests, versioned)
 
-    def group_digest(self, names: Iterable[ObjectName]) -> str:
-        """Return one digest over the encoded values `names`; a missing one changes it too."""
-        found = [self.shared.get(part, {}).get(name) for part, name in names]
+    def group_digest(self, names: Iterable[ObjectName], versions: Versions | None = None) -> str:
+        """Return one digest over encoded values; a missing one changes it too.
+
+        Args:
+            names: of the values, as they are stored.
+            versions: what this rank calls those that it has under another name.
+        """
+        found = [self._find(part, name, versions or {}) for part, name in names]
         return bytes_digest(msgspec.msgpack.encode(found))
 
-    def documents(self, shared: Iterable[ObjectName]) -> dict[str, bytes]:
+    def documents(
+        self, shared: Iterable[ObjectName], versions: Versions | None = None
+    ) -> dict[str, bytes]:
         """Return what this rank writes into its `extra` file, by part.
 
         Args:
             shared: the shared values that the plan gave to this rank.
+            versions: see `group_digest`.
         """
         chosen: dict[str, dict[str, bytes]] = {}
         for part, name in shared:
-            chosen.setdefault(part, {})[name] = self.shared[part][name]
+            data = self._find(part, name, versions or {})
+            assert data is not None  # the plan was made of what this rank described
+            chosen.setdefault(part, {})[name] = data
         every = chosen | {part: dict(objects) for part, objects in self.per_rank.items()}
         return {part: document.encode(objects) for part, objects in every.items()}
+
+    def _find(self, part: str, name: str, versions: Versions) -> bytes | None:
+        return self.shared.get(part, {}).get(versions.get(part, {}).get(name, name))
 
     def describe_documents(self, documents: Mapping[str, bytes]) -> list[Document]:
         """Return what the coordinator must know of `documents`."""
@@ -105,4 +126,5 @@ def take(state: TrainState, *, world_size: int, describer: Describer | None = No
     names = [[(part, sorted(objs)) for part, objs in group.items()] for group in (shared, per_rank)]
     boxes = describer.digest([box.held for box in local])
     depends = msgspec.msgpack.encode((boxes, names, world_size))
-    return Snapshot(local, shared, per_rank, bytes_digest(depends))
+    versioned = {name: part.versioned for name, part in captured.items() if part.versioned}
+    return Snapshot(local, shared, per_rank, bytes_digest(depends), versioned)

@@ -14,6 +14,7 @@ from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.state.early_stopping import EarlyStopping
+from dist_ckpt.state.optimizer_faces import holds_optimizers
 from dist_ckpt.state.train_state import TrainState
 
 Role: TypeAlias = Literal["model", "optimizer", "scheduler", "other"]
@@ -71,7 +72,8 @@ def best_step(records: Sequence[Record], criteria: Sequence[Criterion], *, where
 
 @singledispatch
 def _role(value: object) -> Role:
-    return "other"
+    # By what it looks like: a wrapper or a list of optimizers has no class to dispatch on.
+    return "optimizer" if holds_optimizers(value) else "other"
 
 
 @_role.register

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.encoding import dumps
 
 PREFIX = "param_groups"
+MARK = "@"
+"""What the keys of a stored group begin with that are no options but notes about its state."""
+
+# How a live group lists its parameters; everything else in it is an option.
+_STRUCTURE = frozenset({"params", "param_names"})
 
 
 def group_name(index: int, parameters: Sequence[str]) -> str:
@@ -19,6 +29,20 @@ def group_name(index: int, parameters: Sequence[str]) -> str:
 def is_group_name(name: str) -> bool:
     """Tell whether `group_name` may have made `name`."""
     return name.startswith((f"{PREFIX}.", f"{PREFIX}["))
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group, live or stored: no parameters, no notes."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in _STRUCTURE and not str(key).startswith(MARK)
+    }
+
+
+def options_digest(data: bytes) -> str:
+    """Return a digest of the options in an encoded group: of what its members have in common."""
+    return bytes_digest(dumps(options_of(parse(data, PREFIX))).encode())
 
 
 @dataclass(frozen=True)
@@ -59,16 +83,7 @@ def match_groups(
         stored: those of all ranks that saved.
         alike: tells whether two stored groups have equal options.
     """
-    match = GroupMatch()
-    # An optimizer has each parameter in one group only, so a set of them is an identity.
-    by_parameters = {frozenset(params): name for name, params in stored.items() if params}
-    for name, params in live.items():
-        found = by_parameters.get(frozenset(params))
-        # Empty groups have nothing but their place to be known by.
-        if not params and name in stored and not stored[name]:
-            found = name
-        if found is not None:
-            match.stored_of[name] = found
+    match = GroupMatch(_same_members(live, stored))
     taken = set(match.stored_of.values())
     owner = {parameter: name for name, params in stored.items() for parameter in params}
     for name, params in live.items():
@@ -80,7 +95,39 @@ def match_groups(
             taken.update((first, *others))
             rest = {p: each for each in (first, *others) for p in stored[each]}
             match.unexpected.extend(f"{rest[p]}[{p}]" for p in rest if p not in set(params))
-    loose = {name: params for name, params in stored.items() if name not in taken}
+    for name, source in match.stored_of.items():
+        # What other ranks had of the same group says nothing more.
+        mine = set(live[name])
+        taken.update(
+            each
+            for each, params in stored.items()
+            if params and mine.issuperset(params) and alike(source, each)
+        )
+    _tell_unmatched(match, live, {n: params for n, params in stored.items() if n not in taken})
+    return match
+
+
+def _same_members(
+    live: Mapping[str, Sequence[str]], stored: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Return by live name the stored groups of just the same parameters."""
+    # An optimizer has each parameter in one group only, so a set of them is an identity.
+    by_parameters = {frozenset(params): name for name, params in stored.items() if params}
+    same: dict[str, str] = {}
+    for name, params in live.items():
+        found = by_parameters.get(frozenset(params))
+        # Empty groups have nothing but their place to be known by. And of two that list the same
+        # in another order, that of the rank counts which has this order.
+        if name in stored and set(stored[name]) == set(params):
+            found = name
+        if found is not None:
+            same[name] = found
+    return same
+
+
+def _tell_unmatched(
+    match: GroupMatch, live: Mapping[str, Sequence[str]], loose: dict[str, Sequence[str]]
+) -> None:
     for name, params in live.items():
         if name in match.stored_of:
             continue
@@ -92,4 +139,3 @@ def match_groups(
         else:
             match.missing.append(name)
     match.unexpected.extend(loose)
-    return match

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,54 @@ def empty_beside(
         placements = [_shared(placement, like, spec) for placement in like.placements]
         return empty(spec.shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
     return torch.empty(spec.shape, dtype=dtype, device=device or like.device)
+
+
+def address(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return where the elements of `tensor` on this rank lie, and how many they are."""
+    with torch.no_grad():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr(), local.numel()
+
+
+def memory_order(tensor: torch.Tensor) -> list[int] | None:
+    """Return the dimensions of `tensor` from the outermost in memory to the innermost.
+
+    None where that is their own order, and where there are gaps between elements: no order of the
+    dimensions gives those back.
+    """
+    if tensor.is_contiguous():
+        return None
+    # By hand, for a DTensor of which each operation is an operation of the graph.
+    strides, sizes = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    expected = 1
+    for dim in reversed(order):
+        if sizes[dim] != 1 and strides[dim] != expected:
+            return None
+        expected *= sizes[dim]
+    return order
+
+
+def in_order(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return `tensor`, or unfilled memory of its kind whose dimensions lie in another order.
+
+    Args:
+        tensor: an unfilled tensor.
+        order: see `memory_order`; None for that of the dimensions.
+    """
+    if (order is None and tensor.is_contiguous()) or order == memory_order(tensor):
+        return tensor
+    dims = list(range(tensor.ndim)) if order is None else list(order)
+    if not isinstance(tensor, DTensor):
+        return torch.empty_permuted(tensor.shape, dims, dtype=tensor.dtype, device=tensor.device)
+    local = tensor.to_local()
+    return DTensor.from_local(
+        torch.empty_permuted(local.shape, dims, dtype=local.dtype, device=local.device),
+        tensor.device_mesh,
+        tensor.placements,
+        shape=tensor.shape,
+        stride=torch.empty_permuted(tensor.shape, dims, device="meta").stride(),
+    )
 
 
 def materialise(

@@ -31,6 +31,8 @@ class Captured:
         stepped: names of tensors whose memory changes in a step of an optimizer of this very state
             and at no other time: its parameters, and what it keeps for them. They may be read
             until that step begins; all others must be copied before training goes on.
+        versioned: names of objects of which ranks may hold versions, alike but for what each rank
+            has of its own in them: groups of an optimizer, which list the parameters of a stage.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -38,6 +40,7 @@ class Captured:
     per_rank: bool = False
     unequal: frozenset[str] = frozenset()
     stepped: frozenset[str] = frozenset()
+    versioned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Stored:
         by_rank: of a per-rank part, returns the objects of every rank that saved, by rank. They are
             read when asked for: only who reshards wants more than its own.
         selects: tells whether a name, stored or live, is to be loaded. What is not stays as it is.
+        cast: whether the program asked for other dtypes than the stored ones where it has others.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -80,6 +84,7 @@ class Stored:
     saved_world_size: int
     by_rank: Callable[[], Sequence[Mapping[str, bytes]]] = _no_ranks
     selects: Callable[[str], bool] = _every
+    cast: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,15 @@ class Targets:
         missing: names that the state has and the checkpoint has not.
         unexpected: names that the checkpoint has and the state, on this rank, has not.
         note: what a user should know of this restore although nothing is wrong, for the report.
+        unlike: why the checkpoint was written by something else than this part, where its names and
+            shapes might fit all the same; no reason not to load where the program asked for that.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     note: str | None = None
+    unlike: list[str] = field(default_factory=list)
 
 
 @runtime_checkable

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import check_part
 from dist_ckpt.state.generators import GeneratorPart
+from dist_ckpt.state.held import check_held
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
+from dist_ckpt.state.optimizer_faces import holds_optimizers
 from dist_ckpt.state.part import Part
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.scheduler import SchedulerPart
@@ -92,6 +94,7 @@ class TrainState:
             self._parts[name] = part
             if isinstance(part, ModelPart):
                 models.append(part)
+        check_held(self._parts)
 
     @classmethod
     def of(cls, state: TrainState | Mapping[str, object]) -> TrainState:
@@ -146,9 +149,11 @@ class TrainState:
 
 @singledispatch
 def _part_of(value: object, name: str, models: Sequence[ModelPart]) -> Part:
-    # Two protocols, which dispatch by class cannot see. A part is taken as it is.
+    # Protocols, which dispatch by class cannot see. A part is taken as it is.
     if isinstance(value, Part):
         return value
+    if holds_optimizers(value):
+        return OptimizerPart(value, models=models, name=name)
     if isinstance(value, Stateful):
         return StatefulPart(value, name=name)
     return ValuePart(value, name=name)
@@ -178,7 +183,7 @@ def _(value: GlobalRng, name: str, models: Sequence[ModelPart]) -> Part:
 def _(value: PerRank, name: str, models: Sequence[ModelPart]) -> Part:
     # What is shared out between ranks has no copy of its own on each.
     inner = value.value
-    if isinstance(inner, (nn.Module, Optimizer, Part, PerRank)):
+    if isinstance(inner, (nn.Module, Part, PerRank)) or holds_optimizers(inner):
         kind = type(inner).__qualname__
         raise UsageError(
             f"part {name!r}: a {kind} cannot be PerRank; give it as it is, or keep the values "
@@ -212,6 +217,8 @@ def _(
 
 @singledispatch
 def _turn(value: object) -> int:
+    if holds_optimizers(value):
+        return 1
     return 2  # schedulers, samplers, values
 
 

@@ -52,6 +52,11 @@ class ValuePart:
         self._per_rank = per_rank
         self._reshard = reshard
 
+    @property
+    def per_rank(self) -> bool:
+        """Whether the value is each rank's own."""
+        return self._per_rank
+
     def capture(self) -> Captured:
         """Return the value encoded, and the tensors in it."""
         value = self._read()  # once: a state_dict may be costly or count its calls

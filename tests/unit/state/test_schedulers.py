@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,20 +99,21 @@ def test_classes_with_the_same_settings_are_told_apart() -> None:
     product = sched.MultiplicativeLR(optimizer, lambda step: 0.9)
     saved = save(TrainState(rng=None, s=product).parts["s"]).stored()
     part = TrainState(rng=None, s=sched.LambdaLR(optimizer, lambda step: 0.9**step)).parts["s"]
-    with pytest.raises(IncompatibleError, match="settings of a MultiplicativeLR.* this LambdaLR"):
+    with pytest.raises(IncompatibleError, match=r"settings of a MultiplicativeLR.* this LambdaLR"):
         part.targets(saved)
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["with its kind", "of an older release"])
 def test_an_attribute_of_the_program_is_no_setting(told: bool) -> None:
     for extra in ("saved", "live"):
-        one, other = make("cosine")[1], make("cosine")[1]
+        one: Any = make("cosine")[1]
+        other: Any = make("cosine")[1]
         (one if extra == "saved" else other).note = "mine"
         saved = save(TrainState(rng=None, s=one).parts["s"])
         objects = {name: data for name, data in saved.objects.items() if told or name == "value"}
         load(TrainState(rng=None, s=other).parts["s"], replace(saved, objects=objects))
-        assert other.T_max == 9  # type: ignore[attr-defined]
-        assert other.note == "mine"  # type: ignore[attr-defined]
+        assert other.T_max == 9
+        assert other.note == "mine"
 
 
 def test_a_class_of_the_program_may_be_renamed() -> None:
@@ -120,7 +122,7 @@ def test_a_class_of_the_program_may_be_renamed() -> None:
             self.steps = steps
             super().__init__(optimizer)
 
-        def get_lr(self) -> list[float]:
+        def get_lr(self) -> list[float | torch.Tensor]:
             return [0.1 * min(self.last_epoch, self.steps)]
 
     class Warmer(Warm):
