@@ -11,6 +11,7 @@ import msgspec
 from dist_ckpt import flags, policy
 from dist_ckpt.engine.about import About
 from dist_ckpt.engine.bests import with_bests
+from dist_ckpt.engine.exit import leave
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadKeywords
@@ -22,7 +23,7 @@ from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.resuming import Resumer
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.engine.starting import stoppers_of
-from dist_ckpt.errors import CheckpointError, UsageError
+from dist_ckpt.errors import UsageError
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
@@ -263,7 +264,9 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the save could not begin, or the one before failed and nobody was told
-                yet. The same on every rank.
+                yet; then this one is made all the same. The same on every rank.
+            Exception: what the state of this rank raised, as it was; on other ranks it is a
+                `CoordinationError`.
         """
         self._check_open()
         self._told_step = step
@@ -299,13 +302,7 @@ class Checkpointer:
     ) -> None:
         if error is not None:
             self._job.hurry()
-        try:
-            self.close()
-        except CheckpointError as failure:
-            if error is None:
-                raise
-            # The exception that ended the loop is the news; the failed save is a note to it.
-            error.add_note(f"besides, the save in flight failed: {failure}")
+        leave(self._saver, self.close, error)
 
     def _tell(self, step: int, epoch: int | None, metrics: Metrics) -> SaveHandle | None:
         self._check_open()
@@ -338,9 +335,11 @@ class Checkpointer:
         self._pace.saved()
         if self._flags is not None and self._flags.no_async:
             handle.wait()
+        # Last: who is told of the save before has this one all the same.
+        self._saver.tell_earlier(step)
         return handle
 
-    def _start(self, said: flags.Flags, failed: CheckpointError | None) -> LoadReport | None:
+    def _start(self, said: flags.Flags, failed: Exception | None) -> LoadReport | None:
         """Begin as the flags say."""
         place, reset = said.resume_from, said.reset_optimizer
         if place == flags.NEWEST:

@@ -79,9 +79,9 @@ class SaveCommitted(StepEvent):
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed(StepEvent):
-    """The save ended without a checkpoint, on every rank."""
+    """The save ended without a checkpoint, on every rank; the error is as this rank is told it."""
 
-    error: CheckpointError
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class CheckpointDeleted(StepEvent):
 class RetentionFailed(StepEvent):
     """Retention could not finish after the commit of `step`; the commit stands."""
 
-    error: CheckpointError
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
-from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.errors import NotFound
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
 
@@ -163,10 +163,10 @@ def _load(
     options: Mapping[str, Any],
 ) -> LoadReport:
     job = Job(url, timeout_seconds=timeout_seconds)
-    failed: CheckpointError | None = None
+    failed: Exception | None = None
     try:
         state = make_state()
-    except CheckpointError as error:
+    except Exception as error:
         # Carried to the other ranks, which would wait for this one otherwise.
         state, failed = TrainState(rng=None), error
     try:

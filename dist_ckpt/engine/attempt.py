@@ -82,6 +82,15 @@ class Attempt:
         self._stall_seconds = 0.0
         self._commit_seconds = 0.0
 
+    def late(self) -> CoordinationError:
+        """Return the error of a save whose writer on this rank does not come back."""
+        return CoordinationError(
+            f"{self.topic.label}: the writer of rank {self.rank} did not finish within "
+            f"{self.deadline.span_seconds:g} s",
+            kind=ErrorKind.TIMEOUT,
+            ranks={self.rank: "its writer did not finish"},
+        )
+
     def run(self, share: Share, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
         error: CheckpointError | None = None
@@ -128,7 +137,7 @@ class Attempt:
         except BaseException as error:  # whatever it is, the others are waiting to hear of it
             return error
 
-    def _announce(self, error: CheckpointError | None) -> None:
+    def _announce(self, error: Exception | None) -> None:
         """Tell the listeners of this process how the save ended."""
         where = (self.transaction.store.url, self.transaction.step, self.rank)
         save_id = self.transaction.save_id
@@ -143,9 +152,11 @@ class Attempt:
                     commit_seconds=self._commit_seconds,
                 )
             )
-        elif error.kind is ErrorKind.CANCELLED:
+        elif self.handle.cancelled:
             events.emit(events.SaveCancelled(*where, save_id=save_id))
         else:
+            what = f"the save of step {self.transaction.step} to {where[0]} failed"
+            self.handle.tell_at_exit(f"{what}, and nobody waited for it: {describe(error)}")
             events.emit(events.SaveFailed(*where, error))
 
     def _tell(self, progress: SaveProgress) -> None:

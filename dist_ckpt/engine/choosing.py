@@ -39,7 +39,7 @@ class LoadCall:
     place: Place | None
     url: str
     options: LoadOptions
-    failed: CheckpointError | None
+    failed: Exception | None
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class LoadCall:
         step: int | None,
         place: Place | None,
         keywords: Mapping[str, Any] | None,
-        failed: CheckpointError | None,
+        failed: Exception | None,
     ) -> LoadCall:
         """Check the arguments; what is wrong with them is kept, for all ranks to hear."""
         url, options = "", LoadOptions()

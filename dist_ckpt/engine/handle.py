@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dist_ckpt.engine import untold
 from dist_ckpt.engine.coordinator import Deadline
 from dist_ckpt.engine.progress import SaveProgress
-from dist_ckpt.errors import CheckpointError, ErrorKind
+from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError
 
 _LOOK_SECONDS = 0.05
 
@@ -31,7 +33,7 @@ class SaveHooks:
     """
 
     overdue: Callable[[], CheckpointError | None]
-    announce: Callable[[CheckpointError | None], None]
+    announce: Callable[[Exception | None], None]
     cancel: Callable[[], None]
     progress: Callable[[], SaveProgress]
 
@@ -64,8 +66,10 @@ class SaveHandle:
         self._looking = threading.Lock()
         self._outcome: SaveOutcome | None = None
         self._over = threading.Event()
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
         self._told = False
+        self._number = untold.number()
+        self._pid = os.getpid()
 
     @classmethod
     def skipped(cls, step: int) -> SaveHandle:
@@ -98,7 +102,11 @@ class SaveHandle:
 
         Returns:
             False if the save was over already: nothing was changed.
+
+        Raises:
+            UsageError: as for `wait`.
         """
+        self._check_process()
         with self._lock:
             if self._outcome is not None:
                 return False
@@ -116,7 +124,12 @@ class SaveHandle:
         Raises:
             CheckpointError: the save failed, or was cancelled (then its kind is
                 `ErrorKind.CANCELLED`). The same on every rank.
+            UsageError: the save is in flight in the process of which this one was forked, and its
+                end will never be known here.
+            Exception: on the rank where something foreign failed that itself, a MemoryError for
+                example; the other ranks have a `CoordinationError` then.
         """
+        self._check_process()
         over = self.settle(timeout)
         if over:
             self.take_error()  # from now on the caller knows
@@ -138,6 +151,14 @@ class SaveHandle:
                 self._look()
         return self._over.is_set()
 
+    def _check_process(self) -> None:
+        # A child has a copy of this, and not the thread that would ever change it.
+        if self._pid != os.getpid() and not self._over.is_set():
+            raise UsageError(
+                f"the save of step {self.step} is in flight in process {self._pid}, of which this "
+                "one was forked: wait for it there"
+            )
+
     def _look(self) -> None:
         # One at a time: giving a save up twice would give up the next one's thread with it.
         with self._looking:
@@ -147,11 +168,16 @@ class SaveHandle:
         self._end()
 
     @property
+    def cancelled(self) -> bool:
+        """Whether the save ends, or has ended, because somebody gave it up."""
+        return self._outcome == "cancelled"
+
+    @property
     def failed(self) -> bool:
         """Whether the save is over without a checkpoint."""
         return self._error is not None
 
-    def take_error(self) -> CheckpointError | None:
+    def take_error(self) -> Exception | None:
         """Return the failure the first time it is asked for: it is to be told once.
 
         A save that was cancelled has none: somebody wanted it so.
@@ -159,16 +185,23 @@ class SaveHandle:
         with self._lock:
             error = self._error if self._outcome == "failed" and not self._told else None
             self._told = True
+        untold.drop(self._number)
         return error
 
-    def finish(self, error: CheckpointError | None) -> bool:
+    def tell_at_exit(self, text: str) -> None:
+        """Have the end of the process say `text`, unless somebody is told of the failure first."""
+        with self._lock:
+            if not self._told:
+                untold.keep(self._number, text)
+
+    def finish(self, error: Exception | None) -> bool:
         """End the save; return whether this call did it, since the first outcome stands."""
         if not self._decide(error):
             return False
         self._end()
         return True
 
-    def _decide(self, error: CheckpointError | None) -> bool:
+    def _decide(self, error: Exception | None) -> bool:
         with self._lock:
             if self._outcome is not None:
                 return False
@@ -185,10 +218,11 @@ class SaveHandle:
             self._over.set()
 
 
-def _outcome_of(error: CheckpointError | None) -> SaveOutcome:
+def _outcome_of(error: Exception | None) -> SaveOutcome:
     if error is None:
         return "committed"
-    return "cancelled" if error.kind is ErrorKind.CANCELLED else "failed"
+    cancelled = isinstance(error, CheckpointError) and error.kind is ErrorKind.CANCELLED
+    return "cancelled" if cancelled else "failed"
 
 
 _NOTHING = SaveProgress("done", 0, 0)

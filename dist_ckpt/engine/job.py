@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections.abc import Mapping
 from functools import cached_property
@@ -61,16 +62,38 @@ class Job:
         self._numbers = itertools.count(1)
         self._left = False
         self._hurried = False
+        self._pid: int | None = None
 
     @cached_property
     def coordinators(self) -> Coordinators:
         """The way to the other ranks, set up at first use: all ranks get here in one call."""
-        return join(timeout_seconds=self.timeout_seconds)
+        found = join(timeout_seconds=self.timeout_seconds)
+        self._pid = os.getpid()
+        return found
 
     @property
     def training(self) -> Coordinator:
-        """The coordinator of the thread that calls `save` and `restore`."""
+        """The coordinator of the thread that calls `save` and `restore`; see `check_process`."""
+        self.check_process()
         return self.coordinators.training
+
+    def check_process(self) -> None:
+        """Check that this is the process that uses the job.
+
+        Raises:
+            UsageError: another does, and this one was forked of it.
+        """
+        if self.is_parents:
+            # Two writers under one claim would each take the other's files for garbage.
+            raise UsageError(
+                f"this Checkpointer of {self.url} belongs to process {self._pid}, of which this "
+                "one was forked: use it there, or make one here for a run of its own"
+            )
+
+    @property
+    def is_parents(self) -> bool:
+        """Whether this is the copy that a fork has made of a job that is at work in the parent."""
+        return self._pid is not None and self._pid != os.getpid()
 
     def claim(self) -> int:
         """Rank 0: return this job's claim on the run, taken at the first call."""
@@ -130,7 +153,7 @@ class Job:
 
     def leave(self) -> None:
         """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
-        if "coordinators" in self.__dict__ and not self._left:
+        if "coordinators" in self.__dict__ and not self.is_parents and not self._left:
             # They are kept: joining once more, on this rank alone, would shift all later jobs.
             self._left = True
             patience = _HURRIED_LEAVE_SECONDS if self._hurried else _LEAVE_SECONDS

@@ -92,7 +92,7 @@ class Loader:
         options: Mapping[str, Any] | None = None,
         fall_back: bool,
         own: bool,
-        failed: CheckpointError | None = None,
+        failed: Exception | None = None,
         wants: Callable[[str], bool] = lambda _: True,
     ) -> LoadReport | None:
         """Restore the state from `step`, or from the newest checkpoint.

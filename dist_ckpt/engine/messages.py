@@ -30,6 +30,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
             first byte says how it was made.
         options: how it was asked to save, by the name of the option, as text.
         busy: whether it would rather skip this save, because one is in flight here.
+        earlier: how a save before failed, if nobody was told of it on this rank; else empty.
     """
 
     step: int
@@ -39,6 +40,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
     replicas: dict[int, bytes] = {}
     options: dict[str, str] = {}
     busy: bool = False
+    earlier: dict[str, object] = {}
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
@@ -64,6 +66,7 @@ class PlanAnswer(msgspec.Struct, frozen=True):
         skip: whether nothing is saved, on any rank, because some rank was busy.
         turn: which sample of the replicas to take for the next save.
         suspicious: whether the samples differ, so that all has to be compared.
+        earlier: how a save before failed, if some rank still has to tell that; else empty.
     """
 
     save_id: str
@@ -71,6 +74,7 @@ class PlanAnswer(msgspec.Struct, frozen=True):
     skip: bool = False
     turn: int = 0
     suspicious: bool = False
+    earlier: dict[str, object] = {}
 
 
 class Description(msgspec.Struct, frozen=True):

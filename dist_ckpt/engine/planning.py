@@ -28,7 +28,7 @@ from dist_ckpt.engine.replicas import (
 )
 from dist_ckpt.engine.snapshot import Snapshot
 from dist_ckpt.engine.versions import split_versions
-from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.errors import ErrorKind, IncompatibleError, from_wire, to_wire
 
 BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""
@@ -43,12 +43,14 @@ class Asked:
         url: where to.
         options: how, by the name of the option, as text that is equal wherever the option is.
         busy: whether to rather skip the save, because one is in flight here.
+        earlier: how a save before this one failed, if nobody was told of that here.
     """
 
     step: int
     url: str
     options: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
+    earlier: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,13 @@ class Agreed:
     Attributes:
         save_id: the attempt; empty when the save is skipped.
         plan: what this rank writes; None when the save is skipped.
+        earlier: the failure of a save before this one that all ranks tell now, or, when this one
+            is skipped, that this rank still has to tell.
     """
 
     save_id: str
     plan: RankPlan | None
+    earlier: Exception | None = None
 
     @property
     def skipped(self) -> bool:
@@ -142,7 +147,7 @@ class Planner:
             raise snapshot
         self._turn = answer.turn
         if answer.skip:
-            return Agreed("", None)
+            return Agreed("", None, asked.earlier)
         if answer.plan_holds and self._own is not None:
             plan = self._own[1]
         else:
@@ -151,7 +156,8 @@ class Planner:
             self._compare(snapshot, plan, topic, deadline)
             # Only now: ranks that differ are told so at every save until they are made equal.
             self._checked = plan.number
-        return Agreed(answer.save_id, plan)
+        earlier = asked.earlier or (from_wire(answer.earlier) if answer.earlier else None)
+        return Agreed(answer.save_id, plan, earlier)
 
     def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
         number, digests, samples = None, {}, {}
@@ -169,7 +175,14 @@ class Planner:
                 }
         return pack(
             PlanRequest(
-                asked.step, asked.url, number, digests, samples, dict(asked.options), asked.busy
+                asked.step,
+                asked.url,
+                number,
+                digests,
+                samples,
+                dict(asked.options),
+                asked.busy,
+                {} if asked.earlier is None else to_wire(asked.earlier),
             )
         )
 
@@ -185,8 +198,12 @@ class Planner:
         holds = all(request.plan == self._number for request in requests)
         holds = holds and _groups_agree(requests)
         suspicious = holds and samples_differ(request.replicas for request in requests)
+        # Told by all ranks if one of them has it to tell, so that all of them take the same way.
+        earlier = next((request.earlier for request in requests if request.earlier), {})
         save_id = begin(requests[0].step)
-        return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious))
+        return pack(
+            PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier)
+        )
 
     def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
         # Forgotten before the new one is there: a rank that misses its answer must not write by a

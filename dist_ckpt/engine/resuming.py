@@ -39,7 +39,7 @@ class Resumer:
     def own(
         self,
         step: int | None,
-        failed: CheckpointError | None,
+        failed: Exception | None,
         *,
         place: Place | None = None,
         skip: Collection[str] = (),
@@ -61,7 +61,7 @@ class Resumer:
 
     def best(
         self,
-        failed: CheckpointError | None,
+        failed: Exception | None,
         *,
         model_only: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -81,7 +81,7 @@ class Resumer:
         return report
 
     def existing(
-        self, step: int | None, failed: CheckpointError | None, *, reset_optimizer: bool
+        self, step: int | None, failed: Exception | None, *, reset_optimizer: bool
     ) -> LoadReport:
         """Do as `own`, but a run without a checkpoint is an error.
 
@@ -147,7 +147,7 @@ class Resumer:
         *,
         own: bool,
         place: Place | None = None,
-        failed: CheckpointError | None = None,
+        failed: Exception | None = None,
         only: Collection[str] = (),
         skip: Collection[str] = (),
         options: Mapping[str, Any] | None = None,
@@ -192,9 +192,7 @@ class Resumer:
             if stopper.criterion.metric in metrics:
                 stopper.update(report.step, metrics[stopper.criterion.metric])
 
-    def _ask(
-        self, what: str, answer: Callable[[], AnswerT], failed: CheckpointError | None
-    ) -> AnswerT:
+    def _ask(self, what: str, answer: Callable[[], AnswerT], failed: Exception | None) -> AnswerT:
         """Return what `answer` returns on rank 0: an integer, or numbers by name."""
         topic = self._job.topic("ask", f"looking into {self._job.url}").phase(what)
         data = self._job.training.round(

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.util import is_exiting
 from typing import Any
 
 from dist_ckpt import events
@@ -15,7 +16,7 @@ from dist_ckpt.engine.about import About
 from dist_ckpt.engine.attempt import Attempt, Share
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.commit import Commit
-from dist_ckpt.engine.exit import close_at_exit
+from dist_ckpt.engine.exit import end_with, end_without
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
@@ -27,7 +28,7 @@ from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.engine.stager import Stager
 from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.engine.writer_thread import WriterThread
-from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, UsageError
+from dist_ckpt.errors import CheckpointError, UsageError, describe
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
@@ -61,8 +62,11 @@ class Saver:
         self._writer = WriterThread()
         self._tidier = Tidier(job, self.retention)
         self._pending: SaveHandle | None = None
+        # The failure of a save before, of which nobody was told yet.
+        self._earlier: Exception | None = None
+        self._given_up: SaveHandle | None = None
         self._last = False
-        self._at_exit = close_at_exit(self)
+        end_with(self)
 
     def prewarm(self) -> None:
         """Begin to take the memory that the first save will need, in the background."""
@@ -72,9 +76,34 @@ class Saver:
         """Begin to save; return when the state may change again.
 
         Raises:
-            CheckpointError: the ranks could not agree; the same on every rank. Also the failure of
-                the save before, when nobody was told of it yet.
+            CheckpointError: the ranks could not agree; the same on every rank.
+            UsageError: the save is not this process's to make; see `Job.coordinators`.
+            Exception: what the state of this rank raised, on this rank.
         """
+        try:
+            handle = self._start(step, metrics, about or About())
+        except BaseException as error:
+            if self._earlier is not None:
+                error.add_note(f"besides, the save before failed: {describe(self._earlier)}")
+                self._earlier = None
+            raise
+        if is_exiting():
+            handle.wait()  # what waits at the end of the process has been called already
+        return handle
+
+    def tell_earlier(self, step: int) -> None:
+        """Raise the failure of the save before `step`, which was begun all the same.
+
+        Raises:
+            Exception: that failure, on every rank, if any rank was not told of it yet.
+        """
+        error, self._earlier = self._earlier, None
+        if error is not None:
+            error.add_note(f"step {step} is being saved all the same")
+            raise error
+
+    def _start(self, step: int, metrics: Metrics, about: About) -> SaveHandle:
+        self._job.check_process()
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
         planner = self._planner = self._planner or Planner(
@@ -82,21 +111,24 @@ class Saver:
             max_piece_bytes=self._options.max_piece_bytes,
             check_replicas=self._options.check_replicas,
         )
+        end_with(self)  # again: this may be a child that was forked since
         busy = self._is_in_the_way()
-        failed = None if busy else self._finish_pending()
+        if not busy:
+            self._finish_pending()
         # Only now: the time that the save before took is not taken from this one.
         deadline = self._job.deadline()
         topic = self._job.topic("save", f"save of step {step}")
         with no_collection():
             # A failure goes where a snapshot would: the other ranks wait for this one in the round.
-            snapshot = failed or self._snapshot(step, metrics)
+            snapshot = self._snapshot(step, metrics)
             agreed = planner.agree(
-                Asked(step, self._job.url, self._asked, busy),
+                Asked(step, self._job.url, self._asked, busy, self._earlier),
                 snapshot,
                 self._tidier.begin,
                 topic=topic,
                 deadline=deadline,
             )
+            self._earlier = agreed.earlier
             if agreed.plan is None:
                 events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
                 return SaveHandle.skipped(step)
@@ -109,7 +141,7 @@ class Saver:
                 metrics=as_numbers(metrics),
                 overdue=self._overdue,
             )
-            commit = self._commit(attempt, about or About())
+            commit = self._commit(attempt, about)
             share = self._stage(attempt, snapshot, agreed.plan)
         self._hand_over(attempt, share, commit, begun)
         return attempt.handle
@@ -142,15 +174,17 @@ class Saver:
         """Wait until the save in flight and the retention after it are over.
 
         Raises:
-            CheckpointError: the save failed, and nobody was told of it yet.
+            Exception: the failure of a save of which nobody was told yet.
         """
         error = self.settle()
         if error is not None:
             raise error
 
-    def settle(self) -> CheckpointError | None:
+    def settle(self) -> Exception | None:
         """Do as `drain`, but return the failure, so that all ranks hear of it in the next round."""
-        error = self._finish_pending()
+        self._job.check_process()  # what its threads are to finish, no thread of a child will
+        self._finish_pending()
+        error, self._earlier = self._earlier, None
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
@@ -159,6 +193,8 @@ class Saver:
 
     def close(self) -> None:
         """Drain, then let the threads and the other ranks go; see `drain`."""
+        if self._job.is_parents or (self._given_up is not None and not self._given_up.done()):
+            return  # its threads are not here, or may never come back
         # An interrupt here releases nothing: the end of the process waits for the save once more.
         error = self.settle()
         self._release()
@@ -167,13 +203,33 @@ class Saver:
 
     @property
     def in_flight(self) -> SaveHandle | None:
-        """The save that is not over yet."""
-        return None if self._pending is None or self._pending.done() else self._pending
+        """The save that is not over yet, and was not given up."""
+        found = self._pending
+        if found is None or found is self._given_up or found.done() or self._job.is_parents:
+            return None
+        return found
+
+    @property
+    def label(self) -> str:
+        """The save in flight, as messages name it."""
+        if self._pending is None:
+            return f"a save to {self.url}"
+        rank, many = self._job.training.rank, self._job.training.world_size > 1
+        return f"the save of step {self._pending.step} to {self.url}" + f" on rank {rank}" * many
+
+    @property
+    def url(self) -> str:
+        """Where it saves to."""
+        return self._job.url
 
     def give_up(self) -> None:
         """Cancel the save in flight, on every rank, and wait for a moment until it is over."""
-        if self._pending is not None and self._pending.cancel():
-            self._pending.settle(_GIVE_UP_SECONDS)
+        handle = self.in_flight
+        if handle is None:
+            return
+        self._given_up = handle  # first: nobody waits for it again, should this be interrupted
+        if handle.cancel():
+            handle.settle(_GIVE_UP_SECONDS)
             self._writer.wait_idle(_GIVE_UP_SECONDS)  # it takes back what it had written
 
     def _release(self) -> None:
@@ -182,25 +238,25 @@ class Saver:
         self._stager.release()
         self._job.leave()
         # Last: until rank 0 has left, the end of its interpreter would cut the others off.
-        self._at_exit.cancel()
+        end_without(self)
 
     def _is_in_the_way(self) -> bool:
         """Whether this rank would rather skip; a save that is to be replaced is given up here."""
-        pending = self.in_flight
+        pending = None if self._pending is None or self._pending.done() else self._pending
         if pending is not None and self._options.when_busy == "replace":
             pending.cancel()  # should it be committed all the same, it counts
         return pending is not None and self._options.when_busy == "skip"
 
-    def _finish_pending(self) -> CheckpointError | None:
-        """Wait until the save in flight is over; return its failure if nobody was told of it."""
+    def _finish_pending(self) -> None:
+        """Wait until the save in flight is over; keep its failure if nobody was told of it."""
         handle = self._pending
         if handle is None:
-            return None
+            return
         handle.settle()
         self._stager.settle()
         # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
         self._pending = None
-        return handle.take_error()
+        self._earlier = handle.take_error() or self._earlier
 
     def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | Exception:
         # Returned, not raised: the other ranks wait in a round, and must hear of it.
@@ -245,7 +301,7 @@ class Saver:
         # Not on this thread: a backend that never answers would hold up the training for ever.
         self._writer.submit(write)
         if not self._writer.wait_idle(attempt.deadline.remaining_seconds):
-            error = _late(attempt)
+            error = attempt.late()
             self._abandon(attempt, error)
             raise error
         if failures:
@@ -268,7 +324,9 @@ class Saver:
         self._pending = attempt.handle
         self._writer.submit(lambda: self._run(attempt, share, commit))
         if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
-            raise share.staged  # an interrupt: the other ranks are told, and this one stops
+            # An interrupt: the other ranks are told, and this one stops. It knows why.
+            attempt.handle.take_error()
+            raise share.staged
 
     def _commit(self, attempt: Attempt, about: About) -> Commit:
         assert self._planner is not None
@@ -304,7 +362,7 @@ class Saver:
         """Near the deadline: find out how the save ended although the writer has not come back."""
         error = self._job.training.verdict(attempt.topic)
         if error is None and attempt.deadline.passed:
-            error = _late(attempt)
+            error = attempt.late()
         if error is None or self._writer.wait_idle(0.2):
             return None
         self._abandon(attempt, error)
@@ -317,15 +375,6 @@ class Saver:
         self._writer.abandon()
         self._stager.abandon()
         self._tidier.litter = True
-
-
-def _late(attempt: Attempt) -> CoordinationError:
-    return CoordinationError(
-        f"{attempt.topic.label}: the writer of rank {attempt.rank} did not finish within "
-        f"{attempt.deadline.span_seconds:g} s",
-        kind=ErrorKind.TIMEOUT,
-        ranks={attempt.rank: "its writer did not finish"},
-    )
 
 
 def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:

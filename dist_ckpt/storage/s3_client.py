@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import random
 import threading
@@ -12,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import cache
+from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
 import s3fs
@@ -205,9 +205,12 @@ class _Session:
         self._pid = os.getpid()
         weakref.finalize(self, _close_clients, self._clients, self._pid).atexit = False
         _open_sessions.add(self)
+        _close_at_end()
 
     def close(self) -> None:
         """Close the connections; a second time does nothing."""
+        # What comes after all, from whoever is called later still, connects anew.
+        self._system = None
         _close_clients(self._clients, self._pid)
 
     async def connected(self, bucket: str | None, name: str) -> tuple[Any, Mapping[str, Any]]:
@@ -256,11 +259,20 @@ def _loader(data_path: str | None) -> Loader:
 
 
 _open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+_closed_in: int | None = None
+# The last of all that multiprocessing calls at the end of a process, and far behind the saves that
+# are finished there: whoever needs a connection has a higher priority.
+_LAST = -1000
 
 
-# What is registered first is called last: after every save that is finished at the end of the
-# process, since whatever does that imports this module before it can save.
-@atexit.register
+def _close_at_end() -> None:
+    """Have the connections of this process closed when nothing needs them any more."""
+    global _closed_in
+    if _closed_in != os.getpid():
+        _closed_in = os.getpid()
+        Finalize(None, _close_sessions, exitpriority=_LAST)
+
+
 def _close_sessions() -> None:
     for session in list(_open_sessions):
         session.close()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_ckpt.repository import Repository
@@ -23,31 +23,48 @@ import dist_ckpt
 from dist_ckpt.storage.local import LocalStore
 from tests.unit.engine.slow_store import EndlessPut
 
-class Loud(dist_ckpt.Checkpointer):
-    def close(self):
-        print("closing", flush=True)
-        super().close()
-
 store = EndlessPut(LocalStore(sys.argv[1]), "step-0000000001/*/weights.*")
+state = {"weights": {"w": torch.ones(1_000_000)}}
 
 def let_go():
     if sys.stdin.readline():
         store.let_go.set()
 
-threading.Thread(target=let_go, daemon=True).start()
-with Loud(store, {"weights": {"w": torch.ones(1_000_000)}}) as ckpt:
-    ckpt.save(1)
+def write():
     store.reached.wait()
     print("writing", flush=True)
-    while True:
-        signal.pause()
+
+threading.Thread(target=let_go, daemon=True).start()
+match sys.argv[2]:
+    case "with":
+        with dist_ckpt.Checkpointer(store, state) as ckpt:
+            ckpt.save(1)
+            write()
+            while True:
+                signal.pause()
+    case "without":
+        ckpt = dist_ckpt.Checkpointer(store, state)
+        ckpt.save(1)
+        write()
+        while True:
+            signal.pause()
+    case "last statement":
+        dist_ckpt.async_save(state, store, step=1)
+        write()
+    case "close":
+        ckpt = dist_ckpt.Checkpointer(store, state)
+        ckpt.save(1)
+        write()
+        ckpt.close()
 """
+WAITS = "waiting for the save of step 1 to "
+GIVES_UP = "interrupt it to give that up"
 
 
 @contextmanager
-def running(root: Path) -> Iterator[subprocess.Popen[str]]:
+def running(root: Path, way: str) -> Iterator[subprocess.Popen[str]]:
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root)],
+        [sys.executable, "-c", PROGRAM, str(root), way],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -62,36 +79,48 @@ def running(root: Path) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
-def interrupt(child: subprocess.Popen[str], *, when: str) -> None:
-    """Press Ctrl-C once the program has said so."""
-    stream = child.stdout if when in ("writing", "closing") else child.stderr
+def interrupt(child: subprocess.Popen[str], *, when: str) -> str:
+    """Press Ctrl-C once the program has said so; return the line."""
+    stream = child.stdout if when == "writing" else child.stderr
     assert stream is not None
     for line in stream:
         if when in line:
             child.send_signal(signal.SIGINT)
-            return
+            return line
     raise AssertionError(f"the program never said {when!r}")
 
 
-def test_a_save_in_flight_is_committed_and_one_who_insists_is_obeyed(tmp_path: Path) -> None:
-    patient, hasty = tmp_path / "patient", tmp_path / "hasty"
-    with running(patient) as first, running(hasty) as second:
-        interrupt(first, when="writing")
-        interrupt(second, when="writing")
-        # Once: leaving the block finishes the save, and the interrupt goes on its way.
-        assert first.stdout is not None
-        assert first.stdout.readline() == "closing\n"
-        _, said = first.communicate("let go\n")
-        assert first.returncode == -signal.SIGINT
+WAYS = ("with", "without", "last statement", "close")
+
+
+def test_the_first_interrupt_says_what_is_waited_for_and_the_second_gives_it_up(
+    tmp_path: Path,
+) -> None:
+    with ExitStack() as stack:
+        # Side by side, as each has to import everything.
+        found = {way: stack.enter_context(running(tmp_path / way, way)) for way in WAYS}
+        for way, child in found.items():
+            interrupt(child, when="writing")
+            line = interrupt(child, when=GIVES_UP)
+            assert f"{WAITS}{tmp_path / way}" in line
+            assert "(writing, " in line
+            assert " bytes)" in line
+            _, said = child.communicate()
+            assert child.returncode == (0 if way == "last statement" else -signal.SIGINT)
+            assert "ignored" not in said, "nothing may fail while the interpreter ends"
+    for way in WAYS:
+        root = tmp_path / way
+        assert Repository(LocalStore(root)).steps() == []
+        left = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "claims"]
+        assert left == [], "no unfinished file either"
+
+
+def test_after_one_interrupt_the_save_in_flight_is_committed(tmp_path: Path) -> None:
+    with running(tmp_path / "run", "with") as child:
+        interrupt(child, when="writing")
+        assert child.stderr is not None
+        assert GIVES_UP in child.stderr.readline()
+        _, said = child.communicate("let go\n")
+        assert child.returncode == -signal.SIGINT
         assert "KeyboardInterrupt" in said
-        # Twice: the end of the process still waits, and says so. Three times: it is given up.
-        interrupt(second, when="closing")
-        interrupt(second, when="interrupt it to give that up")
-        _, said = second.communicate()
-        assert second.returncode == -signal.SIGINT
-        assert "ignored" not in said, "nothing may fail while the interpreter ends"
-    assert Repository(LocalStore(patient)).steps() == [1]
-    assert Repository(LocalStore(patient)).verify(1).ok
-    assert Repository(LocalStore(hasty)).steps() == []
-    left = [path for path in hasty.rglob("*") if path.is_file() and path.parent.name != "claims"]
-    assert left == [], "no unfinished file either"
+    assert Repository(LocalStore(tmp_path / "run")).verify(1).ok

@@ -114,8 +114,7 @@ def test_an_interrupt_while_staging_ends_the_save_for_all(monkeypatch: pytest.Mo
             before_the_copy(patch, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.save(1)
-        # Reported like any failure, so that no rank waits for this one; told at the next call.
-        with pytest.raises(CoordinationError, match="rank 0: KeyboardInterrupt"):
-            ckpt.wait()
+        # Reported like any failure, so that no rank waits for this one; here it was told already.
+        ckpt.wait()
         ckpt.save(2).wait()
     assert Repository(store).steps() == [2]

@@ -23,7 +23,7 @@ OVER = Deadline(time.monotonic() - 1, 1)
 def make(
     deadline: Deadline,
     overdue: Callable[[], CheckpointError | None] = lambda: None,
-    announce: Callable[[CheckpointError | None], None] = lambda error: None,
+    announce: Callable[[Exception | None], None] = lambda error: None,
     cancel: Callable[[], None] = lambda: None,
 ) -> SaveHandle:
     hooks = SaveHooks(overdue=overdue, announce=announce, cancel=cancel, progress=lambda: WRITING)
@@ -99,7 +99,7 @@ def test_a_skipped_save_is_over_from_the_start() -> None:
 
 
 def test_the_first_outcome_stands_and_is_announced_before_anybody_goes_on() -> None:
-    told: list[CheckpointError | None] = []
+    told: list[Exception | None] = []
     handle = make(long(), announce=lambda error: told.append(error) or seen.append(handle.done()))  # type: ignore[func-returns-value]
     seen: list[bool] = []
     assert handle.finish(None)
@@ -130,7 +130,7 @@ def test_it_is_given_up_once_however_many_wait() -> None:
         given_up.append(CoordinationError("hung"))
         return given_up[-1]
 
-    told: list[CheckpointError | None] = []
+    told: list[Exception | None] = []
     handle = make(OVER, overdue=overdue, announce=told.append)
     results = together([handle.wait] * 8)
     assert len(given_up) == 1

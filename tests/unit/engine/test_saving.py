@@ -16,7 +16,9 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events, keep
+from dist_ckpt.engine import exit as ending
 from dist_ckpt.engine import job as job_module
+from dist_ckpt.engine import untold
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
 from dist_ckpt.repository import Record, Repository
@@ -128,10 +130,8 @@ def test_a_close_that_is_interrupted_leaves_the_save_to_the_end_of_the_process(
         patch.setattr(SaveHandle, "settle", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ckpt.close()
-    hook = ckpt._saver._at_exit
-    assert hook.still_active()
     hang.release()
-    hook()
+    ending._close_all()
     assert Repository(inner).steps() == [1]
 
 
@@ -320,6 +320,37 @@ def test_a_forked_process_ends_without_waiting_for_its_parents_save() -> None:
     assert run_ranks(1, fork_while_saving) == [0]
 
 
+def use_in_a_child() -> list[str]:
+    hang = Hang()
+    store = FaultyStore(new_store(), [Rule("put", hang, key=SHARDS)])
+    ckpt = dist_ckpt.Checkpointer(store, state(), timeout_seconds=3600)
+    handle = ckpt.save(1)
+    hang.reached.wait()
+    read, write = os.pipe()
+    if os.fork() == 0:
+        for use in (handle.wait, handle.cancel, lambda: ckpt.save(2), ckpt.restore):
+            try:
+                use()
+            except UsageError as error:
+                os.write(write, f"{error}\n".encode())
+        ckpt.close()  # and that of another's is nothing to wait for
+        os._exit(0)
+    os.close(write)
+    os.wait()
+    with os.fdopen(read) as said:
+        lines = said.read().splitlines()
+    hang.release()
+    ckpt.close()
+    assert handle.outcome == "committed"
+    return lines
+
+
+def test_what_belongs_to_another_process_is_refused_in_its_child() -> None:
+    (lines,) = run_ranks(1, use_in_a_child)
+    assert ["is in flight in process" in line for line in lines] == [True, True, False, False]
+    assert ["belongs to process" in line for line in lines] == [False, False, True, True]
+
+
 def test_two_checkpointers_of_two_runs_do_not_disturb_each_other() -> None:
     places = [new_store(), new_store()]
     hang = Hang()
@@ -335,6 +366,32 @@ def test_two_checkpointers_of_two_runs_do_not_disturb_each_other() -> None:
     first.close()
     for place in places:
         assert Repository(place).verify(1).ok
+
+
+def test_a_save_that_tells_of_the_one_before_is_made_all_the_same() -> None:
+    broken = Rule("put", Fail(StorageError("broken")), key="step-0000000001/*.safetensors")
+    inner = new_store()
+    ckpt = dist_ckpt.Checkpointer(FaultyStore(inner, [broken]), state(), every_steps=1)
+    ckpt.save(1)
+    with pytest.raises(StorageError, match="broken") as told:
+        ckpt.save(2)
+    assert told.value.__notes__ == ["step 2 is being saved all the same"]
+    assert ckpt.step(2) is None, "it was saved: the step need not be saved again"
+    ckpt.wait()
+    ckpt.close()
+    assert Repository(inner).steps() == [2]
+    assert untold.take() == []
+
+
+def test_a_save_that_cannot_begin_tells_of_the_one_before_as_well() -> None:
+    broken = Rule("put", Fail(StorageError("broken")), key="step-0000000001/*.safetensors")
+    live = state()
+    with dist_ckpt.Checkpointer(FaultyStore(new_store(), [broken]), live) as ckpt:
+        ckpt.save(1)
+        with pytest.raises(UsageError, match="bad step") as told:
+            ckpt.save(-1)
+        assert told.value.__notes__ == ["besides, the save before failed: broken"]
+        ckpt.save(2).wait()
 
 
 def test_a_failure_that_nobody_was_told_of_is_raised_by_restore() -> None:
