@@ -49,6 +49,7 @@ class ErrorKind(StrEnum):
     UNENCODABLE = "unencodable"
     STEP_BEHIND = "step_behind"
     CANCELLED = "cancelled"
+    IN_DOUBT = "in_doubt"
 
 
 class CheckpointError(Exception):

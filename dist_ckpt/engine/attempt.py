@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import Document
-from dist_ckpt.engine.coordinator import Coordinator, Deadline, Decide, Topic
+from dist_ckpt.engine.coordinator import LOST, Coordinator, Deadline, Decide, Topic
 from dist_ckpt.engine.file_writer import FileWriter
 from dist_ckpt.engine.handle import SaveHandle, SaveHooks
 from dist_ckpt.engine.messages import Report, pack
@@ -111,9 +112,21 @@ class Attempt:
         self._commit_seconds = time.perf_counter() - begun
         self.meter.enter("done")
         self.handle.finish(error)
-        # Only where rank 0 said so: of any other failure it is not known whether it can commit yet.
-        if error is not None and error.kind is ErrorKind.CANCELLED:
-            self.files.discard()
+        if error is not None and self._is_void():
+            # At once, not after the next commit: there may be no room for another one. What cannot
+            # be removed now is garbage by then.
+            with suppress(Exception):
+                self.transaction.discard()
+
+    def _is_void(self) -> bool:
+        """Whether nothing can let this checkpoint come into being any more.
+
+        Only where rank 0 said so: of any other failure it is not known whether it still commits.
+        """
+        if self.rank == 0:
+            return not self.transaction.may_exist
+        said = self._coordinator.verdict(self.topic)
+        return said is not None and said.kind is not ErrorKind.IN_DOUBT and said.ranks != LOST
 
     def _report(self, share: Share) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""

@@ -52,6 +52,9 @@ class Topic:
 Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
 """Rank 0's decision over the messages by rank: one answer for all, or one for each rank."""
 
+LOST = {0: "connection lost"}
+"""The cause by rank where rank 0 could not be asked: unlike its verdict, it says nothing of it."""
+
 # The store refuses a value above 8 MiB (c10d's TCPStore, libuv backend).
 _PIECE_BYTES = 4 << 20
 # A nap is an eighth of the wait so far: that much later, at most, is news heard, and ranks that
@@ -385,5 +388,5 @@ class StoreCoordinator:
             f"{topic.label}: the connection to rank 0 was lost, it probably died "
             f"({describe(error)})",
             kind=ErrorKind.PEER_ABSENT,
-            ranks={0: "connection lost"},
+            ranks=LOST,
         )

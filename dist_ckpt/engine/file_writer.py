@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 from dist_ckpt import events
 from dist_ckpt.dcp.metadata import WrittenFile
 from dist_ckpt.dcp.writer import StagedFile
 from dist_ckpt.engine.progress import ProgressMeter
 from dist_ckpt.engine.stop import Stop
-from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
 from dist_ckpt.repository import Transaction
 from dist_ckpt.storage.parallel import in_parallel
@@ -44,7 +42,6 @@ class FileWriter:
         self._rank = rank
         self._stop = stop
         self._meter = meter
-        self._durable: list[str] = []
         self.written: list[WrittenFile] = []
         self.seconds = 0.0
 
@@ -97,11 +94,6 @@ class FileWriter:
         for file, blocks in zip(files, digests, strict=True):
             self.written.append(WrittenFile(file.name, len(file.image), blocks))
 
-    def discard(self) -> None:
-        """Remove what was written for a save that nobody wants; what stays is garbage by now."""
-        with suppress(CheckpointError):
-            self._transaction.store.delete([self._transaction.key(name) for name in self._durable])
-
     def _put(self, file: StagedFile) -> None:
         self._stop.check()
         begun = time.perf_counter()
@@ -114,7 +106,6 @@ class FileWriter:
             count(piece_bytes)
 
         key = self._transaction.put_file(file.name, [image], watch=watch)
-        self._durable.append(file.name)
         # From here on the file is durable: a report never speaks of one that is not.
         events.emit(
             events.FileWritten(

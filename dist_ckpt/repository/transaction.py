@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
+from dist_ckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    ErrorKind,
+    NotFound,
+    StorageError,
+    UsageError,
+    describe,
+)
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import bytes_digest
@@ -29,6 +37,14 @@ class Transaction:
         self.step = step
         self.save_id = save_id
         self.claim = claim
+        # Keys, also of puts that failed: not every store leaves nothing behind then.
+        self._tried: list[str] = []
+        self._in_doubt = False
+
+    @property
+    def may_exist(self) -> bool:
+        """Whether the checkpoint was committed here, or nobody can tell that it was not."""
+        return self._in_doubt
 
     def key(self, name: str) -> str:
         """Return the key of the file `name` of this attempt."""
@@ -46,8 +62,20 @@ class Transaction:
             StorageError: it could not be stored whole.
         """
         key = self.key(name)
+        self._tried.append(key)
         self.store.put(key, buffers, mode="create", watch=watch)
         return key
+
+    def discard(self) -> None:
+        """Remove all that was put through this object, of an attempt that failed for good.
+
+        Nothing is removed when the checkpoint may exist.
+
+        Raises:
+            StorageError: a deletion failed; what remains is garbage for `Repository.collect`.
+        """
+        if not self._in_doubt:
+            self.store.delete(self._tried)
 
     def commit(
         self,
@@ -69,10 +97,12 @@ class Transaction:
         Raises:
             FencedError: a newer claim owns the run; nothing was committed.
             AlreadyExists: the step was committed by another attempt.
-            StorageError: the commit did not take effect.
+            StorageError: the commit did not take effect, or, with the kind `IN_DOUBT`, nobody can
+                tell yet whether it did.
         """
         encoded = index_format.encode(index)
         key = index_key(self.step, self.save_id)
+        self._tried.append(key)
         self.store.put(key, [encoded], mode="create")
         relative = key.removeprefix(f"{step_dir(self.step)}/")
         manifest = describe(ManifestFile(relative, len(encoded), bytes_digest(encoded)))
@@ -90,25 +120,42 @@ class Transaction:
 
     def _put_manifest(self, data: bytes) -> None:
         key = manifest_key(self.step)
+        # From here on until a clear answer: what is asked of a server may be done long after its
+        # answer was lost, and a checkpoint without its files must never come into being.
+        self._in_doubt = True
         try:
             self.store.put(key, [data], mode="create")
-        except (AlreadyExists, StorageError) as error:
+        except BaseException as error:
             # The answer of a put that took effect may have been lost, and its retry then meets our
             # own manifest. What is stored decides, not what the backend said.
-            if self._stored_manifest(key) == data:
+            stored = self._stored_manifest(key)
+            if stored == data:
                 return
             if isinstance(error, AlreadyExists):
-                # Whoever saved it may have taken the run over: then this job has to stop.
-                check_owner(self.store, self.claim)
+                self._in_doubt = stored is None
+                if not self._in_doubt:
+                    # Whoever saved it may have taken the run over: then this job has to stop.
+                    check_owner(self.store, self.claim)
                 raise AlreadyExists(
                     f"step {self.step} is already committed in {self.store.url}: "
                     "save under another step",
-                    kind=ErrorKind.STEP_EXISTS,
+                    kind=ErrorKind.IN_DOUBT if stored is None else ErrorKind.STEP_EXISTS,
                 ) from error
-            raise
+            if isinstance(error, CheckpointError) and error.kind in _REFUSALS:
+                self._in_doubt = False
+                raise
+            raise StorageError(
+                f"{describe(error)}; whether step {self.step} is committed in {self.store.url} is "
+                "not known: look for it before it is saved again",
+                kind=ErrorKind.IN_DOUBT,
+            ) from error
 
     def _stored_manifest(self, key: str) -> bytes | None:
         try:
             return read_all(self.store, key)
         except (NotFound, StorageError):
             return None
+
+
+# Answers after which nothing of a put takes effect any more.
+_REFUSALS = (ErrorKind.STORAGE_FULL, ErrorKind.PERMISSION, ErrorKind.USAGE)

@@ -160,7 +160,7 @@ class Heavy:
     def none(self) -> CheckpointError | None:
         return None
 
-    def note(self, error: CheckpointError | None) -> None:
+    def note(self, error: Exception | None) -> None:
         pass
 
 
