@@ -14,6 +14,11 @@
 
 Errors cross ranks as plain data (`to_wire`, `from_wire`), never as pickles, so the
 same class with the same message is raised on every rank.
+
+What is not of dist_ckpt keeps its class where it is raised: a MemoryError, an interrupt, or what
+the state, a policy or an encoder of the program raised. On the rank where it happened it is that
+very error, on the others a `CoordinationError` that names the rank and the cause. So a
+`CoordinationError` always means a peer.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ class ErrorKind(StrEnum):
     STEP_BEHIND = "step_behind"
     CANCELLED = "cancelled"
     IN_DOUBT = "in_doubt"
+    FOREIGN = "foreign"
 
 
 class CheckpointError(Exception):
@@ -168,6 +174,28 @@ def from_wire(data: Mapping[str, object]) -> CheckpointError:
         kind=kinds.get(str(data.get("kind")), cls.default_kind),
         ranks=causes,
     )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether `error` says no more than that code of the program cannot take what it was given.
+
+    Then it becomes an error of ours, with the place. A class of its own (or of torch, or a lack of
+    memory, or an error of the system) was raised to be handled, and keeps its class.
+    """
+    builtin = type(error).__module__ == "builtins"
+    return builtin and not isinstance(error, MemoryError | OSError)
+
+
+def as_ours(error: BaseException) -> CheckpointError:
+    """Return `error`, or where it is foreign a plain `CheckpointError` with it as the cause.
+
+    For events and notes. Where an error is raised a foreign one keeps its class.
+    """
+    if isinstance(error, CheckpointError):
+        return error
+    ours = CheckpointError(describe(error), kind=ErrorKind.FOREIGN)
+    ours.__cause__ = error
+    return ours
 
 
 def describe(error: BaseException) -> str:

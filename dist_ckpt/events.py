@@ -79,9 +79,13 @@ class SaveCommitted(StepEvent):
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed(StepEvent):
-    """The save ended without a checkpoint, on every rank; the error is as this rank is told it."""
+    """The save ended without a checkpoint, on every rank.
 
-    error: Exception
+    Attributes:
+        error: what this rank is told; a foreign error is the `__cause__` of a `CheckpointError`.
+    """
+
+    error: CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ class CheckpointDeleted(StepEvent):
 class RetentionFailed(StepEvent):
     """Retention could not finish after the commit of `step`; the commit stands."""
 
-    error: Exception
+    error: CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

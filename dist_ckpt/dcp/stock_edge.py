@@ -7,7 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_ckpt.errors import UsageError, from_wire, to_wire
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    UsageError,
+    describe,
+    from_wire,
+    to_wire,
+)
 from dist_ckpt.format.names import check_step, is_part, parse_step_dir
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -85,5 +92,10 @@ def plain_errors() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except MemoryError:
+        raise  # every rank can rebuild that one, and would handle it
+    except CheckpointError as error:
         raise from_wire(to_wire(error)) from error
+    except Exception as error:
+        # Of no class that says whose fault it was: torch tells that, by rank.
+        raise CheckpointError(describe(error), kind=ErrorKind.PEER_FAILED) from error

@@ -17,7 +17,14 @@ from dist_ckpt.engine.messages import Report, pack
 from dist_ckpt.engine.progress import ProgressMeter, SaveProgress
 from dist_ckpt.engine.stager import Staged
 from dist_ckpt.engine.stop import Stop
-from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
+from dist_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    ErrorKind,
+    StorageError,
+    as_ours,
+    describe,
+)
 from dist_ckpt.repository import Transaction
 
 
@@ -94,18 +101,19 @@ class Attempt:
 
     def run(self, share: Share, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
-        error: CheckpointError | None = None
+        error: Exception | None = None
         message = self._report(share)
         self.meter.enter("committing")
         begun = time.perf_counter()
         try:
             self._coordinator.round(self.topic, message, decide, deadline=self.deadline)
-        except CheckpointError as failure:
+        except Exception as failure:
             error = failure
         except BaseException as failure:  # a thread has nobody above it: the handle must hear of it
-            error = CoordinationError(
-                f"{self.topic.label}: the writer of rank {self.rank} failed: {describe(failure)}",
-                kind=ErrorKind.PEER_FAILED,
+            # Not as it is: what ends a thread would end the program of whoever waits for it.
+            error = StorageError(
+                f"{self.topic.label}: the writer of rank {self.rank} was ended by "
+                f"{describe(failure)}",
                 ranks={self.rank: describe(failure)},
             )
             error.__cause__ = failure
@@ -170,7 +178,7 @@ class Attempt:
         else:
             what = f"the save of step {self.transaction.step} to {where[0]} failed"
             self.handle.tell_at_exit(f"{what}, and nobody waited for it: {describe(error)}")
-            events.emit(events.SaveFailed(*where, error))
+            events.emit(events.SaveFailed(*where, as_ours(error)))
 
     def _tell(self, progress: SaveProgress) -> None:
         events.emit(

@@ -21,7 +21,7 @@ import msgspec
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.failures import decode_error, envelope, failure
+from dist_ckpt.engine.failures import decode_error, envelope, failure, noted
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -112,7 +112,10 @@ class Coordinator(Protocol):
         Raises:
             CheckpointError: a rank sent an error or `decide` failed; the same on every rank,
                 `ranks` naming the causes.
-            CoordinationError: a rank did not arrive, or rank 0 did not answer, before the deadline.
+            CoordinationError: a rank did not arrive, or rank 0 did not answer, before the deadline;
+                or another rank failed with a foreign error.
+            BaseException: a foreign `message`, as it is, on the rank that sent it, and a foreign
+                error of `decide` on rank 0: whoever handles it there knows its class.
         """
         ...
 
@@ -154,16 +157,13 @@ class SoloCoordinator:
         self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
     ) -> bytes:
         """Decide at once; see `Coordinator.round`."""
-        if isinstance(message, CheckpointError):
-            raise message
         if isinstance(message, BaseException):
-            raise failure(topic.label, 0, message) from message
+            raise noted(topic.label, message)
         try:
             answer = decide([message])
-        except CheckpointError:
-            raise
         except Exception as error:
-            raise failure(topic.label, 0, error) from error
+            noted(topic.label, error)
+            raise
         return answer if isinstance(answer, bytes) else answer[0]
 
     def verdict(self, topic: Topic) -> CheckpointError | None:
@@ -215,8 +215,10 @@ class StoreCoordinator:
         except DistError as error:
             raise self._lost(topic, error) from error
         except CheckpointError as error:
-            if isinstance(message, BaseException):
+            if isinstance(message, CheckpointError):
                 raise error from message  # what crossed the store has lost its traceback
+            if isinstance(message, BaseException):
+                raise noted(topic.label, message) from None
             raise
         if answer is None:
             raise CoordinationError(
@@ -276,9 +278,8 @@ class StoreCoordinator:
             known = error if isinstance(error, CheckpointError) else failure(topic.label, 0, error)
             self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(known)))
             self._forget_messages(topic.key)
-            if isinstance(error, Exception) and known is not error:
-                raise known from error
-            raise  # also an interrupt: it stops this rank, and the others have been told
+            noted(topic.label, error)
+            raise  # as it is, also an interrupt: it stops this rank, and the others have been told
         if isinstance(answer, bytes):
             # One copy for all: an index times a thousand ranks would not fit into memory.
             self._put(f"{topic.key}/answer/all", answer)

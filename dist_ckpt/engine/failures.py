@@ -34,6 +34,14 @@ def failure(label: str, rank: int, cause: BaseException) -> CheckpointError:
     return CoordinationError(message, kind=ErrorKind.PEER_FAILED, ranks={rank: text})
 
 
+def noted(label: str, error: BaseException) -> BaseException:
+    """Return `error` with a note of what it ended; an error of ours says so itself."""
+    note = f"{label} failed"
+    if not isinstance(error, CheckpointError) and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+    return error
+
+
 def decode_error(data: bytes) -> CheckpointError:
     """Return the error that rank 0 sent."""
     return from_wire(msgspec.msgpack.decode(data, type=dict[str, object]))

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import torch
 
 from dist_ckpt.dcp.ties import TIE_RULES, TieRule
-from dist_ckpt.errors import UsageError, describe
+from dist_ckpt.errors import UsageError, describe, is_refusal
 from dist_ckpt.format.digest import bytes_digest
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
@@ -152,6 +152,8 @@ class LoadOptions:
         try:
             new = self.rename(name)
         except Exception as error:
+            if not is_refusal(error):
+                raise
             raise UsageError(f"rename({name!r}) failed: {describe(error)}") from error
         if not isinstance(new, str):
             raise UsageError(f"rename({name!r}) returned {new!r}: it must return a name")

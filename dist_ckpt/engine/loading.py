@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from dist_ckpt.engine.coordinator import Decide, Topic
 from dist_ckpt.engine.holdings import Holdings, gather
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
+from dist_ckpt.engine.load_progress import PARTLY, LoadProgress, tell
 from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
@@ -31,7 +32,6 @@ from dist_ckpt.errors import (
     ErrorKind,
     IncompatibleError,
     IntegrityError,
-    NotFound,
 )
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
@@ -55,26 +55,6 @@ class _Matched:
     misfits: Misfits
     known: frozenset[str]
     notes: Sequence[str]
-
-
-@dataclass(slots=True)
-class _Progress:
-    """One load on its way.
-
-    Attributes:
-        begun: when, on the clock of `time.perf_counter`.
-        touched: whether bytes may have reached live tensors.
-        lost: how many checkpoints were deleted while they were read.
-        seconds: how long each phase took.
-    """
-
-    begun: float = field(default_factory=time.perf_counter)
-    touched: bool = False
-    lost: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def clock(self, phase: str, since: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
 
 
 class Loader:
@@ -113,7 +93,7 @@ class Loader:
                 not fit (`IncompatibleError`); after a later failure the message says that tensors
                 may be partly restored.
         """
-        progress = _Progress()
+        progress = LoadProgress()
         chooser = Chooser(self._job, LoadCall.of(step, place, options, failed), own=own)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
@@ -121,7 +101,7 @@ class Loader:
             try:
                 chosen, news = chooser.choose(topic, fall_back=fall_back)
             except CheckpointError as error:
-                raise _told(error, progress) from error
+                tell(error, progress)
             progress.clock("choose", since)
             self._announce(chooser.url, news)
             if chosen is None:
@@ -135,7 +115,11 @@ class Loader:
                 self._give_up(topic, chosen.source, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
-                raise _told(error, progress) from error
+                tell(error, progress)
+            except BaseException as error:  # as it is: whoever handles it knows its class
+                if progress.touched:
+                    error.add_note(PARTLY)
+                raise
             if own and place is None:
                 self._job.go_on_from(report.step, chooser.passed_over())
             return report
@@ -145,7 +129,7 @@ class Loader:
         topic: Topic,
         chosen: Chosen,
         options: LoadOptions,
-        progress: _Progress,
+        progress: LoadProgress,
         memory: BounceMemory,
     ) -> LoadReport:
         source = chosen.source
@@ -195,7 +179,7 @@ class Loader:
         source: Source,
         ties: Ties,
         options: LoadOptions,
-        progress: _Progress,
+        progress: LoadProgress,
         *,
         windows: int,
         memory: BounceMemory,
@@ -310,7 +294,7 @@ class Loader:
         result: ReadResult,
         *,
         options: LoadOptions,
-        progress: _Progress,
+        progress: LoadProgress,
     ) -> LoadReport:
         source = chosen.source
         return LoadReport(
@@ -358,7 +342,7 @@ class Loader:
         topic: Topic,
         source: Source,
         chooser: Chooser,
-        progress: _Progress,
+        progress: LoadProgress,
         error: IntegrityError,
         *,
         fall_back: bool,
@@ -373,10 +357,10 @@ class Loader:
             # That is no damage, so nothing is noted: what there is by now is chosen next.
             progress.lost += 1
             if progress.lost == _MOST_LOST:
-                raise _told(deleted_meanwhile(source.store, source.step), progress) from error
+                tell(deleted_meanwhile(source.store, source.step), progress, error)
             return
         if not fall_back:
-            raise _told(error, progress) from error
+            tell(error, progress)
         chooser.refuse(source.step, error.message)
         self._announce(chooser.url, {source.step: error.message})
 
@@ -402,12 +386,3 @@ class Loader:
             events.emit(events.CheckpointRefused(url, step, rank, reason))
             if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
                 _log.warning("step %d in %s was passed over: %s", step, url, reason)
-
-
-def _told(error: CheckpointError, progress: _Progress) -> CheckpointError:
-    """Return `error`, with what became of the state where that may have changed."""
-    if not progress.touched:
-        return error
-    message = f"{error.message}. Tensors of the state may be partly restored: load again before use"
-    known = NotFound if isinstance(error, NotFound) else type(error)
-    return known(message, kind=error.kind, ranks=error.ranks)

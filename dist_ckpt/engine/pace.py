@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from dist_ckpt.engine.coordinator import Deadline
+from dist_ckpt.engine.failures import failure
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.metrics import Metrics, as_numbers
 from dist_ckpt.engine.signals import SignalNote
-from dist_ckpt.errors import CoordinationError, ErrorKind, from_wire, to_wire
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, from_wire, to_wire
 from dist_ckpt.policy import Better, Moment, OnSignal, SavePolicy, Scope, members
 from dist_ckpt.repository.ranking import Criterion
 
@@ -100,6 +101,8 @@ class Pace:
         self._find_best = best
         self._best: dict[Criterion, float] | None = None
         self._calls = 0
+        # Rank 0: what kept it from deciding, by call; there it is raised as it is.
+        self._mistakes: dict[int, Exception] = {}
         self._saved_at = self._told_at = time.monotonic()
         self._told_call = 0
         self._heeded_call = 0
@@ -127,7 +130,7 @@ class Pace:
         leads = self._job.training.rank == 0
         entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
         if entry.error:
-            raise from_wire(entry.error)
+            raise self._mistakes.pop(self._calls, None) or from_wire(entry.error)
         if entry.reason:
             reasons.append(entry.reason)
         if entry.signal:
@@ -163,7 +166,11 @@ class Pace:
         try:
             return self._decided(moment, metrics, call)
         except Exception as error:  # a policy of the user may raise anything
-            return _Entry(error=to_wire(error))  # the others wait for a word, and get this one
+            self._mistakes[call] = error
+            # The others wait for a word, and get this one.
+            ours = isinstance(error, CheckpointError)
+            told = error if ours else failure("deciding whether a save is due", 0, error)
+            return _Entry(error=to_wire(told))
 
     def _decided(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
         names = {criterion.metric for criterion in self._criteria}

@@ -201,9 +201,7 @@ class Planner:
         # Told by all ranks if one of them has it to tell, so that all of them take the same way.
         earlier = next((request.earlier for request in requests if request.earlier), {})
         save_id = begin(requests[0].step)
-        return pack(
-            PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier)
-        )
+        return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier))
 
     def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
         # Forgotten before the new one is there: a rank that misses its answer must not write by a

@@ -6,7 +6,7 @@ import logging
 
 from dist_ckpt import events
 from dist_ckpt.engine.job import Job
-from dist_ckpt.errors import CheckpointError, from_wire, to_wire
+from dist_ckpt.errors import as_ours
 from dist_ckpt.repository.history import History
 from dist_ckpt.repository.keep import KeepPolicy, criteria
 from dist_ckpt.repository.marks import EpochNote, put_epoch_note
@@ -63,7 +63,7 @@ class Retention:
 
     def tell_failed(self, step: int, error: Exception) -> None:
         """Say that something about a committed checkpoint could not be noted."""
-        failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
+        failure = as_ours(error)
         events.emit(events.RetentionFailed(self._job.url, step, 0, failure))
         _log.warning("noting metrics of step %d in %s failed: %s", step, self._job.url, failure)
 

@@ -9,7 +9,7 @@ from dist_ckpt import events
 from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.writer_thread import WriterThread
-from dist_ckpt.errors import CheckpointError, from_wire, to_wire
+from dist_ckpt.errors import as_ours
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -57,7 +57,7 @@ class Tidier:
                 repository.collect(claim=self._job.claim(), in_flight=self._in_flight)
         except Exception as error:  # a policy of the user may raise anything
             self.litter = True
-            failure = error if isinstance(error, CheckpointError) else from_wire(to_wire(error))
+            failure = as_ours(error)
             events.emit(events.RetentionFailed(url, step, 0, failure))
             _log.warning(
                 "tidying %s after step %d failed, the step is committed: %s", url, step, failure

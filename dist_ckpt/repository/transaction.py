@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 
 from dist_ckpt.errors import (
@@ -62,8 +63,7 @@ class Transaction:
             StorageError: it could not be stored whole.
         """
         key = self.key(name)
-        self._tried.append(key)
-        self.store.put(key, buffers, mode="create", watch=watch)
+        self._put(key, buffers, watch)
         return key
 
     def discard(self) -> None:
@@ -102,8 +102,7 @@ class Transaction:
         """
         encoded = index_format.encode(index)
         key = index_key(self.step, self.save_id)
-        self._tried.append(key)
-        self.store.put(key, [encoded], mode="create")
+        self._put(key, [encoded], None)
         relative = key.removeprefix(f"{step_dir(self.step)}/")
         manifest = describe(ManifestFile(relative, len(encoded), bytes_digest(encoded)))
         data = manifest_format.encode(manifest)
@@ -117,6 +116,19 @@ class Transaction:
             delete_exactly(self.store, manifest_key(self.step), replaces)
         self._put_manifest(data)
         return manifest
+
+    def _put(self, key: str, buffers: Sequence[Buffer], watch: Watch | None) -> None:
+        self._tried.append(key)
+        try:
+            self.store.put(key, buffers, mode="create", watch=watch)
+        except CheckpointError:
+            raise
+        except OSError as error:  # of a store that maps nothing; it is for one handler all the same
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StorageError(
+                f"cannot put {key} in {self.store.url}: {describe(error)}",
+                kind=ErrorKind.STORAGE_FULL if full else None,
+            ) from error
 
     def _put_manifest(self, data: bytes) -> None:
         key = manifest_key(self.step)

@@ -15,6 +15,7 @@ from dist_ckpt.errors import (
     IncompatibleError,
     IntegrityError,
     describe,
+    is_refusal,
 )
 from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
@@ -88,6 +89,8 @@ class Decoder:
         try:
             return entry.decode(value)
         except Exception as error:
+            if not is_refusal(error):
+                raise
             raise IncompatibleError(
                 f"the decoder registered for {name!r} refused what {self._path} holds: "
                 f"{describe(error)}"

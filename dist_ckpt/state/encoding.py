@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dist_ckpt.errors import ErrorKind, UsageError, describe
+from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
 from dist_ckpt.state.registry import REGISTRY
@@ -83,6 +83,9 @@ class Encoder:
         try:
             plain = entry.encode(value)
         except Exception as error:
+            if not is_refusal(error):
+                error.add_note(f"in the encoder for {self._where()}, a {_label(kind)}")
+                raise
             self._refuse(value, f"the encoder registered for it failed: {describe(error)}", error)
         return {TAG: f"@{entry.name}", "v": self.json_of(plain)}
 

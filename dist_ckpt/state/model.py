@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe
+from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
 from dist_ckpt.state.layout import check_storable, check_tensor, empty_beside, inner_tensors
 from dist_ckpt.state.meta import check_knowable, give_memory
 from dist_ckpt.state.names import canonical_name, refuse_fsdp1, wrapped_attribute
@@ -161,6 +161,8 @@ class ModelPart:
         except CheckpointError:
             raise
         except Exception as error:
+            if not is_refusal(error):
+                raise
             raise IncompatibleError(
                 f"{self.name}: load_state_dict refused {sorted(made_up)}: {describe(error)}"
             ) from error

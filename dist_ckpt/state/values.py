@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from dist_ckpt.errors import CheckpointError, IncompatibleError, describe
+from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
@@ -132,6 +132,8 @@ class ValuePart:
         except CheckpointError:
             raise
         except Exception as error:
+            if not is_refusal(error):
+                raise
             raise IncompatibleError(
                 f"{self.name}: its reshard hook failed on rank {stored.rank} of "
                 f"{stored.world_size}: {describe(error)}"
@@ -165,6 +167,8 @@ class StatefulPart(ValuePart):
         except CheckpointError:
             raise  # a part of ours, which said it better
         except Exception as error:
+            if not is_refusal(error):
+                raise
             kind = type(self._stateful).__qualname__
             raise IncompatibleError(
                 f"{self.name}: {kind}.load_state_dict refused what was saved: {describe(error)}"

@@ -258,7 +258,7 @@ class FsspecStore:
         where = f"cannot {doing} in {self.url}"
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             if reading is not None:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.dcp.stock_edge import part_and_name, path_of, plain_errors, step_of
-from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, StorageError, UsageError
+from dist_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    ErrorKind,
+    IntegrityError,
+    StorageError,
+    UsageError,
+)
 from dist_ckpt.format.names import is_part
 
 KEYS = st.sampled_from(["state", "model", "extra", "a.b", "", "x", "0"]) | st.text(max_size=3)
@@ -50,4 +57,5 @@ def test_errors_cross_ranks_whatever_they_were() -> None:
             raise error
         assert caught.value.__cause__ is error
         sent = copy.copy(caught.value)
+        assert not isinstance(sent, CoordinationError)
         assert (type(sent), str(sent), sent.kind) == (type(caught.value), str(caught.value), kind)

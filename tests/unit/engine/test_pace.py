@@ -209,8 +209,9 @@ class Broken:
 def test_a_policy_that_fails_is_everybodys_error_too() -> None:
     job = EachHasItsOwn(Broken(), 1)
     found = together([lambda pace=pace: pace.at(1, None, {}) for pace in job.paces])  # type: ignore[misc]
-    assert {type(each) for each in found} == {CoordinationError}
+    assert [type(each) for each in found] == [ZeroDivisionError, *[CoordinationError] * 2]
     assert all("a mistake" in str(each) for each in found)
+    assert all("failed on rank 0: ZeroDivisionError" in str(each) for each in found[1:])
 
 
 def test_a_rank_0_that_says_nothing_is_named() -> None:

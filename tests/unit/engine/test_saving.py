@@ -224,7 +224,7 @@ def test_whatever_a_backend_raises_ends_the_save_and_not_the_writer() -> None:
     inner = new_store()
     store = FaultyStore(inner, [Rule("put", Fail(Panic("no unwinding")), key=SHARDS)])
     with dist_ckpt.Checkpointer(store, state(), timeout_seconds=30) as ckpt:
-        with pytest.raises(CoordinationError, match="Panic: no unwinding"):
+        with pytest.raises(StorageError, match="Panic: no unwinding"):
             ckpt.save(1).wait()
         ckpt.save(2).wait()
     assert Repository(inner).steps() == [2]
