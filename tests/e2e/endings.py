@@ -35,8 +35,6 @@ import dist_ckpt.functional  # noqa: E402
 from dist_ckpt import policy  # noqa: E402
 from dist_ckpt.errors import StorageError  # noqa: E402
 from dist_ckpt.storage import (  # noqa: E402
-    FsspecStore,
-    SingleWriterStore,
     Store,
     resolve,
 )
@@ -48,16 +46,20 @@ BROKEN = Fail(StorageError("the disk is made of cheese"))
 
 
 class Pooled(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """A file system that works in a pool of threads, as many do."""
+    """A file system that works in a pool of threads, as those of many services do."""
 
-    protocol = "pooled"
+    protocol = "gs"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("gs://").rstrip("/")
 
     def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(super().pipe_file, path, value, **kwargs).result()
 
 
-fsspec.register_implementation("pooled", Pooled)
+fsspec.register_implementation("gs", Pooled, clobber=True)
 
 
 def limit() -> None:
@@ -67,8 +69,9 @@ def limit() -> None:
 
 def store(url: str) -> Store:
     """Return the store of a case; so slow that the save is not over when the program is."""
-    if url.startswith("pooled://"):
-        return LatencyStore(SingleWriterStore(FsspecStore(url)), 0.005)
+    if url.startswith("gs://"):
+        options = {"auto_mkdir": True}
+        return LatencyStore(resolve(url, storage_options=options, single_writer=True), 0.005)
     return LatencyStore(resolve(url), 0.005)
 
 
