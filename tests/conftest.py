@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from tests.services.ceph import FILE_SYSTEM_PROGRAMS, CephCluster, ServiceFailed
+from tests.services.linkless import linkless_mount
 from tests.services.s3 import (
     S3Service,
     ceph_service,
@@ -53,7 +54,6 @@ def _is_short(item: pytest.Item) -> bool:
     return own is None or own.args[0] < _LONG_SECONDS
 
 
-
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[tuple[CephCluster | None, str]]:
     """A Ceph cluster of this session, or None and why there is none."""
@@ -74,7 +74,7 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
                 service = ceph_service(cluster)
             else:
                 # Past the capture; a worker has no terminal of its own.
-                sys.__stderr__.write(f"\n{moto_line(reason)}\n")
+                os.write(2, f"\n{moto_line(reason)}\n".encode())
                 service = stack.enter_context(moto_service())
         environment = stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in service.environment.items():
@@ -86,6 +86,16 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
 def s3_name(s3_service: S3Service) -> str:
     """A place of the S3 server that no other test uses; see `S3Service.url`."""
     return f"place-{next(_places)}"
+
+
+@pytest.fixture(scope="session")
+def linkless_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mounted file system that has no hard links; only root can make one."""
+    with ExitStack() as stack:
+        try:
+            yield stack.enter_context(linkless_mount(tmp_path_factory.mktemp("linkless")))
+        except PermissionError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
