@@ -121,10 +121,10 @@ class Transaction:
         self._tried.append(key)
         try:
             self.store.put(key, buffers, mode="create", watch=watch)
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
-        except OSError as error:  # of a store that maps nothing; it is for one handler all the same
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        except Exception as error:  # of a store that maps nothing: for one handler all the same
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise StorageError(
                 f"cannot put {key} in {self.store.url}: {describe(error)}",
                 kind=ErrorKind.STORAGE_FULL if full else None,

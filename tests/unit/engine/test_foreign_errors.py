@@ -148,8 +148,8 @@ def broken(inner: Store, operation: Any, error: BaseException, key: str = "*") -
     return FaultyStore(inner, [Rule(operation, Fail(error), key=key, nth=None)])
 
 
-@pytest.mark.parametrize("error", FOREIGN[:2], ids=IDS[:2])
-def test_what_a_store_raises_in_the_background(error: Exception) -> None:
+def test_a_lack_of_memory_in_the_background() -> None:
+    error = MemoryError("no memory")
     heard: list[events.Event] = []
     leave = events.subscribe(heard.append)
     store = broken(new_store(), "put", error, "*.safetensors")
@@ -175,7 +175,11 @@ def test_what_ends_a_thread_does_not_end_the_program(error: BaseException) -> No
 
 
 @pytest.mark.parametrize("key", ["*.safetensors", "*/index.msgpack"])
-def test_an_error_of_the_system_is_one_of_storage(key: str) -> None:
+def test_what_a_store_does_not_map_is_one_of_storage(key: str) -> None:
+    own = Own("a mistake", code=3)
+    with pytest.raises(StorageError, match="Own: a mistake") as told:
+        dist_ckpt.save({"n": {"v": 1}}, broken(new_store(), "put", own, key))
+    assert told.value.__cause__ is own
     error = OSError(28, "No space left on device")
     with pytest.raises(StorageError, match="No space left") as caught:
         dist_ckpt.save({"n": {"v": 1}}, broken(new_store(), "put", error, key))
