@@ -78,8 +78,8 @@ class Checkpointer:
             metadata: any JSON, stored in the manifest of every checkpoint. By convention `config`
                 is how the training was configured, `phase` is "pretraining", "finetuning" or the
                 like, `notes` are for people.
-            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`: see
-                `dist_ckpt.engine.options.SaveOptions`.
+            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`:
+                see `dist_ckpt.engine.options.SaveOptions`.
 
         Raises:
             UsageError: an argument is malformed.
@@ -99,9 +99,9 @@ class Checkpointer:
             metadata=checked_metadata(metadata or {}),
             options=SaveOptions.of(options),
         )
+        self._program = Origin(command=options.get("command", False))
         self._resumer = Resumer(self._job, train_state, criteria)
         self._pace = Pace(self._job, when, best=self._best_saved)
-        self._program = Origin()
         self._differing: set[str] = set()
         self._flags: flags.Flags | None = None
         self._told_step: int | None = None

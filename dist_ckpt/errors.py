@@ -23,8 +23,16 @@ very error, on the others a `CoordinationError` that names the rank and the caus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
+
+_MASK = "***"
+# Text is cut here first, so that the work is in proportion to its length, whatever is in it.
+_BETWEEN_WORDS = re.compile(r"([\s\"'<>]+)")
+_AFTER_PATH = re.compile(r"[?#]")
+# What stands before the @ there is a container, a bucket or a file system: part of the address.
+_NAMED_BEFORE_AT = ("abfs", "abfss", "wasb", "wasbs", "oci", "az")
 
 
 class ErrorKind(StrEnum):
@@ -58,6 +66,41 @@ class ErrorKind(StrEnum):
     FOREIGN = "foreign"
 
 
+def without_secrets(text: str) -> str:
+    """Return `text` with stars for what the URLs in it may keep secret.
+
+    That is the user and password before the host, and everything behind the path: signatures and
+    tokens are arguments there, under whatever names.
+    """
+    if ":/" not in text:
+        return text
+    return "".join(map(_masked, _BETWEEN_WORDS.split(text)))
+
+
+def _masked(word: str) -> str:
+    before, *bodies = word.split(":/")
+    shown = [before]
+    for body in bodies:
+        address = body.lstrip("/")
+        slashes = "/" * (len(body) - len(address))
+        authority, _, path = address.partition("/")
+        port = authority.rpartition("@")[2].partition(":")[2]
+        # A password that should have been quoted may hold a slash; behind a port none is.
+        user, _, _ = (address if port and not port.isdecimal() else authority).rpartition("@")
+        named = before.lower().endswith(_NAMED_BEFORE_AT) and ":" not in user
+        if user and not named:
+            # A mark before the @ is of the password, or the @ is of the arguments: none is shown.
+            hidden = _AFTER_PATH.search(user) is not None
+            address = _MASK if hidden else f"{_MASK}{address[len(user) :]}"
+        mark = _AFTER_PATH.search(address)
+        if mark is not None and mark.end() < len(address):
+            shown.append(f"{slashes}{address[: mark.end()]}{_MASK}")
+            break
+        shown.append(slashes + address)
+        before = path or authority
+    return ":/".join(shown)
+
+
 class CheckpointError(Exception):
     """Base of every error of this package.
 
@@ -76,11 +119,14 @@ class CheckpointError(Exception):
         kind: ErrorKind | None = None,
         ranks: Mapping[int, str] | None = None,
     ) -> None:
+        # Here and nowhere else, so that no message is forgotten: they travel into logs.
+        self.message = without_secrets(message)
         # One argument reaches every base: OSError would read two as (errno, strerror).
-        super().__init__(message)
-        self.message = message
+        super().__init__(self.message)
         self.kind = self.default_kind if kind is None else kind
-        self.ranks: dict[int, str] = dict(ranks or {})
+        self.ranks: dict[int, str] = {
+            rank: without_secrets(cause) for rank, cause in (ranks or {}).items()
+        }
 
     def __str__(self) -> str:
         return self.message
@@ -206,4 +252,5 @@ def describe(error: BaseException) -> str:
         text = f"<its text could not be read: {type(failure).__name__}>"
     if isinstance(error, CheckpointError):
         return text
+    text = without_secrets(text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

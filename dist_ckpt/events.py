@@ -12,14 +12,22 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dist_ckpt.errors import CheckpointError, describe
+from dist_ckpt.errors import CheckpointError, describe, without_secrets
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events: which place."""
+    """Base of all events: which place.
+
+    Attributes:
+        url: without user, password and arguments, whatever was given.
+    """
 
     url: str
+
+    def __post_init__(self) -> None:
+        """Keep secrets out of what goes to monitoring."""
+        object.__setattr__(self, "url", without_secrets(self.url))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +253,7 @@ def tell_once(url: str, message: str) -> None:
 
     Such things stay where they are, and would be told again at every look.
     """
+    message = without_secrets(message)
     with _lock:
         if (url, message) in _told:
             return

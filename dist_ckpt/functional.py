@@ -42,7 +42,7 @@ def save(
         step: under which step; a committed one is never overwritten.
         metrics: numbers by name, stored in the manifest.
         timeout_seconds: after this long the save fails on every rank.
-        **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`: see
+        **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
             `dist_ckpt.engine.options.SaveOptions`.
 
     Raises:

@@ -1,71 +1,53 @@
 """Checkpoints of stock `torch.distributed.checkpoint`: `.metadata` and `.distcp` files.
 
-The metadata is a pickle, read by an unpickler that admits DCP's own metadata classes and nothing
-else. Each chunk is a `torch.save` archive inside of a `.distcp` file; where its raw bytes lie is
-looked up once, and from then on such a checkpoint is read as one of ours: by ranges, at any layout.
+The metadata is a pickle, of which nothing is executed or built: see `stock_metadata`. Each chunk is
+a `torch.save` archive inside of a `.distcp` file; where its raw bytes lie is looked up once, and
+from then on such a checkpoint is read as one of ours: by ranges, at any layout.
 """
 
 from __future__ import annotations
 
-import io
-import pickle  # noqa: TID251 - only to be restricted: see _Unpickler
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as stock
 
-from dist_ckpt.dcp.foreign_names import Entry, Placed, Unreadable, place
+from dist_ckpt.dcp.foreign_names import Entry, Placed, place
+from dist_ckpt.dcp.stock_metadata import StockMetadata, parse
 from dist_ckpt.errors import (
-    CheckpointError,
     ErrorKind,
     IncompatibleError,
     IntegrityError,
     NotFound,
     describe,
 )
+from dist_ckpt.events import tell_once
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.pickle_guard import check_pickle
+from dist_ckpt.format.stand_ins import Constructor
 from dist_ckpt.repository import torch_files
 from dist_ckpt.repository.foreign import Chunk, Found, Runs
-from dist_ckpt.repository.torch_files import StoredTensor
-from dist_ckpt.state.layout import dtype_name
+from dist_ckpt.repository.torch_files import DtypeName, StoredTensor
+from dist_ckpt.state.layout import dtype_of
+from dist_ckpt.state.unreadable import Inline, Unreadable
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.parallel import in_parallel
 
 METADATA = ".metadata"
 
-_METADATA_LIMIT_BYTES = 1 << 32
-_THREADS = 16
+_SHOWN = 5
 
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-# By pairs that are spelled out: a module as a whole would admit whatever it imports.
-_ADMITTED: dict[tuple[str, str], Any] = {
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(stock, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-        if hasattr(stock, name)
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,  # noqa: SLF001 - it is in every .metadata
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): lambda name: torch.strided,
-    ("collections", "OrderedDict"): dict,
-    # Where it was saved, which nobody asks.
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "PurePosixPath"): PurePosixPath,
+_METADATA_LIMIT_BYTES = 1 << 30
+_THREADS = 16
+_PICKLE = b"\x80"
+# How much larger than its archive a value may be: tensors in it that share their memory.
+_MAX_EXPANSION = 4
+_FREE_BYTES = 1 << 20
+_INSTEAD = {
+    ("torch", "Size"): Constructor(torch.Size),
+    ("torch", "device"): Constructor(torch.device),
 }
 
 
@@ -87,52 +69,69 @@ def read_stock(store: Store) -> Found:
             which nothing is executed), or does not fit its files.
         IncompatibleError: it holds something that cannot be read by ranges.
     """
+    # The first byte is looked at before the others: what a file claims to hold may be a hole.
+    data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
     try:
-        return _read_stock(store)
-    except CheckpointError:
-        raise
-    # Metadata of the right classes, with whatever in their fields.
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _broken(
-            f"{METADATA} in {store.url}", f"it cannot be DCP's metadata: {describe(error)}"
-        ) from error
-
-
-def _read_stock(store: Store) -> Found:
-    found = _read_metadata(store)
+        found = parse(data)
+    except ValueError as error:
+        problem = f"it cannot be read as DCP's metadata: {describe(error)}"
+        raise _broken(f"{METADATA} in {store.url}", problem) from error
     where = f"the stock checkpoint in {store.url}"
-    storage: dict[tuple[str, tuple[int, ...]], Any] = {
-        (index.fqn, tuple(index.offset or ())): info
-        for index, info in (found.storage_data or {}).items()
-    }
-    keys = sorted({str(info.relative_path) for info in storage.values()})
-    numbers = {key: number for number, key in enumerate(keys)}
-    reading = _Reading(store, keys, where)
-
-    def blob(fqn: str, offsets: Sequence[int]) -> _Blob:
-        # The chunk of a tensor that is not sharded may be kept without offsets.
-        info = storage.get((fqn, tuple(offsets))) or storage.get((fqn, ()))
-        if info is None:
-            raise _broken(where, f"{fqn!r} at {list(offsets)} is in no file")
-        if getattr(info, "transform_descriptors", None):
-            raise IncompatibleError(f"{where}: {fqn!r} was compressed or transformed by its writer")
-        return _Blob(numbers[str(info.relative_path)], int(info.offset), int(info.length))
-
-    paths = found.planner_data if isinstance(found.planner_data, Mapping) else {}
+    reading = _Reading(store, sorted({place.key for place in found.places.values()}), where)
+    blobs = _Blobs(found, reading)
     entries: list[Entry] = []
-    chunks: dict[str, list[tuple[Box, _Blob]]] = {}
-    for fqn, kept in found.state_dict_metadata.items():
-        path = tuple(paths.get(fqn, (fqn,)))
-        if isinstance(kept, stock.TensorStorageMetadata):
-            entry = Entry(path, dtype_name(kept.properties.dtype), tuple(kept.size))
-            boxes = [Box(tuple(c.offsets), tuple(c.sizes)) for c in kept.chunks]
-            found_at = [(box, blob(fqn, box.offsets)) for box in boxes]
-            chunks[fqn] = _with_elements(entry.shape, found_at)
+    unreadable: list[str] = []
+    chunks: dict[int, list[tuple[Box, _Blob]]] = {}
+    for number, each in enumerate(found.entries):
+        tensor = each.tensor
+        if tensor is None:
+            value = reading.value(each.fqn, blobs.find(each.fqn, ()))
+            if isinstance(value, Unreadable):
+                unreadable.append(value.reason)
+            entries.append(Entry(each.path, None, (), value))
         else:
-            entry = Entry(path, None, (), reading.value(fqn, blob(fqn, ())))
-        entries.append(entry)
-    placed = place(entries, where)
-    return _described(reading, placed, list(chunks.values()))
+            entries.append(Entry(each.path, tensor.dtype, tensor.shape))
+            found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
+            chunks[number] = _with_elements(tensor.shape, found_at)
+    if unreadable:
+        tell_once(
+            store.url,
+            f"{where}: {len(unreadable)} of its values cannot be read, which is an error only for "
+            f"whoever wants them: {'; '.join(unreadable[:_SHOWN])}",
+        )
+    return _described(reading, place(entries, where), chunks)
+
+
+class _Blobs:
+    """The archives of one checkpoint, by what is in them."""
+
+    def __init__(self, found: StockMetadata, reading: _Reading) -> None:
+        self._places = found.places
+        self._reading = reading
+        self._numbers = {key: number for number, key in enumerate(reading.keys)}
+        # Stock writes each archive once. Were one named again and again, so it would be read.
+        claimed = Counter(dict.fromkeys(reading.keys, 0))
+        for each in found.places.values():
+            claimed[each.key] += each.nbytes
+        for key, nbytes in zip(reading.keys, reading.sizes, strict=True):
+            if claimed[key] > nbytes:
+                raise _broken(
+                    reading.where, f"{key} has {nbytes} bytes, {claimed[key]} of which are named"
+                )
+
+    def find(self, fqn: str, offsets: Sequence[int]) -> _Blob:
+        """Return the archive of the chunk of `fqn` that begins at `offsets`."""
+        where = self._reading.where
+        # The chunk of a tensor that is not sharded may be kept without offsets.
+        found = self._places.get((fqn, tuple(offsets))) or self._places.get((fqn, ()))
+        if found is None:
+            raise _broken(where, f"{fqn!r} at {list(offsets)} is in no file")
+        if found.is_transformed:
+            raise IncompatibleError(f"{where}: {fqn!r} was compressed or transformed by its writer")
+        number = self._numbers[found.key]
+        if found.offset + found.nbytes > self._reading.sizes[number]:
+            raise _broken(where, f"{found.key} ends before {fqn!r} at {list(offsets)} does")
+        return _Blob(number, found.offset, found.nbytes)
 
 
 def _with_elements(
@@ -168,17 +167,18 @@ class _Reading:
 
     def value(self, fqn: str, blob: _Blob) -> Any:
         """Return a Python value, or what stands for one that cannot be read."""
-        data = bytearray(blob.nbytes)
-        self.store.read_into(self.keys[blob.file], blob.start, memoryview(data))
         try:
-            # Tensors and plain values only: torch's own restricted unpickler.
-            return torch.load(  # noqa: TID251
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            )
-        except Exception as error:  # whatever a foreign pickle leads to
-            # Of torch's message only the fault: the rest is how to execute the pickle after all.
-            fault = describe(error).rpartition("WeightsUnpickler error: ")[2].strip()
-            return Unreadable(f"{fqn}: {fault.partition('. ')[0].splitlines()[0]}")
+            return _Value(self, blob).read()
+        # What cannot be read is of no use, but no reason to refuse the rest.
+        except (IntegrityError, IncompatibleError) as error:
+            return Unreadable(f"{fqn}: {error.message.rpartition('torch.save file: ')[2]}")
+
+    def describe(self, blob: _Blob) -> Any:
+        """Return what is in an archive, with a `StoredTensor` in the place of each tensor."""
+        key = self.keys[blob.file]
+        return torch_files.describe(
+            self.store, key, start=blob.start, nbytes=blob.nbytes, instead=_INSTEAD
+        )
 
     def tensors(self, blobs: Sequence[_Blob]) -> list[StoredTensor]:
         """Return where the bytes of the tensor in each of `blobs` lie."""
@@ -186,9 +186,9 @@ class _Reading:
 
         def look(numbered: tuple[int, _Blob]) -> None:
             number, blob = numbered
-            key = self.keys[blob.file]
-            tensor = torch_files.describe(self.store, key, start=blob.start, nbytes=blob.nbytes)
+            tensor = self.describe(blob)
             if not isinstance(tensor, StoredTensor):
+                key = self.keys[blob.file]
                 raise _broken(self.where, f"{key} has something else where a tensor should be")
             found[number] = tensor
 
@@ -196,12 +196,63 @@ class _Reading:
         return [found[number] for number in range(len(blobs))]
 
 
+class _Value:
+    """One Python value that holds, as the values of torch do, dtypes and whole tensors."""
+
+    def __init__(self, reading: _Reading, blob: _Blob) -> None:
+        self._reading = reading
+        self._blob = blob
+        self._left_bytes = _FREE_BYTES + _MAX_EXPANSION * blob.nbytes
+
+    def read(self) -> Any:
+        return self._filled(self._reading.describe(self._blob))
+
+    def _filled(self, value: Any) -> Any:
+        """Return `value` with what is meant in the place of each stand-in."""
+        kind = type(value)
+        if kind is StoredTensor:
+            return self._tensor(value)
+        if kind is DtypeName:
+            return dtype_of(value.name)
+        if kind is list or kind is tuple:
+            return kind(map(self._filled, value))
+        # Keys and members of sets hold no tensors, and dtypes only by way of an odd program.
+        if kind is dict or kind is OrderedDict or kind is Counter:
+            filled: Callable[[Any], Any] = self._filled
+            return _REBUILT[kind]((key, filled(item)) for key, item in value.items())
+        return value
+
+    def _tensor(self, stored: StoredTensor) -> Inline:
+        self._left_bytes -= stored.nbytes
+        if self._left_bytes < 0:
+            raise _broken(self._reading.where, "its tensors share memory until they are too many")
+        raw = bytearray(stored.nbytes)
+        key = self._reading.keys[self._blob.file]
+        count = self._reading.store.read_into(key, stored.offset, memoryview(raw))
+        if count != len(raw):
+            raise _broken(self._reading.where, f"{key} ends inside of a tensor")
+        if not raw:
+            return Inline(torch.empty(stored.shape, dtype=dtype_of(stored.dtype)))
+        flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype_of(stored.dtype))
+        strides = stored.strides or torch.empty(stored.shape, device="meta").stride()
+        return Inline(flat.as_strided(stored.shape, strides))
+
+
+_REBUILT: dict[type, Callable[[Any], Any]] = {
+    dict: dict,
+    OrderedDict: OrderedDict,
+    Counter: lambda items: Counter(dict(items)),
+}
+
+
 def _described(
-    reading: _Reading, placed: Placed, chunks: Sequence[Sequence[tuple[Box, _Blob]]]
+    reading: _Reading, placed: Placed, chunks: dict[int, list[tuple[Box, _Blob]]]
 ) -> Found:
     rows: list[Chunk] = []
     runs = Runs(len(reading.keys))
-    flat = [(n, box, blob) for n, each in enumerate(chunks) for box, blob in each]
+    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
+    numbers = {number: n for n, number in enumerate(placed.tensors)}
+    flat = [(number, box, blob) for number, each in chunks.items() for box, blob in each]
     stored = reading.tensors([blob for _, _, blob in flat])
     for (number, box, blob), tensor in zip(flat, stored, strict=True):
         entry: TensorEntry = placed.tensors[number]
@@ -212,46 +263,16 @@ def _described(
                 f"{entry.name!r} at {list(box.offsets)} should be {entry.dtype}{list(box.sizes)} "
                 f"and is {tensor.dtype}{list(tensor.shape)}",
             )
-        rows.append((number, *runs.place(tensor, blob.file), box))
+        rows.append((numbers[number], *runs.place(tensor, blob.file), box))
     return Found(
         "stock DCP",
         reading.keys,
         reading.sizes,
-        placed.tensors,
+        list(placed.tensors.values()),
         rows,
         placed.objects,
         permuted=runs.permuted,
     )
-
-
-def _read_metadata(store: Store) -> Any:
-    data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES)
-    try:
-        check_pickle(data)
-        found = _Unpickler(io.BytesIO(data)).load()
-    # What a pickle stream makes of its operands is chosen by whoever wrote it.
-    except Exception as error:
-        raise _broken(
-            f"{METADATA} in {store.url}", f"it cannot be read as DCP's metadata: {describe(error)}"
-        ) from error
-    kept = getattr(found, "state_dict_metadata", None), getattr(found, "storage_data", None)
-    if not isinstance(found, stock.Metadata) or not all(isinstance(each, dict) for each in kept):
-        raise _broken(f"{METADATA} in {store.url}", "it holds something else than DCP's metadata")
-    return found
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits what DCP's metadata is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not admitted")
-
-    def persistent_load(self, saved: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside of itself")
 
 
 def is_stock(store: Store) -> bool:

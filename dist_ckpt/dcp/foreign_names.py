@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
 
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError, describe
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
-from dist_ckpt.state.decoding import UNREADABLE
-from dist_ckpt.state.encoding import TAG
 from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
+from dist_ckpt.state.unreadable import Unreadable
 
 Path = tuple[Any, ...]
 
@@ -41,23 +39,16 @@ class Entry:
     value: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a value that only a program which executes pickles could read."""
-
-    reason: str
-
-
 @dataclass(slots=True)
 class Placed:
     """Where the leaves went.
 
     Attributes:
-        tensors: the tensors among the entries, in their order.
+        tensors: the tensors among the entries, by the number of the entry, in their order.
         objects: encoded Python values by part and name.
     """
 
-    tensors: list[TensorEntry] = field(default_factory=list)
+    tensors: dict[int, TensorEntry] = field(default_factory=dict)
     objects: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
@@ -80,7 +71,20 @@ def place(entries: Sequence[Entry], where: str) -> Placed:
     Args:
         entries: the leaves, each path once.
         where: the checkpoint, for messages.
+
+    Raises:
+        IntegrityError: they do not fit together.
     """
+    try:
+        return _placed(entries, where)
+    # Paths and values are whatever the checkpoint says.
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{where}: its entries do not fit together: {describe(error)}", kind=ErrorKind.MALFORMED
+        ) from error
+
+
+def _placed(entries: Sequence[Entry], where: str) -> Placed:
     parts: dict[str, list[_Leaf]] = {}
     for number, (path, entry) in enumerate(zip(_unwrapped(entries), entries, strict=True)):
         if len(path) == 1 and entry.dtype is not None:
@@ -93,20 +97,30 @@ def place(entries: Sequence[Entry], where: str) -> Placed:
     named: dict[int, TensorEntry] = {}
     objects: dict[str, dict[str, bytes]] = {}
     for part, leaves in parts.items():
-        naming = _Naming(part, where)
-        if _is_optimizer(leaves):
-            naming.take_optimizer(leaves)
-        elif _is_model(leaves):
-            naming.take_model(leaves)
-        else:
-            naming.take_value(leaves)
+        naming = _named(part, leaves, where)
         for number, name in naming.names.items():
             entry = entries[number]
             assert entry.dtype is not None  # only tensors are named
             named[number] = TensorEntry(part, name, entry.dtype, entry.shape)
         if naming.objects:
             objects[part] = naming.objects
-    return Placed([named[number] for number in sorted(named)], objects)
+    return Placed({number: named[number] for number in sorted(named)}, objects)
+
+
+def _named(part: str, leaves: Sequence[_Leaf], where: str) -> _Naming:
+    naming = _Naming(part, where)
+    if _is_optimizer(leaves):
+        try:
+            naming.take_optimizer(leaves)
+        except (TypeError, ValueError, LookupError):
+            # Called like those of an optimizer, and something else.
+            naming = _Naming(part, where)
+            naming.take_value(leaves)
+    elif _is_model(leaves):
+        naming.take_model(leaves)
+    else:
+        naming.take_value(leaves)
+    return naming
 
 
 class _Naming:
@@ -146,29 +160,27 @@ class _Naming:
             self._encode(group_name(i, group["params"]), group)
 
     def take_value(self, leaves: Sequence[_Leaf]) -> None:
-        if [leaf.path for leaf in leaves] == [()]:
-            self._encode(_VALUE, _content(leaves[0]))
-        else:
-            self._encode(_VALUE, _nested(leaves))
+        self._encode(_VALUE, _nested(leaves))
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""
-        numbers: dict[int, int] = {}  # by the memory of what stands in for a tensor
+        leaves: dict[int, _Leaf] = {}  # by the memory of what stands in for a tensor
         found: dict[str, torch.Tensor] = {}
         path = f"{self._part}.{name}"
+        filled = _filled(value, leaves)
         try:
-            data = encode(_filled(value, numbers), path=path, tensors=found, prefix=name)
+            self.objects[name] = encode(filled, path=path, tensors=found, prefix=name)
         except UsageError as error:
             # Of no use, but no reason to refuse the rest: whoever wants it is told why.
             fault = error.message.partition("; ")[0]  # what follows is advice for who saves
             reason = f"{self._where} holds something else than plain values ({fault})"
-            data = msgspec.json.encode({TAG: UNREADABLE, "v": reason})
+            self.objects[name] = encode(Unreadable(_text(reason)), path=path)
             found = {}
-        self.objects[name] = data
         for inner, tensor in found.items():
-            number = numbers.get(tensor.data_ptr())
-            if number is not None:
-                self.names[number] = inner
+            self.names[leaves.pop(tensor.data_ptr()).number] = inner
+        # The tensors in it are there all the same, by the names that it would have given them.
+        for leaf in leaves.values():
+            self.names[leaf.number] = _joined((name, *leaf.path))
 
 
 class _Groups:
@@ -181,13 +193,14 @@ class _Groups:
     def listed(self) -> list[dict[str, Any]]:
         """Return the groups; of the flat form those parameters together that share all options."""
         groups = [self.numbered[i] for i in sorted(self.numbered)]
+        alike: dict[str, list[Any]] = {}
         for parameter, options in self.flat.items():
-            for group in groups:
-                if {key: value for key, value in group.items() if key != "params"} == options:
-                    group["params"].append(parameter)
-                    break
-            else:
-                groups.append({**options, "params": [parameter]})
+            # Not compared with every other one: a hostile file has as many groups as parameters.
+            text = repr(sorted(options.items(), key=lambda item: item[0]))
+            if text not in alike:
+                alike[text] = []
+                groups.append({**options, "params": alike[text]})
+            alike[text].append(parameter)
         return groups
 
 
@@ -224,29 +237,36 @@ def _content(leaf: _Leaf) -> Any:
 
 def _nested(leaves: Sequence[_Leaf]) -> Any:
     """Return the value that was taken apart into `leaves`."""
-    if len(leaves) == 1 and not leaves[0].path:
+    return _nested_at(leaves, 0)
+
+
+def _nested_at(leaves: Sequence[_Leaf], depth: int) -> Any:
+    if len(leaves) == 1 and len(leaves[0].path) == depth:
         return _content(leaves[0])
     below: dict[Any, list[_Leaf]] = {}
     for leaf in leaves:
-        below.setdefault(leaf.path[0], []).append(_Leaf(leaf.number, leaf.path[1:], leaf.entry))
-    values = {key: _nested(inner) for key, inner in below.items()}
+        below.setdefault(leaf.path[depth], []).append(leaf)
+    values = {key: _nested_at(inner, depth + 1) for key, inner in below.items()}
     # DCP takes lists apart by position, and dicts by string keys only.
     if all(isinstance(key, int) for key in values):
         return [values[key] for key in sorted(values)]
     return values
 
 
-def _filled(value: Any, numbers: dict[int, int]) -> Any:
-    """Return `value` with a tensor of its own in the place of each leaf."""
+def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
+    """Return `value` with a tensor of its own in the place of each leaf, noted in `leaves`."""
     if isinstance(value, _Leaf):
         stand_in = torch.empty(1)
-        numbers[stand_in.data_ptr()] = value.number
+        leaves[stand_in.data_ptr()] = value
         # Kept by what is returned, so no other gets the same memory meanwhile.
         return stand_in
-    if isinstance(value, Unreadable):
-        raise UsageError(value.reason)
     if type(value) is dict:
-        return {key: _filled(item, numbers) for key, item in value.items()}
+        return {key: _filled(item, leaves) for key, item in value.items()}
     if type(value) is list:
-        return [_filled(item, numbers) for item in value]
+        return [_filled(item, leaves) for item in value]
     return value
+
+
+def _text(text: str) -> str:
+    """Return `text` with a question mark for what UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode()

@@ -25,7 +25,7 @@ from dist_ckpt.dcp.stock_commit import Attempt, Report
 from dist_ckpt.dcp.stock_edge import Place, open_store, plain_errors, step_of
 from dist_ckpt.dcp.stock_items import described, without_empty
 from dist_ckpt.dcp.stock_share import file_images, resolve_share
-from dist_ckpt.errors import CheckpointError, UsageError
+from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository import Repository, Transaction
@@ -226,7 +226,7 @@ class Writer(StorageWriter):
             self._repository.collect(claim=transaction.claim, in_flight=self._attempts.keys())
             self._litter = False
         except CheckpointError as error:
-            url, step = transaction.store.url, transaction.step
+            url, step = without_secrets(transaction.store.url), transaction.step
             events.emit(events.RetentionFailed(url, step, 0, error))
             _log.warning(
                 "tidying %s after step %d failed, the step is committed: %s", url, step, error

@@ -83,25 +83,27 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
         IncompatibleError: a tensor does not fill one run of bytes of its file.
     """
     entries: list[Entry] = []
-    chunks: list[Chunk] = []
-    tensors = 0
-    runs = Runs(len(keys))
-    for number, key in enumerate(keys):
+    found: dict[int, tuple[int, StoredTensor]] = {}
+    for file, key in enumerate(keys):
         for path, value in _leaves(torch_files.describe(store, key), ()):
             if isinstance(value, StoredTensor):
+                found[len(entries)] = file, value
                 entries.append(Entry(path, value.dtype, value.shape))
-                whole = Box((0,) * len(value.shape), value.shape)
-                chunks.append((tensors, *runs.place(value, number), whole))
-                tensors += 1
             else:
                 entries.append(Entry(path, None, (), value))
     placed = place(entries, f"{', '.join(keys)} in {store.url}")
-    sizes = [store.size(key) for key in keys]
+    chunks: list[Chunk] = []
+    runs = Runs(len(keys))
+    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
+    for number, entry in enumerate(placed.tensors):
+        file, tensor = found[entry]
+        whole = Box((0,) * len(tensor.shape), tensor.shape)
+        chunks.append((number, *runs.place(tensor, file), whole))
     return Found(
         "torch.save",
         keys,
-        sizes,
-        placed.tensors,
+        [store.size(key) for key in keys],
+        list(placed.tensors.values()),
         chunks,
         placed.objects,
         permuted=runs.permuted,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from dist_ckpt.engine.load_options import LoadOptions, rename_key
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.objects import references
 from dist_ckpt.state.part import Stored, TensorSpec
@@ -82,6 +82,10 @@ class _Gathering:
         new = self.options.renamed(old)
         home, slash, rest = new.partition("/")
         if not (home and slash and rest):
+            if new == old:
+                raise IntegrityError(
+                    f"{self.source.where} holds {old!r}, which is no name", kind=ErrorKind.MALFORMED
+                )
             raise UsageError(f"rename made {new!r} of {old!r}: a name is a part, '/', and a name")
         self._note(new, old)
         return home, rest

@@ -12,7 +12,7 @@ from pathlib import Path
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
 from dist_ckpt.engine.passed_over import PassedOver
 from dist_ckpt.engine.rendezvous import Coordinators, join
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import UsageError, without_secrets
 from dist_ckpt.format.names import new_save_id
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store
@@ -50,7 +50,7 @@ class Job:
                 f"timeout_seconds must be a finite number above 0, not {timeout_seconds!r}"
             )
         store = place if isinstance(place, Store) else resolve(str(place))
-        self.url = store.url
+        self.url = without_secrets(store.url)
         self.repository = Repository(store)
         self.timeout_seconds = timeout_seconds
         self.restored_step: int | None = None

@@ -7,7 +7,7 @@ from os import PathLike
 
 from dist_ckpt.engine.foreign import FILE_SUFFIXES, looked_for, open_foreign
 from dist_ckpt.engine.job import Place
-from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.errors import NotFound, UsageError, without_secrets
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.foreign import ForeignSource
@@ -40,10 +40,10 @@ def name_of(place: Place) -> str:
         UsageError: the place is malformed.
     """
     if isinstance(place, Store):
-        return place.url
+        return without_secrets(place.url)
     if not isinstance(place, str | PathLike):
         raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
-    return resolve(place).url
+    return without_secrets(resolve(place).url)
 
 
 def locate(place: Place, step: int | None) -> Location:

@@ -25,6 +25,7 @@ class SaveKeywords(TypedDict, total=False):
     when_busy: WhenBusy
     memory_limit_bytes: int | None
     check_replicas: bool | None
+    command: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class SaveOptions:
             all of it at the first save and whenever the structure of the state changed, and at
             each other save one part in 32, another one each time; True: all at each save; False:
             never.
+        command: store the command line in the manifest, with the secrets masked that can be
+            recognized. False: the program and the names of its options, without any value.
 
     Raises:
         UsageError: an option has a value that it cannot have.
@@ -56,6 +59,7 @@ class SaveOptions:
     when_busy: WhenBusy = "wait"
     memory_limit_bytes: int | None = None
     check_replicas: bool | None = None
+    command: bool = False
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> SaveOptions:
@@ -85,6 +89,8 @@ class SaveOptions:
             raise UsageError(
                 f"check_replicas must be True, False or None, not {self.check_replicas!r}"
             )
+        if not isinstance(self.command, bool):
+            raise UsageError(f"command must be True or False, not {self.command!r}")
 
     @property
     def max_piece_bytes(self) -> int | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_GIT_SECONDS = 5.0
+from dist_ckpt.engine.git_files import commit_of
+from dist_ckpt.errors import without_secrets
+
 _MASK = "***"
 _ARGUMENT_CHARS = 400
+_OPTIONS = 200
 _SECRET = re.compile(
     r"(?:^|[-_.])(?:api|access|secret|private|auth|signing|encryption)[-_.]?key(?:$|[-_.])"
     r"|(?:^|[-_.])key(?:$)"
@@ -28,38 +29,44 @@ _OPEN = re.compile(
     r"|(?:bos|eos|unk|mask|special)[-_]token",
     re.IGNORECASE,
 )
-_URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s?#]+@")
-_URL_QUERY = re.compile(r"(?P<name>[?&;][^=&;#\s]+=)(?P<value>[^&;#\s]+)")
 # As they are handed out: of GitHub, GitLab, Hugging Face, OpenAI, Slack, AWS, and JSON web tokens.
 _KNOWN_SECRET = re.compile(
     r"\b(?:gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|hf_\w{16,}|sk-[\w-]{16,}"
     r"|xox[abpr]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{10,}\.[\w-]+\.[\w-]+)"
 )
+# The way programs name their options; a password that begins with two dashes seldom looks so.
+_LONG = re.compile(r"--[A-Za-z][a-z0-9]*(?:[A-Z][a-z0-9]+|[-_.][a-z0-9]*)*", re.ASCII)
+_SHORT = re.compile(r"-[A-Za-z]", re.ASCII)
+_NAME_CHARS = 40
+_NAME_DIGITS = 4
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*", re.ASCII)
+_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*t?(?:\.exe)?")
+_CODE = re.compile(r"-[A-Za-z]*c", re.ASCII)
+_SCRIPT_SUFFIXES = (".py", ".pyz", ".ipynb")
+# Of the interpreter itself: those that take the next word.
+_TAKING = frozenset({"-W", "-X", "--check-hash-based-pycs"})
 
 
 class Origin:
     """Gathers what is said of a job in its manifests. Nothing of it can fail a save.
+
+    Args:
+        command: whether the whole command line is said, with the secrets masked that can be
+            recognized; else only the program and the names of its options, which hold none.
 
     Attributes:
         earlier_seconds: how long the run had trained before this start.
         started: when the run first started, as text; None until it is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, command: bool = False) -> None:
         self._begun = time.monotonic()
         self._now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._command = command
+        self._commit: str | None = None
+        self._looked = False
         self.earlier_seconds = 0.0
         self.started: str | None = None
-        self._git: dict[str, Any] = {}
-        self._asking: threading.Thread | None = None
-
-    def look(self) -> None:
-        """Begin to find out what takes a while, on a thread; further calls do nothing."""
-        if self._asking is None:
-            self._asking = threading.Thread(
-                target=self._ask_git, name="dist_ckpt-origin", daemon=True
-            )
-            self._asking.start()
 
     def go_on(self, *, started: str | None, elapsed_seconds: float | None) -> None:
         """Take over what the restored checkpoint said: a run has one start and one age."""
@@ -70,35 +77,77 @@ class Origin:
         """Return how long the run has trained, over all its starts; lost work is not counted."""
         return self.earlier_seconds + time.monotonic() - self._begun
 
+    def look(self) -> None:
+        """Find out the commit of the program; further calls do nothing, for it runs already."""
+        if not self._looked:
+            self._looked = True
+            self._commit = commit_of(_program_folder())
+
     def describe(self) -> dict[str, Any]:
-        """Return what is known, as JSON; waits a moment for the commit of the program."""
+        """Return what is known, as JSON."""
         self.look()
-        assert self._asking is not None
-        self._asking.join(2 * _GIT_SECONDS)
+        said = masked(sys.orig_argv) if self._command else named(sys.orig_argv)
         return {
-            "command": [_shortened(each) for each in masked(sys.orig_argv)],
+            "command": [_shortened(each) for each in said],
             "started": self.started or self._now,
-            **self._git,
+            **({"git": {"commit": self._commit}} if self._commit else {}),
         }
 
-    def _ask_git(self) -> None:
-        found = git_state(_program_folder())
-        if found is not None:
-            self._git = {"git": found}
+
+def named(arguments: Sequence[str]) -> list[str]:
+    """Return the program of a command line and the names of its options, without any value.
+
+    Nothing else of it can be told from a secret: a value may follow its option, an equals sign or
+    a single letter, stand alone, or be JSON. An option that is no plain word is left out too.
+
+    Args:
+        arguments: the whole line, the interpreter first, as in `sys.orig_argv`.
+    """
+    rest = iter(arguments)
+    interpreter = Path(next(rest, "")).name
+    program = [interpreter] if _INTERPRETER.fullmatch(interpreter) else []
+    program += _program(rest)
+    names: dict[str, None] = {}
+    for argument in rest:
+        if argument == "--" or len(names) == _OPTIONS:
+            break
+        name, equals, _ = argument.partition("=")
+        if _is_option(name):
+            names[name] = None
+            # What may be a password is not taken for an option because it begins like one.
+            if not equals and _is_secret(name):
+                next(rest, None)
+        elif _SHORT.match(argument):
+            # No more of it: -pSECRET is how some programs are given a password.
+            names[argument[:2]] = None
+    return [*program, *names]
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return commit and dirty flag of the checkout around `folder`, None where there is none."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return None
-    # Files that git does not know are no change of the program: logs and runs lie around too.
-    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+def _is_option(name: str) -> bool:
+    digits = sum(map(str.isdigit, name))
+    return len(name) <= _NAME_CHARS and digits <= _NAME_DIGITS and _LONG.fullmatch(name) is not None
+
+
+def _program(rest: Iterator[str]) -> list[str]:
+    """Return the script or module that the interpreter runs; takes its words from `rest`."""
+    for argument in rest:
+        if argument == "-m":
+            module = next(rest, "")
+            return ["-m", module] if _MODULE.fullmatch(module) else ["-m"]
+        if argument.startswith("-c") or _CODE.fullmatch(argument):
+            if _CODE.fullmatch(argument):
+                next(rest, None)  # the code, which may say anything
+            return ["-c"]
+        if argument in _TAKING:
+            next(rest, None)
+        elif not argument.startswith("-"):
+            is_script = argument.endswith(_SCRIPT_SUFFIXES) or Path(argument).is_file()
+            return [Path(argument).name] if is_script else []
+    return []
 
 
 def masked(arguments: Sequence[str]) -> list[str]:
-    """Return a command line without what should stay secret.
+    """Return a command line without the secrets that can be recognized.
 
     Masked are the values of options that are named like a key, a token or a password, credentials
     in URLs, and words that look like the tokens of well-known services.
@@ -116,7 +165,7 @@ def masked(arguments: Sequence[str]) -> list[str]:
         if equals and _is_secret(name):
             shown.append(f"{name}={_MASK}")
         else:
-            shown.append(_without_secrets(argument))
+            shown.append(_recognized(argument))
     return shown
 
 
@@ -129,12 +178,9 @@ def _is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None and _OPEN.search(name) is None
 
 
-def _without_secrets(text: str) -> str:
-    text = _KNOWN_SECRET.sub(_MASK, text)
-    text = _URL_USER.sub(rf"\g<scheme>{_MASK}@", text)
-    if "://" in text:
-        # What a URL is signed with: any of its arguments may be a key.
-        text = _URL_QUERY.sub(rf"\g<name>{_MASK}", text)
+def _recognized(text: str) -> str:
+    """Return `text` without the secrets in it that can be recognized."""
+    text = without_secrets(_KNOWN_SECRET.sub(_MASK, text))
     if " " in text:
         # A command inside an argument, as of `sh -c`.
         try:
@@ -149,20 +195,3 @@ def _without_secrets(text: str) -> str:
 def _program_folder() -> Path:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return Path(file).resolve().parent if file else Path.cwd()
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    # No lock is taken and no helper of the repository is run: this only looks.
-    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder)]
-    try:
-        done = subprocess.run(
-            [*command, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_GIT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or one that does not come back
-    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None

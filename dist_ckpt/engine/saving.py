@@ -22,6 +22,7 @@ from dist_ckpt.engine.job import Job
 from dist_ckpt.engine.messages import RankPlan
 from dist_ckpt.engine.metrics import Metrics, as_numbers
 from dist_ckpt.engine.options import SaveOptions
+from dist_ckpt.engine.origin import Origin
 from dist_ckpt.engine.planning import Asked, Planner
 from dist_ckpt.engine.retention import Retention
 from dist_ckpt.engine.snapshot import Snapshot, take
@@ -56,6 +57,7 @@ class Saver:
         self._metadata = dict(metadata)
         self._options = options = options or SaveOptions()
         self._asked = _as_text(options, keep)
+        self._program = Origin(command=True) if options.command else None
         self._planner: Planner | None = None
         self._describer = Describer()
         self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
@@ -81,7 +83,7 @@ class Saver:
             Exception: what the state of this rank raised, on this rank.
         """
         try:
-            handle = self._start(step, metrics, about or About())
+            handle = self._start(step, metrics, about or About(program=self._program))
         except BaseException as error:
             if self._earlier is not None:
                 error.add_note(f"besides, the save before failed: {describe(self._earlier)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import TypeVar
@@ -22,6 +21,7 @@ from dist_ckpt.format.index_values import (
     ObjectEntry,
     TensorEntry,
 )
+from dist_ckpt.format.limits import count_elements
 from dist_ckpt.format.names import RANK_LIMIT, is_part, parse_shard_name
 from dist_ckpt.format.shard import DTYPES
 
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-_MAX_NDIM = 64
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -154,10 +153,12 @@ def _check_tensors(tensors: tuple[TensorEntry, ...]) -> None:
             raise _malformed(f"{where} has a name that cannot be")
         if tensor.dtype not in DTYPES:
             raise _malformed(f"{where} has the unknown dtype {tensor.dtype!r}")
-        if len(tensor.shape) > _MAX_NDIM or not all(0 <= n <= INT64_MAX for n in tensor.shape):
-            raise _malformed(f"{where} has an impossible shape")
+        try:
+            elements = count_elements(tensor.shape)
+        except ValueError as error:
+            raise _malformed(f"{where} has an impossible shape: {error}") from error
         # In Python integers: from here on, no product of sizes that lie inside can overflow int64.
-        if math.prod(tensor.shape) * DTYPES[tensor.dtype][1] > INT64_MAX:
+        if elements * DTYPES[tensor.dtype][1] > INT64_MAX:
             raise _malformed(f"{where} claims more than 2**63 bytes")
 
 

@@ -25,6 +25,9 @@ from dist_ckpt.format.names import (
 )
 
 FORMAT = 1
+LIMIT_BYTES = 1 << 28
+"""How large a manifest may be: a hundred times what a hundred thousand ranks have to say."""
+
 _INT64_MAX = 2**63 - 1
 _MAX_DEPTH = 64
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -110,6 +113,10 @@ def encode(manifest: Manifest) -> bytes:
         raise UsageError(f"the manifest cannot hold this text: {error}") from error
     head = text.removesuffix(b"\n}")
     data = head + f',\n  "digest": "{bytes_digest(head)}"\n}}\n'.encode()
+    if len(data) > LIMIT_BYTES:
+        raise UsageError(
+            f"a manifest of {len(data)} bytes is over {LIMIT_BYTES}: store less metadata"
+        )
     # Nothing may be committed that no reader would take.
     decode(data, step=manifest.step)
     return data

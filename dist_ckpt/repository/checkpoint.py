@@ -12,7 +12,7 @@ from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
-from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.manifest import LIMIT_BYTES, Manifest
 from dist_ckpt.format.names import file_key, manifest_key, step_dir
 from dist_ckpt.repository.source import Source
 from dist_ckpt.storage.base import Store, holds, read_all
@@ -28,10 +28,11 @@ def read_manifest(store: Store, step: int) -> bytes:
 
     Raises:
         NotFound: no such step is committed.
-        IntegrityError: it is larger than any manifest.
+        IntegrityError: it cannot be a manifest, of which not much was read then.
     """
     try:
-        return read_all(store, manifest_key(step))
+        # One byte is looked at before all of them: what a file claims to hold may be one hole.
+        return read_all(store, manifest_key(step), limit_bytes=LIMIT_BYTES, begins=b"{")
     except NotFound:
         raise NotFound(
             f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT

@@ -21,9 +21,10 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
+from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.storage.base import Store, Sweeper, is_temporary, read_all
+from dist_ckpt.storage.base import Store, Sweeper, is_temporary
 
 
 def removable(
@@ -137,7 +138,7 @@ def _collect_step(
 def _named(store: Store, step: int, candidates: set[str]) -> set[str]:
     """Return the save_ids that the manifest of `step` needs, all when it cannot be read."""
     try:
-        manifest = manifest_format.decode(read_all(store, manifest_key(step)), step=step)
+        manifest = manifest_format.decode(read_manifest(store, step), step=step)
     except NotFound:
         return set()
     except (IntegrityError, IncompatibleError):

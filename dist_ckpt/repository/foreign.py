@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, describe
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.names import FILES_LIMIT, shard_name
 from dist_ckpt.format.shard import itemsize
 from dist_ckpt.repository.torch_files import StoredTensor
 from dist_ckpt.storage.base import Store
@@ -24,6 +24,11 @@ from dist_ckpt.storage.scatter import Scatter
 
 Chunk = tuple[int, int, int, Box]
 """Tensor number, file number, byte offset in the file, box."""
+
+# Names of one memory (ties, layers used again) are a few dozen; what claims more than that is made
+# to take memory that its files do not have.
+_MAX_NAMES = 32
+_FREE_BYTES = 1 << 20
 
 Objects = Mapping[str, Mapping[str, bytes]]
 """Encoded Python values by part and name."""
@@ -145,8 +150,27 @@ class ForeignSource:
         """Open what a reader made out.
 
         Raises:
-            IntegrityError: chunks that do not tile their tensor, or bytes outside their file.
+            IntegrityError: chunks that do not tile their tensor, bytes outside their file, names
+                that no text has, or many times more bytes of tensors than there are in the files.
         """
+        try:
+            return cls._of(store, found)
+        # What is wrong is what was found, and no call.
+        except (UsageError, UnicodeEncodeError, OverflowError) as error:
+            raise IntegrityError(
+                f"the {found.format} checkpoint in {store.url}: {describe(error)}",
+                kind=ErrorKind.MALFORMED,
+            ) from error
+
+    @classmethod
+    def _of(cls, store: Store, found: Found) -> ForeignSource:
+        claimed = sum(math.prod(each.shape) * itemsize(each.dtype) for each in found.tensors)
+        if claimed > _FREE_BYTES + _MAX_NAMES * sum(found.nbytes):
+            raise IntegrityError(
+                f"the {found.format} checkpoint in {store.url} claims tensors of {claimed} bytes, "
+                f"and its files have {sum(found.nbytes)}",
+                kind=ErrorKind.MALFORMED,
+            )
         files = []
         for run in found.permuted:
             if run.offset + run.nbytes > found.nbytes[run.file]:
@@ -158,7 +182,9 @@ class ForeignSource:
         for number, nbytes in enumerate(sizes):
             # No digest of these bytes is known: `verified` keeps anybody from comparing these.
             blank = bytes(DIGEST_BYTES * block_count(nbytes))
-            files.append(FileEntry(shard_name("file", number), nbytes, file_digest(blank), blank))
+            high, low = divmod(number, FILES_LIMIT)
+            name = shard_name("file", high, number=low)
+            files.append(FileEntry(name, nbytes, file_digest(blank), blank))
         index = Index.build(files, list(found.tensors), [], found.chunks)
         objects = {part: dict(values) for part, values in found.objects.items()}
         message = _Message(

@@ -10,9 +10,9 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFo
 from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import manifest_key
 from dist_ckpt.repository import marks
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.storage.base import Store
 
 _MOST_SECONDS = 1e12
 
@@ -108,7 +108,7 @@ class History:
 
     def _read(self, step: int) -> Record | None:
         try:
-            data = read_all(self._store, manifest_key(step))
+            data = read_manifest(self._store, step)
             manifest = manifest_format.decode(data, step=step)
             note = marks.read_epoch_note(self._store, step, manifest.save_id)
         except (IntegrityError, IncompatibleError) as error:

@@ -36,7 +36,7 @@ def read_weight_map(store: Store, key: str) -> dict[str, str]:
     try:
         data = read_all(store, key, limit_bytes=_INDEX_LIMIT_BYTES)
         found = msgspec.json.decode(data, type=WeightMap).weight_map
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{key} in {store.url} is no index of weight files: {error}", kind=ErrorKind.MALFORMED
         ) from error
@@ -83,7 +83,13 @@ def _header(store: Store, key: str, nbytes: int) -> ShardHeader:
     prefix = bytearray(min(8, nbytes))
     store.read_into(key, 0, memoryview(prefix))
     try:
-        data = bytearray(header_nbytes(bytes(prefix), nbytes))
+        length = header_nbytes(bytes(prefix), nbytes)
+        # One byte of it before all of it: a file may claim a long header that is one hole.
+        first = bytearray(9)
+        count = store.read_into(key, 0, memoryview(first))
+        if count == len(first) < length and first[8:] != b"{":
+            raise IntegrityError("its header is no JSON object", kind=ErrorKind.MALFORMED)
+        data = bytearray(length)
         count = store.read_into(key, 0, memoryview(data))
         return parse_header(bytes(data[:count]), nbytes, ours=False)
     except IntegrityError as error:

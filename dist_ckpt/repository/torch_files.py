@@ -1,29 +1,31 @@
 """Where the tensors of a `torch.save` file lie, found without executing what is in it.
 
 Such a file is a zip archive of uncompressed records: a pickle that describes the values, and one
-record for the memory of each tensor. The pickle is read by an unpickler that knows the few names
-torch writes for tensors and plain containers, and calls nothing else.
+record for the memory of each tensor. The pickle is interpreted by `dist_ckpt.format.unpickle`,
+which is told the few names that torch writes for tensors and plain containers.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle  # noqa: TID251 - only to be restricted: see _Unpickler
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.format.pickle_guard import check_pickle
+from dist_ckpt.format.limits import INT64_MAX, count_elements
 from dist_ckpt.format.shard import DTYPES, itemsize
+from dist_ckpt.format.stand_ins import Constructor
+from dist_ckpt.format.unpickle import unpickle
 from dist_ckpt.storage.base import Store
 
 _PICKLE_LIMIT_BYTES = 1 << 28
 _WINDOW_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
+_LOCAL_MAGIC = b"PK\x03\x04"
 # The pickled number that files of before the archives begin with, by every protocol up to 5.
 _OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -74,12 +76,16 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dtype:
+class DtypeName:
+    """Stands for a dtype, or for a class of memory of that dtype."""
+
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Device:
+class DeviceName:
+    """Stands for a device."""
+
     kind: str
     index: int | None = None
 
@@ -92,7 +98,15 @@ class StoredFile:
 
     def open(self) -> io.BufferedReader:
         """Return it opened; little is read at a time, because little of it is looked at."""
-        return io.BufferedReader(self._raw, _WINDOW_BYTES)
+        return _Window(self._raw, _WINDOW_BYTES)
+
+
+class _Window(io.BufferedReader):
+    def read(self, size: int | None = -1, /) -> bytes:
+        # Memory for all of it is taken before the first byte is read, whatever is claimed.
+        if size is not None and size > _PICKLE_LIMIT_BYTES:
+            raise OSError(f"{size} bytes to be read at once")
+        return super().read(size)
 
 
 class _Span(io.RawIOBase):
@@ -122,7 +136,14 @@ class _Span(io.RawIOBase):
         return count
 
 
-def describe(store: Store, key: str, *, start: int = 0, nbytes: int | None = None) -> Any:
+def describe(
+    store: Store,
+    key: str,
+    *,
+    start: int = 0,
+    nbytes: int | None = None,
+    instead: Mapping[tuple[str, str], Constructor] | None = None,
+) -> Any:
     """Return what `torch.save` wrote, with a `StoredTensor` in the place of each tensor.
 
     Args:
@@ -130,6 +151,7 @@ def describe(store: Store, key: str, *, start: int = 0, nbytes: int | None = Non
         key: its key.
         start: where in it the archive begins (DCP writes many into one file).
         nbytes: how long the archive is; None for all that follows.
+        instead: what to call for some of the names of `CONSTRUCTORS`.
 
     Raises:
         IntegrityError: it is no such archive, or names something that is neither tensor nor plain
@@ -148,13 +170,14 @@ def describe(store: Store, key: str, *, start: int = 0, nbytes: int | None = Non
                     "torch.load(weights_only=True) and save it anew"
                 )
             with zipfile.ZipFile(file) as archive:
-                return _Archive(archive, file, start, where).load()
-    except CheckpointError:
-        raise  # of the store, or said above; some are OSErrors, too
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
-        raise _malformed(where, error) from error
-    # What a pickle stream makes of its operands is chosen by whoever wrote it.
-    except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+                return _Archive(archive, file, start, where).load(
+                    {**CONSTRUCTORS, **(instead or {})}
+                )
+    # Of the store, or said above; and what says nothing about the file.
+    except (CheckpointError, MemoryError):
+        raise
+    # What a zip file and a pickle stream make of their operands is chosen by whoever wrote them.
+    except Exception as error:
         raise _malformed(where, error) from error
 
 
@@ -164,102 +187,104 @@ class _Archive:
     ) -> None:
         self._archive, self._file, self._start, self._where = archive, file, start, where
 
-    def load(self) -> Any:
-        (record,) = (n for n in self._archive.namelist() if n.rpartition("/")[2] == "data.pkl")
-        self._folder = record.rpartition("/")[0]
-        if self._archive.getinfo(record).file_size > _PICKLE_LIMIT_BYTES:
-            raise ValueError("its description is too large to be one")
+    def load(self, constructors: Mapping[tuple[str, str], Constructor]) -> Any:
+        self._constructors = constructors
+        names = self._archive.namelist()
+        if len(set(names)) != len(names):
+            raise ValueError("it has two records of one name")
+        found = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+        if len(found) != 1:
+            raise ValueError(f"it has {len(found)} descriptions of its values")
+        self._folder = found[0].rpartition("/")[0]
         order = f"{self._folder}/byteorder"
-        if order in self._archive.namelist() and self._archive.read(order) != b"little":
+        if order in names and self._read(order) != b"little":
             raise IncompatibleError(f"{self._where} was written on a big-endian machine")
-        data = self._archive.read(record)
-        check_pickle(data)
-        return _Unpickler(io.BytesIO(data), self).load()
+        return unpickle(self._read(found[0]), self._named, refer=_storage_of)
 
-    def tensor(
-        self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+    def _read(self, record: str) -> bytes:
+        """Return the bytes of a record, which are what the file has: none are made out of few."""
+        info = self._stored(record)
+        if info.file_size > _PICKLE_LIMIT_BYTES:
+            raise ValueError("its description is too large to be one")
+        self._file.seek(self._data_start(info) - self._start)
+        data = self._file.read(info.file_size)
+        if len(data) != info.file_size:
+            raise ValueError(f"it ends inside of {record}")
+        return data
+
+    def _stored(self, record: str) -> zipfile.ZipInfo:
+        info = self._archive.getinfo(record)
+        plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+        if not plain or info.compress_size != info.file_size:
+            raise ValueError(f"{record} in it is compressed or encrypted")
+        return info
+
+    def _named(self, module: str, name: str) -> object:
+        """Return what stands for a name that torch writes for tensors and plain values."""
+        # Protocol 2, which torch writes, has the names of Python 2.
+        known = self._constructors.get((module.replace("builtins", "__builtin__"), name))
+        if known is not None:
+            return known
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return Constructor(self._tensor)
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
+            return Constructor(self._typed_tensor)
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return DtypeName(_STORAGES[name])
+        if module == "torch" and name in DTYPES:
+            return DtypeName(name)
+        raise ValueError(
+            f"it refers to {module}.{name}, which is neither a tensor nor a plain value"
+        )
+
+    def _typed_tensor(
+        self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any
     ) -> StoredTensor:
+        # Memory without a type of its own; the dtype follows after two flags of autograd.
+        dtype = more[2]
+        return self._tensor(_Storage(storage.record, dtype.name), offset, size, stride)
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
         """Return where the elements of a view of `storage` lie."""
-        elements = math.prod(size)
+        if not isinstance(storage, _Storage):
+            raise ValueError("a tensor is in no memory")
+        # In Python integers, and few of them: sizes are whatever the file claims.
+        elements = count_elements(size)
+        if type(offset) is not int or len(stride) != len(size):
+            raise ValueError("a tensor lies nowhere in its memory")
+        if not all(type(step) is int and 0 <= step <= INT64_MAX for step in stride):
+            raise ValueError("a tensor has strides that cannot be")
         strides = _normal(size, stride)
         if elements and not _is_dense(size, strides):
             raise IncompatibleError(
                 f"{self._where} holds a tensor of shape {list(size)} and strides {list(stride)}, "
                 "whose elements do not fill one run of bytes: save a contiguous clone of it"
             )
-        info = self._archive.getinfo(f"{self._folder}/data/{storage.record}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its tensors are compressed")
+        info = self._stored(f"{self._folder}/data/{storage.record}")
         item = itemsize(storage.dtype)
-        # In Python integers: sizes are whatever the file claims.
         if offset < 0 or (offset + elements) * item > info.file_size:
             raise ValueError("a tensor is larger than its memory")
         start = self._data_start(info) + offset * item
         row_major = not elements or strides == _normal(size, _row_major(size))
-        return StoredTensor(storage.dtype, size, start, () if row_major else strides)
+        return StoredTensor(storage.dtype, tuple(size), start, () if row_major else strides)
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         # The local header may have other extra fields than the directory: torch aligns by them.
         self._file.seek(info.header_offset)
         header = self._file.read(_LOCAL_HEADER_BYTES)
+        if not header.startswith(_LOCAL_MAGIC):
+            raise ValueError("a record is not where its directory says")
         names, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         return self._start + info.header_offset + _LOCAL_HEADER_BYTES + names + extra
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that torch writes for tensors and plain values, and no other."""
-
-    def __init__(self, data: io.BytesIO, archive: _Archive) -> None:
-        super().__init__(data)
-        self._archive = archive
-        self._known: dict[tuple[str, str], Callable[..., Any] | type] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            # Protocol 2, which torch writes, has the names of Python 2.
-            ("__builtin__", "set"): set,
-            ("__builtin__", "complex"): complex,
-            ("_codecs", "encode"): _bytes_of,
-            ("torch", "device"): _Device,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): self._typed_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._known:
-            return self._known[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _Dtype(_STORAGES[name])
-        if module == "torch" and name in DTYPES:
-            return _Dtype(name)
-        raise pickle.UnpicklingError(
-            f"it refers to {module}.{name}, which is neither a tensor nor a plain value"
-        )
-
-    def persistent_load(self, saved: Any) -> _Storage:
-        kind, storage, record = saved[:3]
-        if kind != "storage" or not isinstance(storage, _Dtype) or "/" in str(record):
-            raise pickle.UnpicklingError("it refers to something that is no memory of a tensor")
-        return _Storage(str(record), storage.name)
-
-    def _tensor(
-        self,
-        storage: _Storage,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        *_: Any,
-    ) -> StoredTensor:
-        return self._archive.tensor(storage, offset, tuple(size), tuple(stride))
-
-    def _typed_tensor(
-        self, storage: _Storage, offset: int, size: Any, stride: Any, *more: Any
-    ) -> Any:
-        # Memory without a type of its own; the dtype follows after two flags of autograd.
-        dtype = more[2]
-        return self._tensor(_Storage(storage.record, dtype.name), offset, size, stride)
+def _storage_of(saved: Any) -> _Storage:
+    """Return what a reference to the memory of a tensor stands for."""
+    kind, dtype, record = saved[:3]
+    is_record = type(record) is str and "/" not in record
+    if kind != "storage" or not isinstance(dtype, DtypeName) or not is_record:
+        raise ValueError("it refers to something that is no memory of a tensor")
+    return _Storage(record, dtype.name)
 
 
 def _bytes_of(text: str, encoding: str) -> bytes:
@@ -267,6 +292,57 @@ def _bytes_of(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise ValueError(f"it has bytes encoded as {encoding}")
     return text.encode(encoding)
+
+
+def _device(kind: Any, index: Any = None) -> DeviceName:
+    if type(kind) is not str or type(index) not in (int, type(None)):
+        raise ValueError("it has a device that cannot be")
+    return DeviceName(kind, index)
+
+
+def _ordered() -> OrderedDict[Any, Any]:
+    return OrderedDict()
+
+
+def _plain_bytes(data: Any = b"") -> bytes:
+    # Of a number, `bytes` makes as many zeros.
+    if type(data) is not bytes:
+        raise ValueError("it has bytes that are made of something else")
+    return data
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    if type(real) is not float or type(imaginary) is not float:
+        raise ValueError("it has a complex number of something else than floats")
+    return complex(real, imaginary)
+
+
+def _counter(counts: Any = None) -> Counter[Any]:
+    made: Counter[Any] = Counter()
+    # Not by its own `update`, which adds up.
+    dict.update(made, counts or {})
+    return made
+
+
+def _data(data: Any, *_: Any) -> Any:
+    return data
+
+
+# By pairs that are spelled out: no name is looked up anywhere.
+CONSTRUCTORS: Mapping[tuple[str, str], Constructor] = {
+    ("collections", "OrderedDict"): Constructor(_ordered),
+    ("collections", "Counter"): Constructor(_counter),
+    ("__builtin__", "set"): Constructor(set, hashes=True),
+    ("__builtin__", "frozenset"): Constructor(frozenset, hashes=True),
+    ("__builtin__", "bytes"): Constructor(_plain_bytes),
+    ("__builtin__", "bytearray"): Constructor(lambda data=b"": bytearray(_plain_bytes(data))),
+    ("__builtin__", "complex"): Constructor(_complex),
+    ("_codecs", "encode"): Constructor(_bytes_of),
+    ("torch", "device"): Constructor(_device),
+    ("torch", "Size"): Constructor(tuple),
+    ("torch._utils", "_rebuild_parameter"): Constructor(_data),
+    ("torch._utils", "_rebuild_parameter_with_state"): Constructor(_data),
+}
 
 
 def _row_major(size: Sequence[int]) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable
@@ -11,8 +10,13 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.lib import format as npy
 
+from dist_ckpt.format.limits import count_elements
+
 # What numpy itself writes for one plain dtype; its parser of longer strings is not for strangers.
-_PLAIN = re.compile(r"[<>|=][a-zA-Z?][0-9]*(\[[0-9]*[a-zA-Z]+\])?")
+_PLAIN = re.compile(r"[<>|=][a-zA-Z?][0-9]{0,9}(\[[0-9]{0,9}[a-zA-Z]+\])?")
+_MAX_DEPTH = 16
+# An array without an element takes memory for one of them all the same.
+_MAX_ITEM_BYTES = 1 << 20
 
 
 def array_to_json(
@@ -26,6 +30,7 @@ def array_to_json(
         # plain bytes of the same size.
         described = npy.dtype_to_descr(dtype)
         exact = not dtype.hasobject and _dtype(described) == dtype
+        exact = exact and (array.size > 0 or dtype.itemsize <= _MAX_ITEM_BYTES)
     except (ValueError, TypeError):
         exact = False
     if not exact:
@@ -41,30 +46,40 @@ def array_from_json(payload: Any) -> np.ndarray[Any, Any]:
         ValueError, TypeError: the JSON does not describe such an array.
     """
     described, shape, text = payload
+    count = count_elements(shape)
     dtype = _dtype(described)
-    if dtype.hasobject or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError("not the dtype and shape of a plain array")
     data = b64decode(text, validate=True)
+    if dtype.hasobject or (dtype.itemsize > _MAX_ITEM_BYTES and not data):
+        raise ValueError("not the dtype of a plain array")
     # Compared as plain integers before numpy sees them: a shape may claim anything.
-    if len(data) != math.prod(shape) * dtype.itemsize:
+    if len(data) != count * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
     # Copied once more, because an array over a buffer cannot be resized by its owner.
     return np.ndarray(tuple(shape), dtype=dtype, buffer=bytearray(data)).copy()
 
 
 def _dtype(described: Any) -> np.dtype[Any]:
+    return npy.descr_to_dtype(_checked(described, 0))
+
+
+def _checked(described: Any, depth: int) -> Any:
+    """Return a description as numpy takes it; each part of it is looked at once."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"a dtype nests more than {_MAX_DEPTH} deep")
     if isinstance(described, str):
+        # What no plain dtype may be called is refused at every depth.
         if not _PLAIN.fullmatch(described):
             raise ValueError(f"bad dtype {described!r}")
-        return np.dtype(described)
-    return npy.descr_to_dtype([_field(field) for field in described])
+        return described
+    return [_field(field, depth + 1) for field in described]
 
 
-def _field(field: Any) -> tuple[Any, ...]:
+def _field(field: Any, depth: int) -> tuple[Any, ...]:
     name, kind, *shape = field
-    _dtype(kind)  # refuses what no plain dtype may be called, at every depth
-    kind = kind if isinstance(kind, str) else [_field(inner) for inner in kind]
-    return (tuple(name) if isinstance(name, list) else name, kind, *map(tuple, shape))
+    for sizes in shape:
+        count_elements(sizes)
+    name = tuple(name) if isinstance(name, list) else name
+    return (name, _checked(kind, depth), *map(tuple, shape))
 
 
 def _lists(described: Any) -> Any:

@@ -17,12 +17,11 @@ from dist_ckpt.errors import (
     describe,
     is_refusal,
 )
+from dist_ckpt.format.limits import check_hashes
 from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.registry import REGISTRY
-
-UNREADABLE = "unreadable"
-"""The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
+from dist_ckpt.state.unreadable import UNREADABLE
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
     tag: kind for kind, tag in PAIRS.items()
@@ -31,6 +30,9 @@ _FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
     **{tag: kind for kind, tag in SETS.items()},
 }
+
+# A pair of an ordered dict lies three levels of JSON below it, and dtypes nest by themselves.
+_MAX_JSON_DEPTH = 5 * MAX_DEPTH
 
 
 class Decoder:
@@ -68,9 +70,12 @@ class Decoder:
             # Only tags that are listed here build anything: no name is looked up elsewhere.
             if tag in _FROM_ITEMS:
                 items = self.value_of(payload, depth)
+                if tag != "tuple":
+                    check_hashes(items)
                 return _sized(_FROM_ITEMS[tag](items), items)
             if tag in _FROM_PAIRS:
                 pairs = [(self.value_of(k, depth), self.value_of(v, depth)) for k, v in payload]
+                check_hashes([key for key, _ in pairs])
                 return _sized(_FROM_PAIRS[tag](dict(pairs)), pairs)
         except CheckpointError:
             raise  # from a value further in, which named the fault already
@@ -111,11 +116,27 @@ def parse(data: bytes, path: str) -> Any:
     """Return the JSON in `data`, an IntegrityError that names `path` if there is none."""
     try:
         # Python reads NaN and 1e999 without complaint; what we wrote holds neither.
-        return json.loads(
+        node = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"is no valid JSON: {describe(error)}") from error
+    # Here for all who walk over it, since how deep the reader of JSON goes depends on the release.
+    if _depth(node) > _MAX_JSON_DEPTH:
+        raise _malformed(path, "nests too deeply")
+    return node
+
+
+def _depth(node: Any) -> int:
+    level, depth = [node], 0
+    while level := [
+        item
+        for each in level
+        if isinstance(each, dict | list)
+        for item in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+    return depth
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

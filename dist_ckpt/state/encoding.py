@@ -13,6 +13,7 @@ from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
 from dist_ckpt.state.registry import REGISTRY
+from dist_ckpt.state.unreadable import UNREADABLE, Inline, Unreadable
 
 TAG = "!"
 MAX_DEPTH = 64
@@ -77,6 +78,11 @@ class Encoder:
             # Sorted by their JSON: the iteration order of a set differs from rank to rank.
             items = [self._hashable(".<member>", item) for item in value]
             return {TAG: SETS[kind], "v": sorted(items, key=dumps)}
+        # These two stand in the values of other programs' checkpoints only.
+        if kind is Unreadable:
+            return {TAG: UNREADABLE, "v": value.reason}
+        if kind is Inline:
+            return {TAG: "tensor_data", "v": tensor_to_json(value.tensor, self._refuse)}
         entry = REGISTRY.by_type(kind)
         if entry is None:
             self._refuse(value, f"its type is unknown; {_way_out(kind)}")

@@ -56,7 +56,7 @@ class GeneratorPart:
         state = decode(stored.objects[_NAME], tensors={}, path=self.name)
         try:
             _write(self.generator, state)
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             kind = type(self.generator).__qualname__
             raise IncompatibleError(
                 f"{self.name}: this {kind} refused the stored state: {describe(error)}; make it "

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from dist_ckpt.format.limits import count_elements
 from dist_ckpt.state.arrays import array_from_json, array_to_json
 from dist_ckpt.state.layout import dtype_name, dtype_of
 
@@ -91,7 +92,7 @@ def tensor_from_json(payload: Any) -> torch.Tensor:
     name, shape, text = payload
     dtype = dtype_of(name)
     data = b64decode(text, validate=True)
-    count = math.prod(shape)  # plain integers: whatever is claimed, nothing is allocated yet
+    count = count_elements(shape)  # whatever is claimed, nothing is allocated yet
     if len(data) != count * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for {count} elements of {name}")
     if not data:  # frombuffer refuses empty memory

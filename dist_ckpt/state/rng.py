@@ -63,7 +63,8 @@ class RngPart:
         }
         try:
             _set_all(values, stored)
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        # Whatever they make of a state that they never had.
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise IncompatibleError(
                 f"{self.name}: a generator refused its stored state: {describe(error)}; "
                 "load with the versions that saved it, or leave the part out"

@@ -350,7 +350,12 @@ _READ_AT_ONCE_BYTES = 64 << 20
 
 
 def read_all(
-    store: Store, key: str, *, likely_bytes: int = 1 << 18, limit_bytes: int = 1 << 32
+    store: Store,
+    key: str,
+    *,
+    likely_bytes: int = 1 << 18,
+    limit_bytes: int = 1 << 32,
+    begins: bytes = b"",
 ) -> bytes:
     """Return the whole object under `key`, of one version of it.
 
@@ -359,10 +364,12 @@ def read_all(
         key: its name.
         likely_bytes: how large it is, at a guess: if it is not larger, one read is all it takes.
         limit_bytes: how large it can be at most.
+        begins: what it begins with.
 
     Raises:
         NotFound: no such key.
-        IntegrityError: the object is larger than `limit_bytes`, so it is not what it should be.
+        IntegrityError: the object is larger than `limit_bytes`, or begins with something else
+            than `begins`: it is not what it should be.
     """
     # A question for its size first would cost an object store as much as the object.
     head = memoryview(bytearray(min(likely_bytes, _READ_AT_ONCE_BYTES) + 1))
@@ -375,6 +382,11 @@ def read_all(
         )
     if count < head.nbytes:
         return bytes(head[:count])
+    # A file of any size may be one hole: memory is taken only for what looks right so far.
+    if bytes(head[: len(begins)]) != begins:
+        raise IntegrityError(
+            f"{key} in {store.url} does not begin as it should", kind=ErrorKind.MALFORMED
+        )
     # From its begin on once more: what was read may be of a version that was replaced since.
     data = bytearray(nbytes)
     count = store.read_into(key, 0, memoryview(data))

@@ -20,6 +20,7 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
     describe,
+    without_secrets,
 )
 from dist_ckpt.storage.base import (
     Buffer,
@@ -81,7 +82,7 @@ class FsspecStore:
         self._root = str(known._strip_protocol(self._url))  # noqa: SLF001  what subclasses override
 
     def __repr__(self) -> str:
-        return f"FsspecStore({self._url!r})"
+        return f"FsspecStore({without_secrets(self._url)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process makes its own connections.
