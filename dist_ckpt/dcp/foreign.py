@@ -32,7 +32,7 @@ from dist_ckpt.repository.foreign import Chunk, Found, Runs
 from dist_ckpt.repository.torch_files import DtypeName, StoredTensor
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.unreadable import Inline, Unreadable
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, is_key, read_all
 from dist_ckpt.storage.parallel import in_parallel
 
 METADATA = ".metadata"
@@ -156,7 +156,7 @@ class _Reading:
         self.where = where
         for key in keys:
             # What is read never lies outside of what the user pointed at.
-            if key.startswith("/") or not set(key.split("/")).isdisjoint({"", ".", ".."}):
+            if not is_key(key):
                 raise _broken(where, f"{key!r} is no file of it")
         try:
             self.sizes = [store.size(key) for key in keys]

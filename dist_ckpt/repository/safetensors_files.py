@@ -11,7 +11,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES, ShardHeader, header_nbytes, parse_header
 from dist_ckpt.repository.foreign import Chunk, Found
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, is_key, read_all
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIX = ".safetensors"
@@ -42,7 +42,7 @@ def read_weight_map(store: Store, key: str) -> dict[str, str]:
         ) from error
     for name in found.values():
         # What is read never lies outside of what the user pointed at.
-        if not name or "/" in name or "\\" in name or name in (".", ".."):
+        if "/" in name or not is_key(name):
             raise IntegrityError(
                 f"{key} in {store.url} names the file {name!r}, which is not beside it",
                 kind=ErrorKind.MALFORMED,

@@ -111,7 +111,7 @@ def test_metadata_that_calls_something_is_refused_and_not_executed(tmp_path: Pat
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("name", ["../secret.distcp", "/etc/passwd", "a/../../b", ""])
+@pytest.mark.parametrize("name", ["../secret.distcp", "/etc/passwd", "a/../../b", "", "a\x7f"])
 def test_metadata_names_only_files_beside_it(name: str, tmp_path: Path) -> None:
     url = small(tmp_path / "stock")
     metadata = pickle.loads((url / ".metadata").read_bytes())  # noqa: S301

@@ -230,7 +230,9 @@ def test_no_header_at_all_is_refused(prefix: bytes, tmp_path: Path) -> None:
     refused(IntegrityError, path, "none.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a/b", "..", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/x.safetensors", "a/b", "..", "", "a\x7f", "a\\b"]
+)
 def test_an_index_names_only_files_beside_it(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     folder.mkdir()
