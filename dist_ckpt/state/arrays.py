@@ -23,7 +23,15 @@ def array_to_json(
     array: np.ndarray[Any, Any], refuse: Callable[[object, str], NoReturn]
 ) -> list[Any]:
     """Return `array` as JSON, or call `refuse(array, reason)` if its dtype has no exact form."""
-    dtype = array.dtype
+    described = dtype_to_json(array.dtype, array, refuse)
+    data = b64encode(array.tobytes(order="C")).decode("ascii")
+    return [described, list(array.shape), data]
+
+
+def dtype_to_json(
+    dtype: np.dtype[Any], value: object, refuse: Callable[[object, str], NoReturn]
+) -> Any:
+    """Return `dtype` as JSON, or call `refuse(value, reason)` if it has no exact form."""
     described: Any = None
     try:
         # The round trip finds what numpy describes wrongly: dtypes of other packages come out as
@@ -34,9 +42,20 @@ def array_to_json(
     except (ValueError, TypeError):
         exact = False
     if not exact:
-        refuse(array, f"numpy dtype {dtype} cannot be stored without pickle")
-    data = b64encode(array.tobytes(order="C")).decode("ascii")
-    return [_lists(described), list(array.shape), data]
+        refuse(value, f"numpy dtype {dtype} cannot be stored without pickle")
+    return _lists(described)
+
+
+def dtype_from_json(described: Any) -> np.dtype[Any]:
+    """Return the dtype of `dtype_to_json`.
+
+    Raises:
+        ValueError, TypeError: the JSON does not describe one of plain values.
+    """
+    dtype = _dtype(described)
+    if dtype.hasobject:
+        raise ValueError("a dtype of Python objects")
+    return dtype
 
 
 def array_from_json(payload: Any) -> np.ndarray[Any, Any]:

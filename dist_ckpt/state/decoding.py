@@ -18,9 +18,11 @@ from dist_ckpt.errors import (
     is_refusal,
 )
 from dist_ckpt.format.limits import check_hashes
+from dist_ckpt.state.aside import BYTES, NDARRAY, from_aside
 from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.registry import REGISTRY
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, STANDARD_BY_NAME
 from dist_ckpt.state.unreadable import UNREADABLE
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
@@ -58,11 +60,13 @@ class Decoder:
         return self._tagged(node[TAG], node["v"], depth + 1)
 
     def _tagged(self, tag: str, payload: Any, depth: int) -> Any:
-        if tag.startswith("@"):
+        if tag.startswith("@") and not tag.startswith(f"@{RESERVED}"):
             return self._registered(tag[1:], payload, depth)
         if tag == UNREADABLE:
             raise IncompatibleError(f"{self._path} cannot be read: {payload}")
         try:
+            if tag.startswith(f"@{RESERVED}"):
+                return self._standard(tag[1 + len(RESERVED) :], payload, depth)
             if tag in BY_TAG:
                 return BY_TAG[tag].decode(payload)
             if tag == "tensor":
@@ -100,6 +104,32 @@ class Decoder:
                 f"the decoder registered for {name!r} refused what {self._path} holds: "
                 f"{describe(error)}"
             ) from error
+
+    def _standard(self, name: str, payload: Any, depth: int) -> Any:
+        if name not in STANDARD_BY_NAME and name not in (NAMEDTUPLE, NDARRAY, BYTES):
+            raise IncompatibleError(
+                f"{self._path} holds a value of the type {name!r}, which this dist_ckpt does not "
+                "know: load it with a newer one"
+            )
+        head, body = self.value_of(payload, depth)
+        if name in (NDARRAY, BYTES):
+            return from_aside(name, head, body)
+        if name == NAMEDTUPLE:
+            return self._namedtuple(head, body)
+        return STANDARD_BY_NAME[name].build(head, body)
+
+    def _namedtuple(self, head: Any, items: Any) -> Any:
+        name, fields = head
+        if len(items) != len(fields):
+            raise ValueError(f"{len(items)} items for {len(fields)} fields")
+        kind = REGISTRY.namedtuple(name, tuple(fields))
+        if kind is None:
+            raise IncompatibleError(
+                f"{self._path} holds a namedtuple {name}({', '.join(map(str, fields))}), and no "
+                "such class was shown to dist_ckpt: call dist_ckpt.register_type("
+                f"{name}, name={name!r}) before loading"
+            )
+        return kind._make(items)
 
     def _malformed(self, what: str) -> IntegrityError:
         return _malformed(self._path, what)

@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 import torch
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
+from dist_ckpt.state.aside import take_aside
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
-from dist_ckpt.state.registry import REGISTRY
+from dist_ckpt.state.registry import REGISTRY, is_namedtuple, way_out
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, standard_of
 from dist_ckpt.state.unreadable import UNREADABLE, Inline, Unreadable
 
 TAG = "!"
@@ -49,6 +51,11 @@ class Encoder:
             return value
         leaf = leaf_of(kind)
         if leaf is not None:
+            # Inside a value of one rank alone there is no beside, and in a key no tensor.
+            if self._tensors is not None and not self._hashed:
+                aside = take_aside(value, self._refuse)
+                if aside is not None:
+                    return _apart(aside[0], [aside[1], self._tensor(aside[2])])
             plain, payload = leaf.encode(value, self._refuse)
             return payload if plain else {TAG: leaf.tag, "v": payload}
         if isinstance(value, torch.Tensor):
@@ -85,7 +92,7 @@ class Encoder:
             return {TAG: "tensor_data", "v": tensor_to_json(value.tensor, self._refuse)}
         entry = REGISTRY.by_type(kind)
         if entry is None:
-            self._refuse(value, f"its type is unknown; {_way_out(kind)}")
+            return self._standard(kind, value)
         try:
             plain = entry.encode(value)
         except Exception as error:
@@ -94,6 +101,27 @@ class Encoder:
                 raise
             self._refuse(value, f"the encoder registered for it failed: {describe(error)}", error)
         return {TAG: f"@{entry.name}", "v": self.json_of(plain)}
+
+    def _standard(self, kind: type, value: Any) -> Any:
+        if is_namedtuple(kind):
+            if getattr(value, "__dict__", None):
+                self._refuse(value, f"it has attributes besides its fields; {way_out(kind)}")
+            # Whoever holds the class can have it back: no class is made or looked up by a name.
+            known = REGISTRY.learn(kind)
+            if known is not kind:
+                self._refuse(
+                    value,
+                    f"another namedtuple of its name and fields is in the state; {way_out(kind)}",
+                )
+            fields = zip(kind._fields, value, strict=True)  # type: ignore[attr-defined]
+            items = [self._at(f".{field}", field, item) for field, item in fields]
+            return _apart(NAMEDTUPLE, [[kind.__name__, list(kind._fields)], items])  # type: ignore[attr-defined]
+        standard = standard_of(kind)
+        if standard is None:
+            self._refuse(value, f"its type is unknown; {way_out(kind)}")
+        head, body = standard.parts(value, self._refuse)
+        # The body is what the value is to people: it has the path of the value.
+        return _apart(standard.name, [self.json_of(head), self.json_of(body)])
 
     def _items(self, value: Sequence[object]) -> list[Any]:
         # Long lists are nearly always of these two (the names of a group's parameters, the words
@@ -167,11 +195,8 @@ def _is_itself(item: object) -> bool:
     return (kind is int and -(1 << 63) <= item < 1 << 63) or (kind is str and item.isascii())  # type: ignore[operator,attr-defined]
 
 
-def _way_out(kind: type) -> str:
-    return (
-        "make it of plain values and tensors, or teach dist_ckpt the type: "
-        f"dist_ckpt.register_type({kind.__qualname__}, name=..., encode=..., decode=...)"
-    )
+def _apart(name: str, parts: list[Any]) -> Any:
+    return {TAG: f"@{RESERVED}{name}", "v": parts}
 
 
 def _label(kind: type) -> str:

@@ -57,9 +57,14 @@ def _checked(value: str, refuse: Refuse) -> str:
     return value
 
 
-def _datetime_to_json(value: datetime.datetime, refuse: Refuse) -> tuple[bool, Any]:
+def checked_zone(value: datetime.datetime | datetime.time, refuse: Refuse) -> None:
+    """Call `refuse` for a time whose zone is a rule and not an offset."""
     if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
         refuse(value, "only a naive time or one with a fixed datetime.timezone is exact")
+
+
+def _datetime_to_json(value: datetime.datetime, refuse: Refuse) -> tuple[bool, Any]:
+    checked_zone(value, refuse)
     # isoformat leaves out which of two equal clock times at the end of summer time is meant.
     return False, [value.isoformat(), value.fold]
 

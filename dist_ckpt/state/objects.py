@@ -3,7 +3,9 @@
 `None`, bools, integers, finite floats and strings are themselves; a list is an array; a dict
 whose keys are all strings (and none is `"!"`) is an object. Everything else is a tagged object
 `{"!": tag, "v": payload}`, whose tags are those of `dist_ckpt.state.leaves`, of containers,
-`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type.
+`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type; those of
+`dist_ckpt.state.standard` are registered out of the box. Large arrays and byte strings are stored
+beside the encoding, too (`dist_ckpt.state.aside`).
 Reading an encoding imports nothing, evaluates nothing and allocates nothing beyond its length.
 
 A list that is reached twice comes back as two lists. The order of sets is not kept.
@@ -19,8 +21,9 @@ import torch
 from dist_ckpt.state.decoding import Decoder, parse, tensor_names
 from dist_ckpt.state.encoding import Encoder, dumps
 from dist_ckpt.state.registry import register
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
 
-__all__ = ["decode", "encode", "references", "register"]
+__all__ = ["decode", "encode", "needs_classes", "references", "register"]
 
 
 def encode(
@@ -63,3 +66,8 @@ def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
         IntegrityError: `data` is not an encoding.
     """
     return tuple(dict.fromkeys(tensor_names(parse(data, path))))
+
+
+def needs_classes(data: bytes) -> bool:
+    """Tell whether `data` may hold namedtuples: `decode` makes them of classes `encode` has met."""
+    return f'"@{RESERVED}{NAMEDTUPLE}"'.encode() in data

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from operator import attrgetter
 from typing import Any
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.state.standard import RESERVED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Registry:
     def __init__(self) -> None:
         self._types: dict[type, Registered] = {}
         self._names: dict[str, Registered] = {}
+        self._namedtuples: dict[tuple[str, tuple[str, ...]], type] = {}
 
     def add(self, entry: Registered) -> None:
         """Add `entry`, or let it take the place of the same class defined anew.
@@ -56,6 +58,47 @@ class Registry:
         """Return the entry stored as `name`."""
         return self._names.get(name)
 
+    def learn(self, kind: type) -> type:
+        """Note a namedtuple class that a state holds; return the one of its name and fields.
+
+        That is another class only where two of different origin are called alike.
+        """
+        key = (kind.__name__, kind._fields)  # type: ignore[attr-defined]
+        known = self._namedtuples.get(key)
+        if known is None or _label(known) == _label(kind):
+            self._namedtuples[key] = known = kind
+        return known
+
+    def namedtuple(self, name: str, fields: tuple[str, ...]) -> Any:
+        """Return the namedtuple class of that name and those fields that was learnt, or None."""
+        return self._namedtuples.get((name, fields))
+
+
+def is_namedtuple(kind: type) -> bool:
+    """Tell whether `kind` is a class made by `namedtuple` or `NamedTuple`, or inherits of one."""
+    names = getattr(kind, "_fields", None)
+    return (
+        issubclass(kind, tuple)
+        and isinstance(names, tuple)
+        and all(type(name) is str for name in names)
+        and callable(getattr(kind, "_make", None))
+    )
+
+
+def way_out(kind: type) -> str:
+    """Say what makes values of `kind` storable: a line of code, whole where it can be."""
+    if kind.__module__ == "dist_ckpt.state.train_state":
+        return "it can only be a part of the state, not something inside one"
+    line = f"dist_ckpt.register_type({kind.__qualname__}, name="
+    if issubclass(kind, Enum) or is_dataclass(kind) or is_namedtuple(kind):
+        return f"register the class before: {line}{kind.__name__!r})"
+    if hasattr(kind, "load_state_dict"):
+        return "give it a name of its own in the state, or keep its state_dict() here"
+    return (
+        "make it of plain values and tensors, or teach dist_ckpt the type: "
+        f"{line}..., encode=..., decode=...)"
+    )
+
 
 def _label(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -73,18 +116,80 @@ def register(
 ) -> None:
     """Let values of exactly the class `type_` stand in a state.
 
+    An enum, a dataclass or a namedtuple needs no functions: of an enum its value is stored, of the
+    others their fields by name. A dataclass comes back with these fields as they were, and
+    `__init__` and `__post_init__` are not called; a field that the class has got since takes its
+    default.
+
     Args:
         type_: the class. Subclasses are other types.
         name: what checkpoints call it, for ever; the class itself may move or be renamed.
-        encode: value to something made of supported types. An enum needs none: its value.
-        decode: what `encode` returned to an equal value. An enum needs none: the class.
+        encode: value to something made of supported types.
+        decode: what `encode` returned to an equal value.
 
     Raises:
-        UsageError: a bad or taken name, or no functions for a class that is no enum.
+        UsageError: no class, a bad or taken name, or no functions for a class that needs them.
     """
-    if not name or not name.isprintable():
+    if not isinstance(type_, type):
+        raise UsageError(f"register_type takes a class, not {type_!r}")
+    if not isinstance(name, str) or not name or not name.isprintable():
         raise UsageError(f"bad name {name!r} for {_label(type_)}: must be printable text")
+    if name.startswith(RESERVED):
+        raise UsageError(f"bad name {name!r}: what begins with {RESERVED!r} is dist_ckpt's own")
+    if (encode is None) != (decode is None) and not issubclass(type_, Enum):
+        raise UsageError(f"{_label(type_)}: give both encode= and decode=, or neither")
+    own = _own_form(type_)
     # Nothing is guessed, not even from __reduce__: what is stored is what `encode` says.
-    if not issubclass(type_, Enum) and (encode is None or decode is None):
-        raise UsageError(f"{_label(type_)} is no enum: register it with encode= and decode=")
-    REGISTRY.add(Registered(type_, name, encode or attrgetter("value"), decode or type_))
+    if own is None and (encode is None or decode is None):
+        raise UsageError(
+            f"{_label(type_)} is no enum, dataclass or namedtuple: register it with encode= and "
+            "decode="
+        )
+    to_plain, from_plain = own or (encode, decode)
+    REGISTRY.add(Registered(type_, name, encode or to_plain, decode or from_plain))
+
+
+def _own_form(
+    type_: type,
+) -> tuple[Callable[[Any], object], Callable[[Any], Any]] | None:
+    """Return how a class that says itself what it is made of is encoded and decoded."""
+    if issubclass(type_, Enum):
+        return attrgetter("value"), type_
+    if is_dataclass(type_):
+        return _fields_of, lambda stored: _filled(type_, stored)
+    if is_namedtuple(type_):
+        REGISTRY.learn(type_)  # for what was stored before it was registered
+        made: Any = type_
+        return lambda value: value._asdict(), lambda stored: made(**stored)
+    return None
+
+
+def _fields_of(value: Any) -> dict[str, object]:
+    names = [field.name for field in fields(value)]
+    besides = sorted(getattr(value, "__dict__", {}).keys() - set(names))
+    if besides:
+        raise ValueError(
+            f"it has attributes that are no fields ({', '.join(besides)}): register the class with "
+            "encode= and decode="
+        )
+    return {name: getattr(value, name) for name in names}
+
+
+def _filled(type_: Any, stored: Mapping[str, Any]) -> Any:
+    known = {field.name: field for field in fields(type_)}
+    unknown = sorted(stored.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{_label(type_)} has no field {unknown[0]!r}")
+    built = type_.__new__(type_)
+    for name, field in known.items():
+        if name in stored:
+            value = stored[name]
+        elif field.default is not MISSING:
+            value = field.default
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        else:
+            raise ValueError(f"{name!r} is missing, and {_label(type_)} has no default for it")
+        # Past __setattr__, which a frozen class refuses; only names of fields come here.
+        object.__setattr__(built, name, value)
+    return built

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from array import array
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from functools import singledispatch
+from io import BytesIO
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +16,7 @@ import torch
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import empty_beside
-from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.objects import decode, encode, needs_classes, references
 from dist_ckpt.state.part import Captured, Stored, Targets
 
 VALUE = "value"
@@ -86,7 +91,8 @@ class ValuePart:
             )
         wanted = references(stored.objects[VALUE], path=self.name)
         # Fresh even where a live one would fit: a load_state_dict may compare old with new.
-        live = self.capture().tensors if wanted else {}
+        known = wanted or needs_classes(stored.objects[VALUE])
+        live = self.capture().tensors if known else {}
         tensors = {}
         for name in wanted:
             if name in stored.tensors:
@@ -195,6 +201,47 @@ def _(live: MutableSequence, value: Any) -> object:  # type: ignore[type-arg]
 
 
 @_update.register
+def _(live: deque, value: Any) -> object:  # type: ignore[type-arg]
+    if live.maxlen != value.maxlen:
+        return value  # it cannot be changed
+    live.clear()
+    live.extend(value)
+    return live
+
+
+@_update.register
+def _(live: defaultdict, value: Any) -> object:  # type: ignore[type-arg]
+    live.default_factory = value.default_factory
+    live.clear()
+    live.update(value)
+    return live
+
+
+@_update.register
+def _(live: array, value: Any) -> object:  # type: ignore[type-arg]
+    if live.typecode != value.typecode:
+        return value
+    live[:] = value
+    return live
+
+
+@_update.register
+def _(live: Namespace | SimpleNamespace, value: Any) -> object:
+    vars(live).clear()
+    vars(live).update(vars(value))
+    return live
+
+
+@_update.register
+def _(live: BytesIO, value: Any) -> object:
+    live.seek(0)
+    live.truncate()
+    live.write(value.getbuffer())
+    live.seek(value.tell())
+    return live
+
+
+@_update.register
 def _(live: MutableSet, value: Any) -> object:  # type: ignore[type-arg]
     live.clear()
     live |= value
@@ -203,7 +250,8 @@ def _(live: MutableSet, value: Any) -> object:  # type: ignore[type-arg]
 
 @_update.register
 def _(live: np.ndarray, value: Any) -> object:
-    if live.shape != value.shape or live.dtype != value.dtype:
+    same = live.shape == value.shape and live.dtype == value.dtype
+    if not same or not live.flags.writeable:
         return value
     live[...] = value  # through every view that the program holds
     return live

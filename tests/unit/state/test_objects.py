@@ -7,7 +7,7 @@ import enum
 import json
 import math
 import struct
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, UserDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -230,8 +230,8 @@ class Custom:
         ({Custom(): 1}, r"stats\.<key>,", "Custom"),
         ({(1, Custom()): 1}, r"stats\.<key>\[1\],", "Custom"),
         (frozenset([Custom()]), r"stats\.<member>,", "Custom"),
-        (defaultdict(list), "stats,", "collections.defaultdict"),
-        (bytearray(b"x"), "stats,", "bytearray"),
+        (UserDict(), "stats,", "collections.UserDict"),
+        (memoryview(b"x"), "stats,", "memoryview"),
         (np.ma.masked_array([1]), "stats,", "MaskedArray"),
     ],
 )
