@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import torch
 
 from dist_ckpt.state.decoding import Decoder, parse, tensor_names
-from dist_ckpt.state.encoding import Encoder, dumps
+from dist_ckpt.state.encoding import Encoder
 from dist_ckpt.state.registry import register
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
 
@@ -45,7 +46,8 @@ def encode(
     Raises:
         UsageError: of kind `UNENCODABLE`, naming the path and type of what cannot be stored.
     """
-    return dumps(Encoder(path, tensors, prefix).json_of(value)).encode()
+    # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
+    return msgspec.json.encode(Encoder(path, tensors, prefix).json_of(value))
 
 
 def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "value") -> Any:
