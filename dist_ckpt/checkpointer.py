@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
-
-import msgspec
+from typing import Any, Literal, Self, SupportsIndex, Unpack
 
 from dist_ckpt import flags, policy
 from dist_ckpt.engine.about import About
 from dist_ckpt.engine.bests import with_bests
+from dist_ckpt.engine.early import check_state, checked_metadata
 from dist_ckpt.engine.exit import leave
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
+from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.engine.load_options import LoadKeywords
 from dist_ckpt.engine.metrics import Metrics
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
@@ -24,11 +24,16 @@ from dist_ckpt.engine.resuming import Resumer
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.engine.starting import stoppers_of
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.names import check_step, plain_step
+from dist_ckpt.format.numbers import as_integer
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.state.train_state import TrainState
+
+# What the constructor knows by name, to hint at when an option is mistyped.
+_ARGUMENTS = ("every_steps", "when", "keep", "timeout_seconds", "metadata")
 
 
 class Checkpointer:
@@ -63,9 +68,7 @@ class Checkpointer:
         metadata: Mapping[str, Any] | None = None,
         **options: Unpack[SaveKeywords],
     ) -> None:
-        """Describe the run; nothing is read, written or asked of other ranks yet.
-
-        Host memory for the first save is prepared in the background from here on.
+        """Describe the run; nothing is read or asked yet, host memory is prepared from here on.
 
         Args:
             url: the run: a path, a URL, or a `Store`.
@@ -75,29 +78,32 @@ class Checkpointer:
             keep: which checkpoints to keep after each commit, from `dist_ckpt.keep`; None for all.
                 The best by a metric of `when` or of an early stopping is kept in any case.
             timeout_seconds: after this long a save or a restore fails on every rank.
-            metadata: any JSON, stored in the manifest of every checkpoint. By convention `config`
-                is how the training was configured, `phase` is "pretraining", "finetuning" or the
-                like, `notes` are for people.
-            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`:
-                see `dist_ckpt.engine.options.SaveOptions`.
+            metadata: any JSON, stored in every manifest. By convention `config` is how the training
+                was configured, `phase` is "pretraining" or the like, `notes` are for people.
+            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
+                `dist_ckpt.engine.options.SaveOptions`; `ranks`, `process_group`: see
+                `dist_ckpt.engine.job_ranks.JobRanks`.
 
         Raises:
-            UsageError: an argument is malformed.
+            UsageError: an argument is malformed, this one process's state holds what cannot be
+                stored (several ranks hear of it together, at the restore or the first save), or
+                there are several ranks and no process group.
         """
         train_state = TrainState.of(state)
-        when = policy.never() if when is None else when
+        when = policy.checked(when)
         if every_steps is not None:
             when |= policy.every(every_steps)
         self._stoppers = stoppers_of(train_state)
         stopping = [stopper.criterion for stopper in self._stoppers]
         when, keep, criteria = with_bests(when, keep, stopping)
-        self._job = Job(url, timeout_seconds=timeout_seconds)
+        self._job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options))
+        self._unfit = check_state(train_state, self._job.ranks)
         self._saver = Saver(
             self._job,
             train_state,
             keep=keep,
-            metadata=checked_metadata(metadata or {}),
-            options=SaveOptions.of(options),
+            metadata=checked_metadata(metadata),
+            options=SaveOptions.of(options, besides=_ARGUMENTS),
         )
         self._program = Origin(command=options.get("command", False))
         self._resumer = Resumer(self._job, train_state, criteria)
@@ -158,7 +164,7 @@ class Checkpointer:
         self,
         which: Literal["newest", "best"] = "newest",
         *,
-        step: int | None = None,
+        step: SupportsIndex | None = None,
         url: Place | None = None,
         **options: Unpack[LoadKeywords],
     ) -> int:
@@ -189,13 +195,14 @@ class Checkpointer:
             CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
+        step = None if step is None else plain_step(step)
         exact = step is not None or url is not None
         if which not in ("newest", "best") or (which == "best" and exact):
             raise UsageError(
                 "restore takes 'newest' or 'best', or one of step= and url=, not "
                 f"{which!r}, {step=}, {url=}"
             )
-        failed = self._saver.settle()
+        failed = self._saver.settle() or self._unfit
         if which == "best":
             self.restored = self._resumer.best(failed, options=options)
         elif not exact and not options and self._flags is not None:
@@ -223,7 +230,7 @@ class Checkpointer:
         failed = self._saver.settle()
         return self._resumer.best(failed, model_only=True).step
 
-    def step(self, step: int, *, metrics: Metrics | None = None) -> SaveHandle | None:
+    def step(self, step: SupportsIndex, *, metrics: Metrics | None = None) -> SaveHandle | None:
         """Tell that `step` is done: saves when due, see `save`; returns None otherwise.
 
         Args:
@@ -231,11 +238,15 @@ class Checkpointer:
             metrics: numbers by name, stored in the manifest; those of rank 0 count for all ranks.
                 A tensor is converted only when it is needed.
         """
-        self._told_step = step
-        return self._tell(step, None, metrics or {})
+        self._told_step = check_step(step)
+        return self._tell(self._told_step, None, metrics or {})
 
     def epoch_end(
-        self, epoch: int, *, metrics: Metrics | None = None, step: int | None = None
+        self,
+        epoch: SupportsIndex,
+        *,
+        metrics: Metrics | None = None,
+        step: SupportsIndex | None = None,
     ) -> SaveHandle | None:
         """Tell that `epoch` is over: saves when due, see `save`; returns None otherwise.
 
@@ -249,13 +260,14 @@ class Checkpointer:
             step: the last step of the epoch. By default the one told last by `step`; where no
                 steps are told, the epoch is the step.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        number = as_integer(epoch)
+        if number is None or number < 0:
             raise UsageError(f"an epoch is an integer from 0, not {epoch!r}")
         if step is None:
-            step = epoch if self._told_step is None else self._told_step
-        return self._tell(step, epoch, metrics or {})
+            step = number if self._told_step is None else self._told_step
+        return self._tell(check_step(step), number, metrics or {})
 
-    def save(self, step: int, *, metrics: Metrics | None = None) -> SaveHandle:
+    def save(self, step: SupportsIndex, *, metrics: Metrics | None = None) -> SaveHandle:
         """Save now; return as soon as the state may change again, the rest runs in the background.
 
         Args:
@@ -269,8 +281,8 @@ class Checkpointer:
                 `CoordinationError`.
         """
         self._check_open()
-        self._told_step = step
-        return self._save(step, None, metrics or {}, "asked for")
+        self._told_step = plain_step(step)
+        return self._save(self._told_step, None, metrics or {}, "asked for")
 
     def wait(self) -> None:
         """Wait until the save in flight, and the retention after it, are over.
@@ -364,16 +376,3 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this Checkpointer is closed: make a new one to go on")
-
-
-def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `metadata` if it is JSON.
-
-    Raises:
-        UsageError: it is not.
-    """
-    try:
-        msgspec.json.encode(metadata)
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise UsageError(f"metadata must be plain JSON values: {error}") from error
-    return dict(metadata)

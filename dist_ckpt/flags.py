@@ -197,6 +197,11 @@ def parse(source: Source) -> Flags:
         return Flags(**{name: value for name, value in given.items() if value is not None})
     if isinstance(source, Mapping):
         return _from_mapping(source, "the checkpoint flags")
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(
+            "checkpoint flags are parsed arguments, a dict, or the path of a YAML file, not "
+            f"{source!r}"
+        )
     return _from_file(Path(source))
 
 

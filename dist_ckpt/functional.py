@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, Unpack
+from typing import Any, SupportsIndex, TypeAlias, Unpack
 
 import torch
 from torch import nn
 
+from dist_ckpt.engine.early import check_held
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
-from dist_ckpt.engine.load_options import LoadKeywords
+from dist_ckpt.engine.job_ranks import JOB_KEYWORDS, JobRanks
+from dist_ckpt.engine.load_options import LoadCallKeywords
 from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.errors import NotFound
+from dist_ckpt.format.names import plain_step
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
 
@@ -27,7 +30,7 @@ def save(
     state: State,
     url: Place,
     *,
-    step: int = 0,
+    step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
     timeout_seconds: float = 1800.0,
     **options: Unpack[SaveKeywords],
@@ -43,7 +46,9 @@ def save(
         metrics: numbers by name, stored in the manifest.
         timeout_seconds: after this long the save fails on every rank.
         **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
-            `dist_ckpt.engine.options.SaveOptions`.
+            `dist_ckpt.engine.options.SaveOptions`. `ranks="alone"`: this process saves alone,
+            whatever the others do; `process_group`: the ranks of that group save together. See
+            `dist_ckpt.engine.job_ranks.JobRanks`.
 
     Raises:
         CheckpointError: nothing was committed. The same on every rank.
@@ -57,7 +62,7 @@ def async_save(
     state: State,
     url: Place,
     *,
-    step: int = 0,
+    step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
     timeout_seconds: float = 1800.0,
     **options: Unpack[SaveKeywords],
@@ -69,20 +74,21 @@ def async_save(
     Raises:
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
-    job = Job(url, timeout_seconds=timeout_seconds)
-    saver = Saver(
-        job, TrainState.of(state), keep=None, metadata={}, options=SaveOptions.of(options)
-    )
-    return saver.start_last(step, metrics or {})
+    chosen = SaveOptions.of(options, besides=("step", "metrics", "timeout_seconds"))
+    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options))
+    train_state = TrainState.of(state)
+    check_held(train_state, job.ranks)
+    saver = Saver(job, train_state, keep=None, metadata={}, options=chosen)
+    return saver.start_last(plain_step(step), metrics or {})
 
 
 def load(
     state: State,
     url: Place,
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     timeout_seconds: float = 1800.0,
-    **options: Unpack[LoadKeywords],
+    **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
     """Restore `state` in place from one checkpoint; there is no falling back to another.
 
@@ -97,7 +103,8 @@ def load(
         step: which checkpoint of the run.
         timeout_seconds: after this long without all ranks the load fails.
         **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
-            `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`.
+            `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`;
+            `ranks`, `process_group`: as for `save`.
 
     Returns:
         What was done, and from where.
@@ -118,10 +125,10 @@ def load_weights(
     model: nn.Module | Mapping[str, torch.Tensor],
     url: Place,
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     part: str = "model",
     timeout_seconds: float = 1800.0,
-    **options: Unpack[LoadKeywords],
+    **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
     """Load one module, or a dict of tensors, in place; nothing else of the checkpoint is read.
 
@@ -158,20 +165,27 @@ def _load(
     make_state: Callable[[], TrainState],
     url: Place,
     *,
-    step: int | None,
+    step: SupportsIndex | None,
     timeout_seconds: float,
     options: Mapping[str, Any],
 ) -> LoadReport:
-    job = Job(url, timeout_seconds=timeout_seconds)
+    keywords = {name: value for name, value in options.items() if name not in JOB_KEYWORDS}
+    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), commits=False)
     failed: Exception | None = None
     try:
         state = make_state()
+        check_held(state, job.ranks)
     except Exception as error:
         # Carried to the other ranks, which would wait for this one otherwise.
         state, failed = TrainState(rng=None), error
     try:
         report = Loader(job, state).load(
-            step, place=url, options=options, fall_back=False, own=False, failed=failed
+            None if step is None else plain_step(step),
+            place=url,
+            options=keywords,
+            fall_back=False,
+            own=False,
+            failed=failed,
         )
     finally:
         job.leave()

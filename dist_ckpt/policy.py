@@ -16,9 +16,10 @@ import signal as signals
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.numbers import as_integer
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 
@@ -285,6 +286,26 @@ def never() -> SavePolicy:
     return _AnyOf(())
 
 
+def checked(policy: object) -> SavePolicy:
+    """Return `policy` if it is one, `never()` for None: what `when=` of a call was given.
+
+    Raises:
+        UsageError: it is something else, such as a number or a function that was not called.
+    """
+    if policy is None:
+        return never()
+    found: tuple[Any, ...] = members(policy)  # type: ignore[arg-type]  # all else is its own
+    for each in found:
+        is_one = callable(getattr(each, "due", None)) and hasattr(each, "scope")
+        if isinstance(each, type) or not is_one:
+            hint = f"policy.every({each})" if as_integer(each) else "policy.every(500)"
+            called = ", which was not called" if callable(each) else ""
+            raise UsageError(
+                f"when= takes a policy of dist_ckpt.policy such as {hint}, not {each!r}{called}"
+            )
+    return policy  # type: ignore[return-value]  # each member was looked at
+
+
 def members(policy: SavePolicy) -> tuple[SavePolicy, ...]:
     """Return the policies that `policy` is composed of."""
     return policy.policies if isinstance(policy, _AnyOf) else (policy,)
@@ -292,14 +313,16 @@ def members(policy: SavePolicy) -> tuple[SavePolicy, ...]:
 
 def _steps(steps: tuple[int, ...]) -> frozenset[int]:
     for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        number = as_integer(step)
+        if number is None or number < 0:
             raise UsageError(f"a step is an integer from 0, not {step!r}")
     if not steps:
         raise UsageError("policy.at takes at least one step")
-    return frozenset(steps)
+    return frozenset(map(int, steps))
 
 
 def _positive(count: object, what: str) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    number = as_integer(count)
+    if number is None or number < 1:
         raise UsageError(f"{what} must be a positive integer, not {count!r}")
-    return count
+    return number

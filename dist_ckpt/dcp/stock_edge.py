@@ -37,7 +37,7 @@ def open_store(place: Place) -> Store:
     Raises:
         UsageError: the place is malformed.
     """
-    return place if isinstance(place, Store) else resolve(str(place))
+    return place if isinstance(place, Store) else resolve(place)
 
 
 def step_of(checkpoint_id: str | os.PathLike[str] | int) -> int:

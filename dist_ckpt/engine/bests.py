@@ -15,7 +15,12 @@ from dist_ckpt.repository.ranking import Criterion
 def with_bests(
     when: SavePolicy, keep: KeepPolicy | None, stopping: Sequence[Criterion]
 ) -> tuple[SavePolicy, KeepPolicy | None, list[Criterion]]:
-    """Let the best by every metric that is watched be saved and kept; return these metrics, too."""
+    """Let the best by every metric that is watched be saved and kept; return these metrics, too.
+
+    Raises:
+        UsageError: `keep` is no policy.
+    """
+    keep = keep_policies.checked(keep)
     watched = _watched(when, stopping)
     for criterion in watched:
         # The best can be rolled back to, and kept, only if it was saved.

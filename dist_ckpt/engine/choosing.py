@@ -54,8 +54,7 @@ class LoadCall:
         try:
             options = LoadOptions.of(keywords or {})
             url = "" if place is None else name_of(place)
-            if step is not None:
-                check_step(step)
+            step = None if step is None else check_step(step)
         except CheckpointError as error:
             failed = failed or error
         return cls(step, place, url, options, failed)
@@ -136,7 +135,7 @@ class Chooser:
             return msgspec.msgpack.encode(self._decide(fall_back=fall_back))
 
         data = self._job.training.round(
-            topic.phase("choose"), request, decide, deadline=self._job.deadline()
+            topic.opening("choose"), request, decide, deadline=self._job.deadline()
         )
         answer = msgspec.msgpack.decode(data, type=_Answer)
         news = {step: why for step, why in answer.refused.items() if step not in self._refused}

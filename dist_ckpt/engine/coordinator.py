@@ -22,6 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from dist_ckpt.engine.failures import decode_error, envelope, failure, noted
+from dist_ckpt.engine.waiting import ALIKE, Waiting, named
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -39,14 +40,25 @@ class Topic:
     Attributes:
         key: equal on all ranks, used once.
         label: how error messages call what the round is for.
+        opens: whether it is the first round of a call: who does not come has not made the call.
     """
 
     key: str
     label: str
+    opens: bool = False
 
     def phase(self, name: str) -> Topic:
         """Return the topic of one round of several that serve the same end."""
         return Topic(f"{self.key}/{name}", self.label)
+
+    def opening(self, name: str) -> Topic:
+        """Return the topic of the first of these rounds."""
+        return Topic(f"{self.key}/{name}", self.label, opens=True)
+
+    @property
+    def hint(self) -> str:
+        """What to do when somebody does not come, as the end of a message; may be empty."""
+        return f": {ALIKE}" if self.opens else ""
 
 
 Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
@@ -144,44 +156,6 @@ class Coordinator(Protocol):
         ...
 
 
-class SoloCoordinator:
-    """The whole job is this process."""
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self) -> None:
-        self._notes: dict[str, bytes] = {}
-
-    def round(
-        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
-    ) -> bytes:
-        """Decide at once; see `Coordinator.round`."""
-        if isinstance(message, BaseException):
-            raise noted(topic.label, message)
-        try:
-            answer = decide([message])
-        except Exception as error:
-            noted(topic.label, error)
-            raise
-        return answer if isinstance(answer, bytes) else answer[0]
-
-    def verdict(self, topic: Topic) -> CheckpointError | None:
-        """Nobody else could have decided."""
-        return None
-
-    def post(self, name: str, data: bytes) -> None:
-        """Put a note up; see `Coordinator.post`."""
-        self._notes[name] = data
-
-    def look(self, name: str) -> bytes | None:
-        """Return a note; see `Coordinator.look`."""
-        return self._notes.get(name)
-
-    def leave(self, deadline: Deadline) -> None:
-        """Nobody else is there."""
-
-
 class StoreCoordinator:
     """One of several ranks. Two of them, on two threads, may share a client of the c10d store."""
 
@@ -211,7 +185,7 @@ class StoreCoordinator:
             self._put(f"{topic.key}/message/{number}", envelope(self.rank, message))
             if self.rank == 0:
                 self._decide(topic, decide, deadline.for_coordinator())
-            answer = self._await_answer(topic, deadline)
+            answer = self._await_answer(topic, deadline, first=number == 1)
         except DistError as error:
             raise self._lost(topic, error) from error
         except CheckpointError as error:
@@ -222,7 +196,8 @@ class StoreCoordinator:
             raise
         if answer is None:
             raise CoordinationError(
-                f"{topic.label}: rank 0 did not answer within {deadline.span_seconds:g} s",
+                f"{topic.label}: rank 0 did not answer within {deadline.span_seconds:g} s"
+                f"{topic.hint}",
                 kind=ErrorKind.TIMEOUT,
                 ranks={0: "no answer"},
             )
@@ -273,6 +248,8 @@ class StoreCoordinator:
     def _decide(self, topic: Topic, decide: Decide, deadline: Deadline) -> None:
         """Rank 0: gather, decide, answer. Whatever goes wrong becomes everybody's error."""
         try:
+            if topic.opens:
+                self._put(f"{topic.key}/here", b"")
             answer = decide(self._gather(topic, deadline))
         except BaseException as error:
             known = error if isinstance(error, CheckpointError) else failure(topic.label, 0, error)
@@ -291,8 +268,16 @@ class StoreCoordinator:
         self._forget_messages(topic.key)
         self._forget_answers(topic.key)
 
-    def _await_answer(self, topic: Topic, deadline: Deadline) -> bytes | None:
-        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline)
+    def _await_answer(self, topic: Topic, deadline: Deadline, *, first: bool) -> bytes | None:
+        waiting = None
+        if topic.opens and first and self.rank != 0:
+            # One word for all that wait for rank 0, which names the others itself if it is here.
+            waiting = Waiting(
+                topic.label,
+                deadline.remaining_seconds,
+                lambda: () if self._store.check([f"{topic.key}/here"]) else (0,),
+            )
+        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline, waiting)
         if decided is None:
             return None
         whose = "all" if decided == b"all" else str(self.rank)
@@ -300,8 +285,15 @@ class StoreCoordinator:
 
     def _gather(self, topic: Topic, deadline: Deadline) -> list[bytes]:
         messages: dict[int, bytes] = {}
+
+        def absent_ranks() -> list[int]:
+            return sorted(set(range(self.world_size)) - messages.keys())
+
+        waiting = (
+            Waiting(topic.label, deadline.remaining_seconds, absent_ranks) if topic.opens else None
+        )
         for number in range(1, self.world_size + 1):
-            data = self._wait(f"{topic.key}/message/{number}", None, deadline)
+            data = self._wait(f"{topic.key}/message/{number}", None, deadline, waiting)
             if data is None:
                 # A rank that died after it drew its number leaves a gap: those who came after it
                 # are looked for once more, so that only the absent are named.
@@ -314,18 +306,24 @@ class StoreCoordinator:
                 # The first error ends the round: waiting for more would only delay everybody.
                 raise failure(topic.label, rank, from_wire(error))
             messages[rank] = body
-        absent = sorted(set(range(self.world_size)) - messages.keys())
+        absent = absent_ranks()
         if absent:
             self._absent.update(absent)
             raise CoordinationError(
-                f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
-                f"{deadline.span_seconds:g} s",
+                f"{topic.label}: rank {named(absent)} did not arrive within "
+                f"{deadline.span_seconds:g} s{topic.hint}",
                 kind=ErrorKind.PEER_ABSENT,
                 ranks=dict.fromkeys(absent, "did not arrive"),
             )
         return [messages[rank] for rank in range(self.world_size)]
 
-    def _wait(self, key: str, error_key: str | None, deadline: Deadline) -> bytes | None:
+    def _wait(
+        self,
+        key: str,
+        error_key: str | None,
+        deadline: Deadline,
+        waiting: Waiting | None = None,
+    ) -> bytes | None:
         """Return the value of `key`, or None when the deadline passed without one.
 
         Polled, not blocked on: a blocked client cannot be asked anything else, and c10d writes
@@ -342,6 +340,8 @@ class StoreCoordinator:
                     raise decode_error(failed)
             if deadline.passed:
                 return None
+            if waiting is not None:
+                waiting.look()
             time.sleep(nap)
             nap = min(nap * _NAP_GROWTH, _LONGEST_NAP_SECONDS)
 
@@ -376,6 +376,7 @@ class StoreCoordinator:
             for whose in ("all", *range(self.world_size)):
                 self._delete(f"{old}/answer/{whose}")
             self._delete(f"{old}/decided")
+            self._delete(f"{old}/here")
             self._store.delete_key(f"{old}/arrived")
 
     def _delete(self, key: str) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import ASGD, Adadelta, Adagrad, Optimizer, RMSprop, Rprop
@@ -35,15 +34,18 @@ class Estimate:
     devices: frozenset[torch.device]
 
 
-def estimate(state: TrainState) -> Estimate:
+def estimate(state: TrainState, *, world_size: int) -> Estimate:
     """Guess this rank's share of a save of `state`; looks at shapes alone and asks nobody.
 
     What all ranks hold is shared out evenly, as the plan does it. An optimizer that has not stepped
     yet is taken to keep what its class keeps (two tensors for a parameter in the Adam family).
     Modules and optimizers count, other parts do not: they are small, or their size is not known
     without asking them for their state.
+
+    Args:
+        state: what is going to be saved.
+        world_size: how many ranks save it together.
     """
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     nbytes, devices = 0.0, set()
     with torch.no_grad():  # taking the local part of a DTensor is a graph operation otherwise
         for tensor, count in _tensors(state):

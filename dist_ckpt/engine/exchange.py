@@ -17,11 +17,17 @@ _MIN_SECONDS = 1.0
 
 
 @contextmanager
-def private_group(deadline: Deadline) -> Iterator[dist.ProcessGroup]:
-    """Make a group of all ranks that nothing else uses; it is gone again at the end.
+def private_group(
+    deadline: Deadline, members: Sequence[int] | None = None
+) -> Iterator[dist.ProcessGroup]:
+    """Make a group of the ranks of a job that nothing else uses; it is gone again at the end.
 
     A collective call, on the thread that also makes the training's collectives. When the body is
     left, no rank may still wait for another.
+
+    Args:
+        deadline: when to give up.
+        members: the ranks of the job in the default group; None for all.
 
     Raises:
         CoordinationError: some rank did not come in time.
@@ -29,7 +35,13 @@ def private_group(deadline: Deadline) -> Iterator[dist.ProcessGroup]:
     # Gloo gives up by itself at this point, so that no wait outlives the deadline.
     seconds = max(deadline.remaining_seconds, _MIN_SECONDS)
     try:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        # The other ranks of the default group, if there are any, do not know of this.
+        group = dist.new_group(
+            None if members is None else list(members),
+            backend="gloo",
+            timeout=timedelta(seconds=seconds),
+            use_local_synchronization=members is not None,
+        )
     except Exception as error:  # c10d raises whatever its backends do
         raise CoordinationError(
             f"the ranks could not connect to exchange what they read: {describe(error)}; can each "
@@ -65,10 +77,14 @@ def swap(
         try:
             if extent.reader != rank:
                 peers = [extent.reader]
-                works.append((peers[0], dist.irecv(tensor, peers[0], group, tag=extent.tag)))
+                work = dist.irecv(tensor, group=group, tag=extent.tag, group_src=peers[0])
+                works.append((peers[0], work))
                 received += extent.nbytes
             else:
-                works += [(to, dist.isend(tensor, to, group, tag=extent.tag)) for to in peers]
+                works += [
+                    (to, dist.isend(tensor, group=group, tag=extent.tag, group_dst=to))
+                    for to in peers
+                ]
         except RuntimeError as error:
             failed.setdefault(peers[0], describe(error))
     # All of them are waited for, also after a failure: who is well gets and gives what it should,

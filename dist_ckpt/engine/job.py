@@ -7,11 +7,14 @@ import os
 import threading
 from collections.abc import Mapping
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.engine.passed_over import PassedOver
 from dist_ckpt.engine.rendezvous import Coordinators, join
+from dist_ckpt.engine.same_place import check_same_place
 from dist_ckpt.errors import UsageError, without_secrets
 from dist_ckpt.format.names import new_save_id
 from dist_ckpt.repository import Repository
@@ -32,24 +35,43 @@ class Job:
     Attributes:
         url: where the run is, as messages name it.
         repository: the run.
+        ranks: which ranks form the job.
         timeout_seconds: the deadline of every save and restore.
         restored_step: the step this job went on from, None for a fresh start.
         passed_over: what its restores found damaged.
     """
 
-    def __init__(self, place: Place, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        place: Place,
+        *,
+        timeout_seconds: float,
+        ranks: JobRanks | None = None,
+        commits: bool = True,
+    ) -> None:
         """Resolve the place; other ranks are contacted at the first save or load only.
 
+        Args:
+            place: where the run is.
+            timeout_seconds: the deadline of every save and restore.
+            ranks: which ranks form the job; None for all.
+            commits: whether the job may take the run over; else it only looks.
+
         Raises:
-            UsageError: the place is malformed, or the timeout is not a positive number of seconds.
+            UsageError: the place is malformed, the timeout is not a positive number of seconds, or
+                this is one of several processes that would each take the run over.
         """
-        is_number = isinstance(timeout_seconds, int | float)
+        given: object = timeout_seconds  # a number of numpy's will do
+        is_number = isinstance(given, Real) and not isinstance(given, bool)
         # Written so that a NaN is refused too; no lock can be waited for longer than the maximum.
         if not (is_number and 0 < timeout_seconds <= threading.TIMEOUT_MAX):
             raise UsageError(
                 f"timeout_seconds must be a finite number above 0, not {timeout_seconds!r}"
             )
-        store = place if isinstance(place, Store) else resolve(str(place))
+        store = place if isinstance(place, Store) else resolve(place)
+        self.ranks = ranks or JobRanks()
+        self._commits = commits
+        self._check_joined()
         self.url = without_secrets(store.url)
         self.repository = Repository(store)
         self.timeout_seconds = timeout_seconds
@@ -59,6 +81,7 @@ class Job:
         # none. Nobody else may commit while this job owns the run, so it need not be looked for.
         self._newest: int | None = None
         self._claim: int | None = None
+        self._same_place = False
         self._numbers = itertools.count(1)
         self._left = False
         self._hurried = False
@@ -67,7 +90,8 @@ class Job:
     @cached_property
     def coordinators(self) -> Coordinators:
         """The way to the other ranks, set up at first use: all ranks get here in one call."""
-        found = join(timeout_seconds=self.timeout_seconds)
+        self._check_joined()  # once more: the process group may be gone since
+        found = join(timeout_seconds=self.timeout_seconds, ranks=self.ranks)
         self._pid = os.getpid()
         return found
 
@@ -95,11 +119,31 @@ class Job:
         """Whether this is the copy that a fork has made of a job that is at work in the parent."""
         return self._pid is not None and self._pid != os.getpid()
 
+    def _check_joined(self) -> None:
+        if self._commits:
+            self.ranks.check_joined()
+
     def claim(self) -> int:
         """Rank 0: return this job's claim on the run, taken at the first call."""
         if self._claim is None:
             self._claim = self.repository.claim()
         return self._claim
+
+    def check_same_place(self, topic: Topic) -> None:
+        """Check once, after the claim was taken, that all ranks mean one place; a call of them all.
+
+        Raises:
+            UsageError: each host has a folder of its own there, for example.
+        """
+        if not self._same_place and self.training.world_size > 1:
+            check_same_place(
+                self.training,
+                self.repository.store,
+                self._claim,
+                topic=topic.phase("place"),
+                deadline=self.deadline(),
+            )
+        self._same_place = True
 
     def begin(self, step: int) -> str:
         """Rank 0: open an attempt to save `step` and return its save_id.

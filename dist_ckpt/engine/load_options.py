@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import torch
 
 from dist_ckpt.dcp.ties import TIE_RULES, TieRule
+from dist_ckpt.engine.job_ranks import JobKeywords
 from dist_ckpt.errors import UsageError, describe, is_refusal
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.numbers import as_integer
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
 Exchange: TypeAlias = Literal["auto", "always", "never"]
@@ -21,6 +23,8 @@ _EXCHANGES = ("auto", "always", "never")
 _SWITCHES = ("strict", "cast", "verify")
 _MIN_IN_FLIGHT_BYTES = 1 << 20
 _NEAR = 3
+# What calls that load know by name, besides their options.
+_ARGUMENTS = ("url", "step", "part", "timeout_seconds", "ranks", "process_group")
 
 
 class LoadKeywords(TypedDict, total=False):
@@ -36,6 +40,10 @@ class LoadKeywords(TypedDict, total=False):
     verify: bool
     exchange: Exchange
     in_flight_bytes: int
+
+
+class LoadCallKeywords(LoadKeywords, JobKeywords, total=False):
+    """The keywords of `LoadOptions` and `JobRanks`: a call that has no Checkpointer takes both."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +93,7 @@ class LoadOptions:
             UsageError: an unknown keyword, or a value that is none of its option's; names it.
         """
         known = [field.name for field in fields(cls)]
-        unknown = sorted(keywords.keys() - set(known))
-        if unknown:
-            raise UsageError(
-                f"unknown option {unknown[0]!r}{near(unknown[0], known)}: a load knows "
-                f"{', '.join(known)}"
-            )
+        check_known(keywords, known, besides=_ARGUMENTS, verb="load")
         values = dict(keywords)
         for name in ("only", "skip"):
             if name in values:
@@ -108,8 +111,8 @@ class LoadOptions:
         if self.ties not in TIE_RULES:
             raise UsageError(f"ties is one of {', '.join(TIE_RULES)}, not {self.ties!r}")
         number = self.in_flight_bytes
-        whole = isinstance(number, int) and not isinstance(number, bool)
-        if not (whole and number >= _MIN_IN_FLIGHT_BYTES):
+        whole = as_integer(number)
+        if whole is None or whole < _MIN_IN_FLIGHT_BYTES:
             raise UsageError(
                 f"in_flight_bytes is a number of bytes of at least {_MIN_IN_FLIGHT_BYTES}, "
                 f"not {number!r}"
@@ -204,6 +207,28 @@ def _mapped(rename: Mapping[str, str], name: str) -> str:
         # separator behind it changes, so that `{"model": "model/net"}` does what it says.
         rest = ("." if "/" in new else "/") + rest[1:]
     return new + rest
+
+
+def check_known(
+    keywords: Mapping[str, Any], known: Iterable[str], *, besides: Iterable[str] = (), verb: str
+) -> None:
+    """Check the names of what a call was given besides its arguments.
+
+    Args:
+        keywords: what it was given.
+        known: the names of its options.
+        besides: those of its other arguments, for the hint at a mistyped one.
+        verb: what it does.
+
+    Raises:
+        UsageError: a name is unknown; offers the nearest.
+    """
+    listed = list(known)
+    for name in sorted(keywords.keys() - set(listed)):
+        hint = near(name, [*listed, *besides])
+        # Known elsewhere, but not to this call: nothing is mistyped.
+        hint = "" if f"({name!r}" in hint else hint
+        raise UsageError(f"unknown option {name!r}{hint}: a {verb} knows {', '.join(listed)}")
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -102,6 +102,9 @@ class Loader:
                 chosen, news = chooser.choose(topic, fall_back=fall_back)
             except CheckpointError as error:
                 tell(error, progress)
+            if own:
+                # Now, and not at the first save: rank 0 has just taken the run over.
+                self._job.check_same_place(topic)
             progress.clock("choose", since)
             self._announce(chooser.url, news)
             if chosen is None:
@@ -185,7 +188,12 @@ class Loader:
         memory: BounceMemory,
     ) -> ReadResult:
         """Read everything to its place, once it is known that what shares memory agrees."""
-        how = ReadOptions(options.verify, options.exchange, options.in_flight_bytes)
+        how = ReadOptions(
+            options.verify,
+            options.exchange,
+            options.in_flight_bytes,
+            members=self._job.ranks.members(),
+        )
         since = time.perf_counter()
         compared = compare_ties(
             source,

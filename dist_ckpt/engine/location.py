@@ -41,8 +41,6 @@ def name_of(place: Place) -> str:
     """
     if isinstance(place, Store):
         return without_secrets(place.url)
-    if not isinstance(place, str | PathLike):
-        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
     return without_secrets(resolve(place).url)
 
 
@@ -59,6 +57,9 @@ def locate(place: Place, step: int | None) -> Location:
     """
     if isinstance(place, Store):
         return Location(place, step)
+    # Checked before it becomes text: that of None would be a folder.
+    if not isinstance(place, str | PathLike):
+        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
     text = str(place).rstrip("/") or str(place)
     head, _, name = text.rpartition("/")
     above = head or ("/" if text.startswith("/") else ".")

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Never, Self, SupportsIndex, TypeAlias
 
 import torch
 
 from dist_ckpt.dcp.planner import Held, LocalBox
 from dist_ckpt.dcp.wanted import Wanted
-from dist_ckpt.engine.coordinator import Deadline, SoloCoordinator, Topic
+from dist_ckpt.engine.coordinator import Deadline, Topic
 from dist_ckpt.engine.job import Place
-from dist_ckpt.engine.load_options import near
+from dist_ckpt.engine.load_options import check_known, near
 from dist_ckpt.engine.location import locate, open_source
 from dist_ckpt.engine.reading import ReadOptions, read
+from dist_ckpt.engine.solo import SoloCoordinator
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import check_step
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.layout import dtype_of
@@ -226,7 +228,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
 
 
 def open_checkpoint(
-    url: Place, *, step: int | None = None, verify: bool = True
+    url: Place, *, step: SupportsIndex | None = None, verify: bool = True, **unknown: Never
 ) -> OpenedCheckpoint:
     """Look into a checkpoint: only its description is read here. One process, no other rank.
 
@@ -236,13 +238,17 @@ def open_checkpoint(
             file. A path, a URL, or a `Store`.
         step: which checkpoint of the run.
         verify: whether what is read later is compared with its digests.
+        **unknown: refused, with the nearest name that is known.
 
     Raises:
         NotFound: there is no checkpoint.
         IntegrityError: its description is damaged.
-        UsageError: the place is malformed.
+        UsageError: the place is malformed, or there is no such argument.
     """
-    location = locate(url, step)
+    check_known(unknown, ("step", "verify"), verb="look into a checkpoint")
+    if not isinstance(verify, bool):
+        raise UsageError(f"verify is True or False, not {verify!r}")
+    location = locate(url, None if step is None else check_step(step))
     try:
         source = open_source(location)
     except BaseException:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
+from dist_ckpt.engine.job_ranks import JOB_KEYWORDS, JobKeywords
+from dist_ckpt.engine.load_options import check_known
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.format.numbers import as_integer
 
 Staging = Literal["blocking", "overlapped"]
 WhenBusy = Literal["wait", "skip", "replace"]
@@ -18,8 +21,8 @@ MIN_MEMORY_BYTES = BLOCK_BYTES
 _HEADER_BYTES = 64 * 1024
 
 
-class SaveKeywords(TypedDict, total=False):
-    """The keywords of `SaveOptions`, for the signatures of the calls that take them."""
+class SaveKeywords(JobKeywords, total=False):
+    """The keywords of `SaveOptions` and `JobRanks`, for the signatures of calls that take them."""
 
     staging: Staging
     when_busy: WhenBusy
@@ -62,24 +65,26 @@ class SaveOptions:
     command: bool = False
 
     @classmethod
-    def of(cls, keywords: Mapping[str, Any]) -> SaveOptions:
+    def of(cls, keywords: Mapping[str, Any], *, besides: Iterable[str] = ()) -> SaveOptions:
         """Return the options that the keywords of a call mean.
+
+        Args:
+            keywords: as they were given; those of `JobRanks` are passed over.
+            besides: what else the call knows by name, for the hint at a mistyped one.
 
         Raises:
             UsageError: an unknown keyword, or a value that is none of its option's; names it.
         """
         known = [field.name for field in fields(cls)]
-        unknown = sorted(keywords.keys() - set(known))
-        if unknown:
-            raise UsageError(f"unknown option {unknown[0]!r}: a save knows {', '.join(known)}")
-        return cls(**keywords)
+        check_known(keywords, [*known, *sorted(JOB_KEYWORDS)], besides=besides, verb="save")
+        return cls(**{name: keywords[name] for name in known if name in keywords})
 
     def __post_init__(self) -> None:
         """Check every value, so that a bad one is not found at the first save."""
         _check_choice("staging", self.staging, get_args(Staging))
         _check_choice("when_busy", self.when_busy, get_args(WhenBusy))
         limit = self.memory_limit_bytes
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+        if limit is not None and as_integer(limit) is None:
             raise UsageError(f"memory_limit_bytes must be an integer or None, not {limit!r}")
         if limit is not None and limit < MIN_MEMORY_BYTES:
             raise UsageError(

@@ -137,7 +137,7 @@ class Planner:
         except Exception as error:
             message = error
         data = self._coordinator.round(
-            topic.phase("plan"),
+            topic.opening("plan"),
             message,
             lambda all_: self._answer(all_, begin),
             deadline=deadline,

@@ -48,11 +48,13 @@ class ReadOptions:
             work of the storage, which all ranks of all hosts share; what it costs is network, of
             which each host brings its own.
         in_flight_bytes: the most host memory to use at a time, above that of the targets.
+        members: the ranks of the job in the default process group; None for all of it.
     """
 
     verify: bool = True
     exchange: Exchange = "auto"
     in_flight_bytes: int = 256 << 20
+    members: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +232,10 @@ class _Reading:
         with ExitStack() as stack:
             with self._counts.clock("exchange"):
                 group, _ = self._together(
-                    "connect", lambda: stack.enter_context(private_group(self._deadline))
+                    "connect",
+                    lambda: stack.enter_context(
+                        private_group(self._deadline, self._options.members)
+                    ),
                 )
             with self._counts.clock("read"):
                 nbytes, _ = self._together("alone", lambda: plan.fetcher.fetch(sharing.alone[rank]))

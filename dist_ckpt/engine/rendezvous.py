@@ -16,11 +16,15 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store, _get_default_store
 
-from dist_ckpt.engine.coordinator import Coordinator, SoloCoordinator, StoreCoordinator
+from dist_ckpt.engine.coordinator import Coordinator, StoreCoordinator
+from dist_ckpt.engine.job_ranks import JobRanks
+from dist_ckpt.engine.solo import SoloCoordinator
+from dist_ckpt.engine.waiting import ALIKE, Waiting
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
 
 _PROBE_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
+_FIRST_NAP_SECONDS = 0.005
 # Generous: while connecting, c10d looks the address up in the DNS by its number, for its log only,
 # and a resolver that drops one answer holds it up for 5 s.
 _CONNECT_SECONDS = 120.0
@@ -36,46 +40,50 @@ class Coordinators:
 
 @dataclass(slots=True)
 class _Connection:
-    """This process's client of the store, which lasts as long as the process group."""
+    """This process's client of the store of one group, which lasts as long as that group."""
 
     group: ProcessGroup
     # A store may outlive a process group, and with it the address that rank 0 published there.
-    # Every rank lives through the same process groups: a number for each keeps addresses apart.
+    # The ranks of a group set up their jobs together: a number for each group that was known by
+    # one name keeps addresses apart.
     number: int
     jobs: Iterator[int]
     store: Store | None = None
 
 
-_connection: _Connection | None = None
+_WORLD = "world"
+_connections: dict[str, _Connection] = {}
 
 
-def join(*, timeout_seconds: float) -> Coordinators:
-    """Set up coordination with the other ranks of the default process group, if there is one.
+def join(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
+    """Set up coordination with the other ranks of the job, if there are any.
 
-    For the first job of a process group rank 0 opens a store on a free port and publishes where, in
-    the store of the process group, which is used for nothing else. One client per process is enough
-    for all jobs and threads, because rounds never block inside it.
+    For the first job of a process group its rank 0 opens a store on a free port and publishes
+    where, in the store of the default group, which is used for nothing else. One client per group
+    is enough for all jobs and threads, because rounds never block inside it.
 
     Args:
         timeout_seconds: how long to wait for rank 0 to appear.
+        ranks: which ranks form the job; None for those of the default process group.
 
     Raises:
         CoordinationError: rank 0 did not publish its store in time, or it cannot be reached.
     """
-    global _connection
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    ranks = ranks or JobRanks()
+    group = ranks.group()
+    if group is None:
         return Coordinators(SoloCoordinator(), SoloCoordinator())
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    group = dist.group.WORLD
-    if group is None:  # pragma: no cover - it is initialized
-        raise CoordinationError("the default process group is gone")
-    if _connection is None or _connection.group is not group:
-        number = 0 if _connection is None else _connection.number + 1
-        _connection = _Connection(group, number, itertools.count())
-    if _connection.store is None:  # also when a try before this one failed
-        _connection.store = _open(rank, _connection.number, timeout_seconds)
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    name = _name(group)
+    known = _connections.get(name)
+    if known is None or known.group is not group:
+        number = 0 if known is None else known.number + 1
+        known = _connections[name] = _Connection(group, number, itertools.count())
+    if known.store is None:  # also when a try before this one failed
+        prefix = f"dist_ckpt/{known.number}" + ("" if name == _WORLD else f"/{name}")
+        known.store = _open(rank, prefix, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
-    store = PrefixStore(f"job/{next(_connection.jobs)}", _connection.store)
+    store = PrefixStore(f"job/{next(known.jobs)}", known.store)
     absent: set[int] = set()
     return Coordinators(
         StoreCoordinator(store, rank, world_size, absent=absent),
@@ -83,8 +91,17 @@ def join(*, timeout_seconds: float) -> Coordinators:
     )
 
 
-def _open(rank: int, number: int, timeout_seconds: float) -> Store:
-    shared = PrefixStore(f"dist_ckpt/{number}", _get_default_store())
+def _name(group: ProcessGroup) -> str:
+    """Return what its own ranks call a group alike, and no other ranks any other."""
+    if group is dist.group.WORLD:
+        return _WORLD
+    # Groups that exist at one time may have the same ranks, or bear one name on other ranks.
+    members = "-".join(map(str, dist.get_process_group_ranks(group)))
+    return f"{group.group_name}/{members}"
+
+
+def _open(rank: int, prefix: str, timeout_seconds: float) -> Store:
+    shared = PrefixStore(prefix, _get_default_store())
     if rank == 0:
         return _serve(shared)
     until = time.monotonic() + timeout_seconds
@@ -115,13 +132,23 @@ def _serve(shared: Store) -> Store:
 
 
 def _await_address(shared: Store, timeout_seconds: float) -> dict[str, str | int]:
+    until = time.monotonic() + timeout_seconds
+    # One word for all ranks that wait for rank 0: that of the first.
+    first = shared.add("waiting", 1) == 1
+    waiting = Waiting("the first save or load", timeout_seconds, lambda: (0,) if first else ())
+    nap = _FIRST_NAP_SECONDS
     try:
-        shared.wait(["address"], timedelta(seconds=timeout_seconds))
+        # Looked for and not waited for: c10d says nothing until the end, and then too much.
+        while not shared.check(["address"]):
+            if time.monotonic() > until:
+                raise TimeoutError("it has published no address")
+            waiting.look()
+            time.sleep(nap)
+            nap = min(2 * nap, _RETRY_SECONDS)
         address: dict[str, str | int] = json.loads(shared.get("address"))
-    except RuntimeError as error:  # DistError of most stores, and no finer class of FileStore
+    except (RuntimeError, TimeoutError) as error:  # of FileStore there is no finer class
         raise CoordinationError(
-            f"rank 0 did not open its coordination store within {timeout_seconds:g} s: every rank "
-            "must make the same calls in the same order",
+            f"rank 0 did not open its coordination store within {timeout_seconds:g} s: {ALIKE}",
             kind=ErrorKind.PEER_ABSENT,
             ranks={0: describe(error)},
         ) from error

@@ -194,7 +194,7 @@ class Resumer:
 
     def _ask(self, what: str, answer: Callable[[], AnswerT], failed: Exception | None) -> AnswerT:
         """Return what `answer` returns on rank 0: an integer, or numbers by name."""
-        topic = self._job.topic("ask", f"looking into {self._job.url}").phase(what)
+        topic = self._job.topic("ask", f"looking into {self._job.url}").opening(what)
         data = self._job.training.round(
             topic,
             failed or b"",

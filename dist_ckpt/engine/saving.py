@@ -72,7 +72,7 @@ class Saver:
 
     def prewarm(self) -> None:
         """Begin to take the memory that the first save will need, in the background."""
-        self._stager.prewarm(self._state)
+        self._stager.prewarm(self._state, world_size=self._job.ranks.world_size())
 
     def start(self, step: int, metrics: Metrics, about: About | None = None) -> SaveHandle:
         """Begin to save; return when the state may change again.
@@ -134,6 +134,8 @@ class Saver:
             if agreed.plan is None:
                 events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
                 return SaveHandle.skipped(step)
+            # Before a file is written: what is written to several places can never be loaded.
+            self._job.check_same_place(topic)
             assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
             attempt = Attempt(
                 Transaction(self._job.repository.store, step, agreed.save_id),

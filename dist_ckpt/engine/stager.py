@@ -107,17 +107,18 @@ class Stager:
         self._engines: dict[torch.device, CopyEngine] = {}
         self._in_flight: Sequence[InFlight] = ()
 
-    def prewarm(self, state: TrainState) -> None:
+    def prewarm(self, state: TrainState, *, world_size: int = 1) -> None:
         """Begin to allocate and touch, in the background, what a save of `state` will need.
 
         Cheap, and without effect once something was staged: then the size is known.
 
         Args:
             state: what is going to be saved; an optimizer without state counts as if it had it.
+            world_size: how many ranks save it together.
         """
         if self._layout is not None:
             return
-        guess = estimate(state)
+        guess = estimate(state, world_size=world_size)
         nbytes = guess.nbytes if self._limit is None else min(guess.nbytes, self._limit)
         if nbytes:
             self._arena.prewarm(nbytes, pin=self._pin(guess.devices))

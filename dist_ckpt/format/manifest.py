@@ -105,7 +105,7 @@ def encode(manifest: Manifest) -> bytes:
     fields: dict[str, Any] = {"format": manifest.format}
     fields |= {name: getattr(manifest, name) for name in manifest.__struct_fields__}
     fields["metrics"] = write_metrics(manifest.metrics)
-    fields["metadata"] = _plain(manifest.metadata, "metadata", 0)
+    fields["metadata"] = plain_metadata(manifest.metadata)
     fields["origin"] = _plain(manifest.origin, "origin", 0)
     try:
         text = msgspec.json.format(msgspec.json.encode(fields), indent=2)
@@ -264,6 +264,16 @@ def read_metrics(fields: object) -> dict[str, float]:
             raise ValueError(f"metric {name!r} is no number")
         metrics[name] = float(number)
     return metrics
+
+
+def plain_metadata(metadata: Mapping[str, object]) -> dict[str, Any]:
+    """Return a user's metadata as built-in JSON types.
+
+    Raises:
+        UsageError: JSON cannot hold it; names the path.
+    """
+    plain: Any = _plain(metadata, "metadata", 0)
+    return dict(plain)
 
 
 def _plain(value: object, path: str, depth: int) -> object:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.numbers import as_integer
 
 MANIFEST = "manifest.json"
 INDEX = "index.msgpack"
@@ -147,13 +149,22 @@ def check_part(name: str) -> str:
     return name
 
 
-def check_step(step: int) -> int:
-    """Return `step` if it is an integer in [0, 10**10).
+def check_step(step: SupportsIndex) -> int:
+    """Return `step` as an `int` if it is an integer in [0, 10**10), of numpy or torch too.
 
     Raises:
         UsageError: anything else, booleans included.
     """
     return _check_count("step", step, STEP_LIMIT)
+
+
+def plain_step(step: SupportsIndex) -> int:
+    """Return an integer of whatever type as an `int`, anything else as it is.
+
+    For calls whose ranks check the step together, so that all of them hear what is wrong with it.
+    """
+    number = as_integer(step)
+    return step if number is None else number  # type: ignore[return-value]
 
 
 def chunk_name(tensor_name: str, offsets: Sequence[int] | None) -> str:
@@ -194,7 +205,8 @@ def is_attempt_file(name: str) -> bool:
     return name in (INDEX, PIN, EPOCH_NOTE) or parse_shard_name(name) is not None
 
 
-def _check_count(what: str, value: int, limit: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
+def _check_count(what: str, value: SupportsIndex, limit: int) -> int:
+    number = as_integer(value)
+    if number is None or not 0 <= number < limit:
         raise UsageError(f"bad {what} {value!r}: must be an integer from 0 to {limit - 1}")
-    return value
+    return number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -44,6 +45,8 @@ def take(store: Store) -> int:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        # By which other ranks know it again, whatever their hosts and processes are called.
+        "nonce": secrets.token_hex(8),
     }
     number = 0
     blocked = 0

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.numbers import as_integer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion, Mode
 
@@ -258,6 +259,23 @@ def either(one: KeepPolicy, other: KeepPolicy) -> Keep:
     return _AnyOf((*_members(one), *_members(other)))
 
 
+def checked(policy: object) -> KeepPolicy | None:
+    """Return `policy` if it is one, or None: what `keep=` of a call was given.
+
+    Raises:
+        UsageError: it is something else, such as a number or a function that was not called.
+    """
+    members = _members(policy)  # type: ignore[arg-type]  # anything else has itself as its member
+    for each in () if policy is None else members:
+        if isinstance(each, type) or not callable(getattr(each, "kept", None)):
+            hint = f"keep.latest({each})" if as_integer(each) else "keep.latest(3)"
+            called = ", which was not called" if callable(each) else ""
+            raise UsageError(
+                f"keep= takes a policy of dist_ckpt.keep such as {hint}, not {each!r}{called}"
+            )
+    return policy  # type: ignore[return-value]  # each member was looked at
+
+
 def criteria(policy: KeepPolicy) -> tuple[Criterion, ...]:
     """Return by which metrics `policy` looks for the best, in order, none twice."""
     found = (each.criterion for each in _members(policy) if isinstance(each, _Best))
@@ -279,6 +297,7 @@ def _age_seconds(record: Record, newest: Record) -> float:
 
 
 def _positive(count: object, what: str) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    number = as_integer(count)
+    if number is None or number < 1:
         raise UsageError(f"{what}, not {count!r}")
-    return count
+    return number

@@ -91,7 +91,7 @@ class Repository:
             IntegrityError: its manifest or index is damaged.
             IncompatibleError: it was written by a newer format.
         """
-        check_step(step)
+        step = check_step(step)
         try:
             return Checkpoint.read(self.store, step)
         except NotFound:
@@ -123,7 +123,7 @@ class Repository:
             FencedError: a newer claim owns the run.
             UsageError: the store cannot create atomically, or the step is no step.
         """
-        check_step(step)
+        step = check_step(step)
         self._check_can_commit()
         if self._is_committed(step):
             raise self._exists(step)

@@ -45,7 +45,7 @@ def take_aside(value: Any, refuse: Refuse) -> tuple[str, list[Any], torch.Tensor
         described = dtype_to_json(value.dtype, value, refuse)
         packed = np.require(value, requirements=["C", "W"])
         flat = packed.reshape(-1).view(np.uint8)
-        head = [described, list(value.shape), bytes_digest(memoryview(flat))]
+        head = [described, list(value.shape), bytes_digest(flat.data)]
         return NDARRAY, head, torch.from_numpy(packed if packed.dtype in _NATIVE else flat)
     return None
 
@@ -61,7 +61,7 @@ def from_aside(name: str, head: Any, body: Any) -> Any:
     flat = body.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     *kind, digest = head
     # The blocks of the file were verified; this finds that another tensor took the name.
-    if bytes_digest(memoryview(flat)) != digest:
+    if bytes_digest(flat.data) != digest:
         raise ValueError("its bytes are those of another value")
     if name == BYTES:
         return flat.tobytes()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.format.numbers import as_integer
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 
@@ -47,13 +49,14 @@ class EarlyStopping:
     def __init__(
         self, metric: str, *, patience: int, min_delta: float = 0.0, mode: Mode = "min"
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        looks = as_integer(patience)
+        if looks is None or looks < 1:
             raise UsageError(f"patience must be a positive integer, not {patience!r}")
         is_number = isinstance(min_delta, int | float) and not isinstance(min_delta, bool)
         if not is_number or not 0 <= min_delta < math.inf:
             raise UsageError(f"min_delta must be a finite number from 0, not {min_delta!r}")
         self.criterion = Criterion(metric, mode)
-        self.patience = patience
+        self.patience = looks
         self.min_delta = float(min_delta)
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -64,10 +67,10 @@ class EarlyStopping:
         """Whether `patience` looks in a row were no better than the best."""
         return self.looks >= self.patience
 
-    def update(self, step: int, value: float) -> bool:
+    def update(self, step: SupportsIndex, value: float) -> bool:
         """Take a look at the metric after `step`; return whether it is the best so far."""
         if self.criterion.beats(value, self.best_score, min_delta=self.min_delta):
-            self.best_score, self.best_step, self.looks = float(value), step, 0
+            self.best_score, self.best_step, self.looks = float(value), index(step), 0
             return True
         self.looks += 1
         return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from dist_ckpt.errors import IncompatibleError
 
@@ -34,16 +35,24 @@ class Progress:
     samples: int = 0
     tokens: int = 0
 
-    def add(self, *, steps: int = 0, epochs: int = 0, samples: int = 0, tokens: int = 0) -> None:
+    def add(
+        self,
+        *,
+        steps: SupportsIndex = 0,
+        epochs: SupportsIndex = 0,
+        samples: SupportsIndex = 0,
+        tokens: SupportsIndex = 0,
+    ) -> None:
         """Count on."""
-        self.step += steps
-        self.epoch += epochs
-        self.samples += samples
-        self.tokens += tokens
+        # Counts come from numpy and torch, and would stay of their types.
+        self.step += index(steps)
+        self.epoch += index(epochs)
+        self.samples += index(samples)
+        self.tokens += index(tokens)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts by name."""
-        return asdict(self)
+        return {name: index(count) for name, count in asdict(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Take the counts that `state_dict` returned; a count it does not know stays as it is.

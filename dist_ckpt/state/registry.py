@@ -138,15 +138,15 @@ def register(
         raise UsageError(f"bad name {name!r}: what begins with {RESERVED!r} is dist_ckpt's own")
     if (encode is None) != (decode is None) and not issubclass(type_, Enum):
         raise UsageError(f"{_label(type_)}: give both encode= and decode=, or neither")
-    own = _own_form(type_)
+    own = _own_form(type_) or (None, None)
+    to_plain, from_plain = encode or own[0], decode or own[1]
     # Nothing is guessed, not even from __reduce__: what is stored is what `encode` says.
-    if own is None and (encode is None or decode is None):
+    if to_plain is None or from_plain is None:
         raise UsageError(
             f"{_label(type_)} is no enum, dataclass or namedtuple: register it with encode= and "
             "decode="
         )
-    to_plain, from_plain = own or (encode, decode)
-    REGISTRY.add(Registered(type_, name, encode or to_plain, decode or from_plain))
+    REGISTRY.add(Registered(type_, name, to_plain, from_plain))
 
 
 def _own_form(

@@ -51,7 +51,10 @@ def resolve(
     Raises:
         UsageError: malformed, of an unknown scheme, or an option that does not go with it.
     """
-    text = _checked(os.fspath(url))
+    text = os.fspath(url) if isinstance(url, str | os.PathLike) else None
+    if not isinstance(text, str):  # a path of bytes is none either
+        raise UsageError(f"a place is a path, a URL or a Store, not {url!r}")
+    text = _checked(text)
     scheme, rest = _split(text)
     store = _open(text, scheme, rest, options=storage_options, single_writer=single_writer)
     # From the inside to the outside; s3 repeats single requests itself, which is cheaper.

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.coordinator import Deadline, Decide, SoloCoordinator, StoreCoordinator
+from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator
+from dist_ckpt.engine.solo import SoloCoordinator
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,

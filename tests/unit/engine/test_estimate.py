@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dist_ckpt.engine.estimate import SPARE_BYTES, Estimate
 from dist_ckpt.engine.estimate import estimate as guess
+from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.testing.ranks import run_ranks
 
@@ -37,7 +38,7 @@ OPTIMIZERS: list[tuple[str, Make]] = [
 
 def estimate(state: TrainState) -> Estimate:
     """Return the guess without what is spare."""
-    found = guess(state)
+    found = guess(state, world_size=JobRanks().world_size())
     return Estimate(found.nbytes - (SPARE_BYTES if found.devices else 0), found.devices)
 
 

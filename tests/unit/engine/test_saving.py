@@ -20,6 +20,7 @@ from dist_ckpt.engine import exit as ending
 from dist_ckpt.engine import job as job_module
 from dist_ckpt.engine import untold
 from dist_ckpt.engine.handle import SaveHandle
+from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
 from dist_ckpt.repository import Record, Repository
 from dist_ckpt.storage.memory import MemoryStore
@@ -233,7 +234,7 @@ def test_whatever_a_backend_raises_ends_the_save_and_not_the_writer() -> None:
 def test_a_rank_that_cannot_reach_the_others_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
 
-    def unreachable(*, timeout_seconds: float) -> Any:
+    def unreachable(*, timeout_seconds: float, ranks: JobRanks) -> Any:
         calls.append(timeout_seconds)
         raise CoordinationError("rank 0 cannot be reached")
 

@@ -363,7 +363,7 @@ def test_what_cannot_be_kept_is_named(value: Any, match: str) -> None:
 
 
 def test_a_namedtuple_with_attributes_of_its_own_is_refused() -> None:
-    value = Labelled(1)
+    value: Any = Labelled(1)
     assert back(value) == value
     value.label = "a"
     with pytest.raises(UsageError, match="besides its fields"):
@@ -372,7 +372,8 @@ def test_a_namedtuple_with_attributes_of_its_own_is_refused() -> None:
 
 def test_two_namedtuples_of_one_name_are_told_apart_by_registering() -> None:
     encode(Old(1, 2), path="s")
-    other = namedtuple("Old", "a b", module="elsewhere")
+    make: Any = namedtuple
+    other = make("Old", "a b", module="elsewhere")
     with pytest.raises(UsageError, match=r"register_type\(Old, name='Old'\)"):
         encode(other(1, 2), path="s")
     dist_ckpt.register_type(other, name="tests.standard.elsewhere.Old")
