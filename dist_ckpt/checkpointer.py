@@ -80,8 +80,8 @@ class Checkpointer:
             timeout_seconds: after this long a save or a restore fails on every rank.
             metadata: any JSON, stored in every manifest. By convention `config` is how the training
                 was configured, `phase` is "pretraining" or the like, `notes` are for people.
-            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
-                `dist_ckpt.engine.options.SaveOptions`; `ranks`, `process_group`: see
+            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`:
+                see `dist_ckpt.engine.options.SaveOptions`; `ranks`, `process_group`: see
                 `dist_ckpt.engine.job_ranks.JobRanks`.
 
         Raises:

@@ -169,7 +169,8 @@ class _Naming:
         path = f"{self._part}.{name}"
         filled = _filled(value, leaves)
         try:
-            self.objects[name] = encode(filled, path=path, tensors=found, prefix=name)
+            # Only what its files hold as tensors is read from them.
+            self.objects[name] = encode(filled, path=path, tensors=found, prefix=name, aside=False)
         except UsageError as error:
             # Of no use, but no reason to refuse the rest: whoever wants it is told why.
             fault = error.message.partition("; ")[0]  # what follows is advice for who saves

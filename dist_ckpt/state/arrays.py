@@ -24,6 +24,8 @@ def array_to_json(
 ) -> list[Any]:
     """Return `array` as JSON, or call `refuse(array, reason)` if its dtype has no exact form."""
     described = dtype_to_json(array.dtype, array, refuse)
+    if not array.size and array.dtype.itemsize > _MAX_ITEM_BYTES:
+        refuse(array, f"an element of its dtype takes more than {_MAX_ITEM_BYTES} bytes")
     data = b64encode(array.tobytes(order="C")).decode("ascii")
     return [described, list(array.shape), data]
 
@@ -38,7 +40,6 @@ def dtype_to_json(
         # plain bytes of the same size.
         described = npy.dtype_to_descr(dtype)
         exact = not dtype.hasobject and _dtype(described) == dtype
-        exact = exact and (array.size > 0 or dtype.itemsize <= _MAX_ITEM_BYTES)
     except (ValueError, TypeError):
         exact = False
     if not exact:

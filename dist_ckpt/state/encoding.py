@@ -32,8 +32,17 @@ def dumps(node: Any) -> str:
 class Encoder:
     """One walk over one value; see `dist_ckpt.state.objects.encode` for the arguments."""
 
-    def __init__(self, path: str, tensors: dict[str, torch.Tensor] | None, prefix: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        tensors: dict[str, torch.Tensor] | None,
+        prefix: str,
+        *,
+        aside: bool = True,
+    ) -> None:
         self._path = path
+        # Inside a value of one rank alone there is no beside.
+        self._aside = aside and tensors is not None
         self._tensors = tensors
         self._prefix = prefix
         self._steps: list[tuple[str, str]] = []  # as shown to people, as a tensor name has it
@@ -51,8 +60,8 @@ class Encoder:
             return value
         leaf = leaf_of(kind)
         if leaf is not None:
-            # Inside a value of one rank alone there is no beside, and in a key no tensor.
-            if self._tensors is not None and not self._hashed:
+            # In a key there is no tensor.
+            if self._aside and not self._hashed:
                 aside = take_aside(value, self._refuse)
                 if aside is not None:
                     return _apart(aside[0], [aside[1], self._tensor(aside[2])])

@@ -33,6 +33,7 @@ def encode(
     path: str,
     tensors: dict[str, torch.Tensor] | None = None,
     prefix: str = "",
+    aside: bool = True,
 ) -> bytes:
     """Return `value` as UTF-8 JSON; the same value gives the same bytes on every rank.
 
@@ -42,12 +43,13 @@ def encode(
         tensors: receives every tensor in `value`, by name; its bytes stay out of the encoding.
             None puts them into the encoding.
         prefix: the first component of those names; further ones are keys and list positions.
+        aside: whether the bytes of large arrays and byte strings go there too, as tensors.
 
     Raises:
         UsageError: of kind `UNENCODABLE`, naming the path and type of what cannot be stored.
     """
     # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
-    return msgspec.json.encode(Encoder(path, tensors, prefix).json_of(value))
+    return msgspec.json.encode(Encoder(path, tensors, prefix, aside=aside).json_of(value))
 
 
 def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "value") -> Any:

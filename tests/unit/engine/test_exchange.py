@@ -78,8 +78,10 @@ def exchanged(tensors: int) -> tuple[dict[str, int], dict[str, int]]:
 def test_a_steady_save_says_the_same_of_many_tensors_as_of_few() -> None:
     first_few, few = exchanged(150)
     first_many, many = exchanged(1500)
-    # The first save tells everything once, tensor by tensor, and compares replicas.
-    assert {key.split()[0] for key in first_few} == {"plan", "describe", "replicas", "commit"}
+    # The first save tells everything once, tensor by tensor, compares replicas, and finds out
+    # whether all ranks write to one place.
+    phases = {"plan", "describe", "replicas", "token", "sight", "commit"}
+    assert {key.split()[0] for key in first_few} == phases
     assert sum(first_many.values()) > 5 * sum(first_few.values())
     assert {key.split()[0] for key in few} == {key.split()[0] for key in many} == {"plan", "commit"}
     # A few digits more: a file's size, and 8 bytes for each MiB of it.
