@@ -213,7 +213,7 @@ def test_policies_of_the_users_own_are_policies() -> None:
 PLACES = [None, "", b"runs", 3, ["runs"], ("a", "b"), object(), Thing]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: type(place).__name__)
 @pytest.mark.parametrize(
     "call",
     [
