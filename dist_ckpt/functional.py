@@ -20,8 +20,12 @@ from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
 from dist_ckpt.errors import NotFound
 from dist_ckpt.format.names import plain_step
+from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
+
+# How many models torch's `AveragedModel` has averaged: beside the weights, and none of them.
+_NO_WEIGHTS = frozenset({"n_averaged"})
 
 State: TypeAlias = TrainState | Mapping[str, Any]
 
@@ -76,7 +80,7 @@ def async_save(
     """
     chosen = SaveOptions.of(options, besides=("step", "metrics", "timeout_seconds"))
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options))
-    train_state = TrainState.of(state)
+    train_state = TrainState.of(state, once=True)
     check_held(train_state, job.ranks)
     saver = Saver(job, train_state, keep=None, metadata={}, options=chosen)
     return saver.start_last(plain_step(step), metrics or {})
@@ -91,6 +95,12 @@ def load(
     **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
     """Restore `state` in place from one checkpoint; there is no falling back to another.
+
+    Modules, optimizers and tensors are filled where they lie, at any depth of dicts and lists, so
+    `model.state_dict()` fills the model. Numbers and other plain values cannot change: the loaded
+    ones are in `state` afterwards (`state["epoch"]`), and a variable that was given to it keeps
+    what it had. A dict that is a copy, as `optimizer.state_dict()` returns one, is refused: give
+    the optimizer.
 
     Every rank makes the call, with the same arguments. All that does not fit is found before the
     first byte of a tensor is read, and is one error on every rank.
@@ -139,7 +149,8 @@ def load_weights(
         model: where the weights go.
         url: a run, or one checkpoint, of another program too; see `load`.
         step: which checkpoint of the run; None for the newest.
-        part: which part of it the weights are: `ema` loads the averaged ones into `model`.
+        part: which part of it the weights are: `ema` loads the averaged ones into `model`, whether
+            a module was saved there (torch's `AveragedModel`) or a dict of tensors by name.
         timeout_seconds: after this long without all ranks the load fails.
         **options: those of `load`; names begin with `part`, as in `skip=["model/head.*"]`.
 
@@ -154,7 +165,11 @@ def load_weights(
         keywords["only"] = glob.escape(part)  # other parts are neither wanted nor unexpected
 
     def state() -> TrainState:
-        weights = model if isinstance(model, nn.Module) else TensorsPart(model, name=part)
+        weights: ModelPart | TensorsPart
+        if isinstance(model, nn.Module):
+            weights = ModelPart(model, name=part, passed_over=_NO_WEIGHTS)
+        else:
+            weights = TensorsPart(model, name=part, passed_over=_NO_WEIGHTS)
         parts: dict[str, Any] = {part: weights}
         return TrainState(rng=None, **parts)
 

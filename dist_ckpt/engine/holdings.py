@@ -9,8 +9,10 @@ from functools import cache
 from dist_ckpt.engine.load_options import LoadOptions, rename_key
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.repository.source import Source
+from dist_ckpt.state.entries import entries_of
 from dist_ckpt.state.objects import references
 from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.state.value_fit import VALUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,11 @@ class _Part:
 
 
 class _Gathering:
-    def __init__(self, source: Source, options: LoadOptions, rank: int) -> None:
+    def __init__(
+        self, source: Source, options: LoadOptions, rank: int, by_name: Collection[str]
+    ) -> None:
         self.source = source
+        self.by_name = by_name
         self.options = options
         self.rank = rank  # whose values to take
         self.parts: dict[str, _Part] = {}
@@ -49,10 +54,20 @@ class _Gathering:
         # The tensors inside Python values, by stored part and name: the part that the value went
         # to, None where it is not selected.
         self.owned: dict[tuple[str, str], str | None] = {}
+        # The names that tensors have as entries of a dict which was saved as one value, by stored
+        # part and name.
+        self.entries: dict[tuple[str, str], list[str]] = {}
 
     def take_objects(self, part: str, *, has_tensors: bool) -> None:
         """Gather the Python values of one stored part."""
-        for name, data in self.source.read_objects(part, rank=self.rank).items():
+        objects = self.source.read_objects(part, rank=self.rank)
+        # To a part that has names of its own, a dict that was saved is what its entries are.
+        if objects.keys() == {VALUE} and self._goes_by_name(part):
+            taken = entries_of(objects[VALUE], path=part)
+            if taken is not None:
+                objects = taken.objects
+                self.entries.update({(part, old): new for old, new in taken.tensors.items()})
+        for name, data in objects.items():
             home, new = self._place(part, name)
             selected = self.options.selects(f"{home}/{new}")
             if selected:
@@ -68,14 +83,30 @@ class _Gathering:
         if key in self.owned:
             owner = self.owned[key]
             self._note(f"{owner or entry.part}/{entry.name}", f"{entry.part}/{entry.name}")
-            home, new, selected = owner or entry.part, entry.name, owner is not None
-        else:
-            home, new = self._place(entry.part, entry.name)
-            selected = self.options.selects(f"{home}/{new}")
-        if selected:
-            spec = TensorSpec(entry.dtype, entry.shape)
-            self.parts.setdefault(home, _Part()).tensors[new] = spec
-            self.numbers[home, new] = number
+            if owner is not None:
+                self._keep(number, owner, entry.name)
+        if key not in self.owned or key in self.entries:
+            for name in self.entries.get(key, [entry.name]):
+                home, new = self._place(entry.part, name)
+                if self.options.selects(f"{home}/{new}"):
+                    self._keep(number, home, new)
+
+    def _keep(self, number: int, home: str, name: str) -> None:
+        entry = self.source.index.tensors[number]
+        spec = TensorSpec(entry.dtype, entry.shape)
+        self.parts.setdefault(home, _Part()).tensors[name] = spec
+        self.numbers[home, name] = number
+
+    def _goes_by_name(self, part: str) -> bool:
+        rename = self.options.rename
+        if rename is None:
+            return part in self.by_name
+        # Who names the value itself, or renames by a function, goes by the stored names.
+        return (
+            isinstance(rename, Mapping)
+            and not any(key.startswith(f"{part}/{VALUE}") for key in rename)
+            and self.options.renamed(f"{part}/").partition("/")[0] in self.by_name
+        )
 
     def _place(self, part: str, name: str) -> tuple[str, str]:
         old = f"{part}/{name}"
@@ -97,7 +128,13 @@ class _Gathering:
 
 
 def gather(
-    source: Source, options: LoadOptions, *, live: Collection[str], rank: int, world_size: int
+    source: Source,
+    options: LoadOptions,
+    *,
+    live: Collection[str],
+    rank: int,
+    world_size: int,
+    by_name: Collection[str] = (),
 ) -> Holdings:
     """Find what of `source` is to be loaded, and read the Python values of it.
 
@@ -107,6 +144,7 @@ def gather(
         live: the parts of the state. Values of other parts are not read.
         rank: this rank.
         world_size: ranks now.
+        by_name: those of `live` whose tensors have names of their own, as a module's have.
 
     Raises:
         UsageError: `rename` makes no name, or one of two.
@@ -114,7 +152,7 @@ def gather(
     """
     # At another world size nobody has a predecessor: rank 0's values stand for all.
     whose = rank if world_size == source.saved_world_size else 0
-    found = _Gathering(source, options, whose)
+    found = _Gathering(source, options, whose, by_name)
     numbers: dict[str, list[int]] = {part: [] for part in source.parts}
     for number, entry in enumerate(source.index.tensors):
         numbers.setdefault(entry.part, []).append(number)

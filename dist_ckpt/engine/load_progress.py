@@ -1,14 +1,41 @@
-"""One load on its way, and what a failure has to say of it."""
+"""How far a load has come, and what an error that ends it says of the state."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from dist_ckpt.errors import CheckpointError, NotFound
+import torch
 
-PARTLY = "Tensors of the state may be partly restored: load again before use"
+from dist_ckpt.engine.holdings import Holdings
+from dist_ckpt.engine.matching import Misfits
+from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.repository.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What of a checkpoint goes where: nothing live has been changed yet.
+
+    Attributes:
+        source: the checkpoint.
+        holdings: what there is.
+        targets: the tensors to fill, by part and name.
+        misfits: what does not fit, on this rank.
+        known: every name there is on either side.
+        notes: for the report.
+        first: the parts to restore before any tensor is filled.
+    """
+
+    source: Source
+    holdings: Holdings
+    targets: Mapping[str, Mapping[str, torch.Tensor]]
+    misfits: Misfits
+    known: frozenset[str]
+    notes: Sequence[str]
+    first: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -19,17 +46,28 @@ class LoadProgress:
         begun: when, on the clock of `time.perf_counter`.
         touched: whether bytes may have reached live tensors.
         lost: how many checkpoints were deleted while they were read.
+        asked: the parts that were restored first, some perhaps before another one refused.
         seconds: how long each phase took.
     """
 
     begun: float = field(default_factory=time.perf_counter)
     touched: bool = False
     lost: int = 0
+    asked: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     def clock(self, phase: str, since: float) -> None:
         """Count the time since `since` for `phase`."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - since
+
+    @property
+    def changed(self) -> str:
+        """What of the state may have changed, as a sentence; empty for nothing."""
+        if self.touched:
+            return "Tensors of the state may be partly restored: load again before use"
+        if self.asked:
+            return f"No tensor was changed; of {', '.join(self.asked)} some may be restored"
+        return ""
 
 
 def tell(
@@ -46,11 +84,11 @@ def tell(
         CheckpointError: always.
     """
     known = NotFound if isinstance(error, NotFound) else type(error)
-    if progress.touched and known.__init__ is not CheckpointError.__init__:
+    if progress.changed and known.__init__ is not CheckpointError.__init__:
         # A class of the program's own, and only that knows what its constructor takes.
-        error.add_note(PARTLY)
-    elif progress.touched:
-        told = known(f"{error.message}. {PARTLY}", kind=error.kind, ranks=error.ranks)
+        error.add_note(progress.changed)
+    elif progress.changed:
+        told = known(f"{error.message}. {progress.changed}", kind=error.kind, ranks=error.ranks)
         raise told from cause or error
     if cause is None:
         raise error  # with the cause that it has

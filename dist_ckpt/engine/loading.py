@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,10 +18,10 @@ from dist_ckpt.dcp.ties import Ties
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
-from dist_ckpt.engine.holdings import Holdings, gather
+from dist_ckpt.engine.holdings import gather
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
-from dist_ckpt.engine.load_progress import PARTLY, LoadProgress, tell
+from dist_ckpt.engine.load_progress import LoadProgress, Matched, tell
 from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
@@ -36,7 +36,8 @@ from dist_ckpt.errors import (
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import TrainState, goes_by_name
+from dist_ckpt.state.values import ValuePart
 
 ResultT = TypeVar("ResultT")
 
@@ -44,17 +45,6 @@ ResultT = TypeVar("ResultT")
 _MOST_LOST = 10
 
 _log = logging.getLogger("dist_ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class _Matched:
-    """What of a checkpoint goes where: nothing live has been changed yet."""
-
-    holdings: Holdings
-    targets: Mapping[str, Mapping[str, torch.Tensor]]
-    misfits: Misfits
-    known: frozenset[str]
-    notes: Sequence[str]
 
 
 class Loader:
@@ -120,8 +110,8 @@ class Loader:
             except CheckpointError as error:
                 tell(error, progress)
             except BaseException as error:  # as it is: whoever handles it knows its class
-                if progress.touched:
-                    error.add_note(PARTLY)
+                if progress.changed:
+                    error.add_note(progress.changed)
                 raise
             if own and place is None:
                 self._job.go_on_from(report.step, chooser.passed_over())
@@ -149,7 +139,7 @@ class Loader:
                 )
             (targets, ties), windows = self._prepare(topic, source, matched, options)
         progress.clock("match", since)
-        result = self._read(topic, source, ties, options, progress, windows=windows, memory=memory)
+        result = self._read(topic, matched, ties, options, progress, windows=windows, memory=memory)
         for phase, seconds in result.seconds.items():
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
         since = time.perf_counter()
@@ -165,7 +155,7 @@ class Loader:
         return report
 
     def _prepare(
-        self, topic: Topic, source: Source, matched: _Matched, options: LoadOptions
+        self, topic: Topic, source: Source, matched: Matched, options: LoadOptions
     ) -> tuple[tuple[NamedTensors, Ties], int]:
         """Return what is to be filled, and in how many windows any rank has ties to compare."""
         prepared, answer = self._together(
@@ -179,7 +169,7 @@ class Loader:
     def _read(
         self,
         topic: Topic,
-        source: Source,
+        matched: Matched,
         ties: Ties,
         options: LoadOptions,
         progress: LoadProgress,
@@ -196,7 +186,7 @@ class Loader:
         )
         since = time.perf_counter()
         compared = compare_ties(
-            source,
+            matched.source,
             ties,
             how,
             windows=windows,
@@ -204,10 +194,14 @@ class Loader:
             topic=topic,
             deadline=self._job.deadline(),
         )
+        if len(matched.first) > 1 or self._job.training.world_size > 1:
+            # One alone that refuses here has nobody beside it who did not.
+            progress.asked = tuple(matched.first)
+        self._together(topic.phase("first"), lambda: self._restore_first(matched))
         progress.clock("match", since)
         progress.touched = True
         result = read(
-            source,
+            matched.source,
             ties.wanted,
             how,
             coordinator=self._job.training,
@@ -221,9 +215,7 @@ class Loader:
             nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
         )
 
-    def _match(
-        self, topic: Topic, source: Source, options: LoadOptions
-    ) -> tuple[_Matched, Misfits]:
+    def _match(self, topic: Topic, source: Source, options: LoadOptions) -> tuple[Matched, Misfits]:
         """Compare names, shapes and dtypes on all ranks; return what they found together."""
         known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
         where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
@@ -233,7 +225,7 @@ class Loader:
             check_matched(misfits, known[0])
             return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
 
-        def work() -> _Matched:
+        def work() -> Matched:
             found = self._fit(source, options)
             known.append(found.known)
             return found
@@ -246,10 +238,17 @@ class Loader:
         )
         return matched, msgspec.msgpack.decode(answer, type=Misfits)
 
-    def _fit(self, source: Source, options: LoadOptions) -> _Matched:
+    def _fit(self, source: Source, options: LoadOptions) -> Matched:
         """Find where each stored byte would go, and everything that does not fit."""
         job, parts = self._job.training, self._state.parts
-        held = gather(source, options, live=parts, rank=job.rank, world_size=job.world_size)
+        held = gather(
+            source,
+            options,
+            live=parts,
+            rank=job.rank,
+            world_size=job.world_size,
+            by_name=[name for name, part in parts.items() if goes_by_name(part)],
+        )
         missing: list[str] = []
         unexpected: list[str] = []
         unlike: list[str] = []
@@ -286,18 +285,28 @@ class Loader:
             unmatched(options, known, held.idle),
             unlike,
         )
-        return _Matched(held, targets, misfits, frozenset(known), notes)
+        first = [
+            name
+            for name in targets
+            if isinstance(part := parts[name], ValuePart) and part.goes_first(held.parts[name])
+        ]
+        return Matched(source, held, targets, misfits, frozenset(known), notes, first)
 
-    def _restore(self, matched: _Matched, targets: NamedTensors, ties: Ties) -> None:
+    def _restore_first(self, matched: Matched) -> None:
+        """Restore what code of the program may refuse, while no tensor has changed yet."""
+        for name in matched.first:
+            self._state.parts[name].restore(matched.holdings.parts[name], {})
+
+    def _restore(self, matched: Matched, targets: NamedTensors, ties: Ties) -> None:
         ties.finish()
         for name, part in self._state.parts.items():
-            if name in targets:
+            if name in targets and name not in matched.first:
                 part.restore(matched.holdings.parts[name], targets[name])
 
     def _report(
         self,
         chosen: Chosen,
-        matched: _Matched,
+        matched: Matched,
         verdict: Misfits,
         result: ReadResult,
         *,

@@ -112,6 +112,7 @@ def take(state: TrainState, *, world_size: int, describer: Describer | None = No
         raise UsageError(
             "save was called while a CUDA graph is being captured: call it outside of the capture"
         )
+    state.check_current()
     captured = {name: part.capture() for name, part in state.parts.items()}
     if not any(part.tensors or part.objects for part in captured.values()):
         raise UsageError("the state is empty: give TrainState at least one part with content")

@@ -11,6 +11,8 @@ from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.format.numbers import as_integer
 from dist_ckpt.repository.ranking import Criterion, Mode
 
+_COUNTS = ("best_score", "best_step", "looks")
+
 
 class EarlyStopping:
     """Tells when a metric has not become better for `patience` looks at it.
@@ -91,6 +93,15 @@ class EarlyStopping:
         Raises:
             IncompatibleError: they are of another metric, or no such counts.
         """
+        self.check_state_dict(state_dict)
+        self.best_score, self.best_step, self.looks = (state_dict[name] for name in _COUNTS)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Check that `load_state_dict` would take `state_dict`; changes nothing.
+
+        Raises:
+            IncompatibleError: they are of another metric, or no such counts.
+        """
         saved = (state_dict.get("metric"), state_dict.get("mode"))
         if saved != (self.criterion.metric, self.criterion.mode):
             raise IncompatibleError(
@@ -98,8 +109,6 @@ class EarlyStopping:
                 f"{self.criterion.metric!r} ({self.criterion.mode}): a best score of the one says "
                 "nothing about the other"
             )
-        try:
-            score, step, looks = (state_dict[name] for name in ("best_score", "best_step", "looks"))
-        except KeyError as error:
-            raise IncompatibleError(f"the saved early stopping has no {error}") from error
-        self.best_score, self.best_step, self.looks = score, step, looks
+        absent = [name for name in _COUNTS if name not in state_dict]
+        if absent:
+            raise IncompatibleError(f"the saved early stopping has no {absent[0]!r}")

@@ -39,12 +39,16 @@ class Encoder:
         prefix: str,
         *,
         aside: bool = True,
+        to_fill: bool = False,
     ) -> None:
         self._path = path
         # Inside a value of one rank alone there is no beside.
         self._aside = aside and tensors is not None
         self._tensors = tensors
         self._prefix = prefix
+        # A walk to find what a load can fill: memory may be missing still, and each place counts,
+        # the second one of a tensor too.
+        self._to_fill = to_fill
         self._steps: list[tuple[str, str]] = []  # as shown to people, as a tensor name has it
         self._open: set[int] = set()
         self._hashed = 0  # how many sets and keys the walk is inside of
@@ -172,10 +176,10 @@ class Encoder:
     def _tensor(self, value: torch.Tensor) -> Any:
         if self._hashed:
             self._refuse(value, "a tensor in a set or a key has no equal, so no checkpoint of it")
-        alias = check_tensor(value, self._where())
+        alias = check_tensor(value, self._where(), meta=self._to_fill)
         if self._tensors is None:
             return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
-        if id(value) in self._named:
+        if id(value) in self._named and not self._to_fill:
             # One name for one tensor: decoded, both places hold one tensor again.
             return {TAG: "tensor", "v": self._named[id(value)][1]}
         name = first = ".".join([self._prefix, *(dotted for _, dotted in self._steps)])
@@ -185,7 +189,7 @@ class Encoder:
         while name in self._tensors:
             count += 1
             name = f"{first}~{count}"
-        self._tensors[name] = alias
+        self._tensors[name] = value if self._to_fill else alias
         self._named[id(value)] = (value, name)
         return {TAG: "tensor", "v": name}
 

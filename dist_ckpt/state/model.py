@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
-from dist_ckpt.state.layout import check_storable, check_tensor, empty_beside, inner_tensors
+from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
+from dist_ckpt.state.layout import check_storable
 from dist_ckpt.state.meta import check_knowable, give_memory
-from dist_ckpt.state.names import canonical_name, refuse_fsdp1, wrapped_attribute
-from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.module_fit import Fit, fit
+from dist_ckpt.state.module_state import Entry, Naming, entries_of, names_of_parameters
+from dist_ckpt.state.names import refuse_fsdp1
+from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.pending import has_pending, watch
+from dist_ckpt.state.told import Say, tell, tell_after
+from dist_ckpt.state.trained import Trained
 
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One entry of a state dict, or one inner tensor of a wrapper subclass in it.
-
-    Attributes:
-        raw_name: what the module calls it.
-        value: the tensor, or what else the module keeps.
-        live: whether it is the module's own, and not made up for the state dict.
-        owner: the parameter or buffer of the module that it is, or is inside of.
-    """
-
-    raw_name: str
-    value: Any
-    live: bool
-    owner: Any
+_log = logging.getLogger("dist_ckpt")
 
 
 class ModelPart:
@@ -41,45 +31,49 @@ class ModelPart:
     Parameters and persistent buffers are loaded in place; DTensors stay DTensors. A tensor that is
     several behind one face (a wrapper subclass, as quantized weights are) is stored as these,
     `name.<attribute>` each. What the module makes up for its state dict (`get_extra_state`, hooks
-    that copy) is loaded fresh and given back through `module.load_state_dict`. Tied parameters
-    appear under each of their names. What is on the meta device becomes real by a restore;
-    parameters stay the same objects.
+    that copy) is loaded fresh and given back through `module.load_state_dict`; so is everything
+    that hooks or methods of the program's own are to see of a load. Tied parameters appear under
+    each of their names. What is on the meta device becomes real by a restore; parameters stay the
+    same objects.
 
     Args:
         module: the live module.
         name: of the part, for messages.
         trainable_only: leave out parameters that do not require gradients, and whatever else
             belongs to submodules that own no parameter which does (a frozen, perhaps quantized
-            base is loaded from where it came from).
+            base is loaded from where it came from), except what training changes all the same:
+            see `dist_ckpt.state.trained`.
+        passed_over: names of what is no weight: of such an entry it does not matter if it is stored
+            and not in this module, or the other way round.
     """
 
     def __init__(
-        self, module: nn.Module, *, name: str = "model", trainable_only: bool = False
+        self,
+        module: nn.Module,
+        *,
+        name: str = "model",
+        trainable_only: bool = False,
+        passed_over: Collection[str] = (),
     ) -> None:
         self.module = module
         self.name = name
-        self._trainable_only = trainable_only
         self._optimizers: list[Optimizer] = []
-        # Canonical by raw name, true for a module tree of these types.
-        self._canonical: dict[str, str] = {}
-        self._types: list[type[nn.Module]] = []
-        self._wrapped = False
+        self._naming = Naming(module)
+        self._trained = Trained(module) if trainable_only else None
+        self._passed_over = frozenset(passed_over)
+        self._fitted: tuple[Stored, Fit] | None = None
+        self._said: set[str] = set()
         refuse_fsdp1(module, name)
 
     def stepped_by(self, optimizer: Optimizer) -> None:
         """Note that `optimizer` is part of the same state and changes parameters of this one."""
         self._optimizers.append(optimizer)
+        watch(optimizer)
 
     def parameter_names(self) -> dict[int, str]:
         """Return the canonical name of every parameter by its `id`; of tied ones the first."""
-        # Asking for the state dict first lets FSDP2 put its sharded parameters back in place.
-        self.module.state_dict(keep_vars=True)
-        names: dict[int, str] = {}
-        canonical = self._names()
-        for raw_name, parameter in self.module.named_parameters():
-            # By identity: an optimizer holds these very objects and knows no names.
-            names.setdefault(id(parameter), canonical(raw_name))
-        return names
+        # By identity: an optimizer holds these very objects and knows no names.
+        return names_of_parameters(self.module, self._naming.current())
 
     def capture(self) -> Captured:
         """Return live parameters and buffers, and the extra state encoded."""
@@ -88,6 +82,9 @@ class ModelPart:
         unequal: set[str] = set()
         stepped: set[str] = set()
         entries = self._entries()
+        if self._trained is not None:
+            kept = self._trained.names(entries)
+            entries = {name: entry for name, entry in entries.items() if name in kept}
         buffers = {id(buffer) for buffer in self.module.buffers()}
         parameters = _parameters(self._optimizers)
         for name, entry in entries.items():
@@ -104,67 +101,72 @@ class ModelPart:
                 objects[name] = encode(
                     entry.value, path=self._path(name), tensors=tensors, prefix=name
                 )
+        if not (tensors or objects):
+            self._say_once("it has no trained or other state: nothing is stored for it")
+        elif any(has_pending(optimizer) for optimizer in self._optimizers):
+            self._say_once(
+                "it has gradients that no optimizer step has used yet, and no checkpoint has "
+                "gradients: a resumed run goes on without them. Save after optimizer.step()"
+            )
         return Captured(tensors, objects, unequal=frozenset(unequal), stepped=frozenset(stepped))
 
     def targets(self, stored: Stored) -> Targets:
         """Return live tensors for what is live, fresh ones for what the module makes up.
 
         Raises:
-            IncompatibleError: something on the meta device is in no state dict.
+            IncompatibleError: something on the meta device is in no state dict, or a stored value
+                cannot be made in this program.
         """
-        targets = Targets()
-        owned: set[str] = set()
-        aliases: dict[int, torch.Tensor] = {}
         entries = self._entries()
         check_knowable(self.module, {id(entry.value) for entry in entries.values()}, self.name)
-        for name, entry in entries.items():
-            is_tensor = isinstance(entry.value, torch.Tensor)
-            if name not in (stored.tensors if is_tensor else stored.objects):
-                targets.missing.append(name)
-            elif not is_tensor:
-                owned.update([name, *references(stored.objects[name], path=self._path(name))])
-            elif entry.live:
-                alias = check_tensor(entry.value, self._path(name), meta=True)
-                # One alias for tied names: on the meta device that is all that ties them.
-                targets.tensors[name] = aliases.setdefault(id(entry.value), alias)
-            else:  # a made-up tensor may have another size each time
-                targets.tensors[name] = empty_beside(entry.value, stored.tensors[name])
-        for name in sorted(owned & stored.tensors.keys()):
-            targets.tensors[name] = empty_beside(torch.empty(0), stored.tensors[name])
-        targets.unexpected.extend(sorted(stored.tensors.keys() - targets.tensors.keys()))
-        targets.unexpected.extend(sorted(stored.objects.keys() - owned))
-        return targets
+        return self._fit(stored, entries).targets
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the module what it made up itself; its own tensors are filled already."""
-        made_up: dict[str, Any] = {}
-        memory: dict[int, torch.Tensor] = {}
         entries = self._entries()
+        found = self._fit(stored, entries)
+        memory: dict[int, torch.Tensor] = {}
         for name, entry in entries.items():
-            if isinstance(entry.value, torch.Tensor):
-                if not entry.live and name in tensors:
-                    made_up[entry.raw_name] = tensors[name]
-                elif name in tensors and entry.value.device.type == "meta":
-                    memory[id(entry.value)] = tensors[name]
-            elif name in stored.objects:
-                data = stored.objects[name]
-                made_up[entry.raw_name] = decode(data, tensors=tensors, path=self._path(name))
+            partner = found.partner.get(name, name)
+            if partner in tensors and entry.live and entry.value.device.type == "meta":
+                memory[id(entry.value)] = tensors[partner]
         if memory:
             give_memory(self.module, memory, self.name)
-        if made_up:
-            self._load(made_up)
+        self._give(found, stored, tensors)
 
-    def _load(self, made_up: dict[str, Any]) -> None:
+    def _give(self, found: Fit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hand over what is not filled in place, and tell the module that it was loaded."""
+        given: dict[str, Any] = {}
+        for name in found.handed:
+            partner = found.partner.get(name, name)
+            if partner in stored.objects:
+                data = stored.objects[partner]
+                given[name] = decode(data, tensors=tensors, path=self._path(name))
+            elif partner in tensors:
+                given[name] = tensors[partner]
+        say = found.say
+        if given or found.migrated or say.foreign:
+            # As the one that is told calls them, which may be what a wrapper holds.
+            own = entries_of(say.root, Naming(say.root).current(), self.name)
+            state = _state_dict(own, given, found)
+            if found.migrated or say.foreign or say.after:
+                self._tell(say, state, lenient=bool(found.targets.missing))
+            else:  # what the module made up is all that it has to see
+                raw = {own[name].raw_name if name in own else name for name in given}
+                self._tell(say, {key: state[key] for key in raw}, lenient=True)
+        else:
+            tell_after(say)
+
+    def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:
-            # Not strict: parameters are filled already and are left out here.
-            unexpected = self.module.load_state_dict(made_up, strict=False).unexpected_keys
+            unexpected = tell(say, state, lenient=lenient)
         except CheckpointError:
             raise
         except Exception as error:
             if not is_refusal(error):
                 raise
             raise IncompatibleError(
-                f"{self.name}: load_state_dict refused {sorted(made_up)}: {describe(error)}"
+                f"{self.name}: load_state_dict refused {_listed(state)}: {describe(error)}"
             ) from error
         if unexpected:
             raise IncompatibleError(
@@ -172,57 +174,32 @@ class ModelPart:
                 "state_dict returned: make the two of the module agree"
             )
 
-    def _entries(self) -> dict[str, _Entry]:
-        # With keep_vars the module's own tensors are in it themselves, so a copy that a hook
-        # made can be told from them: loading into a copy would be lost.
-        state = self.module.state_dict(keep_vars=True)
-        live = {id(tensor) for tensor in self.module.parameters()}
-        live.update(id(tensor) for tensor in self.module.buffers())
-        canonical = self._names()
-        trained = self._trained_modules() if self._trainable_only else None
-        entries: dict[str, _Entry] = {}
-        for raw_name, value in state.items():
-            if trained is not None and not _is_trained(raw_name, value, trained):
-                continue
-            name = canonical(raw_name)
-            is_live = id(value) in live
-            inner = inner_tensors(value, name) if is_live else {name: value}
-            for one, tensor in inner.items():
-                if one in entries:
-                    raise UsageError(
-                        f"{self.name}: {entries[one].raw_name!r} and {raw_name!r} are both called "
-                        f"{one!r} without wrappers: rename one of the modules"
-                    )
-                entries[one] = _Entry(raw_name, tensor, is_live, value)
-        return entries
+    def _fit(self, stored: Stored, entries: Mapping[str, Entry]) -> Fit:
+        # Kept from `targets` to `restore`, so that hooks are not asked more often than needed. A
+        # module may change between two loads, so for no other one.
+        if self._fitted is None or self._fitted[0] is not stored:
+            # Statistics of a frozen base are loaded if they are stored: nobody has to have them.
+            trained = self._trained
+            required = entries.keys() if trained is None else trained.by_gradient(entries)
+            found = fit(
+                self.module,
+                entries,
+                stored,
+                names=self._naming.current(),
+                part=self.name,
+                required=required - self._passed_over,
+                passed_over=self._passed_over,
+            )
+            self._fitted = (stored, found)
+        return self._fitted[1]
 
-    def _names(self) -> Callable[[str], str]:
-        """Return what gives the canonical name for a raw one."""
-        # A name depends on which modules are wrappers, and on nothing else.
-        modules = list(self.module.modules())
-        types = [type(module) for module in modules]
-        if types != self._types:
-            self._canonical, self._types = {}, types
-            one_of_each = dict(zip(types, modules, strict=True)).values()
-            self._wrapped = any(wrapped_attribute(module) for module in one_of_each)
-        if not self._wrapped:
-            return str
+    def _entries(self) -> dict[str, Entry]:
+        return entries_of(self.module, self._naming.current(), self.name)
 
-        def canonical(raw_name: str) -> str:
-            name = self._canonical.get(raw_name)
-            if name is None:
-                name = self._canonical[raw_name] = canonical_name(self.module, raw_name)
-            return name
-
-        return canonical
-
-    def _trained_modules(self) -> set[str]:
-        """Return the names of the submodules that own a parameter which requires a gradient."""
-        return {
-            name
-            for name, module in self.module.named_modules()
-            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        }
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            _log.warning("part %r: %s", self.name, what)
 
     def _path(self, name: str) -> str:
         return f"{self.name}.{name}"
@@ -233,8 +210,21 @@ def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def _is_trained(raw_name: str, value: object, trained: set[str]) -> bool:
-    # By the flag and not by the gradient, which is None before the first backward.
-    if isinstance(value, nn.Parameter):
-        return value.requires_grad
-    return raw_name.rpartition(".")[0] in trained
+def _state_dict(own: Mapping[str, Entry], given: Mapping[str, Any], found: Fit) -> dict[str, Any]:
+    """Return what torch would be given: what was loaded, and live tensors for what is in place."""
+    # A live tensor that is copied to itself is no work, and a strict load finds it there.
+    state = {
+        entry.raw_name: entry.owner
+        for name, entry in own.items()
+        if entry.live and name not in found.renamed
+    }
+    if found.say.whole:
+        # Its own method may rely on all that its state dict has, and these are to stay as they are.
+        state.update({e.raw_name: e.value for name, e in own.items() if not e.live})
+    state.update({own[name].raw_name if name in own else name: v for name, v in given.items()})
+    return state
+
+
+def _listed(state: Mapping[str, Any]) -> str:
+    names = sorted(state)
+    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

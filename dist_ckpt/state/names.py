@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from dist_ckpt.errors import UsageError
@@ -12,6 +14,8 @@ _WRAPPERS: dict[tuple[str, str], str] = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
     ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("lightning.fabric.wrappers", "_FabricModule"): "_forward_module",
+    ("lightning_fabric.wrappers", "_FabricModule"): "_forward_module",
     # Not to be taken off by a user, but averaged weights are to load into a plain model, too.
     ("torch.optim.swa_utils", "AveragedModel"): "module",
     (
@@ -19,6 +23,7 @@ _WRAPPERS: dict[tuple[str, str], str] = {
         "ActivationWrapper",
     ): "_checkpoint_wrapped_module",
 }
+_WRAPPED_IN = frozenset(_WRAPPERS.values())
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
@@ -62,3 +67,49 @@ def refuse_fsdp1(root: nn.Module, part: str) -> None:
                 f"{part} holds a FullyShardedDataParallel module at {name or 'its root'!r}, which "
                 "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard"
             )
+
+
+def partners(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return the stored name for each wanted one that has a partner.
+
+    That is the same name. What has none is looked for without the names that wrappers put in front
+    of or into others (`module.`, `_orig_mod.`): a dict of tensors does not say what it was wrapped
+    in, nor does a wrapper that nobody here knows. Two that would fall together are no partners.
+    """
+    found = {name: name for name in wanted if name in stored}
+    loose = [name for name in stored if name not in found]
+    without: dict[str, str | None] = {}
+    for name in loose:
+        short = _without_wrappers(name)
+        without[short] = None if short in without else name
+    asked: dict[str, str | None] = {}
+    for name in wanted:
+        if name not in found:
+            short = _without_wrappers(name)
+            asked[short] = None if short in asked else name
+    for short, asking in asked.items():
+        partner = without.get(short)
+        if asking is not None and partner is not None:
+            found[asking] = partner
+    return found
+
+
+def wrapper_prefix(names: Collection[str]) -> str:
+    """Return what a wrapper put in front of all `names`, dots included; empty without one.
+
+    Not of a name without dots: that is the wrapper's own (how often it has averaged).
+    """
+    inner = [name.split(".") for name in names if "." in name]
+    prefix = ""
+    while inner and len(firsts := {parts[0] for parts in inner if len(parts) > 1}) == 1:
+        first = firsts.pop()
+        if first not in _WRAPPED_IN or any(len(parts) == 1 for parts in inner):
+            break
+        prefix += f"{first}."
+        inner = [parts[1:] for parts in inner]
+    return prefix
+
+
+def _without_wrappers(name: str) -> str:
+    *inner, last = name.split(".")
+    return ".".join([each for each in inner if each not in _WRAPPED_IN] + [last])

@@ -24,7 +24,7 @@ from dist_ckpt.state.encoding import Encoder
 from dist_ckpt.state.registry import register
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
 
-__all__ = ["decode", "encode", "needs_classes", "references", "register"]
+__all__ = ["decode", "encode", "fillable", "needs_classes", "references", "register"]
 
 
 def encode(
@@ -50,6 +50,25 @@ def encode(
     """
     # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
     return msgspec.json.encode(Encoder(path, tensors, prefix, aside=aside).json_of(value))
+
+
+def fillable(value: object, *, path: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors in `value` that a load can fill, by the names that `encode` gives them.
+
+    They are those of `value` themselves, on the meta device too. A tensor that is reached twice is
+    there under both names.
+
+    Args:
+        value: as for `encode`.
+        path: what `value` is called in the state, for messages.
+        prefix: the first component of the names.
+
+    Raises:
+        UsageError: as for `encode`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    Encoder(path, tensors, prefix, to_fill=True).json_of(value)
+    return tensors
 
 
 def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "value") -> Any:

@@ -60,9 +60,17 @@ class Progress:
         Raises:
             IncompatibleError: an entry is no count, or of a name that this version does not have.
         """
+        self.check_state_dict(state_dict)
+        for name, count in state_dict.items():
+            setattr(self, name, count)
+
+    def check_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Check that `load_state_dict` would take `state_dict`; changes nothing.
+
+        Raises:
+            IncompatibleError: as for `load_state_dict`.
+        """
         known = {field.name for field in fields(self)}
         for name, count in state_dict.items():
             if name not in known or type(count) is not int or count < 0:
                 raise IncompatibleError(f"no count of a Progress: {name!r} = {count!r}")
-        for name, count in state_dict.items():
-            setattr(self, name, count)

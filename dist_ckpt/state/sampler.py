@@ -190,6 +190,20 @@ class ElasticSampler:
         Raises:
             IncompatibleError: it is not a position in these samples in this order.
         """
+        self.check_state_dict(state)
+        # The stored seed too: under another one the rest of the epoch would be another set.
+        self._epoch = state["epoch"]
+        self._consumed = state["consumed"]
+        self.seed = state["seed"]
+        self._restores += 1
+        self._started_elsewhere = False
+
+    def check_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Check that `load_state_dict` would take `state`; changes nothing.
+
+        Raises:
+            IncompatibleError: it is not a position in these samples in this order.
+        """
         counts = [state.get(key) for key in _COUNTS]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise IncompatibleError(f"no position of an ElasticSampler: {dict(state)!r}")
@@ -202,12 +216,6 @@ class ElasticSampler:
             raise IncompatibleError(
                 f"the position {dict(state)!r} does not fit a sampler with shuffle={self.shuffle}"
             )
-        # The stored seed too: under another one the rest of the epoch would be another set.
-        self._epoch = state["epoch"]
-        self._consumed = state["consumed"]
-        self.seed = state["seed"]
-        self._restores += 1
-        self._started_elsewhere = False
 
     def _one_start(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         self._started_here = False

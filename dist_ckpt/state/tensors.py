@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.state.layout import check_tensor
+from dist_ckpt.state.names import partners
 from dist_ckpt.state.part import Captured, Stored, Targets
 
 
@@ -17,8 +18,16 @@ class TensorsPart:
     One on the meta device is replaced in the dict by the real one.
     """
 
-    def __init__(self, tensors: object, *, name: str = "model") -> None:
+    def __init__(
+        self, tensors: object, *, name: str = "model", passed_over: Collection[str] = ()
+    ) -> None:
         """Take the dict itself, not a copy.
+
+        Args:
+            tensors: the dict.
+            name: of the part, for messages.
+            passed_over: names of what is no weight: of such an entry it does not matter if it is
+                stored and not in the dict, or the other way round.
 
         Raises:
             UsageError: it is no dict of tensors by name.
@@ -34,6 +43,7 @@ class TensorsPart:
                 )
         self.tensors: Mapping[str, torch.Tensor] = tensors
         self.name = name
+        self._passed_over = frozenset(passed_over)
 
     def capture(self) -> Captured:
         """Return the live tensors."""
@@ -47,20 +57,23 @@ class TensorsPart:
             UsageError: one is on the meta device, and the dict cannot take another.
         """
         targets = Targets(unexpected=sorted(stored.objects))
+        found = partners(self.tensors.keys(), stored.tensors.keys())
         aliases: dict[int, torch.Tensor] = {}
         for key, tensor in self.tensors.items():
             alias = check_tensor(tensor, f"{self.name}.{key}", meta=True)
             if alias.device.type == "meta" and not isinstance(self.tensors, MutableMapping):
                 raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
-            if key in stored.tensors:
-                targets.tensors[key] = aliases.setdefault(id(tensor), alias)
-            else:
+            if key in found:
+                targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
+            elif key not in self._passed_over:
                 targets.missing.append(key)
-        targets.unexpected.extend(sorted(stored.tensors.keys() - self.tensors.keys()))
+        unknown = stored.tensors.keys() - targets.tensors.keys() - self._passed_over
+        targets.unexpected.extend(sorted(unknown))
         return targets
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put real tensors in the place of those on the meta device; others are filled already."""
-        for key, tensor in tensors.items():
-            if self.tensors[key].device.type == "meta" and isinstance(self.tensors, MutableMapping):
-                self.tensors[key] = tensor
+        if isinstance(self.tensors, MutableMapping):
+            for key, name in partners(self.tensors.keys(), tensors.keys()).items():
+                if self.tensors[key].device.type == "meta":
+                    self.tensors[key] = tensors[name]

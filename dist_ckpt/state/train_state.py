@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -25,26 +24,22 @@ from dist_ckpt.state.optimizer_faces import holds_optimizers
 from dist_ckpt.state.part import Part
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.scheduler import SchedulerPart
-from dist_ckpt.state.values import Reshard, Stateful, StatefulPart, ValuePart
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.snapshots import refuse_snapshots
+from dist_ckpt.state.tensors import TensorsPart
+from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart
+
+__all__ = ["GlobalRng", "PerRank", "TrainState", "goes_by_name"]
 
 
-@dataclass(frozen=True)
-class PerRank:
-    """Marks a value as each rank's own: kept apart by rank, never taken for replicas.
+def goes_by_name(part: Part) -> bool:
+    """Tell whether the tensors of `part` have names of their own.
 
-    `value` is anything with a state dict, or a plain value. Tensors in it are stored with the
-    value, so it should be small. At the world size that saved it each rank gets its own back. At
-    another one `reshard` is asked, or the method `reshard` of `value` if it has one; without
-    either the load fails and names the part.
-
-    Attributes:
-        value: what to keep.
-        reshard: called as `reshard(saved, rank, world_size)` with what each rank saved, in the
-            order of ranks; returns what this rank, now one of `world_size`, goes on with.
+    A dict that was saved as one value is then seen as what its entries are called.
     """
-
-    value: object
-    reshard: Reshard | None = None
+    if type(part) is ValuePart:
+        return part.has_names()
+    return isinstance(part, (ModelPart, TensorsPart))
 
 
 class GlobalRng:
@@ -65,6 +60,10 @@ class TrainState:
     of its parameters in all of them. Random number generators and loaders with a state of their
     own (torchdata's `StatefulDataLoader`) are kept per rank.
 
+    A part is the object that was given, not the variable that it came from: `TrainState(n=n)`
+    stores the number that `n` was, whatever `n` becomes. Count in the state (`state["n"] += 1`), or
+    in something that changes in place: a dict, a `Progress`, an object with `state_dict`.
+
     Args:
         rng: by default the generators of Python, numpy, torch and every CUDA device; None leaves
             them out.
@@ -79,9 +78,24 @@ class TrainState:
     def __init__(
         self, /, *, rng: object = GlobalRng(), trainable_only: bool = False, **parts: object
     ) -> None:
+        self._build(parts, rng=rng, trainable_only=trainable_only)
+        for name, value in parts.items():
+            refuse_snapshots(name, value)
+
+    def _build(
+        self,
+        parts: Mapping[str, object],
+        *,
+        rng: object = GlobalRng(),
+        trainable_only: object = False,
+        home: Mapping[str, Any] | None = None,
+    ) -> None:
         if not isinstance(trainable_only, bool):
             raise UsageError("trainable_only is an option, True or False: call the part otherwise")
         self._values = dict(parts)
+        # The dict of the caller that the parts were taken from, and what was in it.
+        self._home = home
+        self._given = {} if home is None else dict(home)
         if rng is not None:  # leaving the generators out must be said, never forgotten
             self._values["rng"] = rng
         self._parts: dict[str, Part] = {}
@@ -89,6 +103,8 @@ class TrainState:
         # Optimizers take names from models; the generators come last, as restoring may draw.
         for name, value in sorted(self._values.items(), key=lambda item: _turn(item[1])):
             part = _part_of(value, check_part(name), models)
+            if type(part) is ValuePart and home is not None and name in home:
+                part.lies_in(home)
             if trainable_only and isinstance(value, nn.Module):
                 part = ModelPart(value, name=name, trainable_only=True)
             self._parts[name] = part
@@ -97,11 +113,19 @@ class TrainState:
         check_held(self._parts)
 
     @classmethod
-    def of(cls, state: TrainState | Mapping[str, object]) -> TrainState:
+    def of(cls, state: TrainState | Mapping[str, object], *, once: bool = False) -> TrainState:
         """Return `state` if it is a `TrainState`, and one made of its items if it is a mapping.
 
+        Plain values stay in the mapping: a save takes what is there then, and a load puts the
+        loaded ones there.
+
+        Args:
+            state: either.
+            once: whether a mapping may hold copies (`optimizer.state_dict()`), because it is saved
+                now and never again.
+
         Raises:
-            UsageError: neither, or names that no part can have.
+            UsageError: neither, or names that no part can have, or a copy.
         """
         if isinstance(state, TrainState):
             return state
@@ -109,8 +133,34 @@ class TrainState:
             raise UsageError(
                 f"a state is a TrainState or a dict of parts by name, not {type(state).__name__}"
             )
-        parts: dict[str, Any] = dict(state)
-        return cls(**parts)
+        options = {key: state[key] for key in ("rng", "trainable_only") if key in state}
+        parts = {name: value for name, value in state.items() if name not in options}
+        if not once:
+            for name, value in parts.items():
+                refuse_snapshots(name, value)
+        made = cls.__new__(cls)
+        made._build(parts, **options, home=state)  # noqa: SLF001
+        return made
+
+    def check_current(self) -> None:
+        """Check that the mapping which this state was made of still has the objects it had.
+
+        Raises:
+            UsageError: a module or another object was exchanged, or a part came or went: what is
+                saved would be the old one.
+        """
+        if self._home is None:
+            return
+        if self._home.keys() != self._given.keys():
+            changed = sorted(self._home.keys() ^ self._given.keys())
+            raise UsageError(f"parts came into or left the dict that is the state: {changed}")
+        for name, value in self._given.items():
+            part = self._parts.get(name)
+            if self._home[name] is not value and type(part) is not ValuePart:
+                raise UsageError(
+                    f"part {name!r} of the dict that is the state is another object now: build a "
+                    "new state"
+                )
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -128,7 +178,7 @@ class TrainState:
             KeyError: no such part.
         """
         part = self._parts[name]
-        # Only a plain value may be another object after a restore.
+        # Only a plain value may be another object later.
         return part.value if isinstance(part, ValuePart) else self._values[name]
 
     def __setitem__(self, name: str, value: object) -> None:

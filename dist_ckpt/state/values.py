@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
-from array import array
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
-from functools import singledispatch
+from collections.abc import (
+    Callable,
+    Collection,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+)
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
@@ -14,13 +20,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
-from dist_ckpt.state.layout import empty_beside
+from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
+from dist_ckpt.state.by_names import ByNames, by_names
+from dist_ckpt.state.holders import Borrowed
+from dist_ckpt.state.merging import Merging, held_dicts
 from dist_ckpt.state.objects import decode, encode, needs_classes, references
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
+from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
 
-VALUE = "value"
-"""The name of the one object that such a part consists of."""
+__all__ = ["VALUE", "Reshard", "Stateful", "StatefulPart", "ValuePart"]
 
 
 @runtime_checkable
@@ -36,26 +45,66 @@ class Stateful(Protocol):
         ...
 
 
-Reshard = Callable[[Sequence[Any], int, int], Any]
-"""Called with the saved values by rank, this rank, and the world size; returns this rank's."""
+_log = logging.getLogger("dist_ckpt")
+# What None, and a dict or list without content, are when they are stored.
+_NOTHING = frozenset({b"null", b"{}", b"[]", b'{"!":"ordered_dict","v":[]}'})
+# Of these kinds a value stays itself and takes the content of the loaded one.
+_CHANGES = (
+    *(MutableMapping, MutableSequence, MutableSet, np.ndarray, torch.Tensor),
+    *(Namespace, SimpleNamespace, BytesIO),
+)
 
 
 class ValuePart:
     """A plain value, stored as one object named `value` and the tensors in it.
 
-    A restore updates a dict, list, set, array or tensor in place, if the stored one is of its
-    type (and shape and dtype), so that whoever holds it sees the change; any other value is
-    replaced. A per-rank value keeps its tensors inside the object; at another world size `reshard`
-    makes each rank's value out of those of all ranks that saved.
+    A restore changes in place what can change (`dist_ckpt.state.merging`), so that whoever holds
+    it sees it: tensors at any depth are filled where they lie. Those whose memory somebody else
+    holds, as the entries of a state dict, must have the stored names, shapes and dtypes. A
+    checkpoint that has the tensors by their own names (a module was saved, or another program wrote
+    it) fits as well. A per-rank value keeps its tensors inside the object; at another world size
+    `reshard` makes each rank's value out of those of all ranks that saved.
+
+    Args:
+        value: what to keep.
+        name: of the part, for messages.
+        per_rank: whether it is this rank's own.
+        reshard: see `PerRank`.
     """
 
     def __init__(
-        self, value: object, *, name: str, per_rank: bool = False, reshard: Reshard | None = None
+        self,
+        value: object,
+        *,
+        name: str,
+        per_rank: bool = False,
+        reshard: Reshard | None = None,
     ) -> None:
-        self.value = value
+        self._slot: Slot = OwnSlot(value)
         self.name = name
         self._per_rank = per_rank
         self._reshard = reshard
+        self._fitted: tuple[Stored, ValueFit] | None = None
+        self._borrowed = Borrowed(value)
+
+    @property
+    def value(self) -> Any:
+        """The live value."""
+        return self._slot.get()
+
+    @value.setter
+    def value(self, value: object) -> None:
+        """Put another one in its place."""
+        self._slot.put(value)
+
+    def lies_in(self, home: Mapping[str, Any]) -> None:
+        """Take the value from `home`, which has it under the name of the part, from now on."""
+        self._slot = CallersSlot(home, self.name)
+
+    def has_names(self) -> bool:
+        """Tell whether the value is a dict of somebody else's tensors, as a state dict is."""
+        live = self.value
+        return not self._per_rank and isinstance(live, dict) and id(live) in held_dicts(live)
 
     @property
     def per_rank(self) -> bool:
@@ -63,7 +112,18 @@ class ValuePart:
         return self._per_rank
 
     def capture(self) -> Captured:
-        """Return the value encoded, and the tensors in it."""
+        """Return the value encoded, and the tensors in it.
+
+        Raises:
+            UsageError: it cannot be stored, or is the state dict of a module that has other
+                tensors now.
+        """
+        stale = self._borrowed.stale()
+        if stale is not None:
+            raise UsageError(
+                f"{self.name} is the state dict of a module that has another tensor for {stale!r} "
+                "by now (it was moved, or it makes new ones): give the module itself as the part"
+            )
         value = self._read()  # once: a state_dict may be costly or count its calls
         if self._per_rank:
             # Names of tensors are shared by all ranks, so these tensors go inside.
@@ -73,13 +133,17 @@ class ValuePart:
         return Captured(tensors, {VALUE: data})
 
     def targets(self, stored: Stored) -> Targets:
-        """Return fresh tensors, laid out as the live ones of the same names and shapes.
+        """Return the live tensors of the stored names, and fresh ones for the others.
 
         Raises:
             IncompatibleError: values of each rank, saved by another number of ranks, and nothing
-                that could reshard them.
+                that could reshard them; or a stored value that this program cannot make.
+            UsageError: the live value lies where no other one can be put.
         """
         if VALUE not in stored.objects:
+            named = self._by_names(stored)
+            if named is not None:
+                return named.targets
             return Targets({}, [VALUE], sorted(stored.tensors.keys() | stored.objects.keys()))
         note = None
         if self._is_resharded(stored):
@@ -89,29 +153,61 @@ class ValuePart:
                 f"{self.name} was kept per rank by {stored.saved_world_size} ranks and resharded "
                 f"for {stored.world_size}"
             )
-        wanted = references(stored.objects[VALUE], path=self.name)
-        # Fresh even where a live one would fit: a load_state_dict may compare old with new.
-        known = wanted or needs_classes(stored.objects[VALUE])
-        live = self.capture().tensors if known else {}
-        tensors = {}
-        for name in wanted:
-            if name in stored.tensors:
-                spec = stored.tensors[name]
-                same = name in live and tuple(live[name].shape) == spec.shape
-                like = live[name] if same else torch.empty(0)
-                tensors[name] = empty_beside(like, spec)
-        missing = [name for name in wanted if name not in stored.tensors]
+        data = stored.objects[VALUE]
+        wanted = references(data, path=self.name)
+        if needs_classes(data):
+            self.capture()  # the live value shows the classes that the stored one may be made of
+        if not wanted:
+            # What cannot be decoded here is found before anything changes.
+            self._check(decode(data, tensors={}, path=self.name), stored)
+        if self._slot.fixed and not isinstance(self.value, _CHANGES):
+            raise UsageError(
+                f"part {self.name!r} is a plain value in a mapping that cannot change, so the "
+                "loaded one would be lost: give a dict or a TrainState"
+            )
+        fit = self._fit(stored, wanted)
         others = (stored.tensors.keys() - set(wanted)) | (stored.objects.keys() - {VALUE})
-        return Targets(tensors, missing, sorted(others), note)
+        if fit.exchanged:
+            names = ", ".join(f"{self.name}/{name}" for name in fit.exchanged)
+            note = f"of another shape or dtype, so another tensor lies there now: {names}"
+        return Targets(fit.tensors, fit.missing, sorted(others.union(fit.unexpected)), note)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the stored value in the place of the live one."""
         if VALUE not in stored.objects:
-            return
-        if self._is_resharded(stored):
-            self._write(self._resharded(stored))
+            named = self._by_names(stored)
+            if named is not None:
+                named.put(tensors)
+        elif self._is_resharded(stored):
+            self._write(self._resharded(stored), ())
         else:
-            self._write(decode(stored.objects[VALUE], tensors=tensors, path=self.name))
+            data = stored.objects[VALUE]
+            held = self._fit(stored, references(data)).held
+            self._write(decode(data, tensors=tensors, path=self.name), held)
+        self._fitted = None
+
+    def goes_first(self, stored: Stored) -> bool:
+        """Tell whether the restore asks code of the program, and needs no tensor for it.
+
+        What that refuses is then found before a tensor of the state has changed.
+        """
+        return VALUE in stored.objects and self._is_resharded(stored)
+
+    def _fit(self, stored: Stored, wanted: Sequence[str]) -> ValueFit:
+        if self._per_rank:
+            return ValueFit()  # its tensors are inside
+        # Whose dicts they are cannot be told any more when targets hold the memory of them.
+        if self._fitted is None or self._fitted[0] is not stored:
+            stays = isinstance(self._slot, CallersSlot)
+            fit = fit_value(self._read(), stored, wanted, path=self.name, stays=stays)
+            self._fitted = (stored, fit)
+        return self._fitted[1]
+
+    def _check(self, value: Any, stored: Stored) -> None:
+        """Raise if `value` cannot be taken, as far as that can be known."""
+
+    def _by_names(self, stored: Stored) -> ByNames | None:
+        return None if self._per_rank else by_names(self._read(), stored, self.name)
 
     def _is_resharded(self, stored: Stored) -> bool:
         return self._per_rank and stored.world_size != stored.saved_world_size
@@ -148,28 +244,67 @@ class ValuePart:
     def _read(self) -> object:
         return self.value
 
-    def _write(self, value: Any) -> None:
-        # A parameter is stored as the tensor that it is.
-        tensors = isinstance(value, torch.Tensor) and isinstance(self.value, torch.Tensor)
-        same = tensors or type(value) is type(self.value)
-        self.value = _update(self.value, value) if same else value
+    def _write(self, value: Any, held: Collection[int]) -> None:
+        self.value = Merging(held).merged(self.value, value)
 
 
 class StatefulPart(ValuePart):
-    """Anything with `state_dict` and `load_state_dict`: what the one returns, the other gets."""
+    """Anything with `state_dict` and `load_state_dict`: what the one returns, the other gets.
+
+    One that has `check_state_dict` is asked by that first, before anything of the state changes: it
+    raises if it would refuse, and changes nothing.
+    """
 
     def __init__(
         self, value: Stateful, *, name: str, per_rank: bool = False, reshard: Reshard | None = None
     ) -> None:
         super().__init__(value, name=name, per_rank=per_rank, reshard=reshard)
         self._stateful = value
+        self._said_empty = False
+
+    def capture(self) -> Captured:
+        """Return what `state_dict` returned, encoded, and the tensors in it."""
+        captured = super().capture()
+        if captured.objects[VALUE] in _NOTHING and not self._said_empty:
+            self._said_empty = True
+            kind = type(self._stateful).__qualname__
+            _log.warning(
+                "part %r: %s.state_dict() returned nothing, so nothing is stored for it",
+                self.name,
+                kind,
+            )
+        return captured
+
+    def goes_first(self, stored: Stored) -> bool:
+        """Return as `ValuePart.goes_first`."""
+        return VALUE in stored.objects and not references(stored.objects[VALUE], path=self.name)
+
+    def _check(self, value: Any, stored: Stored) -> None:
+        check = getattr(self._stateful, "check_state_dict", None)
+        if check is not None and not self._is_resharded(stored):
+            self._ask(check, value)
+
+    def _fit(self, stored: Stored, wanted: Sequence[str]) -> ValueFit:
+        # Fresh even where a live one would fit: a load_state_dict may compare old with new.
+        live = self.capture().tensors if wanted else {}
+        specs = stored.tensors
+        return ValueFit(
+            {name: beside(live.get(name), specs[name]) for name in wanted if name in specs},
+            [name for name in wanted if name not in specs],
+        )
+
+    def _by_names(self, stored: Stored) -> ByNames | None:
+        return None  # only it knows what its state dict is made of
 
     def _read(self) -> object:
         return self._stateful.state_dict()
 
-    def _write(self, value: Any) -> None:
+    def _write(self, value: Any, held: Collection[int]) -> None:
+        self._ask(self._stateful.load_state_dict, value)
+
+    def _ask(self, method: Callable[[Any], Any], value: Any) -> None:
         try:
-            self._stateful.load_state_dict(value)
+            method(value)
         except CheckpointError:
             raise  # a part of ours, which said it better
         except Exception as error:
@@ -179,87 +314,3 @@ class StatefulPart(ValuePart):
             raise IncompatibleError(
                 f"{self.name}: {kind}.load_state_dict refused what was saved: {describe(error)}"
             ) from error
-
-
-@singledispatch
-def _update(live: object, value: Any) -> object:
-    """Return what takes the place of `live`: itself, changed, where its type can be."""
-    return value
-
-
-@_update.register
-def _(live: MutableMapping, value: Any) -> object:  # type: ignore[type-arg]
-    live.clear()  # and not only updated: keys that were added since must go, and the order counts
-    live.update(value)
-    return live
-
-
-@_update.register
-def _(live: MutableSequence, value: Any) -> object:  # type: ignore[type-arg]
-    live[:] = value
-    return live
-
-
-@_update.register
-def _(live: deque, value: Any) -> object:  # type: ignore[type-arg]
-    if live.maxlen != value.maxlen:
-        return value  # it cannot be changed
-    live.clear()
-    live.extend(value)
-    return live
-
-
-@_update.register
-def _(live: defaultdict, value: Any) -> object:  # type: ignore[type-arg]
-    live.default_factory = value.default_factory
-    live.clear()
-    live.update(value)
-    return live
-
-
-@_update.register
-def _(live: array, value: Any) -> object:  # type: ignore[type-arg]
-    if live.typecode != value.typecode:
-        return value
-    live[:] = value
-    return live
-
-
-@_update.register
-def _(live: Namespace | SimpleNamespace, value: Any) -> object:
-    vars(live).clear()
-    vars(live).update(vars(value))
-    return live
-
-
-@_update.register
-def _(live: BytesIO, value: Any) -> object:
-    live.seek(0)
-    live.truncate()
-    live.write(value.getbuffer())
-    live.seek(value.tell())
-    return live
-
-
-@_update.register
-def _(live: MutableSet, value: Any) -> object:  # type: ignore[type-arg]
-    live.clear()
-    live |= value
-    return live
-
-
-@_update.register
-def _(live: np.ndarray, value: Any) -> object:
-    same = live.shape == value.shape and live.dtype == value.dtype
-    if not same or not live.flags.writeable:
-        return value
-    live[...] = value  # through every view that the program holds
-    return live
-
-
-@_update.register
-def _(live: torch.Tensor, value: Any) -> object:
-    if live.shape != value.shape or live.dtype != value.dtype:
-        return value
-    with torch.no_grad():
-        return live.copy_(value)

@@ -1,0 +1,255 @@
+"""Putting a stored value in the place of a live one: whoever holds the live one sees the change.
+
+What can change in place does, at any depth: tensors and arrays take the numbers, dicts, lists,
+sets, namespaces and buffers the content. Anything else (a number, a tuple) is another object
+afterwards, in the container that holds it.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from array import array
+from collections import defaultdict, deque
+from collections.abc import (
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+)
+from dataclasses import fields, is_dataclass
+from functools import singledispatch
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from dist_ckpt.state.encoding import MAX_DEPTH, TAG
+from dist_ckpt.state.holders import is_held, is_of_module
+
+
+def held_dicts(value: object) -> set[int]:
+    """Return the ids of all dicts in `value` that somebody else's tensors are in, by name.
+
+    That is what a state dict is: it neither gains nor loses a name by a load, as the module does
+    not whose tensors are in it.
+    """
+    found: set[int] = set()
+    for each in _dicts(value, 0):
+        tensors = [item for item in each.values() if isinstance(item, torch.Tensor)]
+        by_name = len(tensors) == len(each) and all(isinstance(key, str) for key in each)
+        # That of a module may have entries that are no tensors.
+        if tensors and (is_of_module(each) or (by_name and any(map(is_held, tensors)))):
+            found.add(id(each))
+    return found
+
+
+def _dicts(value: object, depth: int) -> Iterator[Mapping[Any, Any]]:
+    if depth > MAX_DEPTH:
+        return
+    if isinstance(value, Mapping):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _dicts(item, depth + 1)
+
+
+def named_misfits(
+    live: object, node: Any, name: str, held: Collection[int]
+) -> Iterator[tuple[str, bool]]:
+    """Yield the names of tensors that only one side has, of all dicts in `held`.
+
+    Args:
+        live: a value of the state.
+        node: the parsed encoding of the stored one.
+        name: what both are called.
+        held: what `held_dicts` found in `live`.
+
+    Yields:
+        The name, and whether it is the stored value that lacks it.
+    """
+    if isinstance(live, Mapping):
+        stored = _entries(node)
+        if id(live) in held:
+            for key, value in live.items():
+                if isinstance(value, torch.Tensor) and not _is_tensor(stored.get(key)):
+                    yield f"{name}.{key}", True
+            for key, item in stored.items():
+                if key not in live and _is_tensor(item):
+                    yield f"{name}.{key}", False
+        for key, value in live.items():
+            if key in stored:
+                yield from named_misfits(value, stored[key], f"{name}.{key}", held)
+    elif isinstance(live, (list, tuple)):
+        items = node if isinstance(node, list) else _payload(node)
+        if isinstance(items, list):
+            for i, (value, item) in enumerate(zip(live, items, strict=False)):
+                yield from named_misfits(value, item, f"{name}.{i}", held)
+
+
+def _payload(node: Any) -> Any:
+    return node["v"] if isinstance(node, dict) and TAG in node else None
+
+
+def _entries(node: Any) -> dict[Any, Any]:
+    """Return the entries of an encoded mapping whose keys are strings or small integers."""
+    if isinstance(node, dict) and TAG not in node:
+        return node
+    pairs = _payload(node)
+    if not isinstance(pairs, list):
+        return {}
+    found = {}
+    for pair in pairs:
+        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], (str, int)):
+            found[pair[0]] = pair[1]
+    return found
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, dict) and node.get(TAG) == "tensor"
+
+
+class Merging:
+    """Puts one stored value in the place of a live one.
+
+    Args:
+        held: the ids of the dicts whose names stay, see `held_dicts`.
+    """
+
+    def __init__(self, held: Collection[int] = ()) -> None:
+        self._held = held
+
+    def merged(self, live: Any, value: Any) -> Any:
+        """Return what takes the place of `live`: itself with the content of `value`, if it can be.
+
+        Tensors of `value` that are the memory of live ones are left as they are; those of equal
+        shape and dtype are copied.
+        """
+        # An OrderedDict that was saved may come back to a dict: both are told by their keys.
+        if isinstance(live, MutableMapping) and isinstance(value, MutableMapping):
+            return _into(live, value, self)
+        if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
+            return _into_tensor(live, value)
+        return _into(live, value, self) if type(live) is type(value) else value
+
+    def keeps_names(self, live: object) -> bool:
+        """Tell whether the dict `live` neither gains nor loses a name."""
+        return id(live) in self._held
+
+
+@singledispatch
+def _into(live: Any, value: Any, merging: Merging) -> Any:
+    if is_dataclass(live) and type(live).__setattr__ is object.__setattr__:  # it is not frozen
+        for each in fields(live):
+            new = merging.merged(getattr(live, each.name), getattr(value, each.name))
+            setattr(live, each.name, new)
+        return live
+    return value
+
+
+@_into.register
+def _(live: MutableMapping, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    content = {
+        key: merging.merged(live[key], new) if key in live else new for key, new in value.items()
+    }
+    if merging.keeps_names(live):
+        # A lenient load leaves alone what has no partner.
+        live.update({key: new for key, new in content.items() if key in live})
+        return live
+    live.clear()  # and not only updated: keys that were added since must go, and the order counts
+    live.update(content)
+    return live
+
+
+@_into.register
+def _(live: defaultdict, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    if isinstance(value, defaultdict):
+        live.default_factory = value.default_factory
+    return _into.dispatch(MutableMapping)(live, value, merging)
+
+
+@_into.register
+def _(live: deque, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    if live.maxlen != value.maxlen:
+        return value  # it cannot be changed
+    return _into.dispatch(MutableSequence)(live, value, merging)
+
+
+@_into.register
+def _(live: bytearray | array, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    if isinstance(live, array) and live.typecode != value.typecode:
+        return value
+    live[:] = value
+    return live
+
+
+@_into.register
+def _(live: Namespace | SimpleNamespace, value: Any, merging: Merging) -> Any:
+    merging.merged(vars(live), vars(value))
+    return live
+
+
+@_into.register
+def _(live: BytesIO, value: Any, merging: Merging) -> Any:
+    live.seek(0)
+    live.truncate()
+    live.write(value.getbuffer())
+    live.seek(value.tell())
+    return live
+
+
+@_into.register
+def _(live: MutableSequence, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    content = [
+        merging.merged(live[i], new) if i < len(live) else new for i, new in enumerate(value)
+    ]
+    live.clear()
+    live.extend(content)
+    return live
+
+
+@_into.register
+def _(live: MutableSet, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    live.clear()
+    live |= value
+    return live
+
+
+@_into.register
+def _(live: tuple, value: Any, merging: Merging) -> Any:  # type: ignore[type-arg]
+    if len(live) != len(value):
+        return value
+    content = list(map(merging.merged, live, value))
+    if all(new is old for new, old in zip(content, live, strict=True)):
+        return live
+    # A named tuple takes its fields one by one.
+    return live._make(content) if hasattr(live, "_make") else type(live)(content)
+
+
+@_into.register
+def _(live: np.ndarray, value: Any, merging: Merging) -> Any:
+    if live.shape != value.shape or live.dtype != value.dtype or not live.flags.writeable:
+        return value
+    live[...] = value  # through every view that the program holds
+    return live
+
+
+def _into_tensor(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if live.is_meta or live.shape != value.shape or live.dtype != value.dtype:
+        return value
+    if not _same_memory(live, value):
+        with torch.no_grad():
+            live.copy_(value)
+    return live
+
+
+def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if isinstance(first, DTensor) and isinstance(second, DTensor):
+        # What a load filled is the live tensor without its gradient: it has its layout too.
+        return _same_memory(first.to_local(), second.to_local())
+    return first.data_ptr() == second.data_ptr() and first.stride() == second.stride()

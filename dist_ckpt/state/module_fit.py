@@ -1,0 +1,201 @@
+"""Which stored name goes where in a module: decided before anything of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
+from dist_ckpt.state.module_state import Entry, extra_state_names
+from dist_ckpt.state.names import partners
+from dist_ckpt.state.objects import decode, references
+from dist_ckpt.state.part import Stored, Targets, TensorSpec
+from dist_ckpt.state.told import Say, accepts
+
+
+@dataclass
+class Fit:
+    """How the entries of a module and a checkpoint fit.
+
+    Attributes:
+        say: who in the module has a say.
+        targets: where the stored bytes go.
+        partner: the stored name of each entry that has one.
+        handed: the entries that are not filled in place but handed to the module, and the stored
+            names that it takes without having an entry for them.
+        renamed: entries that the module fills from stored names of another kind.
+        migrated: whether it makes its own entries of what is stored.
+    """
+
+    say: Say
+    targets: Targets = field(default_factory=Targets)
+    partner: dict[str, str] = field(default_factory=dict)
+    handed: list[str] = field(default_factory=list)
+    renamed: set[str] = field(default_factory=set)
+    migrated: bool = False
+
+
+def fit(
+    module: nn.Module,
+    entries: Mapping[str, Entry],
+    stored: Stored,
+    *,
+    names: Callable[[str], str],
+    part: str,
+    required: Collection[str],
+    passed_over: Collection[str],
+) -> Fit:
+    """Find where each stored tensor and object goes.
+
+    Args:
+        module: the live module.
+        entries: those of its state dict.
+        stored: what there is.
+        names: gives the canonical name for a raw one.
+        part: what the module is called, for messages.
+        required: the entries that are missing where they are not stored; of the others what is
+            stored is loaded, except frozen parameters.
+        passed_over: stored names that may be left.
+
+    Raises:
+        IntegrityError: a stored object is malformed.
+        IncompatibleError: a stored object cannot be made in this program.
+    """
+    say = Say(module)
+    wanted = {
+        name: entry
+        for name, entry in entries.items()
+        if name in required or not isinstance(entry.owner, nn.Parameter)
+    }
+    fitting = _Fitting(say, wanted, stored, part)
+    fitting.place(required)
+    fitting.take_extra_states(set(extra_state_names(module, names)))
+    found = fitting.found
+    others = fitting.unclaimed()
+    if say.any and (found.targets.missing or others or fitting.of_another_shape):
+        fitting.migrate(others, left_out=entries.keys() - required)
+    found.targets.unexpected.extend(name for name in fitting.unclaimed() if name not in passed_over)
+    return found
+
+
+class _Fitting:
+    def __init__(self, say: Say, wanted: Mapping[str, Entry], stored: Stored, part: str) -> None:
+        self.found = Fit(say)
+        self.of_another_shape: set[str] = set()
+        self._wanted = wanted
+        self._stored = stored
+        self._part = part
+        self._inside: set[str] = set()  # tensors of stored objects
+
+    def place(self, required: Collection[str]) -> None:
+        """Give each wanted entry its stored partner."""
+        found, stored = self.found, self._stored
+        both = partners(self._wanted, stored.tensors.keys() | stored.objects.keys())
+        aliases: dict[int, torch.Tensor] = {}
+        seen = found.say.seen()
+        for name, entry in self._wanted.items():
+            partner = both.get(name)
+            if partner is None or (entry.live and partner not in stored.tensors):
+                if name in required:
+                    found.targets.missing.append(name)
+                continue
+            found.partner[name] = partner
+            if not entry.live:
+                self._hand(name, partner, entry.value)
+                continue
+            alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
+            # One alias for tied names: on the meta device that is all that ties them.
+            target = aliases.setdefault(id(entry.value), alias)
+            if tuple(alias.shape) != stored.tensors[partner].shape:
+                self.of_another_shape.add(name)
+            elif id(entry.owner) in seen and not alias.is_meta and entry.value is entry.owner:
+                # Fresh, as torch has it: the program's own method may look at both.
+                target = torch.empty_like(alias)
+                found.handed.append(name)
+            found.targets.tensors[partner] = target
+
+    def take_extra_states(self, known: Collection[str]) -> None:
+        """Take what a module is ready to take although it has none now."""
+        for name in self.unclaimed():
+            if name in known:
+                self.found.partner[name] = name
+                self._hand(name, name, None)
+
+    def unclaimed(self) -> list[str]:
+        """Return the stored names that have no place yet."""
+        claimed = {*self.found.partner.values(), *self._inside}
+        stored = self._stored
+        tensors = sorted(stored.tensors.keys() - claimed)
+        return tensors + sorted(stored.objects.keys() - claimed)
+
+    def migrate(self, others: Collection[str], *, left_out: Collection[str]) -> None:
+        """Let the module make what is missing of the `others`, if it says that it can."""
+        found, stored = self.found, self._stored
+        if not all(name in stored.tensors for name in others):
+            return
+        missing = set(found.targets.missing)
+        state = {
+            self._wanted[name].raw_name: _meta(stored.tensors[partner])
+            for name, partner in found.partner.items()
+            if name in self._wanted and self._wanted[name].live
+        }
+        state.update({name: _meta(stored.tensors[name]) for name in others})
+        absent = {self._wanted[n].raw_name for n in missing if not stored.selects(n)}
+        absent |= set(left_out)
+        if not accepts(found.say, state, absent=absent):
+            return
+        found.migrated = True
+        for name in (*self.of_another_shape, *others):
+            partner = found.partner.setdefault(name, name)
+            found.targets.tensors[partner] = self._beside(stored.tensors[partner], name, missing)
+            found.handed.append(name)
+        # It fills these itself, out of what has other names.
+        found.renamed |= {name for name in missing if name not in absent}
+        found.targets.missing[:] = [name for name in missing if not stored.selects(name)]
+
+    def _hand(self, name: str, partner: str, live: object) -> None:
+        """Let the stored `partner` be read, and handed to the module."""
+        found, stored = self.found, self._stored
+        found.handed.append(name)
+        if partner in stored.tensors:  # a made-up tensor may have another size each time
+            like = live if isinstance(live, torch.Tensor) else torch.empty(0)
+            found.targets.tensors[partner] = empty_beside(like, stored.tensors[partner])
+            return
+        data, path = stored.objects[partner], f"{self._part}.{name}"
+        inside = references(data, path=path)
+        if not inside:  # so that nothing is changed when it cannot be made
+            decode(data, tensors={}, path=path)
+        for each in inside:
+            if each in stored.tensors:
+                self._inside.add(each)
+                found.targets.tensors[each] = empty_beside(torch.empty(0), stored.tensors[each])
+
+    def _beside(self, spec: TensorSpec, name: str, missing: Collection[str]) -> torch.Tensor:
+        """Return memory for what the module will copy: laid out as what it is likely to become."""
+        live = {n: e.value for n, e in self._wanted.items() if e.live}
+        alike = [n for n in missing if n in live and tuple(live[n].shape) == spec.shape]
+        near = max(alike or live, key=lambda each: _common(each, name), default=None)
+        if near is None:
+            return empty_beside(torch.empty(0), spec)
+        tensor = live[near].detach()
+        if alike and not tensor.is_meta:
+            # In its dtype, so that a cast is one that was asked for.
+            return torch.empty_like(tensor)
+        if isinstance(tensor, DTensor) or not tensor.is_meta:
+            return empty_beside(tensor, spec)
+        return empty_beside(torch.empty(0), spec)
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many components two names begin with together."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")

@@ -1,0 +1,78 @@
+"""Values that are copies of something's state: as parts of a training they can only go stale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.state.holders import is_of_module
+
+# By the keys that tell them: what torch's `state_dict` methods return, each a new dict per call.
+_SHAPES: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"state", "param_groups"}), "an optimizer"),
+    (frozenset({"last_epoch", "_step_count"}), "a learning rate scheduler"),
+    (frozenset({"last_epoch", "num_bad_epochs"}), "a learning rate scheduler"),
+    (frozenset({"scale", "growth_factor", "_growth_tracker"}), "a GradScaler"),
+    (frozenset({"epoch", "consumed", "global_batch", "shuffle"}), "an ElasticSampler"),
+    (frozenset({"_snapshot", "_steps_since_snapshot"}), "a StatefulDataLoader"),
+)
+_EXTRA = "_extra_state"
+_DEEPEST = 8
+
+
+def refuse_snapshots(part: str, value: object) -> None:
+    """Check that nothing in `value` is a copy of a state that goes on without it.
+
+    Dicts of tensors are no copies: the state dict of a module holds the memory of its parameters.
+
+    Raises:
+        UsageError: something is; says what to give instead.
+    """
+    for where, what in _snapshots(value, part, 0):
+        raise UsageError(
+            f"{where} is what state_dict() of {what} returned: a copy, which training does not "
+            f"change and a load does not bring back. Give {what.split(' ', 1)[1]} itself as a part "
+            "(a dict that was saved before can be read by open_checkpoint(...).read_values(...))"
+        )
+
+
+def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, Mapping) or depth > _DEEPEST:
+        return
+    kind = _kind(value)
+    if kind is not None:
+        yield where, kind
+        return
+    extra = [key for key in _module_entries(value) if str(key).endswith(_EXTRA)]
+    if extra:
+        yield f"{where}[{extra[0]!r}]", "a module"
+    for key, item in value.items():
+        yield from _snapshots(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _kind(value: Mapping[Any, Any]) -> str | None:
+    keys = value.keys()
+    for shape, what in _SHAPES:
+        if keys >= shape:
+            if "param_groups" in shape and not _is_optimizer(value):
+                continue
+            return what
+    return None
+
+
+def _is_optimizer(value: Mapping[Any, Any]) -> bool:
+    groups, state = value["param_groups"], value["state"]
+    return (
+        isinstance(state, Mapping)
+        and isinstance(groups, (list, tuple))
+        and all(isinstance(group, Mapping) and "params" in group for group in groups)
+    )
+
+
+def _module_entries(value: Mapping[Any, Any]) -> Iterator[Any]:
+    """Yield the keys of the state dict of a module under which no tensor is."""
+    if is_of_module(value):
+        yield from (key for key, item in value.items() if not isinstance(item, torch.Tensor))

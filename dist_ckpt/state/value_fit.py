@@ -1,0 +1,91 @@
+"""Which stored tensor goes where in a plain value: decided before anything of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.holders import is_held
+from dist_ckpt.state.layout import dtype_name, empty_beside
+from dist_ckpt.state.merging import held_dicts, named_misfits
+from dist_ckpt.state.objects import fillable
+from dist_ckpt.state.part import Stored, TensorSpec
+
+VALUE = "value"
+"""The name of the one object that such a part consists of."""
+
+
+@dataclass(frozen=True)
+class ValueFit:
+    """How a live value and a stored one fit.
+
+    Attributes:
+        tensors: what to fill, by stored name.
+        missing: names of live tensors that are not stored, where that matters.
+        unexpected: names of stored tensors that have no live one, where that matters.
+        exchanged: names of live tensors in whose place another one comes.
+        held: the ids of the dicts whose names stay.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    exchanged: list[str] = field(default_factory=list)
+    held: Collection[int] = ()
+
+
+def fit_value(
+    live: object, stored: Stored, wanted: Sequence[str], *, path: str, stays: bool
+) -> ValueFit:
+    """Fit the stored object `value` and its tensors to the `live` value.
+
+    A tensor that fits is filled where it lies. One of another shape or dtype is a misfit where
+    somebody else holds it; where it lies in the value alone another one takes its place.
+
+    Args:
+        live: the value.
+        stored: what there is.
+        wanted: the tensors that the stored value refers to.
+        path: what the value is called, for messages.
+        stays: whether a tensor that is the whole value must stay itself.
+
+    Raises:
+        UsageError: the live value holds something that cannot be stored.
+    """
+    held = held_dicts(live)
+    node = parse(stored.objects[VALUE], path)
+    misfits = list(named_misfits(live, node, VALUE, held))
+    here = fillable(live, path=path, prefix=VALUE)
+    # All of them before the first alias is made, which would hold its memory.
+    fixed = {name for name, tensor in here.items() if tensor.is_meta or is_held(tensor)}
+    if stays:
+        fixed.add(VALUE)
+    fit = ValueFit(held=held)
+    for name in wanted:
+        spec = stored.tensors.get(name)
+        if spec is None:
+            fit.missing.append(name)
+        elif name not in here:
+            fit.tensors[name] = empty_beside(torch.empty(0), spec)
+        elif name in fixed or _fits(here[name], spec):
+            # In-place writes to a leaf that requires grad would be refused.
+            fit.tensors[name] = here[name].detach()
+        else:
+            fit.tensors[name] = beside(here[name], spec)
+            fit.exchanged.append(name)
+    fit.missing.extend(name for name, lacks in misfits if lacks and name not in fit.missing)
+    fit.unexpected.extend(name for name, lacks in misfits if not lacks)
+    return fit
+
+
+def beside(live: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor:
+    """Return an unfilled tensor of `spec`, laid out as `live` if it has the shape of that."""
+    same = live is not None and tuple(live.shape) == spec.shape
+    return empty_beside(live if same and live is not None else torch.empty(0), spec)
+
+
+def _fits(live: torch.Tensor, spec: TensorSpec) -> bool:
+    return tuple(live.shape) == spec.shape and dtype_name(live.dtype) == spec.dtype
