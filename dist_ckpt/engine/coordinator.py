@@ -21,7 +21,8 @@ import msgspec
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.failures import decode_error, envelope, failure
+from dist_ckpt.engine.departures import Departures, absence
+from dist_ckpt.engine.failures import decode_error, envelope, failure, opened
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -196,6 +197,7 @@ class StoreCoordinator:
         self.rank = rank
         self.world_size = world_size
         self._store = store
+        self._departures = Departures(store, rank)
         self._absent = set() if absent is None else absent
         self._finished: list[str] = []
 
@@ -249,16 +251,12 @@ class StoreCoordinator:
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""
         try:
-            self._store.set(f"left/{self.rank}", "")
+            self._departures.announce()
             waiting = set(range(self.world_size)) if self.rank == 0 else set()
             while waiting:
                 # Not for those that were named absent: most likely they are dead, and whoever is
                 # merely late has been told by an error already.
-                waiting = {
-                    rank
-                    for rank in waiting - self._absent
-                    if not self._store.check([f"left/{rank}"])
-                }
+                waiting -= self._absent | self._departures.among(waiting)
                 if not waiting or deadline.passed:
                     return
                 time.sleep(_LONGEST_NAP_SECONDS)
@@ -288,8 +286,11 @@ class StoreCoordinator:
         self._forget_answers(topic.key)
 
     def _await_answer(self, topic: Topic, deadline: Deadline) -> bytes | None:
-        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline)
+        left = self._departures.leaves({0})
+        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline, left)
         if decided is None:
+            if left():
+                raise absence(topic.label, {0}, {0}, deadline.span_seconds)
             return None
         whose = "all" if decided == b"all" else str(self.rank)
         return self._try_get(f"{topic.key}/answer/{whose}")
@@ -297,14 +298,14 @@ class StoreCoordinator:
     def _gather(self, topic: Topic, deadline: Deadline) -> list[bytes]:
         messages: dict[int, bytes] = {}
         for number in range(1, self.world_size + 1):
-            data = self._wait(f"{topic.key}/message/{number}", None, deadline)
+            data = self._wait(
+                f"{topic.key}/message/{number}", None, deadline, lambda: bool(self._gone(topic))
+            )
             if data is None:
                 # A rank that died after it drew its number leaves a gap: those who came after it
                 # are looked for once more, so that only the absent are named.
                 continue
-            rank, body, error = msgspec.msgpack.decode(
-                data, type=tuple[int, bytes, dict[str, object] | None]
-            )
+            rank, body, error = opened(data)
             self._absent.discard(rank)
             if error is not None:
                 # The first error ends the round: waiting for more would only delay everybody.
@@ -313,21 +314,29 @@ class StoreCoordinator:
         absent = sorted(set(range(self.world_size)) - messages.keys())
         if absent:
             self._absent.update(absent)
-            raise CoordinationError(
-                f"{topic.label}: rank {', '.join(map(str, absent))} did not arrive within "
-                f"{deadline.span_seconds:g} s",
-                kind=ErrorKind.PEER_ABSENT,
-                ranks=dict.fromkeys(absent, "did not arrive"),
-            )
+            raise absence(topic.label, absent, self._gone(topic), deadline.span_seconds)
         return [messages[rank] for rank in range(self.world_size)]
 
-    def _wait(self, key: str, error_key: str | None, deadline: Deadline) -> bytes | None:
-        """Return the value of `key`, or None when the deadline passed without one.
+    def _gone(self, topic: Topic) -> set[int]:
+        """Return the ranks that left without having sent anything to the round."""
+        if not self._departures.any():
+            return set()
+        gone = self._departures.among(range(self.world_size))
+        for number in range(1, self.world_size + 1):
+            data = self._try_get(f"{topic.key}/message/{number}")
+            gone -= set() if data is None else {opened(data)[0]}
+        return gone
+
+    def _wait(
+        self, key: str, error_key: str | None, deadline: Deadline, over: Callable[[], bool]
+    ) -> bytes | None:
+        """Return the value of `key`, or None when the deadline passed, or it was `over`, without.
 
         Polled, not blocked on: a blocked client cannot be asked anything else, and c10d writes
         warnings to stderr for each wait that times out.
         """
         nap = _FIRST_NAP_SECONDS
+        vain = False
         while True:
             data = self._try_get(key)
             if data is not None:
@@ -336,10 +345,12 @@ class StoreCoordinator:
                 failed = self._try_get(error_key)
                 if failed is not None:
                     raise decode_error(failed)
-            if deadline.passed:
+            if vain or deadline.passed:
                 return None
             time.sleep(nap)
             nap = min(nap * _NAP_GROWTH, _LONGEST_NAP_SECONDS)
+            # Asked before the look that follows: what a rank sent before it left counts.
+            vain = over()
 
     def _put(self, key: str, data: bytes) -> None:
         pieces = range(0, len(data), _PIECE_BYTES)
