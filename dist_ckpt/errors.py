@@ -49,6 +49,7 @@ class ErrorKind(StrEnum):
     UNENCODABLE = "unencodable"
     STEP_BEHIND = "step_behind"
     CANCELLED = "cancelled"
+    NOT_RESTORED = "not_restored"
 
 
 class CheckpointError(Exception):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Literal, TypeAlias, Unpack
 
 import torch
 from torch import nn
 
+from dist_ckpt.engine.choosing import Which
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadKeywords
@@ -16,7 +17,9 @@ from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
+from dist_ckpt.engine.starting import stoppers_of, which_of
 from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
 
@@ -69,7 +72,8 @@ def async_save(
     Raises:
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
-    job = Job(url, timeout_seconds=timeout_seconds)
+    # It adds to what is there, and nothing goes on from it: no restore is asked for.
+    job = Job(url, timeout_seconds=timeout_seconds, joins=True)
     saver = Saver(
         job, TrainState.of(state), keep=None, metadata={}, options=SaveOptions.of(options)
     )
@@ -80,11 +84,15 @@ def load(
     state: State,
     url: Place,
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
     timeout_seconds: float = 1800.0,
     **options: Unpack[LoadKeywords],
 ) -> LoadReport:
     """Restore `state` in place from one checkpoint; there is no falling back to another.
+
+    Nothing is written: a training that uses the run goes on undisturbed.
 
     Every rank makes the call, with the same arguments. All that does not fit is found before the
     first byte of a tensor is read, and is one error on every rank.
@@ -93,8 +101,11 @@ def load(
         state: a `TrainState` or a mapping of parts that match the stored ones.
         url: a run, of which the newest checkpoint is loaded; one of its step directories
             (`runs/17/step-0000000100`); or what `torch.distributed.checkpoint`, safetensors or
-            `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`.
-        step: which checkpoint of the run.
+            `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`. A step directory
+            may have been copied, renamed, or be reached by a link.
+        step: which checkpoint of the run: its number, or "best".
+        metric: by what it is the best; by default that of an early stopping in the state.
+        mode: "min" when smaller is better, "max" when larger is.
         timeout_seconds: after this long without all ranks the load fails.
         **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
             `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`.
@@ -108,7 +119,9 @@ def load(
     return _load(
         lambda: TrainState.of(state),
         url,
-        step=step,
+        which=lambda made: which_of(
+            step, metric, mode, [stopper.criterion for stopper in stoppers_of(made)]
+        ),
         timeout_seconds=timeout_seconds,
         options=options,
     )
@@ -118,7 +131,9 @@ def load_weights(
     model: nn.Module | Mapping[str, torch.Tensor],
     url: Place,
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
     part: str = "model",
     timeout_seconds: float = 1800.0,
     **options: Unpack[LoadKeywords],
@@ -131,7 +146,9 @@ def load_weights(
     Args:
         model: where the weights go.
         url: a run, or one checkpoint, of another program too; see `load`.
-        step: which checkpoint of the run; None for the newest.
+        step: which checkpoint of the run: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: "min" when smaller is better, "max" when larger is.
         part: which part of it the weights are: `ema` loads the averaged ones into `model`.
         timeout_seconds: after this long without all ranks the load fails.
         **options: those of `load`; names begin with `part`, as in `skip=["model/head.*"]`.
@@ -151,27 +168,35 @@ def load_weights(
         parts: dict[str, Any] = {part: weights}
         return TrainState(rng=None, **parts)
 
-    return _load(state, url, step=step, timeout_seconds=timeout_seconds, options=keywords)
+    return _load(
+        state,
+        url,
+        which=lambda _: which_of(step, metric, mode),
+        timeout_seconds=timeout_seconds,
+        options=keywords,
+    )
 
 
 def _load(
     make_state: Callable[[], TrainState],
     url: Place,
     *,
-    step: int | None,
+    which: Callable[[TrainState], Which],
     timeout_seconds: float,
     options: Mapping[str, Any],
 ) -> LoadReport:
     job = Job(url, timeout_seconds=timeout_seconds)
     failed: CheckpointError | None = None
+    chosen: Which = None
     try:
         state = make_state()
+        chosen = which(state)
     except CheckpointError as error:
         # Carried to the other ranks, which would wait for this one otherwise.
         state, failed = TrainState(rng=None), error
     try:
         report = Loader(job, state).load(
-            step, place=url, options=options, fall_back=False, own=False, failed=failed
+            chosen, place=url, options=options, fall_back=False, own=False, failed=failed
         )
     finally:
         job.leave()

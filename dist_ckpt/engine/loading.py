@@ -15,13 +15,13 @@ from dist_ckpt import events
 from dist_ckpt.dcp.fetching import warm_memory
 from dist_ckpt.dcp.planner import NamedTensors
 from dist_ckpt.dcp.ties import Ties
-from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
+from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
 from dist_ckpt.engine.holdings import Holdings, gather
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
-from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
+from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, tell_empty, unmatched
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.tied import compare_ties, prepare
@@ -36,6 +36,7 @@ from dist_ckpt.errors import (
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
+from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
@@ -86,27 +87,27 @@ class Loader:
 
     def load(
         self,
-        step: int | None,
+        step: Which,
         *,
         place: Place | None = None,
         options: Mapping[str, Any] | None = None,
         fall_back: bool,
         own: bool,
+        claims: bool = False,
         failed: CheckpointError | None = None,
-        wants: Callable[[str], bool] = lambda _: True,
     ) -> LoadReport | None:
         """Restore the state from `step`, or from the newest checkpoint.
 
         Args:
-            step: which one, None for the newest.
+            step: which one: its number, None for the newest, or by what it is the best.
             place: where from; None for the run of the job.
             options: the keywords of `LoadOptions`.
             fall_back: whether to go on with the next older one when one is damaged.
-            own: whether to take the run of the job over first, so that an older job can no longer
-                commit, and to return None, not raise, when that run has no checkpoint.
+            own: whether the job goes on from what is loaded; its run without a checkpoint is then
+                no error: None is returned.
+            claims: whether to take the run of the job over first, so that an older job can no
+                longer commit. Without it nothing is written, and nobody is disturbed.
             failed: what keeps this rank from loading; all ranks hear of it.
-            wants: tells by its name whether a part is to be loaded; the others stay as they are,
-                and whether the checkpoint has them does not matter.
 
         Raises:
             CheckpointError: the same on every rank. Nothing live was changed when the state does
@@ -114,7 +115,8 @@ class Loader:
                 may be partly restored.
         """
         progress = _Progress()
-        chooser = Chooser(self._job, LoadCall.of(step, place, options, failed), own=own)
+        call = LoadCall.of(step, place, options, failed)
+        chooser = Chooser(self._job, call, own=own, claims=claims)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
             since = time.perf_counter()
@@ -125,6 +127,7 @@ class Loader:
             progress.clock("choose", since)
             self._announce(chooser.url, news)
             if chosen is None:
+                self._job.go_on(None)
                 return None
             try:
                 # Made ready while it is found out what goes where.
@@ -137,7 +140,9 @@ class Loader:
             except CheckpointError as error:
                 raise _told(error, progress) from error
             if own and place is None:
-                self._job.go_on_from(report.step, chooser.passed_over())
+                self._job.go_on(report.step, chooser.passed_over())
+            elif own:
+                self._job.go_on(None)  # the run itself begins
             return report
 
     def _load(
@@ -161,6 +166,8 @@ class Loader:
                     kind=ErrorKind.STATE_MISMATCH,
                 )
             (targets, ties), windows = self._prepare(topic, source, matched, options)
+        if self._job.training.rank == 0:
+            tell_empty(source.where, verdict.empty)
         progress.clock("match", since)
         result = self._read(topic, source, ties, options, progress, windows=windows, memory=memory)
         for phase, seconds in result.seconds.items():
@@ -263,13 +270,17 @@ class Loader:
         compared: list[Misfits] = []
         targets: dict[str, Mapping[str, torch.Tensor]] = {}
         notes: list[str] = []
+        filled: list[str] = []
+        empty: list[str] = []
         known = {*held.names, *parts}
         for name, part in parts.items():
             if not options.selects_part(name):
                 continue
             stored = held.parts.get(name)
+            fits = isinstance(part, RngPart)  # always, so it is never all that is meant
             if stored is None:
                 missing.append(name)
+                empty += [] if fits else [name]
                 continue
             found = part.targets(stored)
             notes += [] if found.note is None else [found.note]
@@ -280,6 +291,8 @@ class Loader:
             compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
             missing += compared[-1].missing
             targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
+            plain = not (found.tensors or found.missing or stored.tensors)
+            (filled if targets[name] or plain else empty).extend([] if fits else [name])
         unexpected += [
             name for name in held.parts if name not in parts and options.selects_part(name)
         ]
@@ -290,6 +303,8 @@ class Loader:
             [entry for each in compared for entry in each.dtypes],
             [entry for each in compared for entry in each.casts],
             unmatched(options, known, held.idle),
+            filled=filled,
+            empty=empty,
         )
         return _Matched(held, targets, misfits, frozenset(known), notes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 
@@ -16,10 +16,12 @@ from dist_ckpt.engine.job import Place
 from dist_ckpt.engine.load_options import near
 from dist_ckpt.engine.location import locate, open_source
 from dist_ckpt.engine.reading import ReadOptions, read
+from dist_ckpt.engine.starting import which_of
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.repository.checkpoint import unless_deleted
+from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
@@ -226,15 +228,24 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
 
 
 def open_checkpoint(
-    url: Place, *, step: int | None = None, verify: bool = True
+    url: Place,
+    *,
+    step: int | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
+    verify: bool = True,
 ) -> OpenedCheckpoint:
     """Look into a checkpoint: only its description is read here. One process, no other rank.
+
+    Nothing is written: a training that uses the run goes on undisturbed.
 
     Args:
         url: a run, of which the newest checkpoint is opened; one of its step directories; or what
             `torch.distributed.checkpoint`, safetensors or `torch.save` wrote, a directory or a
             file. A path, a URL, or a `Store`.
-        step: which checkpoint of the run.
+        step: which checkpoint of the run: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: "min" when smaller is better, "max" when larger is.
         verify: whether what is read later is compared with its digests.
 
     Raises:
@@ -242,9 +253,11 @@ def open_checkpoint(
         IntegrityError: its description is damaged.
         UsageError: the place is malformed.
     """
-    location = locate(url, step)
+    which = which_of(step, metric, mode)
+    best = which if isinstance(which, Criterion) else None
+    location = locate(url, None if isinstance(which, Criterion) else which)
     try:
-        source = open_source(location)
+        source = open_source(location, best)
     except BaseException:
         if location.text is not None:
             location.store.close()

@@ -7,8 +7,7 @@ again, as long as they were not collected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -19,7 +18,7 @@ from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_cl
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.claim import check_owner
 from dist_ckpt.repository.collect import delete_attempt
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, delete_exactly, read_all
 
 _LIMIT_BYTES = 1 << 16
 
@@ -56,14 +55,14 @@ def read(store: Store) -> list[Discard]:
     return [_read(store, number) for number in numbers if number is not None]
 
 
-def hidden(store: Store, steps: Iterable[int], discards: Sequence[Discard]) -> dict[int, str]:
-    """Return those of `steps` that are hidden, each with its save id.
+def hidden(store: Store, steps: Iterable[int], discards: Sequence[Discard]) -> dict[int, bytes]:
+    """Return those of `steps` that are hidden, each with its manifest.
 
     A manifest is read of those alone that a discard may be about. One that is damaged is not
     hidden: a restore passes it over, and people may want to look at it.
     """
     oldest = min((each.after for each in discards), default=None)
-    found: dict[int, str] = {}
+    found: dict[int, bytes] = {}
     for step in steps:
         if oldest is None or step <= oldest:
             continue
@@ -73,23 +72,20 @@ def hidden(store: Store, steps: Iterable[int], discards: Sequence[Discard]) -> d
         except (NotFound, IntegrityError, IncompatibleError):
             continue
         if any(step > each.after and manifest.claim < each.claim for each in discards):
-            found[step] = manifest.save_id
+            found[step] = data
     return found
 
 
-def collect(
-    store: Store, steps: Iterable[int], *, claim: int, alone: AbstractContextManager[object]
-) -> list[int]:
-    """Delete the hidden ones of `steps`, then the discards; return what was deleted.
+def collect(store: Store, given_up: Mapping[int, bytes], *, claim: int) -> list[int]:
+    """Delete what is hidden, then the discards; return what was deleted.
 
     Called after a commit of the owner of the run, and never before: until then what was given up
     can be had back. A pinned checkpoint stays, hidden.
 
     Args:
         store: where the run is.
-        steps: to look at.
+        given_up: the hidden steps, each with its manifest.
         claim: of the caller.
-        alone: held while a manifest is deleted, and by whoever puts another one in its place.
 
     Raises:
         FencedError: a newer claim owns the run.
@@ -101,18 +97,17 @@ def collect(
     check_owner(store, claim)
     gone: list[int] = []
     kept = False
-    for step, save_id in hidden(store, steps, discards).items():
+    for step, data in given_up.items():
+        save_id = manifest_format.decode(data, step=step).save_id
         if marks.is_pinned(store, step, save_id):
             kept = True
             continue
         # Again for each: a newer job may have been started meanwhile.
         check_owner(store, claim)
-        with alone:
-            # Looked at again: this very job may have saved the step anew since the listing.
-            if hidden(store, [step], discards).get(step) == save_id:
-                store.delete([manifest_key(step)])
-                gone.append(step)
-        # Of this attempt alone: files of a new one may lie beside it already.
+        # Itself alone: this very job may have saved the step anew since the listing, and files of
+        # the new one may lie beside its own already.
+        if delete_exactly(store, manifest_key(step), data):
+            gone.append(step)
         delete_attempt(store, step, save_id)
     if not kept:
         # Last: while one of them is there, it must not be listed again.

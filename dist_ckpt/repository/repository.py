@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import (
@@ -67,20 +67,20 @@ class Repository:
         """
         return self._listing()[0]
 
-    def hidden(self) -> list[int]:
-        """Return the steps that a job gave up when it went back, not collected yet, descending."""
+    def hidden(self) -> Mapping[int, bytes]:
+        """Return the steps that a job gave up and that are there still, with their manifests."""
         return self._listing()[1]
 
-    def _listing(self) -> tuple[list[int], list[int]]:
+    def _listing(self) -> tuple[list[int], Mapping[int, bytes]]:
         """Return the steps that have a directory, the hidden ones apart, descending."""
         names = {child[:-1] for child in self.store.list_children() if child.endswith("/")}
         found = (parse_step_dir(name) for name in names)
         steps = sorted((step for step in found if step is not None), reverse=True)
         # The listing itself says whether anybody ever went back: nothing more is asked otherwise.
         if DISCARDS not in names:
-            return steps, []
+            return steps, {}
         hidden = discard.hidden(self.store, steps, discard.read(self.store))
-        return [step for step in steps if step not in hidden], list(hidden)
+        return [step for step in steps if step not in hidden], hidden
 
     def newer(self, step: int, *, besides: Collection[int] = ()) -> list[int]:
         """Return the committed steps above `step` that are not `besides`, ascending.
@@ -297,9 +297,9 @@ class Repository:
         """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""
         return collect_garbage(self.store, claim=claim, in_flight=in_flight)
 
-    def collect_hidden(self, *, claim: int, alone: AbstractContextManager[object]) -> list[int]:
+    def collect_hidden(self, *, claim: int) -> list[int]:
         """Delete what was given up; see `dist_ckpt.repository.discard.collect`."""
-        return discard.collect(self.store, self.hidden(), claim=claim, alone=alone)
+        return discard.collect(self.store, self.hidden(), claim=claim)
 
     def _check_can_commit(self) -> None:
         can = self.store.capabilities

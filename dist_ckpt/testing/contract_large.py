@@ -96,7 +96,6 @@ class LargeContract:
             assert store.sweep(prefix) == 0
         assert [entry.key for entry in store.list_entries()] == ["a/b", "a/c/d", "e"]
 
-
     def test_exact_deletion_takes_nothing_else(self, store: Store, other: Store) -> None:
         """An object goes only while it holds exactly the bytes that were found in it."""
         store.put("a/k", [b"old"])
