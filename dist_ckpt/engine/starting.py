@@ -90,7 +90,7 @@ def which_of(
         UsageError: nobody says what the best is, or what is said is of no use.
     """
     if isinstance(step, str) and step != "best":
-        raise UsageError(f"step is a number or 'best', not {step!r}")
+        raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
     if step != "best":
         if metric is not None or mode != "min":
             raise UsageError("metric= and mode= say what the best is: give step='best' with them")

@@ -111,9 +111,10 @@ def test_nothing_is_changed_in_a_detached_step() -> None:
     store = new_store()
     run_of(store, 1)
     step = DetachedStep(store, 1)
-    for change in (lambda: step.put("step-0000000001/x", [b""]), lambda: step.delete(["x"])):
-        with pytest.raises(StorageError, match="read-only"):
-            change()
+    with pytest.raises(StorageError, match="read-only"):
+        step.put("step-0000000001/x", [b""])
+    with pytest.raises(StorageError, match="read-only"):
+        step.delete(["step-0000000001/x"])
 
 
 def test_a_read_only_place_is_read(run: Path) -> None:
