@@ -297,7 +297,7 @@ def counted(policy: SavePolicy) -> set[str]:
     return {name for name, kind in kinds.items() if any(isinstance(each, kind) for each in found)}
 
 
-def passed_over(policy: SavePolicy, previous: int, step: int) -> SavePolicy | None:
+def passed_over(policy: SavePolicy, *, previous: int, step: int) -> SavePolicy | None:
     """Return the member of `policy` that was due between two told steps, and at neither."""
     for each in members(policy):
         if isinstance(each, _EverySteps) and step // each.steps > previous // each.steps:

@@ -107,7 +107,7 @@ class Course:
         last = self._told_step
         # Asked of integers alone: whatever else was told as a step is refused elsewhere.
         if kind == "steps" and isinstance(last, int) and isinstance(step, int) and step > last + 1:
-            missed = passed_over(self._when, last, step)
+            missed = passed_over(self._when, previous=last, step=step)
             if missed is not None:
                 self._say(
                     "passed over",
