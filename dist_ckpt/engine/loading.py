@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
-import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.fetching import warm_memory
@@ -18,10 +17,10 @@ from dist_ckpt.dcp.ties import Ties
 from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
-from dist_ckpt.engine.holdings import Holdings, gather
+from dist_ckpt.engine.fitting import Matched, fit
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
-from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, tell_empty, unmatched
+from dist_ckpt.engine.matching import Misfits, check_matched, judge, tell_empty
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.tied import compare_ties, prepare
@@ -36,7 +35,6 @@ from dist_ckpt.errors import (
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
-from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
@@ -45,17 +43,6 @@ ResultT = TypeVar("ResultT")
 _MOST_LOST = 10
 
 _log = logging.getLogger("dist_ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class _Matched:
-    """What of a checkpoint goes where: nothing live has been changed yet."""
-
-    holdings: Holdings
-    targets: Mapping[str, Mapping[str, torch.Tensor]]
-    misfits: Misfits
-    known: frozenset[str]
-    notes: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -185,7 +172,7 @@ class Loader:
         return report
 
     def _prepare(
-        self, topic: Topic, source: Source, matched: _Matched, options: LoadOptions
+        self, topic: Topic, source: Source, matched: Matched, options: LoadOptions
     ) -> tuple[tuple[NamedTensors, Ties], int]:
         """Return what is to be filled, and in how many windows any rank has ties to compare."""
         prepared, answer = self._together(
@@ -236,9 +223,7 @@ class Loader:
             nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
         )
 
-    def _match(
-        self, topic: Topic, source: Source, options: LoadOptions
-    ) -> tuple[_Matched, Misfits]:
+    def _match(self, topic: Topic, source: Source, options: LoadOptions) -> tuple[Matched, Misfits]:
         """Compare names, shapes and dtypes on all ranks; return what they found together."""
         known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
         where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
@@ -248,8 +233,9 @@ class Loader:
             check_matched(misfits, known[0])
             return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
 
-        def work() -> _Matched:
-            found = self._fit(source, options)
+        def work() -> Matched:
+            job, parts = self._job.training, self._state.parts
+            found = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
             known.append(found.known)
             return found
 
@@ -261,54 +247,7 @@ class Loader:
         )
         return matched, msgspec.msgpack.decode(answer, type=Misfits)
 
-    def _fit(self, source: Source, options: LoadOptions) -> _Matched:
-        """Find where each stored byte would go, and everything that does not fit."""
-        job, parts = self._job.training, self._state.parts
-        held = gather(source, options, live=parts, rank=job.rank, world_size=job.world_size)
-        missing: list[str] = []
-        unexpected: list[str] = []
-        compared: list[Misfits] = []
-        targets: dict[str, Mapping[str, torch.Tensor]] = {}
-        notes: list[str] = []
-        filled: list[str] = []
-        empty: list[str] = []
-        known = {*held.names, *parts}
-        for name, part in parts.items():
-            if not options.selects_part(name):
-                continue
-            stored = held.parts.get(name)
-            fits = isinstance(part, RngPart)  # always, so it is never all that is meant
-            if stored is None:
-                missing.append(name)
-                empty += [] if fits else [name]
-                continue
-            found = part.targets(stored)
-            notes += [] if found.note is None else [found.note]
-            wanted = [f"{name}/{entry}" for entry in found.missing]
-            known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
-            missing += [entry for entry in wanted if options.selects(entry)]
-            unexpected += [f"{name}/{entry}" for entry in found.unexpected]
-            compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
-            missing += compared[-1].missing
-            targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
-            plain = not (found.tensors or found.missing or stored.tensors)
-            (filled if targets[name] or plain else empty).extend([] if fits else [name])
-        unexpected += [
-            name for name in held.parts if name not in parts and options.selects_part(name)
-        ]
-        misfits = Misfits(
-            missing,
-            unexpected,
-            [entry for each in compared for entry in each.shapes],
-            [entry for each in compared for entry in each.dtypes],
-            [entry for each in compared for entry in each.casts],
-            unmatched(options, known, held.idle),
-            filled=filled,
-            empty=empty,
-        )
-        return _Matched(held, targets, misfits, frozenset(known), notes)
-
-    def _restore(self, matched: _Matched, targets: NamedTensors, ties: Ties) -> None:
+    def _restore(self, matched: Matched, targets: NamedTensors, ties: Ties) -> None:
         ties.finish()
         for name, part in self._state.parts.items():
             if name in targets:
@@ -317,7 +256,7 @@ class Loader:
     def _report(
         self,
         chosen: Chosen,
-        matched: _Matched,
+        matched: Matched,
         verdict: Misfits,
         result: ReadResult,
         *,
