@@ -64,6 +64,7 @@ class ErrorKind(StrEnum):
     CANCELLED = "cancelled"
     IN_DOUBT = "in_doubt"
     FOREIGN = "foreign"
+    NOT_RESTORED = "not_restored"
 
 
 def without_secrets(text: str) -> str:

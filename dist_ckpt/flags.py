@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from dist_ckpt import policy
+from dist_ckpt.engine.start import Start
 from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep
@@ -37,10 +39,13 @@ from dist_ckpt.repository.ranking import Criterion
 Source: TypeAlias = "Flags | argparse.Namespace | Mapping[str, Any] | str | os.PathLike[str]"
 """Flags, parsed arguments, a dict, or the path of a YAML file."""
 
+_log = logging.getLogger("dist_ckpt")
+
 NEWEST = "newest"
 """What `--resume` without a value stands for."""
 
 _SECTION = "checkpoint"
+_SWITCHES = ("auto_resume", "reset_optimizer", "discard_newer", "no_save_last", "no_async")
 _HELP: Mapping[str, tuple[dict[str, Any], str]] = {
     "checkpoint_dir": ({"metavar": "URL"}, "where the checkpoints of this run are: path or URL"),
     "checkpoint_interval": ({"metavar": "STEPS", "type": int}, "save every STEPS steps"),
@@ -70,6 +75,14 @@ _HELP: Mapping[str, tuple[dict[str, Any], str]] = {
         {"action": "store_true"},
         "with --resume: leave optimizer and scheduler as the script made them",
     ),
+    "discard_newer": (
+        {"action": "store_true"},
+        "with --resume STEP: give up the newer checkpoints; without --resume: all of the run",
+    ),
+    "no_save_last": (
+        {"action": "store_true"},
+        "do not save the last step at the end, unless it is due",
+    ),
     "no_async": ({"action": "store_true"}, "wait for each save until it is committed"),
 }
 
@@ -92,10 +105,12 @@ class Flags:
     auto_resume: bool = False
     pretrained_checkpoint: str | None = None
     reset_optimizer: bool = False
+    discard_newer: bool = False
+    no_save_last: bool = False
     no_async: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("auto_resume", "reset_optimizer", "no_async"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{_flag(name)} is on or off, not {getattr(self, name)!r}")
         for name in ("checkpoint_dir", "pretrained_checkpoint", "best_metric"):
@@ -127,6 +142,44 @@ class Flags:
         if colon and mode in ("min", "max"):
             return Criterion(name, "max" if mode == "max" else "min")
         return Criterion(self.best_metric)
+
+    @property
+    def start(self) -> Start:
+        """How the training begins."""
+        place = self.resume_from
+        if place is None and self.auto_resume:
+            return Start(weights=self.pretrained_checkpoint)
+        if place is None:
+            return Start(
+                which="none",
+                discard_newer=self.discard_newer,
+                new_run="without --resume or --auto-resume this",
+                weights=self.pretrained_checkpoint,
+            )
+        named = place if isinstance(place, str) and place != NEWEST else None
+        return Start(
+            step=place if isinstance(place, int) else None,
+            place=named,
+            discard_newer=self.discard_newer,
+            must_exist=True,
+            new_run="" if named is None else f"--resume {place}",
+            reset_optimizer=self.reset_optimizer,
+        )
+
+    def when_besides(self, other: SavePolicy | None) -> SavePolicy | None:
+        """Return when to save, by the flags or by `other`; None when neither says anything."""
+        own = self.when()
+        if other is not None:
+            return own | other
+        if policy.members(own):
+            return own
+        if self.auto_resume:
+            _log.warning(
+                "--auto-resume without --checkpoint-interval, --checkpoint-every-seconds or "
+                "--best-metric: nothing is saved for a restart to go on from, unless the program "
+                "itself calls save()"
+            )
+        return None
 
     def when(self) -> SavePolicy:
         """Return when to save."""
@@ -258,6 +311,12 @@ def _contradictions(flags: Flags) -> Iterator[str]:
             "give --resume"
             if flags.auto_resume
             else "--reset-optimizer does nothing without --resume: a new run has a new optimizer"
+        )
+    if flags.discard_newer and (flags.auto_resume or flags.resume == NEWEST):
+        yield (
+            "--discard-newer gives up what is newer than the step to go on from, and nothing is "
+            "newer than the newest: give --resume STEP with it, or neither --resume nor "
+            "--auto-resume to begin anew"
         )
     if flags.keep_best is not None and flags.best_metric is None:
         yield "--keep-best needs --best-metric: say by which metric the best is chosen"

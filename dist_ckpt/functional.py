@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from typing import Any, SupportsIndex, TypeAlias, Unpack
+from typing import Any, Literal, SupportsIndex, TypeAlias, Unpack
 
 import torch
 from torch import nn
 
+from dist_ckpt.engine.choosing import Which
 from dist_ckpt.engine.early import check_held
 from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.engine.job import Job, Place
@@ -18,8 +19,10 @@ from dist_ckpt.engine.loading import Loader
 from dist_ckpt.engine.options import SaveKeywords, SaveOptions
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.saving import Saver
+from dist_ckpt.engine.starting import stoppers_of, which_of
 from dist_ckpt.errors import NotFound
 from dist_ckpt.format.names import plain_step
+from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
@@ -79,7 +82,8 @@ def async_save(
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
     chosen = SaveOptions.of(options, besides=("step", "metrics", "timeout_seconds"))
-    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options))
+    # It adds to what is there, and nothing goes on from it: no restore is asked for.
+    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), joins=True)
     train_state = TrainState.of(state, once=True)
     check_held(train_state, job.ranks)
     saver = Saver(job, train_state, keep=None, metadata={}, options=chosen)
@@ -90,7 +94,9 @@ def load(
     state: State,
     url: Place,
     *,
-    step: SupportsIndex | None = None,
+    step: SupportsIndex | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
     timeout_seconds: float = 1800.0,
     **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
@@ -102,6 +108,8 @@ def load(
     what it had. A dict that is a copy, as `optimizer.state_dict()` returns one, is refused: give
     the optimizer.
 
+    Nothing is written: a training that uses the run goes on undisturbed.
+
     Every rank makes the call, with the same arguments. All that does not fit is found before the
     first byte of a tensor is read, and is one error on every rank.
 
@@ -109,8 +117,11 @@ def load(
         state: a `TrainState` or a mapping of parts that match the stored ones.
         url: a run, of which the newest checkpoint is loaded; one of its step directories
             (`runs/17/step-0000000100`); or what `torch.distributed.checkpoint`, safetensors or
-            `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`.
-        step: which checkpoint of the run.
+            `torch.save` wrote, a directory or a file. A path, a URL, or a `Store`. A step directory
+            may have been copied, renamed, or be reached by a link.
+        step: which checkpoint of the run: its number, or "best".
+        metric: by what it is the best; by default that of an early stopping in the state.
+        mode: "min" when smaller is better, "max" when larger is.
         timeout_seconds: after this long without all ranks the load fails.
         **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
             `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`;
@@ -125,7 +136,9 @@ def load(
     return _load(
         lambda: TrainState.of(state),
         url,
-        step=step,
+        which=lambda made: which_of(
+            step, metric, mode, [stopper.criterion for stopper in stoppers_of(made)]
+        ),
         timeout_seconds=timeout_seconds,
         options=options,
     )
@@ -135,7 +148,9 @@ def load_weights(
     model: nn.Module | Mapping[str, torch.Tensor],
     url: Place,
     *,
-    step: SupportsIndex | None = None,
+    step: SupportsIndex | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
     part: str = "model",
     timeout_seconds: float = 1800.0,
     **options: Unpack[LoadCallKeywords],
@@ -148,7 +163,9 @@ def load_weights(
     Args:
         model: where the weights go.
         url: a run, or one checkpoint, of another program too; see `load`.
-        step: which checkpoint of the run; None for the newest.
+        step: which checkpoint of the run: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: "min" when smaller is better, "max" when larger is.
         part: which part of it the weights are: `ema` loads the averaged ones into `model`, whether
             a module was saved there (torch's `AveragedModel`) or a dict of tensors by name.
         timeout_seconds: after this long without all ranks the load fails.
@@ -173,34 +190,37 @@ def load_weights(
         parts: dict[str, Any] = {part: weights}
         return TrainState(rng=None, **parts)
 
-    return _load(state, url, step=step, timeout_seconds=timeout_seconds, options=keywords)
+    return _load(
+        state,
+        url,
+        which=lambda _: which_of(step, metric, mode),
+        timeout_seconds=timeout_seconds,
+        options=keywords,
+    )
 
 
 def _load(
     make_state: Callable[[], TrainState],
     url: Place,
     *,
-    step: SupportsIndex | None,
+    which: Callable[[TrainState], Which],
     timeout_seconds: float,
     options: Mapping[str, Any],
 ) -> LoadReport:
     keywords = {name: value for name, value in options.items() if name not in JOB_KEYWORDS}
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), commits=False)
     failed: Exception | None = None
+    chosen: Which = None
     try:
         state = make_state()
         check_held(state, job.ranks)
+        chosen = which(state)
     except Exception as error:
         # Carried to the other ranks, which would wait for this one otherwise.
         state, failed = TrainState(rng=None), error
     try:
         report = Loader(job, state).load(
-            None if step is None else plain_step(step),
-            place=url,
-            options=keywords,
-            fall_back=False,
-            own=False,
-            failed=failed,
+            chosen, place=url, options=keywords, fall_back=False, own=False, failed=failed
         )
     finally:
         job.leave()

@@ -311,6 +311,21 @@ def members(policy: SavePolicy) -> tuple[SavePolicy, ...]:
     return policy.policies if isinstance(policy, _AnyOf) else (policy,)
 
 
+def counted(policy: SavePolicy) -> set[str]:
+    """Return what `every` of `policy` counts: "steps", "epochs", both or neither."""
+    kinds = {"steps": _EverySteps, "epochs": _EveryEpochs}
+    found = members(policy)
+    return {name for name, kind in kinds.items() if any(isinstance(each, kind) for each in found)}
+
+
+def passed_over(policy: SavePolicy, *, previous: int, step: int) -> SavePolicy | None:
+    """Return the member of `policy` that was due between two told steps, and at neither."""
+    for each in members(policy):
+        if isinstance(each, _EverySteps) and step // each.steps > previous // each.steps:
+            return each if step % each.steps else None
+    return None
+
+
 def _steps(steps: tuple[int, ...]) -> frozenset[int]:
     for step in steps:
         number = as_integer(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 from dist_ckpt import policy
@@ -10,6 +11,52 @@ from dist_ckpt.policy import Better, SavePolicy
 from dist_ckpt.repository import keep as keep_policies
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.state.early_stopping import EarlyStopping
+
+
+@dataclass(frozen=True, slots=True)
+class SavePolicies:
+    """When a Checkpointer saves and what it keeps, with the best by every metric that is watched.
+
+    Attributes:
+        when: when to save.
+        keep: what to keep, None for all.
+        criteria: by which metrics there is a best.
+        said: whether anybody said when to save, were it never.
+        stoppers: what is fed with the metrics that are told.
+    """
+
+    when: SavePolicy
+    keep: KeepPolicy | None
+    criteria: Sequence[Criterion]
+    said: bool
+    stoppers: Sequence[EarlyStopping]
+
+    @classmethod
+    def of(
+        cls,
+        when: SavePolicy | None,
+        every_steps: int | None,
+        keep: KeepPolicy | None,
+        stoppers: Sequence[EarlyStopping],
+    ) -> SavePolicies:
+        """Return what the arguments of a Checkpointer come to.
+
+        Raises:
+            UsageError: `every_steps` is no positive integer.
+        """
+        given = policy.checked(when)
+        if every_steps is not None:
+            given |= policy.every(every_steps)
+        criteria = [stopper.criterion for stopper in stoppers]
+        all_of, kept, watched = with_bests(given, keep, criteria)
+        said = when is not None or bool(policy.members(all_of))
+        return cls(all_of, kept, watched, said=said, stoppers=stoppers)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a save can ever be due, as `step` and `epoch_end` are called."""
+        return bool(policy.members(self.when))
 
 
 def with_bests(

@@ -21,8 +21,9 @@ import msgspec
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.failures import decode_error, envelope, failure, noted
-from dist_ckpt.engine.waiting import ALIKE, Waiting, named
+from dist_ckpt.engine.departures import Departures, absence
+from dist_ckpt.engine.failures import decode_error, envelope, failure, noted, opened
+from dist_ckpt.engine.waiting import ALIKE, Waiting
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -173,6 +174,7 @@ class StoreCoordinator:
         self.rank = rank
         self.world_size = world_size
         self._store = store
+        self._departures = Departures(store, rank)
         self._absent = set() if absent is None else absent
         self._finished: list[str] = []
 
@@ -229,16 +231,12 @@ class StoreCoordinator:
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""
         try:
-            self._store.set(f"left/{self.rank}", "")
+            self._departures.announce()
             waiting = set(range(self.world_size)) if self.rank == 0 else set()
             while waiting:
                 # Not for those that were named absent: most likely they are dead, and whoever is
                 # merely late has been told by an error already.
-                waiting = {
-                    rank
-                    for rank in waiting - self._absent
-                    if not self._store.check([f"left/{rank}"])
-                }
+                waiting -= self._absent | self._departures.among(waiting)
                 if not waiting or deadline.passed:
                     return
                 time.sleep(_LONGEST_NAP_SECONDS)
@@ -269,16 +267,19 @@ class StoreCoordinator:
         self._forget_answers(topic.key)
 
     def _await_answer(self, topic: Topic, deadline: Deadline, *, first: bool) -> bytes | None:
-        waiting = None
-        if topic.opens and first and self.rank != 0:
+        left = self._departures.leaves({0})
+        waiting = Waiting(
+            topic.label,
+            deadline.remaining_seconds,
             # One word for all that wait for rank 0, which names the others itself if it is here.
-            waiting = Waiting(
-                topic.label,
-                deadline.remaining_seconds,
-                lambda: () if self._store.check([f"{topic.key}/here"]) else (0,),
-            )
+            lambda: () if self._store.check([f"{topic.key}/here"]) else (0,),
+            over=left,
+            says=topic.opens and first and self.rank != 0,
+        )
         decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline, waiting)
         if decided is None:
+            if left():
+                raise absence(topic.label, {0}, {0}, deadline.span_seconds)
             return None
         whose = "all" if decided == b"all" else str(self.rank)
         return self._try_get(f"{topic.key}/answer/{whose}")
@@ -289,8 +290,12 @@ class StoreCoordinator:
         def absent_ranks() -> list[int]:
             return sorted(set(range(self.world_size)) - messages.keys())
 
-        waiting = (
-            Waiting(topic.label, deadline.remaining_seconds, absent_ranks) if topic.opens else None
+        waiting = Waiting(
+            topic.label,
+            deadline.remaining_seconds,
+            absent_ranks,
+            over=lambda: bool(self._gone(topic)),
+            says=topic.opens,
         )
         for number in range(1, self.world_size + 1):
             data = self._wait(f"{topic.key}/message/{number}", None, deadline, waiting)
@@ -298,9 +303,7 @@ class StoreCoordinator:
                 # A rank that died after it drew its number leaves a gap: those who came after it
                 # are looked for once more, so that only the absent are named.
                 continue
-            rank, body, error = msgspec.msgpack.decode(
-                data, type=tuple[int, bytes, dict[str, object] | None]
-            )
+            rank, body, error = opened(data)
             self._absent.discard(rank)
             if error is not None:
                 # The first error ends the round: waiting for more would only delay everybody.
@@ -309,27 +312,30 @@ class StoreCoordinator:
         absent = absent_ranks()
         if absent:
             self._absent.update(absent)
-            raise CoordinationError(
-                f"{topic.label}: rank {named(absent)} did not arrive within "
-                f"{deadline.span_seconds:g} s{topic.hint}",
-                kind=ErrorKind.PEER_ABSENT,
-                ranks=dict.fromkeys(absent, "did not arrive"),
+            raise absence(
+                topic.label, absent, self._gone(topic), deadline.span_seconds, hint=topic.hint
             )
         return [messages[rank] for rank in range(self.world_size)]
 
+    def _gone(self, topic: Topic) -> set[int]:
+        """Return the ranks that left without having sent anything to the round."""
+        if not self._departures.any():
+            return set()
+        gone = self._departures.among(range(self.world_size))
+        for number in range(1, self.world_size + 1):
+            data = self._try_get(f"{topic.key}/message/{number}")
+            gone -= set() if data is None else {opened(data)[0]}
+        return gone
+
     def _wait(
-        self,
-        key: str,
-        error_key: str | None,
-        deadline: Deadline,
-        waiting: Waiting | None = None,
+        self, key: str, error_key: str | None, deadline: Deadline, waiting: Waiting
     ) -> bytes | None:
-        """Return the value of `key`, or None when the deadline passed without one.
+        """Return the value of `key`; None if the deadline passed, or waiting is in vain, without.
 
         Polled, not blocked on: a blocked client cannot be asked anything else, and c10d writes
         warnings to stderr for each wait that times out.
         """
-        nap = _FIRST_NAP_SECONDS
+        nap, vain = _FIRST_NAP_SECONDS, False
         while True:
             data = self._try_get(key)
             if data is not None:
@@ -338,12 +344,12 @@ class StoreCoordinator:
                 failed = self._try_get(error_key)
                 if failed is not None:
                     raise decode_error(failed)
-            if deadline.passed:
+            if vain or deadline.passed:
                 return None
-            if waiting is not None:
-                waiting.look()
             time.sleep(nap)
             nap = min(nap * _NAP_GROWTH, _LONGEST_NAP_SECONDS)
+            # Asked before the look that follows: what a rank sent before it left counts.
+            vain = waiting.in_vain()
 
     def _put(self, key: str, data: bytes) -> None:
         pieces = range(0, len(data), _PIECE_BYTES)

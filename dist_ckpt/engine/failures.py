@@ -21,6 +21,11 @@ def envelope(rank: int, message: bytes | BaseException) -> bytes:
     return msgspec.msgpack.encode((rank, message, None))
 
 
+def opened(data: bytes) -> tuple[int, bytes, dict[str, object] | None]:
+    """Return what `envelope` put together: the rank, its message, and its error if it has one."""
+    return msgspec.msgpack.decode(data, type=tuple[int, bytes, dict[str, object] | None])
+
+
 def failure(label: str, rank: int, cause: BaseException) -> CheckpointError:
     """Return the error of the whole job: the class of the cause, and the rank in the message."""
     text = describe(cause)

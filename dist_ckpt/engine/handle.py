@@ -74,8 +74,17 @@ class SaveHandle:
     @classmethod
     def skipped(cls, step: int) -> SaveHandle:
         """Return the handle of a save that is not made, because another is in flight."""
-        handle = cls(step, "", Deadline.after(0), _NO_HOOKS)
-        handle._outcome = "skipped"
+        return cls._ended(step, "", "skipped")
+
+    @classmethod
+    def committed(cls, step: int, save_id: str) -> SaveHandle:
+        """Return the handle of a checkpoint that was there before."""
+        return cls._ended(step, save_id, "committed")
+
+    @classmethod
+    def _ended(cls, step: int, save_id: str, outcome: SaveOutcome) -> SaveHandle:
+        handle = cls(step, save_id, Deadline.after(0), _NO_HOOKS)
+        handle._outcome = outcome
         handle._over.set()
         return handle
 

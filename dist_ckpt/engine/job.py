@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
 from dist_ckpt.engine.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.engine.going_back import left_behind
 from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.engine.passed_over import PassedOver
 from dist_ckpt.engine.rendezvous import Coordinators, join
 from dist_ckpt.engine.same_place import check_same_place
 from dist_ckpt.errors import UsageError, without_secrets
-from dist_ckpt.format.names import new_save_id
+from dist_ckpt.format.names import manifest_key, new_save_id
 from dist_ckpt.repository import Repository
-from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.resolve import resolve
 
 Place = str | Path | Store
@@ -39,6 +40,8 @@ class Job:
         timeout_seconds: the deadline of every save and restore.
         restored_step: the step this job went on from, None for a fresh start.
         passed_over: what its restores found damaged.
+        restore_asked: whether a restore was asked for, be it in vain.
+        has_committed: whether it has committed a step since it began; known to rank 0.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Job:
         timeout_seconds: float,
         ranks: JobRanks | None = None,
         commits: bool = True,
+        joins: bool = False,
     ) -> None:
         """Resolve the place; other ranks are contacted at the first save or load only.
 
@@ -56,6 +60,7 @@ class Job:
             timeout_seconds: the deadline of every save and restore.
             ranks: which ranks form the job; None for all.
             commits: whether the job may take the run over; else it only looks.
+            joins: whether it adds to a run whatever is there, and need not go on from anything.
 
         Raises:
             UsageError: the place is malformed, the timeout is not a positive number of seconds, or
@@ -76,6 +81,11 @@ class Job:
         self.repository = Repository(store)
         self.timeout_seconds = timeout_seconds
         self.restored_step: int | None = None
+        self.restore_asked = False
+        self.has_committed = False
+        self._joins = joins
+        # Where training began: the step restored, -1 for the beginning; None until it is said.
+        self._origin: int | None = None
         self.passed_over = PassedOver()
         # Rank 0, from the first save on: the newest committed step not passed over, -1 for
         # none. Nobody else may commit while this job owns the run, so it need not be looked for.
@@ -154,31 +164,76 @@ class Job:
         Raises:
             AlreadyExists: the step is committed.
             FencedError: a newer claim owns the run.
-            UsageError: the step is older than the newest one, or the store cannot commit.
+            UsageError: the step is older than the newest one, the store cannot commit, or the run
+                has checkpoints that this job does not go on from.
         """
+        if self._claim is None and not self._joins:
+            # Before the claim: whoever is refused has taken the run from nobody.
+            self._check_first(step)
         claim = self.claim()
+        if self._newest is None:
+            # What was given up counts as not committed, and may be saved again.
+            self.passed_over.add(self.repository.hidden())
+            if not self._joins:
+                self._check_goes_on()  # nobody else can commit from the claim on
         if self._newest is None or step <= self._newest:
             self._newest = self.repository.check_begin(step, claim, refused=self.passed_over.steps)
         return new_save_id(claim)
 
     def committed(self, step: int) -> None:
         """Rank 0: note that `step` was committed."""
+        self.has_committed = True
         self._newest = step
         self.passed_over.discard(step)
 
-    def go_on_from(self, step: int, passed_over: Mapping[int, bytes | None]) -> None:
-        """Note what was restored, and which steps were passed over as damaged on the way to it.
-
-        They may be saved again; no other committed step ever is.
+    def go_on(
+        self, step: int | None, passed_over: Mapping[int, bytes | None] | None = None
+    ) -> None:
+        """Note where training goes on from; every save after it is checked against that.
 
         Args:
-            step: what the job goes on from.
-            passed_over: the damaged steps, each with its manifest as far as this rank knows it.
+            step: the checkpoint of this run that was restored, None for the beginning.
+            passed_over: the steps found damaged on the way to it, each with its manifest as far as
+                this rank knows it. They may be saved again; no other committed step ever is, but
+                those that were given up.
         """
         self.restored_step = step
-        self.passed_over.add(passed_over)
-        self.passed_over.discard(step)
+        self._origin = -1 if step is None else step
+        self.passed_over.add(passed_over or {})
+        if step is not None:
+            self.passed_over.discard(step)
         self._newest = None
+
+    def give_up(self, steps: Collection[int], *, after: int) -> None:
+        """Rank 0: hide what is newer than `after`, which are `steps`; they may be saved again."""
+        store = self.repository.store
+        self.repository.discard(claim=self.claim(), after=after)
+        # Those of them that cannot be hidden, since their manifests cannot be read, too.
+        self.passed_over.add({step: read_all(store, manifest_key(step)) for step in steps})
+        self._newest = None
+
+    def _check_first(self, step: int) -> None:
+        """Rank 0: check that the first save of this job may be made, writing nothing."""
+        there = self.repository.newer(-1, besides=self.passed_over.steps)
+        forgotten = self._origin is None and not self.restore_asked
+        if self._origin is not None or (
+            forgotten and (step in there or step > max(there, default=-1))
+        ):
+            self._check_goes_on()
+        self.repository.check_begin(step, None, refused=self.passed_over.steps)
+        self._check_goes_on()
+
+    def _check_goes_on(self) -> None:
+        """Rank 0: check that nothing is in the run that this job would leave behind.
+
+        Raises:
+            UsageError: there are checkpoints, newer than what was restored.
+        """
+        newer = self.repository.newer(
+            -1 if self._origin is None else self._origin, besides=self.passed_over.steps
+        )
+        if newer:
+            raise left_behind(self.url, self._origin, newer)
 
     def topic(self, verb: str, label: str) -> Topic:
         """Return the topic of the next round; ranks that make the same calls get the same one."""

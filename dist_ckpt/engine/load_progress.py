@@ -3,39 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-import torch
-
-from dist_ckpt.engine.holdings import Holdings
-from dist_ckpt.engine.matching import Misfits
 from dist_ckpt.errors import CheckpointError, NotFound
-from dist_ckpt.repository.source import Source
-
-
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """What of a checkpoint goes where: nothing live has been changed yet.
-
-    Attributes:
-        source: the checkpoint.
-        holdings: what there is.
-        targets: the tensors to fill, by part and name.
-        misfits: what does not fit, on this rank.
-        known: every name there is on either side.
-        notes: for the report.
-        first: the parts to restore before any tensor is filled.
-    """
-
-    source: Source
-    holdings: Holdings
-    targets: Mapping[str, Mapping[str, torch.Tensor]]
-    misfits: Misfits
-    known: frozenset[str]
-    notes: Sequence[str]
-    first: Sequence[str]
 
 
 @dataclass(slots=True)

@@ -9,20 +9,19 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
-import torch
 
 from dist_ckpt import events
 from dist_ckpt.dcp.fetching import warm_memory
 from dist_ckpt.dcp.planner import NamedTensors
 from dist_ckpt.dcp.ties import Ties
-from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall
+from dist_ckpt.engine.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.engine.collecting import no_collection
 from dist_ckpt.engine.coordinator import Decide, Topic
-from dist_ckpt.engine.holdings import gather
+from dist_ckpt.engine.fitting import Matched, fit
 from dist_ckpt.engine.job import Job, Place
 from dist_ckpt.engine.load_options import LoadOptions
-from dist_ckpt.engine.load_progress import LoadProgress, Matched, tell
-from dist_ckpt.engine.matching import Misfits, check_matched, compare, judge, unmatched
+from dist_ckpt.engine.load_progress import LoadProgress, tell
+from dist_ckpt.engine.matching import Misfits, check_matched, judge, tell_empty
 from dist_ckpt.engine.reading import ReadOptions, ReadResult, read
 from dist_ckpt.engine.report import LoadReport
 from dist_ckpt.engine.tied import compare_ties, prepare
@@ -36,8 +35,7 @@ from dist_ckpt.errors import (
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.bounce import BounceMemory
-from dist_ckpt.state.train_state import TrainState, goes_by_name
-from dist_ckpt.state.values import ValuePart
+from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
 
@@ -56,27 +54,27 @@ class Loader:
 
     def load(
         self,
-        step: int | None,
+        step: Which,
         *,
         place: Place | None = None,
         options: Mapping[str, Any] | None = None,
         fall_back: bool,
         own: bool,
+        claims: bool = False,
         failed: Exception | None = None,
-        wants: Callable[[str], bool] = lambda _: True,
     ) -> LoadReport | None:
         """Restore the state from `step`, or from the newest checkpoint.
 
         Args:
-            step: which one, None for the newest.
+            step: which one: its number, None for the newest, or by what it is the best.
             place: where from; None for the run of the job.
             options: the keywords of `LoadOptions`.
             fall_back: whether to go on with the next older one when one is damaged.
-            own: whether to take the run of the job over first, so that an older job can no longer
-                commit, and to return None, not raise, when that run has no checkpoint.
+            own: whether the job goes on from what is loaded; its run without a checkpoint is then
+                no error: None is returned.
+            claims: whether to take the run of the job over first, so that an older job can no
+                longer commit. Without it nothing is written, and nobody is disturbed.
             failed: what keeps this rank from loading; all ranks hear of it.
-            wants: tells by its name whether a part is to be loaded; the others stay as they are,
-                and whether the checkpoint has them does not matter.
 
         Raises:
             CheckpointError: the same on every rank. Nothing live was changed when the state does
@@ -84,7 +82,8 @@ class Loader:
                 may be partly restored.
         """
         progress = LoadProgress()
-        chooser = Chooser(self._job, LoadCall.of(step, place, options, failed), own=own)
+        call = LoadCall.of(step, place, options, failed)
+        chooser = Chooser(self._job, call, own=own, claims=claims)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
             since = time.perf_counter()
@@ -92,12 +91,13 @@ class Loader:
                 chosen, news = chooser.choose(topic, fall_back=fall_back)
             except CheckpointError as error:
                 tell(error, progress)
-            if own:
+            if claims:
                 # Now, and not at the first save: rank 0 has just taken the run over.
                 self._job.check_same_place(topic)
             progress.clock("choose", since)
             self._announce(chooser.url, news)
             if chosen is None:
+                self._job.go_on(None)
                 return None
             try:
                 # Made ready while it is found out what goes where.
@@ -114,7 +114,9 @@ class Loader:
                     error.add_note(progress.changed)
                 raise
             if own and place is None:
-                self._job.go_on_from(report.step, chooser.passed_over())
+                self._job.go_on(report.step, chooser.passed_over())
+            elif own:
+                self._job.go_on(None)  # the run itself begins
             return report
 
     def _load(
@@ -138,6 +140,8 @@ class Loader:
                     kind=ErrorKind.STATE_MISMATCH,
                 )
             (targets, ties), windows = self._prepare(topic, source, matched, options)
+        if self._job.training.rank == 0:
+            tell_empty(source.where, verdict.empty)
         progress.clock("match", since)
         result = self._read(topic, matched, ties, options, progress, windows=windows, memory=memory)
         for phase, seconds in result.seconds.items():
@@ -226,7 +230,8 @@ class Loader:
             return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
 
         def work() -> Matched:
-            found = self._fit(source, options)
+            job, parts = self._job.training, self._state.parts
+            found = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
             known.append(found.known)
             return found
 
@@ -237,60 +242,6 @@ class Loader:
             decide=decide,
         )
         return matched, msgspec.msgpack.decode(answer, type=Misfits)
-
-    def _fit(self, source: Source, options: LoadOptions) -> Matched:
-        """Find where each stored byte would go, and everything that does not fit."""
-        job, parts = self._job.training, self._state.parts
-        held = gather(
-            source,
-            options,
-            live=parts,
-            rank=job.rank,
-            world_size=job.world_size,
-            by_name=[name for name, part in parts.items() if goes_by_name(part)],
-        )
-        missing: list[str] = []
-        unexpected: list[str] = []
-        unlike: list[str] = []
-        compared: list[Misfits] = []
-        targets: dict[str, Mapping[str, torch.Tensor]] = {}
-        notes: list[str] = []
-        known = {*held.names, *parts}
-        for name, part in parts.items():
-            if not options.selects_part(name):
-                continue
-            stored = held.parts.get(name)
-            if stored is None:
-                missing.append(name)
-                continue
-            found = part.targets(stored)
-            notes += [] if found.note is None else [found.note]
-            wanted = [f"{name}/{entry}" for entry in found.missing]
-            known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
-            missing += [entry for entry in wanted if options.selects(entry)]
-            unexpected += [f"{name}/{entry}" for entry in found.unexpected]
-            unlike += found.unlike
-            compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
-            missing += compared[-1].missing
-            targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
-        unexpected += [
-            name for name in held.parts if name not in parts and options.selects_part(name)
-        ]
-        misfits = Misfits(
-            missing,
-            unexpected,
-            [entry for each in compared for entry in each.shapes],
-            [entry for each in compared for entry in each.dtypes],
-            [entry for each in compared for entry in each.casts],
-            unmatched(options, known, held.idle),
-            unlike,
-        )
-        first = [
-            name
-            for name in targets
-            if isinstance(part := parts[name], ValuePart) and part.goes_first(held.parts[name])
-        ]
-        return Matched(source, held, targets, misfits, frozenset(known), notes, first)
 
     def _restore_first(self, matched: Matched) -> None:
         """Restore what code of the program may refuse, while no tensor has changed yet."""

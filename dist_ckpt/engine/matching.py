@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -15,6 +16,8 @@ from dist_ckpt.state.part import TensorSpec
 
 _SHOWN = 20
 
+_log = logging.getLogger("dist_ckpt")
+
 
 class Misfits(msgspec.Struct, frozen=True):
     """How one rank's state and a checkpoint disagree; names are `part/name`.
@@ -27,6 +30,8 @@ class Misfits(msgspec.Struct, frozen=True):
         casts: stored in another dtype than wanted, to be cast; likewise.
         unlike: written by something else than what the state has; the entry tells both.
         unmatched: patterns of `only` and `skip`, and keys of `rename`, that match nothing.
+        filled: parts of which something is to be loaded; generators of random numbers left out.
+        empty: parts to be loaded, of which nothing has a partner.
     """
 
     missing: list[str] = []
@@ -36,6 +41,8 @@ class Misfits(msgspec.Struct, frozen=True):
     casts: list[str] = []
     unmatched: list[str] = []
     unlike: list[str] = []
+    filled: list[str] = []
+    empty: list[str] = []
 
 
 def compare(
@@ -108,6 +115,8 @@ def judge(misfits_by_rank: Sequence[Misfits], *, where: str, strict: bool = True
         dtypes=_union(each.dtypes for each in misfits_by_rank),
         casts=_union(each.casts for each in misfits_by_rank),
         unlike=_union(each.unlike for each in misfits_by_rank),
+        filled=(filled := _union(each.filled for each in misfits_by_rank)),
+        empty=sorted(set(_union(each.empty for each in misfits_by_rank)) - set(filled)),
     )
     findings = {
         "missing in the checkpoint": found.missing,
@@ -124,7 +133,25 @@ def judge(misfits_by_rank: Sequence[Misfits], *, where: str, strict: bool = True
             + "\n".join(lines),
             kind=ErrorKind.STATE_MISMATCH,
         )
+    if found.empty and not found.filled:
+        # What strict=False leaves alone would be everything: nobody means that.
+        raise IncompatibleError(
+            f"{where} and this state have not one name in common, so strict=False would load "
+            f"nothing; nothing was changed. rename= maps names\n  stored: "
+            f"{shown(found.unexpected)}\n  wanted: {shown(found.missing)}",
+            kind=ErrorKind.STATE_MISMATCH,
+        )
     return found
+
+
+def tell_empty(where: str, parts: Sequence[str]) -> None:
+    """Say which parts nothing is loaded into: with `strict=False` that is no error."""
+    if parts:
+        _log.warning(
+            "nothing of %s goes into %s of the state: they have no name in common",
+            where,
+            ", ".join(parts),
+        )
 
 
 def unmatched(options: LoadOptions, known: Collection[str], idle: Iterable[str]) -> list[str]:

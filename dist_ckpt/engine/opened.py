@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
-from typing import Any, Never, Self, SupportsIndex, TypeAlias
+from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
 
 import torch
 
@@ -17,11 +17,13 @@ from dist_ckpt.engine.load_options import check_known, near
 from dist_ckpt.engine.location import locate, open_source
 from dist_ckpt.engine.reading import ReadOptions, read
 from dist_ckpt.engine.solo import SoloCoordinator
+from dist_ckpt.engine.starting import which_of
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
 from dist_ckpt.repository.checkpoint import unless_deleted
+from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
@@ -228,15 +230,25 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
 
 
 def open_checkpoint(
-    url: Place, *, step: SupportsIndex | None = None, verify: bool = True, **unknown: Never
+    url: Place,
+    *,
+    step: SupportsIndex | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
+    verify: bool = True,
+    **unknown: Never,
 ) -> OpenedCheckpoint:
     """Look into a checkpoint: only its description is read here. One process, no other rank.
+
+    Nothing is written: a training that uses the run goes on undisturbed.
 
     Args:
         url: a run, of which the newest checkpoint is opened; one of its step directories; or what
             `torch.distributed.checkpoint`, safetensors or `torch.save` wrote, a directory or a
             file. A path, a URL, or a `Store`.
-        step: which checkpoint of the run.
+        step: which checkpoint of the run: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: "min" when smaller is better, "max" when larger is.
         verify: whether what is read later is compared with its digests.
         **unknown: refused, with the nearest name that is known.
 
@@ -245,12 +257,15 @@ def open_checkpoint(
         IntegrityError: its description is damaged.
         UsageError: the place is malformed, or there is no such argument.
     """
-    check_known(unknown, ("step", "verify"), verb="look into a checkpoint")
+    check_known(unknown, ("step", "metric", "mode", "verify"), verb="look into a checkpoint")
     if not isinstance(verify, bool):
         raise UsageError(f"verify is True or False, not {verify!r}")
-    location = locate(url, None if step is None else check_step(step))
+    which = which_of(step, metric, mode)
+    best = which if isinstance(which, Criterion) else None
+    exact = None if which is None or isinstance(which, Criterion) else check_step(which)
+    location = locate(url, exact)
     try:
-        source = open_source(location)
+        source = open_source(location, best)
     except BaseException:
         if location.text is not None:
             location.store.close()

@@ -68,7 +68,7 @@ class Origin:
         self.earlier_seconds = 0.0
         self.started: str | None = None
 
-    def go_on(self, *, started: str | None, elapsed_seconds: float | None) -> None:
+    def go_on(self, started: str | None, elapsed_seconds: float | None) -> None:
         """Take over what the restored checkpoint said: a run has one start and one age."""
         self.started = started
         self.earlier_seconds = elapsed_seconds or 0.0

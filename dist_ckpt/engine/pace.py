@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -23,7 +24,7 @@ from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, from
 from dist_ckpt.policy import Better, Moment, OnSignal, SavePolicy, Scope, members
 from dist_ckpt.repository.ranking import Criterion
 
-_WORD, _SIGNAL = "word", "signal"
+_WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
 # How much time the word covers ahead: how late a signal or the clock may be heeded.
 _AHEAD_SECONDS = 0.5
 _AHEAD_CALLS = 256
@@ -146,8 +147,13 @@ class Pace:
         self._forget()
 
     def close(self) -> None:
-        """Stop listening for signals."""
+        """Stop listening for signals; rank 0 says that it decides nothing more."""
         self._note.close()
+        training = self._job.training if self._shared and self._calls else None
+        if training is not None and training.rank == 0:
+            # Be it by an exception: the others must not wait for a word that never comes.
+            with suppress(CoordinationError):
+                training.post(_ENDED, b"")
 
     def _lead(self, moment: Moment, metrics: Metrics, *, saves: bool) -> _Entry:
         """Rank 0: decide what is to be decided now, and tell the others."""
@@ -228,15 +234,21 @@ class Pace:
                 self._word = msgspec.msgpack.decode(posted, type=_Word)
             if self._word.horizon >= self._calls:
                 break
-            if deadline.passed:
+            # Looked for after the word: what rank 0 decided before it ended holds.
+            if deadline.passed or self._job.training.look(_ENDED) is not None:
                 raise self._silence(deadline)
             time.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
         return self._word.entries.get(self._calls, _Entry())
 
     def _silence(self, deadline: Deadline) -> CoordinationError:
+        when = (
+            f"within {deadline.span_seconds:g} s"
+            if deadline.passed
+            else "before it closed its Checkpointer or ended by an error"
+        )
         return CoordinationError(
-            f"rank 0 did not say within {deadline.span_seconds:g} s whether a save is due at call "
+            f"rank 0 did not say {when} whether a save is due at call "
             f"{self._calls} of step or epoch_end on {self._job.url}: every rank must make the same "
             "calls in the same order",
             kind=ErrorKind.PEER_ABSENT,

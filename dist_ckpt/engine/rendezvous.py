@@ -142,7 +142,7 @@ def _await_address(shared: Store, timeout_seconds: float) -> dict[str, str | int
         while not shared.check(["address"]):
             if time.monotonic() > until:
                 raise TimeoutError("it has published no address")
-            waiting.look()
+            waiting.in_vain()
             time.sleep(nap)
             nap = min(2 * nap, _RETRY_SECONDS)
         address: dict[str, str | int] = json.loads(shared.get("address"))

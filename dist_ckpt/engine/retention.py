@@ -8,9 +8,8 @@ from dist_ckpt import events
 from dist_ckpt.engine.job import Job
 from dist_ckpt.errors import as_ours
 from dist_ckpt.repository.history import History
-from dist_ckpt.repository.keep import KeepPolicy, criteria
+from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.marks import EpochNote, put_epoch_note
-from dist_ckpt.repository.ranking import Criterion
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -23,7 +22,6 @@ class Retention:
         self._job = job
         self._policy = policy
         self._history = History(job.repository.store)
-        self._missed: set[Criterion] = set()
 
     def after(self, step: int) -> None:
         """Delete what need not be kept, now that `step` is committed.
@@ -45,7 +43,6 @@ class Retention:
         )
         for old, reason in gone.items():
             events.emit(events.CheckpointDeleted(self._job.url, old, 0, reason))
-        self._tell_missing(self._policy, step)
 
     def note_epoch(self, step: int, note: EpochNote) -> None:
         """Say of the committed `step` what is known only now, then do as `after`.
@@ -66,20 +63,3 @@ class Retention:
         failure = as_ours(error)
         events.emit(events.RetentionFailed(self._job.url, step, 0, failure))
         _log.warning("noting metrics of step %d in %s failed: %s", step, self._job.url, failure)
-
-    def _tell_missing(self, policy: KeepPolicy, step: int) -> None:
-        """Say once that a metric which decides what is kept is not there: it may be misspelt."""
-        record = self._history.of(step)
-        if record is None or record.epoch is None:
-            return  # most metrics are known at the ends of epochs only
-        for criterion in criteria(policy):
-            if criterion.metric not in record.metrics and criterion not in self._missed:
-                self._missed.add(criterion)
-                known = ", ".join(map(repr, record.metrics)) or "none"
-                _log.warning(
-                    "step %d in %s has no metric %r (it has: %s), so it cannot be kept as the best",
-                    step,
-                    self._job.url,
-                    criterion.metric,
-                    known,
-                )

@@ -160,7 +160,11 @@ class Saver:
                 self._release()
             raise
 
-    def note_epoch(self, step: int, epoch: int, metrics: Metrics) -> None:
+    def look_around(self) -> None:
+        """Have the next commit followed by a look for what nobody needs any more."""
+        self._tidier.litter = True
+
+    def note_late(self, step: int, epoch: int | None, metrics: Metrics) -> None:
         """Say of the checkpoint of `step`, once it is committed, what is known only now."""
         if self._job.training.rank == 0:
             try:

@@ -54,7 +54,10 @@ class Tidier:
             if self.litter:
                 # Cleared first: what a save leaves behind meanwhile is for the next time.
                 self.litter = False
-                repository.collect(claim=self._job.claim(), in_flight=self._in_flight)
+                claim = self._job.claim()
+                for gone in repository.collect_hidden(claim=claim):
+                    events.emit(events.CheckpointDeleted(url, gone, 0, "given up by going back"))
+                repository.collect(claim=claim, in_flight=self._in_flight)
         except Exception as error:  # a policy of the user may raise anything
             self.litter = True
             failure = as_ours(error)

@@ -24,23 +24,38 @@ class Waiting:
     but a call that only one rank makes looks the same until the deadline, which is far.
     """
 
-    def __init__(self, label: str, seconds: float, absent: Callable[[], Collection[int]]) -> None:
+    def __init__(
+        self,
+        label: str,
+        seconds: float,
+        absent: Callable[[], Collection[int]],
+        *,
+        over: Callable[[], bool] = lambda: False,
+        says: bool = True,
+    ) -> None:
         """Begin to wait.
 
         Args:
             label: what for.
             seconds: after which the waiting ends.
             absent: returns who is missing.
+            over: tells whether somebody who is waited for will never come.
+            says: whether anything is said; only the first round of a call does.
         """
         # Well before the deadline, where that is near.
         self._seconds = min(_PATIENCE_SECONDS, seconds / 4)
         self._at = time.monotonic() + self._seconds
         self._label = label
         self._absent = absent
-        self._said = False
+        self._over = over
+        self._said = not says
 
-    def look(self) -> None:
-        """Say it, if it is time and was not said yet."""
+    def in_vain(self) -> bool:
+        """Say it, if it is time and was not said yet; return whether waiting on is of no use."""
+        self._say()
+        return self._over()
+
+    def _say(self) -> None:
         if self._said or time.monotonic() < self._at:
             return
         self._said = True

@@ -19,6 +19,7 @@ INDEX = "index.msgpack"
 EXTRA = "extra"
 PIN = "pin.json"
 EPOCH_NOTE = "epoch.json"
+DISCARDS = "discards"
 STEP_LIMIT = 10**10
 RANK_LIMIT = 10**5
 CLAIM_LIMIT = 10**6
@@ -105,6 +106,15 @@ def claim_key(claim: int) -> str:
         UsageError: a number outside [0, 1000000).
     """
     return f"claims/{_check_count('claim', claim, CLAIM_LIMIT):06d}.json"
+
+
+def discard_key(claim: int) -> str:
+    """Return the key of what the job of `claim` gave up: `discards/000003.json`.
+
+    Raises:
+        UsageError: a number outside [0, 1000000).
+    """
+    return f"{DISCARDS}/{_check_count('claim', claim, CLAIM_LIMIT):06d}.json"
 
 
 def parse_claim(name: str) -> int | None:

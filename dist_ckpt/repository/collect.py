@@ -53,6 +53,11 @@ def delete_checkpoint(store: Store, step: int) -> None:
             _delete_attempt(store, f"{step_dir(step)}/{name}")
 
 
+def delete_attempt(store: Store, step: int, save_id: str) -> None:
+    """Remove the files of one attempt that no manifest names any more."""
+    _delete_attempt(store, f"{step_dir(step)}/{save_id}/")
+
+
 def collect_garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> list[str]:
     """Remove the files of attempts that can no longer commit; return their folders.
 

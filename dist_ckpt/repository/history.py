@@ -48,7 +48,7 @@ class Record:
         return cls(
             step=manifest.step,
             created=datetime.fromisoformat(manifest.created),
-            epoch=manifest.epoch if note is None else note.epoch,
+            epoch=manifest.epoch if note is None or note.epoch is None else note.epoch,
             metrics=manifest.metrics | ({} if note is None else note.metrics),
             elapsed_seconds=_seconds(elapsed),
             started=started if isinstance(started, str) else None,

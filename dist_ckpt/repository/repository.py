@@ -7,13 +7,14 @@ from contextlib import suppress
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import (
+    DISCARDS,
     check_step,
     manifest_key,
     new_save_id,
     parse_step_dir,
 )
 from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository import marks
+from dist_ckpt.repository import discard, marks
 from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
 from dist_ckpt.repository.collect import (
     collect_garbage,
@@ -58,12 +59,44 @@ class Repository:
     def candidates(self) -> list[int]:
         """Return the steps that have a directory, descending: those with a manifest are committed.
 
+        What a job gave up when it went back is not among them.
+
+        Raises:
+            StorageError: see `steps`.
+            IntegrityError: it is not known what was given up; the message says what to do.
+        """
+        return self._listing()[0]
+
+    def hidden(self) -> Mapping[int, bytes]:
+        """Return the steps that a job gave up and that are there still, with their manifests."""
+        return self._listing()[1]
+
+    def _listing(self) -> tuple[list[int], Mapping[int, bytes]]:
+        """Return the steps that have a directory, the hidden ones apart, descending."""
+        names = {child[:-1] for child in self.store.list_children() if child.endswith("/")}
+        found = (parse_step_dir(name) for name in names)
+        steps = sorted((step for step in found if step is not None), reverse=True)
+        # The listing itself says whether anybody ever went back: nothing more is asked otherwise.
+        if DISCARDS not in names:
+            return steps, {}
+        hidden = discard.hidden(self.store, steps, discard.read(self.store))
+        return [step for step in steps if step not in hidden], hidden
+
+    def newer(self, step: int, *, besides: Collection[int] = ()) -> list[int]:
+        """Return the committed steps above `step` that are not `besides`, ascending.
+
         Raises:
             StorageError: see `steps`.
         """
-        names = (child[:-1] for child in self.store.list_children() if child.endswith("/"))
-        found = (parse_step_dir(name) for name in names)
-        return sorted((step for step in found if step is not None), reverse=True)
+        above = (found for found in self.candidates() if found > step and found not in besides)
+        return sorted(filter(self._is_committed, above))
+
+    def discard(self, *, claim: int, after: int) -> None:
+        """Hide the checkpoints newer than `after` that were committed before `claim`.
+
+        They are deleted by the first `collect` after a commit; until then they are there.
+        """
+        discard.put(self.store, claim=claim, after=after)
 
     def newest_now(self) -> Iterator[int]:
         """Yield the steps that have a directory, descending, those first that came meanwhile.
@@ -130,12 +163,12 @@ class Repository:
         claims.check_owner(self.store, claim)
         return Transaction(self.store, step, new_save_id(claim))
 
-    def check_begin(self, step: int, claim: int, *, refused: Collection[int]) -> int:
+    def check_begin(self, step: int, claim: int | None, *, refused: Collection[int]) -> int:
         """Check that a training run may save `step` next; return the newest step, -1 for none.
 
         Args:
             step: what is to be saved.
-            claim: that of the caller.
+            claim: that of the caller; None for one that looks before it takes the run over.
             refused: steps that the caller found damaged: they count as not committed.
 
         Raises:
@@ -145,7 +178,8 @@ class Repository:
         """
         check_step(step)
         self._check_can_commit()
-        claims.check_owner(self.store, claim)
+        if claim is not None:
+            claims.check_owner(self.store, claim)
         newest = next((found for found in self.newest_first() if found not in refused), -1)
         if step < newest and step not in refused and self._is_committed(step):
             raise self._exists(step)
@@ -155,7 +189,7 @@ class Repository:
             raise UsageError(
                 f"step {step} is older than the newest checkpoint in {self.store.url}, step "
                 f"{newest}, and a restart would go on from that one: continue from step {newest}, "
-                "or save into another run",
+                "which restore() returns, or save into another run",
                 kind=ErrorKind.STEP_BEHIND,
             )
         return newest
@@ -263,6 +297,10 @@ class Repository:
         """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""
         return collect_garbage(self.store, claim=claim, in_flight=in_flight)
 
+    def collect_hidden(self, *, claim: int) -> list[int]:
+        """Delete what was given up; see `dist_ckpt.repository.discard.collect`."""
+        return discard.collect(self.store, self.hidden(), claim=claim)
+
     def _check_can_commit(self) -> None:
         can = self.store.capabilities
         if not (can.atomic_create and can.strong_list):
@@ -309,6 +347,7 @@ class Repository:
                 kind=ErrorKind.NO_CHECKPOINT,
             )
         return NotFound(
-            f"{self.store.url} is no run: there is nothing there; check the path",
+            f"{self.store.url} is no run: there is nothing there, no committed checkpoint either; "
+            "check the path",
             kind=ErrorKind.NO_RUN,
         )

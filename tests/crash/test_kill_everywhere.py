@@ -19,7 +19,16 @@ from dist_ckpt.storage import direct, durable
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import CrashStore, Operation
-from tests.crash.saves import BASE_STEP, CRASH_STEP, check_after_crash, check_run, save, state
+from tests.crash.saves import (
+    BASE_STEP,
+    CRASH_STEP,
+    OLD_STEP,
+    check_after_crash,
+    check_run,
+    go_on,
+    save,
+    state,
+)
 
 CALLS = (
     *("open", "mkdir", "writev", "pwrite", "fsync"),
@@ -74,8 +83,9 @@ def save_with_crashing_os(root: str, at: int | None) -> int:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("base") / "run"
+    save(str(root), OLD_STEP)
     save(str(root), BASE_STEP)
-    assert check_run(root) == [BASE_STEP]
+    assert check_run(root) == [OLD_STEP, BASE_STEP]
     return root
 
 
@@ -112,6 +122,7 @@ def save_with_victim(root: str, victim: int, at: int | None) -> int | str:
     store = CrashStore(LocalStore(root), at=at if rank == victim else None)
     try:
         with dist_ckpt.Checkpointer(store, state(CRASH_STEP), timeout_seconds=2) as ckpt:
+            go_on(ckpt)
             ckpt.save(CRASH_STEP).wait()
     except CheckpointError as error:
         return ",".join(map(str, sorted(error.ranks)))

@@ -282,6 +282,30 @@ def test_rank_0_does_not_wait_for_those_it_named_absent() -> None:
     assert absent == {1, 2}
 
 
+def test_a_rank_that_has_left_is_not_waited_for() -> None:
+    job = members(3)
+    job[2].leave(long())
+    for error in errors_of(round_of(job, [b"", b""], never)):
+        assert "never will: it closed its Checkpointer or ended by an error" in str(error)
+        assert error.kind == ErrorKind.PEER_ABSENT
+        assert error.ranks[2] == "left before"
+
+
+def test_nobody_waits_for_the_answer_of_a_rank_0_that_has_left() -> None:
+    job = members(2)
+    job[0].leave(Deadline.after(0.0))
+    with pytest.raises(CoordinationError, match="rank 0 did not arrive and rank 0 never will"):
+        job[1].round(topic(), b"", never, deadline=long())
+
+
+def test_what_a_rank_sent_before_it_left_counts() -> None:
+    job = members(3)
+    with pytest.raises(CoordinationError):  # sent, and then it did not wait for the answer
+        job[2].round(topic(), b"c", never, deadline=Deadline.after(0.0))
+    job[2].leave(long())
+    assert round_of(job, [b"a", b"b"], concat) == [b"a|b|c", b"a|b|c"]
+
+
 def test_who_comes_back_is_waited_for_again() -> None:
     job = members(2)
     with pytest.raises(CoordinationError):

@@ -212,6 +212,7 @@ def test_retention_of_a_job_that_was_replaced_deletes_nothing(heard: list[events
                 repository.claim()
 
     with dist_ckpt.Checkpointer(Replaced(inner, []), state(), keep=keep.latest(1)) as ckpt:
+        assert ckpt.restore() == 2
         ckpt.save(3).wait()
     assert repository.steps() == [1, 2, 3], "the new owner may be restoring one of them"
     assert "RetentionFailed" in kinds(heard)

@@ -1,0 +1,131 @@
+"""Going back: checkpoints that a job gave up, hidden at once and deleted later (commit-v1, 6).
+
+A discard is an object of its own, created by the owner of the run: it hides every checkpoint that
+is newer than a step and was committed under an older claim. Taking the object away shows them
+again, as long as they were not collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_claim
+from dist_ckpt.repository import marks
+from dist_ckpt.repository.claim import check_owner
+from dist_ckpt.repository.collect import delete_attempt
+from dist_ckpt.storage.base import Store, delete_exactly, read_all
+
+_LIMIT_BYTES = 1 << 16
+
+
+class Discard(msgspec.Struct, frozen=True):
+    """What one job gave up.
+
+    Attributes:
+        after: the step gone back to; -1 for the beginning. What is newer is hidden.
+        claim: of the job: what it commits itself, and whoever comes later, is not hidden.
+        created: when, for people.
+    """
+
+    after: int
+    claim: int
+    created: str
+
+
+def put(store: Store, *, claim: int, after: int) -> None:
+    """Hide what is newer than `after` and was committed before `claim`; nothing is deleted."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    encoded = msgspec.json.encode(Discard(after, claim, now))
+    # In the place of what the same job said before: it may have gone back twice.
+    store.put(discard_key(claim), [encoded], mode="replace")
+
+
+def read(store: Store) -> list[Discard]:
+    """Return the discards of the run.
+
+    Raises:
+        IntegrityError: one cannot be read: which checkpoints count is then not known.
+    """
+    numbers = (parse_claim(name) for name in store.list_children(f"{DISCARDS}/"))
+    return [_read(store, number) for number in numbers if number is not None]
+
+
+def hidden(store: Store, steps: Iterable[int], discards: Sequence[Discard]) -> dict[int, bytes]:
+    """Return those of `steps` that are hidden, each with its manifest.
+
+    A manifest is read of those alone that a discard may be about. One that is damaged is not
+    hidden: a restore passes it over, and people may want to look at it.
+    """
+    oldest = min((each.after for each in discards), default=None)
+    found: dict[int, bytes] = {}
+    for step in steps:
+        if oldest is None or step <= oldest:
+            continue
+        try:
+            data = read_all(store, manifest_key(step))
+            manifest = manifest_format.decode(data, step=step)
+        except (NotFound, IntegrityError, IncompatibleError):
+            continue
+        if any(step > each.after and manifest.claim < each.claim for each in discards):
+            found[step] = data
+    return found
+
+
+def collect(store: Store, given_up: Mapping[int, bytes], *, claim: int) -> list[int]:
+    """Delete what is hidden, then the discards; return what was deleted.
+
+    Called after a commit of the owner of the run, and never before: until then what was given up
+    can be had back. A pinned checkpoint stays, hidden.
+
+    Args:
+        store: where the run is.
+        given_up: the hidden steps, each with its manifest.
+        claim: of the caller.
+
+    Raises:
+        FencedError: a newer claim owns the run.
+        StorageError: a deletion failed; the discards stay, and the next tidying tries again.
+    """
+    discards = read(store)
+    if not discards:
+        return []
+    check_owner(store, claim)
+    gone: list[int] = []
+    kept = False
+    for step, data in given_up.items():
+        save_id = manifest_format.decode(data, step=step).save_id
+        if marks.is_pinned(store, step, save_id):
+            kept = True
+            continue
+        # Again for each: a newer job may have been started meanwhile.
+        check_owner(store, claim)
+        # Itself alone: this very job may have saved the step anew since the listing, and files of
+        # the new one may lie beside its own already.
+        if delete_exactly(store, manifest_key(step), data):
+            gone.append(step)
+        delete_attempt(store, step, save_id)
+    if not kept:
+        # Last: while one of them is there, it must not be listed again.
+        store.delete([discard_key(each.claim) for each in discards])
+    return gone
+
+
+def _read(store: Store, claim: int) -> Discard:
+    key = discard_key(claim)
+    data = read_all(store, key, limit_bytes=_LIMIT_BYTES)
+    try:
+        found = msgspec.json.decode(data, type=Discard)
+    except msgspec.MsgspecError:
+        found = None
+    if found is None or found.claim != claim or found.after < -1:
+        raise IntegrityError(
+            f"{key} in {store.url} is damaged, so it is not known which checkpoints were given up: "
+            "delete it, and all that are there count again",
+            kind=ErrorKind.MALFORMED,
+        )
+    return found

@@ -1,0 +1,356 @@
+"""Beginning anew and going back: nothing newer is left in the run, nothing good is lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import pytest
+
+import dist_ckpt
+from dist_ckpt import Checkpointer, events, keep, policy
+from dist_ckpt.errors import (
+    ErrorKind,
+    IntegrityError,
+    StorageError,
+    UsageError,
+)
+from dist_ckpt.format.names import discard_key, manifest_key
+from dist_ckpt.repository import Repository, discard
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.wrapper import CHANGES, Operation, StoreWrapper
+from tests.unit.lifecycle.training import (
+    LOSS,
+    claims,
+    keys,
+    manifest_of,
+    new_store,
+    run_of,
+    state,
+    steps,
+)
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return new_store()
+
+
+# ---------------------------------------------------------------- a run that exists
+
+
+@pytest.mark.parametrize("how", [{"every_steps": 1}, {"when": policy.at(5)}, {}])
+def test_who_forgets_to_restore_is_refused_at_the_first_save(
+    store: MemoryStore, how: dict[str, Any]
+) -> None:
+    run_of(store, 1, 2)
+    before = keys(store)
+    with Checkpointer(store, state(), keep=keep.latest(1), save_last=False, **how) as ckpt:
+        with pytest.raises(UsageError, match=r"restore\(\) was not called") as caught:
+            ckpt.step(5) if how else ckpt.save(5)
+        assert caught.value.kind == ErrorKind.NOT_RESTORED
+        assert "restore('none', discard_newer=True)" in str(caught.value)
+        assert keys(store) == before, "nor claimed"
+        # The way out is open.
+        assert ckpt.restore() == 2
+        ckpt.save(6)
+    assert steps(store) == [2, 6]  # 2 is what it went on from
+
+
+def test_also_at_the_end(store: MemoryStore) -> None:
+    run_of(store, 1)
+    ckpt = Checkpointer(store, state(), every_steps=100)
+    ckpt.step(7)
+    with pytest.raises(UsageError, match="was not called"):
+        ckpt.close()
+    assert (steps(store), len(claims(store))) == ([1], 1)
+
+
+def test_a_step_that_is_there_or_behind_is_refused_before_the_run_is_taken_over(
+    store: MemoryStore,
+) -> None:
+    run_of(store, 1, 5)
+    before = claims(store)
+    with Checkpointer(store, state()) as ckpt:
+        for step in (1, 3, 5):
+            with pytest.raises(UsageError, match=r"restore\(\)"):
+                ckpt.save(step)
+    assert claims(store) == before
+
+
+def test_save_without_a_loop_adds_to_a_run(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    run_of(store, 3)
+    assert steps(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("ways", ["none", "url", "flags"])
+def test_beginning_anew_is_to_be_meant(store: MemoryStore, ways: str) -> None:
+    run_of(store, 1, 7)
+    elsewhere = new_store()
+    run_of(elsewhere, 3)
+
+    def begin(**how: Any) -> tuple[Checkpointer, int]:
+        if ways == "flags":
+            args = {"checkpoint_dir": store.url, "checkpoint_interval": 2, **how}
+            ckpt = Checkpointer.from_args(args, values)
+            return ckpt, ckpt.restore()
+        ckpt = Checkpointer(store, values, every_steps=2)
+        if ways == "url":
+            return ckpt, ckpt.restore(url=elsewhere, **how)
+        return ckpt, ckpt.restore("none", **how)
+
+    values = state(0)
+    with pytest.raises(UsageError, match=r"discard.newer"):
+        begin()
+    assert len(claims(store)) == 2, "what is refused takes nothing over"
+    ckpt, start = begin(discard_newer=True)
+    with ckpt:
+        assert start == (3 if ways == "url" else 0)
+        assert steps(store) == [], "hidden"
+        assert sorted(Repository(store).hidden()) == [1, 7]
+        for step in range(start + 1, start + 3):
+            ckpt.step(step)
+        ckpt.wait()
+        assert not Repository(store).hidden(), "collected after the commit"
+    assert steps(store) == ([4, 5] if ways == "url" else [2])
+    assert store.list_children("discards/") == []
+
+
+# ---------------------------------------------------------------- going back
+
+
+@pytest.mark.parametrize("which", ["step", "best", "flags"])
+def test_going_back_is_decided_at_the_restore(store: MemoryStore, which: str) -> None:
+    for step, loss in ((10, 2.0), (20, 1.0), (30, 3.0), (40, 4.0)):
+        run_of(store, step, **{LOSS: loss})
+    before = keys(store)
+    values = state()
+
+    def back(**how: Any) -> tuple[Checkpointer, int]:
+        if which == "flags":
+            args = {"checkpoint_dir": store.url, "checkpoint_interval": 5, "resume": 20, **how}
+            ckpt = Checkpointer.from_args(args, values)
+            return ckpt, ckpt.restore()
+        ckpt = Checkpointer(store, values, every_steps=5, keep=keep.best(LOSS) | keep.latest(9))
+        if which == "best":
+            return ckpt, ckpt.restore("best", **how)
+        return ckpt, ckpt.restore(step=20, **how)
+
+    with pytest.raises(UsageError, match=r"newer than step 20 \(30, 40\)") as caught:
+        back()
+    assert caught.value.kind == ErrorKind.STEP_BEHIND
+    assert "discard_newer=True" in str(caught.value)
+    assert keys(store) == before
+    assert values["weights"]["w"].tolist() == [0.0] * 4, "nothing was restored either"
+
+    ckpt, start = back(discard_newer=True)
+    with ckpt:
+        assert start == 20
+        assert values["weights"]["w"].tolist() == [20.0] * 4
+        assert steps(store) == [10, 20]
+        assert dist_ckpt.load(state(), store, step=40).step == 40, "still there, by its number"
+        for step in range(21, 31):
+            values["weights"]["w"].fill_(-step)
+            ckpt.step(step)
+    assert steps(store) == [10, 20, 25, 30]
+    assert not Repository(store).hidden()
+    loaded = state()
+    assert dist_ckpt.load(loaded, store).step == 30
+    assert loaded["weights"]["w"].tolist() == [-30.0] * 4, "the new one, under an old number"
+
+
+def test_the_first_save_may_be_of_a_step_that_was_given_up(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    with Checkpointer(store, state()) as ckpt:
+        assert ckpt.restore(step=1, discard_newer=True) == 1
+        ckpt.save(2).wait()
+    assert steps(store) == [1, 2]
+    assert manifest_of(store, 2).claim == 3
+
+
+def test_a_restart_before_the_first_save_stays_where_it_went_back_to(store: MemoryStore) -> None:
+    run_of(store, 1, 2, 3)
+    Checkpointer(store, state(), every_steps=1).restore(step=1, discard_newer=True)
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        assert ckpt.restore() == 1
+        ckpt.step(2)
+        ckpt.step(3)
+    assert steps(store) == [1, 2, 3]
+    assert {manifest_of(store, step).claim for step in (2, 3)} == {5}
+
+
+def test_what_was_given_up_can_be_had_back_until_it_is_collected(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    Checkpointer(store, state(), every_steps=1).restore(step=1, discard_newer=True)
+    assert steps(store) == [1]
+    store.delete([discard_key(3)])
+    assert steps(store) == [1, 2]
+
+
+class Dying(StoreWrapper):
+    """Does nothing any more after so many changes, as a process that was killed."""
+
+    delete_batch = 1
+
+    def __init__(self, inner: Store, changes: int) -> None:
+        super().__init__(inner)
+        self.left = changes
+
+    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+        if self.left <= 0:
+            raise StorageError("dead")
+        self.left -= operation in CHANGES
+        return run()
+
+
+def test_a_crash_at_any_moment_of_going_back_leaves_one_history(store: MemoryStore) -> None:
+    for changes in itertools.count(1):
+        inner = new_store()
+        run_of(inner, 1, 2, 3)
+        dying = Dying(inner, changes)
+        with suppress(dist_ckpt.CheckpointError):
+            ckpt = Checkpointer(dying, state(-1), timeout_seconds=60)
+            ckpt.restore(step=1, discard_newer=True)
+            ckpt.save(2)
+            ckpt.wait()
+        old = {2: 2, 3: 3}
+        found = {step: manifest_of(inner, step).claim for step in steps(inner)}
+        # Given up as a whole, and not before the user said so; deleted only after the commit.
+        assert found in ({1: 1} | old, {1: 1}, {1: 1, 2: 4}), changes
+        if found == {1: 1}:
+            assert list(Repository(inner).hidden()) in ([3, 2], [3]), "2 gives way to the new one"
+        with Checkpointer(inner, state(), every_steps=1) as again:
+            newest = again.restore()
+            assert newest == max(found)
+            again.step(newest + 1)
+        assert max(steps(inner)) == newest + 1
+        if dying.left > 0:
+            return
+
+
+def test_what_takes_the_place_of_a_hidden_one_meanwhile_is_not_collected(
+    store: MemoryStore,
+) -> None:
+    run_of(store, 1, 2)
+    repository = Repository(store)
+    repository.discard(claim=repository.claim(), after=1)
+    old = manifest_of(store, 2).save_id
+    listed = repository.hidden()
+    run_of(store, 2)  # between the listing and the deletion
+    new = manifest_of(store, 2)
+    assert discard.collect(store, listed, claim=new.claim) == []
+    assert steps(store) == [1, 2]
+    assert manifest_of(store, 2).save_id == new.save_id != old
+    assert repository.verify(2).ok
+    assert not [key for key in keys(store) if old in key], "its own files are gone all the same"
+
+
+def test_a_failed_restore_gives_nothing_up(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    save_id = manifest_of(store, 1).save_id
+    store.put(f"step-0000000001/{save_id}/weights.r00000.safetensors", [b""], mode="replace")
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        with pytest.raises(IntegrityError):
+            ckpt.restore(step=1, discard_newer=True)
+        assert steps(store) == [1, 2]
+        assert ckpt.restore() == 2
+
+
+def test_what_is_pinned_is_not_given_up(store: MemoryStore) -> None:
+    run_of(store, 1, 2, 3)
+    Repository(store).pin(3)
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        with pytest.raises(UsageError, match=r"gives up step 3 .* which is pinned"):
+            ckpt.restore(step=1, discard_newer=True)
+        Repository(store).unpin(3)
+        assert ckpt.restore(step=1, discard_newer=True) == 1
+        Repository(store).pin(3)  # later than that it stays, hidden
+        ckpt.step(2)
+        ckpt.wait()
+    assert (steps(store), list(Repository(store).hidden())) == ([1, 2], [3])
+
+
+def test_a_newer_one_with_an_unreadable_manifest_is_no_obstacle(store: MemoryStore) -> None:
+    run_of(store, 1, 2, 3)
+    store.put(manifest_key(3), [b"{"], mode="replace")
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        assert ckpt.restore(step=1, discard_newer=True) == 1
+        for step in (2, 3, 4):
+            ckpt.step(step)
+    assert steps(store) == [1, 2, 3, 4]
+    assert Repository(store).verify(3).ok
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_command_that_is_restarted_does_not_give_up_what_it_saved(
+    store: MemoryStore, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(store, 1, 2)
+    for restart in ("0", "1"):
+        monkeypatch.setenv(name, restart)
+        with Checkpointer(store, state(), every_steps=1) as ckpt:
+            if restart == "0":
+                assert ckpt.restore(step=1, discard_newer=True) == 1
+                ckpt.step(2)
+                ckpt.step(3)
+                continue
+            with pytest.raises(UsageError, match=rf"restart \({name}=1\) would give up step 2, 3"):
+                ckpt.restore(step=1, discard_newer=True)
+            assert ckpt.restore(step=3, discard_newer=True) == 3, "nothing is newer"
+    assert steps(store) == [1, 2, 3]
+
+
+def test_nothing_is_newer_than_the_newest(store: MemoryStore) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        with pytest.raises(UsageError, match="nothing is newer than the newest"):
+            ckpt.restore(discard_newer=True)
+        with pytest.raises(UsageError, match="restores nothing"):
+            ckpt.restore("none", strict=False)
+    for said in ({"auto_resume": True}, {"resume": "newest"}):
+        with pytest.raises(UsageError, match="--discard-newer gives up"):
+            dist_ckpt.flags.parse({"checkpoint_dir": "x", "discard_newer": True, **said})
+
+
+def test_a_damaged_discard_is_an_error_and_no_guess(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    store.put(discard_key(2), [b"{}"])
+    with pytest.raises(IntegrityError, match=r"discards/000002\.json .* delete it"):
+        Repository(store).steps()
+    store.delete([discard_key(2)])
+    store.put("discards/notes.txt", [b"somebody else's"])
+    assert steps(store) == [1, 2]
+
+
+def test_training_back_from_what_it_saved_itself_is_refused_at_the_next_step(
+    store: MemoryStore,
+) -> None:
+    with Checkpointer(store, state(), when=policy.better(LOSS) | policy.every(1)) as ckpt:
+        for step, loss in enumerate([3.0, 1.0, 2.0], 1):
+            ckpt.step(step, metrics={LOSS: loss})
+        assert ckpt.restore("best") == 2, "to look at, as at the end of a training"
+        for tell in (ckpt.step, ckpt.save, ckpt.epoch_end):
+            with pytest.raises(UsageError, match=r"newer than step 2 \(3\)"):
+                tell(7)
+        assert ckpt.restore("best", discard_newer=True) == 2
+        ckpt.step(3)
+    assert steps(store) == [1, 2, 3]
+
+
+def test_given_up_checkpoints_are_told_by_events(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    found: list[events.Event] = []
+    leave = events.subscribe(found.append)
+    try:
+        with Checkpointer(store, state(), every_steps=1) as ckpt:
+            ckpt.restore(step=1, discard_newer=True)
+            ckpt.step(3)
+    finally:
+        leave()
+    gone = [each for each in found if isinstance(each, events.CheckpointDeleted)]
+    assert [(each.step, each.reason) for each in gone] == [(2, "given up by going back")]

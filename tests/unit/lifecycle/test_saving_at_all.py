@@ -1,0 +1,165 @@
+"""What would never be saved, and the metric that is never told, are said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_ckpt import Checkpointer, EarlyStopping, TrainState, keep, policy
+from dist_ckpt.errors import (
+    UsageError,
+)
+from dist_ckpt.storage.memory import MemoryStore
+from tests.unit.lifecycle.training import (
+    LOSS,
+    new_store,
+    state,
+    steps,
+    warnings,
+)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return new_store()
+
+
+# ---------------------------------------------------------------- nothing would ever be saved
+
+
+@pytest.mark.parametrize("tell", ["step", "epoch_end"])
+def test_telling_one_that_can_never_save_is_an_error(store: MemoryStore, tell: str) -> None:
+    with Checkpointer(store, state()) as ckpt:
+        with pytest.raises(UsageError, match=r"every_steps=500 .*policy\.never"):
+            getattr(ckpt, tell)(1)
+        ckpt.save(1)  # by hand it can
+    assert steps(store) == [1]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"when": policy.never()}, {"when": policy.every(3)}, {"every_steps": 3}],
+)
+def test_who_says_when_is_told_nothing(
+    store: MemoryStore, how: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), **how) as ckpt:
+        for step in range(1, 4):
+            ckpt.step(step)
+    assert steps(store) == ([3] if how != {"when": policy.never()} else [])
+    assert warnings(caplog) == []
+
+
+def test_an_early_stopping_says_when(store: MemoryStore) -> None:
+    stopper = EarlyStopping(LOSS, patience=2)
+    with Checkpointer(store, TrainState(stop=stopper)) as ckpt:
+        ckpt.step(1, metrics={LOSS: 1.0})
+    assert steps(store) == [1]
+
+
+def test_auto_resume_of_what_never_saves_is_said(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = {"checkpoint_dir": "memory://unit-lifecycle-flags", "auto_resume": True}
+    Checkpointer.from_args(args, state()).close()
+    (said,) = warnings(caplog)
+    assert "--auto-resume without --checkpoint-interval" in said
+    caplog.clear()
+    Checkpointer.from_args(args, state(), when=policy.never()).close()
+    Checkpointer.from_args({**args, "checkpoint_interval": 5}, state()).close()
+    assert warnings(caplog) == []
+
+
+def test_steps_are_counted_where_only_epochs_are_told(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), every_steps=2) as ckpt:
+        for epoch in range(1, 5):
+            ckpt.epoch_end(epoch)
+    (said,) = warnings(caplog)
+    assert "counts steps, and only the end of an epoch was told" in said
+    assert steps(store) == [4], "the last is saved all the same"
+
+
+def test_multiples_that_the_steps_told_jump_over_are_said(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), when=policy.every(10) | policy.every(7)) as ckpt:
+        for step in range(0, 28, 7):
+            ckpt.step(step)
+    (said,) = warnings(caplog)
+    assert "policy.every(10)" in said
+    assert "the steps from 7 to 14" in said
+    assert steps(store) == [0, 7, 14, 21]
+
+
+def test_epochs_are_counted_where_only_steps_are_told(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), when=policy.every(epochs=1)) as ckpt:
+        for step in range(1, 5):
+            ckpt.step(step)
+    (said,) = warnings(caplog)
+    assert "counts the ends of epochs, and none was told" in said
+    assert steps(store) == [4]
+
+
+# ---------------------------------------------------------------- a metric that is never told
+
+
+def watching(kind: str, metric: str) -> dict[str, Any]:
+    kinds: dict[str, dict[str, Any]] = {
+        "better": {"when": policy.better(metric)},
+        "kept": {"keep": keep.best(metric), "every_steps": 100},
+        "stopping": {},
+    }
+    parts = state()
+    if kind == "stopping":
+        parts["stop"] = EarlyStopping(metric, patience=3)
+    return {"state": parts, **kinds[kind]}
+
+
+@pytest.mark.parametrize("kind", ["better", "kept", "stopping"])
+def test_a_slip_of_the_pen_is_said_at_the_first_telling(
+    store: MemoryStore, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, **watching(kind, "val/los"), save_last=False) as ckpt:
+        ckpt.step(1, metrics={LOSS: 1.0})
+        (said,) = warnings(caplog)
+        assert "no metric 'val/los' (it has: 'val/loss') (did you mean 'val/loss'?)" in said
+        ckpt.step(2, metrics={LOSS: 1.0})
+        ckpt.epoch_end(1, metrics={LOSS: 1.0})
+    assert len(warnings(caplog)) == 1
+
+
+def test_another_metric_is_missed_after_the_first_epoch_that_has_some(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, **watching("better", "val/accuracy")) as ckpt:
+        ckpt.step(1, metrics={"train/loss": 1.0})
+        ckpt.epoch_end(1)
+        assert warnings(caplog) == []
+        ckpt.step(2, metrics={"train/loss": 1.0})
+        ckpt.epoch_end(2, metrics={LOSS: 1.0})
+        (said,) = warnings(caplog)
+    assert "has no metric 'val/accuracy' (it has: 'train/loss', 'val/loss')" in said
+    assert len(warnings(caplog)) == 1
+
+
+def test_at_the_end_at_the_latest(store: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    with Checkpointer(store, **watching("better", "val/accuracy")) as ckpt:
+        ckpt.step(1, metrics={"train/loss": 1.0})
+        ckpt.step(2)
+    assert ["has no metric 'val/accuracy'" in said for said in warnings(caplog)] == [True]
+
+
+def test_a_metric_that_is_told_now_and_then_is_not_missed(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, **watching("better", LOSS)) as ckpt:
+        for step in range(1, 5):
+            ckpt.step(step, metrics={LOSS: 1.0} if step == 4 else {"train/loss": 1.0})
+    with Checkpointer(store, **watching("better", "never")) as ckpt:
+        ckpt.restore()  # only looks
+    assert warnings(caplog) == []
