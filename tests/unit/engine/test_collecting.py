@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dist_ckpt
-from dist_ckpt.engine import loading
+from dist_ckpt.engine.fitting import fit
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -73,13 +73,11 @@ def test_who_collects_by_hand_goes_on_to() -> None:
 
 def test_nothing_is_collected_while_a_load_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
     enabled: list[bool] = []
-    fit = loading.fit
-
     def noted(*given: Any, **keywords: Any) -> Any:
         enabled.append(gc.isenabled())
         return fit(*given, **keywords)
 
-    monkeypatch.setattr(loading, "fit", noted)
+    monkeypatch.setattr("dist_ckpt.engine.loading.fit", noted)
     with checkpointer(Crowd()) as ckpt:
         ckpt.save(1).wait()
         assert ckpt.restore() == 1
