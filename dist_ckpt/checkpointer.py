@@ -67,9 +67,7 @@ class Checkpointer:
         save_last: bool = True,
         **options: Unpack[SaveKeywords],
     ) -> None:
-        """Describe the run; nothing is read, written or asked of other ranks yet.
-
-        Host memory for the first save is prepared in the background from here on.
+        """Describe the run; nothing is read or asked yet, host memory is prepared from here on.
 
         Args:
             url: the run: a path, a URL, or a `Store`.

@@ -11,7 +11,7 @@ from dist_ckpt.engine.holdings import Holdings, gather
 from dist_ckpt.engine.load_options import LoadOptions
 from dist_ckpt.engine.matching import Misfits, compare, unmatched
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.part import Part
+from dist_ckpt.state.part import Part, Stored
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.values import ValuePart
@@ -91,17 +91,24 @@ def fit(
     misfits = Misfits(
         missing,
         unexpected,
-        [entry for each in compared for entry in each.shapes],
-        [entry for each in compared for entry in each.dtypes],
-        [entry for each in compared for entry in each.casts],
+        *_tensors_apart(compared),
         unmatched(options, known, held.idle),
         unlike,
         filled=filled,
         empty=empty,
     )
-    first = [
-        name
-        for name in targets
-        if isinstance(part := parts[name], ValuePart) and part.goes_first(held.parts[name])
-    ]
+    first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
     return Matched(source, held, targets, misfits, frozenset(known), notes, first)
+
+
+def _tensors_apart(compared: Sequence[Misfits]) -> tuple[list[str], list[str], list[str]]:
+    """Return what was found of shapes, of dtypes, and of casts."""
+    return (
+        [entry for each in compared for entry in each.shapes],
+        [entry for each in compared for entry in each.dtypes],
+        [entry for each in compared for entry in each.casts],
+    )
+
+
+def _goes_first(part: Part, stored: Stored) -> bool:
+    return isinstance(part, ValuePart) and part.goes_first(stored)

@@ -153,12 +153,9 @@ def gather(
     # At another world size nobody has a predecessor: rank 0's values stand for all.
     whose = rank if world_size == source.saved_world_size else 0
     found = _Gathering(source, options, whose, by_name)
-    numbers: dict[str, list[int]] = {part: [] for part in source.parts}
-    for number, entry in enumerate(source.index.tensors):
-        numbers.setdefault(entry.part, []).append(number)
     homes: set[str] = set()
     unread: set[str] = set()
-    for part, mine in numbers.items():
+    for part, mine in _numbers_by_part(source).items():
         names = (source.index.tensors[number].name for number in mine)
         possible = _homes(part, names, options)
         homes |= possible
@@ -188,6 +185,13 @@ def gather(
         names=frozenset((*found.origins, *homes)),
         idle=_idle(options, found.origins.values(), unread),
     )
+
+
+def _numbers_by_part(source: Source) -> dict[str, list[int]]:
+    numbers: dict[str, list[int]] = {part: [] for part in source.parts}
+    for number, entry in enumerate(source.index.tensors):
+        numbers.setdefault(entry.part, []).append(number)
+    return numbers
 
 
 def _of_every_rank(source: Source, part: str) -> Callable[[], list[dict[str, bytes]]]:

@@ -86,16 +86,10 @@ class Loader:
         chooser = Chooser(self._job, call, own=own, claims=claims)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
-            since = time.perf_counter()
-            try:
-                chosen, news = chooser.choose(topic, fall_back=fall_back)
-            except CheckpointError as error:
-                tell(error, progress)
+            chosen = self._choose(topic, chooser, progress, fall_back=fall_back)
             if claims:
                 # Now, and not at the first save: rank 0 has just taken the run over.
                 self._job.check_same_place(topic)
-            progress.clock("choose", since)
-            self._announce(chooser.url, news)
             if chosen is None:
                 self._job.go_on(None)
                 return None
@@ -118,6 +112,18 @@ class Loader:
             elif own:
                 self._job.go_on(None)  # the run itself begins
             return report
+
+    def _choose(
+        self, topic: Topic, chooser: Chooser, progress: LoadProgress, *, fall_back: bool
+    ) -> Chosen | None:
+        since = time.perf_counter()
+        try:
+            chosen, news = chooser.choose(topic, fall_back=fall_back)
+        except CheckpointError as error:
+            tell(error, progress)
+        progress.clock("choose", since)
+        self._announce(chooser.url, news)
+        return chosen
 
     def _load(
         self,

@@ -14,7 +14,7 @@ from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
 from dist_ckpt.format.manifest import LIMIT_BYTES, Manifest
 from dist_ckpt.format.names import file_key, manifest_key, step_dir
-from dist_ckpt.repository.source import Source
+from dist_ckpt.repository.source import Source, read_file
 from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
 
@@ -200,7 +200,7 @@ class Checkpoint:
         entry = self.index.files[file]
         key = self._key(entry)
         try:
-            count = self.store.read_into(key, start, *buffers)
+            count = read_file(self.store, key, start, buffers)
         except NotFound as error:
             raise IntegrityError(
                 f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE

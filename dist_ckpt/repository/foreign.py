@@ -18,6 +18,7 @@ from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import FILES_LIMIT, shard_name
 from dist_ckpt.format.shard import itemsize
+from dist_ckpt.repository.source import read_file
 from dist_ckpt.repository.torch_files import StoredTensor
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.scatter import Scatter
@@ -266,7 +267,7 @@ class ForeignSource:
             return
         key = self._keys[file]
         try:
-            count = self.store.read_into(key, start, *buffers)
+            count = read_file(self.store, key, start, buffers)
         except NotFound as error:
             raise self._missing(key) from error
         if count != sum(map(len, buffers)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+from dist_ckpt.errors import CheckpointError, StorageError, describe
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.storage.base import Store
@@ -104,3 +106,18 @@ class Source(Protocol):
             IntegrityError: they are missing, damaged or malformed.
         """
         ...
+
+
+def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview]) -> int:
+    """Fill `buffers` with the bytes of `key` from `start` on; return how many there were.
+
+    Raises:
+        CheckpointError: as the store said it.
+        StorageError: the store raised what it should have mapped; the cause is that.
+    """
+    try:
+        return store.read_into(key, start, *buffers)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # of a store of the program's own: for one handler all the same
+        raise StorageError(f"cannot read {key} in {store.url}: {describe(error)}") from error

@@ -289,7 +289,7 @@ def test_what_a_damaged_checkpoint_filled_by_half_is_not_kept(tmp_path: Path) ->
     data[-1] ^= 1
     path.write_bytes(data)
     # Step 1 has no head: step 2, which is damaged, may have left its bytes in the live one.
-    says = r"has no model/head\.bias, which a damaged"
+    says = r"has no model/head\.bias, which another checkpoint that was given up half-way may have"
     with (
         dist_ckpt.Checkpointer(tmp_path, {"model": net()}) as ckpt,
         pytest.raises(IncompatibleError, match=says),

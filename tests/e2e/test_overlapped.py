@@ -199,15 +199,17 @@ def fail_in_flight(root: str) -> str:
         patch.setattr(copies, "_copy_all", broken)
         handle = ckpt.save(1)
         training.train()  # a step never hears of it
-        with pytest.raises(CheckpointError, match="device is gone") as error:
+        # As it was where it happened, and named on the other rank.
+        own = RuntimeError if dist.get_rank() == 1 else CheckpointError
+        with pytest.raises(own, match="device is gone") as error:
             handle.wait()
         patch.undo()
         ckpt.save(2).wait()
-    return str(sorted(error.value.ranks))
+    return str(sorted(getattr(error.value, "ranks", ())))
 
 
 def test_a_copy_that_fails_fails_the_save_on_all_ranks_and_no_step(tmp_path: Path) -> None:
-    assert run_ranks(2, fail_in_flight, str(tmp_path)) == ["[1]", "[1]"]
+    assert run_ranks(2, fail_in_flight, str(tmp_path)) == ["[1]", "[]"]
     assert Repository(LocalStore(tmp_path)).steps() == [2]
 
 

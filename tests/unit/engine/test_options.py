@@ -18,6 +18,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "when_busy": "wait",
         "memory_limit_bytes": None,
         "check_replicas": None,
+        "command": False,
     }
 
 
