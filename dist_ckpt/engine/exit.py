@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from dist_ckpt.engine import untold
 from dist_ckpt.engine.handle import SaveHandle
+from dist_ckpt.engine.writer_thread import wait_for_threads
 from dist_ckpt.errors import describe
 
 _PATIENCE_SECONDS = 2.0
@@ -158,6 +159,8 @@ def _close_all() -> None:
         except Exception as error:
             text = f"{label} failed, and nobody waited for it: {describe(error)}"
             untold.keep(untold.number(), text)
+    # The last thing that a save lets go of, and not only its outcome.
+    wait_for_threads(_PATIENCE_SECONDS)
     _tell()
 
 

@@ -14,6 +14,31 @@ _NICE = 10
 """How much later than the training this is served by the processors, as `nice` counts."""
 
 
+_changed = threading.Condition()
+# Threads that run a job or let go of what it held. Not those that were left to themselves.
+_at_work: set[threading.Thread] = set()
+
+
+def wait_for_threads(seconds: float) -> bool:
+    """Wait until no background thread has anything in its hands; return whether that is so.
+
+    A daemon that lets go of a tensor while the interpreter goes ends the process by an abort: torch
+    asks for the interpreter in a destructor, which must not be left by an exception.
+    """
+    with _changed:
+        return _changed.wait_for(lambda: not _at_work, seconds)
+
+
+def _forget_threads() -> None:
+    global _changed
+    # None of them is here, and one may have held the lock.
+    _changed = threading.Condition()
+    _at_work.clear()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
+
+
 class WriterThread:
     """Runs jobs one after another on a daemon thread that starts with the first one.
 
@@ -60,6 +85,9 @@ class WriterThread:
     def abandon(self) -> None:
         """Leave a job that does not come back; the next one gets a thread of its own."""
         self.stop()
+        with _changed:
+            _at_work.difference_update([self._thread] if self._thread else [])
+            _changed.notify_all()
         self._idle = threading.Event()
         self._idle.set()
 
@@ -72,9 +100,17 @@ class WriterThread:
 
 def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     _yield_to_training()
+    me = threading.current_thread()
     while (job := jobs.get()) is not None:
-        job()
-        del job  # else it, and all that it looks at, would live until the next one
+        with _changed:
+            _at_work.add(me)
+        try:
+            job()
+        finally:
+            del job  # else it, and all that it looks at, would live until the next one
+            with _changed:
+                _at_work.discard(me)
+                _changed.notify_all()
 
 
 def _yield_to_training() -> None:

@@ -47,6 +47,8 @@ def same(found: dict[str, Any], step: int) -> bool:
 def save(store: Store, step: int) -> None:
     """Save, and wait also for what is done after the commit."""
     with dist_ckpt.Checkpointer(store, state(step), timeout_seconds=60) as ckpt:
+        if step > 1:
+            ckpt.restore(only=["rng"])  # it goes on from what is there
         ckpt.save(step)
 
 
