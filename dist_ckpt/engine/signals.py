@@ -94,10 +94,29 @@ def _act_as(before: object, number: int, frame: FrameType | None) -> None:
 _undo_in_child: list[Callable[[], None]] = []
 
 
+# What was blocked on the thread that forks, before it began to.
+_mask = threading.local()
+
+
+def _hold_back() -> None:
+    """Let no signal come while there are two processes and one set of handlers.
+
+    One that came to the child before its handlers are put back would be written down by ours, and
+    swallowed: whoever sent it waits for an end that does not come.
+    """
+    held = signal.valid_signals() if _undo_in_child else set()
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
 def _stop_in_child() -> None:
     while _undo_in_child:
         _undo_in_child.pop()()
+    _let_through()
 
 
 # Runs in the child before any of its own code. The thread that forked is the main one there.
-os.register_at_fork(after_in_child=_stop_in_child)
+os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_stop_in_child)
