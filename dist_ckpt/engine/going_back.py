@@ -44,9 +44,9 @@ def left_behind(url: str, origin: int | None, newer: Sequence[int]) -> UsageErro
     if origin is None:
         return UsageError(
             f"{there}, and this training goes on from none of them, because restore() was not "
-            "called: a training from the beginning would replace them. Call restore() before the "
-            "first step; to begin anew and give them up, restore('none', discard_newer=True); to "
-            "keep both, begin another run",
+            "called, or failed: a training from the beginning would replace them. Call restore() "
+            "before the first step; to begin anew and give them up, restore('none', "
+            "discard_newer=True); to keep both, begin another run",
             kind=ErrorKind.NOT_RESTORED,
         )
     start = "the beginning" if origin < 0 else f"step {origin}"

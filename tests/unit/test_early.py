@@ -203,7 +203,7 @@ class OwnWhen:
 def test_policies_of_the_users_own_are_policies() -> None:
     store = new_store()
     when: Any = OwnWhen()
-    with Checkpointer(store, STATE, keep=OwnKeep(), when=when) as ckpt:
+    with Checkpointer(store, STATE, keep=OwnKeep(), when=when, save_last=False) as ckpt:
         for step in (1, 2, 3):
             ckpt.step(step)
     assert Repository(store).steps() == [2]
@@ -312,9 +312,9 @@ def test_a_step_may_be_any_integer(kind: Callable[[int], Any]) -> None:
     dist_ckpt.save(state, store, step=kind(9))
     dist_ckpt.async_save(state, store, step=kind(10)).wait()
     assert Repository(store).steps() == [1, 2, 3, 5, 6, 7, 8, 9, 10]
-    with Checkpointer(store, state) as ckpt:
-        assert ckpt.restore(step=kind(7)) == 7
-        assert type(ckpt.restore(step=kind(7))) is int
+    with Checkpointer(store, {"progress": progress}) as ckpt:  # it looks, and saves nothing
+        assert ckpt.restore(step=kind(7), strict=False) == 7
+        assert type(ckpt.restore(step=kind(7), strict=False)) is int
     assert dist_ckpt.load(state, store, step=kind(9)).step == 9
     with dist_ckpt.open_checkpoint(store, step=kind(8)) as opened:
         assert opened.step == 8
