@@ -10,7 +10,7 @@ from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.format.manifest import plain_metadata
 from dist_ckpt.state.generators import GeneratorPart
-from dist_ckpt.state.part import Captured
+from dist_ckpt.state.part import Captured, dry_capture
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
 
@@ -29,7 +29,7 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
             the job does not hold all. Only where this process is the whole job.
     """
     try:
-        with no_collection():
+        with no_collection(), dry_capture():
             for name, captured in _captured(state, strict=True):
                 _check_held(name, captured, ranks)
     except UsageError as error:
@@ -46,8 +46,9 @@ def check_held(state: TrainState, ranks: JobRanks) -> None:
         UsageError: a tensor is spread over ranks outside of it, too.
     """
     if ranks.members() is not None:  # else nobody is outside
-        for name, captured in _captured(state, strict=False):
-            _check_held(name, captured, ranks)
+        with dry_capture():
+            for name, captured in _captured(state, strict=False):
+                _check_held(name, captured, ranks)
 
 
 def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

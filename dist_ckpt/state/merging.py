@@ -32,43 +32,45 @@ from dist_ckpt.state.encoding import MAX_DEPTH, TAG
 from dist_ckpt.state.holders import is_held, is_of_module
 
 
-def held_dicts(value: object) -> set[int]:
-    """Return the ids of all dicts in `value` that somebody else's tensors are in, by name.
+def held_containers(value: object) -> set[int]:
+    """Return the ids of all dicts and lists in `value` that somebody else's tensors are in.
 
-    That is what a state dict is: it neither gains nor loses a name by a load, as the module does
-    not whose tensors are in it.
+    That is what a state dict is, or a list of parameters: it neither gains nor loses an entry by a
+    load, as the module does not whose tensors are in it.
     """
     found: set[int] = set()
-    for each in _dicts(value, 0):
-        tensors = [item for item in each.values() if isinstance(item, torch.Tensor)]
-        by_name = len(tensors) == len(each) and all(isinstance(key, str) for key in each)
+    for each in _containers(value, 0):
+        items = list(each.values()) if isinstance(each, Mapping) else each
+        tensors = [item for item in items if isinstance(item, torch.Tensor)]
+        named = not isinstance(each, Mapping) or all(isinstance(key, str) for key in each)
+        alone = named and len(tensors) == len(items)
         # That of a module may have entries that are no tensors.
-        if tensors and (is_of_module(each) or (by_name and any(map(is_held, tensors)))):
+        if tensors and (is_of_module(each) or (alone and any(map(is_held, tensors)))):
             found.add(id(each))
     return found
 
 
-def _dicts(value: object, depth: int) -> Iterator[Mapping[Any, Any]]:
-    if depth > MAX_DEPTH:
+_Container = Mapping[Any, Any] | list[Any] | tuple[Any, ...]
+
+
+def _containers(value: object, depth: int) -> Iterator[_Container]:
+    if depth > MAX_DEPTH or not isinstance(value, (Mapping, list, tuple)):
         return
-    if isinstance(value, Mapping):
-        yield value
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _dicts(item, depth + 1)
+    yield value
+    for item in value.values() if isinstance(value, Mapping) else value:
+        yield from _containers(item, depth + 1)
 
 
 def named_misfits(
     live: object, node: Any, name: str, held: Collection[int]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the names of tensors that only one side has, of all dicts in `held`.
+    """Yield the names of tensors that only one side has, of all containers in `held`.
 
     Args:
         live: a value of the state.
         node: the parsed encoding of the stored one.
         name: what both are called.
-        held: what `held_dicts` found in `live`.
+        held: what `held_containers` found in `live`.
 
     Yields:
         The name, and whether it is the stored value that lacks it.
@@ -88,6 +90,12 @@ def named_misfits(
     elif isinstance(live, (list, tuple)):
         items = node if isinstance(node, list) else _payload(node)
         if isinstance(items, list):
+            if id(live) in held:
+                for i in range(len(items), len(live)):
+                    yield f"{name}.{i}", True
+                for i in range(len(live), len(items)):
+                    if _is_tensor(items[i]):
+                        yield f"{name}.{i}", False
             for i, (value, item) in enumerate(zip(live, items, strict=False)):
                 yield from named_misfits(value, item, f"{name}.{i}", held)
 
@@ -118,7 +126,7 @@ class Merging:
     """Puts one stored value in the place of a live one.
 
     Args:
-        held: the ids of the dicts whose names stay, see `held_dicts`.
+        held: the ids of the containers whose entries stay, see `held_containers`.
     """
 
     def __init__(self, held: Collection[int] = ()) -> None:
@@ -137,8 +145,8 @@ class Merging:
             return _into_tensor(live, value)
         return _into(live, value, self) if type(live) is type(value) else value
 
-    def keeps_names(self, live: object) -> bool:
-        """Tell whether the dict `live` neither gains nor loses a name."""
+    def keeps_entries(self, live: object) -> bool:
+        """Tell whether the container `live` neither gains nor loses an entry."""
         return id(live) in self._held
 
 
@@ -157,7 +165,7 @@ def _(live: MutableMapping, value: Any, merging: Merging) -> Any:  # type: ignor
     content = {
         key: merging.merged(live[key], new) if key in live else new for key, new in value.items()
     }
-    if merging.keeps_names(live):
+    if merging.keeps_entries(live):
         # A lenient load leaves alone what has no partner.
         live.update({key: new for key, new in content.items() if key in live})
         return live
@@ -208,6 +216,8 @@ def _(live: MutableSequence, value: Any, merging: Merging) -> Any:  # type: igno
     content = [
         merging.merged(live[i], new) if i < len(live) else new for i, new in enumerate(value)
     ]
+    if merging.keeps_entries(live):
+        content = [*content[: len(live)], *list(live)[len(content) :]]
     live.clear()
     live.extend(content)
     return live

@@ -17,7 +17,7 @@ from dist_ckpt.state.module_fit import Fit, fit
 from dist_ckpt.state.module_state import Entry, Naming, entries_of, names_of_parameters
 from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
-from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
 from dist_ckpt.state.told import Say, tell, tell_after
 from dist_ckpt.state.trained import Trained
@@ -197,7 +197,7 @@ class ModelPart:
         return entries_of(self.module, self._naming.current(), self.name)
 
     def _say_once(self, what: str) -> None:
-        if what not in self._said:
+        if what not in self._said and not is_dry():
             self._said.add(what)
             _log.warning("part %r: %s", self.name, what)
 

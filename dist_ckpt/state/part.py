@@ -8,11 +8,30 @@ encoding refers to (`dist_ckpt.state.objects.references`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+
+_dry = ContextVar("_dry", default=False)
+
+
+@contextmanager
+def dry_capture() -> Iterator[None]:
+    """Look at parts in a `with` block and store nothing: what is left out is not told there."""
+    token = _dry.set(True)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
+
+
+def is_dry() -> bool:
+    """Tell whether a `capture` is a look only."""
+    return _dry.get()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from dist_ckpt.state.decoding import parse
 from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import dtype_name, empty_beside
-from dist_ckpt.state.merging import held_dicts, named_misfits
+from dist_ckpt.state.merging import held_containers, named_misfits
 from dist_ckpt.state.objects import fillable
 from dist_ckpt.state.part import Stored, TensorSpec
 
@@ -27,7 +27,7 @@ class ValueFit:
         missing: names of live tensors that are not stored, where that matters.
         unexpected: names of stored tensors that have no live one, where that matters.
         exchanged: names of live tensors in whose place another one comes.
-        held: the ids of the dicts whose names stay.
+        held: the ids of the containers whose entries stay.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def fit_value(
     Raises:
         UsageError: the live value holds something that cannot be stored.
     """
-    held = held_dicts(live)
+    held = held_containers(live)
     node = parse(stored.objects[VALUE], path)
     misfits = list(named_misfits(live, node, VALUE, held))
     here = fillable(live, path=path, prefix=VALUE)

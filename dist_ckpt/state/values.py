@@ -23,9 +23,9 @@ import torch
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
 from dist_ckpt.state.by_names import ByNames, by_names
 from dist_ckpt.state.holders import Borrowed
-from dist_ckpt.state.merging import Merging, held_dicts
+from dist_ckpt.state.merging import Merging, held_containers
 from dist_ckpt.state.objects import decode, encode, needs_classes, references
-from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
 from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
 
@@ -104,7 +104,7 @@ class ValuePart:
     def has_names(self) -> bool:
         """Tell whether the value is a dict of somebody else's tensors, as a state dict is."""
         live = self.value
-        return not self._per_rank and isinstance(live, dict) and id(live) in held_dicts(live)
+        return not self._per_rank and isinstance(live, dict) and id(live) in held_containers(live)
 
     @property
     def per_rank(self) -> bool:
@@ -265,7 +265,8 @@ class StatefulPart(ValuePart):
     def capture(self) -> Captured:
         """Return what `state_dict` returned, encoded, and the tensors in it."""
         captured = super().capture()
-        if captured.objects[VALUE] in _NOTHING and not self._said_empty:
+        nothing = captured.objects[VALUE] in _NOTHING
+        if nothing and not self._said_empty and not is_dry():
             self._said_empty = True
             kind = type(self._stateful).__qualname__
             _log.warning(

@@ -342,3 +342,26 @@ def test_names_that_are_unique_need_no_registration() -> None:
     state = TrainState(id=None)
     dist_ckpt.load(state, store)
     assert state["id"] == uuid.UUID(int=1)
+
+
+class EmptyAtFirst:
+    """As many samplers: it knows something only when it is at work."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"seen": self.seen} if self.seen else {}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        self.seen = list(state.get("seen", []))
+
+
+def test_the_first_look_says_nothing_of_what_is_empty_still(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sampler = EmptyAtFirst()
+    with Checkpointer(new_store(), {"sampler": sampler}) as ckpt:
+        sampler.seen.append(3)
+        ckpt.save(1)
+    assert "returned nothing" not in caplog.text

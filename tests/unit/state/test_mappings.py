@@ -408,3 +408,20 @@ def test_tied_entries_of_a_dict_load_into_a_tied_module() -> None:
     dist_ckpt.load_weights(model, store, part="ema")
     assert torch.equal(model[1].weight, shared)
     assert model[1].weight is model[0].weight
+
+
+@pytest.mark.parametrize(("stored", "live"), [(2, 4), (4, 2)])
+def test_a_list_of_parameters_neither_loses_nor_gains_one(stored: int, live: int) -> None:
+    one, two = net(1), net(2)
+    store = new_store()
+    dist_ckpt.save({"weights": list(one.parameters())[:stored]}, store)
+    mine = list(two.parameters())[:live]
+    before = [each.detach().clone() for each in mine]
+    with pytest.raises(IncompatibleError, match=r"weights/value\.[23]"):
+        dist_ckpt.load({"weights": mine}, store)
+    assert all(torch.equal(now, then) for now, then in zip(mine, before, strict=True))
+    state = {"weights": mine}
+    dist_ckpt.load(state, store, strict=False)
+    assert len(state["weights"]) == live, "a lenient load leaves alone what has no partner"
+    shared = list(one.parameters())[: min(stored, live)]
+    assert all(torch.equal(now, then) for now, then in zip(mine, shared, strict=False))
