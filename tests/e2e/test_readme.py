@@ -47,7 +47,7 @@ def training() -> dict[str, Any]:
         "sampler": sampler,
         "loader": DataLoader(data, batch_sampler=sampler),
         "train_step": train_step,
-        "total_steps": 1000,
+        "total_steps": 1200,
     }
 
 
@@ -61,6 +61,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(path.name for path in Path("runs/17").glob("step-*")) == [
         "step-0000000500",
         "step-0000001000",
+        "step-0000001200",
     ]
     for name, tensor in names["model"].state_dict().items():
         assert torch.equal(names["weights"][name], tensor), "the model file is the model"
@@ -70,7 +71,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     again = training()
     again["train_step"] = lambda batch: pytest.fail("there is no step left to take")
     exec(compile(code[0], "README.md", "exec"), again)  # noqa: S102
-    assert again["start"] == 1000
+    assert again["start"] == 1200
     for name, tensor in names["model"].state_dict().items():
         assert torch.equal(again["model"].state_dict()[name], tensor)
 
