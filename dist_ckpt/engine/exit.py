@@ -86,9 +86,9 @@ def leave(saver: Closing, close: Callable[[], None], error: BaseException | None
     Raises:
         Exception: what `close` raised; where `error` ends the block that is a note to it.
     """
-    if error is not None:
-        _say_waiting(saver)
     try:
+        if error is not None:
+            _say_waiting(saver)  # in here: who reads it may interrupt before the waiting begins
         close()
     except KeyboardInterrupt:
         if isinstance(error, KeyboardInterrupt):
@@ -125,10 +125,12 @@ def _finish_all() -> None:
     """Wait for the saves in flight; who interrupts that twice, whenever, has them given up."""
     interrupted = isinstance(_last_error(), KeyboardInterrupt)
     for saver in list(_open):
-        if interrupted:
-            _say_waiting(saver)
+        said = False
         while saver.in_flight is not None:
             try:
+                if interrupted and not said:
+                    said = True
+                    _say_waiting(saver)
                 _wait_for(saver)
             except _INSISTENCE:
                 if interrupted:
@@ -138,7 +140,6 @@ def _finish_all() -> None:
                         saver.give_up()
                     break
                 interrupted = True
-                _say_waiting(saver)
 
 
 def _wait_for(saver: Closing) -> None:
