@@ -156,6 +156,8 @@ class Transaction:
             if isinstance(error, CheckpointError) and error.kind in _REFUSALS:
                 self._in_doubt = False
                 raise
+            if not isinstance(error, Exception):
+                raise  # an interrupt is one whatever it interrupts
             raise StorageError(
                 f"{describe(error)}; whether step {self.step} is committed in {self.store.url} is "
                 "not known: look for it before it is saved again",
