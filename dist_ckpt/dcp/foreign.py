@@ -93,13 +93,18 @@ def read_stock(store: Store) -> Found:
             entries.append(Entry(each.path, tensor.dtype, tensor.shape))
             found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
             chunks[number] = _with_elements(tensor.shape, found_at)
-    if unreadable:
-        tell_once(
-            store.url,
-            f"{where}: {len(unreadable)} of its values cannot be read, which is an error only for "
-            f"whoever wants them: {'; '.join(unreadable[:_SHOWN])}",
-        )
+    tell_unreadable(store.url, where, unreadable)
     return _described(reading, place(entries, where), chunks)
+
+
+def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
+    """Tell once which values of a foreign checkpoint cannot be read; nothing without any."""
+    if reasons:
+        tell_once(
+            url,
+            f"{where}: {len(reasons)} of its values cannot be read, which is an error only for "
+            f"whoever wants them: {'; '.join(reasons[:_SHOWN])}",
+        )
 
 
 class _Blobs:

@@ -19,6 +19,7 @@ Path = tuple[Any, ...]
 
 _MODEL = "model"
 _OPTIMIZER_KEYS = ("state", "param_groups")
+_PATH_SHOWN = 200
 _VALUE = "value"  # what a part that is one Python value calls it
 
 
@@ -266,6 +267,12 @@ def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
     if type(value) is list:
         return [_filled(item, leaves) for item in value]
     return value
+
+
+def shown(path: Path) -> str:
+    """Return a path as a message shows it; its keys are whatever the checkpoint says."""
+    text = _text(_joined(path))[:_PATH_SHOWN]
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _text(text: str) -> str:

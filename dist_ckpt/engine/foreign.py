@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from dist_ckpt.dcp.foreign import METADATA, is_stock, read_stock
-from dist_ckpt.dcp.foreign_names import Entry, place
+from dist_ckpt.dcp.foreign import METADATA, is_stock, read_stock, tell_unreadable
+from dist_ckpt.dcp.foreign_names import Entry, place, shown
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.repository import torch_files
@@ -18,6 +18,8 @@ from dist_ckpt.repository.safetensors_files import (
     read_weight_map,
 )
 from dist_ckpt.repository.torch_files import StoredTensor
+from dist_ckpt.repository.torch_values import unknown_in, what_of
+from dist_ckpt.state.unreadable import Unreadable
 from dist_ckpt.storage.base import Store
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -78,20 +80,33 @@ def looked_for() -> str:
 def read_torch(store: Store, keys: Sequence[str]) -> Found:
     """Describe the tensors and values in `torch.save` files; nothing in them is executed.
 
+    A value that only a program which executes pickles could read is told once, and is an error
+    only for whoever wants it.
+
     Raises:
-        IntegrityError: a file is malformed, or holds something else than tensors and plain values.
+        IntegrityError: a file is malformed, or holds nothing but such values.
         IncompatibleError: a tensor does not fill one run of bytes of its file.
     """
     entries: list[Entry] = []
+    unreadable: list[str] = []
     found: dict[int, tuple[int, StoredTensor]] = {}
     for file, key in enumerate(keys):
-        for path, value in _leaves(torch_files.describe(store, key), ()):
-            if isinstance(value, StoredTensor):
-                found[len(entries)] = file, value
-                entries.append(Entry(path, value.dtype, value.shape))
-            else:
-                entries.append(Entry(path, None, (), value))
-    placed = place(entries, f"{', '.join(keys)} in {store.url}")
+        for path, leaf in _leaves(torch_files.describe(store, key, lenient=True), ()):
+            if isinstance(leaf, StoredTensor):
+                found[len(entries)] = file, leaf
+                entries.append(Entry(path, leaf.dtype, leaf.shape))
+                continue
+            unknown = unknown_in(leaf)
+            if unknown is not None:
+                leaf = Unreadable(f"{shown(path)}: {what_of(unknown)}")
+                unreadable.append(leaf.reason)
+            entries.append(Entry(path, None, (), leaf))
+    where = f"{', '.join(keys)} in {store.url}"
+    if unreadable and len(unreadable) == len(entries):
+        # A whole module, say: what cannot be read is all that there is.
+        raise torch_files.malformed(where, unreadable[0])
+    tell_unreadable(store.url, where, unreadable)
+    placed = place(entries, where)
     chunks: list[Chunk] = []
     runs = Runs(len(keys))
     # By the number of the entry on both sides: whatever else there is, nothing is shifted.
@@ -111,7 +126,9 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
 
 
 def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, dict) and value and (path == () or _has_tensor(value)):
+    taken_apart = isinstance(value, dict) and value and (path == () or _has_tensor(value))
+    # By keys that nobody can read nothing has a name, or two have one.
+    if taken_apart and unknown_in([*value]) is None:
         for key, item in value.items():
             yield from _leaves(item, (*path, key))
     else:

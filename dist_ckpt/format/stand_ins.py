@@ -54,8 +54,23 @@ class Made:
         return self.state
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unknown:
+    """Stands for a name that nobody knows here, and for all that it would have made.
+
+    What it is called with, or what is put into it, is dropped unseen: it may be in itself, and
+    nothing can be said of it but the name.
+
+    Attributes:
+        name: as the stream has it.
+    """
+
+    name: str
+
+
 Names = Callable[[str, str], object]
-"""From module and name to what stands for it: a `Constructor`, a `Kind`, or a plain value.
+"""From module and name to what stands for it: a `Constructor`, a `Kind`, an `Unknown`, or a
+plain value.
 
 It raises ValueError for a name that has no business there.
 """

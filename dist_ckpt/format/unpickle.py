@@ -19,7 +19,7 @@ from typing import Any
 
 from dist_ckpt.format.limits import HashCounts
 from dist_ckpt.format.pickle_bounds import check_tree, hash_nodes, nodes_of
-from dist_ckpt.format.stand_ins import Constructor, Kind, Made, Names
+from dist_ckpt.format.stand_ins import Constructor, Kind, Made, Names, Unknown
 
 _FREE_NODES = 1 << 20
 _NODES_PER_BYTE = 4
@@ -137,12 +137,15 @@ class _Machine:
         self.stack.append(frozenset(items))
 
     def append(self, _: Any) -> None:
-        item = self._pop()
-        self._of(list).append(item)
+        self._extend([self._pop()])
 
     def appends(self, _: Any) -> None:
-        items = self._marked()
-        self._of(list).extend(items)
+        self._extend(self._marked())
+
+    def _extend(self, items: list[Any]) -> None:
+        # An unknown one is not added to: neither here nor below does it keep anything.
+        if type(self._top()) is not Unknown:
+            self._of(list).extend(items)
 
     def set_item(self, _: Any) -> None:
         self._set(list(self.some(2)))
@@ -152,6 +155,8 @@ class _Machine:
 
     def add_items(self, _: Any) -> None:
         items = self._marked()
+        if type(self._top()) is Unknown:
+            return
         found: set[Any] = self._of(set)
         self._check_keys(found, items)
         found.update(items)
@@ -173,14 +178,14 @@ class _Machine:
 
     def new_with_keywords(self, _: Any) -> None:
         called, arguments, keywords = self.some(3)
-        if type(keywords) is not dict or keywords:
+        if type(called) is not Unknown and (type(keywords) is not dict or keywords):
             raise ValueError("it makes something with keywords")
         self.stack.append(self._made(called, arguments))
 
     def build(self, _: Any) -> None:
         state = self._pop()
         target = self._top()
-        if type(target) is OrderedDict:
+        if type(target) is OrderedDict or type(target) is Unknown:
             return  # what torch notes beside a state dict: no attribute of anything is set here
         # Of a fresh stand-in, once: never of a class, or of anything that the process has.
         if type(target) is not Made or target.state is not None:
@@ -201,6 +206,8 @@ class _Machine:
     def _made(self, called: Any, arguments: Any) -> Any:
         if type(arguments) is not tuple:
             raise ValueError("it calls something with no tuple of arguments")
+        if type(called) is Unknown:
+            return called  # what it is given is dropped: a stream pays for it by having it
         if type(called) is Kind:
             return Made(called, arguments)
         if type(called) is not Constructor:
@@ -232,6 +239,8 @@ class _Machine:
         if len(items) % 2:
             raise ValueError("it has a key without a value")
         target = self._top()
+        if type(target) is Unknown:
+            return
         if type(target) is not dict and type(target) is not OrderedDict:
             raise ValueError(f"it sets items of a {type(target).__name__}")
         keys = items[::2]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.format.limits import INT64_MAX, count_elements
 from dist_ckpt.format.shard import DTYPES, itemsize
-from dist_ckpt.format.stand_ins import Constructor
+from dist_ckpt.format.stand_ins import Constructor, Kind, Unknown
 from dist_ckpt.format.unpickle import unpickle
+from dist_ckpt.repository.torch_values import CONSTRUCTORS, what_of
 from dist_ckpt.storage.base import Store
 
 _PICKLE_LIMIT_BYTES = 1 << 28
@@ -82,14 +82,6 @@ class DtypeName:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceName:
-    """Stands for a device."""
-
-    kind: str
-    index: int | None = None
-
-
 class StoredFile:
     """A stored object, or a span of one, as a file that can be sought in."""
 
@@ -143,6 +135,7 @@ def describe(
     start: int = 0,
     nbytes: int | None = None,
     instead: Mapping[tuple[str, str], Constructor] | None = None,
+    lenient: bool = False,
 ) -> Any:
     """Return what `torch.save` wrote, with a `StoredTensor` in the place of each tensor.
 
@@ -152,10 +145,12 @@ def describe(
         start: where in it the archive begins (DCP writes many into one file).
         nbytes: how long the archive is; None for all that follows.
         instead: what to call for some of the names of `CONSTRUCTORS`.
+        lenient: whether an `Unknown` stands in the place of what is neither tensor nor plain
+            value, and the rest is returned all the same.
 
     Raises:
         IntegrityError: it is no such archive, or names something that is neither tensor nor plain
-            value; nothing of that is executed.
+            value (where not `lenient`); nothing of that is executed.
         IncompatibleError: it has a tensor whose elements do not fill one run of bytes, or is of the
             form that torch wrote before its version 1.6.
         NotFound: no such key.
@@ -170,7 +165,7 @@ def describe(
                     "torch.load(weights_only=True) and save it anew"
                 )
             with zipfile.ZipFile(file) as archive:
-                return _Archive(archive, file, start, where).load(
+                return _Archive(archive, file, start, where, lenient=lenient).load(
                     {**CONSTRUCTORS, **(instead or {})}
                 )
     # Of the store, or said above; and what says nothing about the file.
@@ -178,13 +173,20 @@ def describe(
         raise
     # What a zip file and a pickle stream make of their operands is chosen by whoever wrote them.
     except Exception as error:
-        raise _malformed(where, error) from error
+        raise malformed(where, str(error)) from error
 
 
 class _Archive:
     def __init__(
-        self, archive: zipfile.ZipFile, file: io.BufferedReader, start: int, where: str
+        self,
+        archive: zipfile.ZipFile,
+        file: io.BufferedReader,
+        start: int,
+        where: str,
+        *,
+        lenient: bool,
     ) -> None:
+        self._lenient = lenient
         self._archive, self._file, self._start, self._where = archive, file, start, where
 
     def load(self, constructors: Mapping[tuple[str, str], Constructor]) -> Any:
@@ -225,6 +227,8 @@ class _Archive:
         known = self._constructors.get((module.replace("builtins", "__builtin__"), name))
         if known is not None:
             return known
+        if (module, name) == ("numpy", "dtype"):
+            return Kind("numpy.dtype")
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return Constructor(self._tensor)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):
@@ -233,19 +237,26 @@ class _Archive:
             return DtypeName(_STORAGES[name])
         if module == "torch" and name in DTYPES:
             return DtypeName(name)
-        raise ValueError(
-            f"it refers to {module}.{name}, which is neither a tensor nor a plain value"
-        )
+        unknown = Unknown(f"{module}.{name}")
+        if not self._lenient:
+            raise ValueError(what_of(unknown))
+        return unknown
 
     def _typed_tensor(
         self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any
-    ) -> StoredTensor:
+    ) -> StoredTensor | Unknown:
         # Memory without a type of its own; the dtype follows after two flags of autograd.
         dtype = more[2]
+        if isinstance(dtype, Unknown):
+            return dtype
         return self._tensor(_Storage(storage.record, dtype.name), offset, size, stride)
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StoredTensor:
+    def _tensor(
+        self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any
+    ) -> StoredTensor | Unknown:
         """Return where the elements of a view of `storage` lie."""
+        if isinstance(storage, Unknown):
+            return storage
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor is in no memory")
         # In Python integers, and few of them: sizes are whatever the file claims.
@@ -278,71 +289,15 @@ class _Archive:
         return self._start + info.header_offset + _LOCAL_HEADER_BYTES + names + extra
 
 
-def _storage_of(saved: Any) -> _Storage:
+def _storage_of(saved: Any) -> _Storage | Unknown:
     """Return what a reference to the memory of a tensor stands for."""
     kind, dtype, record = saved[:3]
+    if isinstance(dtype, Unknown):
+        return dtype
     is_record = type(record) is str and "/" not in record
     if kind != "storage" or not isinstance(dtype, DtypeName) or not is_record:
         raise ValueError("it refers to something that is no memory of a tensor")
     return _Storage(record, dtype.name)
-
-
-def _bytes_of(text: str, encoding: str) -> bytes:
-    """Return the bytes that protocol 2 writes as text, one character for each."""
-    if encoding != "latin1":
-        raise ValueError(f"it has bytes encoded as {encoding}")
-    return text.encode(encoding)
-
-
-def _device(kind: Any, index: Any = None) -> DeviceName:
-    if type(kind) is not str or type(index) not in (int, type(None)):
-        raise ValueError("it has a device that cannot be")
-    return DeviceName(kind, index)
-
-
-def _ordered() -> OrderedDict[Any, Any]:
-    return OrderedDict()
-
-
-def _plain_bytes(data: Any = b"") -> bytes:
-    # Of a number, `bytes` makes as many zeros.
-    if type(data) is not bytes:
-        raise ValueError("it has bytes that are made of something else")
-    return data
-
-
-def _complex(real: Any, imaginary: Any) -> complex:
-    if type(real) is not float or type(imaginary) is not float:
-        raise ValueError("it has a complex number of something else than floats")
-    return complex(real, imaginary)
-
-
-def _counter(counts: Any = None) -> Counter[Any]:
-    made: Counter[Any] = Counter()
-    # Not by its own `update`, which adds up.
-    dict.update(made, counts or {})
-    return made
-
-
-def _data(data: Any, *_: Any) -> Any:
-    return data
-
-
-# By pairs that are spelled out: no name is looked up anywhere.
-CONSTRUCTORS: Mapping[tuple[str, str], Constructor] = {
-    ("collections", "OrderedDict"): Constructor(_ordered),
-    ("collections", "Counter"): Constructor(_counter),
-    ("__builtin__", "set"): Constructor(set, hashes=True),
-    ("__builtin__", "frozenset"): Constructor(frozenset, hashes=True),
-    ("__builtin__", "bytes"): Constructor(_plain_bytes),
-    ("__builtin__", "bytearray"): Constructor(lambda data=b"": bytearray(_plain_bytes(data))),
-    ("__builtin__", "complex"): Constructor(_complex),
-    ("_codecs", "encode"): Constructor(_bytes_of),
-    ("torch", "device"): Constructor(_device),
-    ("torch", "Size"): Constructor(tuple),
-    ("torch._utils", "_rebuild_parameter"): Constructor(_data),
-    ("torch._utils", "_rebuild_parameter_with_state"): Constructor(_data),
-}
 
 
 def _row_major(size: Sequence[int]) -> tuple[int, ...]:
@@ -364,7 +319,8 @@ def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def _malformed(where: str, error: BaseException) -> IntegrityError:
+def malformed(where: str, problem: str) -> IntegrityError:
+    """Return the error for a file that is not what `torch.save` writes of tensors and values."""
     return IntegrityError(
-        f"{where} cannot be read as a torch.save file: {error}", kind=ErrorKind.MALFORMED
+        f"{where} cannot be read as a torch.save file: {problem}", kind=ErrorKind.MALFORMED
     )

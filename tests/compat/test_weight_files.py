@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
 import json
 import os
 import struct
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -175,12 +179,81 @@ def refused(kind: type[CheckpointError], place: Path, *words: str) -> None:
     check(model)
 
 
-def test_a_pickle_that_calls_something_is_refused_and_not_executed(tmp_path: Path) -> None:
+def test_a_pickle_that_calls_something_is_not_executed(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     path = tmp_path / "evil.pt"
     torch.save({**Weights().state_dict(), "x": Evil(witness)}, path)
+    model = blank()
+    dist_ckpt.load_weights(model, path)
+    check(model)
+    with (
+        dist_ckpt.open_checkpoint(path) as opened,
+        pytest.raises(IncompatibleError, match=r"x: it refers to posix\.system"),
+    ):
+        opened.read_values("x")
+    torch.save({"x": Evil(witness)}, path)
     refused(IntegrityError, path, "evil.pt", "posix.system")
     assert not witness.exists()
+
+
+class InItself(dict[str, Any]):
+    """A class of a program that is not this one."""
+
+    def __init__(self) -> None:
+        self["own"] = self.own = self
+
+
+class Colour(enum.Enum):
+    """Another one."""
+
+    RED = 1
+
+
+UNREADABLE: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace(rate=0.1),
+    "pathlib": Path("x"),
+    "Linear": torch.nn.Linear(2, 2),
+    "InItself": InItself(),
+    "Colour": {Colour.RED: torch.ones(2)},
+    "OrderedDict.fromkeys": OrderedDict.fromkeys,
+    "defaultdict": {"deep": [defaultdict(list, {1: [2]})]},
+    "_reconstruct": np.ones(3),
+    "sparse": torch.eye(2).to_sparse(),
+    "numpy scalar": np.str_("x"),
+    "numpy.dtype": np.dtype("f4"),
+}
+
+
+@pytest.mark.parametrize("named", UNREADABLE)
+def test_a_value_that_cannot_be_read_harms_nobody_else(
+    named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"model": Weights().state_dict(), "odd": UNREADABLE[named], "epoch": 3}, path)
+    name = "getattr" if named == "OrderedDict.fromkeys" else named
+    model = blank()
+    state: dict[str, Any] = {"model": model, "epoch": 0, "rng": None}
+    dist_ckpt.load(state, path, only=["model", "epoch"])
+    check(model)
+    assert state["epoch"] == 3
+    (told,) = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert "odd: it refers to" in told
+    state = {"model": blank(), "odd": 0, "epoch": 0, "rng": None}
+    with pytest.raises(IncompatibleError, match=f"odd: it refers to .*{name}"):
+        dist_ckpt.load(state, path)
+    torch.save({"odd": UNREADABLE[named]}, path)
+    refused(IntegrityError, path, name)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [np.float64(3), np.float32(2), np.float16(1), np.int64(-5), np.uint8(3), np.bool_(True)],
+)
+def test_numpy_scalars_are_read(number: Any, tmp_path: Path) -> None:
+    torch.save({"model": Weights().state_dict(), "best": number}, tmp_path / "last.pt")
+    with dist_ckpt.open_checkpoint(tmp_path / "last.pt") as opened:
+        found: Any = opened.read_values("best")["value"]
+    assert (type(found), found) == (type(number), number)
 
 
 def test_a_file_of_before_the_archives_is_refused_by_name(tmp_path: Path) -> None:
