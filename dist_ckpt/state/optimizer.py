@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from dist_ckpt.state.decoding import parse
 from dist_ckpt.state.layout import address
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer_content import Written, entries_of, write_down
@@ -25,7 +26,7 @@ from dist_ckpt.state.optimizer_faces import (
     is_told,
     shares_state,
 )
-from dist_ckpt.state.optimizer_fit import Fit
+from dist_ckpt.state.optimizer_fit import Fit, way_out
 from dist_ckpt.state.optimizer_live import Live, Told, live_of
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.optimizer_view import View, parameter_names
@@ -110,6 +111,10 @@ class OptimizerPart:
         """Return a tensor for each stored one: laid out as it was, in the stored dtype."""
         if self._is_one_value(stored):
             return StatefulPart(self.optimizer, name=self.name).targets(stored)
+        if self._is_copy(stored):
+            # One line that says it, instead of all the names that have no partner.
+            copy = "what state_dict() of an optimizer returned, a copy without names of parameters"
+            return Targets(unlike=[f"{self.name}: stored was {copy}. {way_out(self.name)}"])
         found = Targets()
         known: set[str] = set()
         self.find_in(stored, found, known)
@@ -143,6 +148,12 @@ class OptimizerPart:
         # Wrappers that are no optimizers by class were stored like anything with a state dict.
         old = VALUE in stored.objects and not self._several
         return old and not isinstance(self.optimizer, Optimizer)
+
+    def _is_copy(self, stored: Stored) -> bool:
+        if set(stored.objects) != {VALUE}:
+            return False
+        value = parse(stored.objects[VALUE], VALUE)
+        return isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
 
     def is_in(self, stored: Stored) -> bool:
         """Tell whether `stored` has anything of this optimizer."""

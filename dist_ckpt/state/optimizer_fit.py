@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.state.decoding import parse
 from dist_ckpt.state.groups import GroupMatch, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
@@ -45,6 +45,8 @@ class Fit:
 
         Raises:
             IntegrityError: a stored group is malformed.
+            IncompatibleError: the state is there in a form that names no parameters, or takes the
+                groups apart.
         """
         groups = _stored_groups(view, stored, part)
         # As written: a rate that is a tensor is there by its name, which no other group's has.
@@ -215,11 +217,45 @@ def _stored_groups(view: View, stored: Stored, part: str) -> dict[str, dict[str,
             blank = {key: torch.empty(0) for key in references(data)}
             value = decode(data, tensors=blank, path=f"{part}.{name}")
             if not isinstance(value, dict) or not _are_names(value.get("params")):
+                _check_form(view, stored, part, value)
                 raise IntegrityError(
                     f"stored {part}.{name} is no parameter group", kind=ErrorKind.MALFORMED
                 )
             groups[name] = value
     return groups
+
+
+def _check_form(view: View, stored: Stored, part: str, value: object) -> None:
+    """See that `value`, which is no group, is not part of a sound state in another form."""
+    listed = value.get("params") if isinstance(value, dict) else None
+    if isinstance(listed, list) and listed and all(type(each) is int for each in listed):
+        what = "by the numbers of its parameters, which do not say which ones are meant"
+    elif _is_taken_apart(view, stored):
+        what = "with its groups taken apart, as a stock planner hands them to a writer"
+    else:
+        return
+    raise IncompatibleError(
+        f"{part} is there as what state_dict() of an optimizer returned, {what}: it is sound, and "
+        f"is not loaded into an optimizer. {way_out(part)}",
+        kind=ErrorKind.STATE_MISMATCH,
+    )
+
+
+def way_out(part: str) -> str:
+    """Return what to do about a state of an optimizer that is there in another form."""
+    return (
+        f"skip=[{part!r}] loads all the rest, and open_checkpoint(...) reads this as it is "
+        f"(read_values({part!r}), and tensors by their names)"
+    )
+
+
+def _is_taken_apart(view: View, stored: Stored) -> bool:
+    # Each option has a name of its own then; every optimizer has a rate, which may be a tensor.
+    options = {"lr", *(option for group in view.groups.values() for option in group)}
+    return any(
+        view.is_group(name) and name.rpartition(".")[2] in options
+        for name in (*stored.objects, *stored.tensors)
+    )
 
 
 def _are_names(value: object) -> bool:

@@ -309,7 +309,7 @@ def test_foreign_objects_and_what_they_refer_to_are_unexpected() -> None:
     assert targets.unexpected == ["odd", "something", "state.gone.list", "state.gone.list.0"]
 
 
-@pytest.mark.parametrize("value", [1, {"lr": 1}, {"params": 3}, {"params": [3]}])
+@pytest.mark.parametrize("value", [1, {"lr": 1}, {"params": 3}, {"params": [None]}])
 def test_a_stored_group_that_is_none_is_damage(value: object) -> None:
     optimizer = part_of(AdamW(net().parameters()))
     stored = Saved({}, {"param_groups.x": encode(value, path="x")}).stored()
