@@ -22,6 +22,8 @@ Exchange: TypeAlias = Literal["auto", "always", "never"]
 _EXCHANGES = ("auto", "always", "never")
 _SWITCHES = ("strict", "cast", "verify")
 _MIN_IN_FLIGHT_BYTES = 1 << 20
+# What torch.load calls an option that there is here.
+_ELSEWHERE = {"map_location": "device"}
 _NEAR = 3
 # What calls that load know by name, besides their options.
 _ARGUMENTS = ("url", "step", "part", "timeout_seconds", "ranks", "process_group")
@@ -228,6 +230,8 @@ def check_known(
         hint = near(name, [*listed, *besides])
         # Known elsewhere, but not to this call: nothing is mistyped.
         hint = "" if f"({name!r}" in hint else hint
+        if _ELSEWHERE.get(name) in listed:
+            hint = f" (here it is {_ELSEWHERE[name]}=)"
         raise UsageError(f"unknown option {name!r}{hint}: a {verb} knows {', '.join(listed)}")
 
 

@@ -32,10 +32,61 @@ def refuse_snapshots(part: str, value: object) -> None:
         UsageError: something is; says what to give instead.
     """
     for where, what in _snapshots(value, part, 0):
+        kind = what.split(" ", 1)[1]
         raise UsageError(
             f"{where} is what state_dict() of {what} returned: a copy, which training does not "
-            f"change and a load does not bring back. Give {what.split(' ', 1)[1]} itself as a part "
+            f"change and a load does not bring back. Give the {kind} itself as a part "
             "(a dict that was saved before can be read by open_checkpoint(...).read_values(...))"
+        )
+
+
+def refuse_state_dict(state: Mapping[str, object], parts: Mapping[str, object]) -> None:
+    """Check that a state is not what `state_dict` of a module or an optimizer returned.
+
+    Each entry would be a part, of a name that the next load of the object does not ask for.
+
+    Args:
+        state: what was given.
+        parts: the entries of it that are parts.
+
+    Raises:
+        UsageError: it is; says what to give instead.
+    """
+    if _kind(parts) == "an optimizer":
+        what = "an optimizer"
+    elif _is_of_module(state, parts):
+        what = "a module"
+    else:
+        return
+    called = "model" if what == "a module" else "optimizer"
+    raise UsageError(
+        f"a state is a TrainState or a dict of parts by name, and this is what state_dict() of "
+        f"{what} returned ({', '.join(list(parts)[:3])}, ...): each entry would be a part. Give "
+        f'{{"{called}": {called}}}'
+    )
+
+
+def _is_of_module(state: Mapping[str, object], parts: Mapping[str, object]) -> bool:
+    # No part has a dot in its name. What torch marks and has no dots is one of a single layer.
+    if any("." in name and isinstance(item, torch.Tensor) for name, item in parts.items()):
+        return True
+    return (
+        is_of_module(state)
+        and bool(parts)
+        and all(isinstance(item, torch.Tensor) or key == _EXTRA for key, item in parts.items())
+    )
+
+
+def refuse_class(part: str, value: object) -> None:
+    """Check that `value` is no class whose objects would be a part.
+
+    Raises:
+        UsageError: it is.
+    """
+    if isinstance(value, type) and hasattr(value, "state_dict"):
+        raise UsageError(
+            f"part {part!r} is {value.__qualname__}, a class, not an object of it: give what "
+            f"{value.__qualname__}(...) returned"
         )
 
 

@@ -25,7 +25,7 @@ from dist_ckpt.state.part import Part
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.scheduler import SchedulerPart
 from dist_ckpt.state.slots import PerRank
-from dist_ckpt.state.snapshots import refuse_snapshots
+from dist_ckpt.state.snapshots import refuse_class, refuse_snapshots, refuse_state_dict
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart
 
@@ -78,6 +78,7 @@ class TrainState:
     def __init__(
         self, /, *, rng: object = GlobalRng(), trainable_only: bool = False, **parts: object
     ) -> None:
+        refuse_state_dict(parts, parts)
         self._build(parts, rng=rng, trainable_only=trainable_only)
         for name, value in parts.items():
             refuse_snapshots(name, value)
@@ -125,16 +126,24 @@ class TrainState:
                 now and never again.
 
         Raises:
-            UsageError: neither, or names that no part can have, or a copy.
+            UsageError: neither, or names that no part can have, or a copy, or the state dict of a
+                module.
         """
         if isinstance(state, TrainState):
             return state
-        if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        if not isinstance(state, Mapping):
             raise UsageError(
                 f"a state is a TrainState or a dict of parts by name, not {type(state).__name__}"
             )
+        for name in state:
+            if not isinstance(name, str):
+                raise UsageError(
+                    "a state is a TrainState or a dict of parts by name: names are strings, and "
+                    f"{name!r} is of type {type(name).__name__}"
+                )
         options = {key: state[key] for key in ("rng", "trainable_only") if key in state}
         parts = {name: value for name, value in state.items() if name not in options}
+        refuse_state_dict(state, parts)
         if not once:
             for name, value in parts.items():
                 refuse_snapshots(name, value)
@@ -199,6 +208,7 @@ class TrainState:
 
 @singledispatch
 def _part_of(value: object, name: str, models: Sequence[ModelPart]) -> Part:
+    refuse_class(name, value)
     # Protocols, which dispatch by class cannot see. A part is taken as it is.
     if isinstance(value, Part):
         return value
@@ -233,6 +243,7 @@ def _(value: GlobalRng, name: str, models: Sequence[ModelPart]) -> Part:
 def _(value: PerRank, name: str, models: Sequence[ModelPart]) -> Part:
     # What is shared out between ranks has no copy of its own on each.
     inner = value.value
+    refuse_class(name, inner)
     if isinstance(inner, (nn.Module, Part, PerRank)) or holds_optimizers(inner):
         kind = type(inner).__qualname__
         raise UsageError(

@@ -62,7 +62,7 @@ def test_python_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "a copy" in done.stdout
-    assert "Give optimizer itself as a part" in done.stdout
+    assert "Give the optimizer itself as a part" in done.stdout
     runs = {"loop": [3, 5], "converted": [3], "dcp": [10, 20], "ended": [5]}
     for run, steps in runs.items():
         assert Repository(resolve(tmp_path / "runs" / run)).steps() == steps, run
@@ -86,8 +86,8 @@ def place(tmp_path: Path, model: nn.Module) -> Path:
     [
         (lambda m, p: dist_ckpt.save({"model": m}, p), AlreadyExists, "save under another step"),
         (lambda m, p: dist_ckpt.save({"model": m}, p / "a.pt"), UsageError, "not a directory"),
-        (lambda m, p: dist_ckpt.save(m.state_dict(), p), UsageError, "bad part name"),
-        (lambda m, p: load({"m": m}, p, map_location="cpu"), UsageError, "map_location"),
+        (lambda m, p: dist_ckpt.save(m.state_dict(), p), UsageError, 'Give {"model": model}'),
+        (lambda m, p: load({"m": m}, p, map_location="cpu"), UsageError, "device="),
         (lambda m, p: load({"m": m}, p, weights_only=True), UsageError, "weights_only"),
         (
             lambda m, p: dist_ckpt.load(

@@ -345,7 +345,7 @@ def test_extra_state_in_a_dict_would_go_stale() -> None:
         def set_extra_state(self, state: int) -> None:
             pass
 
-    with pytest.raises(UsageError, match=r"model\['_extra_state'\].* Give module itself"):
+    with pytest.raises(UsageError, match=r"model\['_extra_state'\].* Give the module itself"):
         dist_ckpt.TrainState(model=Extra(1, 1).state_dict())
 
 

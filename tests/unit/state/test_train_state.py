@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
+import dist_ckpt
 from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
@@ -153,6 +156,51 @@ def test_of_takes_a_state_or_a_dict() -> None:
     for wrong in ([1], {1: 2}, nn.Linear(1, 1)):
         with pytest.raises(UsageError, match="a state is a TrainState or a dict"):
             TrainState.of(wrong)  # type: ignore[arg-type]
+
+
+def test_names_of_parts_are_strings() -> None:
+    with pytest.raises(UsageError, match="names are strings, and 1 is of type int"):
+        TrainState.of({1: nn.Linear(1, 1)})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        nn.Linear(2, 1).state_dict(),
+        nn.Sequential(nn.Linear(2, 1)).state_dict(),
+        dict(nn.Sequential(nn.Linear(2, 1)).state_dict()),
+        {**nn.Sequential(nn.Linear(2, 1)).state_dict(), "epoch": 3},
+        SGD(nn.Linear(2, 1).parameters(), momentum=0.9).state_dict(),
+    ],
+)
+def test_a_state_dict_is_no_state(state: dict[str, Any], tmp_path: Path) -> None:
+    what = "optimizer" if "param_groups" in state else "model"
+    says = re.escape(f'Give {{"{what}": {what}}}')
+    calls: list[Callable[[], object]] = [
+        lambda: TrainState.of(state),
+        lambda: dist_ckpt.save(state, tmp_path),
+        lambda: dist_ckpt.async_save(state, tmp_path),
+        lambda: dist_ckpt.load(state, tmp_path),
+        lambda: dist_ckpt.Checkpointer(tmp_path, state),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=says):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dict_of_tensors_with_plain_names_is_a_state() -> None:
+    state = {"weight": torch.ones(1), "bias": torch.ones(1), "rng": None}
+    assert list(TrainState.of(state)) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, nn.Linear, torch.optim.lr_scheduler.StepLR, dist_ckpt.Progress]
+)
+def test_a_class_is_no_part(kind: type) -> None:
+    for value in (kind, PerRank(kind)):
+        with pytest.raises(UsageError, match=r"part 'it' is \w+, a class, not an object of it"):
+            TrainState.of({"it": value})
 
 
 @pytest.mark.parametrize("name", ["extra", "a.b", "", "1st", "x" * 65])
