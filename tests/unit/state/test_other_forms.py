@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from torch.optim import SGD, AdamW
 
 import dist_ckpt
@@ -32,23 +32,23 @@ def by_torch_save(model: nn.Module, optimizer: Any, place: Path) -> None:
 
 def by_stock(model: nn.Module, optimizer: Any, place: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.save(state, checkpoint_id=place)
+    stock_save(state, checkpoint_id=place)
 
 
 def by_writer(model: nn.Module, optimizer: Any, place: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    dcp.save(state, storage_writer=Writer(place))
+    stock_save(state, storage_writer=Writer(place))
 
 
 def by_writer_named(model: nn.Module, optimizer: Any, place: Path) -> None:
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, storage_writer=Writer(place))
+    stock_save({"model": weights, "optimizer": moments}, storage_writer=Writer(place))
 
 
 def by_writer_flat(model: nn.Module, optimizer: Any, place: Path) -> None:
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=flat)
-    dcp.save({"model": weights, "optimizer": moments}, storage_writer=Writer(place))
+    stock_save({"model": weights, "optimizer": moments}, storage_writer=Writer(place))
 
 
 def as_a_copy(model: nn.Module, optimizer: Any, place: Path) -> None:
