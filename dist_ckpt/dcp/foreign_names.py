@@ -271,7 +271,7 @@ def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
 
 def shown(path: Path) -> str:
     """Return a path as a message shows it; its keys are whatever the checkpoint says."""
-    text = _text(_joined(path))[:_PATH_SHOWN]
+    text = _text(_joined(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -25,6 +25,7 @@ from dist_ckpt.storage.base import Store
 _PICKLE_LIMIT_BYTES = 1 << 28
 _WINDOW_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
+_MAX_NAME = 1000
 _LOCAL_MAGIC = b"PK\x03\x04"
 # The pickled number that files of before the archives begin with, by every protocol up to 5.
 _OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -223,6 +224,9 @@ class _Archive:
 
     def _named(self, module: str, name: str) -> object:
         """Return what stands for a name that torch writes for tensors and plain values."""
+        # A stream may write a name once and refer to it again and again, and each is copied.
+        if len(module) + len(name) > _MAX_NAME:
+            raise ValueError("it refers to a name that is too long to be one")
         # Protocol 2, which torch writes, has the names of Python 2.
         known = self._constructors.get((module.replace("builtins", "__builtin__"), name))
         if known is not None:

@@ -130,6 +130,18 @@ def test_no_torch_file_changes_a_class_of_the_process(tmp_path: Path) -> None:
     assert attributes() == before
 
 
+def test_long_names_are_not_copied_again_and_again(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as file:
+        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    whole = records.pop("data.pkl")
+    long = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x630"
+    again = b"(" + b"h\x63h\x63\x93" * 100_000 + b"l0"
+    (tmp_path / "x.pt").write_bytes(archive(b"\x80\x04" + long + again + whole[2:], records))
+    with pytest.raises(IntegrityError, match="too long to be one"):
+        dist_ckpt.load_weights({"w": torch.zeros(3)}, tmp_path / "x.pt")
+
+
 def with_value(root: Path, pickled: bytes) -> Path:
     """A stock checkpoint whose value `own` is that pickle."""
     url = save(
