@@ -101,7 +101,8 @@ def named_misfits(
 
 
 def _payload(node: Any) -> Any:
-    return node["v"] if isinstance(node, dict) and TAG in node else None
+    # Not decoded yet: what is no encoding is found when it is.
+    return node.get("v") if isinstance(node, dict) and TAG in node else None
 
 
 def _entries(node: Any) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
-from dist_ckpt.errors import IncompatibleError
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.values import VALUE, StatefulPart
@@ -61,6 +61,7 @@ class SchedulerPart(StatefulPart):
 
         Raises:
             IncompatibleError: the stored scheduler is of another kind than this one.
+            IntegrityError: what is stored of its kind is none.
         """
         objects = dict(stored.objects)
         kind = objects.pop(KIND, None)
@@ -70,10 +71,14 @@ class SchedulerPart(StatefulPart):
             blank = {name: torch.empty(0) for name in references(data, path=self.name)}
             saved = decode(data, tensors=blank, path=self.name)
             theirs = None if kind is None else decode(kind, tensors={}, path=self.name)
+            if not isinstance(theirs, str | None):
+                raise IntegrityError(
+                    f"stored {self.name}.{KIND} is no name of a schedule", kind=ErrorKind.MALFORMED
+                )
             self._check_kind(saved, theirs)
         return targets
 
-    def _check_kind(self, saved: Any, kind: Any) -> None:
+    def _check_kind(self, saved: Any, kind: str | None) -> None:
         live, ours = self._read(), kind_of(self._stateful)
         if not isinstance(saved, dict) or not isinstance(live, dict):
             return
