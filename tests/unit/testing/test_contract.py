@@ -121,9 +121,21 @@ class WritesInPlace(LocalStore):
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         with self._first_half:
             count = super().read_into(key, offset, *buffers)
-            if self._half.is_set():
-                self._looked.set()
+            self._note_look()
         return count
+
+    def size(self, key: str) -> int:
+        found = super().size(key)
+        self._note_look()  # a reader that notices it by the size reads nothing any more
+        return found
+
+    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+        yield from super().list_entries(prefix)
+        self._note_look()
+
+    def _note_look(self) -> None:
+        if self._half.is_set():
+            self._looked.set()
 
 
 class ForgetsTheRest(Broken):
