@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.services.ceph import FILE_SYSTEM_PROGRAMS, CephCluster, ServiceFailed
 from tests.services.linkless import linkless_mount
@@ -34,18 +38,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _places = itertools.count()
 
 _LONG_SECONDS = 1000
-_SERVERS = {"ceph", "s3_service", "cephfs"}
+_SERVERS = re.compile(r"\b(ceph|cephfs|linkless_folder|s3_name|s3_service|shared_folder)\s*[:,)]")
+
+
+class TogetherWhatShares(LoadScopeScheduling):  # type: ignore[misc]
+    """Shares tests out to workers one by one, except for those that share what is slow to make.
+
+    All files that need a server go to one worker, so that each server is started once; so does a
+    file with fixtures of its own for all its tests. (The groups of pytest-xdist 3.8 have no effect
+    under pytest 9.2.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return _scope_of(self.config.rootpath / file) or nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhatShares:
+    return TogetherWhatShares(config, log)
+
+
+@cache
+def _scope_of(file: Path) -> str:
+    text = file.read_text()
+    if _SERVERS.search(text):
+        return "servers"
+    return str(file) if 'scope="module"' in text else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out well between workers.
-
-    A server is started once: all tests that need one go to the same worker. The longest ones, which
-    have a limit of their own, come first, so that no worker is left alone with one at the end.
-    """
-    for item in items:
-        if isinstance(item, pytest.Function) and _SERVERS.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("servers"))
+    """Put the longest ones first: no worker is left alone with one of them at the end."""
     items.sort(key=_is_short)
 
 

@@ -23,10 +23,11 @@ def checksum(memory: torch.Tensor) -> torch.Tensor:
     flat = bytes_of(memory)
     words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
     total = torch.zeros((), dtype=torch.int64, device=memory.device)
+    weights = _weights(memory.device, _WORDS_AT_ONCE)
     for start in range(0, words.numel(), _WORDS_AT_ONCE):
         part = words[start : start + _WORDS_AT_ONCE]
         # Few and large operations: a device is told one by one what to do.
-        total = total * _GOLDEN + (part * _weights(memory.device)[: len(part)]).sum()
+        total = total * _GOLDEN + (part * weights[: len(part)]).sum()
     return total
 
 
@@ -40,6 +41,6 @@ def bytes_of(memory: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _weights(device: torch.device) -> torch.Tensor:
+def _weights(device: torch.device, count: int) -> torch.Tensor:
     # Odd, so that it can be divided by modulo 2**64: no difference of one word is multiplied away.
-    return (torch.arange(1, _WORDS_AT_ONCE + 1, device=device) * _GOLDEN) | 1
+    return (torch.arange(1, count + 1, device=device) * _GOLDEN) | 1

@@ -13,6 +13,7 @@ from tests.arch.source import ROOT, imports, modules
 IMPORT_NAMES = {
     "import-linter": "importlinter",
     "pytest-timeout": "pytest_timeout",
+    "pytest-xdist": "xdist",
     "PyYAML": "yaml",
 }
 

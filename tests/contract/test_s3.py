@@ -93,6 +93,7 @@ def test_a_put_that_is_ended_leaves_no_parts(
     assert list(store.list_entries()) == []
 
 
+@pytest.mark.soak
 def test_checkpoint_of_more_objects_than_a_page(
     store: Store, s3_service: S3Service, s3_name: str
 ) -> None:

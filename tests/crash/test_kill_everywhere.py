@@ -141,9 +141,11 @@ def test_at_every_system_call_that_changes_the_disk(base: Path, tmp_path: Path) 
         shutil.rmtree(root)
 
 
-def save_with_victim(root: str, victim: int, at: int | None) -> int | str:
+def save_with_victim(
+    root: str, victim: int, at: int | None, kinds: frozenset[Operation]
+) -> int | str:
     rank = int(os.environ["RANK"])
-    store = CrashStore(LocalStore(root), at=at if rank == victim else None)
+    store = CrashStore(LocalStore(root), at=at if rank == victim else None, kinds=kinds)
     try:
         with dist_ckpt.Checkpointer(store, state(CRASH_STEP), timeout_seconds=2) as ckpt:
             go_on(ckpt)
@@ -154,13 +156,20 @@ def save_with_victim(root: str, victim: int, at: int | None) -> int | str:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_ranks(victim: int, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kinds", [CHANGES, pytest.param(OPERATIONS, marks=pytest.mark.soak)], ids=["changes", "all"]
+)
+def test_one_of_two_ranks(
+    kinds: frozenset[Operation], victim: int, base: Path, tmp_path: Path
+) -> None:
     whole = copy_of(base, tmp_path, "whole")
-    counts = run_ranks(2, save_with_victim, str(whole), victim, None)
+    counts = run_ranks(2, save_with_victim, str(whole), victim, None, kinds)
     assert isinstance(counts[victim], int)
     for at in range(1, int(counts[victim]) + 1):
         root = copy_of(base, tmp_path, f"{at}")
-        results = run_ranks(2, save_with_victim, str(root), victim, at, expect_killed={victim})
+        results = run_ranks(
+            2, save_with_victim, str(root), victim, at, kinds, expect_killed={victim}
+        )
         if CRASH_STEP not in check_run(root):
             assert results[1 - victim] == str(victim), "the survivor names the dead rank"
         check_after_crash(root)

@@ -22,9 +22,11 @@ def save_all(root: str, world_size: int) -> None:
         dist_ckpt.save(build(layout, seed), f"{root}/{layout}-{world_size}", step=seed)
 
 
-def load_all(root: str, sizes: tuple[int, ...]) -> list[str]:
+def load_all(root: str, sizes: tuple[int, ...], left_out: tuple[int, ...]) -> list[str]:
     wrong = []
     for saved_size in sizes:
+        if saved_size in left_out:
+            continue
         for number, saved_layout in enumerate(LAYOUTS):
             for layout in LAYOUTS:
                 state = build(layout, None)
@@ -43,5 +45,8 @@ def test_every_layout_loads_into_every_other(sizes: str, tmp_path: Path) -> None
     for world_size in SIZES[sizes]:
         run_ranks(world_size, save_all, root, world_size)
     for world_size in SIZES[sizes]:
-        for rank, wrong in enumerate(run_ranks(world_size, load_all, root, SIZES[sizes])):
+        # The same size is what `test_layout_matrix` has.
+        left_out = (world_size,) if sizes == "2 and 3" else ()
+        results = run_ranks(world_size, load_all, root, SIZES[sizes], left_out)
+        for rank, wrong in enumerate(results):
             assert wrong == [], f"on rank {rank} of {world_size}"

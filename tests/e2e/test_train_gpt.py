@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.resolve import resolve
 from examples.demo_parts.records import Attempt, Entry, read_losses, read_samples, standing
@@ -35,6 +37,7 @@ def train(folder: Path, steps: int, *launcher: str, layout: str = "ddp") -> None
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.soak  # what the demo proves, as well
 def test_a_run_goes_on_with_other_workers_and_layouts(tmp_path: Path) -> None:
     train(tmp_path, 3)
     train(tmp_path, 5, *TORCHRUN, "--nproc-per-node", "2", layout="fsdp")

@@ -112,8 +112,9 @@ def schedulers() -> dict[str, Callable[[Any], Any]]:
         "ConstantLR": lambda o: sched.ConstantLR(o, total_iters=4),
         "LinearLR": lambda o: sched.LinearLR(o, total_iters=4),
         "ExponentialLR": lambda o: sched.ExponentialLR(o, 0.8),
-        "PolynomialLR": lambda o: sched.PolynomialLR(o, total_iters=5, power=2.0),
-        "CosineAnnealingLR": lambda o: sched.CosineAnnealingLR(o, 5),
+        # Never down to a rate of 0: there the line search of torch's LBFGS divides by zero.
+        "PolynomialLR": lambda o: sched.PolynomialLR(o, total_iters=7, power=2.0),
+        "CosineAnnealingLR": lambda o: sched.CosineAnnealingLR(o, 5, eta_min=0.001),
         "CosineAnnealingWarmRestarts": lambda o: sched.CosineAnnealingWarmRestarts(o, 2, 2),
         "CyclicLR": lambda o: sched.CyclicLR(o, 0.001, 0.1, step_size_up=2, cycle_momentum=False),
         "CyclicLR momentum": lambda o: sched.CyclicLR(o, 0.001, 0.1, step_size_up=2),

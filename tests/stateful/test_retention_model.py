@@ -24,7 +24,7 @@ from dist_ckpt.storage.base import Store
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 from tests.unit.repository.runs import commit, keys, new_store
 
-SEQUENCES = 1000
+SEQUENCES, SOAK_SEQUENCES = 300, 5000
 FOREIGN = ("notes.txt", "step-0000000004/README", "step-7/manifest.json")
 
 
@@ -238,9 +238,23 @@ OPERATIONS: st.SearchStrategy[Operation] = st.one_of(
 )
 
 
+LIVES = {"rules": RULES, "operations": st.lists(OPERATIONS, min_size=3, max_size=14)}
+
+
 @settings(max_examples=SEQUENCES, deadline=None)
-@given(RULES, st.lists(OPERATIONS, min_size=3, max_size=14))
+@given(**LIVES)
 def test_what_exists_is_what_must(rules: Rules, operations: list[Operation]) -> None:
+    check(rules, operations)
+
+
+@pytest.mark.soak
+@settings(max_examples=SOAK_SEQUENCES, deadline=None)
+@given(**LIVES)
+def test_what_exists_is_what_must_many_times(rules: Rules, operations: list[Operation]) -> None:
+    check(rules, operations)
+
+
+def check(rules: Rules, operations: list[Operation]) -> None:
     life = Life(rules=rules)
     for operation in operations:
         operation(life)
