@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from dist_ckpt import flags as flags
     from dist_ckpt import scalars as scalars
     from dist_ckpt.checkpointer import Checkpointer
-    from dist_ckpt.engine.opened import open_checkpoint
     from dist_ckpt.errors import CheckpointError
     from dist_ckpt.functional import async_save, load, load_weights, save
+    from dist_ckpt.loading.opened import open_checkpoint
     from dist_ckpt.repository import keep
     from dist_ckpt.state.early_stopping import EarlyStopping
     from dist_ckpt.state.progress import Progress
@@ -67,7 +67,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "async_save": ("dist_ckpt.functional", "async_save"),
     "load": ("dist_ckpt.functional", "load"),
     "load_weights": ("dist_ckpt.functional", "load_weights"),
-    "open_checkpoint": ("dist_ckpt.engine.opened", "open_checkpoint"),
+    "open_checkpoint": ("dist_ckpt.loading.opened", "open_checkpoint"),
     "keep": ("dist_ckpt.repository.keep", None),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),

@@ -7,28 +7,27 @@ from types import TracebackType
 from typing import Any, Self, SupportsIndex, Unpack
 
 from dist_ckpt import flags
-from dist_ckpt.engine.bests import SavePolicies
-from dist_ckpt.engine.early import check_state, checked_metadata
-from dist_ckpt.engine.exit import leave
-from dist_ckpt.engine.handle import SaveHandle
-from dist_ckpt.engine.job import Job, Place
-from dist_ckpt.engine.job_ranks import JobRanks
-from dist_ckpt.engine.load_options import LoadKeywords
-from dist_ckpt.engine.metrics import Metrics
-from dist_ckpt.engine.options import SaveKeywords, SaveOptions
-from dist_ckpt.engine.recording import Recorder
-from dist_ckpt.engine.report import LoadReport
-from dist_ckpt.engine.resuming import Resumer
-from dist_ckpt.engine.saving import Saver
-from dist_ckpt.engine.start import Named, Start
-from dist_ckpt.engine.starting import stoppers_of
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import check_step, plain_step
 from dist_ckpt.format.numbers import as_integer
+from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.options import LoadKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.policy import SavePolicy
+from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.saving.exit import leave
+from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.metrics import Metrics
+from dist_ckpt.saving.saver import Saver
+from dist_ckpt.state.roles import stoppers_of
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.training.bests import SavePolicies
+from dist_ckpt.training.early import check_state, checked_metadata
+from dist_ckpt.training.recorder import Recorder
+from dist_ckpt.training.resuming import Resumer
+from dist_ckpt.training.start import Named, Start
 
 # What the constructor knows by name, to hint at when an option is mistyped.
 _ARGUMENTS = ("every_steps", "when", "keep", "timeout_seconds", "metadata", "save_last")
@@ -84,8 +83,8 @@ class Checkpointer:
             save_last: whether `close` saves the step told last, with the state as it is then, if
                 no save of it was due. Not after an exception, nor without `every_steps` and `when`.
             **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`:
-                see `dist_ckpt.engine.options.SaveOptions`; `ranks`, `process_group`: see
-                `dist_ckpt.engine.job_ranks.JobRanks`.
+                see `dist_ckpt.options.SaveOptions`; `ranks`, `process_group`: see
+                `dist_ckpt.ranks.job_ranks.JobRanks`.
 
         Raises:
             UsageError: an argument is malformed, this one process's state holds what cannot be
@@ -193,7 +192,7 @@ class Checkpointer:
             discard_newer: give up what is newer than the restored one, with "none" or `url` all of
                 the run: hidden from now on, and deleted after the next commit.
             **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
-                `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`. With
+                `in_flight_bytes`: see `dist_ckpt.options.LoadOptions`. With
                 `skip=["optimizer", "scheduler"]` training begins anew on the restored model.
 
         Raises:

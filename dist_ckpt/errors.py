@@ -23,8 +23,9 @@ very error, on the others a `CoordinationError` that names the rank and the caus
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 _MASK = "***"
@@ -255,3 +256,9 @@ def describe(error: BaseException) -> str:
         return text
     text = without_secrets(text)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return a question that offers the known names most like `name`; empty without any."""
+    found = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""

@@ -29,12 +29,12 @@ from typing import Any, TypeAlias
 import yaml
 
 from dist_ckpt import policy
-from dist_ckpt.engine.start import Start
 from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.training.start import Start
 
 Source: TypeAlias = "Flags | argparse.Namespace | Mapping[str, Any] | str | os.PathLike[str]"
 """Flags, parsed arguments, a dict, or the path of a YAML file."""

@@ -9,23 +9,22 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, Unpack
 import torch
 from torch import nn
 
-from dist_ckpt.engine.choosing import Which
-from dist_ckpt.engine.early import check_held
-from dist_ckpt.engine.handle import SaveHandle
-from dist_ckpt.engine.job import Job, Place
-from dist_ckpt.engine.job_ranks import JOB_KEYWORDS, JobRanks
-from dist_ckpt.engine.load_options import LoadCallKeywords
-from dist_ckpt.engine.loading import Loader
-from dist_ckpt.engine.options import SaveKeywords, SaveOptions
-from dist_ckpt.engine.report import LoadReport
-from dist_ckpt.engine.saving import Saver
-from dist_ckpt.engine.starting import stoppers_of, which_of
 from dist_ckpt.errors import NotFound
 from dist_ckpt.format.names import plain_step
+from dist_ckpt.loading.choosing import Which
+from dist_ckpt.loading.loader import Loader
+from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.options import LoadCallKeywords, SaveKeywords, SaveOptions
+from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode
+from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.roles import stoppers_of, which_of
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.training.early import check_held
 
 # How many models torch's `AveragedModel` has averaged: beside the weights, and none of them.
 _NO_WEIGHTS = frozenset({"n_averaged"})
@@ -53,9 +52,9 @@ def save(
         metrics: numbers by name, stored in the manifest.
         timeout_seconds: after this long the save fails on every rank.
         **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
-            `dist_ckpt.engine.options.SaveOptions`. `ranks="alone"`: this process saves alone,
+            `dist_ckpt.options.SaveOptions`. `ranks="alone"`: this process saves alone,
             whatever the others do; `process_group`: the ranks of that group save together. See
-            `dist_ckpt.engine.job_ranks.JobRanks`.
+            `dist_ckpt.ranks.job_ranks.JobRanks`.
 
     Raises:
         CheckpointError: nothing was committed. The same on every rank.
@@ -124,7 +123,7 @@ def load(
         mode: "min" when smaller is better, "max" when larger is.
         timeout_seconds: after this long without all ranks the load fails.
         **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
-            `exchange`, `in_flight_bytes`: see `dist_ckpt.engine.load_options.LoadOptions`;
+            `exchange`, `in_flight_bytes`: see `dist_ckpt.options.LoadOptions`;
             `ranks`, `process_group`: as for `save`.
 
     Returns:

@@ -10,16 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dist_ckpt.dcp.stock_planner import Planner
-    from dist_ckpt.dcp.stock_reader import Reader
-    from dist_ckpt.dcp.stock_writer import Writer
+    from dist_ckpt.dcp.planner import Planner
+    from dist_ckpt.dcp.reader import Reader
+    from dist_ckpt.dcp.writer import Writer
 
 __all__ = ["Planner", "Reader", "Writer"]
 
 _HOMES = {
-    "Planner": "dist_ckpt.dcp.stock_planner",
-    "Reader": "dist_ckpt.dcp.stock_reader",
-    "Writer": "dist_ckpt.dcp.stock_writer",
+    "Planner": "dist_ckpt.dcp.planner",
+    "Reader": "dist_ckpt.dcp.reader",
+    "Writer": "dist_ckpt.dcp.writer",
 }
 
 

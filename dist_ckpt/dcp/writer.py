@@ -1,212 +1,269 @@
-"""From what a rank owns to the image of its files.
+"""A storage writer for torch.distributed.checkpoint: real checkpoints under the stock entry points.
 
-`plan_files` is pure, so the coordinator computes the byte layout of every rank's files from the
-plan alone, and no layout ever travels. `lay_out` puts the images of files into the arena, and a
-`BoxCopy` knows from where to where each box is copied.
+The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
+no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
+it has all results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import msgspec
-import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
 
-from dist_ckpt.dcp.owners import Owned
-from dist_ckpt.dcp.planner import Held, LocalBox
-from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.boxes import Box, is_whole
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
-from dist_ckpt.format.shard import ALIGN_BYTES, ShardEntry, ShardLayout, entry_nbytes, layout
-from dist_ckpt.staging.arena import Arena, aligned, as_tensor
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt import events
+from dist_ckpt.dcp.commit import Attempt, Report
+from dist_ckpt.dcp.edge import Place, open_store, plain_errors, step_of
+from dist_ckpt.dcp.items import described, without_empty
+from dist_ckpt.dcp.share import file_images, resolve_share
+from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
+from dist_ckpt.format.digest import block_digests
+from dist_ckpt.format.names import check_step
+from dist_ckpt.planning.index import WrittenFile
+from dist_ckpt.repository import Repository, Transaction
 
-_HEADER_METADATA = {"format": "pt"}  # what loaders of safetensors files look for
-# What a header holds besides names: the length prefix, the metadata, and for each entry the keys
-# and the longest numbers there are.
-_FRAME_BYTES = 64
-_FIELDS_BYTES = 128
-_DIGITS_PER_DIM = 21
-
-
-@dataclass(frozen=True, slots=True)
-class FilePlan:
-    """One file of one rank: its name, its byte layout, and the boxes in it, in layout order."""
-
-    name: str
-    layout: ShardLayout
-    owned: tuple[Owned, ...]
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class StagedFile:
-    """The image of one file, ready to be written."""
+class _Asked:
+    """What a rank was asked to save, on its way to rank 0."""
 
-    name: str
-    image: memoryview
+    step: int
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
-class BoxCopy:
-    """One box to copy, save after save: from which local box, what of it, to where.
+class _Assigned:
+    """Which attempt a rank writes for, and as whom, on its way back."""
 
-    Attributes:
-        held: position among the local boxes.
-        narrow: by dimension that is not taken whole: dimension, first element, how many.
-        target: the place in the image, of the sizes of the box.
+    step: int
+    save_id: str
+    rank: int
+
+
+class Writer(StorageWriter):
+    """Writes a checkpoint of dist_ckpt under `torch.distributed.checkpoint.save` and `async_save`.
+
+    ::
+
+        dcp.save({"model": model.state_dict()}, storage_writer=Writer("runs/17", step=1000))
+
+    What the stock entry points do not have comes with it: the checkpoint exists only when every
+    rank has written its share, every byte has a digest, Python values are stored as typed JSON and
+    never as pickles, and a job that was replaced can no longer commit.
+
+    A Writer takes the run over at its first save. One may serve all saves of a program, one after
+    another, `checkpoint_id` then being the step. The plan cache of the stock planner
+    (`enable_plan_caching`) keeps the plan from the writer, and is refused.
     """
 
-    held: int
-    narrow: tuple[tuple[int, int, int], ...]
-    target: torch.Tensor
+    def __init__(
+        self,
+        url: Place,
+        *,
+        step: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Describe the checkpoint; nothing is written or asked of other ranks yet.
 
-    def source(self, local: Sequence[LocalBox]) -> torch.Tensor:
-        """Return what is to be copied, as it lies in memory now."""
-        view = local[self.held].memory
-        for dim, start, size in self.narrow:
-            view = view.narrow(dim, start, size)
-        return view
+        Args:
+            url: the run: a path, a URL, or a `Store`; the same on every rank.
+            step: under which step; a committed one is never overwritten.
+            metrics: numbers by name, stored in the manifest.
+            metadata: any JSON, stored in the manifest.
 
+        Raises:
+            UsageError: the place or the step is malformed.
+        """
+        self._step = check_step(step)
+        self._metrics = dict(metrics or {})
+        self._metadata = dict(metadata or {})
+        self._repository = Repository(open_store(url))
+        self._claim: int | None = None
+        # By save_id: nothing tells a writer that its attempt failed on another rank, and what such
+        # an attempt left here must never be taken for the next one's.
+        self._attempts: dict[str, Attempt] = {}
+        self._litter = True
 
-def plan_files(
-    rank: int,
-    held: Sequence[Held],
-    owned: Iterable[Owned],
-    *,
-    max_file_bytes: int | None = None,
-) -> list[FilePlan]:
-    """Lay out the files of each part that `rank` writes boxes of.
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Choose the step of the next save, if `checkpoint_id` names one: a number as text.
 
-    Args:
-        rank: who writes.
-        held: the boxes it holds.
-        owned: what it writes of them.
-        max_file_bytes: a part that needs more has several files; a box alone may still be larger.
-            None: one file for each part.
-    """
-    by_part: dict[str, list[Owned]] = {}
-    for box in owned:
-        by_part.setdefault(held[box.held].part, []).append(box)
-    plans = []
-    for part, boxes in by_part.items():
-        entries = [_entry(held[box.held].tensor, box.box) for box in boxes]
-        for number, (start, stop) in enumerate(_cut(entries, max_file_bytes)):
-            planned = layout(entries[start:stop], _HEADER_METADATA)
-            name = shard_name(part, rank, number=number)
-            plans.append(FilePlan(name, planned, tuple(boxes[start:stop])))
-    return plans
+        Raises:
+            UsageError: it is a path, or anything else that is no step.
+        """
+        if checkpoint_id is not None:
+            self._step = step_of(checkpoint_id)
 
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether `checkpoint_id` names a step."""
+        try:
+            step_of(checkpoint_id)
+        except UsageError:
+            return False
+        return True
 
-def plan_extra(documents: Mapping[str, int]) -> ShardLayout:
-    """Lay out the `extra` file, given the size in bytes of the encoded values of each part."""
-    entries = [ShardEntry(part, "uint8", (nbytes,)) for part, nbytes in documents.items()]
-    return layout(entries, {})
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
+        """Begin; see `StorageWriter.set_up_storage_writer`.
 
+        Raises:
+            UsageError: with `use_collectives=False`, every rank would commit the step by itself.
+        """
+        if not kwargs.get("use_collectives", True):
+            raise UsageError(
+                "use_collectives=False leaves every rank to itself, and one checkpoint of all "
+                "ranks cannot come of that: leave it out"
+            )
 
-def extra_name(rank: int) -> str:
-    """Return the name of the file that holds the encoded values `rank` writes."""
-    return shard_name(EXTRA, rank)
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
 
+        Raises:
+            UsageError: the planner keeps its plan to itself, or a tensor cannot be stored.
+        """
+        # An empty list of items that stands for what was planned before, by whichever writer.
+        if not getattr(plan, "usable", True):
+            raise _cached_plan()
+        with plain_errors():
+            described(plan)
+        return replace(plan, storage_data=_Asked(self._step, self._repository.store.url))
 
-def files_nbytes(plans: Iterable[FilePlan]) -> int:
-    """Return how much of an arena the images of `plans` take."""
-    return sum(aligned(plan.layout.nbytes) for plan in plans)
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Rank 0: begin the attempt; see `StorageWriter.prepare_global_plan`.
 
+        Raises:
+            UsageError: the ranks were asked to save different things.
+            AlreadyExists: the step is committed.
+            FencedError: another job has taken the run over.
+        """
+        with plain_errors():
+            _check_same([plan.storage_data for plan in plans])
+            if self._claim is None:
+                self._claim = self._repository.claim()
+            transaction = self._repository.begin(self._step, self._claim)
+            whole = without_empty(plans)
+            self._attempts[transaction.save_id] = Attempt(transaction, whole)
+            return [
+                replace(plan, storage_data=_Assigned(self._step, transaction.save_id, rank))
+                for rank, plan in enumerate(whole)
+            ]
 
-def lay_out(arena: Arena, plans: Sequence[FilePlan]) -> list[StagedFile]:
-    """Give each file its place in the arena, which was reset for them, and write its header."""
-    staged = []
-    for plan in plans:
-        image = arena.take(plan.layout.nbytes)
-        image[: len(plan.layout.header)] = plan.layout.header
-        staged.append(StagedFile(plan.name, image))
-    return staged
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files, durably; see `StorageWriter.write_data`.
 
+        Raises:
+            UsageError: a value or a tensor cannot be stored; the message has its path.
+            StorageError: a file could not be stored whole.
+        """
+        # Told at the first save, where it still works, and not by a failure of the second.
+        if getattr(planner, "_enable_plan_caching", False):
+            raise _cached_plan()
+        with plain_errors():
+            report = self._write(plan, planner)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([WriteResult(MetadataIndex(""), report.nbytes, report)])
+        return future
 
-def box_copies(plan: FilePlan, file: StagedFile, held: Sequence[Held]) -> Iterator[BoxCopy]:
-    """Yield the copies that fill the image of one file.
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Rank 0: commit; see `StorageWriter.finish`.
 
-    Args:
-        plan: the file.
-        file: its place.
-        held: the boxes that this rank holds.
-    """
-    for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
-        if 0 in owned.sizes:
-            continue  # a tensor without elements has a name in the file and no bytes
-        source = held[owned.held]
-        dtype: torch.dtype = getattr(torch, source.dtype)
-        target = as_tensor(file.image, dtype, owned.sizes, offset)
-        yield BoxCopy(owned.held, _narrow(source, owned), target)
+        Raises:
+            IntegrityError: a rank wrote other files than were planned.
+            FencedError: a newer claim owns the run; nothing was committed.
+            AlreadyExists: another attempt committed the step.
+            StorageError: the commit did not take effect.
+        """
+        with plain_errors():
+            reports: list[Report] = [result.storage_data for (result,) in results]
+            attempt = self._attempts.pop(reports[0].save_id)
+            begun = time.perf_counter()
+            attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
+            self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
+            self._tidy(attempt.transaction)
 
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> Report:
+        assigned = plan.storage_data
+        transaction = Transaction(self._repository.store, assigned.step, assigned.save_id)
+        begun = time.perf_counter()
+        share = resolve_share(plan, planner)
+        staging = time.perf_counter() - begun
+        files: list[WrittenFile] = []
+        for name, image in file_images(assigned.rank, share):
+            files.append(_put(transaction, assigned.rank, name, image))
+            del image  # before the next one is made: memory for one is all that this takes
+        writing = time.perf_counter() - begun - staging
+        return Report(assigned.save_id, files, share.described_documents(), staging, writing)
 
-def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:
-    """Return the image of the `extra` file, in memory of its own.
-
-    Not in the arena: its size changes from save to save, and nothing else should move for that.
-
-    Args:
-        rank: who writes it.
-        documents: the encoded values by part.
-    """
-    extra = plan_extra({part: len(data) for part, data in documents.items()})
-    image = aligned_buffer(extra.nbytes)
-    image[: len(extra.header)] = extra.header
-    for data, offset in zip(documents.values(), extra.offsets, strict=True):
-        image[offset : offset + len(data)] = data
-    return StagedFile(extra_name(rank), image)
-
-
-def check_reported_sizes(
-    rank: int, plans: Sequence[FilePlan], documents: Mapping[str, int], reported: Mapping[str, int]
-) -> None:
-    """Check that a rank wrote each planned file, and no other, with the planned size in bytes.
-
-    Raises:
-        IntegrityError: it did not; the message names the rank and a file.
-    """
-    planned = {plan.name: plan.layout.nbytes for plan in plans}
-    if documents:
-        planned[extra_name(rank)] = plan_extra(documents).nbytes
-    if planned != dict(reported):
-        names = sorted(
-            name
-            for name in planned.keys() | reported.keys()
-            if planned.get(name) != reported.get(name)
+    def _announce(self, transaction: Transaction, report: Report, commit_seconds: float) -> None:
+        events.emit(
+            events.SaveCommitted(
+                transaction.store.url,
+                transaction.step,
+                0,
+                save_id=transaction.save_id,
+                nbytes=report.nbytes,
+                stall_seconds=report.stage_seconds,
+                write_seconds=report.write_seconds,
+                commit_seconds=commit_seconds,
+            )
         )
-        raise IntegrityError(
-            f"rank {rank} wrote other files than were planned: {', '.join(names[:3])}",
-            kind=ErrorKind.COVERAGE,
-            ranks={rank: f"planned {planned}, reported {dict(reported)}"},
+
+    def _tidy(self, transaction: Transaction) -> None:
+        """Remove what dead attempts left, once; a failure here never undoes the commit."""
+        if not self._litter:
+            return
+        try:
+            self._repository.collect(claim=transaction.claim, in_flight=self._attempts.keys())
+            self._litter = False
+        except CheckpointError as error:
+            url, step = without_secrets(transaction.store.url), transaction.step
+            events.emit(events.RetentionFailed(url, step, 0, error))
+            _log.warning(
+                "tidying %s after step %d failed, the step is committed: %s", url, step, error
+            )
+
+
+def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> WrittenFile:
+    """Store one file, durably, and tell the listeners of it."""
+    begun = time.perf_counter()
+    # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
+    blocks = block_digests(image)
+    key = transaction.put_file(name, [image])
+    events.emit(
+        events.FileWritten(
+            transaction.store.url,
+            transaction.step,
+            rank,
+            save_id=transaction.save_id,
+            key=key,
+            nbytes=len(image),
+            seconds=time.perf_counter() - begun,
         )
-
-
-def _entry(tensor: TensorEntry, box: Box) -> ShardEntry:
-    offsets = None if is_whole(box, tensor.shape) else box.offsets
-    return ShardEntry(chunk_name(tensor.name, offsets), tensor.dtype, box.sizes)
-
-
-def _narrow(source: Held, owned: Owned) -> tuple[tuple[int, int, int], ...]:
-    dims = enumerate(zip(owned.offsets, source.offsets, owned.sizes, source.sizes, strict=True))
-    return tuple(
-        (dim, start - origin, size) for dim, (start, origin, size, width) in dims if size < width
     )
+    return WrittenFile(name, len(image), blocks)
 
 
-def _cut(entries: Sequence[ShardEntry], max_bytes: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of entries that go into one file each: as many as surely fit."""
-    start, text_bytes, data_bytes = 0, _FRAME_BYTES, 0
-    for i, entry in enumerate(entries if max_bytes is not None else ()):
-        # The exact length depends on numbers that depend on it; a bound is as good here.
-        name_bytes = len(msgspec.json.encode(entry.name))
-        text = name_bytes + _FIELDS_BYTES + _DIGITS_PER_DIM * (len(entry.shape) + 1)
-        data = entry_nbytes(entry)
-        file_bytes = text_bytes + text + ALIGN_BYTES + data_bytes + data
-        if max_bytes is not None and i > start and aligned(file_bytes) > max_bytes:
-            yield start, i
-            start, text_bytes, data_bytes = i, _FRAME_BYTES, 0
-        text_bytes += text
-        data_bytes += data
-    yield start, len(entries)
+def _check_same(asked: Sequence[_Asked]) -> None:
+    for rank, each in enumerate(asked):
+        if each != asked[0]:
+            raise UsageError(
+                f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
+                f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
+            )
+
+
+def _cached_plan() -> UsageError:
+    return UsageError(
+        "a planner with enable_plan_caching=True does not tell a writer what it plans: make the "
+        "planner without it"
+    )

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 import dist_ckpt
 from dist_ckpt import TrainState
 from dist_ckpt.errors import IncompatibleError, IntegrityError
-from dist_ckpt.format.stand_ins import Constructor, Kind, Made
-from dist_ckpt.repository.torch_files import DtypeName, StoredTensor
-from dist_ckpt.repository.torch_values import DeviceName
+from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made
+from dist_ckpt.foreign.torch_files import DtypeName, StoredTensor
+from dist_ckpt.foreign.torch_values import DeviceName
 from tests.compat.bombs import archive, document_bombs, stock_bombs, write
 
 ADMITTED = [

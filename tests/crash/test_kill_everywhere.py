@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import dist_ckpt
-from dist_ckpt.engine import file_writer
 from dist_ckpt.errors import CheckpointError
+from dist_ckpt.saving import file_writer
 from dist_ckpt.storage import direct, durable, local, naming, sweeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 import dist_ckpt
-from dist_ckpt.engine.options import WhenBusy
 from dist_ckpt.errors import CheckpointError
+from dist_ckpt.options import WhenBusy
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]  # public, not in its stubs
 
 import dist_ckpt
-from dist_ckpt.engine import rendezvous
+from dist_ckpt.ranks import rendezvous
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.planner import Held
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.planning.describe import Held
 
 
 @st.composite

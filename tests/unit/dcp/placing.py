@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_ckpt.dcp.filling import Filling
-from dist_ckpt.dcp.planner import LocalBox
-from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.ranges import Files, Ranges, cut
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.state.layout import dtype_name
-from dist_ckpt.storage.ranges import Files, Ranges, cut
 from tests.unit.dcp.boxes import held
 
 DTYPES = (

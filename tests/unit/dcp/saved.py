@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
-from dist_ckpt.dcp.owners import Owned, decide
-from dist_ckpt.dcp.planner import LocalBox
-from dist_ckpt.dcp.writer import StagedFile
-from dist_ckpt.engine.stager import Stager
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests, bytes_digest
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.planning.describe import LocalBox
+from dist_ckpt.planning.files import StagedFile
+from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.planning.owners import Owned, decide
 from dist_ckpt.repository import Checkpoint, Repository, Transaction
+from dist_ckpt.saving.stager import Stager
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.dcp.boxes import held

@@ -12,9 +12,9 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dist_ckpt.dcp import planner
-from dist_ckpt.dcp.planner import Describer, LocalBox
 from dist_ckpt.errors import UsageError
+from dist_ckpt.planning import describe as planner
+from dist_ckpt.planning.describe import Describer, LocalBox
 from tests.unit.dcp.test_layouts import rank_of
 
 Named = dict[str, torch.Tensor]

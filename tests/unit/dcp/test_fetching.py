@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ckpt.dcp import fetching
-from dist_ckpt.dcp.fetching import Fetcher
-from dist_ckpt.dcp.filling import Filling
-from dist_ckpt.dcp.planner import LocalBox
-from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.loading import fetching
+from dist_ckpt.loading.fetching import Fetcher
+from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.ranges import Files
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
-from dist_ckpt.storage.ranges import Files
 from tests.unit.dcp.boxes import held
 from tests.unit.dcp.saved import checkpoint, local
 
@@ -93,6 +93,6 @@ def test_damage_is_named_wherever_the_bytes_were_read_to(
     data[2 * BLOCK_BYTES + 5] ^= 1
     opened.store.put(key, [data], mode="replace")
     if not landing:
-        monkeypatch.setattr("dist_ckpt.dcp.filling._STRAIGHT_BYTES", 1 << 60)
+        monkeypatch.setattr("dist_ckpt.loading.filling._STRAIGHT_BYTES", 1 << 60)
     with pytest.raises(IntegrityError, match=r"block 2 .*It holds bytes of \w+/w"):
         fetch(opened, torch.zeros(COUNT))

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp import filling
-from dist_ckpt.dcp.filling import Filling, Landing
-from dist_ckpt.dcp.planner import LocalBox
-from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.loading import filling
+from dist_ckpt.loading.filling import Filling, Landing
+from dist_ckpt.loading.ranges import Files, cut
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
-from dist_ckpt.storage.ranges import Files, cut
 from tests.unit.dcp.boxes import grids, held
 from tests.unit.dcp.saved import checkpoint, content, local, same_bits
 from tests.unit.dcp.saved import cut as part_of

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, empty
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_ckpt.dcp.owners import MIN_PIECE_BYTES, Owned, decide
-from dist_ckpt.dcp.planner import Held, local_boxes
 from dist_ckpt.format.shard import itemsize
+from dist_ckpt.planning.describe import Held, local_boxes
+from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
 from tests.unit.dcp.test_owners import cells, loads
 
 MESHES = [(1,), (2,), (3,), (8,), (2, 2), (2, 3), (4, 2)]

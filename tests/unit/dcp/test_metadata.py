@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_ckpt.dcp.metadata import Document, RankShare, WrittenFile, build_index
-from dist_ckpt.dcp.owners import decide
-from dist_ckpt.dcp.writer import plan_extra, plan_files
 from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests
+from dist_ckpt.planning.files import plan_extra, plan_files
+from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.planning.owners import decide
 from tests.unit.dcp.boxes import whole
 from tests.unit.dcp.saved import checkpoint, content, local
 

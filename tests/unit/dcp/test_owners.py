@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.holdings import Holdings
-from dist_ckpt.dcp.owners import MIN_PIECE_BYTES, Owned, decide
-from dist_ckpt.dcp.planner import Held
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.boxes import Box, intersect, volume
 from dist_ckpt.format.shard import itemsize
+from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.holdings import Holdings
+from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
 from tests.unit.dcp.boxes import grids, held, whole
 
 SHAPES = st.lists(st.integers(0, 6), max_size=3)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dist_ckpt.dcp import filling
-from dist_ckpt.dcp.filling import Filling
-from dist_ckpt.dcp.planner import LocalBox
-from dist_ckpt.dcp.wanted import Wanted
 from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
-from dist_ckpt.storage.ranges import Files, cut
+from dist_ckpt.loading import filling
+from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.ranges import Files, cut
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.planning.describe import LocalBox
 from tests.unit.dcp.boxes import held
 from tests.unit.dcp.placing import Situation, Target, as_bytes, numbered, pick, situation, target_of
 

@@ -8,11 +8,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 import dist_ckpt
-from dist_ckpt.dcp.planner import Describer, local_boxes
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.planning.describe import Describer, local_boxes
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.testing.ranks import run_ranks
 

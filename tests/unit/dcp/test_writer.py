@@ -7,18 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.owners import decide
-from dist_ckpt.dcp.writer import (
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.names import parse_shard_name
+from dist_ckpt.format.shard import header_nbytes, parse_header
+from dist_ckpt.planning.files import (
     check_reported_sizes,
     extra_name,
     files_nbytes,
     plan_extra,
     plan_files,
 )
-from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.names import parse_shard_name
-from dist_ckpt.format.shard import header_nbytes, parse_header
+from dist_ckpt.planning.owners import decide
 from tests.unit.dcp.boxes import whole
 from tests.unit.dcp.saved import content, local, same_bits, stage
 

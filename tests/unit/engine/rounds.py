@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.coordinator import Deadline, StoreCoordinator, Topic
+from dist_ckpt.ranks.coordinator import Deadline, StoreCoordinator, Topic
 
 T = TypeVar("T")
 

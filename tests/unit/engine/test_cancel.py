@@ -11,9 +11,9 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.engine.handle import SaveHandle
 from dist_ckpt.errors import CoordinationError, ErrorKind, StorageError
 from dist_ckpt.repository import Repository
+from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage import Backoff, RetryStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dist_ckpt.engine.choice import Choice, choose
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.loading.choice import Choice, choose
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.memory import MemoryStore

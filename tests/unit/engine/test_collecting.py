@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dist_ckpt
-from dist_ckpt.engine.fitting import fit
+from dist_ckpt.loading.fitting import fit
 from dist_ckpt.storage.memory import MemoryStore
 
 _names = itertools.count()
@@ -77,7 +77,7 @@ def test_nothing_is_collected_while_a_load_is_matched(monkeypatch: pytest.Monkey
         enabled.append(gc.isenabled())
         return fit(*given, **keywords)
 
-    monkeypatch.setattr("dist_ckpt.engine.loading.fit", noted)
+    monkeypatch.setattr("dist_ckpt.loading.loader.fit", noted)
     with checkpointer(Crowd()) as ckpt:
         ckpt.save(1).wait()
         assert ckpt.restore() == 1

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator
-from dist_ckpt.engine.solo import SoloCoordinator
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -25,6 +23,8 @@ from dist_ckpt.errors import (
     IntegrityError,
     StorageError,
 )
+from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator
+from dist_ckpt.ranks.solo import SoloCoordinator
 from tests.unit.engine.rounds import hash_store, long, members, together, topic
 
 

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from dist_ckpt.engine.estimate import SPARE_BYTES, Estimate
-from dist_ckpt.engine.estimate import estimate as guess
-from dist_ckpt.engine.job_ranks import JobRanks
+from dist_ckpt.ranks.job_ranks import JobRanks
+from dist_ckpt.saving.estimate import SPARE_BYTES, Estimate
+from dist_ckpt.saving.estimate import estimate as guess
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.testing.ranks import run_ranks
 

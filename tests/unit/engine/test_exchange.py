@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator, Topic
-from dist_ckpt.engine.job import Job
-from dist_ckpt.engine.rendezvous import Coordinators
-from dist_ckpt.engine.saving import Saver
+from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator, Topic
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository import Repository
+from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.engine.rounds import hash_store, together

@@ -12,9 +12,9 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.dcp.writer import BoxCopy
-from dist_ckpt.engine.stager import Stager
+from dist_ckpt.planning.files import BoxCopy
 from dist_ckpt.repository import Repository
+from dist_ckpt.saving.stager import Stager
 from dist_ckpt.storage.base import Buffer
 from dist_ckpt.storage.memory import MemoryStore
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from dist_ckpt.engine.coordinator import Deadline
-from dist_ckpt.engine.handle import SaveHandle, SaveHooks, SaveOutcome
-from dist_ckpt.engine.progress import SaveProgress
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError
+from dist_ckpt.ranks.coordinator import Deadline
+from dist_ckpt.saving.handle import SaveHandle, SaveHooks, SaveOutcome
+from dist_ckpt.saving.progress import SaveProgress
 from tests.unit.engine.rounds import long, together
 
 WRITING = SaveProgress("writing", 3, 10)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.engine.holdings import Holdings, gather
-from dist_ckpt.engine.load_options import LoadOptions
 from dist_ckpt.errors import StorageError, UsageError
+from dist_ckpt.loading.stored import Holdings, gather
+from dist_ckpt.options import LoadOptions
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.local import LocalStore

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.engine.coordinator import Deadline
-from dist_ckpt.engine.job import Job
-from dist_ckpt.engine.rendezvous import Coordinators
-from dist_ckpt.engine.solo import SoloCoordinator
 from dist_ckpt.errors import AlreadyExists, ErrorKind, FencedError, IntegrityError, UsageError
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.ranks.coordinator import Deadline
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.ranks.solo import SoloCoordinator
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
@@ -188,7 +188,7 @@ def test_who_ends_by_an_exception_hardly_waits_for_the_others(
 ) -> None:
     coordinator = Patient()
     monkeypatch.setattr(
-        "dist_ckpt.engine.job.join",
+        "dist_ckpt.ranks.job.join",
         lambda timeout_seconds, ranks: Coordinators(coordinator, coordinator),
     )
 

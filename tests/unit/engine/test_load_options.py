@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.engine.load_options import LoadOptions, near
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import UsageError, near
+from dist_ckpt.options import LoadOptions
 
 # No name begins with a separator.
 NAMES = st.text("ab./*", min_size=1, max_size=8).filter(lambda name: name[0] not in "./")

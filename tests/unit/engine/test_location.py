@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_ckpt.engine.location import locate, name_of, open_source
 from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.loading.location import locate, name_of, open_source
 from dist_ckpt.storage.local import LocalStore
 from tests.unit.repository.runs import new_store, save
 

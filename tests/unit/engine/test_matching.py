@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.engine.load_options import LoadOptions
-from dist_ckpt.engine.matching import (
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.loading.matching import (
     Misfits,
     can_cast,
     check_matched,
@@ -16,7 +16,7 @@ from dist_ckpt.engine.matching import (
     judge,
     unmatched,
 )
-from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.options import LoadOptions
 from dist_ckpt.state.part import TensorSpec
 
 NAMES = st.lists(st.sampled_from("abcdef"), unique=True)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dist_ckpt
-from dist_ckpt.engine.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.errors import IntegrityError, NotFound, UsageError
+from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import dist_ckpt
-from dist_ckpt.engine.options import MIN_MEMORY_BYTES, SaveOptions
 from dist_ckpt.errors import UsageError
+from dist_ckpt.options import MIN_MEMORY_BYTES, SaveOptions
 
 
 def test_the_defaults_are_the_documented_ones() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import dist_ckpt
-from dist_ckpt.engine.about import About
-from dist_ckpt.engine.git_files import commit_of
-from dist_ckpt.engine.origin import Origin, masked, named
 from dist_ckpt.errors import UsageError
+from dist_ckpt.saving.about import About
+from dist_ckpt.saving.git_files import commit_of
+from dist_ckpt.saving.provenance import Origin, masked, named
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.memory import MemoryStore
 

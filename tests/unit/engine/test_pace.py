@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 
 from dist_ckpt import policy
-from dist_ckpt.engine import pace as pace_module
-from dist_ckpt.engine.coordinator import StoreCoordinator
-from dist_ckpt.engine.job import Job
-from dist_ckpt.engine.pace import Pace, Verdict
-from dist_ckpt.engine.rendezvous import Coordinators
-from dist_ckpt.engine.signals import SignalNote
 from dist_ckpt.errors import CoordinationError, UsageError
 from dist_ckpt.policy import Moment, SavePolicy, Scope
+from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.training import trigger as pace_module
+from dist_ckpt.training.signals import SignalNote
+from dist_ckpt.training.trigger import Pace, Verdict
 from tests.unit.engine.rounds import members, together
 
 WORLD = 3

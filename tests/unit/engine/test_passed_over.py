@@ -12,7 +12,6 @@ from torch import nn
 
 import dist_ckpt
 from dist_ckpt import keep
-from dist_ckpt.engine.passed_over import PassedOver
 from dist_ckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -22,6 +21,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.ranks.passed_over import PassedOver
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore

@@ -10,11 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.owners import decide as decide_owners
-from dist_ckpt.engine.coordinator import Deadline, Decide, StoreCoordinator, Topic
-from dist_ckpt.engine.messages import RankPlan
-from dist_ckpt.engine.planning import Agreed, Asked, Planner, share_objects
-from dist_ckpt.engine.snapshot import Snapshot, take
 from dist_ckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -23,6 +18,11 @@ from dist_ckpt.errors import (
     IncompatibleError,
     UsageError,
 )
+from dist_ckpt.planning.owners import decide as decide_owners
+from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator, Topic
+from dist_ckpt.saving.agreement import Agreed, Asked, Planner, share_objects
+from dist_ckpt.saving.messages import RankPlan
+from dist_ckpt.saving.snapshot import Snapshot, take
 from dist_ckpt.state.train_state import PerRank, TrainState
 from tests.unit.engine.rounds import hash_store, long, together, topic
 

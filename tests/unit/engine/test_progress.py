@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.engine.progress import ProgressMeter, SaveProgress
+from dist_ckpt.saving.progress import ProgressMeter, SaveProgress
 from tests.unit.engine.rounds import together
 
 MIB = 1 << 20

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ckpt.dcp.holdings import Holdings
-from dist_ckpt.dcp.planner import Describer, LocalBox
-from dist_ckpt.engine.messages import ReplicaDigests, pack
-from dist_ckpt.engine.replicas import (
+from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.planning.describe import Describer, LocalBox
+from dist_ckpt.planning.holdings import Holdings
+from dist_ckpt.ranks.messages import pack
+from dist_ckpt.saving.messages import ReplicaDigests
+from dist_ckpt.saving.replicas import (
     SAMPLES,
     compare_replicas,
     digest_replicas,
     digest_sample,
     samples_differ,
 )
-from dist_ckpt.errors import ErrorKind, IncompatibleError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dist_ckpt.engine.report import LoadReport
+from dist_ckpt.loading.report import LoadReport
 
 REPORT = LoadReport(
     url="/runs/17",

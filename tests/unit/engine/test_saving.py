@@ -16,13 +16,13 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events, keep
-from dist_ckpt.engine import exit as ending
-from dist_ckpt.engine import job as job_module
-from dist_ckpt.engine import untold
-from dist_ckpt.engine.handle import SaveHandle
-from dist_ckpt.engine.job_ranks import JobRanks
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
+from dist_ckpt.ranks import job as job_module
+from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.repository import Record, Repository
+from dist_ckpt.saving import exit as ending
+from dist_ckpt.saving import untold
+from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.engine.reading import choose
-from dist_ckpt.engine.sharing import Sharing, cost, place, share
-from dist_ckpt.storage.ranges import Ranges, join
+from dist_ckpt.loading.ranges import Ranges, join
+from dist_ckpt.loading.reading import choose
+from dist_ckpt.loading.sharing import Sharing, cost, place, share
 
 PAGE = 4096
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.dcp.planner import Describer
-from dist_ckpt.engine.snapshot import take
 from dist_ckpt.errors import UsageError
+from dist_ckpt.planning.describe import Describer
+from dist_ckpt.saving.snapshot import take
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from dist_ckpt.dcp.owners import Owned, decide
-from dist_ckpt.dcp.planner import Describer, LocalBox
-from dist_ckpt.dcp.writer import StagedFile
-from dist_ckpt.engine.estimate import SPARE_BYTES
-from dist_ckpt.engine.options import SaveOptions, Staging
-from dist_ckpt.engine.stager import Staged, Stager
 from dist_ckpt.format.names import parse_shard_name
+from dist_ckpt.options import SaveOptions, Staging
+from dist_ckpt.planning.describe import Describer, LocalBox
+from dist_ckpt.planning.files import StagedFile
+from dist_ckpt.planning.owners import Owned, decide
+from dist_ckpt.saving.estimate import SPARE_BYTES
+from dist_ckpt.saving.stager import Staged, Stager
 from dist_ckpt.state.train_state import TrainState
 from tests.unit.dcp.saved import content, same_bits
 

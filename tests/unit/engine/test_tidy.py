@@ -12,12 +12,12 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events, keep
-from dist_ckpt.engine.job import Job
-from dist_ckpt.engine.retention import Retention
-from dist_ckpt.engine.tidy import Tidier
 from dist_ckpt.errors import StorageError
 from dist_ckpt.format.names import step_dir
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Repository, Transaction
+from dist_ckpt.saving.housekeeping import Tidier
+from dist_ckpt.saving.retention import Retention
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dist_ckpt.format.stand_ins import Constructor, Kind, Made
-from dist_ckpt.format.unpickle import unpickle
+from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made
+from dist_ckpt.foreign.unpickle import unpickle
 
 
 def names(module: str, name: str) -> object:

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import dist_ckpt
-from dist_ckpt.dcp.planner import Describer
 from dist_ckpt.errors import UsageError
+from dist_ckpt.planning.describe import Describer
 from dist_ckpt.repository import Repository
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.objects import decode, encode

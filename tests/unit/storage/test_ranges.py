@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.ranges import Files, Ranges, bridge, cut, join
+from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut, join
 
 
 def ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:

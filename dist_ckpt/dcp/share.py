@@ -1,0 +1,129 @@
+"""One rank's share of a stock save: Python values encoded, tensors copied into images of files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from dist_ckpt.dcp.edge import part_and_name
+from dist_ckpt.dcp.items import described, paths_of
+from dist_ckpt.errors import UsageError
+from dist_ckpt.format import document
+from dist_ckpt.format.boxes import volume
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.files import extra_name, plan_extra, plan_files
+from dist_ckpt.planning.index import Document
+from dist_ckpt.planning.owners import Owned
+from dist_ckpt.state.layout import check_tensor, dtype_name
+from dist_ckpt.state.objects import encode
+from dist_ckpt.storage.direct import aligned_buffer
+
+
+@runtime_checkable
+class _Lookup(Protocol):
+    """What the stock planner has beyond `SavePlanner`: the live value behind an item."""
+
+    def lookup_object(self, index: MetadataIndex) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank writes.
+
+    Attributes:
+        planner: gives the tensors, each when its turn comes, since that may take memory.
+        items: those of tensors, in the order of `held`.
+        held: the box of each of them.
+        owned: the same, as what is to be written.
+        documents: the encoded Python values by part.
+    """
+
+    planner: SavePlanner
+    items: Sequence[WriteItem]
+    held: Sequence[Held]
+    owned: Sequence[Owned]
+    documents: Mapping[str, bytes]
+
+    def described_documents(self) -> list[Document]:
+        """Return what rank 0 must know of the Python values."""
+        return [
+            Document(part, False, len(data), bytes_digest(data))
+            for part, data in self.documents.items()
+        ]
+
+
+def resolve_share(plan: SavePlan, planner: SavePlanner) -> Share:
+    """Encode the Python values of `plan`, taken from `planner` as they are, not as its pickles.
+
+    Raises:
+        UsageError: a value of an unknown type, named by its path; or a planner without values.
+    """
+    paths = paths_of(plan)
+    values: dict[str, dict[str, bytes]] = {}
+    for item in plan.items:
+        if item.type == WriteItemType.BYTE_IO:
+            part, name = part_and_name(item.index.fqn, paths)
+            data = encode(_value(planner, item), path=item.index.fqn)
+            values.setdefault(part, {})[name] = data
+    documents = {part: document.encode(objects) for part, objects in values.items()}
+    items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+    return Share(planner, items, *described(plan), documents)
+
+
+def file_images(rank: int, share: Share) -> Iterator[tuple[str, memoryview]]:
+    """Yield name and image of each file that `rank` writes, one in memory at a time.
+
+    Raises:
+        UsageError: a tensor has no data, is sparse or quantized, or is not what was planned.
+    """
+    for plan in plan_files(rank, share.held, share.owned):
+        image = aligned_buffer(plan.layout.nbytes)
+        image[: len(plan.layout.header)] = plan.layout.header
+        for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
+            if volume(owned.box):
+                _copy(share, owned.held, image, offset)
+        yield plan.name, image
+        del image  # before the next one is made
+    if share.documents:
+        layout = plan_extra({part: len(data) for part, data in share.documents.items()})
+        image = aligned_buffer(layout.nbytes)
+        image[: len(layout.header)] = layout.header
+        for data, offset in zip(share.documents.values(), layout.offsets, strict=True):
+            image[offset : offset + len(data)] = data
+        yield extra_name(rank), image
+
+
+def _copy(share: Share, number: int, image: memoryview, offset: int) -> None:
+    item, held = share.items[number], share.held[number]
+    fqn = item.index.fqn
+    resolved = share.planner.resolve_data(item)
+    if not isinstance(resolved, torch.Tensor) or isinstance(resolved, DTensor):
+        kind = type(resolved).__qualname__
+        raise UsageError(f"the planner gave a {kind} for tensor {fqn!r}: expected its local memory")
+    tensor = check_tensor(resolved, fqn)
+    found = (dtype_name(tensor.dtype), tuple(tensor.shape))
+    # A planner that transforms what it gives, but not what it plans, would be stored as something
+    # that its description is not.
+    if found != (held.dtype, held.sizes):
+        raise UsageError(
+            f"the planner gave {found[0]}{list(found[1])} for tensor {fqn!r}, planned was "
+            f"{held.dtype}{list(held.sizes)}: plan what resolve_data returns"
+        )
+    target = torch.frombuffer(image, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    target.view(tensor.shape).copy_(tensor)
+
+
+def _value(planner: SavePlanner, item: WriteItem) -> object:
+    if not isinstance(planner, _Lookup):
+        raise UsageError(
+            f"{type(planner).__qualname__} has no lookup_object, so {item.index.fqn!r} could only "
+            "be stored as a pickle: derive the planner from DefaultSavePlanner"
+        )
+    return planner.lookup_object(item.index)

@@ -1,1 +1,0 @@
-"""Saves and loads in motion: the only room with threads."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, read as sources: stock DCP, torch files, safetensors."""

@@ -1,0 +1,293 @@
+"""Checkpoints of stock `torch.distributed.checkpoint`: `.metadata` and `.distcp` files.
+
+The metadata is a pickle, of which nothing is executed or built: see `stock_metadata`. Each chunk is
+a `torch.save` archive inside of a `.distcp` file; where its raw bytes lie is looked up once, and
+from then on such a checkpoint is read as one of ours: by ranges, at any layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+    describe,
+)
+from dist_ckpt.events import tell_once
+from dist_ckpt.foreign import torch_files
+from dist_ckpt.foreign.dcp_metadata import StockMetadata, parse
+from dist_ckpt.foreign.names import Entry, Placed, place
+from dist_ckpt.foreign.source import Chunk, Found, Runs
+from dist_ckpt.foreign.stand_ins import Constructor
+from dist_ckpt.foreign.torch_files import DtypeName, StoredTensor
+from dist_ckpt.format.boxes import Box, volume
+from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.state.layout import dtype_of
+from dist_ckpt.state.unreadable import Inline, Unreadable
+from dist_ckpt.storage.base import Store, is_key, read_all
+from dist_ckpt.storage.parallel import in_parallel
+
+METADATA = ".metadata"
+
+_SHOWN = 5
+
+_METADATA_LIMIT_BYTES = 1 << 30
+_THREADS = 16
+_PICKLE = b"\x80"
+# How much larger than its archive a value may be: tensors in it that share their memory.
+_MAX_EXPANSION = 4
+_FREE_BYTES = 1 << 20
+_INSTEAD = {
+    ("torch", "Size"): Constructor(torch.Size),
+    ("torch", "device"): Constructor(torch.device),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """One archive inside of a file."""
+
+    file: int
+    start: int
+    nbytes: int
+
+
+def read_stock(store: Store) -> Found:
+    """Describe the stock checkpoint in `store`; nothing in it is executed.
+
+    Raises:
+        NotFound: there is none.
+        IntegrityError: its metadata is malformed or refers to anything but DCP's own classes (of
+            which nothing is executed), or does not fit its files.
+        IncompatibleError: it holds something that cannot be read by ranges.
+    """
+    # The first byte is looked at before the others: what a file claims to hold may be a hole.
+    data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
+    try:
+        found = parse(data)
+    except ValueError as error:
+        problem = f"it cannot be read as DCP's metadata: {describe(error)}"
+        raise _broken(f"{METADATA} in {store.url}", problem) from error
+    where = f"the stock checkpoint in {store.url}"
+    reading = _Reading(store, sorted({place.key for place in found.places.values()}), where)
+    blobs = _Blobs(found, reading)
+    entries: list[Entry] = []
+    unreadable: list[str] = []
+    chunks: dict[int, list[tuple[Box, _Blob]]] = {}
+    for number, each in enumerate(found.entries):
+        tensor = each.tensor
+        if tensor is None:
+            value = reading.value(each.fqn, blobs.find(each.fqn, ()))
+            if isinstance(value, Unreadable):
+                unreadable.append(value.reason)
+            entries.append(Entry(each.path, None, (), value))
+        else:
+            entries.append(Entry(each.path, tensor.dtype, tensor.shape))
+            found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
+            chunks[number] = _with_elements(tensor.shape, found_at)
+    tell_unreadable(store.url, where, unreadable)
+    return _described(reading, place(entries, where), chunks)
+
+
+def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
+    """Tell once which values of a foreign checkpoint cannot be read; nothing without any."""
+    if reasons:
+        tell_once(
+            url,
+            f"{where}: {len(reasons)} of its values cannot be read, which is an error only for "
+            f"whoever wants them: {'; '.join(reasons[:_SHOWN])}",
+        )
+
+
+class _Blobs:
+    """The archives of one checkpoint, by what is in them."""
+
+    def __init__(self, found: StockMetadata, reading: _Reading) -> None:
+        self._places = found.places
+        self._reading = reading
+        self._numbers = {key: number for number, key in enumerate(reading.keys)}
+        # Stock writes each archive once. Were one named again and again, so it would be read.
+        claimed = Counter(dict.fromkeys(reading.keys, 0))
+        for each in found.places.values():
+            claimed[each.key] += each.nbytes
+        for key, nbytes in zip(reading.keys, reading.sizes, strict=True):
+            if claimed[key] > nbytes:
+                raise _broken(
+                    reading.where, f"{key} has {nbytes} bytes, {claimed[key]} of which are named"
+                )
+
+    def find(self, fqn: str, offsets: Sequence[int]) -> _Blob:
+        """Return the archive of the chunk of `fqn` that begins at `offsets`."""
+        where = self._reading.where
+        # The chunk of a tensor that is not sharded may be kept without offsets.
+        found = self._places.get((fqn, tuple(offsets))) or self._places.get((fqn, ()))
+        if found is None:
+            raise _broken(where, f"{fqn!r} at {list(offsets)} is in no file")
+        if found.is_transformed:
+            raise IncompatibleError(f"{where}: {fqn!r} was compressed or transformed by its writer")
+        number = self._numbers[found.key]
+        if found.offset + found.nbytes > self._reading.sizes[number]:
+            raise _broken(where, f"{found.key} ends before {fqn!r} at {list(offsets)} does")
+        return _Blob(number, found.offset, found.nbytes)
+
+
+def _with_elements(
+    shape: tuple[int, ...], chunks: Sequence[tuple[Box, _Blob]]
+) -> list[tuple[Box, _Blob]]:
+    """Leave out the chunks of ranks that had nothing of a tensor.
+
+    Stock lists them, where the tensor ends or where another chunk begins. Of a tensor without
+    elements there is one chunk, of all of it, however ranks cut their nothing.
+    """
+    if not all(shape):
+        return [(Box((0,) * len(shape), shape), blob) for _, blob in chunks[:1]]
+    return [(box, blob) for box, blob in chunks if volume(box)]
+
+
+class _Reading:
+    """Small reads from the files of one checkpoint."""
+
+    def __init__(self, store: Store, keys: Sequence[str], where: str) -> None:
+        self.store = store
+        self.keys = keys
+        self.where = where
+        for key in keys:
+            # What is read never lies outside of what the user pointed at.
+            if not is_key(key):
+                raise _broken(where, f"{key!r} is no file of it")
+        try:
+            self.sizes = [store.size(key) for key in keys]
+        except NotFound as error:
+            raise IntegrityError(
+                f"{where} lacks a file: {error.message}", kind=ErrorKind.MISSING_FILE
+            ) from error
+
+    def value(self, fqn: str, blob: _Blob) -> Any:
+        """Return a Python value, or what stands for one that cannot be read."""
+        try:
+            return _Value(self, blob).read()
+        # What cannot be read is of no use, but no reason to refuse the rest.
+        except (IntegrityError, IncompatibleError) as error:
+            return Unreadable(f"{fqn}: {error.message.rpartition('torch.save file: ')[2]}")
+
+    def describe(self, blob: _Blob) -> Any:
+        """Return what is in an archive, with a `StoredTensor` in the place of each tensor."""
+        key = self.keys[blob.file]
+        return torch_files.describe(
+            self.store, key, start=blob.start, nbytes=blob.nbytes, instead=_INSTEAD
+        )
+
+    def tensors(self, blobs: Sequence[_Blob]) -> list[StoredTensor]:
+        """Return where the bytes of the tensor in each of `blobs` lie."""
+        found: dict[int, StoredTensor] = {}
+
+        def look(numbered: tuple[int, _Blob]) -> None:
+            number, blob = numbered
+            tensor = self.describe(blob)
+            if not isinstance(tensor, StoredTensor):
+                key = self.keys[blob.file]
+                raise _broken(self.where, f"{key} has something else where a tensor should be")
+            found[number] = tensor
+
+        in_parallel(look, enumerate(blobs), threads=min(_THREADS, len(blobs)))
+        return [found[number] for number in range(len(blobs))]
+
+
+class _Value:
+    """One Python value that holds, as the values of torch do, dtypes and whole tensors."""
+
+    def __init__(self, reading: _Reading, blob: _Blob) -> None:
+        self._reading = reading
+        self._blob = blob
+        self._left_bytes = _FREE_BYTES + _MAX_EXPANSION * blob.nbytes
+
+    def read(self) -> Any:
+        return self._filled(self._reading.describe(self._blob))
+
+    def _filled(self, value: Any) -> Any:
+        """Return `value` with what is meant in the place of each stand-in."""
+        kind = type(value)
+        if kind is StoredTensor:
+            return self._tensor(value)
+        if kind is DtypeName:
+            return dtype_of(value.name)
+        if kind is list or kind is tuple:
+            return kind(map(self._filled, value))
+        # Keys and members of sets hold no tensors, and dtypes only by way of an odd program.
+        if kind is dict or kind is OrderedDict or kind is Counter:
+            filled: Callable[[Any], Any] = self._filled
+            return _REBUILT[kind]((key, filled(item)) for key, item in value.items())
+        return value
+
+    def _tensor(self, stored: StoredTensor) -> Inline:
+        self._left_bytes -= stored.nbytes
+        if self._left_bytes < 0:
+            raise _broken(self._reading.where, "its tensors share memory until they are too many")
+        raw = bytearray(stored.nbytes)
+        key = self._reading.keys[self._blob.file]
+        count = self._reading.store.read_into(key, stored.offset, memoryview(raw))
+        if count != len(raw):
+            raise _broken(self._reading.where, f"{key} ends inside of a tensor")
+        if not raw:
+            return Inline(torch.empty(stored.shape, dtype=dtype_of(stored.dtype)))
+        flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype_of(stored.dtype))
+        strides = stored.strides or torch.empty(stored.shape, device="meta").stride()
+        return Inline(flat.as_strided(stored.shape, strides))
+
+
+_REBUILT: dict[type, Callable[[Any], Any]] = {
+    dict: dict,
+    OrderedDict: OrderedDict,
+    Counter: lambda items: Counter(dict(items)),
+}
+
+
+def _described(
+    reading: _Reading, placed: Placed, chunks: dict[int, list[tuple[Box, _Blob]]]
+) -> Found:
+    rows: list[Chunk] = []
+    runs = Runs(len(reading.keys))
+    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
+    numbers = {number: n for n, number in enumerate(placed.tensors)}
+    flat = [(number, box, blob) for number, each in chunks.items() for box, blob in each]
+    stored = reading.tensors([blob for _, _, blob in flat])
+    for (number, box, blob), tensor in zip(flat, stored, strict=True):
+        entry: TensorEntry = placed.tensors[number]
+        alike = tensor.shape == box.sizes or (0 in tensor.shape and not volume(box))
+        if tensor.dtype != entry.dtype or not alike:
+            raise _broken(
+                reading.where,
+                f"{entry.name!r} at {list(box.offsets)} should be {entry.dtype}{list(box.sizes)} "
+                f"and is {tensor.dtype}{list(tensor.shape)}",
+            )
+        rows.append((numbers[number], *runs.place(tensor, blob.file), box))
+    return Found(
+        "stock DCP",
+        reading.keys,
+        reading.sizes,
+        list(placed.tensors.values()),
+        rows,
+        placed.objects,
+        permuted=runs.permuted,
+    )
+
+
+def is_stock(store: Store) -> bool:
+    """Tell whether `store` holds a stock checkpoint."""
+    try:
+        store.size(METADATA)
+    except NotFound:
+        return False
+    return True
+
+
+def _broken(where: str, problem: str) -> IntegrityError:
+    return IntegrityError(f"{where}: {problem}", kind=ErrorKind.MALFORMED)

@@ -1,0 +1,172 @@
+"""Which program wrote what is in a directory, and opening it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
+from dist_ckpt.foreign import torch_files
+from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
+from dist_ckpt.foreign.names import Entry, place, shown
+from dist_ckpt.foreign.safetensors_files import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    read_safetensors,
+    read_weight_map,
+)
+from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
+from dist_ckpt.foreign.torch_files import StoredTensor
+from dist_ckpt.foreign.torch_values import unknown_in, what_of
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.state.unreadable import Unreadable
+from dist_ckpt.storage.base import Store
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
+"""How a single file is called that is a checkpoint by itself."""
+
+_TORCH_INDEX_SUFFIX = ".bin.index.json"
+
+_Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
+
+
+def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
+    """Open what another program wrote in `store`, or in one file of it.
+
+    Args:
+        store: a directory.
+        file: the key of the file that is meant; None to look what there is: a stock DCP
+            checkpoint, then safetensors, then `torch.save` files, each with an index of several
+            files before a single one.
+
+    Returns:
+        The checkpoint; None if there is nothing of all this.
+
+    Raises:
+        IntegrityError: what is there is malformed or incomplete.
+        IncompatibleError: it holds something that cannot be read.
+        NotFound: `file` is not there.
+    """
+    if file is not None:
+        reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
+        return ForeignSource.of(store, reader(store, [file]))
+    if is_stock(store):
+        return ForeignSource.of(store, read_stock(store))
+    names = sorted(name for name in store.list_children() if not name.endswith("/"))
+    kinds: list[tuple[str, tuple[str, ...], _Reader]] = [
+        (INDEX_SUFFIX, (SUFFIX,), read_safetensors),
+        (_TORCH_INDEX_SUFFIX, TORCH_SUFFIXES, read_torch),
+    ]
+    for index_suffix, suffixes, each in kinds:
+        indexes = [name for name in names if name.endswith(index_suffix)]
+        found = [name for name in names if name.endswith(suffixes)]
+        if indexes:
+            _one(indexes, store)
+            return ForeignSource.of(store, _indexed(store, indexes[0], each))
+        if found:
+            return ForeignSource.of(store, each(store, [_one(found, store)]))
+    return None
+
+
+def looked_for() -> str:
+    """Return what `open_foreign` knows, for the message when nothing of it is there."""
+    return (
+        f"no step directories of dist_ckpt, no {METADATA} of torch.distributed.checkpoint, no "
+        f"*{SUFFIX} and none of {', '.join('*' + suffix for suffix in TORCH_SUFFIXES)}"
+    )
+
+
+def read_torch(store: Store, keys: Sequence[str]) -> Found:
+    """Describe the tensors and values in `torch.save` files; nothing in them is executed.
+
+    A value that only a program which executes pickles could read is told once, and is an error
+    only for whoever wants it.
+
+    Raises:
+        IntegrityError: a file is malformed, or holds nothing but such values.
+        IncompatibleError: a tensor does not fill one run of bytes of its file.
+    """
+    entries: list[Entry] = []
+    unreadable: list[str] = []
+    found: dict[int, tuple[int, StoredTensor]] = {}
+    for file, key in enumerate(keys):
+        for path, leaf in _leaves(torch_files.describe(store, key, lenient=True), ()):
+            if isinstance(leaf, StoredTensor):
+                found[len(entries)] = file, leaf
+                entries.append(Entry(path, leaf.dtype, leaf.shape))
+                continue
+            unknown = unknown_in(leaf)
+            if unknown is not None:
+                leaf = Unreadable(f"{shown(path)}: {what_of(unknown)}")
+                unreadable.append(leaf.reason)
+            entries.append(Entry(path, None, (), leaf))
+    where = f"{', '.join(keys)} in {store.url}"
+    if unreadable and len(unreadable) == len(entries):
+        # A whole module, say: what cannot be read is all that there is.
+        raise torch_files.malformed(where, unreadable[0])
+    tell_unreadable(store.url, where, unreadable)
+    placed = place(entries, where)
+    chunks: list[Chunk] = []
+    runs = Runs(len(keys))
+    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
+    for number, entry in enumerate(placed.tensors):
+        file, tensor = found[entry]
+        whole = Box((0,) * len(tensor.shape), tensor.shape)
+        chunks.append((number, *runs.place(tensor, file), whole))
+    return Found(
+        "torch.save",
+        keys,
+        [store.size(key) for key in keys],
+        list(placed.tensors.values()),
+        chunks,
+        placed.objects,
+        permuted=runs.permuted,
+    )
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    taken_apart = isinstance(value, dict) and value and (path == () or _has_tensor(value))
+    # By keys that nobody can read nothing has a name, or two have one.
+    if taken_apart and unknown_in([*value]) is None:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    else:
+        yield path or ("value",), value
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_tensor, value.values()))
+    return isinstance(value, StoredTensor)
+
+
+def _indexed(store: Store, index: str, reader: _Reader) -> Found:
+    """Describe the files that an index names, and check that each has what the index says."""
+    weight_map = read_weight_map(store, index)
+    keys = sorted(set(weight_map.values()))
+    try:
+        found = reader(store, keys)
+    except NotFound as error:
+        raise IntegrityError(
+            f"{index} in {store.url} names a file that is not there: {error.message}",
+            kind=ErrorKind.MISSING_FILE,
+        ) from error
+    absent = sorted(set(weight_map) - {tensor.name for tensor in found.tensors})
+    if absent:
+        raise IntegrityError(
+            f"{index} in {store.url} names {len(absent)} tensors that its files have not, such as "
+            f"{absent[0]!r}",
+            kind=ErrorKind.COVERAGE,
+        )
+    return found
+
+
+def _one(names: Sequence[str], store: Store) -> str:
+    if len(names) > 1:
+        raise IntegrityError(
+            f"{store.url} has {', '.join(names[:4])}{' ...' if names[4:] else ''} and nothing that "
+            "says which of them belong together: name one file",
+            kind=ErrorKind.MALFORMED,
+        )
+    return names[0]

@@ -1,0 +1,1 @@
+"""The way of a load: choosing, matching, reading, exchanging, filling."""

@@ -1,0 +1,281 @@
+"""All ranks open one checkpoint: rank 0 finds it and reads its description, the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+
+from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.format.names import check_step
+from dist_ckpt.loading.choice import Choice, choose
+from dist_ckpt.loading.location import (
+    Location,
+    check_is_run,
+    find_detached,
+    find_foreign,
+    locate,
+    name_of,
+)
+from dist_ckpt.options import LoadOptions
+from dist_ckpt.ranks.coordinator import Topic
+from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.messages import check_same, pack, unpack
+from dist_ckpt.repository import Checkpoint, Repository
+from dist_ckpt.repository.detached import DetachedStep
+from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.roles import best_of
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+Which: TypeAlias = int | Criterion | None
+"""Which checkpoint of a run: its step, the best by a criterion, None for the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCall:
+    """What one rank was asked to load.
+
+    Attributes:
+        step: which checkpoint, None for the newest, or the best one.
+        best: by what it is the best; None where the best is not asked for.
+        place: where from; None for the run of the job.
+        url: how messages name that place; empty for None.
+        options: how.
+        failed: what keeps this rank from loading.
+    """
+
+    step: int | None
+    place: Place | None
+    url: str
+    options: LoadOptions
+    failed: Exception | None
+    best: Criterion | None = None
+
+    @classmethod
+    def of(
+        cls,
+        which: Which,
+        place: Place | None,
+        keywords: Mapping[str, Any] | None,
+        failed: Exception | None,
+    ) -> LoadCall:
+        """Check the arguments; what is wrong with them is kept, for all ranks to hear."""
+        url, options = "", LoadOptions()
+        best = which if isinstance(which, Criterion) else None
+        step = None if isinstance(which, Criterion) else which
+        try:
+            options = LoadOptions.of(keywords or {})
+            url = "" if place is None else name_of(place)
+            step = None if step is None else check_step(step)
+        except CheckpointError as error:
+            failed = failed or error
+        return cls(step, place, url, options, failed, best)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return all but step and url as text that is equal on ranks which mean the same."""
+        return {"best": str(self.best), **self.options.fingerprint()}
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The checkpoint to load, opened on this rank.
+
+    Attributes:
+        source: what to read from.
+        url: its run, or its directory where another program wrote it.
+        refused: newer checkpoints that were passed over, each with the reason.
+    """
+
+    source: Source
+    url: str
+    refused: Mapping[int, str]
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """First word of a load.
+
+    Attributes:
+        step: what this rank was asked to load, None for the newest.
+        url: where from.
+        options: how, each option as text.
+    """
+
+    step: int | None
+    url: str
+    options: dict[str, str] = {}
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What rank 0 chose and read, for the other ranks.
+
+    Attributes:
+        step: None where there is no checkpoint.
+        text: from what its store is to be resolved.
+        manifest: encoded.
+        index: encoded.
+        refused: what was passed over.
+        foreign: the description of a checkpoint that another program wrote; it has no manifest.
+        detached: whether its store is one step directory.
+    """
+
+    step: int | None
+    text: str | None = None
+    manifest: bytes = b""
+    index: bytes = b""
+    refused: dict[int, str] = {}
+    foreign: bytes = b""
+    detached: bool = False
+
+
+class Chooser:
+    """Chooses a checkpoint together with the other ranks, once or until one is whole."""
+
+    def __init__(self, job: Job, call: LoadCall, *, own: bool, claims: bool) -> None:
+        """Take this rank's call.
+
+        Args:
+            job: the ranks, and the run that `own` is about.
+            call: what to load.
+            own: whether to choose none, not raise, when the run of the job has no checkpoint.
+            claims: whether to take that run over first.
+        """
+        self.url = call.url or job.url
+        self.options = call.options
+        self._job = job
+        self._call = call
+        self._own = own
+        self._claims = claims
+        self._refused: dict[int, str] = {}
+        self._manifests: dict[int, bytes] = {}
+        self._opened: Source | None = None
+
+    def choose(self, topic: Topic, *, fall_back: bool) -> tuple[Chosen | None, Mapping[int, str]]:
+        """Return the checkpoint, None for a new run, and what was newly refused; a round.
+
+        Args:
+            topic: names the load.
+            fall_back: whether a damaged one is passed over for the next older one.
+
+        Raises:
+            CheckpointError: the same on every rank; see `dist_ckpt.loading.choice.choose`.
+            UsageError: the ranks were asked for different things.
+        """
+        call = self._call
+        request = call.failed or pack(LoadRequest(call.step, self.url, call.fingerprint()))
+
+        def decide(messages: Sequence[bytes]) -> bytes:
+            check_same([unpack(data, LoadRequest) for data in messages], "load")
+            return msgspec.msgpack.encode(self._decide(fall_back=fall_back))
+
+        data = self._job.training.round(
+            topic.opening("choose"), request, decide, deadline=self._job.deadline()
+        )
+        answer = msgspec.msgpack.decode(data, type=_Answer)
+        news = {step: why for step, why in answer.refused.items() if step not in self._refused}
+        self._refused = dict(answer.refused)
+        if answer.step is None:
+            return None, news
+        source = self._open(answer)
+        return Chosen(source, self.url, answer.refused), news
+
+    def refuse(self, step: int, reason: str) -> None:
+        """Take note that the data of `step` is damaged; all ranks do so together."""
+        self._refused[step] = reason
+        if isinstance(self._opened, Checkpoint):
+            self._manifests[step] = self._opened.manifest_bytes
+
+    def passed_over(self) -> dict[int, bytes | None]:
+        """Return the steps that were refused, on rank 0 with their manifests."""
+        return {step: self._manifests.get(step) for step in self._refused}
+
+    def _decide(self, *, fall_back: bool) -> _Answer:
+        """Rank 0: take the run over if that is wanted, find the checkpoint, open it."""
+        if self._claims:
+            # First of all: what is chosen is the newest only if nobody else can commit any more.
+            self._job.claim()
+        location = self._location()
+        # Whatever else lies in a run, its checkpoints come first.
+        choice, location = self._choose(location, fall_back=fall_back)
+        # Kept, because decoding an index of millions of chunks twice is felt.
+        self._opened = opened = choice.checkpoint
+        if opened is not None:
+            return _Answer(
+                opened.step,
+                location.text,
+                opened.manifest_bytes,
+                opened.index_bytes,
+                choice.refused,
+                detached=location.detached,
+            )
+        if self._own and self._call.place is None:
+            return _Answer(None)
+        self._opened = foreign = find_foreign(location)
+        foreign.check_sizes()
+        return _Answer(foreign.step, location.text, foreign=foreign.message)
+
+    def _choose(self, location: Location, *, fall_back: bool) -> tuple[Choice, Location]:
+        """Return the checkpoint of the run there, or the one that lies there by itself."""
+        if location.file is not None:
+            return Choice(None), location
+        choice, absent = Choice(None), None
+        try:
+            choice = self._choose_step(location, fall_back=fall_back)
+        except NotFound as error:
+            absent = error
+        detached = None if choice.checkpoint is not None else self._detached(location)
+        if detached is not None:
+            return self._choose_step(detached, fall_back=False), detached
+        if absent is not None:
+            raise absent
+        return choice, location
+
+    def _choose_step(self, location: Location, *, fall_back: bool) -> Choice:
+        run = Repository(location.store)
+        step = location.step
+        if self._call.best is not None and step is None:
+            step = best_of(run, self._call.best)
+        choice = choose(
+            run,
+            step,
+            self._refused,
+            fall_back=fall_back,
+            selects_part=self.options.selects_stored,
+        )
+        self._manifests |= choice.manifests
+        return choice
+
+    def _detached(self, location: Location) -> Location | None:
+        # The run of the job is one, whatever lies in it; and the best is one of several.
+        if self._call.place is None or self._call.best is not None:
+            return None
+        return find_detached(location)
+
+    def _location(self) -> Location:
+        if self._call.place is None:
+            return Location(self._job.repository.store, self._call.step)
+        location = locate(self._call.place, self._call.step)
+        if self._call.best is not None:
+            check_is_run(location)
+        return location
+
+    def _open(self, answer: _Answer) -> Source:
+        if self._opened is not None:
+            return self._opened
+        store = self._store(answer)
+        if answer.foreign:
+            return ForeignSource(store, answer.foreign)
+        assert answer.step is not None
+        if answer.detached:
+            store = DetachedStep(store, answer.step)
+        return Checkpoint(store, answer.manifest, answer.index, step=answer.step)
+
+    def _store(self, answer: _Answer) -> Store:
+        place = self._call.place
+        if place is None:
+            return self._job.repository.store
+        return place if isinstance(place, Store) else resolve(answer.text or "")

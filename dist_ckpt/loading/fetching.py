@@ -1,0 +1,231 @@
+"""Reads ranges of a checkpoint by several threads: into memory, verified, and on to the targets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.loading.bounce import BounceBuffer, BounceBuffers, BounceMemory
+from dist_ckpt.loading.filling import Filling, Landing
+from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut
+from dist_ckpt.repository.source import Source
+from dist_ckpt.storage.parallel import in_two_steps
+from dist_ckpt.storage.scatter import Scatter
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How a store is read.
+
+    Attributes:
+        nbytes: what is read at once, at most.
+        reads: how many reads go on at once.
+        under_way: as many, or more: then reads go on while others are digested and copied.
+    """
+
+    nbytes: int
+    reads: int
+    under_way: int
+
+
+# Each read is one request of the kernel. A few large ones keep a disk busy, and take little new
+# memory and few turns from digests and copies (docs/design/006).
+_DISK = _Pace(8 << 20, reads=6, under_way=8)
+# Each is one request over a network, which many at a time fill; small ones cost processor time.
+_REMOTE = _Pace(16 << 20, reads=8, under_way=10)
+
+MAX_GAP_BYTES = 1 << 20
+"""Over how many bytes at most that nobody wants a read goes on, inside of a file."""
+
+# Small reads are a matter of latency, which only many at a time can hide.
+_SMALL_BYTES, _SMALL_READS = 4 << 20, 8
+
+# So many digest and copy faster than disks and networks of today deliver.
+_MOST_COMPUTING = 4
+
+
+def _pace(source: Source, in_flight_bytes: int) -> _Pace:
+    pace = _DISK if source.store.capabilities.direct_io else _REMOTE
+    return replace(pace, nbytes=min(pace.nbytes, in_flight_bytes // pace.under_way))
+
+
+def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
+    """Begin to make memory ready for reading as much as all of `source`; see `Fetcher`."""
+    if not source.store.capabilities.direct_io:
+        return BounceMemory()  # most goes straight to the targets
+    pace = _pace(source, in_flight_bytes)
+    nbytes = sum(file.nbytes for file in source.index.files)
+    return BounceMemory(min(pace.under_way * pace.nbytes, nbytes))
+
+
+class Fetcher:
+    """What one rank reads of one checkpoint.
+
+    Args:
+        source: the checkpoint.
+        files: gives the addresses; its unit is the digest block where bytes are verified, and
+            its files lie apart by `MAX_GAP_BYTES`.
+        filling: takes the bytes.
+        verify: whether to compare them with their digests.
+        in_flight_bytes: the most memory for bytes that are under way.
+        memory: that memory, if it is being made ready already.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        files: Files,
+        filling: Filling,
+        *,
+        verify: bool,
+        in_flight_bytes: int,
+        memory: BounceMemory | None = None,
+    ) -> None:
+        self._source = source
+        self._files = files
+        self._filling = filling
+        self._verify = verify
+        self._in_flight_bytes = in_flight_bytes
+        self._memory = memory
+        self._pace = _pace(source, in_flight_bytes)
+        # Never less than a unit, which is what can be verified.
+        self._read_bytes = max(self._pace.nbytes // files.unit_bytes, 1) * files.unit_bytes
+
+    def fetch_all(self) -> int:
+        """Read all that the filling needs and check that it is filled; return the bytes read."""
+        nbytes = self.fetch(self._filling.needs)
+        self._filling.check_filled()
+        return nbytes
+
+    def fetch(self, ranges: Ranges) -> int:
+        """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
+        bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)
+        reads = cut(bridged, most_bytes=self._read_bytes)
+        if not len(reads):
+            return 0
+        largest = int((reads.stop - reads.start).max())
+        at_once, under_way = self._share_out(reads.nbytes, len(reads), largest=largest)
+        devices = self._filling.devices
+        buffers = BounceBuffers(under_way, largest, devices=devices, memory=self._memory)
+
+        def read(span: tuple[int, int]) -> tuple[BounceBuffer, list[Landing]]:
+            start, stop = span
+            buffer = buffers.take()
+            landings = self._land(start, buffer.memory[: stop - start])
+            self._read(start, [landing.view for landing in landings])
+            return buffer, landings
+
+        def finish(done: tuple[BounceBuffer, list[Landing]]) -> None:
+            buffer, landings = done
+            with buffers.using(buffer):
+                self._compare(landings[0].address, [landing.view for landing in landings])
+                for landing in landings:
+                    self._filling.settle(landing)
+
+        in_two_steps(
+            read,
+            finish,
+            reads.pairs(),
+            firsts=at_once,
+            seconds=_computing(),
+            under_way=under_way,
+        )
+        return bridged.nbytes
+
+    def fetch_into(self, reads: Sequence[tuple[int, memoryview]]) -> int:
+        """Fill each buffer from its address on, whole units; return the bytes read."""
+        nbytes = sum(len(data) for _, data in reads)
+        if not reads:
+            return 0
+        at_once, under_way = self._share_out(nbytes, len(reads), largest=0)
+
+        def read(each: tuple[int, memoryview]) -> tuple[int, memoryview]:
+            address, view = each
+            self._read(address, [view])
+            return each
+
+        in_two_steps(
+            read,
+            lambda each: self._compare(each[0], [each[1]]),
+            reads,
+            firsts=at_once,
+            seconds=_computing(),
+            under_way=under_way,
+        )
+        return nbytes
+
+    def _share_out(self, nbytes: int, count: int, *, largest: int) -> tuple[int, int]:
+        """Return how many of `count` reads go on at once, and how many are under way.
+
+        Args:
+            nbytes: of all reads together.
+            count: at least one.
+            largest: bytes of memory that each takes until its bytes are where they belong.
+        """
+        reads, under_way = self._pace.reads, self._pace.under_way
+        if nbytes // count <= _SMALL_BYTES:
+            reads = max(reads, _SMALL_READS)
+            under_way = max(under_way, reads + _computing())
+        # No more memory than was made ready, and is kept, for reads of full size.
+        most_bytes = min(self._in_flight_bytes, self._pace.under_way * self._read_bytes)
+        fitting = most_bytes // max(largest, 1)
+        return reads, max(1, min(under_way, fitting, count))
+
+    def _land(self, start: int, bounce: memoryview) -> list[Landing]:
+        # A disk reads to whole sectors of memory only, which tensors hardly ever begin at.
+        if self._source.store.capabilities.direct_io:
+            return [Landing(start, bounce)]
+        return self._filling.land(start, bounce)
+
+    def _read(self, address: int, views: Sequence[memoryview]) -> None:
+        file, offset = self._files.place(address)
+        with self._naming(address, views):
+            self._source.read_into(file, offset, *views)
+
+    def _compare(self, address: int, views: Sequence[memoryview]) -> None:
+        if self._verify:
+            file, offset = self._files.place(address)
+            with self._naming(address, views):
+                self._source.compare(file, offset, *views)
+
+    @contextmanager
+    def _naming(self, address: int, views: Sequence[memoryview]) -> Iterator[None]:
+        """Add to an `IntegrityError` about a read which tensors it is about."""
+        try:
+            yield
+        except IntegrityError as error:
+            names = self._damaged(address, Scatter(views))
+            if not names:
+                raise
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            raise IntegrityError(
+                f"{error.message}. It holds bytes of {shown}", kind=error.kind, ranks=error.ranks
+            ) from error
+
+    def _damaged(self, address: int, into: Scatter) -> list[str]:
+        """Return the names of the tensors in the first unit that cannot be read."""
+        file, offset = self._files.place(address)
+        unit = self._files.unit_bytes
+        for start in range(0, into.nbytes, unit):
+            stop = min(start + unit, into.nbytes)
+            views = into.cut(start, stop)
+            try:
+                self._source.read_into(file, offset + start, *views)
+                if self._verify:
+                    self._source.compare(file, offset + start, *views)
+            except IntegrityError as error:
+                if error.kind == ErrorKind.DIGEST:
+                    return self._filling.names_in(address + start, address + stop)
+                break
+        # A whole file is missing or short, or the damage was in the way and not in the file.
+        return self._filling.names_in(address, address + into.nbytes)
+
+
+def _computing() -> int:
+    """Return how many threads digest and copy at once."""
+    # More than there are processors would only get in each other's way.
+    affinity = getattr(os, "sched_getaffinity", None)  # unknown to some systems
+    return min(_MOST_COMPUTING, len(affinity(0)) if affinity else os.cpu_count() or 1)

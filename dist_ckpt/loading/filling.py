@@ -1,0 +1,385 @@
+"""From bytes of files to elements of tensors: what is wanted of a checkpoint, and where it goes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
+from dist_ckpt.format.index import Index
+from dist_ckpt.loading.overlaps import find_pieces
+from dist_ckpt.loading.ranges import Column, Files, Ranges, join
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.staging.copy import reach, view_box
+
+_STRAIGHT_BYTES = 64 << 10
+"""Fewer bytes than this are copied sooner than they are listed for a read of several places."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where one stretch of the bytes of a read goes.
+
+    Attributes:
+        address: of its first byte.
+        view: what it is read to, as long as the stretch.
+        piece: the number of the piece whose place that is already; None where it is not.
+    """
+
+    address: int
+    view: memoryview
+    piece: int | None = None
+
+    @property
+    def straight(self) -> bool:
+        """Whether the view is the place that the bytes go to."""
+        return self.piece is not None
+
+
+class Filling:
+    """What one rank wants, planned: which bytes it needs, and what becomes of them.
+
+    Bytes may come in any order, from several threads, in ranges that are cut anywhere.
+
+    Args:
+        index: the chunk table.
+        wanted: boxes and their memory; the index has the tensors with these shapes and dtypes.
+        files: gives the addresses.
+        max_gap_bytes: how many bytes of a chunk that nobody wants may be read along.
+
+    Attributes:
+        needs: the ranges of addresses to be given to `fill`, whole units, sorted and disjoint.
+        nbytes_wanted: bytes of the boxes.
+
+    Raises:
+        IntegrityError: the chunks do not hold every wanted element exactly once.
+    """
+
+    def __init__(
+        self, index: Index, wanted: Sequence[Wanted], files: Files, *, max_gap_bytes: int
+    ) -> None:
+        self._index = index
+        self._wanted = wanted
+        boxes = [each.local.held.box for each in wanted]
+        nbytes = [
+            volume(box) * each.dtype.itemsize for box, each in zip(boxes, wanted, strict=True)
+        ]
+        self.nbytes_wanted = sum(nbytes)
+        pieces, runs = find_pieces(
+            index, [each.tensor for each in wanted], boxes, max_gap_bytes=max_gap_bytes
+        )
+        file = index.chunks.file
+        self.needs = join(
+            files.widen(
+                Ranges(
+                    files.address(file[runs.row], runs.start),
+                    files.address(file[runs.row], runs.stop),
+                )
+            )
+        )
+        start = files.address(file[pieces.row], pieces.start)
+        order = np.argsort(start, kind="stable")
+        self._start = start[order]
+        self._stop = files.address(file[pieces.row], pieces.stop)[order]
+        self._reach = np.maximum.accumulate(self._stop)
+        self._want = pieces.want[order]
+        self._row = pieces.row[order]
+        piece_bytes = pieces.nbytes[order]
+        # Nothing lies between two elements of such a piece, and they come in its own order. Its
+        # length alone says nothing: elements and gaps may add up to the bytes of any box.
+        self._dense = self._stop - self._start == piece_bytes
+        self._whole = self._dense & (piece_bytes == np.array(nbytes, np.int64)[self._want])
+        # Bytes of each piece that have not come to their place yet.
+        self._missing = piece_bytes.copy()
+        self._check_planned(nbytes)
+        self._halves: dict[int, _Half] = {}
+        # The memory of pieces that come in several reads, where it is one run of bytes.
+        self._flat: dict[int, NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+
+    def land(self, start: int, bounce: memoryview) -> list[Landing]:
+        """Find memory to read a range to: that of the targets where that is possible.
+
+        Args:
+            start: the address of the range, which is as long as `bounce`.
+            bounce: memory for what cannot be read to its place.
+
+        Returns:
+            Stretches of the range, one after another: each to be given to `settle` when its bytes
+            are there.
+        """
+        stop, done = start + len(bounce), start
+        landings = []
+        for number in self._pieces_in(start, stop):
+            begin = int(self._start[number])
+            low, high = max(begin, start), min(int(self._stop[number]), stop)
+            if high - low < _STRAIGHT_BYTES or not self._straight[number]:
+                continue
+            run = self._run(number, part=high - low)
+            if run is not None:
+                if done < low:
+                    landings.append(Landing(done, bounce[done - start : low - start]))
+                landings.append(Landing(low, run[low - begin : high - begin].data, number))
+                done = high
+        if done < stop:
+            landings.append(Landing(done, bounce[done - start :]))
+        return landings
+
+    def settle(self, landing: Landing) -> None:
+        """Bring what was read to `landing.view` to its place."""
+        if landing.piece is None:
+            self.fill(landing.address, landing.view)
+        else:
+            self._count([landing.piece], [len(landing.view)])
+
+    def fill(self, start: int, data: memoryview) -> None:
+        """Copy out of `data`, which lies at the address `start`, all that is wanted of it."""
+        numbers = self._pieces_in(start, start + len(data))
+        self._count(numbers, [self._copy(number, start, data) for number in numbers])
+
+    def check_filled(self) -> None:
+        """Check that as many bytes as are wanted came to their places: none is missing or twice.
+
+        Raises:
+            IntegrityError: a tensor is not what is stored; names it. No damage of the checkpoint
+                can lead here, only an error in reading it.
+        """
+        wrong = np.flatnonzero(self._missing)
+        if len(wrong):
+            number = int(wrong[0])
+            self._refuse(int(self._want[number]), f"{int(self._missing[number])} bytes are left")
+
+    def names_in(self, start: int, stop: int) -> list[str]:
+        """Return the stored `part/name` of wanted tensors with bytes in a range of addresses."""
+        tensors = [
+            self._index.tensors[self._wanted[int(self._want[number])].tensor]
+            for number in self._pieces_in(start, stop)
+        ]
+        return list(dict.fromkeys(f"{each.part}/{each.name}" for each in tensors))
+
+    def _check_planned(self, nbytes: Sequence[int]) -> None:
+        """Check that the pieces of each wanted box hold as many bytes as it has."""
+        planned = np.zeros(len(nbytes), np.int64)
+        np.add.at(planned, self._want, self._missing)
+        wrong = np.flatnonzero(planned != np.array(nbytes, np.int64))
+        if len(wrong):
+            want = int(wrong[0])
+            self._refuse(want, f"{int(planned[want])} of {nbytes[want]} bytes are in its chunks")
+
+    def _refuse(self, want: int, problem: str) -> NoReturn:
+        tensor, held = self._index.tensors[self._wanted[want].tensor], self._wanted[want].local.held
+        raise IntegrityError(
+            f"{tensor.part}/{tensor.name}, elements {list(held.offsets)} to "
+            f"{[a + n for a, n in zip(held.offsets, held.sizes, strict=True)]}: {problem} after "
+            "each wanted byte should have come to its place once; do not use what was loaded",
+            kind=ErrorKind.COVERAGE,
+        )
+
+    def _count(self, numbers: list[int], nbytes: list[int]) -> None:
+        """Note how many bytes of these pieces, each named once, came to their places."""
+        if numbers:
+            with self._lock:
+                self._missing[numbers] -= nbytes
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices with memory that something goes to."""
+        return list(dict.fromkeys(each.local.memory.device for each in self._wanted))
+
+    @cached_property
+    def _straight(self) -> NDArray[np.bool_]:
+        """What may be read straight to its place.
+
+        Bytes that have no second place, to memory that no other bytes go to: else one would be
+        compared while the other is written over it.
+        """
+        memory = np.array([_extent(each.local.memory) for each in self._wanted], np.int64)
+        start, stop = memory.reshape(-1, 2).T
+        return _are_apart(self._start, self._stop) & _are_apart(start, stop)[self._want]
+
+    def _run(self, number: int, *, part: int) -> NDArray[np.uint8] | None:
+        """Return the memory of piece `number` if it is one run of bytes, just as it is stored.
+
+        Args:
+            number: the piece.
+            part: how many bytes of it are wanted now: if it is not all, it is asked for again.
+        """
+        flat = self._flat.get(number)
+        if flat is not None:
+            return flat
+        if not self._dense[number]:
+            return None
+        want = self._wanted[int(self._want[number])]
+        whole = self._whole[number]
+        target = want.local.memory if whole else self._target(number)[2]
+        if not _is_plain(target, want.dtype):
+            return None
+        flat = _flat(target)
+        if part < len(flat):
+            self._flat[number] = flat
+        return flat
+
+    def _target(self, number: int) -> tuple[Box, Box, torch.Tensor]:
+        """Return the chunk that piece `number` is of, what of it is wanted, and the memory."""
+        local = self._wanted[int(self._want[number])].local
+        chunk = self._chunk(int(self._row[number]), len(local.held.shape))
+        common = intersect(chunk, local.held.box)
+        assert common is not None  # this is what a piece is
+        return chunk, common, view_box(local.memory, common, origin=local.held.offsets)
+
+    def _pieces_in(self, start: int, stop: int) -> list[int]:
+        # Before `first` every piece has ended, from `last` on none has begun.
+        first = int(np.searchsorted(self._reach, start, side="right"))
+        last = int(np.searchsorted(self._start, stop, side="left"))
+        return (first + np.flatnonzero(self._stop[first:last] > start)).tolist()
+
+    def _copy(self, number: int, at: int, data: memoryview) -> int:
+        """Copy what `data`, at the address `at`, holds of piece `number`; return the bytes."""
+        begin, end = int(self._start[number]), int(self._stop[number])
+        low, high = max(begin, at), min(end, at + len(data))
+        source = data[low - at : high - at]
+        run = self._run(number, part=high - low)
+        if run is None:
+            return self._copy_elements(number, low, source)
+        # The common case: numpy lets the other threads run.
+        np.copyto(run[low - begin : high - begin], np.frombuffer(source, np.uint8))
+        return len(source)
+
+    def _copy_elements(self, number: int, low: int, source: memoryview) -> int:
+        """Copy what `source`, at the address `low`, holds of piece `number`, one by one.
+
+        Returns:
+            How many bytes of the piece that were, those between its elements not counted.
+        """
+        chunk, common, target = self._target(number)
+        dtype = self._wanted[int(self._want[number])].dtype
+        item, done = dtype.itemsize, low - int(self._start[number])
+        first, _ = element_span(chunk, common)
+        raw = torch.frombuffer(source, dtype=torch.uint8)
+        if done % item == 0 and len(source) % item == 0:
+            # Files of other programs have elements at any byte, and a processor may refuse to load
+            # one from an address that its size does not divide: complex128 ends the process.
+            run = (raw if raw.data_ptr() % item == 0 else raw.clone()).view(dtype)
+            return item * _copy_run(target, run, chunk, common, first + done // item)
+        # Files of other programs have elements anywhere, so a read may end inside of one: it is
+        # put together of bytes, in memory of the stored dtype.
+        half = self._half(number, target, dtype, common)
+        outer, inner = _in_bytes(chunk, item), _in_bytes(common, item)
+        nbytes = _copy_run(_as_bytes(half.memory), raw, outer, inner, first * item + done)
+        self._add(number, target, half, nbytes)
+        return nbytes
+
+    def _chunk(self, row: int, ndim: int) -> Box:
+        starts, sizes = self._index.boxes(np.array([row]), ndim)
+        return Box(tuple(starts[0].tolist()), tuple(sizes[0].tolist()))
+
+    def _half(self, number: int, target: torch.Tensor, dtype: torch.dtype, box: Box) -> _Half:
+        with self._lock:
+            found = self._halves.get(number)
+            if found is None:
+                same = target.dtype == dtype and not _is_lazy(target)
+                memory = target if same else torch.empty(box.sizes, dtype=dtype)
+                found = _Half(memory, volume(box) * dtype.itemsize)
+                self._halves[number] = found
+            return found
+
+    def _add(self, number: int, target: torch.Tensor, half: _Half, nbytes: int) -> None:
+        with self._lock:
+            half.missing_bytes -= nbytes
+            if half.missing_bytes:
+                return
+            del self._halves[number]
+        if half.memory is not target:
+            _assign(target, half.memory)
+
+
+def _extent(memory: torch.Tensor) -> tuple[int, int]:
+    """Return the address of the first byte of a tensor, and that behind its last one."""
+    if not memory.numel() or memory.device.type != "cpu":
+        return 0, 0
+    start = memory.data_ptr()
+    return start, start + reach(memory) * memory.itemsize
+
+
+def _are_apart(start: Column, stop: Column) -> NDArray[np.bool_]:
+    """Tell of each range whether it has nothing in common with any other one."""
+    order = np.argsort(start, kind="stable")
+    first, last = start[order], stop[order]
+    reach = np.maximum.accumulate(last)
+    apart = np.ones(len(order), np.bool_)
+    apart[1:] &= first[1:] >= reach[:-1]
+    apart[:-1] &= last[:-1] <= first[1:]
+    found = np.empty(len(order), np.bool_)
+    found[order] = apart
+    return found
+
+
+@dataclass(slots=True)
+class _Half:
+    """A piece that comes in parts which end inside of elements."""
+
+    memory: torch.Tensor
+    missing_bytes: int
+
+
+def _copy_run(target: torch.Tensor, run: torch.Tensor, chunk: Box, common: Box, first: int) -> int:
+    """Copy a run of elements of `chunk` into `target`, which is for `common`; return how many.
+
+    Args:
+        target: memory of the sizes of `common`.
+        run: the elements of `chunk` from its element number `first` on.
+        chunk: a stored box.
+        common: a box inside it: other elements of the run are stepped over.
+        first: counted in the C order of `chunk`.
+    """
+    # With the strides of the stored chunk, whatever of it the run holds.
+    strides = [math.prod(chunk.sizes[dim + 1 :]) for dim in range(len(chunk.sizes))]
+    count = 0
+    for box in run_boxes(chunk, first, first + len(run)):
+        part = intersect(box, common)
+        if part is not None:
+            offset = element_span(chunk, part)[0] - first
+            source = run.as_strided(part.sizes, strides, offset)
+            _assign(view_box(target, part, origin=common.offsets), source)
+            count += volume(part)
+    return count
+
+
+def _assign(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.no_grad():
+        # Out of pinned memory this goes on behind our back: whoever owns the memory waits.
+        target.copy_(source, non_blocking=True)
+
+
+def _flat(target: torch.Tensor) -> NDArray[np.uint8]:
+    # By numbers: `view` asks for the stride of a single element, which means nothing.
+    return target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of `target` lie in memory as they are stored."""
+    if _is_lazy(target):
+        return False
+    return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+
+
+def _is_lazy(target: torch.Tensor) -> bool:
+    """Whether the memory has another value than the tensor: only torch's own copy minds that."""
+    return target.is_conj() or target.is_neg()
+
+
+def _in_bytes(box: Box, item: int) -> Box:
+    return Box((*box.offsets, 0), (*box.sizes, item))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(-1).view(torch.uint8)

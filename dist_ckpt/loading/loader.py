@@ -1,0 +1,362 @@
+"""Loads: all ranks take one decision, one checkpoint, and one outcome."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+
+from dist_ckpt import events
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+)
+from dist_ckpt.loading.bounce import BounceMemory
+from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
+from dist_ckpt.loading.fetching import warm_memory
+from dist_ckpt.loading.fitting import Matched, fit
+from dist_ckpt.loading.matching import Misfits, check_matched, judge, tell_empty
+from dist_ckpt.loading.progress import LoadProgress, tell
+from dist_ckpt.loading.reading import ReadOptions, ReadResult, read
+from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.tied import compare_ties, prepare
+from dist_ckpt.loading.ties import Ties
+from dist_ckpt.options import LoadOptions
+from dist_ckpt.planning.describe import NamedTensors
+from dist_ckpt.ranks.coordinator import Decide, Topic
+from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.together import together
+from dist_ckpt.repository.checkpoint import deleted_meanwhile
+from dist_ckpt.repository.source import Source
+from dist_ckpt.staging.gc_pause import no_collection
+from dist_ckpt.state.train_state import TrainState
+
+ResultT = TypeVar("ResultT")
+
+# How many checkpoints may be deleted under one reader, who is slower than the run by then.
+_MOST_LOST = 10
+
+_log = logging.getLogger("dist_ckpt")
+
+
+class Loader:
+    """Loads checkpoints of one job into one state."""
+
+    def __init__(self, job: Job, state: TrainState) -> None:
+        self._job = job
+        self._state = state
+
+    def load(
+        self,
+        step: Which,
+        *,
+        place: Place | None = None,
+        options: Mapping[str, Any] | None = None,
+        fall_back: bool,
+        own: bool,
+        claims: bool = False,
+        failed: Exception | None = None,
+    ) -> LoadReport | None:
+        """Restore the state from `step`, or from the newest checkpoint.
+
+        Args:
+            step: which one: its number, None for the newest, or by what it is the best.
+            place: where from; None for the run of the job.
+            options: the keywords of `LoadOptions`.
+            fall_back: whether to go on with the next older one when one is damaged.
+            own: whether the job goes on from what is loaded; its run without a checkpoint is then
+                no error: None is returned.
+            claims: whether to take the run of the job over first, so that an older job can no
+                longer commit. Without it nothing is written, and nobody is disturbed.
+            failed: what keeps this rank from loading; all ranks hear of it.
+
+        Raises:
+            CheckpointError: the same on every rank. Nothing live was changed when the state does
+                not fit (`IncompatibleError`); after a later failure the message says that tensors
+                may be partly restored.
+        """
+        progress = LoadProgress()
+        call = LoadCall.of(step, place, options, failed)
+        chooser = Chooser(self._job, call, own=own, claims=claims)
+        while True:
+            topic = self._job.topic("load", f"load from {chooser.url}")
+            chosen = self._choose(topic, chooser, progress, fall_back=fall_back)
+            if claims:
+                # Now, and not at the first save: rank 0 has just taken the run over.
+                self._job.check_same_place(topic)
+            if chosen is None:
+                self._job.go_on(None)
+                return None
+            try:
+                # Made ready while it is found out what goes where.
+                with warm_memory(chosen.source, chooser.options.in_flight_bytes) as memory:
+                    report = self._load(topic, chosen, chooser.options, progress, memory)
+            except IntegrityError as error:
+                # One round raised it on all ranks, so all of them go on to the next one together.
+                self._give_up(topic, chosen.source, chooser, progress, error, fall_back=fall_back)
+                continue
+            except CheckpointError as error:
+                tell(error, progress)
+            except BaseException as error:  # as it is: whoever handles it knows its class
+                if progress.changed:
+                    error.add_note(progress.changed)
+                raise
+            if own and place is None:
+                self._job.go_on(report.step, chooser.passed_over())
+            elif own:
+                self._job.go_on(None)  # the run itself begins
+            return report
+
+    def _choose(
+        self, topic: Topic, chooser: Chooser, progress: LoadProgress, *, fall_back: bool
+    ) -> Chosen | None:
+        since = time.perf_counter()
+        try:
+            chosen, news = chooser.choose(topic, fall_back=fall_back)
+        except CheckpointError as error:
+            tell(error, progress)
+        progress.clock("choose", since)
+        self._announce(chooser.url, news)
+        return chosen
+
+    def _load(
+        self,
+        topic: Topic,
+        chosen: Chosen,
+        options: LoadOptions,
+        progress: LoadProgress,
+        memory: BounceMemory,
+    ) -> LoadReport:
+        source = chosen.source
+        since = time.perf_counter()
+        with no_collection():
+            matched, verdict = self._match(topic, source, options)
+            if progress.touched and verdict.missing:
+                # What an older one lacks would keep the values of the newer one that was damaged.
+                raise IncompatibleError(
+                    f"{source.where} has no {verdict.missing[0]}, which another checkpoint that "
+                    "was given up half-way may have filled: build the state anew and restore this "
+                    "step by its number",
+                    kind=ErrorKind.STATE_MISMATCH,
+                )
+            (targets, ties), windows = self._prepare(topic, source, matched, options)
+        if self._job.training.rank == 0:
+            tell_empty(source.where, verdict.empty)
+        progress.clock("match", since)
+        result = self._read(topic, matched, ties, options, progress, windows=windows, memory=memory)
+        for phase, seconds in result.seconds.items():
+            progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
+        since = time.perf_counter()
+        self._together(topic.phase("restore"), lambda: self._restore(matched, targets, ties))
+        progress.clock("restore", since)
+        report = self._report(chosen, matched, verdict, result, options=options, progress=progress)
+        rank = self._job.training.rank
+        events.emit(
+            events.CheckpointRestored(
+                report.url, report.step, rank, report.nbytes_read, report.seconds
+            )
+        )
+        return report
+
+    def _prepare(
+        self, topic: Topic, source: Source, matched: Matched, options: LoadOptions
+    ) -> tuple[tuple[NamedTensors, Ties], int]:
+        """Return what is to be filled, and in how many windows any rank has ties to compare."""
+        prepared, answer = self._together(
+            topic.phase("memory"),
+            lambda: prepare(source, matched.targets, matched.holdings.numbers, options=options),
+            message=lambda found: msgspec.msgpack.encode(found[1].windows),
+            decide=lambda counts: max(counts, key=msgspec.msgpack.decode),
+        )
+        return prepared, msgspec.msgpack.decode(answer, type=int)
+
+    def _read(
+        self,
+        topic: Topic,
+        matched: Matched,
+        ties: Ties,
+        options: LoadOptions,
+        progress: LoadProgress,
+        *,
+        windows: int,
+        memory: BounceMemory,
+    ) -> ReadResult:
+        """Read everything to its place, once it is known that what shares memory agrees."""
+        how = ReadOptions(
+            options.verify,
+            options.exchange,
+            options.in_flight_bytes,
+            members=self._job.ranks.members(),
+        )
+        since = time.perf_counter()
+        compared = compare_ties(
+            matched.source,
+            ties,
+            how,
+            windows=windows,
+            coordinator=self._job.training,
+            topic=topic,
+            deadline=self._job.deadline(),
+        )
+        if len(matched.first) > 1 or self._job.training.world_size > 1:
+            # One alone that refuses here has nobody beside it who did not.
+            progress.asked = tuple(matched.first)
+        self._together(topic.phase("first"), lambda: self._restore_first(matched))
+        progress.clock("match", since)
+        progress.touched = True
+        result = read(
+            matched.source,
+            ties.wanted,
+            how,
+            coordinator=self._job.training,
+            topic=topic.phase("read"),
+            deadline=self._job.deadline(),
+            memory=memory,
+        )
+        return replace(
+            result,
+            nbytes_read=result.nbytes_read + compared,
+            nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
+        )
+
+    def _match(self, topic: Topic, source: Source, options: LoadOptions) -> tuple[Matched, Misfits]:
+        """Compare names, shapes and dtypes on all ranks; return what they found together."""
+        known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
+        where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
+
+        def decide(messages: Sequence[bytes]) -> bytes:
+            misfits = [msgspec.msgpack.decode(data, type=Misfits) for data in messages]
+            check_matched(misfits, known[0])
+            return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
+
+        def work() -> Matched:
+            job, parts = self._job.training, self._state.parts
+            found = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
+            known.append(found.known)
+            return found
+
+        matched, answer = self._together(
+            topic.phase("fits"),
+            work,
+            message=lambda found: msgspec.msgpack.encode(found.misfits),
+            decide=decide,
+        )
+        return matched, msgspec.msgpack.decode(answer, type=Misfits)
+
+    def _restore_first(self, matched: Matched) -> None:
+        """Restore what code of the program may refuse, while no tensor has changed yet."""
+        for name in matched.first:
+            self._state.parts[name].restore(matched.holdings.parts[name], {})
+
+    def _restore(self, matched: Matched, targets: NamedTensors, ties: Ties) -> None:
+        ties.finish()
+        for name, part in self._state.parts.items():
+            if name in targets and name not in matched.first:
+                part.restore(matched.holdings.parts[name], targets[name])
+
+    def _report(
+        self,
+        chosen: Chosen,
+        matched: Matched,
+        verdict: Misfits,
+        result: ReadResult,
+        *,
+        options: LoadOptions,
+        progress: LoadProgress,
+    ) -> LoadReport:
+        source = chosen.source
+        return LoadReport(
+            url=chosen.url,
+            step=source.step,
+            save_id=source.save_id,
+            parts=tuple(matched.targets),
+            loaded=tuple(f"{p}/{name}" for p, named in matched.targets.items() for name in named),
+            missing=tuple(verdict.missing),
+            unexpected=tuple(verdict.unexpected),
+            casts=tuple(verdict.casts),
+            notes=tuple(matched.notes),
+            nbytes_wanted=result.nbytes_wanted,
+            nbytes_read=result.nbytes_read,
+            nbytes_exchanged=result.nbytes_exchanged,
+            exchanged=result.exchanged,
+            exchange_reason=result.why,
+            verified=options.verify and source.verified,
+            seconds=time.perf_counter() - progress.begun,
+            seconds_by_phase=dict(progress.seconds),
+            saved_world_size=source.saved_world_size,
+            world_size=self._job.training.world_size,
+            refused=dict(chosen.refused),
+        )
+
+    def _together(
+        self,
+        topic: Topic,
+        work: Callable[[], ResultT],
+        *,
+        message: Callable[[ResultT], bytes] = lambda _: b"",
+        decide: Decide = lambda _: b"",
+    ) -> tuple[ResultT, bytes]:
+        return together(
+            self._job.training,
+            topic,
+            work,
+            deadline=self._job.deadline(),
+            message=message,
+            decide=decide,
+        )
+
+    def _give_up(
+        self,
+        topic: Topic,
+        source: Source,
+        chooser: Chooser,
+        progress: LoadProgress,
+        error: IntegrityError,
+        *,
+        fall_back: bool,
+    ) -> None:
+        """Pass over what turned out to be damaged, or was deleted meanwhile; all ranks together.
+
+        Raises:
+            IntegrityError: it is damaged, and nothing else was asked for.
+            NotFound: again and again retention was faster.
+        """
+        if self._is_gone(topic, source):
+            # That is no damage, so nothing is noted: what there is by now is chosen next.
+            progress.lost += 1
+            if progress.lost == _MOST_LOST:
+                tell(deleted_meanwhile(source.store, source.step), progress, error)
+            return
+        if not fall_back:
+            tell(error, progress)
+        chooser.refuse(source.step, error.message)
+        self._announce(chooser.url, {source.step: error.message})
+
+    def _is_gone(self, topic: Topic, source: Source) -> bool:
+        """Whether rank 0 finds that `source` was deleted or replaced since it was opened; a round.
+
+        The next choice then is what a reader who came later would get: the newest there is by
+        then, or that the step which was asked for is not found.
+        """
+
+        def decide(_: Sequence[bytes]) -> bytes:
+            try:
+                return msgspec.msgpack.encode(not source.still_there())
+            except CheckpointError:
+                return msgspec.msgpack.encode(False)  # nobody knows: then what was found is damage
+
+        _, answer = self._together(topic.phase("gone"), lambda: None, decide=decide)
+        return msgspec.msgpack.decode(answer, type=bool)
+
+    def _announce(self, url: str, refused: Mapping[int, str]) -> None:
+        rank = self._job.training.rank
+        for step, reason in sorted(refused.items(), reverse=True):
+            events.emit(events.CheckpointRefused(url, step, rank, reason))
+            if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
+                _log.warning("step %d in %s was passed over: %s", step, url, reason)

@@ -1,0 +1,166 @@
+"""From what a person points at to the run, or the checkpoint, that it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+from dist_ckpt.errors import NotFound, UsageError, without_secrets
+from dist_ckpt.foreign.detect import FILE_SUFFIXES, looked_for, open_foreign
+from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.format.names import manifest_key, parse_step_dir
+from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository import Repository
+from dist_ckpt.repository.detached import DetachedStep, named_step
+from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.roles import best_of
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where to look for checkpoints.
+
+    Attributes:
+        store: the run, or the directory of a foreign checkpoint.
+        step: the only checkpoint of the run that is meant; None for any.
+        text: from what `store` was resolved, None for a store that was given.
+        file: the file in `store` that was pointed at, for a checkpoint that is one file.
+        detached: whether `store` is one step directory, seen as a run; see `DetachedStep`.
+    """
+
+    store: Store
+    step: int | None
+    text: str | None = None
+    file: str | None = None
+    detached: bool = False
+
+
+def name_of(place: Place) -> str:
+    """Return what messages call `place`, the same on ranks that mean the same; asks nobody.
+
+    Raises:
+        UsageError: the place is malformed.
+    """
+    if isinstance(place, Store):
+        return without_secrets(place.url)
+    return without_secrets(resolve(place).url)
+
+
+def locate(place: Place, step: int | None) -> Location:
+    """Find what `place` is: a run, a step directory inside one, or a file of another program.
+
+    Args:
+        place: a path, a URL, or a store.
+        step: which checkpoint the caller asks for besides, None for none in particular.
+
+    Raises:
+        UsageError: the place is malformed, or is the directory of another step than `step`.
+        StorageError: it could not be looked at.
+    """
+    if isinstance(place, Store):
+        return Location(place, step)
+    # Checked before it becomes text: that of None would be a folder.
+    if not isinstance(place, str | PathLike):
+        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
+    text = str(place).rstrip("/") or str(place)
+    head, _, name = text.rpartition("/")
+    above = head or ("/" if text.startswith("/") else ".")
+    own = parse_step_dir(name)
+    # Only if it was committed there: a run may have been given the name of a step directory.
+    if own is not None and _has(resolve(above), manifest_key(own)):
+        if named_step(resolve(above), manifest_key(own)) in (None, own):
+            _check_step(text, own, step)
+            return Location(resolve(above), own, above)
+        # Renamed: what the manifest says counts.
+        return find_detached(Location(resolve(place), step, str(place))) or Location(
+            resolve(above), own, above
+        )
+    if name.endswith(FILE_SUFFIXES) and _has(resolve(above), name):
+        return Location(resolve(above), step, above, name)
+    return Location(resolve(place), step, str(place))
+
+
+def find_detached(location: Location) -> Location | None:
+    """Return where the step directory is that `location` points at, were it copied or linked.
+
+    Asked only where no checkpoint of a run was found.
+
+    Raises:
+        UsageError: it is another step than the one asked for.
+    """
+    step = None if location.file is not None else named_step(location.store)
+    if step is None:
+        return None
+    _check_step(location.store.url, step, location.step)
+    return Location(DetachedStep(location.store, step), step, location.text, detached=True)
+
+
+def _check_step(text: str, own: int, asked: int | None) -> None:
+    if asked not in (None, own):
+        raise UsageError(f"{text} is the checkpoint of step {own}, not of step {asked}")
+
+
+def check_is_run(location: Location) -> None:
+    """Check that `location` may be a run, of which one checkpoint can be the best.
+
+    Raises:
+        UsageError: it is one checkpoint.
+    """
+    if location.step is not None or location.file is not None:
+        raise UsageError(
+            f"step='best' chooses among the checkpoints of a run, and {location.text} is one "
+            "checkpoint: give the run"
+        )
+
+
+def _has(store: Store, key: str) -> bool:
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
+
+
+def open_source(location: Location, best: Criterion | None = None) -> Source:
+    """Open the checkpoint at `location`, whoever wrote it; of a run the newest, unless told.
+
+    Args:
+        location: where.
+        best: by what to choose among those of a run.
+
+    Raises:
+        NotFound: there is none.
+        IntegrityError: its description is damaged.
+        IncompatibleError: it was written by a newer format.
+    """
+    run = Repository(location.store)
+    if best is not None:
+        check_is_run(location)
+        return run.open(best_of(run, best))
+    if location.file is not None:
+        return find_foreign(location)
+    if location.step is not None and find_detached(location) is None:
+        return run.open(location.step)
+    try:
+        # Whatever else lies in a run, its checkpoints come first.
+        return run.open_latest()
+    except NotFound:
+        detached = find_detached(location)
+    return find_foreign(location) if detached is None else Repository(detached.store).open_latest()
+
+
+def find_foreign(location: Location) -> ForeignSource:
+    """Open what another program wrote at `location`, where no checkpoint of ours is.
+
+    Raises:
+        NotFound: there is none either.
+        IntegrityError: it is malformed or incomplete.
+        IncompatibleError: it holds something that cannot be read.
+    """
+    found = open_foreign(location.store, location.file)
+    if found is None:
+        raise Repository(location.store).no_checkpoint(looked_for())
+    return found

@@ -1,0 +1,319 @@
+"""Looking into a checkpoint, in one process and without a model: names, slices, values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import EllipsisType, TracebackType
+from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
+
+import torch
+
+from dist_ckpt.errors import NotFound, UsageError, near
+from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import check_step
+from dist_ckpt.loading.location import locate, open_source
+from dist_ckpt.loading.reading import ReadOptions, read
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.options import check_known
+from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.ranks.coordinator import Deadline, Topic
+from dist_ckpt.ranks.job import Place
+from dist_ckpt.ranks.solo import SoloCoordinator
+from dist_ckpt.repository.checkpoint import unless_deleted
+from dist_ckpt.repository.ranking import Criterion, Mode
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.layout import dtype_of
+from dist_ckpt.state.objects import decode, references
+from dist_ckpt.state.roles import which_of
+from dist_ckpt.storage.base import Store
+
+Subscript: TypeAlias = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+"""What selects a box of a tensor: integers, slices with positive steps, an ellipsis."""
+
+_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a stored tensor before a byte of it is read.
+
+    Attributes:
+        part: which part it is of.
+        name: what it is called there.
+        dtype: its dtype.
+        shape: its global shape, in elements.
+    """
+
+    part: str
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its elements take."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class StoredTensor:
+    """One tensor of an opened checkpoint. Subscripts read that box of it, and nothing else."""
+
+    def __init__(self, source: Source, number: int, options: ReadOptions) -> None:
+        self._source = source
+        self._number = number
+        self._options = options
+        self.info = _info(source.index.tensors[number])
+
+    @property
+    def shape(self) -> torch.Size:
+        """The global shape."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return self.info.dtype
+
+    def read(self) -> torch.Tensor:
+        """Return the whole tensor, on the CPU, verified.
+
+        Raises:
+            IntegrityError: its bytes are damaged or missing.
+        """
+        return self[...]
+
+    def __getitem__(self, subscript: Subscript) -> torch.Tensor:
+        """Return the selected elements, as `read()[subscript]` would; only their ranges are read.
+
+        Raises:
+            IntegrityError: their bytes are damaged or missing.
+            NotFound: the checkpoint was deleted since it was opened.
+            UsageError: the subscript is none of integers, slices and an ellipsis.
+            IndexError: it lies outside.
+        """
+        selected = _select(subscript, self.shape)
+        offsets = tuple(each.start for each in selected)
+        sizes = tuple(each.stop - each.start for each in selected)
+        memory = torch.empty(sizes, dtype=self.dtype)
+        entry = self._source.index.tensors[self._number]
+        held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, sizes)
+        with unless_deleted(self._source):
+            read(
+                self._source,
+                [Wanted(self._number, LocalBox(held, memory), self.dtype)],
+                self._options,
+                coordinator=SoloCoordinator(),
+                topic=Topic("opened", f"read of {entry.part}/{entry.name}"),
+                deadline=Deadline.after(_TIMEOUT_SECONDS),
+            )
+        # Every integer and step is applied to the box that holds what they select.
+        return memory[tuple(each.within for each in selected)]
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"<stored {info.part}/{info.name}: {info.dtype}{list(info.shape)}>"
+
+
+class _NoTensor(NotFound, KeyError):
+    """No such name: as a `KeyError` it lets `get` and the rest of a mapping work."""
+
+
+class OpenedCheckpoint(Mapping[str, StoredTensor]):
+    """A checkpoint as a mapping from `part/name` to its tensors, none of which is read yet.
+
+    ::
+
+        with open_checkpoint("runs/17") as ckpt:
+            for name, info in ckpt.info.items():
+                print(name, info.dtype, list(info.shape))
+            rows = ckpt["model/blocks.0.weight"][2:4, :]
+
+    Attributes:
+        step: the training step; 0 where the checkpoint has none.
+        manifest: what was committed; None where another program wrote the checkpoint.
+        parts: the parts there are, also those without a tensor.
+        info: by name, what is known of each tensor.
+        verified: whether what is read is compared with digests.
+    """
+
+    def __init__(self, source: Source, *, store: Store | None, verify: bool = True) -> None:
+        """Take an opened source.
+
+        Args:
+            source: what to look into.
+            store: closed by `close`; None where it belongs to the caller.
+            verify: whether what is read is compared with its digests, where there are any.
+        """
+        self._source = source
+        self._store = store
+        self._options = ReadOptions(verify=verify, exchange="never")
+        self._numbers = {f"{t.part}/{t.name}": i for i, t in enumerate(source.index.tensors)}
+        self.step: int = source.step
+        self.manifest: Manifest | None = source.manifest
+        self.parts: tuple[str, ...] = tuple(source.parts)
+        self.verified: bool = verify and source.verified
+        self.info: Mapping[str, TensorInfo] = {
+            name: _info(source.index.tensors[number]) for name, number in self._numbers.items()
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, `part/name`."""
+        return tuple(self._numbers)
+
+    def read_values(self, part: str, *, rank: int = 0) -> dict[str, Any]:
+        """Return the Python values of a part by name, with the tensors inside them.
+
+        Args:
+            part: which part.
+            rank: whose values, where each rank has its own.
+
+        Raises:
+            NotFound: there is no such part, or the checkpoint was deleted since it was opened.
+            IntegrityError: they are damaged.
+            IncompatibleError: a type in them is not registered in this program.
+        """
+        if part not in self.parts:
+            hint = near(part, self.parts)
+            raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
+        with unless_deleted(self._source):
+            found = self._source.read_objects(part, rank=rank)
+        inside = {name for data in found.values() for name in references(data, path=part)}
+        stored = {name: self[f"{part}/{name}"].read() for name in sorted(inside)}
+        return {
+            name: decode(data, tensors=stored, path=f"{part}.{name}")
+            for name, data in found.items()
+        }
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        """Return the tensor called `name`, `part/name`; nothing is read.
+
+        Raises:
+            NotFound: there is none, a `KeyError` too; offers names like it.
+        """
+        number = self._numbers.get(name)
+        if number is None:
+            hint = near(name, self._numbers)
+            raise _NoTensor(f"{self._source.where} has no tensor {name!r}{hint}")
+        return StoredTensor(self._source, number, self._options)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the store; nothing more is to be read. A second call does nothing."""
+        if self._store is not None:
+            store, self._store = self._store, None
+            store.close()
+
+    def __repr__(self) -> str:
+        return f"<checkpoint {self._source.where}: {len(self)} tensors of {', '.join(self.parts)}>"
+
+
+def open_checkpoint(
+    url: Place,
+    *,
+    step: SupportsIndex | Literal["best"] | None = None,
+    metric: str | None = None,
+    mode: Mode = "min",
+    verify: bool = True,
+    **unknown: Never,
+) -> OpenedCheckpoint:
+    """Look into a checkpoint: only its description is read here. One process, no other rank.
+
+    Nothing is written: a training that uses the run goes on undisturbed.
+
+    Args:
+        url: a run, of which the newest checkpoint is opened; one of its step directories; or what
+            `torch.distributed.checkpoint`, safetensors or `torch.save` wrote, a directory or a
+            file. A path, a URL, or a `Store`.
+        step: which checkpoint of the run: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: "min" when smaller is better, "max" when larger is.
+        verify: whether what is read later is compared with its digests.
+        **unknown: refused, with the nearest name that is known.
+
+    Raises:
+        NotFound: there is no checkpoint.
+        IntegrityError: its description is damaged.
+        UsageError: the place is malformed, or there is no such argument.
+    """
+    check_known(unknown, ("step", "metric", "mode", "verify"), verb="look into a checkpoint")
+    if not isinstance(verify, bool):
+        raise UsageError(f"verify is True or False, not {verify!r}")
+    which = which_of(step, metric, mode)
+    best = which if isinstance(which, Criterion) else None
+    exact = None if which is None or isinstance(which, Criterion) else check_step(which)
+    location = locate(url, exact)
+    try:
+        source = open_source(location, best)
+    except BaseException:
+        if location.text is not None:
+            location.store.close()
+        raise
+    # A store that was given belongs to the caller.
+    own = None if location.text is None else location.store
+    return OpenedCheckpoint(source, store=own, verify=verify)
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """What one dimension's subscript selects: `start:stop`, and `within` that."""
+
+    start: int
+    stop: int
+    within: int | slice
+
+
+def _select(subscript: Subscript, shape: torch.Size) -> list[_Selected]:
+    items = list(subscript) if isinstance(subscript, tuple) else [subscript]
+    if items.count(...) > 1:
+        raise UsageError("a subscript has one ellipsis at most")
+    if ... not in items:
+        items.append(...)
+    at = items.index(...)
+    missing = len(shape) - (len(items) - 1)
+    if missing < 0:
+        raise IndexError(f"{len(items) - 1} subscripts for {len(shape)} dimensions")
+    items[at : at + 1] = [slice(None)] * missing
+    return [_select_one(item, size) for item, size in zip(items, shape, strict=True)]
+
+
+def _select_one(item: object, size: int) -> _Selected:
+    if isinstance(item, int) and not isinstance(item, bool):
+        if not -size <= item < size:
+            raise IndexError(f"index {item} of a dimension of size {size}")
+        start = item % size
+        return _Selected(start, start + 1, 0)
+    if isinstance(item, slice):
+        start, stop, step = item.indices(size)
+        if step < 1:
+            raise UsageError("a slice of a stored tensor has a positive step: flip what was read")
+        return _Selected(start, max(start, stop), slice(None, None, step))
+    raise UsageError(
+        f"a stored tensor takes integers, slices and an ellipsis, not a {type(item).__qualname__}: "
+        "read() it first"
+    )
+
+
+def _info(entry: TensorEntry) -> TensorInfo:
+    return TensorInfo(entry.part, entry.name, dtype_of(entry.dtype), torch.Size(entry.shape))

@@ -1,0 +1,275 @@
+"""Names that share memory: what is stored for them must agree, or one of them wins.
+
+A live model may tie what a checkpoint has twice: one tensor under two names, a view of a part of
+another tensor, a tensor in two parts of the state. Read side by side into the one memory, two
+values become a mixture of both that nobody stored. So they are read beside it first and compared,
+and nothing live is touched before it is known that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+
+from dist_ckpt.errors import IncompatibleError
+from dist_ckpt.format.boxes import split_rows
+from dist_ckpt.format.index import Index
+from dist_ckpt.loading.shared_memory import (
+    Written,
+    clusters,
+    flat_bytes,
+    in_memory,
+    lie,
+    name_of,
+    overlap,
+)
+from dist_ckpt.loading.wanted import Wanted
+from dist_ckpt.options import TieRule
+from dist_ckpt.planning.describe import LocalBox
+from dist_ckpt.staging.copy import view_box
+
+
+class Ties:
+    """What of a load goes to one memory, and how that is settled.
+
+    Give what `window` returns to a read and then call `settle`, for every window; then read
+    `wanted`, and call `finish`. Without ties there is no window, and `wanted` is all there is.
+
+    Args:
+        index: the chunk table.
+        wanted: boxes and their memory, in the order of the state.
+        where: how messages name the checkpoint.
+        rule: "refuse": values that differ are an error; "last": the last name in the order of
+            `wanted` has its way.
+        window_bytes: host memory for values that are to be compared. Only tensors that overlap
+            without being one and the same are compared whole, however large they are.
+
+    Attributes:
+        wanted: what is to be read to its place.
+        windows: how many comparisons there are.
+        nbytes_kept: bytes of boxes that are not in `wanted`, as a comparison has them already.
+
+    Raises:
+        IncompatibleError: the elements of one tensor are themselves one memory.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        wanted: Sequence[Wanted],
+        *,
+        where: str,
+        rule: TieRule,
+        window_bytes: int,
+    ) -> None:
+        self._where = where
+        self._rule = rule
+        groups = clusters(wanted)
+        tied = {number for cluster in groups for number in cluster}
+        self.wanted = [each for number, each in enumerate(wanted) if number not in tied]
+        cases: list[_Case] = []
+        for cluster in groups:
+            alone, found = _sort_out(index, [wanted[number] for number in cluster], rule)
+            self.wanted += alone
+            cases += found
+        pieces = [piece for case in cases for piece in case.cut(window_bytes)]
+        self._windows = _packed(pieces, window_bytes)
+        self.windows = len(self._windows)
+        # What all fits into one window is there once it is compared, and is not read again. Where
+        # the last one wins, the order of writing decides, so it is never left to a read.
+        self._keeps = self.windows == 1 or rule == "last"
+        self.nbytes_kept = sum(case.nbytes for case in cases) if self._keeps else 0
+        if not self._keeps:
+            self.wanted += [each for case in cases for each in case.to_read]
+
+    def window(self, number: int) -> list[Wanted]:
+        """Return what is to be read for a comparison; beyond the last window that is nothing."""
+        if number >= self.windows:
+            return []
+        return [each for case in self._windows[number] for each in case.beside()]
+
+    def settle(self, number: int) -> None:
+        """Compare what was read for a window.
+
+        Raises:
+            IncompatibleError: two names of one memory have different values; names both.
+        """
+        for case in self._windows[number] if number < self.windows else ():
+            if self._rule == "refuse":
+                case.check(self._where)
+            if not self._keeps:
+                case.scratch.clear()
+
+    def finish(self) -> None:
+        """Bring what was kept of the comparisons to its place."""
+        for window in self._windows if self._keeps else ():
+            for case in window:
+                case.copy()
+
+
+@dataclass(slots=True)
+class _Case:
+    """Targets that have memory in common.
+
+    Attributes:
+        members: in the order of the state; what is stored for them is not the same bytes.
+        same: whether all are one and the same view of one memory.
+        scratch: memory of its own for each, while they are compared.
+    """
+
+    members: list[Wanted]
+    same: bool
+    scratch: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def to_read(self) -> list[Wanted]:
+        """What is enough to be read if all agree."""
+        return self.members[-1:] if self.same else self.members
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is enough."""
+        return sum(map(_nbytes, self.to_read))
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes of all members."""
+        return sum(map(_nbytes, self.members))
+
+    def cut(self, most_bytes: int) -> list[_Case]:
+        """Cut by rows into cases of about so many bytes; views that differ stay together."""
+        if not self.same:
+            return [self]
+        count = -(-self.nbytes_beside // max(most_bytes, 1))
+        cuts = [split_rows(each.local.held.box, count) for each in self.members]
+        by_rows = zip(*cuts, strict=True)
+        return [
+            _Case(
+                [
+                    _narrowed(each, box.offsets, box.sizes)
+                    for each, box in zip(self.members, boxes, strict=True)
+                ],
+                same=True,
+            )
+            for boxes in by_rows
+        ]
+
+    def beside(self) -> list[Wanted]:
+        """Return the members with memory of their own."""
+        self.scratch = [
+            torch.empty(each.local.held.sizes, dtype=each.dtype) for each in self.members
+        ]
+        return [
+            Wanted(each.tensor, LocalBox(each.local.held, memory), each.dtype)
+            for each, memory in zip(self.members, self.scratch, strict=True)
+        ]
+
+    def check(self, where: str) -> None:
+        """Compare what was read, as the live memory would have it.
+
+        Raises:
+            IncompatibleError: two members differ; names both.
+        """
+        values = [
+            in_memory(memory, each.local.memory)
+            for each, memory in zip(self.members, self.scratch, strict=True)
+        ]
+        if self.same:
+            first = flat_bytes(values[0])
+            for each, value in zip(self.members, values, strict=True):
+                if not np.array_equal(flat_bytes(value), first):
+                    raise _differ(where, self.members[0], each)
+            return
+        written = Written(self.members)
+        for number, value in enumerate(values):
+            written.put(number, value)
+        for number, value in enumerate(values):
+            if not written.has(number, value):
+                raise _differ(where, self.members[number], self._rival(number, values))
+
+    def copy(self) -> None:
+        """Copy the values to the live memory, one after another."""
+        with torch.no_grad():
+            for each, value in zip(self.to_read, self.scratch[-len(self.to_read) :], strict=True):
+                each.local.memory.copy_(value)
+
+    def _rival(self, number: int, values: Sequence[torch.Tensor]) -> Wanted:
+        """Return a member that writes something else over member `number`."""
+        for other, value in enumerate(values):
+            written = Written(self.members)
+            written.put(number, values[number])
+            written.put(other, value)
+            if not written.has(number, values[number]):
+                return self.members[other]
+        raise AssertionError("what all of them wrote over it, one of them did")
+
+
+def _sort_out(
+    index: Index, members: Sequence[Wanted], rule: TieRule
+) -> tuple[list[Wanted], list[_Case]]:
+    """Return those of a cluster that can be read to their places, and the others as cases."""
+    views: dict[object, list[Wanted]] = {}
+    for each in members:
+        views.setdefault(lie(each.local.memory), []).append(each)
+    # A tie that was stored as one: the very same bytes need no comparison and only one reading.
+    distinct = {key: _distinct(index, same) for key, same in views.items()}
+    alone: list[Wanted] = []
+    cases: list[_Case] = []
+    if overlap([same[0] for same in views.values()]):
+        kept = {id(each) for same in distinct.values() for each in same}
+        return alone, [_Case([each for each in members if id(each) in kept], same=False)]
+    for same in distinct.values():
+        if len(same) == 1 or rule == "last":
+            alone.append(same[-1])
+        else:
+            cases.append(_Case(same, same=True))
+    return alone, cases
+
+
+def _distinct(index: Index, same: Sequence[Wanted]) -> list[Wanted]:
+    """Leave out what is stored as the very bytes of a later one."""
+    if len(same) == 1:
+        return list(same)
+    found: dict[object, Wanted] = {}
+    for each in same:
+        rows, held = index.chunks_of(each.tensor), each.local.held
+        columns = (rows.file, rows.offset, rows.starts, rows.sizes)
+        key = (*(column.tobytes() for column in columns), each.dtype, held.offsets, held.sizes)
+        found.pop(key, None)  # the place of the last one counts
+        found[key] = each
+    return list(found.values())
+
+
+def _packed(pieces: Iterable[_Case], most_bytes: int) -> list[list[_Case]]:
+    """Put the cases into windows, each as full as may be."""
+    windows: list[list[_Case]] = []
+    used = 0
+    for piece in pieces:
+        if not windows or used + piece.nbytes_beside > most_bytes:
+            windows.append([])
+            used = 0
+        windows[-1].append(piece)
+        used += piece.nbytes_beside
+    return windows
+
+
+def _narrowed(each: Wanted, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Wanted:
+    held = msgspec.structs.replace(each.local.held, offsets=offsets, sizes=sizes)
+    memory = view_box(each.local.memory, held.box, origin=each.local.held.offsets)
+    return Wanted(each.tensor, LocalBox(held, memory), each.dtype)
+
+
+def _nbytes(each: Wanted) -> int:
+    return each.local.memory.numel() * each.dtype.itemsize
+
+
+def _differ(where: str, first: Wanted, second: Wanted) -> IncompatibleError:
+    return IncompatibleError(
+        f"{where} has different values for {name_of(first)} and {name_of(second)}, which share "
+        "memory in this state; nothing was changed. Untie them, load only one of the two, or let "
+        "the last one have its way with ties='last'"
+    )

@@ -1,0 +1,260 @@
+"""One job on one run: its ranks, its place, its claim."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+
+from dist_ckpt.errors import UsageError, without_secrets
+from dist_ckpt.format.names import manifest_key, new_save_id
+from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.going_back import left_behind
+from dist_ckpt.ranks.job_ranks import JobRanks
+from dist_ckpt.ranks.passed_over import PassedOver
+from dist_ckpt.ranks.rendezvous import Coordinators, join
+from dist_ckpt.ranks.same_place import check_same_place
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.resolve import resolve
+
+Place = str | Path | Store
+"""Where a run is: a path, a URL, or a store."""
+
+_LEAVE_SECONDS = 30.0
+# Long enough for the others to read what rank 0 has decided already.
+_HURRIED_LEAVE_SECONDS = 3.0
+
+
+class Job:
+    """What saving and loading share.
+
+    Attributes:
+        url: where the run is, as messages name it.
+        repository: the run.
+        ranks: which ranks form the job.
+        timeout_seconds: the deadline of every save and restore.
+        restored_step: the step this job went on from, None for a fresh start.
+        passed_over: what its restores found damaged.
+        restore_asked: whether a restore was asked for, be it in vain.
+        has_committed: whether it has committed a step since it began; known to rank 0.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        timeout_seconds: float,
+        ranks: JobRanks | None = None,
+        commits: bool = True,
+        joins: bool = False,
+    ) -> None:
+        """Resolve the place; other ranks are contacted at the first save or load only.
+
+        Args:
+            place: where the run is.
+            timeout_seconds: the deadline of every save and restore.
+            ranks: which ranks form the job; None for all.
+            commits: whether the job may take the run over; else it only looks.
+            joins: whether it adds to a run whatever is there, and need not go on from anything.
+
+        Raises:
+            UsageError: the place is malformed, the timeout is not a positive number of seconds, or
+                this is one of several processes that would each take the run over.
+        """
+        given: object = timeout_seconds  # a number of numpy's will do
+        is_number = isinstance(given, Real) and not isinstance(given, bool)
+        # Written so that a NaN is refused too; no lock can be waited for longer than the maximum.
+        if not (is_number and 0 < timeout_seconds <= threading.TIMEOUT_MAX):
+            raise UsageError(
+                f"timeout_seconds must be a finite number above 0, not {timeout_seconds!r}"
+            )
+        store = place if isinstance(place, Store) else resolve(place)
+        self.ranks = ranks or JobRanks()
+        self._commits = commits
+        self._check_joined()
+        self.url = without_secrets(store.url)
+        self.repository = Repository(store)
+        self.timeout_seconds = timeout_seconds
+        self.restored_step: int | None = None
+        self.restore_asked = False
+        self.has_committed = False
+        self._joins = joins
+        # Where training began: the step restored, -1 for the beginning; None until it is said.
+        self._origin: int | None = None
+        self.passed_over = PassedOver()
+        # Rank 0, from the first save on: the newest committed step not passed over, -1 for
+        # none. Nobody else may commit while this job owns the run, so it need not be looked for.
+        self._newest: int | None = None
+        self._claim: int | None = None
+        self._same_place = False
+        self._numbers = itertools.count(1)
+        self._left = False
+        self._hurried = False
+        self._pid: int | None = None
+
+    @cached_property
+    def coordinators(self) -> Coordinators:
+        """The way to the other ranks, set up at first use: all ranks get here in one call."""
+        self._check_joined()  # once more: the process group may be gone since
+        found = join(timeout_seconds=self.timeout_seconds, ranks=self.ranks)
+        self._pid = os.getpid()
+        return found
+
+    @property
+    def training(self) -> Coordinator:
+        """The coordinator of the thread that calls `save` and `restore`; see `check_process`."""
+        self.check_process()
+        return self.coordinators.training
+
+    def check_process(self) -> None:
+        """Check that this is the process that uses the job.
+
+        Raises:
+            UsageError: another does, and this one was forked of it.
+        """
+        if self.is_parents:
+            # Two writers under one claim would each take the other's files for garbage.
+            raise UsageError(
+                f"this Checkpointer of {self.url} belongs to process {self._pid}, of which this "
+                "one was forked: use it there, or make one here for a run of its own"
+            )
+
+    @property
+    def is_parents(self) -> bool:
+        """Whether this is the copy that a fork has made of a job that is at work in the parent."""
+        return self._pid is not None and self._pid != os.getpid()
+
+    def _check_joined(self) -> None:
+        if self._commits:
+            self.ranks.check_joined()
+
+    def claim(self) -> int:
+        """Rank 0: return this job's claim on the run, taken at the first call."""
+        if self._claim is None:
+            self._claim = self.repository.claim()
+        return self._claim
+
+    def check_same_place(self, topic: Topic) -> None:
+        """Check once, after the claim was taken, that all ranks mean one place; a call of them all.
+
+        Raises:
+            UsageError: each host has a folder of its own there, for example.
+        """
+        if not self._same_place and self.training.world_size > 1:
+            check_same_place(
+                self.training,
+                self.repository.store,
+                self._claim,
+                topic=topic.phase("place"),
+                deadline=self.deadline(),
+            )
+        self._same_place = True
+
+    def begin(self, step: int) -> str:
+        """Rank 0: open an attempt to save `step` and return its save_id.
+
+        Storage is asked at the first save only, and where the answer would be an error: the fence
+        at the commit guards the rest.
+
+        Raises:
+            AlreadyExists: the step is committed.
+            FencedError: a newer claim owns the run.
+            UsageError: the step is older than the newest one, the store cannot commit, or the run
+                has checkpoints that this job does not go on from.
+        """
+        if self._claim is None and not self._joins:
+            # Before the claim: whoever is refused has taken the run from nobody.
+            self._check_first(step)
+        claim = self.claim()
+        if self._newest is None:
+            # What was given up counts as not committed, and may be saved again.
+            self.passed_over.add(self.repository.hidden())
+            if not self._joins:
+                self._check_goes_on()  # nobody else can commit from the claim on
+        if self._newest is None or step <= self._newest:
+            self._newest = self.repository.check_begin(step, claim, refused=self.passed_over.steps)
+        return new_save_id(claim)
+
+    def committed(self, step: int) -> None:
+        """Rank 0: note that `step` was committed."""
+        self.has_committed = True
+        self._newest = step
+        self.passed_over.discard(step)
+
+    def go_on(
+        self, step: int | None, passed_over: Mapping[int, bytes | None] | None = None
+    ) -> None:
+        """Note where training goes on from; every save after it is checked against that.
+
+        Args:
+            step: the checkpoint of this run that was restored, None for the beginning.
+            passed_over: the steps found damaged on the way to it, each with its manifest as far as
+                this rank knows it. They may be saved again; no other committed step ever is, but
+                those that were given up.
+        """
+        self.restored_step = step
+        self._origin = -1 if step is None else step
+        self.passed_over.add(passed_over or {})
+        if step is not None:
+            self.passed_over.discard(step)
+        self._newest = None
+
+    def give_up(self, steps: Collection[int], *, after: int) -> None:
+        """Rank 0: hide what is newer than `after`, which are `steps`; they may be saved again."""
+        store = self.repository.store
+        self.repository.discard(claim=self.claim(), after=after)
+        # Those of them that cannot be hidden, since their manifests cannot be read, too.
+        self.passed_over.add({step: read_all(store, manifest_key(step)) for step in steps})
+        self._newest = None
+
+    def _check_first(self, step: int) -> None:
+        """Rank 0: check that the first save of this job may be made, writing nothing."""
+        there = self.repository.newer(-1, besides=self.passed_over.steps)
+        forgotten = self._origin is None and not self.restore_asked
+        if self._origin is not None or (
+            forgotten and (step in there or step > max(there, default=-1))
+        ):
+            self._check_goes_on()
+        self.repository.check_begin(step, None, refused=self.passed_over.steps)
+        self._check_goes_on()
+
+    def _check_goes_on(self) -> None:
+        """Rank 0: check that nothing is in the run that this job would leave behind.
+
+        Raises:
+            UsageError: there are checkpoints, newer than what was restored.
+        """
+        newer = self.repository.newer(
+            -1 if self._origin is None else self._origin, besides=self.passed_over.steps
+        )
+        if newer:
+            raise left_behind(self.url, self._origin, newer)
+
+    def topic(self, verb: str, label: str) -> Topic:
+        """Return the topic of the next round; ranks that make the same calls get the same one."""
+        return Topic(f"{verb}/{next(self._numbers)}", label)
+
+    def deadline(self) -> Deadline:
+        """Return the deadline of what begins now."""
+        return Deadline.after(self.timeout_seconds)
+
+    def hurry(self) -> None:
+        """Note that this rank ends by an exception: others may never come to leave because of it.
+
+        They may be in a collective that this rank will not join, and that ends when it has gone.
+        """
+        self._hurried = True
+
+    def leave(self) -> None:
+        """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
+        if "coordinators" in self.__dict__ and not self.is_parents and not self._left:
+            # They are kept: joining once more, on this rank alone, would shift all later jobs.
+            self._left = True
+            patience = _HURRIED_LEAVE_SECONDS if self._hurried else _LEAVE_SECONDS
+            seconds = min(self.timeout_seconds, patience)
+            self.coordinators.training.leave(Deadline.after(seconds))

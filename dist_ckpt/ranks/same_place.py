@@ -1,0 +1,120 @@
+"""Whether all ranks of a job mean one place: asked once, before anything can be committed there.
+
+Hosts without a shared disk have a folder each under the same path. Each rank would write its
+files, rank 0 would commit, and no load would ever find the files of the others.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.format.names import claim_key
+from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.waiting import named
+from dist_ckpt.storage.base import Store, read_all
+
+# A shared file system may show to one host a moment later what another one has written.
+_PATIENCE_SECONDS = 10.0
+_FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.01, 1.0
+_LIMIT_BYTES = 1 << 16
+
+
+class _Token(msgspec.Struct, frozen=True):
+    """What rank 0 has put there: the file of its claim, which no other place has."""
+
+    key: str
+    content: bytes
+    host: str
+
+
+class _Sight(msgspec.Struct, frozen=True):
+    """Whether a rank finds the token, and where the rank is."""
+
+    found: bool
+    host: str
+
+
+def check_same_place(
+    coordinator: Coordinator, store: Store, claim: int | None, *, topic: Topic, deadline: Deadline
+) -> None:
+    """Check that every rank finds in its `store` what rank 0 has put into its own; two rounds.
+
+    Args:
+        coordinator: the way to the other ranks.
+        store: where this rank writes to.
+        claim: on rank 0, the number of the claim that it has taken there.
+        topic: names the rounds.
+        deadline: when to give up.
+
+    Raises:
+        UsageError: some ranks do not, named with their hosts; the same on every rank.
+        CheckpointError: it could not be found out.
+    """
+
+    def token(_: Sequence[bytes]) -> bytes:
+        assert claim is not None
+        key = claim_key(claim)
+        content = read_all(store, key, limit_bytes=_LIMIT_BYTES)
+        return msgspec.msgpack.encode(_Token(key, content, socket.gethostname()))
+
+    data = coordinator.round(topic.phase("token"), b"", token, deadline=deadline)
+    wanted = msgspec.msgpack.decode(data, type=_Token)
+
+    def judge(messages: Sequence[bytes]) -> bytes:
+        sights = [msgspec.msgpack.decode(data, type=_Sight) for data in messages]
+        _check_all_found(store.url, wanted, sights)
+        return b""
+
+    message: bytes | Exception
+    try:
+        found = coordinator.rank == 0 or _finds(store, wanted, deadline)
+        message = msgspec.msgpack.encode(_Sight(found, socket.gethostname()))
+    except Exception as error:  # the others wait in the round
+        message = error
+    coordinator.round(topic.phase("sight"), message, judge, deadline=deadline)
+
+
+def _finds(store: Store, wanted: _Token, deadline: Deadline) -> bool:
+    # Not for most of the time there is: the answer has to reach all ranks.
+    until = time.monotonic() + min(_PATIENCE_SECONDS, deadline.remaining_seconds / 4)
+    nap = _FIRST_NAP_SECONDS
+    while True:
+        try:
+            # By content: another place may have a claim of this number, of another job.
+            if read_all(store, wanted.key, limit_bytes=_LIMIT_BYTES) == wanted.content:
+                return True
+        except NotFound:
+            pass
+        if time.monotonic() > until:
+            return False
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+
+
+def _check_all_found(url: str, wanted: _Token, sights: Sequence[_Sight]) -> None:
+    blind: dict[str, list[int]] = {}
+    for rank, sight in enumerate(sights):
+        if not sight.found:
+            blind.setdefault(sight.host, []).append(rank)
+    if not blind:
+        return
+    raise UsageError(
+        f"the ranks do not share one place at {url}: {_listed(blind)} cannot find there what rank "
+        f"0 on {wanted.host} has just written ({wanted.key}), so a checkpoint would be in pieces "
+        "in several places: give a path on a file system that all hosts share, or a URL such as "
+        "s3://bucket/run",
+        ranks={
+            rank: f"{host} does not have {wanted.key}"
+            for host, ranks in blind.items()
+            for rank in ranks
+        },
+    )
+
+
+def _listed(blind: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"rank {named(ranks)} on {host}" for host, ranks in blind.items())

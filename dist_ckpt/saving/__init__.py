@@ -1,0 +1,1 @@
+"""The way of a save: capture, agreement, staging, writing, commit, housekeeping."""

@@ -1,0 +1,318 @@
+"""Agreeing on who writes what, once; later saves of the same structure only confirm it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, from_wire, to_wire
+from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.holdings import Holdings, TensorKey
+from dist_ckpt.planning.owners import Owned, share_out
+from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.messages import check_same, pack, unpack
+from dist_ckpt.saving.messages import Description, ObjectName, PlanAnswer, PlanRequest, RankPlan
+from dist_ckpt.saving.replicas import (
+    compare_replicas,
+    digest_replicas,
+    digest_sample,
+    samples_differ,
+)
+from dist_ckpt.saving.snapshot import Snapshot
+from dist_ckpt.saving.versions import split_versions
+
+BeginAttempt = Callable[[int], str]
+"""Rank 0: open an attempt to save a step and return its save_id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What this rank was asked to save; ranks that were asked for different things are told so.
+
+    Attributes:
+        step: which step.
+        url: where to.
+        options: how, by the name of the option, as text that is equal wherever the option is.
+        busy: whether to rather skip the save, because one is in flight here.
+        earlier: how a save before this one failed, if nobody was told of that here.
+    """
+
+    step: int
+    url: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    busy: bool = False
+    earlier: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks agreed on.
+
+    Attributes:
+        save_id: the attempt; empty when the save is skipped.
+        plan: what this rank writes; None when the save is skipped.
+        earlier: the failure of a save before this one that all ranks tell now, or, when this one
+            is skipped, that this rank still has to tell.
+    """
+
+    save_id: str
+    plan: RankPlan | None
+    earlier: Exception | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing is saved, on any rank, because some rank was busy."""
+        return self.plan is None
+
+
+class Planner:
+    """Keeps the plan of one job between saves, while the structure of the state stays the same."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        max_piece_bytes: int | None = None,
+        check_replicas: bool | None = None,
+    ) -> None:
+        """Begin without a plan.
+
+        Args:
+            coordinator: the way to the other ranks.
+            max_piece_bytes: a larger box is cut; None for no limit. The same on all ranks.
+            check_replicas: whether what several ranks hold is compared before it is staged: at
+                every save, never, or (None) once for each plan and by samples after that. The same
+                on all ranks.
+        """
+        self._coordinator = coordinator
+        self._max_piece_bytes = max_piece_bytes
+        self._check_replicas = check_replicas
+        self._own: tuple[str, RankPlan] | None = None
+        # The number of the plan whose replicas were found equal.
+        self._checked = 0
+        self._turn = 0
+        # Rank 0 only: the number of its newest plan, and what that was made of.
+        self._number = 0
+        self.held_by_rank: list[list[Held]] = []
+        self.owned_by_rank: list[list[Owned]] = []
+        self.ties: Mapping[TensorKey, str] = {}
+        self._replicas: list[dict[int, list[int]]] = []
+
+    def agree(
+        self,
+        asked: Asked,
+        snapshot: Snapshot | BaseException,
+        begin: BeginAttempt,
+        *,
+        topic: Topic,
+        deadline: Deadline,
+    ) -> Agreed:
+        """Return the attempt and this rank's share of the plan.
+
+        Args:
+            asked: what is to be saved.
+            snapshot: what this rank holds, or the error that kept it from saying so.
+            begin: called on rank 0 only.
+            topic: names the save.
+            deadline: when to give up.
+
+        Raises:
+            CheckpointError: the same on every rank.
+        """
+        message: bytes | BaseException
+        try:
+            # Raised in the round, where the other ranks wait for this one.
+            message = (
+                snapshot if isinstance(snapshot, BaseException) else self._ask(asked, snapshot)
+            )
+        except Exception as error:
+            message = error
+        data = self._coordinator.round(
+            topic.opening("plan"),
+            message,
+            lambda all_: self._answer(all_, begin),
+            deadline=deadline,
+        )
+        answer = unpack(data, PlanAnswer)
+        if isinstance(snapshot, BaseException):  # the round raised it on every rank
+            raise snapshot
+        self._turn = answer.turn
+        if answer.skip:
+            return Agreed("", None, asked.earlier)
+        if answer.plan_holds and self._own is not None:
+            plan = self._own[1]
+        else:
+            plan = self._plan_anew(snapshot, topic, deadline)
+        if plan.replicated and (answer.suspicious or self._is_check_due(plan)):
+            self._compare(snapshot, plan, topic, deadline)
+            # Only now: ranks that differ are told so at every save until they are made equal.
+            self._checked = plan.number
+        earlier = asked.earlier or (from_wire(answer.earlier) if answer.earlier else None)
+        return Agreed(answer.save_id, plan, earlier)
+
+    def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
+        number, digests, samples = None, {}, {}
+        if self._own is not None and self._own[0] == snapshot.fingerprint:
+            plan = self._own[1]
+            number = plan.number
+            digests = {
+                group: snapshot.group_digest(names, plan.versions)
+                for group, names in plan.groups.items()
+            }
+            if self._check_replicas is None and not asked.busy:
+                samples = {
+                    group: digest_sample([snapshot.local[at] for at in positions], self._turn)
+                    for group, positions in plan.replicas.items()
+                }
+        return pack(
+            PlanRequest(
+                asked.step,
+                asked.url,
+                number,
+                digests,
+                samples,
+                dict(asked.options),
+                asked.busy,
+                {} if asked.earlier is None else to_wire(asked.earlier),
+            )
+        )
+
+    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
+        requests = [unpack(data, PlanRequest) for data in messages]
+        check_same(requests, "save")
+        # Told to all, since a rank that once missed an answer would take other samples for ever.
+        turn = self._turn + 1
+        if any(request.busy for request in requests):
+            return pack(PlanAnswer("", plan_holds=False, skip=True, turn=turn))
+        # Every rank has to have this very plan: one that missed its share asks for a new one.
+        holds = all(request.plan == self._number for request in requests)
+        holds = holds and _groups_agree(requests)
+        suspicious = holds and samples_differ(request.replicas for request in requests)
+        # Told by all ranks if one of them has it to tell, so that all of them take the same way.
+        earlier = next((request.earlier for request in requests if request.earlier), {})
+        save_id = begin(requests[0].step)
+        return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier))
+
+    def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
+        # Forgotten before the new one is there: a rank that misses its answer must not write by a
+        # plan that the others have left.
+        self._own = None
+        data = self._coordinator.round(
+            topic.phase("describe"), pack(snapshot.description()), self._plan, deadline=deadline
+        )
+        plan = unpack(data, RankPlan)
+        self._own = (snapshot.fingerprint, plan)
+        return plan
+
+    def _plan(self, messages: Sequence[bytes]) -> list[bytes]:
+        # First of all: should planning fail half-way, no rank has a plan of this number.
+        self._number += 1
+        descriptions = [unpack(data, Description) for data in messages]
+        objects, versions = split_versions(descriptions)
+        common = {part for each in descriptions for part in each.versioned}
+        writers, groups = share_objects(objects, common=common)
+        # Replaced, never changed: the commit of a save that was given up may still read the old.
+        self.held_by_rank = [each.held for each in descriptions]
+        holdings = Holdings.of(self.held_by_rank)
+        self.owned_by_rank = share_out(holdings, max_piece_bytes=self._max_piece_bytes)
+        self.ties = holdings.ties
+        self._replicas = shared = holdings.replicas()
+        return [
+            pack(
+                RankPlan(
+                    self._number,
+                    owned,
+                    writers[rank],
+                    groups[rank],
+                    shared[rank],
+                    any(shared),
+                    {part: dict(named) for part, named in versions[rank].items()},
+                )
+            )
+            for rank, owned in enumerate(self.owned_by_rank)
+        ]
+
+    def _is_check_due(self, plan: RankPlan) -> bool:
+        if self._check_replicas is None:
+            return self._checked != plan.number
+        return self._check_replicas
+
+    def _compare(
+        self, snapshot: Snapshot, plan: RankPlan, topic: Topic, deadline: Deadline
+    ) -> None:
+        message: bytes | BaseException
+        try:
+            message = pack(digest_replicas([snapshot.local[at] for at in _flat(plan.replicas)]))
+        except Exception as error:  # a device that failed: the others wait in the round
+            message = error
+        self._coordinator.round(
+            topic.phase("replicas"),
+            message,
+            lambda all_: compare_replicas(
+                self.held_by_rank, [_flat(groups) for groups in self._replicas], all_
+            ),
+            deadline=deadline,
+        )
+
+
+def _flat(groups: Mapping[int, Sequence[int]]) -> list[int]:
+    return [position for positions in groups.values() for position in positions]
+
+
+def share_objects(
+    objects_by_rank: Sequence[dict[str, dict[str, str]]],
+    *,
+    common: Collection[str] = (),
+) -> tuple[list[list[ObjectName]], list[dict[int, list[ObjectName]]]]:
+    """Decide which rank writes each encoded value, and which values must stay equal over ranks.
+
+    Args:
+        objects_by_rank: for each rank the digest of each value it holds, by part and name.
+        common: parts that cannot be each rank's own.
+
+    Returns:
+        For each rank the values it writes (the lowest holder writes), and for each rank its groups:
+        the values held by one and the same set of several ranks.
+
+    Raises:
+        IncompatibleError: a value differs between ranks; the message names it and two ranks.
+    """
+    holders: dict[ObjectName, list[int]] = {}
+    for rank, parts in enumerate(objects_by_rank):
+        for part, objects in parts.items():
+            for name in objects:
+                holders.setdefault((part, name), []).append(rank)
+    writers: list[list[ObjectName]] = [[] for _ in objects_by_rank]
+    groups: list[dict[int, list[ObjectName]]] = [{} for _ in objects_by_rank]
+    numbers: dict[tuple[int, ...], int] = {}
+    for (part, name), ranks in holders.items():
+        digests = [objects_by_rank[rank][part][name] for rank in ranks]
+        _check_equal(part, name, ranks, digests, way_out=part not in common)
+        writers[ranks[0]].append((part, name))
+        if len(ranks) > 1:
+            number = numbers.setdefault(tuple(ranks), len(numbers))
+            for rank in ranks:
+                groups[rank].setdefault(number, []).append((part, name))
+    return writers, groups
+
+
+def _check_equal(
+    part: str, name: str, ranks: Sequence[int], digests: Sequence[str], *, way_out: bool
+) -> None:
+    for rank, digest in zip(ranks, digests, strict=True):
+        if digest != digests[0]:
+            value = f"value {name!r} of part {part!r}" if name else f"part {part!r}"
+            raise IncompatibleError(
+                f"{value} differs between rank {ranks[0]} and rank {rank}: make it equal on all "
+                f"ranks{', or wrap the part in PerRank(...) to keep one for each' * way_out}",
+                kind=ErrorKind.REPLICAS_DIFFER,
+            )
+
+
+def _groups_agree(requests: Sequence[PlanRequest]) -> bool:
+    seen: dict[int, str] = {}
+    return all(
+        seen.setdefault(number, digest) == digest
+        for request in requests
+        for number, digest in request.shared.items()
+    )

@@ -1,0 +1,398 @@
+"""Saves, from the call to the commit: agree and stage at once, write in the background."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.util import is_exiting
+from typing import Any
+
+from dist_ckpt import events
+from dist_ckpt.errors import CheckpointError, UsageError, describe
+from dist_ckpt.format.names import check_step
+from dist_ckpt.options import SaveOptions
+from dist_ckpt.planning.describe import Describer
+from dist_ckpt.planning.files import StagedFile
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.repository import Transaction
+from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.marks import EpochNote
+from dist_ckpt.saving.about import About
+from dist_ckpt.saving.agreement import Asked, Planner
+from dist_ckpt.saving.attempt import Attempt, Share
+from dist_ckpt.saving.background import WriterThread
+from dist_ckpt.saving.commit import Commit
+from dist_ckpt.saving.exit import end_with, end_without
+from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.housekeeping import Tidier
+from dist_ckpt.saving.messages import RankPlan
+from dist_ckpt.saving.metrics import Metrics, as_numbers
+from dist_ckpt.saving.provenance import Origin
+from dist_ckpt.saving.retention import Retention
+from dist_ckpt.saving.snapshot import Snapshot, take
+from dist_ckpt.saving.stager import Stager
+from dist_ckpt.staging.gc_pause import no_collection
+from dist_ckpt.state.train_state import TrainState
+
+_GIVE_UP_SECONDS = 10.0
+
+
+class Saver:
+    """Saves the state of one job, one save in flight at a time."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: TrainState,
+        *,
+        keep: KeepPolicy | None,
+        metadata: Mapping[str, Any],
+        options: SaveOptions | None = None,
+    ) -> None:
+        self._job = job
+        self._state = state
+        self.retention = Retention(job, keep)
+        self._metadata = dict(metadata)
+        self._options = options = options or SaveOptions()
+        self._asked = _as_text(options, keep)
+        self._program = Origin(command=True) if options.command else None
+        self._planner: Planner | None = None
+        self._describer = Describer()
+        self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
+        self._writer = WriterThread()
+        self._tidier = Tidier(job, self.retention)
+        self._pending: SaveHandle | None = None
+        # The failure of a save before, of which nobody was told yet.
+        self._earlier: Exception | None = None
+        self._given_up: SaveHandle | None = None
+        self._last = False
+        end_with(self)
+
+    def prewarm(self) -> None:
+        """Begin to take the memory that the first save will need, in the background."""
+        self._stager.prewarm(self._state, world_size=self._job.ranks.world_size())
+
+    def start(self, step: int, metrics: Metrics, about: About | None = None) -> SaveHandle:
+        """Begin to save; return when the state may change again.
+
+        Raises:
+            CheckpointError: the ranks could not agree; the same on every rank.
+            UsageError: the save is not this process's to make; see `Job.coordinators`.
+            Exception: what the state of this rank raised, on this rank.
+        """
+        try:
+            handle = self._start(step, metrics, about or About(program=self._program))
+        except BaseException as error:
+            if self._earlier is not None:
+                error.add_note(f"besides, the save before failed: {describe(self._earlier)}")
+                self._earlier = None
+            raise
+        if is_exiting():
+            handle.wait()  # what waits at the end of the process has been called already
+        return handle
+
+    def tell_earlier(self, step: int) -> None:
+        """Raise the failure of the save before `step`, which was begun all the same.
+
+        Raises:
+            Exception: that failure, on every rank, if any rank was not told of it yet.
+        """
+        error, self._earlier = self._earlier, None
+        if error is not None:
+            error.add_note(f"step {step} is being saved all the same")
+            raise error
+
+    def _start(self, step: int, metrics: Metrics, about: About) -> SaveHandle:
+        self._job.check_process()
+        begun = time.perf_counter()
+        # First of all, since it may have to wait until the other ranks are there.
+        planner = self._planner = self._planner or Planner(
+            self._job.training,
+            max_piece_bytes=self._options.max_piece_bytes,
+            check_replicas=self._options.check_replicas,
+        )
+        end_with(self)  # again: this may be a child that was forked since
+        busy = self._is_in_the_way()
+        if not busy:
+            self._finish_pending()
+        # Only now: the time that the save before took is not taken from this one.
+        deadline = self._job.deadline()
+        topic = self._job.topic("save", f"save of step {step}")
+        with no_collection():
+            # A failure goes where a snapshot would: the other ranks wait for this one in the round.
+            snapshot = self._snapshot(step, metrics)
+            agreed = planner.agree(
+                Asked(step, self._job.url, self._asked, busy, self._earlier),
+                snapshot,
+                self._tidier.begin,
+                topic=topic,
+                deadline=deadline,
+            )
+            self._earlier = agreed.earlier
+            if agreed.plan is None:
+                events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
+                return SaveHandle.skipped(step)
+            # Before a file is written: what is written to several places can never be loaded.
+            self._job.check_same_place(topic)
+            assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
+            attempt = Attempt(
+                Transaction(self._job.repository.store, step, agreed.save_id),
+                self._job.coordinators.writer,
+                topic=topic.phase("commit"),
+                deadline=deadline,
+                metrics=as_numbers(metrics),
+                overdue=self._overdue,
+            )
+            commit = self._commit(attempt, about)
+            share = self._stage(attempt, snapshot, agreed.plan)
+        self._hand_over(attempt, share, commit, begun)
+        return attempt.handle
+
+    def start_last(self, step: int, metrics: Metrics) -> SaveHandle:
+        """Begin the only save of this job; when it is over everything is released. See `start`."""
+        self._last = True
+        try:
+            return self.start(step, metrics)
+        except BaseException:
+            if self._pending is None:  # else the writer releases everything when it has reported
+                self._release()
+            raise
+
+    def look_around(self) -> None:
+        """Have the next commit followed by a look for what nobody needs any more."""
+        self._tidier.litter = True
+
+    def note_late(self, step: int, epoch: int | None, metrics: Metrics) -> None:
+        """Say of the checkpoint of `step`, once it is committed, what is known only now."""
+        if self._job.training.rank == 0:
+            try:
+                note = EpochNote(epoch, as_numbers(metrics))
+            except UsageError as error:
+                # Not raised: the other ranks have nothing to convert, and would go on alone.
+                self.retention.tell_failed(step, error)
+                return
+            # After the commit on the writer's thread, and after the tidying that follows it.
+            self._writer.submit(
+                lambda: self._tidier.submit_job(lambda: self.retention.note_epoch(step, note))
+            )
+
+    def drain(self) -> None:
+        """Wait until the save in flight and the retention after it are over.
+
+        Raises:
+            Exception: the failure of a save of which nobody was told yet.
+        """
+        error = self.settle()
+        if error is not None:
+            raise error
+
+    def settle(self) -> Exception | None:
+        """Do as `drain`, but return the failure, so that all ranks hear of it in the next round."""
+        self._job.check_process()  # what its threads are to finish, no thread of a child will
+        self._finish_pending()
+        error, self._earlier = self._earlier, None
+        # A retention that hangs is left to itself in the end: nothing depends on it.
+        seconds = self._job.timeout_seconds
+        if self._writer.wait_idle(seconds):
+            self._tidier.wait(seconds)
+        return error
+
+    def close(self) -> None:
+        """Drain, then let the threads and the other ranks go; see `drain`."""
+        if self._job.is_parents or (self._given_up is not None and not self._given_up.done()):
+            return  # its threads are not here, or may never come back
+        # An interrupt here releases nothing: the end of the process waits for the save once more.
+        error = self.settle()
+        self._release()
+        if error is not None:
+            raise error
+
+    @property
+    def in_flight(self) -> SaveHandle | None:
+        """The save that is not over yet, and was not given up."""
+        found = self._pending
+        if found is None or found is self._given_up or found.done() or self._job.is_parents:
+            return None
+        return found
+
+    @property
+    def label(self) -> str:
+        """The save in flight, as messages name it."""
+        if self._pending is None:
+            return f"a save to {self.url}"
+        rank, many = self._job.training.rank, self._job.training.world_size > 1
+        return f"the save of step {self._pending.step} to {self.url}" + f" on rank {rank}" * many
+
+    @property
+    def url(self) -> str:
+        """Where it saves to."""
+        return self._job.url
+
+    def give_up(self) -> None:
+        """Cancel the save in flight, on every rank, and wait for a moment until it is over."""
+        handle = self.in_flight
+        if handle is None:
+            return
+        self._given_up = handle  # first: nobody waits for it again, should this be interrupted
+        if handle.cancel():
+            handle.settle(_GIVE_UP_SECONDS)
+            self._writer.wait_idle(_GIVE_UP_SECONDS)  # it takes back what it had written
+
+    def _release(self) -> None:
+        self._writer.stop()
+        self._tidier.stop()
+        self._stager.release()
+        self._job.leave()
+        # Last: until rank 0 has left, the end of its interpreter would cut the others off.
+        end_without(self)
+
+    def _is_in_the_way(self) -> bool:
+        """Whether this rank would rather skip; a save that is to be replaced is given up here."""
+        pending = None if self._pending is None or self._pending.done() else self._pending
+        if pending is not None and self._options.when_busy == "replace":
+            pending.cancel()  # should it be committed all the same, it counts
+        return pending is not None and self._options.when_busy == "skip"
+
+    def _finish_pending(self) -> None:
+        """Wait until the save in flight is over; keep its failure if nobody was told of it."""
+        handle = self._pending
+        if handle is None:
+            return
+        handle.settle()
+        self._stager.settle()
+        # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
+        self._pending = None
+        self._earlier = handle.take_error() or self._earlier
+
+    def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | Exception:
+        # Returned, not raised: the other ranks wait in a round, and must hear of it.
+        try:
+            check_step(step)
+            as_numbers(metrics)
+            return take(
+                self._state,
+                world_size=self._job.training.world_size,
+                describer=self._describer,
+            )
+        except Exception as error:
+            return error
+
+    def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> Share:
+        attempt.meter.enter("staging")
+        try:
+            documents = snapshot.documents(plan.objects, plan.versions)
+            staged = self._stager.stage(
+                rank=attempt.rank,
+                local=snapshot.local,
+                owned=plan.owned,
+                documents=documents,
+                write_out=lambda files: self._write_out(attempt, files),
+            )
+            attempt.meter.staged(staged.nbytes)
+            return Share(staged, snapshot.describe_documents(documents))
+        except BaseException as error:
+            # Returned even when it is an interrupt: the others wait to hear how it went here.
+            return Share(error)
+
+    def _write_out(self, attempt: Attempt, files: Sequence[StagedFile]) -> None:
+        """Write what must leave the arena before the rest is staged; the training waits for it."""
+        failures: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                attempt.files.write(files)
+            except BaseException as error:
+                failures.append(error)
+
+        # Not on this thread: a backend that never answers would hold up the training for ever.
+        self._writer.submit(write)
+        if not self._writer.wait_idle(attempt.deadline.remaining_seconds):
+            error = attempt.late()
+            self._abandon(attempt, error)
+            raise error
+        if failures:
+            raise failures[0]
+
+    def _hand_over(self, attempt: Attempt, share: Share, commit: Commit, begun: float) -> None:
+        """Tell the writer thread that all is staged, or why it is not."""
+        share = replace(share, stall_seconds=time.perf_counter() - begun)
+        events.emit(
+            events.SaveStaged(
+                self._job.url,
+                attempt.transaction.step,
+                attempt.rank,
+                save_id=attempt.transaction.save_id,
+                nbytes=0 if isinstance(share.staged, BaseException) else share.staged.nbytes,
+                stall_seconds=share.stall_seconds,
+            )
+        )
+        # Known before it is submitted: from then on somebody has to wait for it.
+        self._pending = attempt.handle
+        self._writer.submit(lambda: self._run(attempt, share, commit))
+        if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
+            # An interrupt: the other ranks are told, and this one stops. It knows why.
+            attempt.handle.take_error()
+            raise share.staged
+
+    def _commit(self, attempt: Attempt, about: About) -> Commit:
+        assert self._planner is not None
+        deadline = attempt.deadline.for_coordinator()
+        return Commit(
+            transaction=attempt.transaction,
+            job=self._job,
+            held_by_rank=self._planner.held_by_rank,
+            owned_by_rank=self._planner.owned_by_rank,
+            ties=self._planner.ties,
+            parts=list(self._state.parts),
+            metrics=attempt.metrics,
+            metadata=self._metadata,
+            parent_step=self._job.restored_step,
+            confirm=lambda: attempt.stop.confirm(deadline),
+            max_file_bytes=self._options.memory_limit_bytes,
+            about=about,
+        )
+
+    def _run(self, attempt: Attempt, share: Share, commit: Commit) -> None:
+        """The background job: write and commit, then have it tidied up."""
+        attempt.run(share, commit.decide)
+        if attempt.handle.outcome != "committed":
+            self._tidier.litter = True
+        elif self._last and attempt.rank == 0:
+            self._tidier.run(attempt.transaction.step)
+        elif attempt.rank == 0:
+            self._tidier.submit(attempt.transaction.step)
+        if self._last:
+            self._release()
+
+    def _overdue(self, attempt: Attempt) -> CheckpointError | None:
+        """Near the deadline: find out how the save ended although the writer has not come back."""
+        error = self._job.training.verdict(attempt.topic)
+        if error is None and attempt.deadline.passed:
+            error = attempt.late()
+        if error is None or self._writer.wait_idle(0.2):
+            return None
+        self._abandon(attempt, error)
+        return error
+
+    def _abandon(self, attempt: Attempt, error: CheckpointError) -> None:
+        # The thread may hang in the backend for ever: it keeps its arena, and the next save gets a
+        # thread and an arena of its own.
+        attempt.stop.give_up(error)
+        self._writer.abandon()
+        self._stager.abandon()
+        self._tidier.litter = True
+
+
+def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:
+    """Return what all ranks must have been given alike, as text that is equal where that is."""
+    # Without addresses, which differ between processes.
+    policy = re.sub(r" at 0x[0-9a-f]+", "", repr(keep))
+    return {
+        "keep": policy,
+        "when_busy": options.when_busy,
+        "staging": options.staging,
+        "memory_limit_bytes": str(options.memory_limit_bytes),
+        "check_replicas": str(options.check_replicas),
+    }

@@ -1,0 +1,284 @@
+"""Staging of one save after another: this rank's share, from live memory into the arena.
+
+A share larger than `memory_limit_bytes` goes through a smaller arena in turns: fill it, write it
+out, fill it again. The last turn stays in the arena, for the writer thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from dist_ckpt.options import Staging
+from dist_ckpt.planning.describe import LocalBox
+from dist_ckpt.planning.files import (
+    BoxCopy,
+    FilePlan,
+    StagedFile,
+    box_copies,
+    files_nbytes,
+    lay_out,
+    plan_files,
+    stage_documents,
+)
+from dist_ckpt.planning.owners import Owned
+from dist_ckpt.saving.estimate import estimate
+from dist_ckpt.staging.arena import Arena, Pin
+from dist_ckpt.staging.copies import CopyEngine, InFlight, engine_for
+from dist_ckpt.staging.steps import hold_steps, release_steps
+from dist_ckpt.state.train_state import TrainState
+
+WriteOut = Callable[[Sequence[StagedFile]], None]
+"""Writes files whose memory is used again when it returns; raises what went wrong."""
+
+
+class Staged:
+    """This rank's share of one save, or what is left of it to be written.
+
+    Attributes:
+        files: images in the arena; their bytes are right once `wait` returned.
+        nbytes: size of all files of this save, those that were written out already included.
+    """
+
+    def __init__(
+        self, files: Sequence[StagedFile], nbytes: int, in_flight: Sequence[InFlight] = ()
+    ) -> None:
+        self.files = files
+        self.nbytes = nbytes
+        self._in_flight = in_flight
+
+    def wait(self) -> None:
+        """Wait until every copy is in the arena, on any thread; raise what a copy raised."""
+        try:
+            for copying in self._in_flight:
+                copying.wait()
+        finally:
+            release_steps(self._in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The files that are in the arena together."""
+
+    plans: tuple[FilePlan, ...]
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Layout:
+    """What was laid out for one plan, kept for the saves that follow the same plan.
+
+    `owned` is the very list that the plan has: as long as it is given again, nothing changed.
+    """
+
+    owned: Sequence[Owned]
+    turns: Sequence[_Turn]
+    files: Sequence[StagedFile] = ()
+    copies: Sequence[BoxCopy] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(plan.layout.nbytes for turn in self.turns for plan in turn.plans)
+
+    @property
+    def arena_bytes(self) -> int:
+        """What every turn fits into, so that the memory stays the same from turn to turn."""
+        return max(turn.nbytes for turn in self.turns)
+
+
+class Stager:
+    """Copies this rank's share of each save; one save at a time, on the training thread."""
+
+    def __init__(self, *, mode: Staging, memory_limit_bytes: int | None) -> None:
+        """Make an empty one; memory is taken by `prewarm` or by the first save.
+
+        Args:
+            mode: "blocking", or "overlapped": see `SaveOptions.staging`.
+            memory_limit_bytes: how large the arena may be, None for no limit.
+        """
+        self._overlapped = mode == "overlapped"
+        self._limit = memory_limit_bytes
+        self._arena = Arena()
+        self._layout: _Layout | None = None
+        self._engines: dict[torch.device, CopyEngine] = {}
+        self._in_flight: Sequence[InFlight] = ()
+
+    def prewarm(self, state: TrainState, *, world_size: int = 1) -> None:
+        """Begin to allocate and touch, in the background, what a save of `state` will need.
+
+        Cheap, and without effect once something was staged: then the size is known.
+
+        Args:
+            state: what is going to be saved; an optimizer without state counts as if it had it.
+            world_size: how many ranks save it together.
+        """
+        if self._layout is not None:
+            return
+        guess = estimate(state, world_size=world_size)
+        nbytes = guess.nbytes if self._limit is None else min(guess.nbytes, self._limit)
+        if nbytes:
+            self._arena.prewarm(nbytes, pin=self._pin(guess.devices))
+
+    def stage(
+        self,
+        *,
+        rank: int,
+        local: Sequence[LocalBox],
+        owned: Sequence[Owned],
+        documents: Mapping[str, bytes],
+        write_out: WriteOut,
+    ) -> Staged:
+        """Copy what `rank` writes, each box once, straight to its place in a file.
+
+        When it returns, everything may change again but what only an optimizer step changes
+        (`LocalBox.stepped`), and that as well unless the mode is "overlapped". The caller makes
+        sure that nobody reads the files of the save before any more.
+
+        Args:
+            rank: this rank.
+            local: what it holds, in the order that was described.
+            owned: what it writes; the very same list for as long as the plan is the same.
+            documents: the encoded values it writes, by part.
+            write_out: called, on this thread, with each part of the share that has to leave the
+                arena before the rest can be staged.
+
+        Raises:
+            Exception: what a copy or `write_out` raised.
+        """
+        self.settle()
+        layout = self._laid_out(rank, local, owned)
+        extra = [stage_documents(rank, documents)] if documents else []
+        for turn in layout.turns[:-1]:
+            self._reset(layout, local)
+            files, copies = _place(self._arena, turn, local)
+            self._copy(copies, local)
+            write_out(files)
+        files = []
+        if layout.turns:
+            files, copies = self._last_turn(layout, local)
+            later = [copy for copy in copies if self._waits_for_step(local[copy.held])]
+            # Begun first: the others are copied meanwhile, and have to be done at the return.
+            self._begin(later, local)
+            now = [copy for copy in copies if not self._waits_for_step(local[copy.held])]
+            self._copy(now, local)
+        nbytes = layout.nbytes + sum(len(file.image) for file in extra)
+        return Staged([*extra, *files], nbytes, self._in_flight)
+
+    def settle(self) -> None:
+        """Wait until no copy reads the state or fills the arena any more, however it ended."""
+        for copying in self._in_flight:
+            with suppress(Exception):  # it failed the save it was for; `Staged.wait` said so
+                copying.wait()
+        release_steps(self._in_flight)
+        self._in_flight = ()
+
+    def abandon(self) -> None:
+        """Leave the memory to a writer that may never come back; the next save gets its own."""
+        self._layout = None
+        self._arena = Arena()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.settle()
+        self._layout = None
+        self._arena.release()
+
+    def _laid_out(self, rank: int, local: Sequence[LocalBox], owned: Sequence[Owned]) -> _Layout:
+        if self._layout is None or self._layout.owned is not owned:
+            # Dropped before the new one is made: its views keep the arena from being resized.
+            self._layout = None
+            held = [box.held for box in local]
+            plans = plan_files(rank, held, owned, max_file_bytes=self._limit)
+            self._layout = _Layout(owned, _turns(plans, self._limit))
+        return self._layout
+
+    def _last_turn(
+        self, layout: _Layout, local: Sequence[LocalBox]
+    ) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
+        turn = layout.turns[-1]
+        same = self._reset(layout, local)
+        if len(layout.turns) > 1:
+            # Nothing is kept: there may be as many turns as there are boxes.
+            return _place(self._arena, turn, local)
+        # The headers are still there from the save before, as long as the memory is the same.
+        if not same or not layout.files:
+            layout.files, layout.copies = _place(self._arena, turn, local)
+        return layout.files, layout.copies
+
+    def _reset(self, layout: _Layout, local: Sequence[LocalBox]) -> bool:
+        devices = {box.memory.device for box in local}
+        return self._arena.reset(layout.arena_bytes, pin=self._pin(devices))
+
+    def _waits_for_step(self, box: LocalBox) -> bool:
+        # Of other devices it is not known here how their copies and their steps are ordered.
+        return self._overlapped and box.stepped and box.memory.device.type in ("cpu", "cuda")
+
+    def _copy(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
+        for device, targets, sources, _ in _by_device(copies, local):
+            self._engine(device).copy(targets, sources)
+
+    def _begin(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
+        prepared = [
+            # Views of their own: `parameter.data = other` must not reach a copy in flight.
+            self._engine(device).prepare(targets, [source.detach() for source in sources], names)
+            for device, targets, sources, names in _by_device(copies, local)
+        ]
+        if not prepared:
+            return
+        # Known before the first is begun: an interrupt must not leave one that nobody waits for.
+        self._in_flight = prepared
+        hold_steps(prepared)
+        for copying in prepared:
+            copying.begin()
+
+    def _engine(self, device: torch.device) -> CopyEngine:
+        if device not in self._engines:
+            self._engines[device] = engine_for(device)
+        return self._engines[device]
+
+    def _pin(self, devices: Iterable[torch.device]) -> Pin | None:
+        # Pinned for one device is pinned for all of its kind.
+        pins = (self._engine(device).pin for device in devices)
+        return next((pin for pin in pins if pin is not None), None)
+
+
+def _turns(plans: Sequence[FilePlan], limit: int | None) -> list[_Turn]:
+    """Pack files into turns of at most `limit` bytes, in their order; a larger file is alone."""
+    turns: list[list[FilePlan]] = []
+    room = 0
+    for plan in plans:
+        nbytes = files_nbytes([plan])
+        if not turns or (limit is not None and nbytes > room):
+            turns.append([])
+            room = limit or 0
+        turns[-1].append(plan)
+        room -= nbytes
+    return [_Turn(tuple(turn), files_nbytes(turn)) for turn in turns]
+
+
+def _place(
+    arena: Arena, turn: _Turn, local: Sequence[LocalBox]
+) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
+    files = lay_out(arena, turn.plans)
+    held = [box.held for box in local]
+    pairs = zip(turn.plans, files, strict=True)
+    return files, [copy for plan, file in pairs for copy in box_copies(plan, file, held)]
+
+
+def _by_device(
+    copies: Sequence[BoxCopy], local: Sequence[LocalBox]
+) -> Iterator[tuple[torch.device, list[torch.Tensor], list[torch.Tensor], list[str]]]:
+    """Return for each device targets, sources and the names of the sources."""
+    grouped: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor], list[str]]] = {}
+    for copy in copies:
+        source = copy.source(local)
+        targets, sources, names = grouped.setdefault(source.device, ([], [], []))
+        targets.append(copy.target)
+        sources.append(source)
+        names.append(local[copy.held].held.name)
+    for device, columns in grouped.items():
+        yield device, *columns

@@ -1,0 +1,266 @@
+"""Whether a save is due, decided once for all ranks.
+
+What every rank knows is decided by every rank. For the rest rank 0 keeps one note up, its *word*:
+up to which call of `step` it has decided, and what. Nobody waits for all: a rank looks at the note
+only when it has come to a call that the note it knows does not cover.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, from_wire, to_wire
+from dist_ckpt.policy import Better, Moment, OnSignal, SavePolicy, Scope, members
+from dist_ckpt.ranks.coordinator import Deadline
+from dist_ckpt.ranks.failures import failure
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.saving.metrics import Metrics, as_numbers
+from dist_ckpt.training.signals import SignalNote
+
+_WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
+# How much time the word covers ahead: how late a signal or the clock may be heeded.
+_AHEAD_SECONDS = 0.5
+_AHEAD_CALLS = 256
+# After so many calls the ranks meet once, so that no entry of the word is kept for ever.
+_MEET_CALLS = 256
+_FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0001, 0.01
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """What rank 0 decided for one call, or the error that kept it from deciding."""
+
+    reason: str = ""
+    signal: str = ""
+    metrics: dict[str, float] = {}
+    error: dict[str, object] = {}
+
+
+class _Word(msgspec.Struct, frozen=True):
+    """All that rank 0 has decided, up to the call `horizon`; calls without an entry are nothing."""
+
+    horizon: int
+    entries: dict[int, _Entry]
+
+
+class _Arrival(msgspec.Struct, frozen=True):
+    """A signal that arrived at another rank before its call number `call`."""
+
+    call: int
+    signal: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What holds for all ranks at one call.
+
+    Attributes:
+        reason: why to save now, None when nothing is due.
+        metrics: those that somebody watches, as rank 0 gave them.
+    """
+
+    reason: str | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Pace:
+    """Decides when to save, the same on every rank.
+
+    Attributes:
+        signaled: the name of the signal that all ranks have agreed to heed, "" for none.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        policy: SavePolicy,
+        *,
+        best: Callable[[Sequence[Criterion]], Mapping[Criterion, float]],
+    ) -> None:
+        """Made with the Checkpointer; other ranks are not contacted yet.
+
+        Args:
+            job: the ranks.
+            policy: when to save. The metrics of its `better` are those that all ranks hear.
+            best: called once on rank 0: the best values among the checkpoints that exist.
+        """
+        self._job = job
+        parts = members(policy)
+        self._local = [each for each in parts if each.scope is Scope.LOCAL]
+        self._shared = [each for each in parts if each.scope is not Scope.LOCAL]
+        self._criteria = [each.criterion for each in parts if isinstance(each, Better)]
+        self._at_once = any(each.scope is Scope.AT_ONCE for each in parts)
+        self._note = SignalNote(
+            [each for one in parts if isinstance(one, OnSignal) for each in one.signals]
+        )
+        self._find_best = best
+        self._best: dict[Criterion, float] | None = None
+        self._calls = 0
+        # Rank 0: what kept it from deciding, by call; there it is raised as it is.
+        self._mistakes: dict[int, Exception] = {}
+        self._saved_at = self._told_at = time.monotonic()
+        self._told_call = 0
+        self._heeded_call = 0
+        # Nothing was said of the first call, so nothing can be due there that needs to be said.
+        self._word = _Word(0 if self._at_once else 1, {})
+        self.signaled = ""
+
+    def at(self, step: int, epoch: int | None, metrics: Metrics) -> Verdict:
+        """Return what holds after `step`; every rank asks at the same steps.
+
+        Args:
+            step: the training step that is done.
+            epoch: the epoch that ends with it, None in the middle of one.
+            metrics: as the caller gave them; read on rank 0 alone.
+
+        Raises:
+            UsageError: a metric that somebody watches is no number; on every rank.
+            CoordinationError: rank 0 said nothing before the deadline.
+        """
+        self._calls += 1
+        moment = Moment(step, epoch)
+        reasons = [reason for each in self._local if (reason := each.due(moment))]
+        if not self._shared:
+            return Verdict(", ".join(reasons) or None)
+        leads = self._job.training.rank == 0
+        entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
+        if entry.error:
+            raise self._mistakes.pop(self._calls, None) or from_wire(entry.error)
+        if entry.reason:
+            reasons.append(entry.reason)
+        if entry.signal:
+            self.signaled = entry.signal
+            self._note.take()  # one that came here too is heeded by this very save
+        if self._calls % _MEET_CALLS == 0:
+            self._meet(step)
+        return Verdict(", ".join(reasons) or None, entry.metrics)
+
+    def saved(self) -> None:
+        """Take note that all ranks have begun a save together."""
+        self._saved_at = time.monotonic()
+        self._forget()
+
+    def close(self) -> None:
+        """Stop listening for signals; rank 0 says that it decides nothing more."""
+        self._note.close()
+        training = self._job.training if self._shared and self._calls else None
+        if training is not None and training.rank == 0:
+            # Be it by an exception: the others must not wait for a word that never comes.
+            with suppress(CoordinationError):
+                training.post(_ENDED, b"")
+
+    def _lead(self, moment: Moment, metrics: Metrics, *, saves: bool) -> _Entry:
+        """Rank 0: decide what is to be decided now, and tell the others."""
+        call = self._calls
+        if self._at_once or self._job.training.world_size == 1:
+            self._tell(call, {call: self._decide(moment, metrics, call)})
+        elif call >= self._word.horizon:
+            if saves or self._word.entries.get(call, _Entry()).reason:
+                # This very call saves: what is decided here comes after that.
+                self._saved_at = time.monotonic()
+            entry = self._decide(moment, metrics, call + 1)
+            self._tell(call + self._span(), {} if entry == _Entry() else {call + 1: entry})
+        return self._word.entries.get(call, _Entry())
+
+    def _decide(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
+        try:
+            return self._decided(moment, metrics, call)
+        except Exception as error:  # a policy of the user may raise anything
+            self._mistakes[call] = error
+            # The others wait for a word, and get this one.
+            ours = isinstance(error, CheckpointError)
+            told = error if ours else failure("deciding whether a save is due", 0, error)
+            return _Entry(error=to_wire(told))
+
+    def _decided(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
+        names = {criterion.metric for criterion in self._criteria}
+        watched = as_numbers({n: value for n, value in metrics.items() if n in names})
+        if self._best is None:
+            self._best = dict(self._find_best(self._criteria)) if self._criteria else {}
+        known = replace(
+            moment,
+            metrics=watched,
+            seconds=time.monotonic() - self._saved_at,
+            best=self._best,
+            signal=self._arrived(call),
+        )
+        reasons = [reason for each in self._shared if (reason := each.due(known))]
+        for criterion in self._criteria:
+            value = watched.get(criterion.metric, math.nan)
+            if criterion.beats(value, self._best.get(criterion)):
+                self._best[criterion] = value
+        return _Entry(", ".join(reasons), known.signal, watched)
+
+    def _arrived(self, call: int) -> str:
+        """Return the signal that arrived at any rank and was not heeded yet."""
+        name = self._note.take()
+        posted = self._job.training.look(_SIGNAL) if self._note.wanted else None
+        if not name and posted is not None:
+            arrival = msgspec.msgpack.decode(posted, type=_Arrival)
+            # One signal is often sent to all ranks: what came before the last save was heeded.
+            name = arrival.signal if arrival.call > self._heeded_call else ""
+        if name:
+            self._heeded_call = call
+        return name
+
+    def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
+        self._word = _Word(horizon, {**self._word.entries, **entries})
+        self._told_at, self._told_call = time.monotonic(), self._calls
+        if self._job.training.world_size > 1:
+            self._job.training.post(_WORD, msgspec.msgpack.encode(self._word))
+
+    def _span(self) -> int:
+        """Return how many calls `_AHEAD_SECONDS` are, as fast as they come now."""
+        seconds = (time.monotonic() - self._told_at) / max(1, self._calls - self._told_call)
+        return max(1, min(_AHEAD_CALLS, int(_AHEAD_SECONDS / max(seconds, 1e-6))))
+
+    def _follow(self) -> _Entry:
+        """Any other rank: hear what rank 0 decided for this call."""
+        name = self._note.take()
+        if name:
+            arrival = _Arrival(self._calls, name)
+            self._job.training.post(_SIGNAL, msgspec.msgpack.encode(arrival))
+        deadline = self._job.deadline()
+        nap = _FIRST_NAP_SECONDS
+        while self._word.horizon < self._calls:
+            posted = self._job.training.look(_WORD)
+            if posted is not None:
+                self._word = msgspec.msgpack.decode(posted, type=_Word)
+            if self._word.horizon >= self._calls:
+                break
+            # Looked for after the word: what rank 0 decided before it ended holds.
+            if deadline.passed or self._job.training.look(_ENDED) is not None:
+                raise self._silence(deadline)
+            time.sleep(nap)
+            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
+        return self._word.entries.get(self._calls, _Entry())
+
+    def _silence(self, deadline: Deadline) -> CoordinationError:
+        when = (
+            f"within {deadline.span_seconds:g} s"
+            if deadline.passed
+            else "before it closed its Checkpointer or ended by an error"
+        )
+        return CoordinationError(
+            f"rank 0 did not say {when} whether a save is due at call "
+            f"{self._calls} of step or epoch_end on {self._job.url}: every rank must make the same "
+            "calls in the same order",
+            kind=ErrorKind.PEER_ABSENT,
+            ranks={0: "said nothing"},
+        )
+
+    def _meet(self, step: int) -> None:
+        topic = self._job.topic("meet", f"meeting after step {step}")
+        self._job.training.round(topic, b"", lambda _: b"", deadline=self._job.deadline())
+        self._forget()
+
+    def _forget(self) -> None:
+        # All ranks have arrived at this call, so all have heard what was said of it and before.
+        later = {call: entry for call, entry in self._word.entries.items() if call > self._calls}
+        self._word = _Word(self._word.horizon, later)
