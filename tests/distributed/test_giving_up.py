@@ -14,7 +14,7 @@ from dist_ckpt.options import WhenBusy
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
-from tests.unit.engine.slow_store import EndlessPut
+from tests.unit.saving.slow_store import EndlessPut
 
 WORLD = 3
 # Nobody waits for it: a cancel that did not arrive would end the test by its own limit.

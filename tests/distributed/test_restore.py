@@ -17,7 +17,7 @@ from dist_ckpt.format.names import step_dir
 from dist_ckpt.repository.collect import delete_checkpoint
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
-from tests.unit.engine.test_beside_retention import Meanwhile
+from tests.unit.saving.test_beside_retention import Meanwhile
 
 WORLD = 3
 

@@ -21,7 +21,7 @@ import signal, sys, threading
 import torch
 import dist_ckpt
 from dist_ckpt.storage.local import LocalStore
-from tests.unit.engine.slow_store import EndlessPut
+from tests.unit.saving.slow_store import EndlessPut
 
 store = EndlessPut(LocalStore(sys.argv[1]), "step-0000000001/*/weights.*")
 state = {"weights": {"w": torch.ones(1_000_000)}}

@@ -19,7 +19,7 @@ from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
-from tests.unit.dcp.test_layouts import rank_of
+from tests.unit.planning.test_layouts import rank_of
 
 _names = itertools.count()
 

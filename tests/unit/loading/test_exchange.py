@@ -15,7 +15,7 @@ from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
-from tests.unit.engine.rounds import hash_store, together
+from tests.unit.ranks.rounds import hash_store, together
 
 WORLD = 4
 _names = itertools.count()

@@ -17,7 +17,7 @@ from dist_ckpt.planning.owners import Owned, decide
 from dist_ckpt.saving.estimate import SPARE_BYTES
 from dist_ckpt.saving.stager import Staged, Stager
 from dist_ckpt.state.train_state import TrainState
-from tests.unit.dcp.saved import content, same_bits
+from tests.unit.planning.saved import content, same_bits
 
 MIB = 1 << 20
 Tensors = Mapping[str, torch.Tensor]

@@ -26,7 +26,7 @@ from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import CrashStore
-from tests.unit.engine.test_job import damage, run_of, save, state
+from tests.unit.ranks.test_job import damage, run_of, save, state
 
 
 def test_what_is_known_of_the_steps() -> None:

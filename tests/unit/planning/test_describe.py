@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dist_ckpt.errors import UsageError
 from dist_ckpt.planning import describe as planner
 from dist_ckpt.planning.describe import Describer, LocalBox
-from tests.unit.dcp.test_layouts import rank_of
+from tests.unit.planning.test_layouts import rank_of
 
 Named = dict[str, torch.Tensor]
 

@@ -19,7 +19,7 @@ from dist_ckpt.loading.ranges import Files, Ranges, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.state.layout import dtype_name
-from tests.unit.dcp.boxes import held
+from tests.unit.planning.boxes import held
 
 DTYPES = (
     torch.uint8,

@@ -25,7 +25,7 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator
 from dist_ckpt.ranks.solo import SoloCoordinator
-from tests.unit.engine.rounds import hash_store, long, members, together, topic
+from tests.unit.ranks.rounds import hash_store, long, members, together, topic
 
 
 def concat(messages: Sequence[bytes]) -> bytes:

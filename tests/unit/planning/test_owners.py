@@ -16,7 +16,7 @@ from dist_ckpt.format.shard import itemsize
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
-from tests.unit.dcp.boxes import grids, held, whole
+from tests.unit.planning.boxes import grids, held, whole
 
 SHAPES = st.lists(st.integers(0, 6), max_size=3)
 MIB = 1 << 20

@@ -16,8 +16,16 @@ from dist_ckpt.loading.filling import Filling
 from dist_ckpt.loading.ranges import Files, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
-from tests.unit.dcp.boxes import held
-from tests.unit.dcp.placing import Situation, Target, as_bytes, numbered, pick, situation, target_of
+from tests.unit.loading.placing import (
+    Situation,
+    Target,
+    as_bytes,
+    numbered,
+    pick,
+    situation,
+    target_of,
+)
+from tests.unit.planning.boxes import held
 
 TENSORS = 50
 

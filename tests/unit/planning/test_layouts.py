@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dist_ckpt.format.shard import itemsize
 from dist_ckpt.planning.describe import Held, local_boxes
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
-from tests.unit.dcp.test_owners import cells, loads
+from tests.unit.planning.test_owners import cells, loads
 
 MESHES = [(1,), (2,), (3,), (8,), (2, 2), (2, 3), (4, 2)]
 

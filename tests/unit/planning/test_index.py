@@ -12,8 +12,8 @@ from dist_ckpt.format.digest import block_digests
 from dist_ckpt.planning.files import plan_extra, plan_files
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
 from dist_ckpt.planning.owners import decide
-from tests.unit.dcp.boxes import whole
-from tests.unit.dcp.saved import checkpoint, content, local
+from tests.unit.planning.boxes import whole
+from tests.unit.planning.saved import checkpoint, content, local
 
 DIGEST = "0123456789abcdef"
 

@@ -18,8 +18,8 @@ from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
-from tests.unit.dcp.boxes import held
-from tests.unit.dcp.saved import checkpoint, local
+from tests.unit.planning.boxes import held
+from tests.unit.planning.saved import checkpoint, local
 
 COUNT = BLOCK_BYTES  # elements of four bytes: the tensor has a little over four blocks of its file
 WAIT_SECONDS = 60

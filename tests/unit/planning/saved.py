@@ -19,7 +19,7 @@ from dist_ckpt.repository import Checkpoint, Repository, Transaction
 from dist_ckpt.saving.stager import Stager
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.memory import MemoryStore
-from tests.unit.dcp.boxes import held
+from tests.unit.planning.boxes import held
 
 _names = itertools.count()
 

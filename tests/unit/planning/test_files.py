@@ -19,8 +19,8 @@ from dist_ckpt.planning.files import (
     plan_files,
 )
 from dist_ckpt.planning.owners import decide
-from tests.unit.dcp.boxes import whole
-from tests.unit.dcp.saved import content, local, same_bits, stage
+from tests.unit.planning.boxes import whole
+from tests.unit.planning.saved import content, local, same_bits, stage
 
 MODEL = "model.r00003.safetensors"
 

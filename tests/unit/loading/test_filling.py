@@ -18,9 +18,9 @@ from dist_ckpt.loading.ranges import Files, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
-from tests.unit.dcp.boxes import grids, held
-from tests.unit.dcp.saved import checkpoint, content, local, same_bits
-from tests.unit.dcp.saved import cut as part_of
+from tests.unit.planning.boxes import grids, held
+from tests.unit.planning.saved import checkpoint, content, local, same_bits
+from tests.unit.planning.saved import cut as part_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex128)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.saving.progress import ProgressMeter, SaveProgress
-from tests.unit.engine.rounds import together
+from tests.unit.ranks.rounds import together
 
 MIB = 1 << 20
 

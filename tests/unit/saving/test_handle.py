@@ -14,7 +14,7 @@ from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, Stor
 from dist_ckpt.ranks.coordinator import Deadline
 from dist_ckpt.saving.handle import SaveHandle, SaveHooks, SaveOutcome
 from dist_ckpt.saving.progress import SaveProgress
-from tests.unit.engine.rounds import long, together
+from tests.unit.ranks.rounds import long, together
 
 WRITING = SaveProgress("writing", 3, 10)
 OVER = Deadline(time.monotonic() - 1, 1)

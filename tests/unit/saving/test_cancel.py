@@ -17,7 +17,7 @@ from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage import Backoff, RetryStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule
-from tests.unit.engine.slow_store import EndlessPut
+from tests.unit.saving.slow_store import EndlessPut
 
 FIRST = "step-0000000001/*/weights.*"
 _names = itertools.count()

@@ -20,7 +20,7 @@ from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.training import trigger as pace_module
 from dist_ckpt.training.signals import SignalNote
 from dist_ckpt.training.trigger import Pace, Verdict
-from tests.unit.engine.rounds import members, together
+from tests.unit.ranks.rounds import members, together
 
 WORLD = 3
 LOSS = Criterion("loss")

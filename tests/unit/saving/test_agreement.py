@@ -24,7 +24,7 @@ from dist_ckpt.saving.agreement import Agreed, Asked, Planner, share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take
 from dist_ckpt.state.train_state import PerRank, TrainState
-from tests.unit.engine.rounds import hash_store, long, together, topic
+from tests.unit.ranks.rounds import hash_store, long, together, topic
 
 URL = "memory://run"
 
