@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from benchmarks.measure import no_warnings
 from benchmarks.workload import State
 from dist_ckpt import Checkpointer, TrainState, events
-from dist_ckpt.ranks.coordinator import StoreCoordinator, Topic
+from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.rounds import Topic
 from dist_ckpt.testing.ranks import run_ranks
 
 RANKS = 4

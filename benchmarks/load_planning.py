@@ -12,7 +12,7 @@ from dist_ckpt.format import index as index_format
 from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, block_count, file_digest
 from dist_ckpt.format.index import ChunkTable, FileEntry, Index, TensorEntry
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
@@ -86,7 +86,7 @@ def _planner(
         index = index_format.decode(data)
         sizes = [file.nbytes for file in index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=_GAP_BYTES)
-        Filling(index, wanted, files, max_gap_bytes=_GAP_BYTES)
+        ReadTargets(index, wanted, files, max_gap_bytes=_GAP_BYTES)
         return time.perf_counter() - begun
 
     return run

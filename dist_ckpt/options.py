@@ -11,7 +11,7 @@ import torch
 
 from dist_ckpt.errors import UsageError, describe, is_refusal, near
 from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
-from dist_ckpt.format.numbers import as_integer
+from dist_ckpt.format.limits import as_integer
 from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobKeywords
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]

@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.numbers import as_integer
+from dist_ckpt.format.limits import as_integer
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 

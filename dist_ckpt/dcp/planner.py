@@ -23,7 +23,7 @@ from dist_ckpt.dcp.edge import plain_errors
 from dist_ckpt.dcp.items import box_of, held_of, paths_of
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.planning.owners import decide
-from dist_ckpt.staging.copy import view_box
+from dist_ckpt.staging.copies import view_box
 
 
 class Planner(DefaultSavePlanner):

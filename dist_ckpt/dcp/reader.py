@@ -20,7 +20,7 @@ from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.ties import Ties
 from dist_ckpt.loading.wanted import Wanted
@@ -217,7 +217,7 @@ class Reader(StorageReader):
         checkpoint = self._opened.checkpoint
         sizes = [file.nbytes for file in checkpoint.index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)
-        filling = Filling(checkpoint.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
+        filling = ReadTargets(checkpoint.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
             checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES
         ).fetch_all()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.numbers import as_integer
+from dist_ckpt.format.limits import as_integer
 
 MANIFEST = "manifest.json"
 INDEX = "index.msgpack"

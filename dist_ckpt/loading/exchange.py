@@ -2,16 +2,202 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
-from dist_ckpt.loading.sharing import Extent
-from dist_ckpt.ranks.coordinator import Deadline
+from dist_ckpt.loading.ranges import Ranges, join
+from dist_ckpt.ranks.rounds import Deadline
+
+# Who reads what, when several ranks want the same bytes. Pure, and the same on every rank.
+#
+# Ranks with equal needs form a group: the replicas of DDP are one group, HSDP has one for each
+# shard. What one rank alone needs it reads by itself, without a word to the others. What several
+# need is cut into extents. One rank of those that need an extent reads it and sends it to the
+# others, in windows: in each of them a rank holds a bounded number of bytes.
+
+
+PAGE_BYTES = 4096
+"""Each extent begins on a page of a window's memory, where a disk can read into it directly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of addresses that one rank reads for several.
+
+    Attributes:
+        start: the first address.
+        stop: the one behind the last.
+        reader: the rank that reads it.
+        ranks: those that need it, the reader included.
+        tag: tells it from the other extents of its window.
+    """
+
+    start: int
+    stop: int
+    reader: int
+    ranks: tuple[int, ...]
+    tag: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSchedule:
+    """The schedule of a load.
+
+    Attributes:
+        alone: for each rank, what it reads for itself.
+        windows: the extents of each window, in the order of their addresses.
+    """
+
+    alone: tuple[Ranges, ...]
+    windows: tuple[tuple[Extent, ...], ...]
+
+
+def cost(needs: Sequence[Ranges], group_of: Sequence[int]) -> tuple[int, int]:
+    """Return the bytes read when each rank reads what it needs, and when each is read once.
+
+    Args:
+        needs: of each group, sorted and disjoint.
+        group_of: for each rank, the number of its group.
+    """
+    apart = sum(needs[group].nbytes for group in group_of)
+    start = np.concatenate([each.start for each in needs])
+    stop = np.concatenate([each.stop for each in needs])
+    return apart, join(Ranges(start, stop)).nbytes
+
+
+def share(
+    needs: Sequence[Ranges], group_of: Sequence[int], *, extent_bytes: int, window_bytes: int
+) -> ReadSchedule:
+    """Decide who reads what.
+
+    Each rank reads about the same number of bytes, as far as it needs any that others need too.
+
+    Args:
+        needs: of each group, sorted and disjoint, whole units.
+        group_of: for each rank, the number of its group.
+        extent_bytes: the most that an extent has, a multiple of the unit.
+        window_bytes: the most that a rank holds in a window, if an extent is no more.
+    """
+    members: list[list[int]] = [[] for _ in needs]
+    for rank, group in enumerate(group_of):
+        members[group].append(rank)
+    private: list[list[tuple[int, int]]] = [[] for _ in needs]
+    common: list[tuple[int, int, tuple[int, ...]]] = []
+    for start, stop, groups in _overlay(needs):
+        if len(groups) == 1 and len(members[groups[0]]) == 1:
+            private[groups[0]].append((start, stop))
+        else:
+            common += [(*each, groups) for each in _extents(start, stop, extent_bytes)]
+    alone = tuple(_ranges(private[group]) for group in group_of)
+    readers = _Readers(members, [each.nbytes for each in alone])
+    windows = _Windows(len(needs), window_bytes)
+    for start, stop, groups in common:
+        ranks = tuple(sorted(rank for group in groups for rank in members[group]))
+        reader = readers.take(groups, stop - start)
+        windows.add(Extent(start, stop, reader, ranks), groups)
+    return ReadSchedule(alone, tuple(tuple(window) for window in windows.extents))
+
+
+def place(extents: Sequence[Extent]) -> list[int]:
+    """Return where in the memory of a window each of `extents` begins, and behind them its end."""
+    places = [0]
+    for extent in extents:
+        places.append(places[-1] + -(-extent.nbytes // PAGE_BYTES) * PAGE_BYTES)
+    return places
+
+
+def _overlay(needs: Sequence[Ranges]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return the ranges that the same groups need, with those groups, in order."""
+    counts = [len(each) for each in needs]
+    group = np.repeat(np.arange(len(needs)), counts)
+    address = np.concatenate([each.start for each in needs] + [each.stop for each in needs])
+    who = np.concatenate([group, group])
+    begins = np.arange(len(address)) < len(group)
+    order = np.argsort(address, kind="stable")
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    active: set[int] = set()
+    before = 0
+    events = zip(address[order].tolist(), who[order].tolist(), begins[order].tolist(), strict=True)
+    for at, number, begin in events:
+        if active and at > before:
+            found.append((before, at, tuple(sorted(active))))
+        before = at
+        # Ranges of one group never touch, so none begins where another of it ends.
+        (active.add if begin else active.discard)(number)
+    return found
+
+
+def _extents(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """Cut at multiples of `most`, wherever the range begins."""
+    edges = [start, *range((start // most + 1) * most, stop, most), stop]
+    return list(itertools.pairwise(edges))
+
+
+def _ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:
+    columns = np.array(pairs, np.int64).reshape(len(pairs), 2)
+    return join(Ranges(columns[:, 0], columns[:, 1]))
+
+
+class _Readers:
+    """Chooses readers: of those that need an extent, the one with the least to read so far."""
+
+    def __init__(self, members: Sequence[Sequence[int]], nbytes: Sequence[int]) -> None:
+        self._members = members
+        self._nbytes = list(nbytes)
+        self._heaps: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+
+    def take(self, groups: tuple[int, ...], nbytes: int) -> int:
+        heap = self._heaps.get(groups)
+        if heap is None:
+            ranks = [rank for group in groups for rank in self._members[group]]
+            heap = self._heaps[groups] = [(self._nbytes[rank], rank) for rank in ranks]
+            heapq.heapify(heap)
+        # What a rank got by another heap is entered here when it comes to the top.
+        while heap[0][0] != self._nbytes[heap[0][1]]:
+            rank = heap[0][1]
+            heapq.heapreplace(heap, (self._nbytes[rank], rank))
+        rank = heap[0][1]
+        self._nbytes[rank] += nbytes
+        heapq.heapreplace(heap, (self._nbytes[rank], rank))
+        return rank
+
+
+class _Windows:
+    """Puts each extent into the first window in which every group that needs it has room."""
+
+    def __init__(self, groups: int, most: int) -> None:
+        self._most = most
+        self._window = [0] * groups
+        self._used = [0] * groups
+        self.extents: list[list[Extent]] = []
+
+    def add(self, extent: Extent, groups: Sequence[int]) -> None:
+        nbytes = place([extent])[-1]
+        window = max(self._window[group] for group in groups)
+        used = max(self._used[group] for group in groups if self._window[group] == window)
+        if used and used + nbytes > self._most:
+            window += 1
+        for group in groups:
+            if self._window[group] != window:
+                self._window[group], self._used[group] = window, 0
+            self._used[group] += nbytes
+        self.extents += [[] for _ in range(window + 1 - len(self.extents))]
+        self.extents[window].append(replace(extent, tag=len(self.extents[window])))
+
 
 _MIN_SECONDS = 1.0
 

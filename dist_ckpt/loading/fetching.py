@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.loading.bounce import BounceBuffer, BounceBuffers, BounceMemory
-from dist_ckpt.loading.filling import Filling, Landing
+from dist_ckpt.loading.filling import ReadTarget, ReadTargets
 from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut
 from dist_ckpt.repository.source import Source
 from dist_ckpt.storage.parallel import in_two_steps
@@ -78,7 +78,7 @@ class Fetcher:
         self,
         source: Source,
         files: Files,
-        filling: Filling,
+        filling: ReadTargets,
         *,
         verify: bool,
         in_flight_bytes: int,
@@ -111,14 +111,14 @@ class Fetcher:
         devices = self._filling.devices
         buffers = BounceBuffers(under_way, largest, devices=devices, memory=self._memory)
 
-        def read(span: tuple[int, int]) -> tuple[BounceBuffer, list[Landing]]:
+        def read(span: tuple[int, int]) -> tuple[BounceBuffer, list[ReadTarget]]:
             start, stop = span
             buffer = buffers.take()
             landings = self._land(start, buffer.memory[: stop - start])
             self._read(start, [landing.view for landing in landings])
             return buffer, landings
 
-        def finish(done: tuple[BounceBuffer, list[Landing]]) -> None:
+        def finish(done: tuple[BounceBuffer, list[ReadTarget]]) -> None:
             buffer, landings = done
             with buffers.using(buffer):
                 self._compare(landings[0].address, [landing.view for landing in landings])
@@ -174,10 +174,10 @@ class Fetcher:
         fitting = most_bytes // max(largest, 1)
         return reads, max(1, min(under_way, fitting, count))
 
-    def _land(self, start: int, bounce: memoryview) -> list[Landing]:
+    def _land(self, start: int, bounce: memoryview) -> list[ReadTarget]:
         # A disk reads to whole sectors of memory only, which tensors hardly ever begin at.
         if self._source.store.capabilities.direct_io:
-            return [Landing(start, bounce)]
+            return [ReadTarget(start, bounce)]
         return self._filling.land(start, bounce)
 
     def _read(self, address: int, views: Sequence[memoryview]) -> None:

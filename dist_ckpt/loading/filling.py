@@ -19,14 +19,14 @@ from dist_ckpt.format.index import Index
 from dist_ckpt.loading.overlaps import find_pieces
 from dist_ckpt.loading.ranges import Column, Files, Ranges, join
 from dist_ckpt.loading.wanted import Wanted
-from dist_ckpt.staging.copy import reach, view_box
+from dist_ckpt.staging.copies import reach, view_box
 
 _STRAIGHT_BYTES = 64 << 10
 """Fewer bytes than this are copied sooner than they are listed for a read of several places."""
 
 
 @dataclass(frozen=True, slots=True)
-class Landing:
+class ReadTarget:
     """Where one stretch of the bytes of a read goes.
 
     Attributes:
@@ -45,7 +45,7 @@ class Landing:
         return self.piece is not None
 
 
-class Filling:
+class ReadTargets:
     """What one rank wants, planned: which bytes it needs, and what becomes of them.
 
     Bytes may come in any order, from several threads, in ranges that are cut anywhere.
@@ -106,7 +106,7 @@ class Filling:
         self._flat: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
-    def land(self, start: int, bounce: memoryview) -> list[Landing]:
+    def land(self, start: int, bounce: memoryview) -> list[ReadTarget]:
         """Find memory to read a range to: that of the targets where that is possible.
 
         Args:
@@ -127,14 +127,14 @@ class Filling:
             run = self._run(number, part=high - low)
             if run is not None:
                 if done < low:
-                    landings.append(Landing(done, bounce[done - start : low - start]))
-                landings.append(Landing(low, run[low - begin : high - begin].data, number))
+                    landings.append(ReadTarget(done, bounce[done - start : low - start]))
+                landings.append(ReadTarget(low, run[low - begin : high - begin].data, number))
                 done = high
         if done < stop:
-            landings.append(Landing(done, bounce[done - start :]))
+            landings.append(ReadTarget(done, bounce[done - start :]))
         return landings
 
-    def settle(self, landing: Landing) -> None:
+    def settle(self, landing: ReadTarget) -> None:
         """Bring what was read to `landing.view` to its place."""
         if landing.piece is None:
             self.fill(landing.address, landing.view)

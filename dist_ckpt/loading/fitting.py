@@ -2,19 +2,235 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
-from dist_ckpt.loading.matching import Misfits, compare, unmatched
-from dist_ckpt.loading.stored import Holdings, gather
-from dist_ckpt.options import LoadOptions
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.loading.matching import Mismatches, compare, unmatched
+from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.part import Part, Stored
+from dist_ckpt.state.entries import entries_of
+from dist_ckpt.state.objects import references
+from dist_ckpt.state.part import Part, Stored, TensorSpec
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
+from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import ValuePart
+
+# What a checkpoint holds, under the names of the state, of all that is to be loaded.
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What there is to load.
+
+    Attributes:
+        parts: what is stored for each part and selected.
+        numbers: the number in the index of each selected tensor, by part and name.
+        names: every stored part and `part/name`, selected or not.
+        idle: keys of the `rename` mapping that are the beginning of nothing stored.
+    """
+
+    parts: Mapping[str, Stored]
+    numbers: Mapping[tuple[str, str], int]
+    names: frozenset[str]
+    idle: frozenset[str]
+
+
+@dataclass(slots=True)
+class _Part:
+    """The selected content of one part, being gathered."""
+
+    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+
+class _Gathering:
+    def __init__(
+        self, source: Source, options: LoadOptions, rank: int, by_name: Collection[str]
+    ) -> None:
+        self.source = source
+        self.by_name = by_name
+        self.options = options
+        self.rank = rank  # whose values to take
+        self.parts: dict[str, _Part] = {}
+        self.numbers: dict[tuple[str, str], int] = {}
+        self.origins: dict[str, str] = {}  # the name in the state, the stored name
+        # The tensors inside Python values, by stored part and name: the part that the value went
+        # to, None where it is not selected.
+        self.owned: dict[tuple[str, str], str | None] = {}
+        # The names that tensors have as entries of a dict which was saved as one value, by stored
+        # part and name.
+        self.entries: dict[tuple[str, str], list[str]] = {}
+
+    def take_objects(self, part: str, *, has_tensors: bool) -> None:
+        """Gather the Python values of one stored part."""
+        objects = self.source.read_objects(part, rank=self.rank)
+        # To a part that has names of its own, a dict that was saved is what its entries are.
+        if objects.keys() == {VALUE} and self._goes_by_name(part):
+            taken = entries_of(objects[VALUE], path=part)
+            if taken is not None:
+                objects = taken.objects
+                self.entries.update({(part, old): new for old, new in taken.tensors.items()})
+        for name, data in objects.items():
+            home, new = self._place(part, name)
+            selected = self.options.selects(f"{home}/{new}")
+            if selected:
+                self.parts.setdefault(home, _Part()).objects[new] = data
+            # The values name these tensors, so they go where the value goes and keep their name.
+            for inner in references(data, path=f"{part}.{name}") if has_tensors else ():
+                self.owned[part, inner] = home if selected else None
+
+    def take_tensor(self, number: int) -> None:
+        """Gather one stored tensor."""
+        entry = self.source.index.tensors[number]
+        key = (entry.part, entry.name)
+        if key in self.owned:
+            owner = self.owned[key]
+            self._note(f"{owner or entry.part}/{entry.name}", f"{entry.part}/{entry.name}")
+            if owner is not None:
+                self._keep(number, owner, entry.name)
+        if key not in self.owned or key in self.entries:
+            for name in self.entries.get(key, [entry.name]):
+                home, new = self._place(entry.part, name)
+                if self.options.selects(f"{home}/{new}"):
+                    self._keep(number, home, new)
+
+    def _keep(self, number: int, home: str, name: str) -> None:
+        entry = self.source.index.tensors[number]
+        spec = TensorSpec(entry.dtype, entry.shape)
+        self.parts.setdefault(home, _Part()).tensors[name] = spec
+        self.numbers[home, name] = number
+
+    def _goes_by_name(self, part: str) -> bool:
+        rename = self.options.rename
+        if rename is None:
+            return part in self.by_name
+        # Who names the value itself, or renames by a function, goes by the stored names.
+        return (
+            isinstance(rename, Mapping)
+            and not any(key.startswith(f"{part}/{VALUE}") for key in rename)
+            and self.options.renamed(f"{part}/").partition("/")[0] in self.by_name
+        )
+
+    def _place(self, part: str, name: str) -> tuple[str, str]:
+        old = f"{part}/{name}"
+        new = self.options.renamed(old)
+        home, slash, rest = new.partition("/")
+        if not (home and slash and rest):
+            if new == old:
+                raise IntegrityError(
+                    f"{self.source.where} holds {old!r}, which is no name", kind=ErrorKind.MALFORMED
+                )
+            raise UsageError(f"rename made {new!r} of {old!r}: a name is a part, '/', and a name")
+        self._note(new, old)
+        return home, rest
+
+    def _note(self, new: str, old: str) -> None:
+        other = self.origins.setdefault(new, old)
+        if other != old:
+            raise UsageError(f"rename makes {new!r} of both {other!r} and {old!r}")
+
+
+def gather(
+    source: Source,
+    options: LoadOptions,
+    *,
+    live: Collection[str],
+    rank: int,
+    world_size: int,
+    by_name: Collection[str] = (),
+) -> Holdings:
+    """Find what of `source` is to be loaded, and read the Python values of it.
+
+    Args:
+        source: the checkpoint.
+        options: what to load, and under which names.
+        live: the parts of the state. Values of other parts are not read.
+        rank: this rank.
+        world_size: ranks now.
+        by_name: those of `live` whose tensors have names of their own, as a module's have.
+
+    Raises:
+        UsageError: `rename` makes no name, or one of two.
+        IntegrityError: a value is damaged.
+    """
+    # At another world size nobody has a predecessor: rank 0's values stand for all.
+    whose = rank if world_size == source.saved_world_size else 0
+    found = _Gathering(source, options, whose, by_name)
+    homes: set[str] = set()
+    unread: set[str] = set()
+    for part, mine in _numbers_by_part(source).items():
+        names = (source.index.tensors[number].name for number in mine)
+        possible = _homes(part, names, options)
+        homes |= possible
+        if any(home in live and options.selects_part(home) for home in possible):
+            found.take_objects(part, has_tensors=bool(mine))
+        else:
+            unread.add(part)
+    for number in range(len(source.index.tensors)):
+        found.take_tensor(number)
+    for part in homes:
+        found.parts.setdefault(part, _Part())
+    return Holdings(
+        parts={
+            part: Stored(
+                mine.tensors,
+                mine.objects,
+                rank,
+                world_size,
+                source.saved_world_size,
+                by_rank=_of_every_rank(source, part),
+                selects=_within(part, options),
+                cast=options.cast,
+            )
+            for part, mine in found.parts.items()
+        },
+        numbers=found.numbers,
+        names=frozenset((*found.origins, *homes)),
+        idle=_idle(options, found.origins.values(), unread),
+    )
+
+
+def _numbers_by_part(source: Source) -> dict[str, list[int]]:
+    numbers: dict[str, list[int]] = {part: [] for part in source.parts}
+    for number, entry in enumerate(source.index.tensors):
+        numbers.setdefault(entry.part, []).append(number)
+    return numbers
+
+
+def _of_every_rank(source: Source, part: str) -> Callable[[], list[dict[str, bytes]]]:
+    ranks = range(source.saved_world_size)
+    # One reading for the check before anything changes, and for the values after it.
+    return cache(lambda: [source.read_objects(part, rank=rank) for rank in ranks])
+
+
+def _homes(part: str, names: Iterable[str], options: LoadOptions) -> set[str]:
+    """Return the parts of the state that anything of the stored `part` may belong to."""
+    if options.rename is None:
+        return {part}
+    homes = {options.renamed(f"{part}/{name}").partition("/")[0] for name in names}
+    if isinstance(options.rename, Mapping):
+        # The names of Python values are not known before they are read; a function cannot be
+        # asked about names that may not exist.
+        return homes | {options.renamed(f"{part}/").partition("/")[0]}
+    return homes | {part}
+
+
+def _within(part: str, options: LoadOptions) -> Callable[[str], bool]:
+    return lambda name: options.selects(f"{part}/{name}")
+
+
+def _idle(options: LoadOptions, stored: Iterable[str], unread: Collection[str]) -> frozenset[str]:
+    if not isinstance(options.rename, Mapping):
+        return frozenset()
+    used = {rename_key(options.rename, name) for name in stored}
+    # Of what was not read nobody knows which names there are.
+    keys = {key for key in options.rename if key.partition("/")[0] not in unread}
+    return frozenset(keys - used)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +241,7 @@ class Matched:
         source: the checkpoint.
         holdings: what is to be loaded of it.
         targets: by part, where its tensors go.
-        misfits: what does not fit.
+        mismatches: what does not fit.
         known: the names of both sides.
         notes: what else to know.
         first: the parts to restore before any tensor is filled.
@@ -34,7 +250,7 @@ class Matched:
     source: Source
     holdings: Holdings
     targets: Mapping[str, Mapping[str, torch.Tensor]]
-    misfits: Misfits
+    mismatches: Mismatches
     known: frozenset[str]
     notes: Sequence[str]
     first: Sequence[str]
@@ -60,7 +276,7 @@ def fit(
     missing: list[str] = []
     unexpected: list[str] = []
     unlike: list[str] = []
-    compared: list[Misfits] = []
+    compared: list[Mismatches] = []
     targets: dict[str, Mapping[str, torch.Tensor]] = {}
     notes: list[str] = []
     filled: list[str] = []
@@ -88,7 +304,7 @@ def fit(
         plain = not (found.tensors or found.missing or stored.tensors)
         (filled if targets[name] or plain else empty).extend([] if fits else [name])
     unexpected += [name for name in held.parts if name not in parts and options.selects_part(name)]
-    misfits = Misfits(
+    mismatches = Mismatches(
         missing,
         unexpected,
         *_tensors_apart(compared),
@@ -98,10 +314,10 @@ def fit(
         empty=empty,
     )
     first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
-    return Matched(source, held, targets, misfits, frozenset(known), notes, first)
+    return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
 
 
-def _tensors_apart(compared: Sequence[Misfits]) -> tuple[list[str], list[str], list[str]]:
+def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:
     """Return what was found of shapes, of dtypes, and of casts."""
     return (
         [entry for each in compared for entry in each.shapes],

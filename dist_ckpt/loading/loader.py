@@ -21,17 +21,14 @@ from dist_ckpt.loading.bounce import BounceMemory
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import warm_memory
 from dist_ckpt.loading.fitting import Matched, fit
-from dist_ckpt.loading.matching import Misfits, check_matched, judge, tell_empty
-from dist_ckpt.loading.progress import LoadProgress, tell
+from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
 from dist_ckpt.loading.reading import ReadOptions, ReadResult, read
-from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.loading.tied import compare_ties, prepare
-from dist_ckpt.loading.ties import Ties
+from dist_ckpt.loading.report import LoadProgress, LoadReport, tell
+from dist_ckpt.loading.ties import Ties, compare_ties, prepare
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
-from dist_ckpt.ranks.coordinator import Decide, Topic
 from dist_ckpt.ranks.job import Job, Place
-from dist_ckpt.ranks.together import together
+from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.gc_pause import no_collection
@@ -225,15 +222,19 @@ class Loader:
             nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
         )
 
-    def _match(self, topic: Topic, source: Source, options: LoadOptions) -> tuple[Matched, Misfits]:
+    def _match(
+        self, topic: Topic, source: Source, options: LoadOptions
+    ) -> tuple[Matched, Mismatches]:
         """Compare names, shapes and dtypes on all ranks; return what they found together."""
         known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
         where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
 
         def decide(messages: Sequence[bytes]) -> bytes:
-            misfits = [msgspec.msgpack.decode(data, type=Misfits) for data in messages]
-            check_matched(misfits, known[0])
-            return msgspec.msgpack.encode(judge(misfits, where=where, strict=options.strict))
+            mismatches = [msgspec.msgpack.decode(data, type=Mismatches) for data in messages]
+            check_matched(mismatches, known[0])
+            return msgspec.msgpack.encode(
+                refuse_mismatches(mismatches, where=where, strict=options.strict)
+            )
 
         def work() -> Matched:
             job, parts = self._job.training, self._state.parts
@@ -244,10 +245,10 @@ class Loader:
         matched, answer = self._together(
             topic.phase("fits"),
             work,
-            message=lambda found: msgspec.msgpack.encode(found.misfits),
+            message=lambda found: msgspec.msgpack.encode(found.mismatches),
             decide=decide,
         )
-        return matched, msgspec.msgpack.decode(answer, type=Misfits)
+        return matched, msgspec.msgpack.decode(answer, type=Mismatches)
 
     def _restore_first(self, matched: Matched) -> None:
         """Restore what code of the program may refuse, while no tensor has changed yet."""
@@ -264,7 +265,7 @@ class Loader:
         self,
         chosen: Chosen,
         matched: Matched,
-        verdict: Misfits,
+        verdict: Mismatches,
         result: ReadResult,
         *,
         options: LoadOptions,
@@ -302,7 +303,7 @@ class Loader:
         message: Callable[[ResultT], bytes] = lambda _: b"",
         decide: Decide = lambda _: b"",
     ) -> tuple[ResultT, bytes]:
-        return together(
+        return on_every_rank(
             self._job.training,
             topic,
             work,

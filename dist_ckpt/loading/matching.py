@@ -19,7 +19,7 @@ _SHOWN = 20
 _log = logging.getLogger("dist_ckpt")
 
 
-class Misfits(msgspec.Struct, frozen=True):
+class Mismatches(msgspec.Struct, frozen=True):
     """How one rank's state and a checkpoint disagree; names are `part/name`.
 
     Attributes:
@@ -51,7 +51,7 @@ def compare(
     stored: Mapping[str, TensorSpec],
     *,
     cast: bool = False,
-) -> Misfits:
+) -> Mismatches:
     """Compare the target tensors of one part with the stored ones of the same names.
 
     Args:
@@ -60,25 +60,25 @@ def compare(
         stored: what there is for them.
         cast: whether another dtype may be cast where that is allowed at all.
     """
-    misfits = Misfits([], [], [], [], [])
+    mismatches = Mismatches([], [], [], [], [])
     for name, target in targets.items():
         spec = stored.get(name)
         if spec is None:
-            misfits.missing.append(f"{part}/{name}")
+            mismatches.missing.append(f"{part}/{name}")
             continue
         shape, dtype = tuple(target.shape), dtype_name(target.dtype)
         if (shape, dtype) == (spec.shape, spec.dtype):
             continue
         both = f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, wanted {dtype}{list(shape)}"
         if shape != spec.shape:
-            misfits.shapes.append(both)
+            mismatches.shapes.append(both)
         else:
             possible = can_cast(dtype_of(spec.dtype), target.dtype)
             if cast and possible:
-                misfits.casts.append(both)
+                mismatches.casts.append(both)
             else:
-                misfits.dtypes.append(both if possible else f"{both} (never cast)")
-    return misfits
+                mismatches.dtypes.append(both if possible else f"{both} (never cast)")
+    return mismatches
 
 
 def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
@@ -98,7 +98,9 @@ def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return large.min <= small.min and small.max <= large.max
 
 
-def judge(misfits_by_rank: Sequence[Misfits], *, where: str, strict: bool = True) -> Misfits:
+def refuse_mismatches(
+    mismatches_by_rank: Sequence[Mismatches], *, where: str, strict: bool = True
+) -> Mismatches:
     """Return what the ranks together found, if it is no reason not to load.
 
     A name is unexpected only when no rank knows it: the stages of a pipeline each know their own.
@@ -108,15 +110,15 @@ def judge(misfits_by_rank: Sequence[Misfits], *, where: str, strict: bool = True
             unexpected. The message has all of it: the first names of each kind and the counts of
             the rest.
     """
-    found = Misfits(
-        missing=_union(each.missing for each in misfits_by_rank),
-        unexpected=_common(each.unexpected for each in misfits_by_rank),
-        shapes=_union(each.shapes for each in misfits_by_rank),
-        dtypes=_union(each.dtypes for each in misfits_by_rank),
-        casts=_union(each.casts for each in misfits_by_rank),
-        unlike=_union(each.unlike for each in misfits_by_rank),
-        filled=(filled := _union(each.filled for each in misfits_by_rank)),
-        empty=sorted(set(_union(each.empty for each in misfits_by_rank)) - set(filled)),
+    found = Mismatches(
+        missing=_union(each.missing for each in mismatches_by_rank),
+        unexpected=_common(each.unexpected for each in mismatches_by_rank),
+        shapes=_union(each.shapes for each in mismatches_by_rank),
+        dtypes=_union(each.dtypes for each in mismatches_by_rank),
+        casts=_union(each.casts for each in mismatches_by_rank),
+        unlike=_union(each.unlike for each in mismatches_by_rank),
+        filled=(filled := _union(each.filled for each in mismatches_by_rank)),
+        empty=sorted(set(_union(each.empty for each in mismatches_by_rank)) - set(filled)),
     )
     findings = {
         "missing in the checkpoint": found.missing,
@@ -161,17 +163,17 @@ def unmatched(options: LoadOptions, known: Collection[str], idle: Iterable[str])
     return lost + sorted(idle)
 
 
-def check_matched(misfits_by_rank: Sequence[Misfits], known: Collection[str]) -> None:
+def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[str]) -> None:
     """Check that every pattern matches something on some rank.
 
     Args:
-        misfits_by_rank: what each rank found.
+        mismatches_by_rank: what each rank found.
         known: the names that rank 0 knows, to offer those like the pattern.
 
     Raises:
         UsageError: a pattern matches nothing: a slip of the pen must not load nothing silently.
     """
-    lost = _common(each.unmatched for each in misfits_by_rank)
+    lost = _common(each.unmatched for each in mismatches_by_rank)
     if lost:
         pattern = lost[0]
         # A pattern is mostly the beginning of names, so it is compared with beginnings.
@@ -191,7 +193,7 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _way_out(found: Misfits) -> str:
+def _way_out(found: Mismatches) -> str:
     ways = []
     if found.missing or found.unexpected:
         ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")

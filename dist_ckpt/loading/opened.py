@@ -18,9 +18,8 @@ from dist_ckpt.loading.reading import ReadOptions, read
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import check_known
 from dist_ckpt.planning.describe import Held, LocalBox
-from dist_ckpt.ranks.coordinator import Deadline, Topic
 from dist_ckpt.ranks.job import Place
-from dist_ckpt.ranks.solo import SoloCoordinator
+from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.source import Source

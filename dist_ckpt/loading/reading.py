@@ -14,14 +14,12 @@ import torch.distributed as dist
 
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading.bounce import BounceBuffers, BounceMemory
-from dist_ckpt.loading.exchange import private_group, swap
+from dist_ckpt.loading.exchange import Extent, cost, place, private_group, share, swap
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files, Ranges
-from dist_ckpt.loading.sharing import Extent, cost, place, share
 from dist_ckpt.loading.wanted import Wanted
-from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Decide, Topic
-from dist_ckpt.ranks.together import together
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Source
 
 Exchange = Literal["auto", "always", "never"]
@@ -104,7 +102,7 @@ class _Plan:
     """What this rank is going to do."""
 
     files: Files
-    filling: Filling
+    filling: ReadTargets
     fetcher: Fetcher
 
 
@@ -205,7 +203,9 @@ class _Reading:
         unit = BLOCK_BYTES if verify else _SECTOR_BYTES
         sizes = [file.nbytes for file in index.files]
         files = Files(sizes, unit_bytes=unit, apart_bytes=MAX_GAP_BYTES)
-        filling = Filling(index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else unit)
+        filling = ReadTargets(
+            index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else unit
+        )
         fetcher = Fetcher(
             self._source,
             files,
@@ -291,7 +291,7 @@ class _Reading:
         decide: Decide = lambda _: b"",
     ) -> tuple[ResultT, bytes]:
         """Do `work`; return its result and rank 0's answer when it succeeded on every rank."""
-        return together(
+        return on_every_rank(
             self._coordinator,
             self._topic.phase(phase),
             work,
@@ -313,12 +313,12 @@ def _decide(messages: Sequence[bytes]) -> bytes:
     group_of = [numbers[message] for message in messages]
     needs = [msgspec.msgpack.decode(message, type=_Needs) for message in distinct]
     apart, once = cost([each.ranges for each in needs], group_of)
-    exchanged, why = choose(needs[0].exchange, apart_bytes=apart, once_bytes=once)
+    exchanged, why = decide_exchange(needs[0].exchange, apart_bytes=apart, once_bytes=once)
     answer = _Answer(exchanged, why, needs, group_of) if exchanged else _Answer(exchanged, why)
     return msgspec.msgpack.encode(answer)
 
 
-def choose(exchange: Exchange, *, apart_bytes: int, once_bytes: int) -> tuple[bool, str]:
+def decide_exchange(exchange: Exchange, *, apart_bytes: int, once_bytes: int) -> tuple[bool, str]:
     """Decide whether ranks exchange what they read, and say why.
 
     Args:

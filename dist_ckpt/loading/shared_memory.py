@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.format.boxes import check_cover
 from dist_ckpt.loading.wanted import Wanted
-from dist_ckpt.staging.copy import reach
+from dist_ckpt.staging.copies import reach
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

@@ -30,7 +30,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
-from dist_ckpt.staging.copy import reach
+from dist_ckpt.staging.copies import reach
 from dist_ckpt.state.layout import dtype_name
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]

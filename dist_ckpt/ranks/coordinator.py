@@ -13,9 +13,6 @@ time however many ranks there are, and the first error ends the round at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 from torch.distributed import DistError
@@ -29,41 +26,17 @@ from dist_ckpt.errors import (
     from_wire,
     to_wire,
 )
-from dist_ckpt.ranks.departures import Departures, absence
-from dist_ckpt.ranks.failures import decode_error, envelope, failure, noted, opened
-from dist_ckpt.ranks.waiting import ALIKE, Waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Topic:
-    """Names a round.
-
-    Attributes:
-        key: equal on all ranks, used once.
-        label: how error messages call what the round is for.
-        opens: whether it is the first round of a call: who does not come has not made the call.
-    """
-
-    key: str
-    label: str
-    opens: bool = False
-
-    def phase(self, name: str) -> Topic:
-        """Return the topic of one round of several that serve the same end."""
-        return Topic(f"{self.key}/{name}", self.label)
-
-    def opening(self, name: str) -> Topic:
-        """Return the topic of the first of these rounds."""
-        return Topic(f"{self.key}/{name}", self.label, opens=True)
-
-    @property
-    def hint(self) -> str:
-        """What to do when somebody does not come, as the end of a message; may be empty."""
-        return f": {ALIKE}" if self.opens else ""
-
-
-Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
-"""Rank 0's decision over the messages by rank: one answer for all, or one for each rank."""
+from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
+from dist_ckpt.ranks.waiting import (
+    Departures,
+    Waiting,
+    absence,
+    decode_error,
+    envelope,
+    failure,
+    noted,
+    opened,
+)
 
 LOST = {0: "connection lost"}
 """The cause by rank where rank 0 could not be asked: unlike its verdict, it says nothing of it."""
@@ -73,88 +46,6 @@ _PIECE_BYTES = 4 << 20
 # A nap is an eighth of the wait so far: that much later, at most, is news heard, and ranks that
 # come at different times find one another soon without asking the store all the time.
 _FIRST_NAP_SECONDS, _NAP_GROWTH, _LONGEST_NAP_SECONDS = 0.0002, 1.125, 0.02
-# Rank 0 gives up a little before the others, so that they hear from it who was absent.
-_COORDINATOR_SHARE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """A point on this process's monotonic clock, and the span in seconds that led to it."""
-
-    at: float
-    span_seconds: float
-
-    @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        """Return the deadline `seconds` from now."""
-        return cls(time.monotonic() + seconds, seconds)
-
-    def for_coordinator(self) -> Deadline:
-        """Return the earlier deadline that rank 0 keeps, so that the others hear its verdict."""
-        early = self.span_seconds * (1 - _COORDINATOR_SHARE)
-        return Deadline(self.at - early, self.span_seconds)
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is over."""
-        return time.monotonic() >= self.at
-
-    @property
-    def remaining_seconds(self) -> float:
-        """How long it still is, at least 0."""
-        return max(0.0, self.at - time.monotonic())
-
-
-class Coordinator(Protocol):
-    """One member of a job whose ranks agree in rounds."""
-
-    rank: int
-    world_size: int
-
-    def round(
-        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
-    ) -> bytes:
-        """Send `message` under `topic` and return rank 0's answer for this rank.
-
-        Args:
-            topic: names the round; every rank uses it once.
-            message: this rank's contribution, or the error that keeps it from having one.
-            decide: called on rank 0 only, when all messages are there.
-            deadline: when to give up.
-
-        Raises:
-            CheckpointError: a rank sent an error or `decide` failed; the same on every rank,
-                `ranks` naming the causes.
-            CoordinationError: a rank did not arrive, or rank 0 did not answer, before the deadline;
-                or another rank failed with a foreign error.
-            BaseException: a foreign `message`, as it is, on the rank that sent it, and a foreign
-                error of `decide` on rank 0: whoever handles it there knows its class.
-        """
-        ...
-
-    def verdict(self, topic: Topic) -> CheckpointError | None:
-        """Return the error with which the round ended, if it ended with one; never waits."""
-        ...
-
-    def post(self, name: str, data: bytes) -> None:
-        """Put a note up under `name`, in the place of the one that was there.
-
-        Raises:
-            CoordinationError: the connection to rank 0 was lost.
-        """
-        ...
-
-    def look(self, name: str) -> bytes | None:
-        """Return the note under `name`, None when there is none; never waits.
-
-        Raises:
-            CoordinationError: the connection to rank 0 was lost.
-        """
-        ...
-
-    def leave(self, deadline: Deadline) -> None:
-        """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
-        ...
 
 
 class StoreCoordinator:

@@ -5,22 +5,115 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
-from dist_ckpt.errors import UsageError, without_secrets
+from dist_ckpt.errors import ErrorKind, UsageError, without_secrets
 from dist_ckpt.format.names import manifest_key, new_save_id
-from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
-from dist_ckpt.ranks.going_back import left_behind
 from dist_ckpt.ranks.job_ranks import JobRanks
-from dist_ckpt.ranks.passed_over import PassedOver
 from dist_ckpt.ranks.rendezvous import Coordinators, join
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.same_place import check_same_place
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.resolve import resolve
+
+# Training on from an older step, or from none: what is newer must not be left in the run.
+
+
+_SHOWN = 5
+# What counts the restarts of one command: of torchrun, and of a job that Slurm put back in line.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def check_first_start(url: str, newer: Sequence[int]) -> None:
+    """Check that this program was not restarted by itself, with the same arguments as before.
+
+    Raises:
+        UsageError: it was, and what it is to give up is most likely what it saved itself.
+    """
+    for name in _RESTARTS:
+        count = os.environ.get(name, "")
+        if count.isascii() and count.isdecimal() and int(count) > 0:
+            raise UsageError(
+                f"discard_newer=True in a restart ({name}={count}) would give up step "
+                f"{', '.join(map(str, newer[-_SHOWN:]))} in {url}, which the starts before it may "
+                "have saved: go back in a start of its own, and then go on with restore() or "
+                "--auto-resume"
+            )
+
+
+def left_behind(url: str, origin: int | None, newer: Sequence[int]) -> UsageError:
+    """Return the error of a training that would leave newer checkpoints in the run.
+
+    Args:
+        url: the run.
+        origin: the step it goes on from; -1 for the beginning, None when nobody called `restore`.
+        newer: the committed steps above that, ascending.
+    """
+    listed = ", ".join(map(str, newer[-_SHOWN:]))
+    if len(newer) > _SHOWN:
+        listed = f"{len(newer) - _SHOWN} others and {listed}"
+    there = f"{url} has checkpoints ({listed})"
+    if origin is None:
+        return UsageError(
+            f"{there}, and this training goes on from none of them, because restore() was not "
+            "called, or failed: a training from the beginning would replace them. Call restore() "
+            "before the first step; to begin anew and give them up, restore('none', "
+            "discard_newer=True); to keep both, begin another run",
+            kind=ErrorKind.NOT_RESTORED,
+        )
+    start = "the beginning" if origin < 0 else f"step {origin}"
+    return UsageError(
+        f"{url} has checkpoints newer than {start} ({listed}), and a restart would go on from step "
+        f"{newer[-1]}: to train on from {start} and give them up, restore with discard_newer=True; "
+        "to keep both, save into another run; only to look, dist_ckpt.load(state, url, step=...) "
+        "takes nothing over, and rollback() restores the best model alone",
+        kind=ErrorKind.STEP_BEHIND,
+    )
+
+
+# Which checkpoints a job found damaged and went past: the one place that knows.
+
+
+class PassedOver:
+    """The damaged checkpoints of one job, from the restore that passed them over on.
+
+    Each stays in it until its step is saved anew, or restored because it is whole after all:
+    another restore in between, of an older step or of the best one, changes nothing about damage.
+    They count for no policy and are nobody's best; only they may be saved again; nothing but such
+    a save deletes them. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Replaced and never changed, so that whoever looks at it needs no lock.
+        self._manifests: Mapping[int, bytes | None] = {}
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """The steps that were passed over."""
+        return frozenset(self._manifests)
+
+    def manifest(self, step: int) -> bytes | None:
+        """Return the manifest with which `step` was found damaged; None where that is not known.
+
+        Rank 0 knows it. It tells this very checkpoint from one that took its place since.
+        """
+        return self._manifests.get(step)
+
+    def add(self, manifests: Mapping[int, bytes | None]) -> None:
+        """Take note of steps, each with its manifest as it was found."""
+        with self._lock:
+            self._manifests = {**self._manifests, **manifests}
+
+    def discard(self, step: int) -> None:
+        """Forget `step`: what is there now is whole."""
+        with self._lock:
+            self._manifests = {old: m for old, m in self._manifests.items() if old != step}
+
 
 Place = str | Path | Store
 """Where a run is: a path, a URL, or a store."""

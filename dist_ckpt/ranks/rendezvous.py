@@ -17,9 +17,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store, _get_default_store
 
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
-from dist_ckpt.ranks.coordinator import Coordinator, StoreCoordinator
+from dist_ckpt.ranks.coordinator import StoreCoordinator
 from dist_ckpt.ranks.job_ranks import JobRanks
-from dist_ckpt.ranks.solo import SoloCoordinator
+from dist_ckpt.ranks.rounds import Coordinator, SoloCoordinator
 from dist_ckpt.ranks.waiting import ALIKE, Waiting
 
 _PROBE_SECONDS = 5.0

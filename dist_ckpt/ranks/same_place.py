@@ -14,7 +14,7 @@ import msgspec
 
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.names import claim_key
-from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.waiting import named
 from dist_ckpt.storage.base import Store, read_all
 

@@ -9,8 +9,8 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, from_wire, to_wire
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, share_out
-from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.messages import check_same, pack, unpack
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.saving.messages import Description, ObjectName, PlanAnswer, PlanRequest, RankPlan
 from dist_ckpt.saving.replicas import (
     compare_replicas,
@@ -18,8 +18,7 @@ from dist_ckpt.saving.replicas import (
     digest_sample,
     samples_differ,
 )
-from dist_ckpt.saving.snapshot import Snapshot
-from dist_ckpt.saving.versions import split_versions
+from dist_ckpt.saving.snapshot import Snapshot, split_versions
 
 BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""

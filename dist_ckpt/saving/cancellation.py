@@ -7,13 +7,13 @@ import time
 from contextlib import suppress
 
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
-from dist_ckpt.ranks.coordinator import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 
 _LOOK_SECONDS = 0.25
 """How often, at most, one rank asks whether another called the save off."""
 
 
-class Stop:
+class CancelToken:
     """What ends one save before its commit: a cancel on any rank, its deadline, a failure here.
 
     Args:

@@ -16,9 +16,9 @@ from dist_ckpt.planning.owners import Owned
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.messages import unpack
 from dist_ckpt.repository import Transaction
-from dist_ckpt.saving.about import About
 from dist_ckpt.saving.messages import Report
 from dist_ckpt.saving.metrics import tell_differing
+from dist_ckpt.saving.provenance import SaveContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Commit:
     parent_step: int | None
     confirm: Callable[[], None]
     max_file_bytes: int | None = None
-    about: About = field(default_factory=About)
+    about: SaveContext = field(default_factory=SaveContext)
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.

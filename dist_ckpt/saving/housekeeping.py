@@ -8,22 +8,28 @@ from collections.abc import Callable
 from dist_ckpt import events
 from dist_ckpt.errors import as_ours
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.saving.background import WriterThread
-from dist_ckpt.saving.retention import Retention
+from dist_ckpt.repository.history import History
+from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.marks import EpochNote, put_epoch_note
+from dist_ckpt.saving.exit import WriterThread
 
 _log = logging.getLogger("dist_ckpt")
 
 
-class Tidier:
-    """Deletes what is not wanted any more. It is no part of a save: none waits for it to begin.
+class Housekeeping:
+    """Keeps what a policy keeps and collects garbage; rank 0 alone.
+
+    It is no part of a save: none waits for it to begin.
 
     Attributes:
         litter: whether files of dead attempts may lie around: at the start, after a failed save.
     """
 
-    def __init__(self, job: Job, retention: Retention) -> None:
+    def __init__(self, job: Job, policy: KeepPolicy | None) -> None:
+        """Remember what to keep; None is everything."""
         self._job = job
-        self._retention = retention
+        self._policy = policy
+        self._history = History(job.repository.store)
         self._thread = WriterThread("dist_ckpt-tidy")
         # Looked at while garbage is collected, so it must always hold what is being written.
         self._in_flight: set[str] = set()
@@ -50,7 +56,7 @@ class Tidier:
         """Tidy up after the commit of `step`. A failure here never undoes the commit."""
         repository, url = self._job.repository, self._job.url
         try:
-            self._retention.after(step)
+            self._retain(step)
             if self.litter:
                 # Cleared first: what a save leaves behind meanwhile is for the next time.
                 self.litter = False
@@ -66,6 +72,26 @@ class Tidier:
                 "tidying %s after step %d failed, the step is committed: %s", url, step, failure
             )
 
+    def note_epoch(self, step: int, note: EpochNote) -> None:
+        """Say of the committed `step` what is known only now, then delete what need not be kept.
+
+        A failure is told by an event and the log, not raised: the checkpoint is as good as before.
+        """
+        store = self._job.repository.store
+        try:
+            record = self._history.of(step)
+            if record is not None:  # else its save failed, and that is told elsewhere
+                put_epoch_note(store, step, record.save_id, note)
+                self._retain(step)
+        except Exception as error:  # a policy of the user may raise anything
+            self.tell_failed(step, error)
+
+    def tell_failed(self, step: int, error: Exception) -> None:
+        """Say that something about a committed checkpoint could not be noted."""
+        failure = as_ours(error)
+        events.emit(events.RetentionFailed(self._job.url, step, 0, failure))
+        _log.warning("noting metrics of step %d in %s failed: %s", step, self._job.url, failure)
+
     def wait(self, timeout_seconds: float) -> bool:
         """Wait until nothing is left to tidy up; return whether that is so."""
         return self._thread.wait_idle(timeout_seconds)
@@ -73,3 +99,24 @@ class Tidier:
     def stop(self) -> None:
         """Let the thread end when it is done."""
         self._thread.stop()
+
+    def _retain(self, step: int) -> None:
+        """Delete what need not be kept, now that `step` is committed.
+
+        Raises:
+            CheckpointError: a listing or a deletion failed, or a newer job owns the run.
+        """
+        # It may be a step that was deleted by hand, or passed over, and is another one now.
+        self._history.forget(step)
+        if self._policy is None:
+            return
+        origin = self._job.restored_step
+        gone = self._job.repository.retain(
+            self._policy,
+            claim=self._job.claim(),
+            protected={step} if origin is None else {step, origin},
+            damaged=self._job.passed_over.steps,
+            history=self._history,
+        )
+        for old, reason in gone.items():
+            events.emit(events.CheckpointDeleted(self._job.url, old, 0, reason))

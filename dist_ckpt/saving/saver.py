@@ -19,18 +19,15 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.marks import EpochNote
-from dist_ckpt.saving.about import About
 from dist_ckpt.saving.agreement import Asked, Planner
 from dist_ckpt.saving.attempt import Attempt, Share
-from dist_ckpt.saving.background import WriterThread
 from dist_ckpt.saving.commit import Commit
-from dist_ckpt.saving.exit import end_with, end_without
+from dist_ckpt.saving.exit import WriterThread, end_with, end_without
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.housekeeping import Tidier
+from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.metrics import Metrics, as_numbers
-from dist_ckpt.saving.provenance import Origin
-from dist_ckpt.saving.retention import Retention
+from dist_ckpt.saving.provenance import Provenance, SaveContext
 from dist_ckpt.saving.snapshot import Snapshot, take
 from dist_ckpt.saving.stager import Stager
 from dist_ckpt.staging.gc_pause import no_collection
@@ -53,16 +50,15 @@ class Saver:
     ) -> None:
         self._job = job
         self._state = state
-        self.retention = Retention(job, keep)
         self._metadata = dict(metadata)
         self._options = options = options or SaveOptions()
         self._asked = _as_text(options, keep)
-        self._program = Origin(command=True) if options.command else None
+        self._program = Provenance(command=True) if options.command else None
         self._planner: Planner | None = None
         self._describer = Describer()
         self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
         self._writer = WriterThread()
-        self._tidier = Tidier(job, self.retention)
+        self._housekeeping = Housekeeping(job, keep)
         self._pending: SaveHandle | None = None
         # The failure of a save before, of which nobody was told yet.
         self._earlier: Exception | None = None
@@ -74,7 +70,7 @@ class Saver:
         """Begin to take the memory that the first save will need, in the background."""
         self._stager.prewarm(self._state, world_size=self._job.ranks.world_size())
 
-    def start(self, step: int, metrics: Metrics, about: About | None = None) -> SaveHandle:
+    def start(self, step: int, metrics: Metrics, about: SaveContext | None = None) -> SaveHandle:
         """Begin to save; return when the state may change again.
 
         Raises:
@@ -83,7 +79,7 @@ class Saver:
             Exception: what the state of this rank raised, on this rank.
         """
         try:
-            handle = self._start(step, metrics, about or About(program=self._program))
+            handle = self._start(step, metrics, about or SaveContext(program=self._program))
         except BaseException as error:
             if self._earlier is not None:
                 error.add_note(f"besides, the save before failed: {describe(self._earlier)}")
@@ -104,7 +100,7 @@ class Saver:
             error.add_note(f"step {step} is being saved all the same")
             raise error
 
-    def _start(self, step: int, metrics: Metrics, about: About) -> SaveHandle:
+    def _start(self, step: int, metrics: Metrics, about: SaveContext) -> SaveHandle:
         self._job.check_process()
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
@@ -126,7 +122,7 @@ class Saver:
             agreed = planner.agree(
                 Asked(step, self._job.url, self._asked, busy, self._earlier),
                 snapshot,
-                self._tidier.begin,
+                self._housekeeping.begin,
                 topic=topic,
                 deadline=deadline,
             )
@@ -162,7 +158,7 @@ class Saver:
 
     def look_around(self) -> None:
         """Have the next commit followed by a look for what nobody needs any more."""
-        self._tidier.litter = True
+        self._housekeeping.litter = True
 
     def note_late(self, step: int, epoch: int | None, metrics: Metrics) -> None:
         """Say of the checkpoint of `step`, once it is committed, what is known only now."""
@@ -171,11 +167,13 @@ class Saver:
                 note = EpochNote(epoch, as_numbers(metrics))
             except UsageError as error:
                 # Not raised: the other ranks have nothing to convert, and would go on alone.
-                self.retention.tell_failed(step, error)
+                self._housekeeping.tell_failed(step, error)
                 return
             # After the commit on the writer's thread, and after the tidying that follows it.
             self._writer.submit(
-                lambda: self._tidier.submit_job(lambda: self.retention.note_epoch(step, note))
+                lambda: self._housekeeping.submit_job(
+                    lambda: self._housekeeping.note_epoch(step, note)
+                )
             )
 
     def drain(self) -> None:
@@ -196,7 +194,7 @@ class Saver:
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
-            self._tidier.wait(seconds)
+            self._housekeeping.wait(seconds)
         return error
 
     def close(self) -> None:
@@ -242,7 +240,7 @@ class Saver:
 
     def _release(self) -> None:
         self._writer.stop()
-        self._tidier.stop()
+        self._housekeeping.stop()
         self._stager.release()
         self._job.leave()
         # Last: until rank 0 has left, the end of its interpreter would cut the others off.
@@ -336,7 +334,7 @@ class Saver:
             attempt.handle.take_error()
             raise share.staged
 
-    def _commit(self, attempt: Attempt, about: About) -> Commit:
+    def _commit(self, attempt: Attempt, about: SaveContext) -> Commit:
         assert self._planner is not None
         deadline = attempt.deadline.for_coordinator()
         return Commit(
@@ -358,11 +356,11 @@ class Saver:
         """The background job: write and commit, then have it tidied up."""
         attempt.run(share, commit.decide)
         if attempt.handle.outcome != "committed":
-            self._tidier.litter = True
+            self._housekeeping.litter = True
         elif self._last and attempt.rank == 0:
-            self._tidier.run(attempt.transaction.step)
+            self._housekeeping.run(attempt.transaction.step)
         elif attempt.rank == 0:
-            self._tidier.submit(attempt.transaction.step)
+            self._housekeeping.submit(attempt.transaction.step)
         if self._last:
             self._release()
 
@@ -382,7 +380,7 @@ class Saver:
         attempt.stop.give_up(error)
         self._writer.abandon()
         self._stager.abandon()
-        self._tidier.litter = True
+        self._housekeeping.litter = True
 
 
 def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:

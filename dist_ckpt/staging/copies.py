@@ -8,14 +8,62 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.staging.arena import Pin
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.staging.arena import Pin, Unpin
 from dist_ckpt.staging.checksum import checksum
-from dist_ckpt.staging.pinning import pin_for
+
+# What of a live tensor a box names.
+
+
+def view_box(tensor: torch.Tensor, box: Box, *, origin: tuple[int, ...]) -> torch.Tensor:
+    """Return the view of `tensor` that `box` names, `origin` being where the tensor starts."""
+    view = tensor.detach()
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        view = view.narrow(dim, offset - origin[dim], size)
+    return view
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Return how many elements of memory a tensor with elements spans, gaps between them too."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
+# Page-locked host memory, which a CUDA device reads and writes by itself.
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not for the current one alone
+
+
+def pin_for(device: torch.device) -> Pin:
+    """Return what pins memory for copies from `device`."""
+
+    def pin(memory: memoryview) -> Unpin:
+        # On another thread device 0 is the current one, and a call there would open it.
+        with torch.cuda.device(device):
+            address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            code = int(runtime.cudaHostRegister(address, len(memory), _PORTABLE))
+        if code:
+            raise RuntimeError(f"cudaHostRegister refused with error {code}")
+        return lambda: _unpin(address, device)
+
+    return pin
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
 
 Tensors = Sequence[torch.Tensor]
 
@@ -257,3 +305,38 @@ def _frozen(source: torch.Tensor) -> torch.Tensor | None:
         return torch._lazy_clone(source.detach())  # noqa: SLF001
     except (RuntimeError, AttributeError):
         return None
+
+
+# Optimizer steps wait for copies in flight: nobody has to remember a call.
+#
+# One hook for all optimizers of the process, and not one for each optimizer of a state: a wrapper
+# or a second optimizer may step the same parameters. It is registered once and never removed,
+# because torch walks its hooks without a lock, and removing one on another thread would break
+# that walk.
+
+
+_lock = threading.Lock()
+_registered = False
+# Added to and taken from in single operations, which threads cannot see half done.
+_in_flight: dict[int, Sequence[InFlight]] = {}
+
+
+def hold_steps(copies: Sequence[InFlight]) -> None:
+    """Let no optimizer step change anything before `copies` are done."""
+    global _registered
+    with _lock:
+        if not _registered:
+            register_optimizer_step_pre_hook(_before_step)
+            _registered = True
+    _in_flight[id(copies)] = copies
+
+
+def release_steps(copies: Sequence[InFlight]) -> None:
+    """Hold steps no longer for `copies`."""
+    _in_flight.pop(id(copies), None)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for copies in tuple(_in_flight.values()):
+        for copying in copies:
+            copying.before_change()

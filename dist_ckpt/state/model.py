@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -12,7 +14,6 @@ from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import check_storable
-from dist_ckpt.state.meta import check_knowable, give_memory
 from dist_ckpt.state.module_fit import Fit, fit
 from dist_ckpt.state.module_state import Entry, Naming, entries_of, names_of_parameters
 from dist_ckpt.state.names import refuse_fsdp1
@@ -20,7 +21,6 @@ from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
 from dist_ckpt.state.told import Say, tell, tell_after
-from dist_ckpt.state.trained import Trained
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -42,7 +42,7 @@ class ModelPart:
         trainable_only: leave out parameters that do not require gradients, and whatever else
             belongs to submodules that own no parameter which does (a frozen, perhaps quantized
             base is loaded from where it came from), except what training changes all the same:
-            see `dist_ckpt.state.trained`.
+            see `dist_ckpt.state.model`.
         passed_over: names of what is no weight: of such an entry it does not matter if it is stored
             and not in this module, or the other way round.
     """
@@ -228,3 +228,150 @@ def _state_dict(own: Mapping[str, Entry], given: Mapping[str, Any], found: Fit) 
 def _listed(state: Mapping[str, Any]) -> str:
     names = sorted(state)
     return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# Modules on the meta device: what can be known of them, and memory for their tensors.
+
+
+_SHOWN = 5
+
+
+def check_knowable(module: nn.Module, stored: Collection[int], part: str) -> None:
+    """Check that a load can give a value to everything in `module` that has none.
+
+    Args:
+        module: the whole module.
+        stored: the ids of the tensors in its state dict.
+        part: what it is called, for the message.
+
+    Raises:
+        IncompatibleError: a tensor on the meta device is in no state dict. Left there it would
+            fail at the first use, and memory without a value would be taken for one.
+    """
+    lost = [
+        name
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.device.type == "meta" and id(tensor) not in stored
+    ]
+    if lost:
+        rest = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise IncompatibleError(
+            f"{part}: {', '.join(lost[:_SHOWN])}{rest} on the meta device: no checkpoint has a "
+            "value for what is not in the state dict (such as buffers with persistent=False). "
+            "Compute these on a real device before the load"
+        )
+
+
+def give_memory(module: nn.Module, memory: Mapping[int, torch.Tensor], part: str) -> None:
+    """Put tensors with values in the place of those on the meta device.
+
+    Parameters stay the objects that they are, so that an optimizer built on them holds the real
+    ones; tied ones stay tied.
+
+    Args:
+        module: the whole module.
+        memory: by the id of the tensor on the meta device.
+        part: what the module is called, for the message.
+
+    Raises:
+        IncompatibleError: torch cannot exchange a tensor that something else holds on to.
+    """
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        real = memory.get(id(tensor))
+        # A tied parameter is met again after its exchange: it is real by then.
+        if real is None or tensor.device.type != "meta":
+            return tensor
+        return real
+
+    try:
+        with _exchanging(module):
+            # `Module._apply`, on which `to` and `to_empty` stand: wrappers such as FSDP2 hook into
+            # it to learn that their parameters have moved.
+            module._apply(fill)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    except RuntimeError as error:
+        raise IncompatibleError(
+            f"{part}: a parameter on the meta device cannot be made real in place "
+            f"({describe(error)}): load before anything else refers to the parameters, or call "
+            "to_empty(device=...) on the module first"
+        ) from error
+
+
+@contextmanager
+def _exchanging(module: nn.Module) -> Iterator[None]:
+    """Let `Module._apply` exchange tensors behind their objects, not make new parameters."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    # The exchange goes for class and attributes, too, by which programs mark parameters.
+    marked = [
+        (parameter, type(parameter), dict(vars(parameter))) for parameter in module.parameters()
+    ]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+        for parameter, cls, attributes in marked:
+            if type(parameter) is not cls:
+                parameter.__class__ = cls
+            for key, value in attributes.items():
+                vars(parameter).setdefault(key, value)
+
+
+# Which entries of a module training changes, when most of it is frozen.
+
+
+_Mark = tuple[int, int]
+
+
+class Trained:
+    """Tells what of `module` is trained: the parameters that require gradients, and more.
+
+    Buffers beside such a parameter are, and so are statistics: those of batch normalisation, which
+    a forward pass in training mode changes also where all parameters are frozen, and any buffer
+    that was written or exchanged since this object was made.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._marks: WeakKeyDictionary[nn.Module, dict[str, _Mark]] = WeakKeyDictionary()
+        for each in module.modules():
+            self._marks[each] = {name: _mark(b) for name, b in each.named_buffers(recurse=False)}
+
+    def names(self, entries: Mapping[str, Entry]) -> set[str]:
+        """Return the names of those `entries` that are trained."""
+        changed = {id(buffer) for buffer in self._changed()}
+        others = {name for name, entry in entries.items() if id(entry.owner) in changed}
+        return self.by_gradient(entries) | others
+
+    def by_gradient(self, entries: Mapping[str, Entry]) -> set[str]:
+        """Return the names of those that gradients train, and of what is beside them."""
+        # By the flag and not by the gradient, which is None before the first backward. The module
+        # that owns an entry is told by the name that the state dict has for it.
+        beside = {
+            entry.raw_name.rpartition(".")[0]
+            for entry in entries.values()
+            if isinstance(entry.owner, nn.Parameter) and entry.owner.requires_grad
+        }
+        return {
+            name
+            for name, entry in entries.items()
+            if (
+                entry.owner.requires_grad
+                if isinstance(entry.owner, nn.Parameter)
+                else entry.raw_name.rpartition(".")[0] in beside
+            )
+        }
+
+    def _changed(self) -> Iterator[torch.Tensor]:
+        for each in self._module.modules():
+            marks = self._marks.get(each, {})
+            # torch's own name for all normalisations with running statistics.
+            counts = isinstance(each, nn.modules.batchnorm._NormBase)  # noqa: SLF001
+            for name, buffer in each.named_buffers(recurse=False):
+                if counts or marks.get(name) != _mark(buffer):
+                    yield buffer
+
+
+def _mark(buffer: torch.Tensor) -> _Mark:
+    # torch counts the writes to a tensor, except where it was made without that.
+    return id(buffer), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001

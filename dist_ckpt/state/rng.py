@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dist_ckpt.errors import IncompatibleError, describe
+from dist_ckpt.state.generators import fresh_note, fresh_seed
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets
-from dist_ckpt.state.streams import fresh_note, fresh_seed
 
 _READ: dict[str, Callable[[], object]] = {
     "python": random.getstate,

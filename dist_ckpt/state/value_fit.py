@@ -57,7 +57,7 @@ def fit_value(
     """
     held = held_containers(live)
     node = parse(stored.objects[VALUE], path)
-    misfits = list(named_misfits(live, node, VALUE, held))
+    mismatches = list(named_misfits(live, node, VALUE, held))
     here = fillable(live, path=path, prefix=VALUE)
     # All of them before the first alias is made, which would hold its memory.
     fixed = {name for name, tensor in here.items() if tensor.is_meta or is_held(tensor)}
@@ -76,8 +76,8 @@ def fit_value(
         else:
             fit.tensors[name] = beside(here[name], spec)
             fit.exchanged.append(name)
-    fit.missing.extend(name for name, lacks in misfits if lacks and name not in fit.missing)
-    fit.unexpected.extend(name for name, lacks in misfits if not lacks)
+    fit.missing.extend(name for name, lacks in mismatches if lacks and name not in fit.missing)
+    fit.unexpected.extend(name for name, lacks in mismatches if not lacks)
     return fit
 
 

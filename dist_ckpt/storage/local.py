@@ -39,11 +39,11 @@ from dist_ckpt.storage.durable import (
     nearest_existing,
     prune,
     remove_exactly,
+    sweep_files,
     sync_directory,
     write_file,
 )
 from dist_ckpt.storage.naming import Naming
-from dist_ckpt.storage.sweeping import sweep_files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -34,7 +34,6 @@ from dist_ckpt.storage.base import (
 )
 from dist_ckpt.storage.multipart import MAX_OBJECT_BYTES, MAX_PART_BYTES, MIB, part_bytes
 from dist_ckpt.storage.s3_client import Answer, Client, together
-from dist_ckpt.storage.s3_download import Download
 from dist_ckpt.storage.s3_errors import (
     EXISTS,
     FOREIGN,
@@ -44,10 +43,10 @@ from dist_ckpt.storage.s3_errors import (
     Verdict,
     code_of,
     is_forbidden,
-    judge,
+    refuse_mismatches,
     to_error,
 )
-from dist_ckpt.storage.s3_upload import Upload
+from dist_ckpt.storage.s3_upload import Download, Upload
 from dist_ckpt.storage.scatter import Scatter
 
 _T = TypeVar("_T")
@@ -265,7 +264,7 @@ class S3Store:
             # Once more, since somebody may have deleted it in between.
             self._refuses = await upload.probe() or await upload.probe()
         except FOREIGN as error:
-            if judge(error) is Verdict.FINAL:
+            if refuse_mismatches(error) is Verdict.FINAL:
                 raise
             return  # an outage: what was created stays, and the next create asks again
         if not self._refuses:

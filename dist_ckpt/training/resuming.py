@@ -12,8 +12,7 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFoun
 from dist_ckpt.format.names import discard_key
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.ranks.going_back import check_first_start, left_behind
-from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.job import Job, check_first_start, left_behind
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion

@@ -8,21 +8,145 @@ only when it has come to a call that the note it knows does not cover.
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import FrameType
 
 import msgspec
 
-from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, from_wire, to_wire
+from dist_ckpt.errors import (
+    CheckpointError,
+    CoordinationError,
+    ErrorKind,
+    UsageError,
+    from_wire,
+    to_wire,
+)
 from dist_ckpt.policy import Better, Moment, OnSignal, SavePolicy, Scope, members
-from dist_ckpt.ranks.coordinator import Deadline
-from dist_ckpt.ranks.failures import failure
 from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rounds import Deadline
+from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.metrics import Metrics, as_numbers
-from dist_ckpt.training.signals import SignalNote
+
+# Signals as notes: the handler writes one down, and everything else happens at a step's end.
+
+
+class SignalNote:
+    """Listens for signals until it is closed.
+
+    A child that was forked does not: there the signals do what they did before. It has no step at
+    whose end anything would be done about them, and a pool whose processes swallow the SIGTERM that
+    is to end them is waited for for ever.
+
+    Attributes:
+        wanted: the signals that it listens for.
+    """
+
+    def __init__(self, wanted: Iterable[signal.Signals]) -> None:
+        """Begin to listen.
+
+        Raises:
+            UsageError: Python takes signals on the main thread only, and this is another.
+        """
+        self.wanted = frozenset(wanted)
+        if self.wanted and threading.current_thread() is not threading.main_thread():
+            raise UsageError(
+                "policy.on_signal: make the Checkpointer on the main thread, the only one where "
+                "Python takes signals"
+            )
+        self._name = ""
+        self._closed = False
+        # The bound method is kept, as each access would make another object.
+        self._ours = self._on_signal
+        self._listen()
+
+    def take(self) -> str:
+        """Return the name of the signal that arrived last, "" for none, and forget it."""
+        if self._pid != os.getpid() and threading.current_thread() is threading.main_thread():
+            # Asked for in a child: the training itself was moved there, as a daemon's is.
+            self._listen()
+        name, self._name = self._name, ""
+        return name
+
+    def close(self) -> None:
+        """Put the handlers back that were there before, where nobody else took our place."""
+        self._closed = True
+        # Changed on the main thread only. Off it ours stays, and does what those before it did.
+        if threading.current_thread() is threading.main_thread():
+            self._put_back()
+            if self._put_back in _undo_in_child:
+                _undo_in_child.remove(self._put_back)
+
+    def _listen(self) -> None:
+        self._pid = os.getpid()
+        self._before = {each: signal.signal(each, self._ours) for each in self.wanted}
+        _undo_in_child.append(self._put_back)
+
+    def _put_back(self) -> None:
+        for each, before in self._before.items():
+            if signal.getsignal(each) == self._ours:
+                signal.signal(each, signal.SIG_DFL if before is None else before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Nothing but this in a handler: it may interrupt any line of the training.
+        before = self._before.get(signal.Signals(number))
+        if self._closed or self._pid != os.getpid():
+            _act_as(before, number, frame)
+            return
+        again = bool(self._name)
+        self._name = signal.Signals(number).name
+        # Ctrl-C is Python's own handler: the first one asks for a save, the second one means it.
+        if callable(before) and (before is not signal.default_int_handler or again):
+            before(number, frame)
+
+
+def _act_as(before: object, number: int, frame: FrameType | None) -> None:
+    """Do what the handler `before` ours would have done."""
+    if callable(before):
+        before(number, frame)
+    elif before != signal.SIG_IGN:
+        # None is a handler of a library, which only the system could call: nobody here can.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+# In the order in which they began: each puts back what it had found, beginning with the last.
+_undo_in_child: list[Callable[[], None]] = []
+
+
+# What was blocked on the thread that forks, before it began to.
+_mask = threading.local()
+
+
+def _hold_back() -> None:
+    """Let no signal come while there are two processes and one set of handlers.
+
+    One that came to the child before its handlers are put back would be written down by ours, and
+    swallowed: whoever sent it waits for an end that does not come.
+    """
+    held = signal.valid_signals() if _undo_in_child else set()
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _stop_in_child() -> None:
+    while _undo_in_child:
+        _undo_in_child.pop()()
+    _let_through()
+
+
+# Runs in the child before any of its own code. The thread that forked is the main one there.
+os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_stop_in_child)
+
 
 _WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
 # How much time the word covers ahead: how late a signal or the clock may be heeded.
@@ -42,7 +166,7 @@ class _Entry(msgspec.Struct, frozen=True):
     error: dict[str, object] = {}
 
 
-class _Word(msgspec.Struct, frozen=True):
+class _Decisions(msgspec.Struct, frozen=True):
     """All that rank 0 has decided, up to the call `horizon`; calls without an entry are nothing."""
 
     horizon: int
@@ -57,7 +181,7 @@ class _Arrival(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """What holds for all ranks at one call.
 
     Attributes:
@@ -69,7 +193,7 @@ class Verdict:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class Pace:
+class SaveTrigger:
     """Decides when to save, the same on every rank.
 
     Attributes:
@@ -108,10 +232,10 @@ class Pace:
         self._told_call = 0
         self._heeded_call = 0
         # Nothing was said of the first call, so nothing can be due there that needs to be said.
-        self._word = _Word(0 if self._at_once else 1, {})
+        self._word = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
 
-    def at(self, step: int, epoch: int | None, metrics: Metrics) -> Verdict:
+    def at(self, step: int, epoch: int | None, metrics: Metrics) -> Decision:
         """Return what holds after `step`; every rank asks at the same steps.
 
         Args:
@@ -127,7 +251,7 @@ class Pace:
         moment = Moment(step, epoch)
         reasons = [reason for each in self._local if (reason := each.due(moment))]
         if not self._shared:
-            return Verdict(", ".join(reasons) or None)
+            return Decision(", ".join(reasons) or None)
         leads = self._job.training.rank == 0
         entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
         if entry.error:
@@ -139,7 +263,7 @@ class Pace:
             self._note.take()  # one that came here too is heeded by this very save
         if self._calls % _MEET_CALLS == 0:
             self._meet(step)
-        return Verdict(", ".join(reasons) or None, entry.metrics)
+        return Decision(", ".join(reasons) or None, entry.metrics)
 
     def saved(self) -> None:
         """Take note that all ranks have begun a save together."""
@@ -210,7 +334,7 @@ class Pace:
         return name
 
     def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
-        self._word = _Word(horizon, {**self._word.entries, **entries})
+        self._word = _Decisions(horizon, {**self._word.entries, **entries})
         self._told_at, self._told_call = time.monotonic(), self._calls
         if self._job.training.world_size > 1:
             self._job.training.post(_WORD, msgspec.msgpack.encode(self._word))
@@ -231,7 +355,7 @@ class Pace:
         while self._word.horizon < self._calls:
             posted = self._job.training.look(_WORD)
             if posted is not None:
-                self._word = msgspec.msgpack.decode(posted, type=_Word)
+                self._word = msgspec.msgpack.decode(posted, type=_Decisions)
             if self._word.horizon >= self._calls:
                 break
             # Looked for after the word: what rank 0 decided before it ended holds.
@@ -263,4 +387,4 @@ class Pace:
     def _forget(self) -> None:
         # All ranks have arrived at this call, so all have heard what was said of it and before.
         later = {call: entry for call, entry in self._word.entries.items() if call > self._calls}
-        self._word = _Word(self._word.horizon, later)
+        self._word = _Decisions(self._word.horizon, later)

@@ -18,8 +18,9 @@ import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.saving import file_writer
-from dist_ckpt.storage import direct, durable, local, naming, sweeping
+from dist_ckpt.saving import attempt as file_writer
+from dist_ckpt.storage import direct, durable, local, naming
+from dist_ckpt.storage import durable as sweeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import CHANGES, OPERATIONS, CrashStore, Operation

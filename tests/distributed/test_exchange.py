@@ -16,8 +16,8 @@ from dist_ckpt.loading import reading
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
-from dist_ckpt.ranks.coordinator import Deadline, Topic
 from dist_ckpt.ranks.rendezvous import join
+from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import LocalStore
 from dist_ckpt.testing.ranks import ranks, run_ranks

@@ -59,6 +59,7 @@ IS_TOLD = {
     "process_that_raises_and_fails_to_save": 1,
 }
 IS_OVER = ("failed_and_told", "failed_and_cancelled")
+WAITS = "dist_ckpt: waiting for the save of step 1 to "
 ALONE = ("forked_beside_a_save", "pool_beside_a_signal_policy")
 
 Outcomes = dict[str, tuple[int, str]]
@@ -106,8 +107,10 @@ def check_committed(found: Outcomes, ends: Mapping[str, int], base: str) -> None
         stored = Repository(resolve(url.removeprefix("gs://")))
         assert stored.steps()[-1:] == [1], (way, said)
         assert stored.verify(1).ok
-        # Nothing is said but what the program itself raised.
-        assert "dist_ckpt" not in said.replace(str(ROOT), "") or code in (1, -2), (way, said)
+        # Nothing is said but what the program itself raised, and on a slow machine for what it waits.
+        others = [line for line in said.splitlines() if not line.startswith(WAITS)]
+        own = any("dist_ckpt" in line.replace(str(ROOT), "") for line in others)
+        assert not own or code in (1, -2), (way, said)
         assert "ignored" not in said, (way, said)
         assert "Unclosed" not in said, (way, said)
 

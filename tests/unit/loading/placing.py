@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files, Ranges, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
@@ -144,16 +144,16 @@ class Situation:
     images: list[bytes]
     targets: list[Target]
 
-    def planned(self, rng: random.Random) -> tuple[Files, Filling, Ranges]:
+    def planned(self, rng: random.Random) -> tuple[Files, ReadTargets, Ranges]:
         """Return the plan of a load, and its reads, cut anywhere."""
         unit = rng.choice((1, 3, 16, 64))
         files = Files([len(image) for image in self.images], unit_bytes=unit)
         wanted = [target.wanted for target in self.targets]
-        filling = Filling(self.index, wanted, files, max_gap_bytes=rng.choice((0, 1, 16, 1000)))
+        filling = ReadTargets(self.index, wanted, files, max_gap_bytes=rng.choice((0, 1, 16, 1000)))
         most = unit * rng.choice((1, 2, 7, 50, 1000)) if rng.random() < 0.5 else 1 << 20
         return files, filling, cut(filling.needs, most_bytes=max(most, 8))
 
-    def load(self, rng: random.Random) -> Filling:
+    def load(self, rng: random.Random) -> ReadTargets:
         """Read all that is needed, in any order, straight to its place or beside it."""
         files, filling, reads = self.planned(rng)
         pairs = reads.pairs()

@@ -6,7 +6,7 @@ import pytest
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
 from dist_ckpt.format.names import manifest_key
-from dist_ckpt.loading.choice import Choice, choose
+from dist_ckpt.loading.choosing import Choice, choose
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.memory import MemoryStore

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator, Topic
+from dist_ckpt.ranks.coordinator import StoreCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
-from tests.unit.ranks.rounds import hash_store, together
+from tests.unit.ranks.rounds import hash_store, on_every_rank
 
 WORLD = 4
 _names = itertools.count()
@@ -69,7 +70,7 @@ def exchanged(tensors: int) -> tuple[dict[str, int], dict[str, int]]:
 
         return work
 
-    for result in together([rank(number) for number in range(WORLD)]):
+    for result in on_every_rank([rank(number) for number in range(WORLD)]):
         assert result is None, result
     assert Repository(place).steps() == [1, 2]
     return first, second

@@ -13,7 +13,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading import fetching
 from dist_ckpt.loading.fetching import Fetcher
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
@@ -57,7 +57,7 @@ def fetch(source: Any, target: torch.Tensor) -> None:
     box = Box((0,), (COUNT,))
     files = Files([file.nbytes for file in source.index.files], unit_bytes=BLOCK_BYTES)
     wanted = [Wanted(0, LocalBox(held("w", (COUNT,), box), target), torch.float32)]
-    filling = Filling(source.index, wanted, files, max_gap_bytes=BLOCK_BYTES)
+    filling = ReadTargets(source.index, wanted, files, max_gap_bytes=BLOCK_BYTES)
     fetcher = Fetcher(source, files, filling, verify=True, in_flight_bytes=1 << 30)
     fetcher.fetch(filling.needs)
 

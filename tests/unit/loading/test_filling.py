@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.loading import filling
-from dist_ckpt.loading.filling import Filling, Landing
+from dist_ckpt.loading.filling import ReadTarget, ReadTargets
 from dist_ckpt.loading.ranges import Files, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
@@ -52,7 +52,7 @@ def read(
         landing: whether what can be is read straight to its place.
     """
     files = Files([file.nbytes for file in opened.index.files], unit_bytes=unit)
-    planned = Filling(opened.index, wants(opened.index, targets), files, max_gap_bytes=unit)
+    planned = ReadTargets(opened.index, wants(opened.index, targets), files, max_gap_bytes=unit)
     pieces = cut(planned.needs, most_bytes=most)
     # Backwards, since the order does not matter.
     for start, stop in reversed(pieces.pairs()):
@@ -124,7 +124,7 @@ def test_needs_are_the_bytes_of_wanted_elements_and_small_gaps(data: st.DataObje
     boxes = data.draw(st.lists(boxes_in(shape), min_size=1, max_size=4))
     files = Files([file.nbytes for file in index.files], unit_bytes=1)
     memory = [LocalBox(held("t", shape, box), torch.empty(box.sizes)) for box in boxes]
-    filling = Filling(index, wants(index, memory), files, max_gap_bytes=gap)
+    filling = ReadTargets(index, wants(index, memory), files, max_gap_bytes=gap)
     found = {at for start, stop in filling.needs.pairs() for at in range(start, stop)}
     exact = {
         place[element] + byte
@@ -173,7 +173,7 @@ def test_elements_that_lie_anywhere_are_put_together_and_cast(
     inner = Box((2, 3), (6, 5))
     memory = torch.zeros(6, 5, dtype=target)
     wanted = Wanted(0, LocalBox(held("t", (9, 11), inner), memory), torch.float32)
-    filling = Filling(index, [wanted], files, max_gap_bytes=16)
+    filling = ReadTargets(index, [wanted], files, max_gap_bytes=16)
     for start, stop in cut(filling.needs, most_bytes=32).pairs():
         filling.fill(start, memoryview(bytearray(raw[start:stop])))
     assert torch.equal(memory, part_of(whole, inner).to(target))
@@ -225,9 +225,9 @@ def test_many_boxes_of_one_tensor_look_their_chunks_up(count: int) -> None:
         assert torch.equal(target.memory, part_of(whole, target.held.box))
 
 
-def landings_of(opened: Checkpoint, targets: Sequence[LocalBox]) -> list[Landing]:
+def landings_of(opened: Checkpoint, targets: Sequence[LocalBox]) -> list[ReadTarget]:
     files = Files([file.nbytes for file in opened.index.files], unit_bytes=1)
-    planned = Filling(opened.index, wants(opened.index, targets), files, max_gap_bytes=1)
+    planned = ReadTargets(opened.index, wants(opened.index, targets), files, max_gap_bytes=1)
     ((start, stop),) = planned.needs.pairs()
     return planned.land(start, memoryview(bytearray(stop - start)))
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.loading.matching import (
-    Misfits,
+    Mismatches,
     can_cast,
     check_matched,
     compare,
-    judge,
+    refuse_mismatches,
     unmatched,
 )
 from dist_ckpt.options import LoadOptions
@@ -75,17 +75,17 @@ def test_what_may_be_cast(stored: torch.dtype, wanted: torch.dtype, possible: bo
 def test_missing_on_any_rank_and_unexpected_on_all(
     by_rank: list[tuple[list[str], list[str], list[str], list[str]]], strict: bool
 ) -> None:
-    misfits = [Misfits(*each) for each in by_rank]
+    mismatches = [Mismatches(*each) for each in by_rank]
     missing = set().union(*(each[0] for each in by_rank))
     unexpected = set(by_rank[0][1]).intersection(*(each[1] for each in by_rank))
     shapes = set().union(*(each[2] for each in by_rank))
     dtypes = set().union(*(each[3] for each in by_rank))
     if not (shapes or dtypes or (strict and (missing or unexpected))):
-        found = judge(misfits, where="step 1 in x", strict=strict)
+        found = refuse_mismatches(mismatches, where="step 1 in x", strict=strict)
         assert (set(found.missing), set(found.unexpected)) == (missing, unexpected)
         return
     with pytest.raises(IncompatibleError) as caught:
-        judge(misfits, where="step 1 in x", strict=strict)
+        refuse_mismatches(mismatches, where="step 1 in x", strict=strict)
     message = str(caught.value)
     assert message.startswith("step 1 in x does not fit this state; nothing was changed")
     for kind, names in (
@@ -102,11 +102,11 @@ def test_missing_on_any_rank_and_unexpected_on_all(
 def test_a_long_list_is_cut_and_counted() -> None:
     names = [f"model/layer{number:03d}" for number in range(1000)]
     with pytest.raises(IncompatibleError, match=r"model/layer019 and 980 more$"):
-        judge([Misfits(missing=names)], where="step 1")
+        refuse_mismatches([Mismatches(missing=names)], where="step 1")
 
 
 def test_misfits_do_not_share_their_lists() -> None:
-    one, other = Misfits(), Misfits()
+    one, other = Mismatches(), Mismatches()
     one.missing.append("x")
     assert other.missing == []
 
@@ -116,27 +116,27 @@ def test_a_pattern_counts_as_matched_when_it_matches_on_one_rank() -> None:
     known = {"model", "model/head.weight", "model/body"}
     lost = unmatched(options, known, {"model/old"})
     assert lost == ["ema/*", "model/haed.*", "model/old"]
-    mine = Misfits(unmatched=lost)
-    check_matched([mine, Misfits()], known)
+    mine = Mismatches(unmatched=lost)
+    check_matched([mine, Mismatches()], known)
     with pytest.raises(UsageError, match=r"'model/haed\.\*'.*did you mean 'model/head'"):
-        check_matched([mine, Misfits(unmatched=["model/haed.*"])], known)
+        check_matched([mine, Mismatches(unmatched=["model/haed.*"])], known)
 
 
 def test_a_pattern_without_its_part_is_explained() -> None:
     known = {"model", "model/head.weight"}
     lost = unmatched(LoadOptions(skip=("head.*",)), known, ())
     with pytest.raises(UsageError, match=r"names begin with their part.*'\*/head\.\*'"):
-        check_matched([Misfits(unmatched=lost)], known)
+        check_matched([Mismatches(unmatched=lost)], known)
 
 
 def test_the_message_offers_what_would_help() -> None:
     for found, ways in (
-        (Misfits(missing=["a"]), ("strict=False",)),
-        (Misfits(dtypes=["a"]), ("cast=True",)),
-        (Misfits(dtypes=["a (never cast)"]), ()),
-        (Misfits(shapes=["a"]), ()),
+        (Mismatches(missing=["a"]), ("strict=False",)),
+        (Mismatches(dtypes=["a"]), ("cast=True",)),
+        (Mismatches(dtypes=["a (never cast)"]), ()),
+        (Mismatches(shapes=["a"]), ()),
     ):
         with pytest.raises(IncompatibleError) as caught:
-            judge([found], where="step 1")
+            refuse_mismatches([found], where="step 1")
         offered = [way for way in ("strict=False", "cast=True") if way in str(caught.value)]
         assert offered == list(ways)

@@ -12,7 +12,7 @@ from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.loading import filling
-from dist_ckpt.loading.filling import Filling
+from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
@@ -78,7 +78,7 @@ def test_a_single_element_may_have_any_stride() -> None:
         index = Index.build([FileEntry("f", 4, "", b"")], [entry], [], rows)
         held_box = held("t0", view.shape, box, dtype="int32")
         wanted = Wanted(0, LocalBox(held_box, view), torch.int32)
-        planned = Filling(index, [wanted], Files([4], unit_bytes=1), max_gap_bytes=0)
+        planned = ReadTargets(index, [wanted], Files([4], unit_bytes=1), max_gap_bytes=0)
         planned.fill(*planned.needs.pairs()[0][:1], memoryview(bytearray(as_bytes(whole))))
         planned.check_filled()
         assert int(view.reshape(())) == 7
@@ -122,7 +122,9 @@ def test_memory_that_torch_reads_otherwise_is_filled_by_torch(unit: int) -> None
         file = FileEntry("model.r00000.safetensors", len(image), "", b"")
         index = Index.build([file], [entry], [], [(0, 0, 0, box)])
         wanted = Wanted(0, LocalBox(held("t0", (6,), box, dtype=entry.dtype), view), dtype)
-        planned = Filling(index, [wanted], Files([len(image)], unit_bytes=unit), max_gap_bytes=0)
+        planned = ReadTargets(
+            index, [wanted], Files([len(image)], unit_bytes=unit), max_gap_bytes=0
+        )
         for start, stop in cut(planned.needs, most_bytes=7 * unit).pairs():
             planned.fill(start, memoryview(bytearray(image[start:stop])))
         planned.check_filled()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_ckpt.loading.exchange import ReadSchedule, cost, place, share
 from dist_ckpt.loading.ranges import Ranges, join
-from dist_ckpt.loading.reading import choose
-from dist_ckpt.loading.sharing import Sharing, cost, place, share
+from dist_ckpt.loading.reading import decide_exchange
 
 PAGE = 4096
 
@@ -34,7 +34,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Ranges], list[int]]:
     return [needs_of(*pairs) for pairs in groups], group_of
 
 
-def readers(sharing: Sharing) -> list[list[int]]:
+def readers(sharing: ReadSchedule) -> list[list[int]]:
     """By rank, every address that it reads."""
     reads = [held(alone) for alone in sharing.alone]
     for window in sharing.windows:
@@ -121,6 +121,6 @@ def test_cost_counts_bytes(job: tuple[Sequence[Ranges], Sequence[int]]) -> None:
     ],
 )
 def test_the_choice_and_its_reason(exchange: str, apart: int, once: int, chosen: bool) -> None:
-    found, why = choose(exchange, apart_bytes=apart, once_bytes=once)  # type: ignore[arg-type]
+    found, why = decide_exchange(exchange, apart_bytes=apart, once_bytes=once)  # type: ignore[arg-type]
     assert found is chosen
     assert (str(apart - once) in why) if apart > once else ("no byte" in why)

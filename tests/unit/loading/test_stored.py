@@ -9,7 +9,7 @@ import torch
 
 import dist_ckpt
 from dist_ckpt.errors import StorageError, UsageError
-from dist_ckpt.loading.stored import Holdings, gather
+from dist_ckpt.loading.fitting import Holdings, gather
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store

@@ -9,7 +9,8 @@ from typing import TypeVar
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.ranks.coordinator import Deadline, StoreCoordinator, Topic
+from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.rounds import Deadline, Topic
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ def hash_store() -> Store:
     return store
 
 
-def together(works: Sequence[Callable[[], T]]) -> list[T | BaseException]:
+def on_every_rank(works: Sequence[Callable[[], T]]) -> list[T | BaseException]:
     """Call each of `works` on a thread of its own; return results, or what was raised."""
     results: dict[int, T | BaseException] = {}
 

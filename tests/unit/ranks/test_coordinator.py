@@ -23,9 +23,9 @@ from dist_ckpt.errors import (
     IntegrityError,
     StorageError,
 )
-from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator
-from dist_ckpt.ranks.solo import SoloCoordinator
-from tests.unit.ranks.rounds import hash_store, long, members, together, topic
+from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.rounds import Deadline, Decide, SoloCoordinator
+from tests.unit.ranks.rounds import hash_store, long, members, on_every_rank, topic
 
 
 def concat(messages: Sequence[bytes]) -> bytes:
@@ -49,7 +49,7 @@ def round_of(
     def work(rank: int) -> Callable[[], bytes]:
         return lambda: job[rank].round(topic(key), messages[rank], decide, deadline=deadline())
 
-    return together([work(rank) for rank in range(len(messages))])
+    return on_every_rank([work(rank) for rank in range(len(messages))])
 
 
 def errors_of(results: Sequence[object]) -> list[CheckpointError]:
@@ -106,7 +106,7 @@ def test_an_error_of_a_rank_is_everybodys_at_once(world_size: int, data: st.Data
         finally:
             first.set()
 
-    results = together([lambda rank=rank: work(rank) for rank in range(world_size - 1)])  # type: ignore[misc]
+    results = on_every_rank([lambda rank=rank: work(rank) for rank in range(world_size - 1)])  # type: ignore[misc]
     for error in errors_of(results):
         assert type(error) is StorageError
         assert str(error) == f"the round failed on rank {failing}: disk full"
@@ -314,7 +314,7 @@ def test_who_comes_back_is_waited_for_again() -> None:
         lambda: job[0].round(topic("second"), b"", lambda _: b"", deadline=long()),
         lambda: job[1].round(topic("second"), b"", lambda _: b"", deadline=long()),
     ]
-    assert together(rounds) == [b"", b""]
+    assert on_every_rank(rounds) == [b"", b""]
     deadline = Deadline.after(0.05)
     job[0].leave(deadline)
     assert deadline.passed
@@ -375,4 +375,4 @@ def test_two_coordinators_of_a_rank_share_a_client() -> None:
 
         return run
 
-    assert together([rounds(job[0], "training"), rounds(job[1], "writer")]) == [True, True]
+    assert on_every_rank([rounds(job[0], "training"), rounds(job[1], "writer")]) == [True, True]

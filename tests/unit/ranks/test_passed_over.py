@@ -21,7 +21,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.format.names import manifest_key
-from dist_ckpt.ranks.passed_over import PassedOver
+from dist_ckpt.ranks.job import PassedOver
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore

@@ -19,12 +19,13 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.planning.owners import decide as decide_owners
-from dist_ckpt.ranks.coordinator import Deadline, Decide, StoreCoordinator, Topic
+from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
 from dist_ckpt.saving.agreement import Agreed, Asked, Planner, share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take
 from dist_ckpt.state.train_state import PerRank, TrainState
-from tests.unit.ranks.rounds import hash_store, long, together, topic
+from tests.unit.ranks.rounds import hash_store, long, on_every_rank, topic
 
 URL = "memory://run"
 
@@ -86,7 +87,7 @@ class Ranks:
                 deadline=long(),
             )
 
-        return together([work(rank) for rank in range(len(states))])
+        return on_every_rank([work(rank) for rank in range(len(states))])
 
     def described(self) -> list[list[str]]:
         return [

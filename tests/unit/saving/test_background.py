@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from dist_ckpt.saving.background import WriterThread
+from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.testing.ranks import run_ranks
 

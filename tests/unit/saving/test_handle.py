@@ -11,10 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError
-from dist_ckpt.ranks.coordinator import Deadline
-from dist_ckpt.saving.handle import SaveHandle, SaveHooks, SaveOutcome
-from dist_ckpt.saving.progress import SaveProgress
-from tests.unit.ranks.rounds import long, together
+from dist_ckpt.ranks.rounds import Deadline
+from dist_ckpt.saving.handle import SaveHandle, SaveHooks, SaveOutcome, SaveProgress
+from tests.unit.ranks.rounds import long, on_every_rank
 
 WRITING = SaveProgress("writing", 3, 10)
 OVER = Deadline(time.monotonic() - 1, 1)
@@ -132,7 +131,7 @@ def test_it_is_given_up_once_however_many_wait() -> None:
 
     told: list[Exception | None] = []
     handle = make(OVER, overdue=overdue, announce=told.append)
-    results = together([handle.wait] * 8)
+    results = on_every_rank([handle.wait] * 8)
     assert len(given_up) == 1
     assert told == given_up
     assert results == given_up * 8

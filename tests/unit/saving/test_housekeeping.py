@@ -16,8 +16,7 @@ from dist_ckpt.errors import StorageError
 from dist_ckpt.format.names import step_dir
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Repository, Transaction
-from dist_ckpt.saving.housekeeping import Tidier
-from dist_ckpt.saving.retention import Retention
+from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
@@ -77,39 +76,39 @@ def test_what_is_being_written_is_no_garbage() -> None:
     inner = new_store()
     root = FaultyStore(inner, [Rule("list_children", hang, key="step-*", nth=1)])
     job = Job(root, timeout_seconds=60)
-    tidier = Tidier(job, Retention(job, None))
-    dead = Transaction(inner, 1, tidier.begin(1))
+    housekeeping = Housekeeping(job, None)
+    dead = Transaction(inner, 1, housekeeping.begin(1))
     dead.put_file("model.r00000.safetensors", [b"dead"])
-    Transaction(inner, 2, tidier.begin(2))  # so that the first is over
-    tidier.submit(2)
+    Transaction(inner, 2, housekeeping.begin(2))  # so that the first is over
+    housekeeping.submit(2)
     hang.reached.wait()
     # Begun and written while the garbage is being looked for.
-    living = Transaction(inner, 1, tidier.begin(1))
+    living = Transaction(inner, 1, housekeeping.begin(1))
     key = living.put_file("model.r00000.safetensors", [b"alive"])
     hang.release()
-    assert tidier.wait(60)
+    assert housekeeping.wait(60)
     assert [entry.key for entry in inner.list_entries("step-0000000001/")] == [key]
     assert read_all(inner, key) == b"alive"
-    tidier.stop()
+    housekeeping.stop()
 
 
 def test_what_other_ranks_write_is_no_garbage_though_no_lock_tells_so(tmp_path: Path) -> None:
     """On many mounts a host sees only its own locks: what is in flight has to be known."""
     store = LocalStore(tmp_path)
     job = Job(store, timeout_seconds=60)
-    tidier = Tidier(job, Retention(job, None))
-    dead = tidier.begin(1)
-    living = tidier.begin(2)
+    housekeeping = Housekeeping(job, None)
+    dead = housekeeping.begin(1)
+    living = housekeeping.begin(2)
     unfinished = {}
     for step, save_id in ((1, dead), (2, living)):
         folder = tmp_path / step_dir(step) / save_id
         folder.mkdir(parents=True)
         unfinished[save_id] = folder / ".tmp-0123456789abcdef"
         unfinished[save_id].write_bytes(b"of a rank on another host")
-    tidier.run(2)
+    housekeeping.run(2)
     assert not unfinished[dead].exists()
     assert unfinished[living].exists()
-    tidier.stop()
+    housekeeping.stop()
 
 
 def test_what_could_not_be_tidied_up_is_tried_again(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.saving.progress import ProgressMeter, SaveProgress
-from tests.unit.ranks.rounds import together
+from dist_ckpt.saving.handle import ProgressMeter, SaveProgress
+from tests.unit.ranks.rounds import on_every_rank
 
 MIB = 1 << 20
 
@@ -45,7 +45,7 @@ def test_it_is_told_at_every_phase_and_not_much_more_often() -> None:
     meter.enter("writing")
     watches = [meter.file(500 * MIB) for _ in range(2)]
     # Two files are written side by side.
-    together([lambda watch=watch: [watch(MIB) for _ in range(500)] for watch in watches])  # type: ignore[misc]
+    on_every_rank([lambda watch=watch: [watch(MIB) for _ in range(500)] for watch in watches])  # type: ignore[misc]
     meter.enter("committing")
     meter.enter("done")
     assert list(dict.fromkeys(each.phase for each in told)) == [

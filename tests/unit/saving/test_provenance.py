@@ -12,9 +12,7 @@ import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import UsageError
-from dist_ckpt.saving.about import About
-from dist_ckpt.saving.git_files import commit_of
-from dist_ckpt.saving.provenance import Origin, masked, named
+from dist_ckpt.saving.provenance import Provenance, SaveContext, commit_of, masked, named
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -260,17 +258,17 @@ def test_a_checkout_that_is_no_good_says_nothing(tmp_path: Path) -> None:
     head.unlink()
     os.mkfifo(head)
     assert commit_of(folder) is None
-    described = Origin().describe()
+    described = Provenance().describe()
     assert described["command"]
 
 
 def test_a_run_has_one_start_and_one_age() -> None:
-    first, second = Origin(), Origin()
+    first, second = Provenance(), Provenance()
     second.go_on(started="2026-01-01T00:00:00+00:00", elapsed_seconds=5000.0)
     assert second.elapsed_seconds() > 5000.0 > first.elapsed_seconds()
     assert second.describe()["started"] == "2026-01-01T00:00:00+00:00"
 
 
 def test_hosts_are_named_once() -> None:
-    said = About("end of epoch 1", elapsed_seconds=1.23456).origin(["a", "a", "b", "a"])
+    said = SaveContext("end of epoch 1", elapsed_seconds=1.23456).origin(["a", "a", "b", "a"])
     assert said == {"hosts": ["a", "b"], "reason": "end of epoch 1", "elapsed_seconds": 1.235}

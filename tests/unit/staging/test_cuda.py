@@ -13,8 +13,7 @@ import torch
 from dist_ckpt.errors import UsageError
 from dist_ckpt.staging import copies
 from dist_ckpt.staging.arena import Arena
-from dist_ckpt.staging.copies import CudaCopies, engine_for
-from dist_ckpt.staging.pinning import pin_for
+from dist_ckpt.staging.copies import CudaCopies, engine_for, pin_for
 
 DEVICE = torch.device("cuda", 3)
 

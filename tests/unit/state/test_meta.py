@@ -11,8 +11,7 @@ from torch import nn
 
 from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.state.layout import materialise
-from dist_ckpt.state.meta import give_memory
-from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.model import ModelPart, give_memory
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Part, Stored
 from dist_ckpt.state.tensors import TensorsPart

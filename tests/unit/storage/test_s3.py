@@ -12,7 +12,8 @@ import botocore.exceptions as boto
 import pytest
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
-from dist_ckpt.storage import Backoff, Entry, S3Store, read_all, s3_download
+from dist_ckpt.storage import Backoff, Entry, S3Store, read_all
+from dist_ckpt.storage import s3_upload as s3_download
 from dist_ckpt.storage.s3_client import Client
 from tests.unit.storage.fake_s3 import BUCKET, FakeS3, Fault, refusal
 

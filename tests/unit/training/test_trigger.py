@@ -18,9 +18,8 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.training import trigger as pace_module
-from dist_ckpt.training.signals import SignalNote
-from dist_ckpt.training.trigger import Pace, Verdict
-from tests.unit.ranks.rounds import members, together
+from dist_ckpt.training.trigger import Decision, SaveTrigger, SignalNote
+from tests.unit.ranks.rounds import members, on_every_rank
 
 WORLD = 3
 LOSS = Criterion("loss")
@@ -37,8 +36,8 @@ def job_of(member: StoreCoordinator | None = None, *, seconds: float = 60.0) -> 
     return job
 
 
-def alone(when: SavePolicy, best: Mapping[Criterion, float] | None = None) -> Pace:
-    return Pace(job_of(), when, best=lambda criteria: best or {})
+def alone(when: SavePolicy, best: Mapping[Criterion, float] | None = None) -> SaveTrigger:
+    return SaveTrigger(job_of(), when, best=lambda criteria: best or {})
 
 
 class Clock:
@@ -50,13 +49,13 @@ class Clock:
 
 
 def test_what_all_know_is_decided_without_a_word() -> None:
-    pace = Pace(job_of(), policy.every(2) | policy.every(epochs=1), best=nothing)
+    pace = SaveTrigger(job_of(), policy.every(2) | policy.every(epochs=1), best=nothing)
     assert [pace.at(step, None, {"loss": object()}).reason for step in (1, 2, 3)] == [  # type: ignore[dict-item]
         None,
         "every 2 steps",
         None,
     ]
-    assert pace.at(3, 1, {}) == Verdict("end of epoch 1")
+    assert pace.at(3, 1, {}) == Decision("end of epoch 1")
     assert "coordinators" not in pace._job.__dict__, "no rank was asked"
 
 
@@ -87,11 +86,11 @@ class EachHasItsOwn:
     """Ranks as threads that take the same steps, each with metrics of its own."""
 
     def __init__(self, when: SavePolicy, steps: int) -> None:
-        self.paces = [Pace(job_of(each), when, best=nothing) for each in members(WORLD)]
+        self.paces = [SaveTrigger(job_of(each), when, best=nothing) for each in members(WORLD)]
         self.steps = steps
 
-    def run(self, metrics: Callable[[int, int], dict[str, float]]) -> list[list[Verdict]]:
-        def steps_of(rank: int) -> list[Verdict]:
+    def run(self, metrics: Callable[[int, int], dict[str, float]]) -> list[list[Decision]]:
+        def steps_of(rank: int) -> list[Decision]:
             told = []
             for step in range(1, self.steps + 1):
                 told.append(self.paces[rank].at(step, None, metrics(rank, step)))
@@ -100,7 +99,7 @@ class EachHasItsOwn:
                     self.paces[rank].saved()
             return told
 
-        found = together([lambda rank=rank: steps_of(rank) for rank in range(WORLD)])  # type: ignore[misc]
+        found = on_every_rank([lambda rank=rank: steps_of(rank) for rank in range(WORLD)])  # type: ignore[misc]
         assert not [each for each in found if isinstance(each, BaseException)], found
         return found  # type: ignore[return-value]
 
@@ -184,7 +183,7 @@ def test_fast_steps_are_decided_many_at_a_time() -> None:
 
 def test_what_rank_0_cannot_decide_is_everybodys_error() -> None:
     job = EachHasItsOwn(policy.better("loss"), 1)
-    found = together(
+    found = on_every_rank(
         [
             lambda pace=pace, rank=rank: pace.at(1, None, {"loss": "low" if rank == 0 else 1.0})  # type: ignore[misc]
             for rank, pace in enumerate(job.paces)
@@ -208,7 +207,7 @@ class Broken:
 
 def test_a_policy_that_fails_is_everybodys_error_too() -> None:
     job = EachHasItsOwn(Broken(), 1)
-    found = together([lambda pace=pace: pace.at(1, None, {}) for pace in job.paces])  # type: ignore[misc]
+    found = on_every_rank([lambda pace=pace: pace.at(1, None, {}) for pace in job.paces])  # type: ignore[misc]
     assert [type(each) for each in found] == [ZeroDivisionError, *[CoordinationError] * 2]
     assert all("a mistake" in str(each) for each in found)
     assert all("failed on rank 0: ZeroDivisionError" in str(each) for each in found[1:])
@@ -216,7 +215,7 @@ def test_a_policy_that_fails_is_everybodys_error_too() -> None:
 
 def test_a_rank_0_that_says_nothing_is_named() -> None:
     member = members(2)[1]
-    pace = Pace(job_of(member, seconds=0.05), policy.better("loss"), best=nothing)
+    pace = SaveTrigger(job_of(member, seconds=0.05), policy.better("loss"), best=nothing)
     with pytest.raises(CoordinationError, match="rank 0 did not say within") as caught:
         pace.at(1, None, {})
     assert caught.value.ranks == {0: "said nothing"}
@@ -246,8 +245,8 @@ def test_the_first_interrupt_asks_for_a_save_and_the_second_interrupts() -> None
 
 
 def test_signals_are_taken_on_the_main_thread_only() -> None:
-    (error,) = together([lambda: SignalNote([signal.SIGUSR1])])
+    (error,) = on_every_rank([lambda: SignalNote([signal.SIGUSR1])])
     assert isinstance(error, UsageError)
     assert "main thread" in str(error)
-    (pace,) = together([lambda: SignalNote([])])
+    (pace,) = on_every_rank([lambda: SignalNote([])])
     assert isinstance(pace, SignalNote)

@@ -1,0 +1,203 @@
+"""Rounds: every rank sends one message or its error, rank 0 decides, and every rank is told.
+
+Here is what callers of rounds need, and the whole job that is one process; `coordinator` has the
+rounds of several processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from dist_ckpt.errors import CheckpointError
+from dist_ckpt.ranks.waiting import ALIKE, noted
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """Names a round.
+
+    Attributes:
+        key: equal on all ranks, used once.
+        label: how error messages call what the round is for.
+        opens: whether it is the first round of a call: who does not come has not made the call.
+    """
+
+    key: str
+    label: str
+    opens: bool = False
+
+    def phase(self, name: str) -> Topic:
+        """Return the topic of one round of several that serve the same end."""
+        return Topic(f"{self.key}/{name}", self.label)
+
+    def opening(self, name: str) -> Topic:
+        """Return the topic of the first of these rounds."""
+        return Topic(f"{self.key}/{name}", self.label, opens=True)
+
+    @property
+    def hint(self) -> str:
+        """What to do when somebody does not come, as the end of a message; may be empty."""
+        return f": {ALIKE}" if self.opens else ""
+
+
+Decide = Callable[[Sequence[bytes]], bytes | Sequence[bytes]]
+"""Rank 0's decision over the messages by rank: one answer for all, or one for each rank."""
+
+# Rank 0 gives up a little before the others, so that they hear from it who was absent.
+_COORDINATOR_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point on this process's monotonic clock, and the span in seconds that led to it."""
+
+    at: float
+    span_seconds: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """Return the deadline `seconds` from now."""
+        return cls(time.monotonic() + seconds, seconds)
+
+    def for_coordinator(self) -> Deadline:
+        """Return the earlier deadline that rank 0 keeps, so that the others hear its verdict."""
+        early = self.span_seconds * (1 - _COORDINATOR_SHARE)
+        return Deadline(self.at - early, self.span_seconds)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return time.monotonic() >= self.at
+
+    @property
+    def remaining_seconds(self) -> float:
+        """How long it still is, at least 0."""
+        return max(0.0, self.at - time.monotonic())
+
+
+class Coordinator(Protocol):
+    """One member of a job whose ranks agree in rounds."""
+
+    rank: int
+    world_size: int
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        """Send `message` under `topic` and return rank 0's answer for this rank.
+
+        Args:
+            topic: names the round; every rank uses it once.
+            message: this rank's contribution, or the error that keeps it from having one.
+            decide: called on rank 0 only, when all messages are there.
+            deadline: when to give up.
+
+        Raises:
+            CheckpointError: a rank sent an error or `decide` failed; the same on every rank,
+                `ranks` naming the causes.
+            CoordinationError: a rank did not arrive, or rank 0 did not answer, before the deadline;
+                or another rank failed with a foreign error.
+            BaseException: a foreign `message`, as it is, on the rank that sent it, and a foreign
+                error of `decide` on rank 0: whoever handles it there knows its class.
+        """
+        ...
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Return the error with which the round ended, if it ended with one; never waits."""
+        ...
+
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up under `name`, in the place of the one that was there.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
+        ...
+
+    def look(self, name: str) -> bytes | None:
+        """Return the note under `name`, None when there is none; never waits.
+
+        Raises:
+            CoordinationError: the connection to rank 0 was lost.
+        """
+        ...
+
+    def leave(self, deadline: Deadline) -> None:
+        """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
+        ...
+
+
+class SoloCoordinator:
+    """The whole job is this process."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self) -> None:
+        self._notes: dict[str, bytes] = {}
+
+    def round(
+        self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
+    ) -> bytes:
+        """Decide at once; see `Coordinator.round`."""
+        if isinstance(message, BaseException):
+            raise noted(topic.label, message)
+        try:
+            answer = decide([message])
+        except Exception as error:
+            noted(topic.label, error)
+            raise
+        return answer if isinstance(answer, bytes) else answer[0]
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Nobody else could have decided."""
+        return None
+
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        self._notes[name] = data
+
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        return self._notes.get(name)
+
+    def leave(self, deadline: Deadline) -> None:
+        """Nobody else is there."""
+
+
+def on_every_rank(
+    coordinator: Coordinator,
+    topic: Topic,
+    work: Callable[[], ResultT],
+    *,
+    deadline: Deadline,
+    message: Callable[[ResultT], bytes] = lambda _: b"",
+    decide: Decide = lambda _: b"",
+) -> tuple[ResultT, bytes]:
+    """Do `work` on this rank; return its result and rank 0's answer when it succeeded on every one.
+
+    Args:
+        coordinator: the way to the other ranks.
+        topic: names the round.
+        work: what to do.
+        deadline: when to give up.
+        message: what the others are told of the result.
+        decide: rank 0's decision over these messages.
+
+    Raises:
+        CheckpointError: it failed on some rank, or `decide` refused; the same on every rank.
+    """
+    done: list[ResultT] = []
+    outcome: bytes | Exception
+    try:
+        done.append(work())
+        outcome = message(done[0])
+    except Exception as error:
+        outcome = error
+    answer = coordinator.round(topic, outcome, decide, deadline=deadline)
+    return done[0], answer
