@@ -24,7 +24,7 @@ from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.roles import stoppers_of, which_of
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.training.early import check_held
+from dist_ckpt.training.early import check_job_holds_all
 
 # How many models torch's `AveragedModel` has averaged: beside the weights, and none of them.
 _NO_WEIGHTS = frozenset({"n_averaged"})
@@ -84,7 +84,7 @@ def async_save(
     # It adds to what is there, and nothing goes on from it: no restore is asked for.
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), joins=True)
     train_state = TrainState.of(state, once=True)
-    check_held(train_state, job.ranks)
+    check_job_holds_all(train_state, job.ranks)
     saver = Saver(job, train_state, keep=None, metadata={}, options=chosen)
     return saver.start_last(plain_step(step), metrics or {})
 
@@ -212,7 +212,7 @@ def _load(
     chosen: Which = None
     try:
         state = make_state()
-        check_held(state, job.ranks)
+        check_job_holds_all(state, job.ranks)
         chosen = which(state)
     except Exception as error:
         # Carried to the other ranks, which would wait for this one otherwise.

@@ -286,7 +286,7 @@ def never() -> SavePolicy:
     return _AnyOf(())
 
 
-def checked(policy: object) -> SavePolicy:
+def checked_when(policy: object) -> SavePolicy:
     """Return `policy` if it is one, `never()` for None: what `when=` of a call was given.
 
     Raises:

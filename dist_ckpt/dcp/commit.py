@@ -17,7 +17,7 @@ from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_ind
 from dist_ckpt.repository import Transaction
 
 
-class Report(msgspec.Struct, frozen=True):
+class StockReport(msgspec.Struct, frozen=True):
     """What a rank wrote: its files and Python values, and how long it took."""
 
     save_id: str
@@ -33,7 +33,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class StockAttempt:
     """An attempt between its plans and its results."""
 
     transaction: Transaction
@@ -41,7 +41,7 @@ class Attempt:
 
     def commit(
         self,
-        reports: Sequence[Report],
+        reports: Sequence[StockReport],
         *,
         metrics: Mapping[str, float],
         metadata: Mapping[str, Any],
@@ -86,7 +86,7 @@ class Attempt:
         transaction.commit(index, manifest)
 
 
-def _timings(report: Report) -> RankTimings:
+def _timings(report: StockReport) -> RankTimings:
     return RankTimings(
         stage_seconds=report.stage_seconds,
         write_seconds=report.write_seconds,

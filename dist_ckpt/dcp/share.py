@@ -34,7 +34,7 @@ class _Lookup(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class StockShare:
     """What one rank writes.
 
     Attributes:
@@ -59,7 +59,7 @@ class Share:
         ]
 
 
-def resolve_share(plan: SavePlan, planner: SavePlanner) -> Share:
+def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
     """Encode the Python values of `plan`, taken from `planner` as they are, not as its pickles.
 
     Raises:
@@ -74,10 +74,10 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> Share:
             values.setdefault(part, {})[name] = data
     documents = {part: document.encode(objects) for part, objects in values.items()}
     items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
-    return Share(planner, items, *described(plan), documents)
+    return StockShare(planner, items, *described(plan), documents)
 
 
-def file_images(rank: int, share: Share) -> Iterator[tuple[str, memoryview]]:
+def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]]:
     """Yield name and image of each file that `rank` writes, one in memory at a time.
 
     Raises:
@@ -100,7 +100,7 @@ def file_images(rank: int, share: Share) -> Iterator[tuple[str, memoryview]]:
         yield extra_name(rank), image
 
 
-def _copy(share: Share, number: int, image: memoryview, offset: int) -> None:
+def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> None:
     item, held = share.items[number], share.held[number]
     fqn = item.index.fqn
     resolved = share.planner.resolve_data(item)

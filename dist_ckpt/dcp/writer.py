@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dist_ckpt import events
-from dist_ckpt.dcp.commit import Attempt, Report
+from dist_ckpt.dcp.commit import StockAttempt, StockReport
 from dist_ckpt.dcp.edge import Place, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.share import file_images, resolve_share
@@ -92,7 +92,7 @@ class Writer(StorageWriter):
         self._claim: int | None = None
         # By save_id: nothing tells a writer that its attempt failed on another rank, and what such
         # an attempt left here must never be taken for the next one's.
-        self._attempts: dict[str, Attempt] = {}
+        self._attempts: dict[str, StockAttempt] = {}
         self._litter = True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -152,7 +152,7 @@ class Writer(StorageWriter):
                 self._claim = self._repository.claim()
             transaction = self._repository.begin(self._step, self._claim)
             whole = without_empty(plans)
-            self._attempts[transaction.save_id] = Attempt(transaction, whole)
+            self._attempts[transaction.save_id] = StockAttempt(transaction, whole)
             return [
                 replace(plan, storage_data=_Assigned(self._step, transaction.save_id, rank))
                 for rank, plan in enumerate(whole)
@@ -184,14 +184,14 @@ class Writer(StorageWriter):
             StorageError: the commit did not take effect.
         """
         with plain_errors():
-            reports: list[Report] = [result.storage_data for (result,) in results]
+            reports: list[StockReport] = [result.storage_data for (result,) in results]
             attempt = self._attempts.pop(reports[0].save_id)
             begun = time.perf_counter()
             attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
 
-    def _write(self, plan: SavePlan, planner: SavePlanner) -> Report:
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> StockReport:
         assigned = plan.storage_data
         transaction = Transaction(self._repository.store, assigned.step, assigned.save_id)
         begun = time.perf_counter()
@@ -202,9 +202,11 @@ class Writer(StorageWriter):
             files.append(_put(transaction, assigned.rank, name, image))
             del image  # before the next one is made: memory for one is all that this takes
         writing = time.perf_counter() - begun - staging
-        return Report(assigned.save_id, files, share.described_documents(), staging, writing)
+        return StockReport(assigned.save_id, files, share.described_documents(), staging, writing)
 
-    def _announce(self, transaction: Transaction, report: Report, commit_seconds: float) -> None:
+    def _announce(
+        self, transaction: Transaction, report: StockReport, commit_seconds: float
+    ) -> None:
         events.emit(
             events.SaveCommitted(
                 transaction.store.url,

@@ -23,11 +23,11 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.events import tell_once
 from dist_ckpt.foreign import torch_files
-from dist_ckpt.foreign.dcp_metadata import StockMetadata, parse
-from dist_ckpt.foreign.names import Entry, Placed, place
+from dist_ckpt.foreign.dcp_metadata import StockMetadata, parse_metadata
+from dist_ckpt.foreign.names import ForeignLeaf, Placed, sort_into_parts
 from dist_ckpt.foreign.source import Chunk, Found, Runs
 from dist_ckpt.foreign.stand_ins import Constructor
-from dist_ckpt.foreign.torch_files import DtypeName, StoredTensor
+from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.state.layout import dtype_of
@@ -72,14 +72,16 @@ def read_stock(store: Store) -> Found:
     # The first byte is looked at before the others: what a file claims to hold may be a hole.
     data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
     try:
-        found = parse(data)
+        found = parse_metadata(data)
     except ValueError as error:
         problem = f"it cannot be read as DCP's metadata: {describe(error)}"
         raise _broken(f"{METADATA} in {store.url}", problem) from error
     where = f"the stock checkpoint in {store.url}"
-    reading = _Reading(store, sorted({place.key for place in found.places.values()}), where)
+    reading = _Reading(
+        store, sorted({sort_into_parts.key for sort_into_parts in found.places.values()}), where
+    )
     blobs = _Blobs(found, reading)
-    entries: list[Entry] = []
+    entries: list[ForeignLeaf] = []
     unreadable: list[str] = []
     chunks: dict[int, list[tuple[Box, _Blob]]] = {}
     for number, each in enumerate(found.entries):
@@ -88,13 +90,13 @@ def read_stock(store: Store) -> Found:
             value = reading.value(each.fqn, blobs.find(each.fqn, ()))
             if isinstance(value, Unreadable):
                 unreadable.append(value.reason)
-            entries.append(Entry(each.path, None, (), value))
+            entries.append(ForeignLeaf(each.path, None, (), value))
         else:
-            entries.append(Entry(each.path, tensor.dtype, tensor.shape))
+            entries.append(ForeignLeaf(each.path, tensor.dtype, tensor.shape))
             found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
             chunks[number] = _with_elements(tensor.shape, found_at)
     tell_unreadable(store.url, where, unreadable)
-    return _described(reading, place(entries, where), chunks)
+    return _described(reading, sort_into_parts(entries, where), chunks)
 
 
 def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
@@ -181,18 +183,18 @@ class _Reading:
     def describe(self, blob: _Blob) -> Any:
         """Return what is in an archive, with a `StoredTensor` in the place of each tensor."""
         key = self.keys[blob.file]
-        return torch_files.describe(
+        return torch_files.describe_file(
             self.store, key, start=blob.start, nbytes=blob.nbytes, instead=_INSTEAD
         )
 
-    def tensors(self, blobs: Sequence[_Blob]) -> list[StoredTensor]:
+    def tensors(self, blobs: Sequence[_Blob]) -> list[TorchTensor]:
         """Return where the bytes of the tensor in each of `blobs` lie."""
-        found: dict[int, StoredTensor] = {}
+        found: dict[int, TorchTensor] = {}
 
         def look(numbered: tuple[int, _Blob]) -> None:
             number, blob = numbered
             tensor = self.describe(blob)
-            if not isinstance(tensor, StoredTensor):
+            if not isinstance(tensor, TorchTensor):
                 key = self.keys[blob.file]
                 raise _broken(self.where, f"{key} has something else where a tensor should be")
             found[number] = tensor
@@ -215,7 +217,7 @@ class _Value:
     def _filled(self, value: Any) -> Any:
         """Return `value` with what is meant in the place of each stand-in."""
         kind = type(value)
-        if kind is StoredTensor:
+        if kind is TorchTensor:
             return self._tensor(value)
         if kind is DtypeName:
             return dtype_of(value.name)
@@ -227,7 +229,7 @@ class _Value:
             return _REBUILT[kind]((key, filled(item)) for key, item in value.items())
         return value
 
-    def _tensor(self, stored: StoredTensor) -> Inline:
+    def _tensor(self, stored: TorchTensor) -> Inline:
         self._left_bytes -= stored.nbytes
         if self._left_bytes < 0:
             raise _broken(self._reading.where, "its tensors share memory until they are too many")

@@ -91,7 +91,7 @@ class StockMetadata:
     places: dict[tuple[str, tuple[int, ...]], StockPlace]
 
 
-def parse(data: bytes) -> StockMetadata:
+def parse_metadata(data: bytes) -> StockMetadata:
     """Read the pickle `data`, trusting nothing in it; nothing of it is executed or built.
 
     Raises:

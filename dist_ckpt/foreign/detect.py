@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign import torch_files
 from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
-from dist_ckpt.foreign.names import Entry, place, shown
+from dist_ckpt.foreign.names import ForeignLeaf, path_as_text, sort_into_parts
 from dist_ckpt.foreign.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -16,7 +16,7 @@ from dist_ckpt.foreign.safetensors_files import (
     read_weight_map,
 )
 from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
-from dist_ckpt.foreign.torch_files import StoredTensor
+from dist_ckpt.foreign.torch_files import TorchTensor
 from dist_ckpt.foreign.torch_values import unknown_in, what_of
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.state.unreadable import Unreadable
@@ -87,26 +87,26 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
         IntegrityError: a file is malformed, or holds nothing but such values.
         IncompatibleError: a tensor does not fill one run of bytes of its file.
     """
-    entries: list[Entry] = []
+    entries: list[ForeignLeaf] = []
     unreadable: list[str] = []
-    found: dict[int, tuple[int, StoredTensor]] = {}
+    found: dict[int, tuple[int, TorchTensor]] = {}
     for file, key in enumerate(keys):
-        for path, leaf in _leaves(torch_files.describe(store, key, lenient=True), ()):
-            if isinstance(leaf, StoredTensor):
+        for path, leaf in _leaves(torch_files.describe_file(store, key, lenient=True), ()):
+            if isinstance(leaf, TorchTensor):
                 found[len(entries)] = file, leaf
-                entries.append(Entry(path, leaf.dtype, leaf.shape))
+                entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
                 continue
             unknown = unknown_in(leaf)
             if unknown is not None:
-                leaf = Unreadable(f"{shown(path)}: {what_of(unknown)}")
+                leaf = Unreadable(f"{path_as_text(path)}: {what_of(unknown)}")
                 unreadable.append(leaf.reason)
-            entries.append(Entry(path, None, (), leaf))
+            entries.append(ForeignLeaf(path, None, (), leaf))
     where = f"{', '.join(keys)} in {store.url}"
     if unreadable and len(unreadable) == len(entries):
         # A whole module, say: what cannot be read is all that there is.
         raise torch_files.malformed(where, unreadable[0])
     tell_unreadable(store.url, where, unreadable)
-    placed = place(entries, where)
+    placed = sort_into_parts(entries, where)
     chunks: list[Chunk] = []
     runs = Runs(len(keys))
     # By the number of the entry on both sides: whatever else there is, nothing is shifted.
@@ -138,7 +138,7 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
 def _has_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_tensor, value.values()))
-    return isinstance(value, StoredTensor)
+    return isinstance(value, TorchTensor)
 
 
 def _indexed(store: Store, index: str, reader: _Reader) -> Found:

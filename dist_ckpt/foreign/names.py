@@ -24,7 +24,7 @@ _VALUE = "value"  # what a part that is one Python value calls it
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ForeignLeaf:
     """One leaf of a state dict.
 
     Attributes:
@@ -57,10 +57,10 @@ class Placed:
 class _Leaf:
     number: int
     path: Path
-    entry: Entry
+    entry: ForeignLeaf
 
 
-def place(entries: Sequence[Entry], where: str) -> Placed:
+def sort_into_parts(entries: Sequence[ForeignLeaf], where: str) -> Placed:
     """Sort the leaves of a state dict into parts.
 
     The first key of a path is the part, the others make up the name. A leaf at the top is a tensor
@@ -85,7 +85,7 @@ def place(entries: Sequence[Entry], where: str) -> Placed:
         ) from error
 
 
-def _placed(entries: Sequence[Entry], where: str) -> Placed:
+def _placed(entries: Sequence[ForeignLeaf], where: str) -> Placed:
     parts: dict[str, list[_Leaf]] = {}
     for number, (path, entry) in enumerate(zip(_unwrapped(entries), entries, strict=True)):
         if len(path) == 1 and entry.dtype is not None:
@@ -206,7 +206,7 @@ class _Groups:
         return groups
 
 
-def _unwrapped(entries: Sequence[Entry]) -> list[Path]:
+def _unwrapped(entries: Sequence[ForeignLeaf]) -> list[Path]:
     paths = [entry.path for entry in entries]
     tops = {path[0] for path in paths}
     inner = {path[1] for path in paths if len(path) > 1}
@@ -269,7 +269,7 @@ def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
     return value
 
 
-def shown(path: Path) -> str:
+def path_as_text(path: Path) -> str:
     """Return a path as a message shows it; its keys are whatever the checkpoint says."""
     text = _text(_joined(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, describe
-from dist_ckpt.foreign.torch_files import StoredTensor
+from dist_ckpt.foreign.torch_files import TorchTensor
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
@@ -107,7 +107,7 @@ class Runs:
         self._files = files
         self.permuted: list[Permuted] = []
 
-    def place(self, tensor: StoredTensor, file: int) -> tuple[int, int]:
+    def place(self, tensor: TorchTensor, file: int) -> tuple[int, int]:
         """Return the number of the file that a chunk is in, and its offset there."""
         if not tensor.strides:
             return file, tensor.offset

@@ -48,7 +48,7 @@ _STORAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class TorchTensor:
     """A tensor as the pickle describes it.
 
     Attributes:
@@ -129,7 +129,7 @@ class _Span(io.RawIOBase):
         return count
 
 
-def describe(
+def describe_file(
     store: Store,
     key: str,
     *,
@@ -138,7 +138,7 @@ def describe(
     instead: Mapping[tuple[str, str], Constructor] | None = None,
     lenient: bool = False,
 ) -> Any:
-    """Return what `torch.save` wrote, with a `StoredTensor` in the place of each tensor.
+    """Return what `torch.save` wrote, with a `TorchTensor` in the place of each tensor.
 
     Args:
         store: where the file is.
@@ -248,7 +248,7 @@ class _Archive:
 
     def _typed_tensor(
         self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any
-    ) -> StoredTensor | Unknown:
+    ) -> TorchTensor | Unknown:
         # Memory without a type of its own; the dtype follows after two flags of autograd.
         dtype = more[2]
         if isinstance(dtype, Unknown):
@@ -257,7 +257,7 @@ class _Archive:
 
     def _tensor(
         self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any
-    ) -> StoredTensor | Unknown:
+    ) -> TorchTensor | Unknown:
         """Return where the elements of a view of `storage` lie."""
         if isinstance(storage, Unknown):
             return storage
@@ -281,7 +281,7 @@ class _Archive:
             raise ValueError("a tensor is larger than its memory")
         start = self._data_start(info) + offset * item
         row_major = not elements or strides == _normal(size, _row_major(size))
-        return StoredTensor(storage.dtype, tuple(size), start, () if row_major else strides)
+        return TorchTensor(storage.dtype, tuple(size), start, () if row_major else strides)
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
         # The local header may have other extra fields than the directory: torch aligns by them.

@@ -20,7 +20,7 @@ from dist_ckpt.loading.location import (
     find_detached,
     find_foreign,
     locate,
-    name_of,
+    place_name,
 )
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.ranks.job import Job, Place
@@ -74,7 +74,7 @@ class LoadCall:
         step = None if isinstance(which, Criterion) else which
         try:
             options = LoadOptions.of(keywords or {})
-            url = "" if place is None else name_of(place)
+            url = "" if place is None else place_name(place)
             step = None if step is None else check_step(step)
         except CheckpointError as error:
             failed = failed or error

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
-from dist_ckpt.loading.ranges import Ranges, join
+from dist_ckpt.loading.ranges import Ranges, merge_ranges
 from dist_ckpt.ranks.rounds import Deadline
 
 # Who reads what, when several ranks want the same bytes. Pure, and the same on every rank.
@@ -76,7 +76,7 @@ def cost(needs: Sequence[Ranges], group_of: Sequence[int]) -> tuple[int, int]:
     apart = sum(needs[group].nbytes for group in group_of)
     start = np.concatenate([each.start for each in needs])
     stop = np.concatenate([each.stop for each in needs])
-    return apart, join(Ranges(start, stop)).nbytes
+    return apart, merge_ranges(Ranges(start, stop)).nbytes
 
 
 def share(
@@ -112,7 +112,7 @@ def share(
     return ReadSchedule(alone, tuple(tuple(window) for window in windows.extents))
 
 
-def place(extents: Sequence[Extent]) -> list[int]:
+def place_extents(extents: Sequence[Extent]) -> list[int]:
     """Return where in the memory of a window each of `extents` begins, and behind them its end."""
     places = [0]
     for extent in extents:
@@ -149,7 +149,7 @@ def _extents(start: int, stop: int, most: int) -> list[tuple[int, int]]:
 
 def _ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:
     columns = np.array(pairs, np.int64).reshape(len(pairs), 2)
-    return join(Ranges(columns[:, 0], columns[:, 1]))
+    return merge_ranges(Ranges(columns[:, 0], columns[:, 1]))
 
 
 class _Readers:
@@ -186,7 +186,7 @@ class _Windows:
         self.extents: list[list[Extent]] = []
 
     def add(self, extent: Extent, groups: Sequence[int]) -> None:
-        nbytes = place([extent])[-1]
+        nbytes = place_extents([extent])[-1]
         window = max(self._window[group] for group in groups)
         used = max(self._used[group] for group in groups if self._window[group] == window)
         if used and used + nbytes > self._most:

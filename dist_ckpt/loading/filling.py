@@ -17,7 +17,7 @@ from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
 from dist_ckpt.format.index import Index
 from dist_ckpt.loading.overlaps import find_pieces
-from dist_ckpt.loading.ranges import Column, Files, Ranges, join
+from dist_ckpt.loading.ranges import Column, Files, Ranges, merge_ranges
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.staging.copies import reach, view_box
 
@@ -78,7 +78,7 @@ class ReadTargets:
             index, [each.tensor for each in wanted], boxes, max_gap_bytes=max_gap_bytes
         )
         file = index.chunks.file
-        self.needs = join(
+        self.needs = merge_ranges(
             files.widen(
                 Ranges(
                     files.address(file[runs.row], runs.start),

@@ -24,7 +24,7 @@ from dist_ckpt.state.values import ValuePart
 
 
 @dataclass(frozen=True, slots=True)
-class Holdings:
+class StoredParts:
     """What there is to load.
 
     Attributes:
@@ -143,7 +143,7 @@ def gather(
     rank: int,
     world_size: int,
     by_name: Collection[str] = (),
-) -> Holdings:
+) -> StoredParts:
     """Find what of `source` is to be loaded, and read the Python values of it.
 
     Args:
@@ -175,7 +175,7 @@ def gather(
         found.take_tensor(number)
     for part in homes:
         found.parts.setdefault(part, _Part())
-    return Holdings(
+    return StoredParts(
         parts={
             part: Stored(
                 mine.tensors,
@@ -248,7 +248,7 @@ class Matched:
     """
 
     source: Source
-    holdings: Holdings
+    holdings: StoredParts
     targets: Mapping[str, Mapping[str, torch.Tensor]]
     mismatches: Mismatches
     known: frozenset[str]

@@ -22,8 +22,8 @@ from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import warm_memory
 from dist_ckpt.loading.fitting import Matched, fit
 from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
-from dist_ckpt.loading.reading import ReadOptions, ReadResult, read
-from dist_ckpt.loading.report import LoadProgress, LoadReport, tell
+from dist_ckpt.loading.reading import ReadOptions, ReadResult, read_targets
+from dist_ckpt.loading.report import LoadProgress, LoadReport, tell_report
 from dist_ckpt.loading.ties import Ties, compare_ties, prepare
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
@@ -99,7 +99,7 @@ class Loader:
                 self._give_up(topic, chosen.source, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
-                tell(error, progress)
+                tell_report(error, progress)
             except BaseException as error:  # as it is: whoever handles it knows its class
                 if progress.changed:
                     error.add_note(progress.changed)
@@ -117,7 +117,7 @@ class Loader:
         try:
             chosen, news = chooser.choose(topic, fall_back=fall_back)
         except CheckpointError as error:
-            tell(error, progress)
+            tell_report(error, progress)
         progress.clock("choose", since)
         self._announce(chooser.url, news)
         return chosen
@@ -207,7 +207,7 @@ class Loader:
         self._together(topic.phase("first"), lambda: self._restore_first(matched))
         progress.clock("match", since)
         progress.touched = True
-        result = read(
+        result = read_targets(
             matched.source,
             ties.wanted,
             how,
@@ -332,10 +332,10 @@ class Loader:
             # That is no damage, so nothing is noted: what there is by now is chosen next.
             progress.lost += 1
             if progress.lost == _MOST_LOST:
-                tell(deleted_meanwhile(source.store, source.step), progress, error)
+                tell_report(deleted_meanwhile(source.store, source.step), progress, error)
             return
         if not fall_back:
-            tell(error, progress)
+            tell_report(error, progress)
         chooser.refuse(source.step, error.message)
         self._announce(chooser.url, {source.step: error.message})
 

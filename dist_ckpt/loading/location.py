@@ -38,7 +38,7 @@ class Location:
     detached: bool = False
 
 
-def name_of(place: Place) -> str:
+def place_name(place: Place) -> str:
     """Return what messages call `place`, the same on ranks that mean the same; asks nobody.
 
     Raises:

@@ -129,7 +129,7 @@ def refuse_mismatches(
     }
     loose = found.missing or found.unexpected or found.unlike
     if found.shapes or found.dtypes or (strict and loose):
-        lines = [f"  {kind}: {shown(names)}" for kind, names in findings.items() if names]
+        lines = [f"  {kind}: {some_names(names)}" for kind, names in findings.items() if names]
         raise IncompatibleError(
             f"{where} does not fit this state; nothing was changed{_way_out(found)}\n"
             + "\n".join(lines),
@@ -140,7 +140,7 @@ def refuse_mismatches(
         raise IncompatibleError(
             f"{where} and this state have not one name in common, so strict=False would load "
             f"nothing; nothing was changed. rename= maps names\n  stored: "
-            f"{shown(found.unexpected)}\n  wanted: {shown(found.missing)}",
+            f"{some_names(found.unexpected)}\n  wanted: {some_names(found.missing)}",
             kind=ErrorKind.STATE_MISMATCH,
         )
     return found
@@ -187,7 +187,7 @@ def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[st
         )
 
 
-def shown(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
     """Return the first names, and the count of the rest."""
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

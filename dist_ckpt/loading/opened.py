@@ -14,7 +14,7 @@ from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.location import locate, open_source
-from dist_ckpt.loading.reading import ReadOptions, read
+from dist_ckpt.loading.reading import ReadOptions, read_targets
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import check_known
 from dist_ckpt.planning.describe import Held, LocalBox
@@ -99,7 +99,7 @@ class StoredTensor:
         entry = self._source.index.tensors[self._number]
         held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, sizes)
         with unless_deleted(self._source):
-            read(
+            read_targets(
                 self._source,
                 [Wanted(self._number, LocalBox(held, memory), self.dtype)],
                 self._options,

@@ -93,7 +93,7 @@ class Files:
         return Ranges(ranges.start // unit * unit, np.minimum(-(-ranges.stop // unit) * unit, end))
 
 
-def join(ranges: Ranges) -> Ranges:
+def merge_ranges(ranges: Ranges) -> Ranges:
     """Return the same bytes, sorted and each once: what overlaps or touches becomes one range."""
     order = np.argsort(ranges.start, kind="stable")
     start = ranges.start[order]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading.bounce import BounceBuffers, BounceMemory
-from dist_ckpt.loading.exchange import Extent, cost, place, private_group, share, swap
+from dist_ckpt.loading.exchange import Extent, cost, place_extents, private_group, share, swap
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files, Ranges
@@ -121,7 +121,7 @@ class _Counts:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
-def read(
+def read_targets(
     source: Source,
     wanted: Sequence[Wanted],
     options: ReadOptions,
@@ -242,7 +242,7 @@ class _Reading:
             self._counts.read += nbytes
             # The windows take as much as is allowed.
             self._memory.release()
-            size = max((place(extents)[-1] for extents in mine), default=0)
+            size = max((place_extents(extents)[-1] for extents in mine), default=0)
             buffers = BounceBuffers(1, size, devices=plan.filling.devices)
             for number, extents in enumerate(mine):
                 buffer = buffers.take()
@@ -262,7 +262,7 @@ class _Reading:
         rank = self._coordinator.rank
         views = [
             memory[start : start + extent.nbytes]
-            for start, extent in zip(place(extents), extents, strict=False)
+            for start, extent in zip(place_extents(extents), extents, strict=False)
         ]
         own = [
             (extent.start, view)

@@ -136,7 +136,7 @@ class LoadProgress:
         return ""
 
 
-def tell(
+def tell_report(
     error: CheckpointError, progress: LoadProgress, cause: CheckpointError | None = None
 ) -> NoReturn:
     """Raise `error`, with what became of the state where that may have changed.

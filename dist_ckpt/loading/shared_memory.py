@@ -51,7 +51,7 @@ def overlap(views: Sequence[Wanted]) -> bool:
     # The columns of one matrix reach into one another, and have nothing in common.
     if len(views) == 1 or _tile(views):
         return False
-    return Written(views).fill() != sum(each.local.memory.nbytes for each in views)
+    return WrittenMemory(views).fill() != sum(each.local.memory.nbytes for each in views)
 
 
 def _tile(views: Sequence[Wanted]) -> bool:
@@ -97,15 +97,15 @@ def _check_apart(each: Wanted) -> None:
     if _is_apart(memory.shape, memory.stride()):
         return
     # What reaches into a wider step may still miss it: that is looked at element by element.
-    if Written([each]).fill() != memory.nbytes:
+    if WrittenMemory([each]).fill() != memory.nbytes:
         raise IncompatibleError(
-            f"{name_of(each)}: several elements of the tensor to be filled are one memory (it was "
-            "expanded), and can have one value only: give it memory of its own (.clone()); "
+            f"{full_name(each)}: several elements of the tensor to be filled are one memory (it "
+            "was expanded), and can have one value only: give it memory of its own (.clone()); "
             "nothing was changed"
         )
 
 
-class Written:
+class WrittenMemory:
     """The memory of several targets as bytes on this host, to see what they would make of it."""
 
     def __init__(self, members: Sequence[Wanted]) -> None:
@@ -175,6 +175,6 @@ def flat_bytes(value: torch.Tensor) -> Bytes:
     return value.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def name_of(each: Wanted) -> str:
+def full_name(each: Wanted) -> str:
     """Return `part/name` as the state has it."""
     return f"{each.local.held.part}/{each.local.held.name}"

@@ -19,14 +19,14 @@ import torch
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.format.boxes import split_rows
 from dist_ckpt.format.index import Index
-from dist_ckpt.loading.reading import ReadOptions, read
+from dist_ckpt.loading.reading import ReadOptions, read_targets
 from dist_ckpt.loading.shared_memory import (
-    Written,
+    WrittenMemory,
     clusters,
     flat_bytes,
+    full_name,
     in_memory,
     lie,
-    name_of,
     overlap,
 )
 from dist_ckpt.loading.wanted import Wanted
@@ -189,7 +189,7 @@ class _Case:
                 if not np.array_equal(flat_bytes(value), first):
                     raise _differ(where, self.members[0], each)
             return
-        written = Written(self.members)
+        written = WrittenMemory(self.members)
         for number, value in enumerate(values):
             written.put(number, value)
         for number, value in enumerate(values):
@@ -205,7 +205,7 @@ class _Case:
     def _rival(self, number: int, values: Sequence[torch.Tensor]) -> Wanted:
         """Return a member that writes something else over member `number`."""
         for other, value in enumerate(values):
-            written = Written(self.members)
+            written = WrittenMemory(self.members)
             written.put(number, values[number])
             written.put(other, value)
             if not written.has(number, values[number]):
@@ -274,7 +274,7 @@ def _nbytes(each: Wanted) -> int:
 
 def _differ(where: str, first: Wanted, second: Wanted) -> IncompatibleError:
     return IncompatibleError(
-        f"{where} has different values for {name_of(first)} and {name_of(second)}, which share "
+        f"{where} has different values for {full_name(first)} and {full_name(second)}, which share "
         "memory in this state; nothing was changed. Untie them, load only one of the two, or let "
         "the last one have its way with ties='last'"
     )
@@ -354,7 +354,7 @@ def compare_ties(
             partial(ties.window, number),
             deadline=deadline,
         )
-        nbytes += read(
+        nbytes += read_targets(
             source,
             beside,
             half,

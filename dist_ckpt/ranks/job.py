@@ -13,7 +13,7 @@ from pathlib import Path
 from dist_ckpt.errors import ErrorKind, UsageError, without_secrets
 from dist_ckpt.format.names import manifest_key, new_save_id
 from dist_ckpt.ranks.job_ranks import JobRanks
-from dist_ckpt.ranks.rendezvous import Coordinators, join
+from dist_ckpt.ranks.rendezvous import Coordinators, join_job
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.same_place import check_same_place
 from dist_ckpt.repository import Repository
@@ -194,7 +194,7 @@ class Job:
     def coordinators(self) -> Coordinators:
         """The way to the other ranks, set up at first use: all ranks get here in one call."""
         self._check_joined()  # once more: the process group may be gone since
-        found = join(timeout_seconds=self.timeout_seconds, ranks=self.ranks)
+        found = join_job(timeout_seconds=self.timeout_seconds, ranks=self.ranks)
         self._pid = os.getpid()
         return found
 

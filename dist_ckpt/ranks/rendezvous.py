@@ -55,7 +55,7 @@ _WORLD = "world"
 _connections: dict[str, _Connection] = {}
 
 
-def join(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
+def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
     """Set up coordination with the other ranks of the job, if there are any.
 
     For the first job of a process group its rank 0 opens a store on a free port and publishes

@@ -15,7 +15,7 @@ import msgspec
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.names import claim_key
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
-from dist_ckpt.ranks.waiting import named
+from dist_ckpt.ranks.waiting import ranks_as_text
 from dist_ckpt.storage.base import Store, read_all
 
 # A shared file system may show to one host a moment later what another one has written.
@@ -117,4 +117,4 @@ def _check_all_found(url: str, wanted: _Token, sights: Sequence[_Sight]) -> None
 
 
 def _listed(blind: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"rank {named(ranks)} on {host}" for host, ranks in blind.items())
+    return ", ".join(f"rank {ranks_as_text(ranks)} on {host}" for host, ranks in blind.items())

@@ -76,13 +76,13 @@ class Waiting:
             _log.warning(
                 "%s: waiting for rank %s since %.3g s: %s",
                 self._label,
-                named(absent),
+                ranks_as_text(absent),
                 self._seconds,
                 ALIKE,
             )
 
 
-def named(ranks: Collection[int]) -> str:
+def ranks_as_text(ranks: Collection[int]) -> str:
     """Return ranks as text, however many: `0, 3-7`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
@@ -152,11 +152,11 @@ def absence(
     why = f"within {span_seconds:g} s{hint}"
     if gone:
         why = (
-            f"and rank {named(gone)} never will: it closed its Checkpointer or ended by an "
+            f"and rank {ranks_as_text(gone)} never will: it closed its Checkpointer or ended by an "
             "error, and every rank must make the same calls in the same order"
         )
     return CoordinationError(
-        f"{label}: rank {named(absent)} did not arrive {why}",
+        f"{label}: rank {ranks_as_text(absent)} did not arrive {why}",
         kind=ErrorKind.PEER_ABSENT,
         ranks={rank: "left before" if rank in gone else "did not arrive" for rank in absent},
     )

@@ -259,7 +259,7 @@ def either(one: KeepPolicy, other: KeepPolicy) -> Keep:
     return _AnyOf((*_members(one), *_members(other)))
 
 
-def checked(policy: object) -> KeepPolicy | None:
+def checked_keep(policy: object) -> KeepPolicy | None:
     """Return `policy` if it is one, or None: what `keep=` of a call was given.
 
     Raises:

@@ -64,7 +64,7 @@ class Agreed:
         return self.plan is None
 
 
-class Planner:
+class Agreement:
     """Keeps the plan of one job between saves, while the structure of the state stays the same."""
 
     def __init__(

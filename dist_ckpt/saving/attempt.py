@@ -150,7 +150,7 @@ class FileWriter:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class StagedShare:
     """What this rank gives to a save.
 
     Attributes:
@@ -220,7 +220,7 @@ class Attempt:
             ranks={self.rank: "its writer did not finish"},
         )
 
-    def run(self, share: Share, decide: Decide) -> None:
+    def run(self, share: StagedShare, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
         error: Exception | None = None
         message = self._report(share)
@@ -257,7 +257,7 @@ class Attempt:
         said = self._coordinator.verdict(self.topic)
         return said is not None and said.kind is not ErrorKind.IN_DOUBT and said.ranks != LOST
 
-    def _report(self, share: Share) -> bytes | BaseException:
+    def _report(self, share: StagedShare) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""
         if isinstance(share.staged, BaseException):
             return share.staged

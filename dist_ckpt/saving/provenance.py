@@ -166,7 +166,7 @@ class Provenance:
     def describe(self) -> dict[str, Any]:
         """Return what is known, as JSON."""
         self.look()
-        said = masked(sys.orig_argv) if self._command else named(sys.orig_argv)
+        said = masked(sys.orig_argv) if self._command else option_names(sys.orig_argv)
         return {
             "command": [_shortened(each) for each in said],
             "started": self.started or self._now,
@@ -174,7 +174,7 @@ class Provenance:
         }
 
 
-def named(arguments: Sequence[str]) -> list[str]:
+def option_names(arguments: Sequence[str]) -> list[str]:
     """Return the program of a command line and the names of its options, without any value.
 
     Nothing else of it can be told from a secret: a value may follow its option, an equals sign or

@@ -19,8 +19,8 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.marks import EpochNote
-from dist_ckpt.saving.agreement import Asked, Planner
-from dist_ckpt.saving.attempt import Attempt, Share
+from dist_ckpt.saving.agreement import Agreement, Asked
+from dist_ckpt.saving.attempt import Attempt, StagedShare
 from dist_ckpt.saving.commit import Commit
 from dist_ckpt.saving.exit import WriterThread, end_with, end_without
 from dist_ckpt.saving.handle import SaveHandle
@@ -28,7 +28,7 @@ from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.metrics import Metrics, as_numbers
 from dist_ckpt.saving.provenance import Provenance, SaveContext
-from dist_ckpt.saving.snapshot import Snapshot, take
+from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.saving.stager import Stager
 from dist_ckpt.staging.gc_pause import no_collection
 from dist_ckpt.state.train_state import TrainState
@@ -54,7 +54,7 @@ class Saver:
         self._options = options = options or SaveOptions()
         self._asked = _as_text(options, keep)
         self._program = Provenance(command=True) if options.command else None
-        self._planner: Planner | None = None
+        self._planner: Agreement | None = None
         self._describer = Describer()
         self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
         self._writer = WriterThread()
@@ -104,7 +104,7 @@ class Saver:
         self._job.check_process()
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
-        planner = self._planner = self._planner or Planner(
+        planner = self._planner = self._planner or Agreement(
             self._job.training,
             max_piece_bytes=self._options.max_piece_bytes,
             check_replicas=self._options.check_replicas,
@@ -269,7 +269,7 @@ class Saver:
         try:
             check_step(step)
             as_numbers(metrics)
-            return take(
+            return take_snapshot(
                 self._state,
                 world_size=self._job.training.world_size,
                 describer=self._describer,
@@ -277,7 +277,7 @@ class Saver:
         except Exception as error:
             return error
 
-    def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> Share:
+    def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> StagedShare:
         attempt.meter.enter("staging")
         try:
             documents = snapshot.documents(plan.objects, plan.versions)
@@ -289,10 +289,10 @@ class Saver:
                 write_out=lambda files: self._write_out(attempt, files),
             )
             attempt.meter.staged(staged.nbytes)
-            return Share(staged, snapshot.describe_documents(documents))
+            return StagedShare(staged, snapshot.describe_documents(documents))
         except BaseException as error:
             # Returned even when it is an interrupt: the others wait to hear how it went here.
-            return Share(error)
+            return StagedShare(error)
 
     def _write_out(self, attempt: Attempt, files: Sequence[StagedFile]) -> None:
         """Write what must leave the arena before the rest is staged; the training waits for it."""
@@ -313,7 +313,9 @@ class Saver:
         if failures:
             raise failures[0]
 
-    def _hand_over(self, attempt: Attempt, share: Share, commit: Commit, begun: float) -> None:
+    def _hand_over(
+        self, attempt: Attempt, share: StagedShare, commit: Commit, begun: float
+    ) -> None:
         """Tell the writer thread that all is staged, or why it is not."""
         share = replace(share, stall_seconds=time.perf_counter() - begun)
         events.emit(
@@ -352,7 +354,7 @@ class Saver:
             about=about,
         )
 
-    def _run(self, attempt: Attempt, share: Share, commit: Commit) -> None:
+    def _run(self, attempt: Attempt, share: StagedShare, commit: Commit) -> None:
         """The background job: write and commit, then have it tidied up."""
         attempt.run(share, commit.decide)
         if attempt.handle.outcome != "committed":

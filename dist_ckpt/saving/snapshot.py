@@ -94,7 +94,9 @@ class Snapshot:
         ]
 
 
-def take(state: TrainState, *, world_size: int, describer: Describer | None = None) -> Snapshot:
+def take_snapshot(
+    state: TrainState, *, world_size: int, describer: Describer | None = None
+) -> Snapshot:
     """Capture every part of `state`.
 
     Args:

@@ -142,7 +142,7 @@ def _sized(built: Any, parts: list[Any]) -> Any:
     return built
 
 
-def parse(data: bytes, path: str) -> Any:
+def parse_document(data: bytes, path: str) -> Any:
     """Return the JSON in `data`, an IntegrityError that names `path` if there is none."""
     try:
         # Python reads NaN and 1e999 without complaint; what we wrote holds neither.

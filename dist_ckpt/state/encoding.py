@@ -13,7 +13,7 @@ from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
-from dist_ckpt.state.registry import REGISTRY, is_namedtuple, way_out
+from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, standard_of
 from dist_ckpt.state.unreadable import UNREADABLE, Inline, Unreadable
 
@@ -118,20 +118,23 @@ class Encoder:
     def _standard(self, kind: type, value: Any) -> Any:
         if is_namedtuple(kind):
             if getattr(value, "__dict__", None):
-                self._refuse(value, f"it has attributes besides its fields; {way_out(kind)}")
+                self._refuse(
+                    value, f"it has attributes besides its fields; {how_to_register(kind)}"
+                )
             # Whoever holds the class can have it back: no class is made or looked up by a name.
             known = REGISTRY.learn(kind)
             if known is not kind:
                 self._refuse(
                     value,
-                    f"another namedtuple of its name and fields is in the state; {way_out(kind)}",
+                    "another namedtuple of its name and fields is in the state; "
+                    + how_to_register(kind),
                 )
             fields = zip(kind._fields, value, strict=True)  # type: ignore[attr-defined]
             items = [self._at(f".{field}", field, item) for field, item in fields]
             return _apart(NAMEDTUPLE, [[kind.__name__, list(kind._fields)], items])  # type: ignore[attr-defined]
         standard = standard_of(kind)
         if standard is None:
-            self._refuse(value, f"its type is unknown; {way_out(kind)}")
+            self._refuse(value, f"its type is unknown; {how_to_register(kind)}")
         head, body = standard.parts(value, self._refuse)
         # The body is what the value is to people: it has the path of the value.
         return _apart(standard.name, [self.json_of(head), self.json_of(body)])

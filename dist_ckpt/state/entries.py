@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import TAG, dumps
 from dist_ckpt.state.names import wrapper_prefix
 
@@ -30,7 +30,7 @@ def entries_of(data: bytes, *, path: str) -> Entries | None:
     Raises:
         IntegrityError: `data` is no encoding.
     """
-    pairs = _pairs(parse(data, path))
+    pairs = _pairs(parse_document(data, path))
     if pairs is None:
         return None
     found = Entries()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import dumps
 
 PREFIX = "param_groups"
@@ -42,7 +42,7 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_digest(data: bytes) -> str:
     """Return a digest of the options in an encoded group: of what its members have in common."""
-    return bytes_digest(dumps(options_of(parse(data, PREFIX))).encode())
+    return bytes_digest(dumps(options_of(parse_document(data, PREFIX))).encode())
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,18 @@ from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import check_storable
-from dist_ckpt.state.module_fit import Fit, fit
-from dist_ckpt.state.module_state import Entry, Naming, entries_of, names_of_parameters
+from dist_ckpt.state.module_fit import ModuleFit, fit_module
+from dist_ckpt.state.module_state import (
+    ModuleEntry,
+    ParameterNames,
+    module_entries,
+    names_of_parameters,
+)
 from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
-from dist_ckpt.state.told import Say, tell, tell_after
+from dist_ckpt.state.told import Say, tell_after, tell_part
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -58,10 +63,10 @@ class ModelPart:
         self.module = module
         self.name = name
         self._optimizers: list[Optimizer] = []
-        self._naming = Naming(module)
+        self._naming = ParameterNames(module)
         self._trained = Trained(module) if trainable_only else None
         self._passed_over = frozenset(passed_over)
-        self._fitted: tuple[Stored, Fit] | None = None
+        self._fitted: tuple[Stored, ModuleFit] | None = None
         self._said: set[str] = set()
         refuse_fsdp1(module, name)
 
@@ -134,7 +139,7 @@ class ModelPart:
             give_memory(self.module, memory, self.name)
         self._give(found, stored, tensors)
 
-    def _give(self, found: Fit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _give(self, found: ModuleFit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over what is not filled in place, and tell the module that it was loaded."""
         given: dict[str, Any] = {}
         for name in found.handed:
@@ -147,7 +152,7 @@ class ModelPart:
         say = found.say
         if given or found.migrated or say.foreign:
             # As the one that is told calls them, which may be what a wrapper holds.
-            own = entries_of(say.root, Naming(say.root).current(), self.name)
+            own = module_entries(say.root, ParameterNames(say.root).current(), self.name)
             state = _state_dict(own, given, found)
             if found.migrated or say.foreign or say.after:
                 self._tell(say, state, lenient=bool(found.targets.missing))
@@ -159,7 +164,7 @@ class ModelPart:
 
     def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:
-            unexpected = tell(say, state, lenient=lenient)
+            unexpected = tell_part(say, state, lenient=lenient)
         except CheckpointError:
             raise
         except Exception as error:
@@ -174,14 +179,14 @@ class ModelPart:
                 "state_dict returned: make the two of the module agree"
             )
 
-    def _fit(self, stored: Stored, entries: Mapping[str, Entry]) -> Fit:
+    def _fit(self, stored: Stored, entries: Mapping[str, ModuleEntry]) -> ModuleFit:
         # Kept from `targets` to `restore`, so that hooks are not asked more often than needed. A
         # module may change between two loads, so for no other one.
         if self._fitted is None or self._fitted[0] is not stored:
             # Statistics of a frozen base are loaded if they are stored: nobody has to have them.
             trained = self._trained
             required = entries.keys() if trained is None else trained.by_gradient(entries)
-            found = fit(
+            found = fit_module(
                 self.module,
                 entries,
                 stored,
@@ -193,8 +198,8 @@ class ModelPart:
             self._fitted = (stored, found)
         return self._fitted[1]
 
-    def _entries(self) -> dict[str, Entry]:
-        return entries_of(self.module, self._naming.current(), self.name)
+    def _entries(self) -> dict[str, ModuleEntry]:
+        return module_entries(self.module, self._naming.current(), self.name)
 
     def _say_once(self, what: str) -> None:
         if what not in self._said and not is_dry():
@@ -210,7 +215,9 @@ def _parameters(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def _state_dict(own: Mapping[str, Entry], given: Mapping[str, Any], found: Fit) -> dict[str, Any]:
+def _state_dict(
+    own: Mapping[str, ModuleEntry], given: Mapping[str, Any], found: ModuleFit
+) -> dict[str, Any]:
     """Return what torch would be given: what was loaded, and live tensors for what is in place."""
     # A live tensor that is copied to itself is no work, and a strict load finds it there.
     state = {
@@ -337,13 +344,13 @@ class Trained:
         for each in module.modules():
             self._marks[each] = {name: _mark(b) for name, b in each.named_buffers(recurse=False)}
 
-    def names(self, entries: Mapping[str, Entry]) -> set[str]:
+    def names(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
         """Return the names of those `entries` that are trained."""
         changed = {id(buffer) for buffer in self._changed()}
         others = {name for name, entry in entries.items() if id(entry.owner) in changed}
         return self.by_gradient(entries) | others
 
-    def by_gradient(self, entries: Mapping[str, Entry]) -> set[str]:
+    def by_gradient(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
         """Return the names of those that gradients train, and of what is beside them."""
         # By the flag and not by the gradient, which is None before the first backward. The module
         # that owns an entry is told by the name that the state dict has for it.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
-from dist_ckpt.state.module_state import Entry, extra_state_names
+from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
@@ -19,7 +19,7 @@ from dist_ckpt.state.told import Say, accepts
 
 
 @dataclass
-class Fit:
+class ModuleFit:
     """How the entries of a module and a checkpoint fit.
 
     Attributes:
@@ -40,16 +40,16 @@ class Fit:
     migrated: bool = False
 
 
-def fit(
+def fit_module(
     module: nn.Module,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, ModuleEntry],
     stored: Stored,
     *,
     names: Callable[[str], str],
     part: str,
     required: Collection[str],
     passed_over: Collection[str],
-) -> Fit:
+) -> ModuleFit:
     """Find where each stored tensor and object goes.
 
     Args:
@@ -84,8 +84,10 @@ def fit(
 
 
 class _Fitting:
-    def __init__(self, say: Say, wanted: Mapping[str, Entry], stored: Stored, part: str) -> None:
-        self.found = Fit(say)
+    def __init__(
+        self, say: Say, wanted: Mapping[str, ModuleEntry], stored: Stored, part: str
+    ) -> None:
+        self.found = ModuleFit(say)
         self.of_another_shape: set[str] = set()
         self._wanted = wanted
         self._stored = stored

@@ -16,7 +16,7 @@ from dist_ckpt.state.names import canonical_name, wrapped_attribute
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ModuleEntry:
     """One entry of a state dict, or one inner tensor of a wrapper subclass in it.
 
     Attributes:
@@ -82,7 +82,7 @@ def _memory(tensor: torch.Tensor) -> object:
     return (place, tuple(tensor.shape), tensor.stride(), tensor.dtype) if place else None
 
 
-class Naming:
+class ParameterNames:
     """Canonical names of the entries of one module tree; kept until its types change."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -127,7 +127,9 @@ def _base(module: nn.Module) -> nn.Module:
     return module
 
 
-def entries_of(module: nn.Module, names: Callable[[str], str], part: str) -> dict[str, Entry]:
+def module_entries(
+    module: nn.Module, names: Callable[[str], str], part: str
+) -> dict[str, ModuleEntry]:
     """Return the entries of the state dict of `module` by canonical name.
 
     Args:
@@ -139,7 +141,7 @@ def entries_of(module: nn.Module, names: Callable[[str], str], part: str) -> dic
         UsageError: two entries have one name.
     """
     owners = Owners(module)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ModuleEntry] = {}
     for raw_name, value in raw_state(module).items():
         name = names(raw_name)
         # What modules make up by the book is never memory of theirs, and is not looked for.
@@ -152,7 +154,7 @@ def entries_of(module: nn.Module, names: Callable[[str], str], part: str) -> dic
                     f"{one!r} without wrappers: rename one of the modules"
                 )
             live = owner is not None
-            entries[one] = Entry(raw_name, tensor, live, owner if live else value)
+            entries[one] = ModuleEntry(raw_name, tensor, live, owner if live else value)
     return entries
 
 

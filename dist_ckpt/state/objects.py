@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dist_ckpt.state.decoding import Decoder, parse, tensor_names
+from dist_ckpt.state.decoding import Decoder, parse_document, tensor_names
 from dist_ckpt.state.encoding import Encoder
 from dist_ckpt.state.registry import register
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
@@ -79,7 +79,7 @@ def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "val
         IncompatibleError: it holds a type that is not registered in this program, or whose
             decoder refuses it.
     """
-    return Decoder(path, tensors).value_of(parse(data, path))
+    return Decoder(path, tensors).value_of(parse_document(data, path))
 
 
 def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
     Raises:
         IntegrityError: `data` is not an encoding.
     """
-    return tuple(dict.fromkeys(tensor_names(parse(data, path))))
+    return tuple(dict.fromkeys(tensor_names(parse_document(data, path))))
 
 
 def needs_classes(data: bytes) -> bool:

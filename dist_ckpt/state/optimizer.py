@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.layout import address
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.optimizer_content import Written, entries_of, write_down
+from dist_ckpt.state.optimizer_content import Capture, optimizer_entries, write_down
 from dist_ckpt.state.optimizer_faces import (
     check_face,
     class_name,
@@ -26,8 +26,8 @@ from dist_ckpt.state.optimizer_faces import (
     is_told,
     shares_state,
 )
-from dist_ckpt.state.optimizer_fit import Fit, way_out
-from dist_ckpt.state.optimizer_live import Live, Told, live_of
+from dist_ckpt.state.optimizer_fit import OptimizerFit, how_to_skip
+from dist_ckpt.state.optimizer_live import Live, Reading, live_of
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.optimizer_view import View, parameter_names
 from dist_ckpt.state.part import Captured, Stored, Targets
@@ -95,7 +95,7 @@ class OptimizerPart:
 
     def capture(self) -> Captured:
         """Return the live state tensors, and options and other state values encoded."""
-        written = Written(self.name)
+        written = Capture(self.name)
         self.write_to(written)
         live = self._live
         alone = live is not None and live.steps_alone
@@ -114,7 +114,7 @@ class OptimizerPart:
         if self._is_copy(stored):
             # One line that says it, instead of all the names that have no partner.
             copy = "what state_dict() of an optimizer returned, a copy without names of parameters"
-            return Targets(unlike=[f"{self.name}: stored was {copy}. {way_out(self.name)}"])
+            return Targets(unlike=[f"{self.name}: stored was {copy}. {how_to_skip(self.name)}"])
         found = Targets()
         known: set[str] = set()
         self.find_in(stored, found, known)
@@ -132,9 +132,9 @@ class OptimizerPart:
         live = self._live
         if live is not None:
             told, _ = self._read()
-            new = Told(self._prefix)
+            new = Reading(self._prefix)
             for prefix, (view, content) in told.optimizers.items():
-                fit = Fit.of(view, stored, self.name)
+                fit = OptimizerFit.of(view, stored, self.name)
                 new.optimizers[prefix] = (view, fit.content(tensors, content))
             new.further = self._own.read(stored, tensors, told)
             # From here on nothing can fail where the optimizer is torch's own.
@@ -152,7 +152,7 @@ class OptimizerPart:
     def _is_copy(self, stored: Stored) -> bool:
         if set(stored.objects) != {VALUE}:
             return False
-        value = parse(stored.objects[VALUE], VALUE)
+        value = parse_document(stored.objects[VALUE], VALUE)
         return isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
 
     def is_in(self, stored: Stored) -> bool:
@@ -176,7 +176,7 @@ class OptimizerPart:
             if not shares_state(self.optimizer, inner)
         ]
 
-    def _read(self) -> tuple[Told, Mapping[str, torch.Tensor]]:
+    def _read(self) -> tuple[Reading, Mapping[str, torch.Tensor]]:
         """Return what the optimizer keeps now, and the parameters of the face by name."""
         assert self._live is not None
         # A walk, but not for torch's own; an optimizer inside may have others than the face.
@@ -190,7 +190,7 @@ class OptimizerPart:
             return told, told.optimizers[self._prefix][0].parameters
         return told, View.of(self.optimizer.param_groups, names).parameters
 
-    def write_to(self, written: Written) -> None:
+    def write_to(self, written: Capture) -> None:
         """Add all that this optimizer keeps to what is written down of the part."""
         before = set(written.tensors) if self._beside else ()
         if self._live is not None:
@@ -212,7 +212,7 @@ class OptimizerPart:
             value
             for _, content in told.optimizers.values()
             for entry in content.state.values()
-            for value in entries_of(entry).values()
+            for value in optimizer_entries(entry).values()
             if isinstance(value, torch.Tensor)
         ]
         return all(address(value) in memory for value in kept)
@@ -223,7 +223,7 @@ class OptimizerPart:
         if live is not None:
             told, parameters = self._read()
             for view, content in told.optimizers.values():
-                fit = Fit.of(view, stored, self.name)
+                fit = OptimizerFit.of(view, stored, self.name)
                 tensors, objects = fit.targets(content.state, in_place=live.in_place)
                 found.tensors.update(tensors)
                 known |= objects

@@ -44,7 +44,7 @@ class Content:
 
 
 @dataclass(slots=True)
-class Written:
+class Capture:
     """What was written down so far of a part: see `dist_ckpt.state.part.Captured`.
 
     Attributes:
@@ -70,7 +70,7 @@ class Written:
         return dict(islice(reversed(self.tensors.items()), added)) if added else {}
 
 
-def write_down(view: View, content: Content, written: Written, *, cls: str) -> None:
+def write_down(view: View, content: Content, written: Capture, *, cls: str) -> None:
     """Name and encode `content`.
 
     Args:
@@ -84,7 +84,7 @@ def write_down(view: View, content: Content, written: Written, *, cls: str) -> N
     notes: dict[str, dict[str, Any]] = {}
     # In the order of the groups: that of `state` depends on which gradient came first.
     for owner, parameter in view.parameters.items():
-        entries = entries_of(content.state.get(owner))
+        entries = optimizer_entries(content.state.get(owner))
         mine: dict[str, torch.Tensor] = {}
         sharded = isinstance(parameter, DTensor)
         for key, value in entries.items():
@@ -126,7 +126,7 @@ def write_down(view: View, content: Content, written: Written, *, cls: str) -> N
         written.groups.add(name)
 
 
-def entries_of(entry: Any) -> dict[str, Any]:
+def optimizer_entries(entry: Any) -> dict[str, Any]:
     """Return what an optimizer keeps for one parameter, by the keys under which it is stored."""
     if entry is None:
         return {}
@@ -140,7 +140,7 @@ def entries_of(entry: Any) -> dict[str, Any]:
 
 
 def joined(entries: Mapping[str, Any]) -> Any:
-    """Return what `entries_of` took apart."""
+    """Return what `optimizer_entries` took apart."""
     if WHOLE in entries:
         return entries[WHOLE][0]
     others = entries.get(OTHERS, {})

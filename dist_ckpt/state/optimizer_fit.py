@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.groups import GroupMatch, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
-from dist_ckpt.state.optimizer_content import SHARED, Content, entries_of, joined
+from dist_ckpt.state.optimizer_content import SHARED, Content, joined, optimizer_entries
 from dist_ckpt.state.optimizer_notes import Notes
 from dist_ckpt.state.optimizer_view import View
 from dist_ckpt.state.part import Stored, TensorSpec
 
 
 @dataclass(frozen=True)
-class Fit:
+class OptimizerFit:
     """One live optimizer beside what is stored under its prefix.
 
     Attributes:
@@ -40,7 +40,7 @@ class Fit:
     notes: Notes
 
     @classmethod
-    def of(cls, view: View, stored: Stored, part: str) -> Fit:
+    def of(cls, view: View, stored: Stored, part: str) -> OptimizerFit:
         """Match groups.
 
         Raises:
@@ -50,7 +50,7 @@ class Fit:
         """
         groups = _stored_groups(view, stored, part)
         # As written: a rate that is a tensor is there by its name, which no other group's has.
-        options = {name: options_of(parse(stored.objects[name], name)) for name in groups}
+        options = {name: options_of(parse_document(stored.objects[name], name)) for name in groups}
         match = match_groups(
             view.members,
             {name: group["params"] for name, group in groups.items()},
@@ -85,7 +85,7 @@ class Fit:
         for name, spec in self.stored.tensors.items():
             owner = self.view.owner(name)
             if name not in tensors and owner is not None:
-                kept = entries_of(live.get(owner[0])).get(owner[1])
+                kept = optimizer_entries(live.get(owner[0])).get(owner[1])
                 tensors[name] = self._state_target(
                     name, owner, spec, on_device, kept=kept, in_place=in_place
                 )
@@ -107,7 +107,7 @@ class Fit:
                 value = values[name] if name in values else tensors[name]
                 entries.setdefault(owner[0], {})[owner[1]] = value
         for owner_name, state in kept.state.items():
-            for key, value in entries_of(state).items():
+            for key, value in optimizer_entries(state).items():
                 if not stored.selects(view.name(owner_name, key)):
                     entries.setdefault(owner_name, {})[key] = value
         shared = values.get(view.prefix + SHARED, {})
@@ -236,12 +236,12 @@ def _check_form(view: View, stored: Stored, part: str, value: object) -> None:
         return
     raise IncompatibleError(
         f"{part} is there as what state_dict() of an optimizer returned, {what}: it is sound, and "
-        f"is not loaded into an optimizer. {way_out(part)}",
+        f"is not loaded into an optimizer. {how_to_skip(part)}",
         kind=ErrorKind.STATE_MISMATCH,
     )
 
 
-def way_out(part: str) -> str:
+def how_to_skip(part: str) -> str:
     """Return what to do about a state of an optimizer that is there in another form."""
     return (
         f"skip=[{part!r}] loads all the rest, and open_checkpoint(...) reads this as it is "

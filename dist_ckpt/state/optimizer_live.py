@@ -29,7 +29,7 @@ _KEYS = ("state", "param_groups")
 
 
 @dataclass(slots=True)
-class Told:
+class Reading:
     """What an optimizer keeps.
 
     Attributes:
@@ -58,11 +58,11 @@ class Live(Protocol):
     steps_alone: bool
     reads_inner: bool
 
-    def read(self, names: Mapping[int, str], prefix: str) -> Told:
+    def read(self, names: Mapping[int, str], prefix: str) -> Reading:
         """Return what it keeps now; `names` are those of parameters of models, by `id`."""
         ...
 
-    def write(self, told: Told) -> None:
+    def write(self, told: Reading) -> None:
         """Make it keep `told`, which has the views of a `read` just before."""
         ...
 
@@ -95,7 +95,7 @@ class InAttributes:
         self._face = face
         self._part = part
 
-    def read(self, names: Mapping[int, str], prefix: str) -> Told:
+    def read(self, names: Mapping[int, str], prefix: str) -> Reading:
         """See `Live.read`."""
         view = View.of(self._groups(), names, prefix=prefix)
         state: dict[str, Any] = {}
@@ -107,9 +107,9 @@ class InAttributes:
         for holder in self._holders:
             shared |= check_own(holder.state, view, self._part)
         options = {name: options_of(group) for name, group in view.groups.items()}
-        return Told(prefix, {prefix: (view, Content(state, options, shared))})
+        return Reading(prefix, {prefix: (view, Content(state, options, shared))})
 
-    def write(self, told: Told) -> None:
+    def write(self, told: Reading) -> None:
         """See `Live.write`. Nothing here can fail: all is decoded and has its place."""
         view, content = told.optimizers[told.prefix]
         for holder, mine in self._shares(view):
@@ -159,12 +159,12 @@ class ByContract:
         self._inner = inner_optimizers(optimizer)
         self._plain = InAttributes([optimizer], part, alone=False)
 
-    def read(self, names: Mapping[int, str], prefix: str) -> Told:
+    def read(self, names: Mapping[int, str], prefix: str) -> Reading:
         """See `Live.read`."""
         if not is_told(self._optimizer):
             return self._plain.read(names, prefix)
         state_dict = self._optimizer.state_dict()
-        told = Told(prefix)
+        told = Reading(prefix)
         unpack = _Unpacking(told, names, {"": self._optimizer, **self._inner})
         if not isinstance(state_dict, dict):
             told.further[""] = (None, unpack.skeleton(state_dict, ()))
@@ -176,7 +176,7 @@ class ByContract:
             told.further[str(key)] = (key, unpack.skeleton(value, (str(key),)))
         return told
 
-    def write(self, told: Told) -> None:
+    def write(self, told: Reading) -> None:
         """See `Live.write`.
 
         Raises:
@@ -221,7 +221,7 @@ def live_of(optimizer: Any, part: str) -> Live:
 class _Unpacking:
     """Finds in what an optimizer tells all that has the form of torch's `state_dict`."""
 
-    def __init__(self, told: Told, names: Mapping[int, str], holders: Mapping[str, Any]) -> None:
+    def __init__(self, told: Reading, names: Mapping[int, str], holders: Mapping[str, Any]) -> None:
         self._told = told
         self._names = names
         self._holders = holders  # by where they are in the face, "" for itself

@@ -10,8 +10,8 @@ import torch
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.objects import decode, encode, references
-from dist_ckpt.state.optimizer_content import Written
-from dist_ckpt.state.optimizer_live import Told
+from dist_ckpt.state.optimizer_content import Capture
+from dist_ckpt.state.optimizer_live import Reading
 from dist_ckpt.state.optimizer_notes import Notes, tensor_notes
 from dist_ckpt.state.part import Stored, Targets
 
@@ -34,7 +34,7 @@ class Own:
         self._part = part
         self._prefix = prefix
 
-    def write(self, told: Told, parameters: Parameters, written: Written) -> None:
+    def write(self, told: Reading, parameters: Parameters, written: Capture) -> None:
         """Add the entries to what is written down."""
         for place, (key, value) in told.further.items():
             name = self._name(place)
@@ -53,7 +53,7 @@ class Own:
         found: Targets,
         known: set[str],
         *,
-        told: Told,
+        told: Reading,
         parameters: Parameters,
     ) -> None:
         """Add the targets of the entries, and their names.
@@ -68,7 +68,7 @@ class Own:
         Raises:
             IntegrityError: an entry is malformed.
         """
-        live = Written(self._part)
+        live = Capture(self._part)
         self.write(told, parameters, live)
         for place in told.further:
             if self._name(place) not in stored.objects:
@@ -88,7 +88,7 @@ class Own:
                 found.tensors[name] = notes.ordered(name, empty_beside(like, spec))
 
     def read(
-        self, stored: Stored, tensors: Mapping[str, torch.Tensor], told: Told
+        self, stored: Stored, tensors: Mapping[str, torch.Tensor], told: Reading
     ) -> dict[str, tuple[Any, Any]]:
         """Return the stored entries as they were told, and the live ones of what is not stored.
 
@@ -115,7 +115,7 @@ class Own:
         mode = getattr(self._optimizer, "__dict__", {}).get(_MODE)
         return mode if isinstance(mode, bool) else None
 
-    def _entries(self, stored: Stored, told: Told) -> dict[str, bytes]:
+    def _entries(self, stored: Stored, told: Reading) -> dict[str, bytes]:
         """Return by place what is stored; nothing where the live optimizer tells no such thing."""
         start = self._prefix + _OWN
         if not told.further:

@@ -85,7 +85,7 @@ def is_namedtuple(kind: type) -> bool:
     )
 
 
-def way_out(kind: type) -> str:
+def how_to_register(kind: type) -> str:
     """Say what makes values of `kind` storable: a line of code, whole where it can be."""
     if kind.__module__ in ("dist_ckpt.state.train_state", "dist_ckpt.state.slots"):
         return "it can only be a part of the state, not something inside one"

@@ -108,7 +108,7 @@ def accepts(say: Say, state: Mapping[str, torch.Tensor], *, absent: Collection[s
     return not found.unexpected_keys and all(name.endswith("_extra_state") for name in missing)
 
 
-def tell(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]:
+def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]:
     """Load `state`, in which live tensors stand for themselves; return the names that are unknown.
 
     Raises:

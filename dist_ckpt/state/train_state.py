@@ -113,7 +113,7 @@ class TrainState:
             self._parts[name] = part
             if isinstance(part, ModelPart):
                 models.append(part)
-        check_held(self._parts)
+        check_parameters_held(self._parts)
 
     @classmethod
     def of(cls, state: TrainState | Mapping[str, object], *, once: bool = False) -> TrainState:
@@ -315,7 +315,7 @@ _SHOWN = 5
 _log = logging.getLogger("dist_ckpt")
 
 
-def check_held(parts: Mapping[str, Part]) -> None:
+def check_parameters_held(parts: Mapping[str, Part]) -> None:
     """Check that every parameter that an optimizer steps is in a part.
 
     What is in none would come back as the program made it, under moments of another parameter. An

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dist_ckpt.state.decoding import parse
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
@@ -56,7 +56,7 @@ def fit_value(
         UsageError: the live value holds something that cannot be stored.
     """
     held = held_containers(live)
-    node = parse(stored.objects[VALUE], path)
+    node = parse_document(stored.objects[VALUE], path)
     mismatches = list(named_misfits(live, node, VALUE, held))
     here = fillable(live, path=path, prefix=VALUE)
     # All of them before the first alias is made, which would hold its memory.

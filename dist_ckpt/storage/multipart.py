@@ -47,7 +47,7 @@ def spans(nbytes: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, nbytes)) for start in range(0, nbytes, size)]
 
 
-def cut(views: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+def cut_parts(views: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
     """Return views of the bytes `start:stop` of the concatenation of `views`; no copies.
 
     Args:
@@ -105,7 +105,7 @@ class Body:
     def read(self, count: int = -1) -> bytes:
         """Return a copy of up to `count` bytes from the position on."""
         stop = self._nbytes if count < 0 else min(self._nbytes, self._at + count)
-        data = b"".join(cut(self._views, self._at, stop))
+        data = b"".join(cut_parts(self._views, self._at, stop))
         self._at += len(data)
         return data
 

@@ -43,7 +43,7 @@ from dist_ckpt.storage.s3_errors import (
     Verdict,
     code_of,
     is_forbidden,
-    refuse_mismatches,
+    judge,
     to_error,
 )
 from dist_ckpt.storage.s3_upload import Download, Upload
@@ -264,7 +264,7 @@ class S3Store:
             # Once more, since somebody may have deleted it in between.
             self._refuses = await upload.probe() or await upload.probe()
         except FOREIGN as error:
-            if refuse_mismatches(error) is Verdict.FINAL:
+            if judge(error) is Verdict.FINAL:
                 raise
             return  # an outage: what was created stays, and the next create asks again
         if not self._refuses:

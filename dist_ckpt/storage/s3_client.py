@@ -23,7 +23,7 @@ from dist_ckpt.errors import CheckpointError, UsageError, describe
 from dist_ckpt.storage.limit import AdaptiveLimit
 from dist_ckpt.storage.loop import process_loop
 from dist_ckpt.storage.retry import Backoff
-from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, refuse_mismatches
+from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, judge
 
 _T = TypeVar("_T")
 
@@ -126,7 +126,7 @@ class Client:
             except CheckpointError:
                 raise
             except FOREIGN as error:
-                verdict = refuse_mismatches(error)
+                verdict = judge(error)
                 failures += 1
                 if verdict is Verdict.FINAL:
                     raise

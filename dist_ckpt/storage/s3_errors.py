@@ -138,7 +138,7 @@ def code_of(error: BaseException) -> str:
     return ""
 
 
-def refuse_mismatches(error: BaseException) -> Verdict:
+def judge(error: BaseException) -> Verdict:
     """Return whether the request that ended in `error` may succeed when it is repeated."""
     if isinstance(error, boto.ClientError):
         code, status = code_of(error), status_of(error)

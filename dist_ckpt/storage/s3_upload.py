@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from dist_ckpt.storage.base import Watch
-from dist_ckpt.storage.multipart import MIB, Body, crc32, cut, spans
+from dist_ckpt.storage.multipart import MIB, Body, crc32, cut_parts, spans
 from dist_ckpt.storage.s3_client import Answer, Client, stall_watch, together
 from dist_ckpt.storage.s3_errors import (
     BEHIND_THE_END,
@@ -24,7 +24,7 @@ from dist_ckpt.storage.s3_errors import (
     Truncated,
     Verdict,
     code_of,
-    refuse_mismatches,
+    judge,
 )
 from dist_ckpt.storage.scatter import Scatter
 
@@ -202,7 +202,7 @@ class Upload:
         try:
             parts = await together(
                 (
-                    partial(self._put_part, upload, number, cut(self._views, start, stop))
+                    partial(self._put_part, upload, number, cut_parts(self._views, start, stop))
                     for number, (start, stop) in enumerate(spans(self.nbytes, size), 1)
                 ),
                 at_once=self._client.concurrency,
@@ -261,7 +261,7 @@ class Upload:
         try:
             return await self._client.repeat(attempt)
         except FOREIGN as error:
-            if refuse_mismatches(error) is not Verdict.FINAL and await self._is_ours():
+            if judge(error) is not Verdict.FINAL and await self._is_ours():
                 return True
             raise
 
@@ -314,7 +314,7 @@ class Upload:
         try:
             upload = await self._client.repeat(attempt)
         except FOREIGN as error:
-            if refuse_mismatches(error) is not Verdict.FINAL:
+            if judge(error) is not Verdict.FINAL:
                 await self._abort_strays(keep="")
             raise
         if attempts > 1:

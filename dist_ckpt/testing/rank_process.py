@@ -33,7 +33,7 @@ _ORPHAN_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RankJob:
     """What a rank needs to know; `call` is the pickled (module, function, args, kwargs)."""
 
     rank: int
@@ -60,7 +60,7 @@ class Outcome:
     timed_out: bool = False
 
 
-def run_rank(job: Job, pipe: Connection) -> None:
+def run_rank(job: RankJob, pipe: Connection) -> None:
     """Be one rank from start to end: the target of its process."""
     _prepare(job)
     thread_failures = _watch_threads()
@@ -75,7 +75,7 @@ def run_rank(job: Job, pipe: Connection) -> None:
     dist.destroy_process_group()
 
 
-def _prepare(job: Job) -> None:
+def _prepare(job: RankJob) -> None:
     # Open until the process is gone: the exit itself may crash or hang.
     trace_fd = os.open(job.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     faulthandler.enable(file=trace_fd, all_threads=True)
@@ -118,7 +118,7 @@ def _watch_threads() -> list[str]:
     return failures
 
 
-def _call(job: Job, thread_failures: Sequence[str]) -> Outcome:
+def _call(job: RankJob, thread_failures: Sequence[str]) -> Outcome:
     try:
         dist.init_process_group(
             "gloo",

@@ -28,7 +28,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import ParamSpec, TypeVar, cast, overload
 
 from dist_ckpt.errors import CoordinationError, ErrorKind, UsageError, describe
-from dist_ckpt.testing.rank_process import BARRIER, LEAVE, Job, Outcome, run_rank
+from dist_ckpt.testing.rank_process import BARRIER, LEAVE, Outcome, RankJob, run_rank
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -55,7 +55,7 @@ _EXIT_SECONDS = 20.0
 class _Rank:
     """One rank as its caller sees it."""
 
-    job: Job
+    job: RankJob
     process: ForkServerProcess
     pipe: Connection
     outcome: Outcome | None = None
@@ -156,7 +156,7 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="dist_ckpt-ranks-") as folder:
         try:
             for rank in range(n):
-                job = Job(rank, n, folder, timeout_seconds, dict(os.environ), call)
+                job = RankJob(rank, n, folder, timeout_seconds, dict(os.environ), call)
                 started.append(_start(job))
             _collect(started, deadline, expect_killed)
             _release(started, expect_killed)
@@ -174,7 +174,7 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _start(job: Job) -> _Rank:
+def _start(job: RankJob) -> _Rank:
     ours, theirs = _context().Pipe()
     process = _context().Process(target=run_rank, args=(job, theirs), name=f"rank-{job.rank}")
     try:

@@ -48,7 +48,7 @@ class SavePolicies:
         Raises:
             UsageError: `every_steps` is no positive integer.
         """
-        given = policy.checked(when)
+        given = policy.checked_when(when)
         if every_steps is not None:
             given |= policy.every(every_steps)
         criteria = [stopper.criterion for stopper in stoppers]
@@ -70,7 +70,7 @@ def with_bests(
     Raises:
         UsageError: `keep` is no policy.
     """
-    keep = keep_policies.checked(keep)
+    keep = keep_policies.checked_keep(keep)
     watched = _watched(when, stopping)
     for criterion in watched:
         # The best can be rolled back to, and kept, only if it was saved.

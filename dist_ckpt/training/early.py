@@ -39,7 +39,7 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
     return None
 
 
-def check_held(state: TrainState, ranks: JobRanks) -> None:
+def check_job_holds_all(state: TrainState, ranks: JobRanks) -> None:
     """Check that the ranks of the job hold all of every tensor between them.
 
     Raises:

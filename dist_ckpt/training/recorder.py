@@ -29,7 +29,7 @@ _log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ToldStep:
     """The last thing that was told.
 
     Attributes:
@@ -56,7 +56,7 @@ class Course:
         self._url = url
         self._when = when
         self._watched = watched
-        self._last: Told | None = None
+        self._last: ToldStep | None = None
         # Whether the state is still the one that the last call told of.
         self._live = False
         self._done: dict[int, SaveHandle] = {}
@@ -79,7 +79,7 @@ class Course:
         return self._saved
 
     @property
-    def unsaved(self) -> Told | None:
+    def unsaved(self) -> ToldStep | None:
         """What was told last, if no save of it was begun and the state is still that."""
         last = self._last
         return None if last is None or not self._live or last.step in self._done else last
@@ -128,7 +128,7 @@ class Course:
             self._watched.tell(step, metrics.keys(), epoch_over=epoch is not None)
         if kind != "epochs":
             self._told_step = step
-        self._last, self._live = Told(step, epoch, _let_go(metrics)), True
+        self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
 
     def save_begun(self, step: int, handle: SaveHandle) -> None:
         """Take note of a save."""

@@ -27,7 +27,7 @@ import dist_ckpt
 from dist_ckpt import TrainState
 from dist_ckpt.errors import IncompatibleError, IntegrityError
 from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made
-from dist_ckpt.foreign.torch_files import DtypeName, StoredTensor
+from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor
 from dist_ckpt.foreign.torch_values import DeviceName
 from tests.compat.bombs import archive, document_bombs, stock_bombs, write
 
@@ -39,7 +39,7 @@ CLASSES: list[Any] = [
     *(getattr(stock, name) for name in ADMITTED),
     *(filesystem._StorageInfo, torch.Size, torch.dtype, torch.device, torch.Tensor),
     *(torch.nn.Parameter, torch.FloatStorage, OrderedDict, Counter, PurePosixPath, dict, set),
-    *(Constructor, Kind, Made, DtypeName, DeviceName, StoredTensor),
+    *(Constructor, Kind, Made, DtypeName, DeviceName, TorchTensor),
 ]
 NAMES = [
     *(("torch.distributed.checkpoint.metadata", name) for name in ADMITTED),

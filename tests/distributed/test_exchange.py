@@ -16,7 +16,7 @@ from dist_ckpt.loading import reading
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
-from dist_ckpt.ranks.rendezvous import join
+from dist_ckpt.ranks.rendezvous import join_job
 from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import LocalStore
@@ -56,11 +56,11 @@ def read(
         for box, target in zip(boxes, memory, strict=True)
     ]
     options = ReadOptions(exchange=exchange, in_flight_bytes=in_flight_bytes)  # type: ignore[arg-type]
-    result = reading.read(
+    result = reading.read_targets(
         source,
         wanted,
         options,
-        coordinator=join(timeout_seconds=30).training,
+        coordinator=join_job(timeout_seconds=30).training,
         topic=Topic("read", f"load from {place}"),
         deadline=Deadline.after(seconds),
     )

@@ -107,7 +107,7 @@ def check_committed(found: Outcomes, ends: Mapping[str, int], base: str) -> None
         stored = Repository(resolve(url.removeprefix("gs://")))
         assert stored.steps()[-1:] == [1], (way, said)
         assert stored.verify(1).ok
-        # Nothing is said but what the program itself raised, and on a slow machine for what it waits.
+        # Nothing is said but what the program raised, and on a slow machine what is waited for.
         others = [line for line in said.splitlines() if not line.startswith(WAITS)]
         own = any("dist_ckpt" in line.replace(str(ROOT), "") for line in others)
         assert not own or code in (1, -2), (way, said)

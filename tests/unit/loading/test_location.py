@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_ckpt.errors import NotFound, UsageError
-from dist_ckpt.loading.location import locate, name_of, open_source
+from dist_ckpt.loading.location import locate, open_source, place_name
 from dist_ckpt.storage.local import LocalStore
 from tests.unit.repository.runs import new_store, save
 
@@ -54,8 +54,8 @@ def test_a_store_is_itself() -> None:
     save(store, 4)
     found = locate(store, None)
     assert (found.store, found.step, found.text) == (store, None, None)
-    assert name_of(store) == store.url
+    assert place_name(store) == store.url
     with pytest.raises(UsageError, match="unknown scheme"):
-        name_of("nowhere://x")
+        place_name("nowhere://x")
     with pytest.raises(UsageError, match="a path, a URL or a Store, not 5"):
-        name_of(5)  # type: ignore[arg-type]
+        place_name(5)  # type: ignore[arg-type]

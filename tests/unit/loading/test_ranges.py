@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut, join
+from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut, merge_ranges
 
 
 def ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:
@@ -26,12 +26,12 @@ def held(of: Ranges) -> list[int]:
 PAIRS = st.lists(
     st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda p: (p[0], p[0] + p[1])), max_size=9
 )
-SORTED = PAIRS.map(lambda pairs: join(ranges(pairs)))
+SORTED = PAIRS.map(lambda pairs: merge_ranges(ranges(pairs)))
 
 
 @given(PAIRS)
 def test_joined_ranges_hold_each_byte_once_in_order(pairs: list[tuple[int, int]]) -> None:
-    joined = join(ranges(pairs))
+    joined = merge_ranges(ranges(pairs))
     assert held(joined) == sorted(set(held(ranges(pairs))))
     # What touches is one: the ends of ranges are where something is missing.
     assert not set(joined.start.tolist()) & set(joined.stop.tolist())
@@ -99,7 +99,7 @@ def test_impossible_files_are_refused(sizes: list[int], unit: int) -> None:
 
 def test_nothing_stays_nothing() -> None:
     none = ranges([])
-    assert join(none).pairs() == bridge(none, max_gap_bytes=9).pairs() == []
+    assert merge_ranges(none).pairs() == bridge(none, max_gap_bytes=9).pairs() == []
     assert cut(none, most_bytes=4).pairs() == []
     assert Files([4], unit_bytes=2).widen(none).pairs() == []
 

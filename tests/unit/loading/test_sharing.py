@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.loading.exchange import ReadSchedule, cost, place, share
-from dist_ckpt.loading.ranges import Ranges, join
+from dist_ckpt.loading.exchange import ReadSchedule, cost, place_extents, share
+from dist_ckpt.loading.ranges import Ranges, merge_ranges
 from dist_ckpt.loading.reading import decide_exchange
 
 PAGE = 4096
@@ -18,7 +18,7 @@ PAGE = 4096
 
 def needs_of(*pairs: tuple[int, int]) -> Ranges:
     columns = np.array(pairs, np.int64).reshape(len(pairs), 2)
-    return join(Ranges(columns[:, 0], columns[:, 1]))
+    return merge_ranges(Ranges(columns[:, 0], columns[:, 1]))
 
 
 def held(ranges: Ranges) -> list[int]:
@@ -58,7 +58,7 @@ def test_every_byte_is_read_once_and_reaches_everyone(
         for window in sharing.windows:
             extents = [extent for extent in window if rank in extent.ranks]
             served += [at for each in extents for at in range(each.start, each.stop)]
-            assert place(extents)[-1] <= max(pages, 1) * PAGE
+            assert place_extents(extents)[-1] <= max(pages, 1) * PAGE
             assert len({extent.tag for extent in window}) == len(window)
             assert all(extent.nbytes <= extent_bytes for extent in window)
             assert all(extent.reader in extent.ranks for extent in window)

@@ -9,7 +9,7 @@ import torch
 
 import dist_ckpt
 from dist_ckpt.errors import StorageError, UsageError
-from dist_ckpt.loading.fitting import Holdings, gather
+from dist_ckpt.loading.fitting import StoredParts, gather
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import Store
@@ -27,12 +27,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
     return LocalStore(root)
 
 
-def hold(run: Store, *, live: tuple[str, ...] = LIVE, **options: Any) -> Holdings:
+def hold(run: Store, *, live: tuple[str, ...] = LIVE, **options: Any) -> StoredParts:
     source = Repository(run).open_latest()
     return gather(source, LoadOptions.of(options), live=live, rank=0, world_size=1)
 
 
-def tensors(held: Holdings) -> set[str]:
+def tensors(held: StoredParts) -> set[str]:
     found = {f"{part}/{name}" for part, each in held.parts.items() for name in each.tensors}
     assert found == {f"{part}/{name}" for part, name in held.numbers}
     return found

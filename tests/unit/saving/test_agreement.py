@@ -21,9 +21,9 @@ from dist_ckpt.errors import (
 from dist_ckpt.planning.owners import decide as decide_owners
 from dist_ckpt.ranks.coordinator import StoreCoordinator
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
-from dist_ckpt.saving.agreement import Agreed, Asked, Planner, share_objects
+from dist_ckpt.saving.agreement import Agreed, Agreement, Asked, share_objects
 from dist_ckpt.saving.messages import RankPlan
-from dist_ckpt.saving.snapshot import Snapshot, take
+from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.state.train_state import PerRank, TrainState
 from tests.unit.ranks.rounds import hash_store, long, on_every_rank, topic
 
@@ -55,12 +55,13 @@ class Ranks:
         for member in self.members:
             member.topics, member.lost = [], set()
         # Most tests look at the rounds of planning alone.
-        self.planners = [Planner(member, check_replicas=False) for member in self.members]
+        self.planners = [Agreement(member, check_replicas=False) for member in self.members]
         self.begun: list[int] = []
 
     def snapshots(self, states: Sequence[Mapping[str, Any]]) -> list[Snapshot]:
         return [
-            take(TrainState(rng=None, **state), world_size=len(self.members)) for state in states
+            take_snapshot(TrainState(rng=None, **state), world_size=len(self.members))
+            for state in states
         ]
 
     def agree(

@@ -12,7 +12,7 @@ import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import UsageError
-from dist_ckpt.saving.provenance import Provenance, SaveContext, commit_of, masked, named
+from dist_ckpt.saving.provenance import Provenance, SaveContext, commit_of, masked, option_names
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -86,7 +86,7 @@ PROGRAMS = [
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_no_value_of_a_command_line_is_said(program: list[str]) -> None:
     for line in LINES:
-        said = json.dumps(named([*program, *line, "--steps", "5", "--lr=0.1"]))
+        said = json.dumps(option_names([*program, *line, "--steps", "5", "--lr=0.1"]))
         assert SECRET not in said, line
         assert "0.1" not in said
 
@@ -94,13 +94,13 @@ def test_no_value_of_a_command_line_is_said(program: list[str]) -> None:
 def test_program_and_names_of_options_are_said() -> None:
     line = "/opt/bin/python3 -u -m pkg.train --lr 0.1 --use-amp --optim.betaTwo=0.9 -v model=gpt"
     found = ["python3", "-m", "pkg.train", "--lr", "--use-amp", "--optim.betaTwo", "-v"]
-    assert named(line.split()) == found
-    assert named(["python", "/srv/train.py", "--lr=1", "--lr", "--", "--more"]) == [
+    assert option_names(line.split()) == found
+    assert option_names(["python", "/srv/train.py", "--lr=1", "--lr", "--", "--more"]) == [
         *("python", "train.py", "--lr"),
     ]
     # However long, and whatever it looks like: a name is looked at once.
     odd = "--a" + "-b" * 5000 + "!"
-    assert named(["python", "train.py", odd, "--" + BASE64]) == ["python", "train.py"]
+    assert option_names(["python", "train.py", odd, "--" + BASE64]) == ["python", "train.py"]
 
 
 def manifest_of(store: MemoryStore) -> dict[str, object]:

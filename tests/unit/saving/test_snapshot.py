@@ -11,7 +11,7 @@ import torch
 import dist_ckpt
 from dist_ckpt.errors import UsageError
 from dist_ckpt.planning.describe import Describer
-from dist_ckpt.saving.snapshot import take
+from dist_ckpt.saving.snapshot import take_snapshot
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -22,7 +22,7 @@ def state(**parts: Any) -> TrainState:
 
 def test_an_empty_state_is_refused() -> None:
     with pytest.raises(UsageError, match="the state is empty"):
-        take(state(), world_size=1)
+        take_snapshot(state(), world_size=1)
 
 
 def test_a_state_cannot_be_taken_inside_the_capture_of_a_cuda_graph(
@@ -42,7 +42,9 @@ def test_the_fingerprint_is_that_of_the_structure_alone() -> None:
     describer = Describer()
 
     def fingerprint(world_size: int = 2, **parts: Any) -> str:
-        taken = take(state(weights=weights, **parts), world_size=world_size, describer=describer)
+        taken = take_snapshot(
+            state(weights=weights, **parts), world_size=world_size, describer=describer
+        )
         return taken.fingerprint
 
     first = fingerprint()
@@ -53,7 +55,7 @@ def test_the_fingerprint_is_that_of_the_structure_alone() -> None:
     weights["w"] = torch.zeros(4)
     assert fingerprint() != first
     # What a describer remembers changes nothing about what is said.
-    assert take(state(weights=weights), world_size=2).fingerprint == fingerprint()
+    assert take_snapshot(state(weights=weights), world_size=2).fingerprint == fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -63,4 +65,4 @@ def test_the_fingerprint_is_that_of_the_structure_alone() -> None:
 )
 def test_what_has_no_value_to_store_is_named(value: Any) -> None:
     with pytest.raises(UsageError, match=r"stats\.x"):
-        take(state(stats={"x": value}), world_size=1)
+        take_snapshot(state(stats={"x": value}), world_size=1)

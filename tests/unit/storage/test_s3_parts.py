@@ -20,7 +20,7 @@ from dist_ckpt.storage.multipart import (
     MIN_PART_BYTES,
     Body,
     crc32,
-    cut,
+    cut_parts,
     part_bytes,
     spans,
 )
@@ -74,13 +74,13 @@ def test_cut_is_a_slice_of_the_concatenation(buffers: list[bytes], data: st.Data
     whole = b"".join(buffers)
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
-    views = cut([memoryview(buffer) for buffer in buffers], start, stop)
+    views = cut_parts([memoryview(buffer) for buffer in buffers], start, stop)
     assert b"".join(views) == whole[start:stop]
 
 
 def test_cut_copies_nothing() -> None:
     buffer = bytearray(b"0123456789")
-    (view,) = cut([memoryview(buffer)], 2, 5)
+    (view,) = cut_parts([memoryview(buffer)], 2, 5)
     buffer[3] = ord("x")
     assert bytes(view) == b"2x4"
 
