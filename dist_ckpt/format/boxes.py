@@ -6,8 +6,185 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.cover import check_cover
+
+# Do the chunks of each tensor hold every element exactly once? Exact, and near-linear.
+#
+# Chunks that differ in one dimension only, which is how almost all tensors are cut, are checked
+# as chains: each one starts where the one before it ends. What is left is checked by its corners.
+# The function that counts how many boxes hold an element is the sum of the boxes, and a sum of
+# boxes is fixed by its corners, each with the sign that alternates from corner to corner: boxes
+# tile a tensor if and only if their corners cancel against those of the whole tensor. Nothing
+# here allocates by a claimed size, only by the number of chunks.
+
+
+Rows = NDArray[np.int64]
+
+INT64_MAX = 2**63 - 1
+# Corners alive at once, for each chunk: boxes that tile cancel long before this.
+_MAX_CORNERS_PER_BOX = 64
+_MIN_CORNERS = 1 << 16
+
+
+def check_cover(shape: Sequence[int], starts: Rows, sizes: Rows) -> str | None:
+    """Return what is wrong with the chunks of one tensor, or None if they tile it.
+
+    A tensor without elements has exactly one chunk, of its whole shape.
+
+    Args:
+        shape: of the tensor; each entry, and the number of elements, fits into int64.
+        starts: int64[n, d], first index of each chunk.
+        sizes: int64[n, d], its extent.
+    """
+    shapes = np.array([shape], np.int64).reshape(1, len(shape))
+    bad = find_uncovered(shapes, np.array([len(starts)], np.int64), starts, sizes)
+    return None if bad is None else bad[1]
+
+
+def find_uncovered(
+    shapes: Rows, counts: NDArray[np.int64], starts: Rows, sizes: Rows
+) -> tuple[int, str] | None:
+    """Return (tensor, problem) for one tensor that its chunks do not tile, or None.
+
+    Args:
+        shapes: int64[t, d], one row for each tensor.
+        counts: int64[t], how many chunks each tensor has.
+        starts: int64[n, d], the chunks of the first tensor, then those of the second, ...
+        sizes: int64[n, d].
+    """
+    if len(shapes) == 0:
+        return None
+    if not counts.all():
+        return int(np.argmin(counts)), "missing: it has no chunk"
+    owner = np.repeat(np.arange(len(shapes)), counts)
+    whole = shapes[owner]
+    # `whole - starts` may wrap only where `starts < 0` has already condemned the row.
+    outside = ((starts < 0) | (sizes < 0) | (starts > whole) | (sizes > whole - starts)).any(axis=1)
+    if outside.any():
+        row = int(np.argmax(outside))
+        tensor = int(owner[row])
+        box = f"{starts[row].tolist()} + {sizes[row].tolist()}"
+        return tensor, f"out of bounds: chunk {box} in shape {shapes[tensor].tolist()}"
+    first = np.cumsum(counts) - counts
+    cut = np.logical_or.reduceat(sizes != whole, first, axis=0)
+    alone = (counts == 1) & ~cut.any(axis=1)
+    wrong = (shapes == 0).any(axis=1) & ~alone
+    if wrong.any():
+        problem = "overlap: a tensor without elements has one chunk, of its whole shape"
+        return int(np.argmax(wrong)), problem
+    suspect = ~alone & ~_chained(shapes, first, cut, starts, sizes)
+    if not suspect.any():
+        return None
+    rows = suspect[owner]
+    # Dimensions that are cut come first: once they are done, the boxes left over are all equal.
+    order = np.argsort(~cut, axis=1, kind="stable")
+    turned = order[owner[rows]]
+    bad = _uncancelled(
+        np.take_along_axis(shapes, order, axis=1),
+        owner[rows],
+        np.take_along_axis(starts[rows], turned, axis=1),
+        np.take_along_axis(sizes[rows], turned, axis=1),
+    )
+    if bad is None:
+        return None
+    tensor, problem = bad
+    return tensor, problem or _describe(shapes[tensor], sizes[owner == tensor])
+
+
+def _chained(
+    shapes: Rows, first: NDArray[np.int64], cut: NDArray[np.bool_], starts: Rows, sizes: Rows
+) -> NDArray[np.bool_]:
+    """Which tensors are cut in one dimension only, into chunks that lie end to end, in order."""
+    if shapes.shape[1] == 0:
+        return np.zeros(len(shapes), np.bool_)
+    dim = cut.argmax(axis=1)
+    counts = np.diff(first, append=len(starts))
+    column = np.repeat(dim, counts)[:, None]
+    begin = np.take_along_axis(starts, column, axis=1)[:, 0]
+    extent = np.take_along_axis(sizes, column, axis=1)[:, 0]
+    end = begin + extent
+    expected = np.empty_like(begin)
+    expected[1:] = end[:-1]
+    expected[first] = 0
+    good = np.logical_and.reduceat((begin == expected) & (extent > 0), first)
+    last = end[first + counts - 1] == shapes[np.arange(len(shapes)), dim]
+    result: NDArray[np.bool_] = good & last & (cut.sum(axis=1) == 1)
+    return result
+
+
+def _uncancelled(
+    shapes: Rows, owner: NDArray[np.intp], starts: Rows, sizes: Rows
+) -> tuple[int, str] | None:
+    """Return a tensor whose corners do not cancel, with a problem where the search was given up."""
+    # An empty box has no element to cover and its corners cancel by themselves: it is never right.
+    empty = (sizes == 0).any(axis=1)
+    if empty.any():
+        return int(owner[np.argmax(empty)]), "overlap: a chunk has no element"
+    tensors = np.unique(owner)
+    tensor = np.concatenate([owner, tensors])
+    low = np.concatenate([starts, np.zeros((len(tensors), shapes.shape[1]), np.int64)])
+    high = np.concatenate([starts + sizes, shapes[tensors]])
+    rest = _suffix_ids(low, high)
+    # A term is a corner fixed in the dimensions done, times the box `row` in those to come.
+    row = np.arange(len(tensor))
+    sign = np.concatenate([np.ones(len(owner), np.int64), np.full(len(tensors), -1, np.int64)])
+    point = tensor.astype(np.int64)
+    limit = max(_MIN_CORNERS, _MAX_CORNERS_PER_BOX * len(tensor))
+    row, sign, point = _cancel(row, sign, point, rest[0][row])
+    for dim in range(shapes.shape[1]):
+        if len(row) == 0:
+            return None
+        if 2 * len(row) > limit:
+            problem = "overlap or missing: it is cut in too many dimensions to be checked"
+            return int(np.bincount(tensor[row]).argmax()), problem
+        edge = np.concatenate([low[row, dim], high[row, dim]])
+        row = np.concatenate([row, row])
+        sign = np.concatenate([sign, -sign])
+        point = _ids(np.concatenate([point, point]), edge)
+        row, sign, point = _cancel(row, sign, point, rest[dim + 1][row])
+    return None if len(row) == 0 else (int(tensor[row[0]]), "")
+
+
+def _cancel(
+    row: NDArray[np.intp], sign: NDArray[np.int64], point: NDArray[np.int64], rest: Rows
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
+    """Add up the terms at equal points with equal boxes to come; drop those that vanish."""
+    key = _ids(point, rest)
+    order = np.argsort(key, kind="stable")
+    heads = np.flatnonzero(np.diff(key[order], prepend=-1))
+    total = np.add.reduceat(sign[order], heads)
+    alive = order[heads[total != 0]]
+    return row[alive], total[total != 0], point[alive]
+
+
+def _suffix_ids(low: Rows, high: Rows) -> list[NDArray[np.int64]]:
+    """For each dimension, a number for each row that says which box it is from there on."""
+    ids = [np.zeros(len(low), np.int64)]
+    for dim in range(low.shape[1] - 1, -1, -1):
+        ids.append(_ids(_ids(low[:, dim], high[:, dim]), ids[-1]))
+    return ids[::-1]
+
+
+def _ids(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the distinct pairs from 0 on."""
+    # Ranks are less than the number of rows, so the product of two stays far below 2**63.
+    a = np.unique(first, return_inverse=True)[1]
+    b = np.unique(second, return_inverse=True)[1]
+    pair = a.astype(np.int64) * (int(b.max(initial=0)) + 1) + b
+    ids: NDArray[np.int64] = np.unique(pair, return_inverse=True)[1].astype(np.int64)
+    return ids
+
+
+def _describe(shape: NDArray[np.int64], sizes: Rows) -> str:
+    whole = math.prod(shape.tolist())
+    # Python integers: the volumes of bad boxes may add up to more than int64 holds.
+    held = sum(math.prod(size) for size in sizes.tolist())
+    kind = "overlap" if held > whole else "missing" if held < whole else "overlap and missing"
+    return f"{kind}: its {len(sizes)} chunks hold {held} elements, the tensor has {whole}"
+
 
 __all__ = [
     "Box",

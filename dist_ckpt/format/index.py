@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format.cover import INT64_MAX, find_uncovered
+from dist_ckpt.format.boxes import INT64_MAX, find_uncovered
 from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
 from dist_ckpt.format.index_values import (
     ChunkRows,

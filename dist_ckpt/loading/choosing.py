@@ -24,8 +24,7 @@ from dist_ckpt.loading.location import (
 )
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.ranks.job import Job, Place
-from dist_ckpt.ranks.messages import check_same, pack, unpack
-from dist_ckpt.ranks.rounds import Topic
+from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.repository.checkpoint import read_manifest, reread, unless_deleted
 from dist_ckpt.repository.detached import DetachedStep

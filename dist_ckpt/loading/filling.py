@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
 from dist_ckpt.format.index import Index
-from dist_ckpt.loading.overlaps import find_pieces
-from dist_ckpt.loading.ranges import Column, Files, Ranges, merge_ranges
+from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_ranges
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.staging.copies import reach, view_box
 

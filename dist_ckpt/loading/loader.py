@@ -17,9 +17,8 @@ from dist_ckpt.errors import (
     IncompatibleError,
     IntegrityError,
 )
-from dist_ckpt.loading.bounce import BounceMemory
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
-from dist_ckpt.loading.fetching import warm_memory
+from dist_ckpt.loading.fetching import BounceMemory, warm_memory
 from dist_ckpt.loading.fitting import Matched, fit
 from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
 from dist_ckpt.loading.reading import ReadOptions, ReadResult, read_targets

@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index_values import Index
+from dist_ckpt.format.shard import DTYPES
 
 Column = NDArray[np.int64]
 
@@ -137,4 +140,202 @@ def cut(ranges: Ranges, *, most_bytes: int) -> Ranges:
     return Ranges(
         np.maximum(ranges.start[owner], step * most_bytes),
         np.minimum(ranges.stop[owner], (step + 1) * most_bytes),
+    )
+
+
+# Which stored chunks hold wanted boxes, and in which bytes of them. Pure, and near-linear.
+#
+# Everything is done in columns, for all tensors of one number of dimensions together: a checkpoint
+# of a thousand ranks has a million chunks, and a load at one rank wants all of them.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """What wanted boxes and stored chunks have in common, one row for each pair.
+
+    Attributes:
+        want: int64[n], number of the wanted box.
+        row: int64[n], row of the chunk in `Index.chunks`.
+        start: int64[n], byte offset in its file of the first common element.
+        stop: int64[n], byte offset behind the last one.
+        nbytes: int64[n], of the common elements: `stop - start` only where nothing lies between.
+    """
+
+    want: Column
+    row: Column
+    start: Column
+    stop: Column
+    nbytes: Column
+
+
+def find_pieces(
+    index: Index, tensors: Sequence[int], boxes: Sequence[Box], *, max_gap_bytes: int
+) -> tuple[Pieces, Pieces]:
+    """Find where the elements of wanted boxes are stored.
+
+    Args:
+        index: the chunk table.
+        tensors: for each wanted box, the number of its tensor in `index.tensors`.
+        boxes: the wanted boxes; one of no element wants nothing.
+        max_gap_bytes: how many unwanted bytes within a chunk may be read along.
+
+    Returns:
+        The pieces, from the first to the last common element of each pair; and the runs, which
+        are the pieces again, cut wherever more than `max_gap_bytes` of the chunk are not wanted.
+    """
+    found: list[Pieces] = []
+    runs: list[Pieces] = []
+    tensor = np.array(tensors, np.int64)
+    ndims = np.array([len(box.sizes) for box in boxes], np.int64)
+    for ndim in np.unique(ndims).tolist():
+        numbers = np.flatnonzero(ndims == ndim)
+        offsets = [boxes[number].offsets for number in numbers.tolist()]
+        sizes = [boxes[number].sizes for number in numbers.tolist()]
+        low = np.array(offsets, np.int64).reshape(len(numbers), ndim)
+        high = low + np.array(sizes, np.int64).reshape(len(numbers), ndim)
+        want, row = _candidates(index, tensor[numbers], low, high)
+        starts, extents = index.boxes(row, ndim)
+        common = np.maximum(starts, low[want]), np.minimum(starts + extents, high[want])
+        hit = (common[0] < common[1]).all(axis=1)
+        inner = common[0][hit] - starts[hit], (common[1] - common[0])[hit]
+        pair = numbers[want[hit]], row[hit]
+        item = _itemsizes(index)[tensor[pair[0]]]
+        pieces, cut = _spans(index, pair, item, extents[hit], inner, max_gap_bytes)
+        found.append(pieces)
+        runs.append(cut)
+    return _concatenate(found), _concatenate(runs)
+
+
+def _candidates(index: Index, tensor: Column, low: Column, high: Column) -> tuple[Column, Column]:
+    """Pair each wanted box with the chunks that it may have an element in common with."""
+    first, stop = index.rows_of(tensor)
+    wanted = np.bincount(tensor, minlength=len(index.tensors))[tensor] if len(tensor) else tensor
+    alone = np.flatnonzero(wanted == 1)
+    pairs = [_expand(alone, first[alone], stop[alone])]
+    # One box of a tensor is compared with all its chunks; several look theirs up, not to compare
+    # all with all.
+    several = np.flatnonzero(wanted > 1)
+    order = several[np.argsort(tensor[several], kind="stable")]
+    heads = np.flatnonzero(np.diff(tensor[order], prepend=-1))
+    for group in np.split(order, heads[1:]) if len(order) else []:
+        row = np.arange(first[group[0]], stop[group[0]])
+        starts, extents = index.boxes(row, low.shape[1])
+        want, near = _look_up(starts, starts + extents, low[group], high[group])
+        pairs.append((group[want], row[near]))
+    want = np.concatenate([pair[0] for pair in pairs])
+    return want, np.concatenate([pair[1] for pair in pairs])
+
+
+def _look_up(starts: Column, stops: Column, low: Column, high: Column) -> tuple[Column, Column]:
+    """Return the pairs (box, chunk) that overlap in the dimension which tells them apart best."""
+    count, ndim = low.shape
+    if ndim == 0:
+        return np.arange(count), np.zeros(count, np.int64)
+    orders, begins, ends = [], [], []
+    for dim in range(ndim):
+        order = np.argsort(starts[:, dim], kind="stable")
+        # Of chunks in the order of their starts, those before `begin` have all ended by `low`.
+        reach = np.maximum.accumulate(stops[order, dim])
+        begin = np.searchsorted(reach, low[:, dim], side="right")
+        end = np.searchsorted(starts[order, dim], high[:, dim], side="left")
+        orders.append(order)
+        begins.append(begin)
+        ends.append(np.maximum(end, begin))
+    best = np.argmin(np.stack(ends) - np.stack(begins), axis=0)
+    wants, rows = [], []
+    for dim in range(ndim):
+        mine = np.flatnonzero(best == dim)
+        want, place = _expand(mine, begins[dim][mine], ends[dim][mine])
+        wants.append(want)
+        rows.append(orders[dim][place])
+    return np.concatenate(wants), np.concatenate(rows)
+
+
+def _expand(number: Column, first: Column, stop: Column) -> tuple[Column, Column]:
+    """Pair each `number` with every value from its `first` up to its `stop`."""
+    counts = stop - first
+    owner = np.repeat(np.arange(len(number)), counts)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return number[owner], first[owner] + step
+
+
+def _spans(
+    index: Index,
+    pair: tuple[Column, Column],
+    item: Column,
+    extents: Column,
+    inner: tuple[Column, Column],
+    max_gap_bytes: int,
+) -> tuple[Pieces, Pieces]:
+    """Return the bytes of each pair, and the same cut into runs.
+
+    Args:
+        index: the chunk table.
+        pair: wanted box and chunk.
+        item: bytes for each element.
+        extents: of the chunks.
+        inner: where in its chunk the common box starts, and its sizes.
+        max_gap_bytes: see `find_pieces`.
+    """
+    want, row = pair
+    relative, sizes = inner
+    stride, span = _strides(extents, sizes)
+    base = index.chunks.offset[row].astype(np.int64)
+    start = base + (relative * stride).sum(axis=1) * item
+    # What lies between two elements is in the span, and in no count of bytes that are wanted.
+    nbytes = item.copy()
+    for dim in range(sizes.shape[1]):  # by columns: a reduction of short rows costs many times that
+        nbytes *= sizes[:, dim]
+    pieces = Pieces(want, row, start, start + span[:, 0] * item, nbytes)
+    # Between two neighbours in a dimension lie a stride's elements, less what the first one spans.
+    gap = np.where(sizes > 1, (stride - span[:, 1:]) * item[:, None], 0)
+    wide = np.flatnonzero((gap > max_gap_bytes).any(axis=1))
+    if not len(wide):
+        return pieces, pieces
+    dense = np.ones(len(want), np.bool_)
+    dense[wide] = False
+    runs = [Pieces(want[dense], row[dense], start[dense], pieces.stop[dense], nbytes[dense])]
+    for at in wide.tolist():
+        # A gap is never narrower than those of the dimensions inside its own.
+        depth = int(np.flatnonzero(gap[at] > max_gap_bytes)[-1]) + 1
+        places = np.zeros(1, np.int64)
+        for dim in range(depth):
+            places = (places[:, None] + np.arange(sizes[at, dim]) * stride[at, dim]).reshape(-1)
+        first = start[at] + places * item[at]
+        filled = np.full(len(first), want[at]), np.full(len(first), row[at])
+        stop = first + span[at, depth] * item[at]
+        runs.append(Pieces(*filled, first, stop, np.full(len(first), nbytes[at] // len(first))))
+    return pieces, _concatenate(runs)
+
+
+def _strides(extents: Column, sizes: Column) -> tuple[Column, Column]:
+    """Return int64[n, d] strides of chunks, and int64[n, d + 1] what the boxes in them span.
+
+    Column `j` of the second is how many elements lie from the first to the last one of a box that
+    is cut down to a single index in each of the first `j` dimensions.
+    """
+    count, ndim = extents.shape
+    stride = np.ones((count, ndim), np.int64)
+    span = np.ones((count, ndim + 1), np.int64)
+    for dim in range(ndim - 1, -1, -1):
+        if dim < ndim - 1:
+            stride[:, dim] = stride[:, dim + 1] * extents[:, dim + 1]
+        span[:, dim] = (sizes[:, dim] - 1) * stride[:, dim] + span[:, dim + 1]
+    return stride, span
+
+
+def _itemsizes(index: Index) -> Column:
+    return np.array([DTYPES[tensor.dtype][1] for tensor in index.tensors], np.int64)
+
+
+def _concatenate(many: Sequence[Pieces]) -> Pieces:
+    if len(many) == 1:
+        return many[0]
+    empty = np.zeros(0, np.int64)
+    return Pieces(
+        np.concatenate([empty, *(each.want for each in many)]),
+        np.concatenate([empty, *(each.row for each in many)]),
+        np.concatenate([empty, *(each.start for each in many)]),
+        np.concatenate([empty, *(each.stop for each in many)]),
+        np.concatenate([empty, *(each.nbytes for each in many)]),
     )

@@ -13,9 +13,8 @@ import numpy as np
 import torch.distributed as dist
 
 from dist_ckpt.format.digest import BLOCK_BYTES
-from dist_ckpt.loading.bounce import BounceBuffers, BounceMemory
 from dist_ckpt.loading.exchange import Extent, cost, place_extents, private_group, share, swap
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceBuffers, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files, Ranges
 from dist_ckpt.loading.wanted import Wanted

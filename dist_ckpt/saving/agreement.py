@@ -9,16 +9,16 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, from_wire, to_wire
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, share_out
-from dist_ckpt.ranks.messages import check_same, pack, unpack
-from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
 from dist_ckpt.saving.messages import Description, ObjectName, PlanAnswer, PlanRequest, RankPlan
-from dist_ckpt.saving.replicas import (
+from dist_ckpt.saving.snapshot import (
+    Snapshot,
     compare_replicas,
     digest_replicas,
     digest_sample,
     samples_differ,
+    split_versions,
 )
-from dist_ckpt.saving.snapshot import Snapshot, split_versions
 
 BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""

@@ -21,8 +21,7 @@ from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.index import Document, WrittenFile
 from dist_ckpt.ranks.coordinator import LOST
-from dist_ckpt.ranks.messages import pack
-from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic
+from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
 from dist_ckpt.saving.cancellation import CancelToken
 from dist_ckpt.saving.handle import ProgressMeter, SaveHandle, SaveHooks, SaveProgress

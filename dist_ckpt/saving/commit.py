@@ -14,7 +14,7 @@ from dist_ckpt.planning.holdings import TensorKey
 from dist_ckpt.planning.index import RankShare, build_index, versions
 from dist_ckpt.planning.owners import Owned
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.messages import unpack
+from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.repository import Transaction
 from dist_ckpt.saving.messages import Report
 from dist_ckpt.saving.metrics import tell_differing

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.state.arrays import dtype_from_json, dtype_to_json
-from dist_ckpt.state.leaves import Refuse
+from dist_ckpt.state.leaves import Refuse, dtype_from_json, dtype_to_json
 
 # From here on base64 in JSON costs more than one more tensor in a plan does.
 _ASIDE_BYTES = 16 * 1024

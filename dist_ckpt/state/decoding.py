@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,31 @@ from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, STANDARD_BY_NAME
-from dist_ckpt.state.unreadable import UNREADABLE
+
+# What the values of other programs' checkpoints hold besides plain values.
+
+
+UNREADABLE = "unreadable"
+"""The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that only a program which executes pickles could read.
+
+    Attributes:
+        reason: what is told to whoever wants the value.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inline:
+    """A tensor that belongs into the encoding of the value that holds it."""
+
+    tensor: torch.Tensor
+
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
     tag: kind for kind, tag in PAIRS.items()

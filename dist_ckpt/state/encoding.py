@@ -11,11 +11,11 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
+from dist_ckpt.state.decoding import UNREADABLE, Inline, Unreadable
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, standard_of
-from dist_ckpt.state.unreadable import UNREADABLE, Inline, Unreadable
 
 TAG = "!"
 MAX_DEPTH = 64

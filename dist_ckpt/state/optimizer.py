@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from dist_ckpt.state.decoding import parse_document
+from dist_ckpt.state.groups import View, parameter_names
 from dist_ckpt.state.layout import address
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer_content import Capture, optimizer_entries, write_down
@@ -29,7 +30,6 @@ from dist_ckpt.state.optimizer_faces import (
 from dist_ckpt.state.optimizer_fit import OptimizerFit, how_to_skip
 from dist_ckpt.state.optimizer_live import Live, Reading, live_of
 from dist_ckpt.state.optimizer_own import Own
-from dist_ckpt.state.optimizer_view import View, parameter_names
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.values import VALUE, StatefulPart
 

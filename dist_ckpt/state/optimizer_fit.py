@@ -10,12 +10,10 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.state.decoding import parse_document
-from dist_ckpt.state.groups import GroupMatch, match_groups, options_of
+from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
-from dist_ckpt.state.optimizer_content import SHARED, Content, joined, optimizer_entries
-from dist_ckpt.state.optimizer_notes import Notes
-from dist_ckpt.state.optimizer_view import View
+from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
 from dist_ckpt.state.part import Stored, TensorSpec
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe
-from dist_ckpt.state.groups import options_of
+from dist_ckpt.state.groups import View, options_of
 from dist_ckpt.state.optimizer_content import Content, check_own
 from dist_ckpt.state.optimizer_faces import (
     inner_optimizers,
@@ -19,7 +19,6 @@ from dist_ckpt.state.optimizer_faces import (
     is_told,
     is_zero,
 )
-from dist_ckpt.state.optimizer_view import View
 
 INNER = "inner."
 PACKED = "@optimizer"

@@ -10,9 +10,8 @@ import torch
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.objects import decode, encode, references
-from dist_ckpt.state.optimizer_content import Capture
+from dist_ckpt.state.optimizer_content import Capture, Notes, tensor_notes
 from dist_ckpt.state.optimizer_live import Reading
-from dist_ckpt.state.optimizer_notes import Notes, tensor_notes
 from dist_ckpt.state.part import Stored, Targets
 
 _OWN = "own"

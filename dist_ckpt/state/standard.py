@@ -25,8 +25,7 @@ from uuid import UUID, SafeUUID
 import numpy as np
 import torch
 
-from dist_ckpt.state.arrays import dtype_from_json, dtype_to_json
-from dist_ckpt.state.leaves import Refuse, checked_zone
+from dist_ckpt.state.leaves import Refuse, checked_zone, dtype_from_json, dtype_to_json
 
 RESERVED = "dist_ckpt:"
 """How the names of these types begin; no type of the user's may be registered under one."""

@@ -13,13 +13,13 @@ from dist_ckpt.format.boxes import (
     Box,
     check_cover,
     element_span,
+    find_uncovered,
     intersect,
     is_whole,
     run_boxes,
     split_rows,
     volume,
 )
-from dist_ckpt.format.cover import find_uncovered
 
 
 @st.composite

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_ckpt.loading import bounce
-from dist_ckpt.loading.bounce import BounceBuffers, BounceMemory
+from dist_ckpt.loading import fetching as bounce
+from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory
 
 _PAGE_BYTES = 4096
 

@@ -11,9 +11,9 @@ import torch
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.planning.describe import Describer, LocalBox
 from dist_ckpt.planning.holdings import Holdings
-from dist_ckpt.ranks.messages import pack
+from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.saving.messages import ReplicaDigests
-from dist_ckpt.saving.replicas import (
+from dist_ckpt.saving.snapshot import (
     SAMPLES,
     compare_replicas,
     digest_replicas,
