@@ -30,7 +30,7 @@ from dist_ckpt.foreign.stand_ins import Constructor
 from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.state.decoding import Inline, Unreadable
+from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.storage.base import Store, is_key, read_all
 from dist_ckpt.storage.parallel import in_parallel

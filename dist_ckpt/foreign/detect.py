@@ -19,7 +19,7 @@ from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
 from dist_ckpt.foreign.torch_files import TorchTensor
 from dist_ckpt.foreign.torch_values import unknown_in, what_of
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.state.decoding import Unreadable
+from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

@@ -11,7 +11,7 @@ import torch
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError, describe
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
-from dist_ckpt.state.decoding import Unreadable
+from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
 

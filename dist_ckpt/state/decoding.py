@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,35 +19,10 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.limits import check_hashes
 from dist_ckpt.state.aside import BYTES, NDARRAY, from_aside
-from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG
+from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG, UNREADABLE
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, STANDARD_BY_NAME
-
-# What the values of other programs' checkpoints hold besides plain values.
-
-
-UNREADABLE = "unreadable"
-"""The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a value that only a program which executes pickles could read.
-
-    Attributes:
-        reason: what is told to whoever wants the value.
-    """
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inline:
-    """A tensor that belongs into the encoding of the value that holds it."""
-
-    tensor: torch.Tensor
-
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
     tag: kind for kind, tag in PAIRS.items()

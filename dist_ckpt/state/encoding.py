@@ -5,17 +5,39 @@ from __future__ import annotations
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
-from dist_ckpt.state.decoding import UNREADABLE, Inline, Unreadable
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, standard_of
+
+UNREADABLE = "unreadable"
+"""The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that only a program which executes pickles could read.
+
+    Attributes:
+        reason: what is told to whoever wants the value.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inline:
+    """A tensor that belongs into the encoding of the value that holds it."""
+
+    tensor: torch.Tensor
+
 
 TAG = "!"
 MAX_DEPTH = 64
