@@ -38,6 +38,7 @@ PARAMETERS = 8
 # and its bytes); functions that only the package calls may have four, alike in kind.
 POSITIONS_EXPORTED = 2
 POSITIONS = 4
+THROUGH_MODULE = {"decode", "encode", "every", "take"}
 
 
 def test_modules_are_short() -> None:
@@ -124,6 +125,18 @@ def test_only_dcp_knows_distributed_checkpoint() -> None:
         "dist_ckpt.dcp",
         "dist_ckpt.planning",
     }
+
+
+def test_a_public_name_means_one_thing() -> None:
+    homes: dict[str, set[str]] = {}
+    for each in DEFINITIONS:
+        home, _, name = each.name.rpartition(".")
+        if home in {module.name for module in MODULES} and not name.startswith("_"):
+            homes.setdefault(name, set()).add(home)
+    twice = {name: found for name, found in homes.items() if len(found) > 1}
+    # These are used through their module only: `manifest_format.decode`, `policy.every`.
+    assert {name: found for name, found in twice.items() if name not in THROUGH_MODULE} == {}
+    assert twice.keys() >= THROUGH_MODULE
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
