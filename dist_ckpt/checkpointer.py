@@ -26,7 +26,8 @@ from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.early import check_state, checked_metadata
 from dist_ckpt.training.recorder import Recorder
-from dist_ckpt.training.resuming import Named, Resumer, Start
+from dist_ckpt.training.resuming import Resumer
+from dist_ckpt.training.start import Named, Start
 
 # What the constructor knows by name, to hint at when an option is mistyped.
 _ARGUMENTS = ("every_steps", "when", "keep", "timeout_seconds", "metadata", "save_last")

@@ -34,7 +34,7 @@ from dist_ckpt.policy import SavePolicy
 from dist_ckpt.repository import keep
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.training.resuming import Start
+from dist_ckpt.training.start import Start
 
 Source: TypeAlias = "Flags | argparse.Namespace | Mapping[str, Any] | str | os.PathLike[str]"
 """Flags, parsed arguments, a dict, or the path of a YAML file."""
