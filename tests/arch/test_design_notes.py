@@ -43,7 +43,9 @@ def _without_code(text: str) -> str:
 
 def _anchors(text: str) -> set[str]:
     """Return what links to a heading of this document may name."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
 
@@ -66,7 +68,9 @@ def test_a_note_has_its_title_status_and_headings(path: Path) -> None:
 
 def test_the_index_has_one_line_for_each_note() -> None:
     rows = re.findall(
-        r"^\| \[(\d{3})\]\((\S+)\) \| (.+) \| (.+) \|$", (FOLDER / "README.md").read_text(), re.M
+        r"^\| \[(\d{3})\]\((\S+)\) \| (.+) \| (.+) \|$",
+        (FOLDER / "README.md").read_text(),
+        re.MULTILINE,
     )
     assert [row[1] for row in rows] == [path.name for path in NOTES]
     for number, name, what, status in rows:
