@@ -149,10 +149,10 @@ os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_ch
 
 
 _WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
-# How much time the word covers ahead: how late a signal or the clock may be heeded.
+# How much time the decisions told cover ahead: how late a signal or the clock may be heeded.
 _AHEAD_SECONDS = 0.5
 _AHEAD_CALLS = 256
-# After so many calls the ranks meet once, so that no entry of the word is kept for ever.
+# After so many calls the ranks meet once, so that no entry of the decisions is kept for ever.
 _MEET_CALLS = 256
 _FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0001, 0.01
 
@@ -232,7 +232,7 @@ class SaveTrigger:
         self._told_call = 0
         self._heeded_call = 0
         # Nothing was said of the first call, so nothing can be due there that needs to be said.
-        self._word = _Decisions(0 if self._at_once else 1, {})
+        self._decisions = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
 
     def at(self, step: int, epoch: int | None, metrics: Metrics) -> Decision:
@@ -284,13 +284,13 @@ class SaveTrigger:
         call = self._calls
         if self._at_once or self._job.training.world_size == 1:
             self._tell(call, {call: self._decide(moment, metrics, call)})
-        elif call >= self._word.horizon:
-            if saves or self._word.entries.get(call, _Entry()).reason:
+        elif call >= self._decisions.horizon:
+            if saves or self._decisions.entries.get(call, _Entry()).reason:
                 # This very call saves: what is decided here comes after that.
                 self._saved_at = time.monotonic()
             entry = self._decide(moment, metrics, call + 1)
             self._tell(call + self._span(), {} if entry == _Entry() else {call + 1: entry})
-        return self._word.entries.get(call, _Entry())
+        return self._decisions.entries.get(call, _Entry())
 
     def _decide(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
         try:
@@ -334,10 +334,10 @@ class SaveTrigger:
         return name
 
     def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
-        self._word = _Decisions(horizon, {**self._word.entries, **entries})
+        self._decisions = _Decisions(horizon, {**self._decisions.entries, **entries})
         self._told_at, self._told_call = time.monotonic(), self._calls
         if self._job.training.world_size > 1:
-            self._job.training.post(_WORD, msgspec.msgpack.encode(self._word))
+            self._job.training.post(_WORD, msgspec.msgpack.encode(self._decisions))
 
     def _span(self) -> int:
         """Return how many calls `_AHEAD_SECONDS` are, as fast as they come now."""
@@ -352,18 +352,18 @@ class SaveTrigger:
             self._job.training.post(_SIGNAL, msgspec.msgpack.encode(arrival))
         deadline = self._job.deadline()
         nap = _FIRST_NAP_SECONDS
-        while self._word.horizon < self._calls:
+        while self._decisions.horizon < self._calls:
             posted = self._job.training.look(_WORD)
             if posted is not None:
-                self._word = msgspec.msgpack.decode(posted, type=_Decisions)
-            if self._word.horizon >= self._calls:
+                self._decisions = msgspec.msgpack.decode(posted, type=_Decisions)
+            if self._decisions.horizon >= self._calls:
                 break
             # Looked for after the word: what rank 0 decided before it ended holds.
             if deadline.passed or self._job.training.look(_ENDED) is not None:
                 raise self._silence(deadline)
             time.sleep(nap)
             nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
-        return self._word.entries.get(self._calls, _Entry())
+        return self._decisions.entries.get(self._calls, _Entry())
 
     def _silence(self, deadline: Deadline) -> CoordinationError:
         when = (
@@ -386,5 +386,7 @@ class SaveTrigger:
 
     def _forget(self) -> None:
         # All ranks have arrived at this call, so all have heard what was said of it and before.
-        later = {call: entry for call, entry in self._word.entries.items() if call > self._calls}
-        self._word = _Decisions(self._word.horizon, later)
+        later = {
+            call: entry for call, entry in self._decisions.entries.items() if call > self._calls
+        }
+        self._decisions = _Decisions(self._decisions.horizon, later)
