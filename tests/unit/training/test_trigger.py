@@ -119,7 +119,7 @@ def test_the_metrics_of_rank_0_count_for_all_ranks() -> None:
     assert [step for step, told in enumerate(first, 1) if told.reason] == [*range(50, 601, 50)]
     assert first[49].metrics == {"loss": 1.0}
     assert first[50].metrics == {}
-    word = job.paces[0]._word
+    word = job.paces[0]._decisions
     assert len(word.entries) <= pace_module._MEET_CALLS, "nothing is kept for ever"
 
 
