@@ -36,12 +36,21 @@ _ARGUMENTS = ("every_steps", "when", "keep", "timeout_seconds", "metadata", "sav
 class Checkpointer:
     """Saves and restores the state of a training run.
 
-    ::
+    ```python
+    import torch
+    from dist_ckpt import Checkpointer, keep
 
-        with Checkpointer("runs/17", state, every_steps=500, keep=keep.latest(3)) as ckpt:
-            for step in range(ckpt.restore() + 1, total_steps + 1):
-                loss = train_step()
-                ckpt.step(step, metrics={"train/loss": loss})
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optimizer": optimizer}
+    with Checkpointer("runs/17", state, every_steps=500, keep=keep.latest(3)) as ckpt:
+        for step in range(ckpt.restore() + 1, 1201):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ckpt.step(step, metrics={"train/loss": loss})
+    ```
 
     Every rank of the default process group makes the same calls in the same order. Leaving the
     `with` block saves the last step, and finishes the save in flight.

@@ -1,16 +1,16 @@
 """Every error that dist_ckpt raises, grouped by what a handler would do.
 
-::
-
-    CheckpointError(Exception)
-      NotFound (FileNotFoundError)     no such run, step, key or tensor   -> look elsewhere
-      AlreadyExists (FileExistsError)  the step is committed              -> choose another step
-      IntegrityError                   size, digest or coverage disagree  -> use an older one
-      IncompatibleError                version, keys, shape, dtype        -> change the program
-      StorageError                     the backend failed after retries   -> wait, or fix the place
-      CoordinationError                a peer failed or did not arrive    -> restart the job
-      FencedError                      a newer claim owns the run         -> stop
-      UsageError (ValueError)          the call is wrong                  -> change the call
+```text
+CheckpointError(Exception)
+  NotFound (FileNotFoundError)     no such run, step, key or tensor   -> look elsewhere
+  AlreadyExists (FileExistsError)  the step is committed              -> choose another step
+  IntegrityError                   size, digest or coverage disagree  -> use an older one
+  IncompatibleError                version, keys, shape, dtype        -> change the program
+  StorageError                     the backend failed after retries   -> wait, or fix the place
+  CoordinationError                a peer failed or did not arrive    -> restart the job
+  FencedError                      a newer claim owns the run         -> stop
+  UsageError (ValueError)          the call is wrong                  -> change the call
+```
 
 Errors cross ranks as plain data (`to_wire`, `from_wire`), never as pickles, so the
 same class with the same message is raised on every rank.

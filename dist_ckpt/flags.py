@@ -1,13 +1,19 @@
 """Checkpoint flags for training scripts: on the command line, in a YAML file, or in a dict.
 
-::
+```python
+import argparse
 
-    parser = argparse.ArgumentParser()
-    dist_ckpt.flags.add_arguments(parser)
-    args = parser.parse_args()
-    with dist_ckpt.Checkpointer.from_args(args, state) as ckpt:
-        for step in range(ckpt.restore() + 1, total_steps + 1):  # starts as the flags say
-            ...
+import dist_ckpt
+import torch
+
+parser = argparse.ArgumentParser()
+dist_ckpt.flags.add_arguments(parser)
+args = parser.parse_args(["--checkpoint-dir", "runs/17", "--checkpoint-interval", "50"])
+state = {"model": torch.nn.Linear(4, 1)}
+with dist_ckpt.Checkpointer.from_args(args, state) as ckpt:
+    for step in range(ckpt.restore() + 1, 121):  # starts as the flags say
+        ckpt.step(step)
+```
 
 `add_arguments` gives each flag its meaning; underscores do as well as hyphens. What contradicts
 itself is refused, with the reason, before anything is read.

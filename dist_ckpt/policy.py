@@ -1,8 +1,12 @@
 """When to save: pure values that compose by `|`.
 
-::
+```python
+import signal
 
-    when = policy.every(500) | policy.every(seconds=900) | policy.on_signal(signal.SIGTERM)
+from dist_ckpt import policy
+
+when = policy.every(500) | policy.every(seconds=900) | policy.on_signal(signal.SIGTERM)
+```
 
 Some are decided by each rank for itself, because all ranks know the same: the step, the epoch. The
 others need the word of rank 0, whose clock, metrics and signals count for all; what that costs is

@@ -18,9 +18,20 @@ class ScalarWriter(Protocol):
 class Scalars:
     """A listener that writes each save and each restore down.
 
-    ::
+    ```python
+    import dist_ckpt
+    import torch
 
-        leave = dist_ckpt.events.subscribe(Scalars(SummaryWriter("logs")))
+
+    class Lines:  # or a SummaryWriter("logs")
+        def add_scalar(self, tag, scalar_value, global_step):
+            print(global_step, tag, scalar_value)
+
+
+    leave = dist_ckpt.events.subscribe(dist_ckpt.scalars.Scalars(Lines()))
+    dist_ckpt.save({"model": torch.nn.Linear(4, 1)}, "runs/17")
+    leave()
+    ```
 
     The values are those of the rank that subscribes, so one rank is enough. The curves are, in
     seconds and bytes: `stall_seconds` (how long the training step waited), `save_seconds` (from

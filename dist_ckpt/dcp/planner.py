@@ -29,9 +29,14 @@ from dist_ckpt.staging.copies import view_box
 class Planner(DefaultSavePlanner):
     """Splits what several ranks hold over them, whatever the storage writer is.
 
-    ::
+    ```python
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from dist_ckpt.dcp import Planner, Writer
 
-        dcp.save(state_dict, storage_writer=dist_ckpt.dcp.Writer(url), planner=Planner())
+    state_dict = {"model": torch.nn.Linear(4, 1).state_dict()}
+    dcp.save(state_dict, storage_writer=Writer("runs/17"), planner=Planner())
+    ```
 
     Python values are written by the lowest rank that has them.
 

@@ -44,10 +44,16 @@ class _Opened:
 class Reader(StorageReader):
     """Reads a checkpoint of dist_ckpt under `torch.distributed.checkpoint.load`.
 
-    ::
+    ```python
+    import dist_ckpt
+    import torch
+    import torch.distributed.checkpoint as dcp
 
-        state_dict = {"model": model.state_dict()}
-        dcp.load(state_dict, storage_reader=Reader("runs/17"))
+    model = torch.nn.Linear(4, 1)
+    dist_ckpt.save({"model": model}, "runs/17")
+    state_dict = {"model": model.state_dict()}
+    dcp.load(state_dict, storage_reader=dist_ckpt.dcp.Reader("runs/17"))
+    ```
 
     Every byte that reaches a tensor is verified, only the bytes that a rank wants are read, and
     nothing stored is executed. A tensor of another dtype than the stored one is refused, where

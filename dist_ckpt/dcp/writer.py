@@ -53,9 +53,14 @@ class _Assigned:
 class Writer(StorageWriter):
     """Writes a checkpoint of dist_ckpt under `torch.distributed.checkpoint.save` and `async_save`.
 
-    ::
+    ```python
+    import dist_ckpt
+    import torch
+    import torch.distributed.checkpoint as dcp
 
-        dcp.save({"model": model.state_dict()}, storage_writer=Writer("runs/17", step=1000))
+    state_dict = {"model": torch.nn.Linear(4, 1).state_dict()}
+    dcp.save(state_dict, storage_writer=dist_ckpt.dcp.Writer("runs/17", step=1000))
+    ```
 
     What the stock entry points do not have comes with it: the checkpoint exists only when every
     rank has written its share, every byte has a digest, Python values are stored as typed JSON and

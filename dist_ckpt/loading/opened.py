@@ -122,12 +122,16 @@ class _NoTensor(NotFound, KeyError):
 class OpenedCheckpoint(Mapping[str, StoredTensor]):
     """A checkpoint as a mapping from `part/name` to its tensors, none of which is read yet.
 
-    ::
+    ```python
+    import dist_ckpt
+    import torch
 
-        with open_checkpoint("runs/17") as ckpt:
-            for name, info in ckpt.info.items():
-                print(name, info.dtype, list(info.shape))
-            rows = ckpt["model/blocks.0.weight"][2:4, :]
+    dist_ckpt.save({"model": torch.nn.Linear(4, 8)}, "runs/17")
+    with dist_ckpt.open_checkpoint("runs/17") as ckpt:
+        for name, info in ckpt.info.items():
+            print(name, info.dtype, list(info.shape))
+        rows = ckpt["model/weight"][2:4, :]
+    ```
 
     Attributes:
         step: the training step; 0 where the checkpoint has none.

@@ -1,8 +1,15 @@
 """What to keep: pure values that name the checkpoints worth keeping, each with its reason.
 
-They compose by `|`: `keep.latest(3) | keep.best("val/loss", 2) | keep.every(10_000)` keeps what any
-of the three keeps. Whatever a policy says, the newest checkpoint stays, and so do pinned ones and
-the one that the run went on from (commit-v1, section 6).
+They compose by `|`, and this keeps what any of the three keeps:
+
+```python
+from dist_ckpt import keep
+
+wanted = keep.latest(3) | keep.best("val/loss", 2) | keep.every(10_000)
+```
+
+Whatever a policy says, the newest checkpoint stays, and so do pinned ones and the one that the run
+went on from (commit-v1, section 6).
 """
 
 from __future__ import annotations

@@ -18,17 +18,22 @@ class EarlyStopping:
     """Tells when a metric has not become better for `patience` looks at it.
 
     As a part of the state it is fed by `Checkpointer.step` and `epoch_end`, with what rank 0 gives
-    as `metrics`; it makes the best model be saved and kept, and its counts survive a restart::
+    as `metrics`; it makes the best model be saved and kept, and its counts survive a restart:
 
-        stopper = EarlyStopping("val/loss", patience=3)
-        state = TrainState(model=model, optimizer=optimizer, early_stopping=stopper)
-        with Checkpointer(url, state) as ckpt:
-            for epoch in range(ckpt.restore() + 1, epochs + 1):
-                ...
-                ckpt.epoch_end(epoch, metrics={"val/loss": loss})
-                if stopper.should_stop:
-                    ckpt.rollback()  # to the best model
-                    break
+    ```python
+    import torch
+    from dist_ckpt import Checkpointer, EarlyStopping, TrainState
+
+    losses = [3.0, 1.0, 2.0, 2.5, 1.5, 0.5]
+    stopper = EarlyStopping("val/loss", patience=3)
+    state = TrainState(model=torch.nn.Linear(4, 1), early_stopping=stopper)
+    with Checkpointer("runs/17", state) as ckpt:
+        for epoch in range(ckpt.restore() + 1, len(losses) + 1):
+            ckpt.epoch_end(epoch, metrics={"val/loss": losses[epoch - 1]})
+            if stopper.should_stop:
+                assert ckpt.rollback() == 2  # to the best model
+                break
+    ```
 
     A value that is NaN is a look at the metric that was no better. Where the metric is not given
     it was not looked at.

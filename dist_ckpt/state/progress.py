@@ -14,12 +14,15 @@ from dist_ckpt.errors import IncompatibleError
 class Progress:
     """Counters of a run, saved and restored with the rest of the state.
 
-    ::
+    ```python
+    import dist_ckpt
+    import torch
 
-        progress = dist_ckpt.Progress()
-        state = dist_ckpt.TrainState(model=model, optimizer=optimizer, progress=progress)
-        ...
-        progress.add(steps=1, samples=len(batch), tokens=batch.numel())
+    progress = dist_ckpt.Progress()
+    state = dist_ckpt.TrainState(model=torch.nn.Linear(4, 1), progress=progress)
+    batch = torch.randn(8, 4)
+    progress.add(steps=1, samples=len(batch), tokens=batch.numel())
+    ```
 
     The counts are of the whole job, equal on every rank. A restore changes the object in place.
 

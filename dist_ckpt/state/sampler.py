@@ -26,13 +26,18 @@ class ElasticSampler:
     gets a contiguous piece of those, all of nearly the same length. So a job that continues at
     another world size sees the same global batches, none twice and none left out.
 
-    ::
+    ```python
+    import torch
+    from dist_ckpt import ElasticSampler
+    from torch.utils.data import DataLoader, TensorDataset
 
-        sampler = ElasticSampler(len(dataset), global_batch=64)
-        data = sampler.repeatable(dataset)  # where samples are made with random augmentation
-        loader = DataLoader(data, batch_sampler=sampler, num_workers=2)
-        for batch in sampler.batches(loader):  # endless: ends when the loop is left
-            ...
+    dataset = TensorDataset(torch.randn(640, 4))
+    sampler = ElasticSampler(len(dataset), global_batch=64)
+    data = sampler.repeatable(dataset)  # where samples are made with random augmentation
+    loader = DataLoader(data, batch_sampler=sampler)
+    for step, batch in zip(range(1, 16), sampler.batches(loader)):  # the batches never end
+        loss = batch[0].square().mean()
+    ```
 
     `batches` counts a batch as seen when it hands it to the loop; what workers hold in advance
     is not counted and is loaded again after a resume. A loader that is iterated directly does

@@ -51,10 +51,14 @@ class GlobalRng:
 class TrainState:
     """What a checkpoint holds and a restore brings back, as named parts.
 
-    ::
+    ```python
+    import torch
+    from dist_ckpt import PerRank, TrainState
 
-        TrainState(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler,
-                   history=[], worker=PerRank({"shard": 3}))
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrainState(model=model, optimizer=optimizer, history=[], worker=PerRank({"shard": 3}))
+    ```
 
     Modules and optimizers become parts whose tensors are shared out between ranks. Anything else
     with `state_dict` and `load_state_dict` is asked for its state, and every other value is

@@ -1,13 +1,6 @@
 """What every store must do, as tests that anybody's store can be put through.
 
-Subclass `StoreContract`, say how to make an empty store, and run pytest::
-
-    class TestMyStore(StoreContract):
-        @pytest.fixture
-        def store(self) -> Iterator[Store]:
-            store = MyStore(...)
-            yield store
-            store.close()
+Subclass `StoreContract`, say how to make an empty store, and run pytest; its description shows how.
 """
 
 from __future__ import annotations
@@ -47,6 +40,24 @@ class _FailingSource(Sequence[Buffer]):
 
 class StoreContract(LargeContract, NamesContract, WatchContract):
     """The tests of a `Store`: every sentence of `dist_ckpt.storage.base` as one or more of them.
+
+    In a module of tests, with a store that is there already in the place of yours:
+
+    ```python
+    from collections.abc import Iterator
+
+    import pytest
+    from dist_ckpt.storage import MemoryStore, Store
+    from dist_ckpt.testing import StoreContract
+
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        def store(self) -> Iterator[Store]:
+            store = MemoryStore("mine")
+            yield store
+            store.close()
+    ```
 
     Attributes:
         large_bytes: size of the largest object; lower it for a slow backend.
