@@ -11,7 +11,7 @@ from dist_ckpt.errors import UsageError
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.format.names import check_step, plain_step
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.options import LoadKeywords, SaveKeywords, SaveOptions
+from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.job_ranks import JobRanks
@@ -70,7 +70,7 @@ class Checkpointer:
         every_steps: int | None = None,
         when: SavePolicy | None = None,
         keep: KeepPolicy | None = None,
-        timeout_seconds: float = 1800.0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         metadata: Mapping[str, Any] | None = None,
         save_last: bool = True,
         **options: Unpack[SaveKeywords],

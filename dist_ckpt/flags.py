@@ -28,11 +28,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import reduce
+from importlib import import_module
 from operator import or_
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import yaml
 
 from dist_ckpt import policy
 from dist_ckpt.errors import UsageError, describe
@@ -265,6 +264,14 @@ def parse(source: Source) -> Flags:
 
 
 def _from_file(path: Path) -> Flags:
+    try:
+        # Of all that is here, only a file needs it.
+        yaml = import_module("yaml")
+    except ImportError as error:
+        raise UsageError(
+            f"{path} can be read where PyYAML is installed: pip install 'dist_ckpt[yaml]'; "
+            "parsed arguments and dicts need nothing"
+        ) from error
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -14,7 +14,7 @@ from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.options import LoadCallKeywords, SaveKeywords, SaveOptions
+from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode
@@ -38,7 +38,7 @@ def save(
     *,
     step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
-    timeout_seconds: float = 1800.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[SaveKeywords],
 ) -> None:
     """Save `state` as one checkpoint of the run at `url`; return when it is committed.
@@ -70,7 +70,7 @@ def async_save(
     *,
     step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
-    timeout_seconds: float = 1800.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[SaveKeywords],
 ) -> SaveHandle:
     """Begin to save `state`; return as soon as it may change again. Arguments as for `save`.
@@ -96,7 +96,7 @@ def load(
     step: SupportsIndex | Literal["best"] | None = None,
     metric: str | None = None,
     mode: Mode = "min",
-    timeout_seconds: float = 1800.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
     """Restore `state` in place from one checkpoint; there is no falling back to another.
@@ -151,7 +151,7 @@ def load_weights(
     metric: str | None = None,
     mode: Mode = "min",
     part: str = "model",
-    timeout_seconds: float = 1800.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[LoadCallKeywords],
 ) -> LoadReport:
     """Load one module, or a dict of tensors, in place; nothing else of the checkpoint is read.

@@ -30,6 +30,10 @@ TieRule: TypeAlias = Literal["refuse", "last"]
 TIE_RULES: tuple[TieRule, ...] = ("refuse", "last")
 
 
+TIMEOUT_SECONDS = 1800.0
+"""How long, in seconds, a save or a load may take on all ranks, unless the call says otherwise."""
+
+
 class LoadKeywords(TypedDict, total=False):
     """The keywords of `LoadOptions`, for the signatures of the calls that take them."""
 

@@ -16,7 +16,7 @@ from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.location import locate, open_source
 from dist_ckpt.loading.reading import ReadOptions, read_targets
 from dist_ckpt.loading.wanted import Wanted
-from dist_ckpt.options import check_known
+from dist_ckpt.options import TIMEOUT_SECONDS, check_known
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
@@ -30,8 +30,6 @@ from dist_ckpt.storage.base import Store
 
 Subscript: TypeAlias = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 """What selects a box of a tensor: integers, slices with positive steps, an ellipsis."""
-
-_TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ class StoredTensor:
                 self._options,
                 coordinator=SoloCoordinator(),
                 topic=Topic("opened", f"read of {entry.part}/{entry.name}"),
-                deadline=Deadline.after(_TIMEOUT_SECONDS),
+                deadline=Deadline.after(TIMEOUT_SECONDS),
             )
         # Every integer and step is applied to the box that holds what they select.
         return memory[tuple(each.within for each in selected)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_bad_files(tmp_path: Path, text: str) -> None:
         flags.parse(file)
     with pytest.raises(UsageError, match="cannot be read"):
         flags.parse(tmp_path / "absent.yaml")
+
+
+def test_a_file_needs_a_package_that_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("checkpoint_dir: runs/7\n")
+    monkeypatch.setitem(sys.modules, "yaml", None)  # as where it is not installed
+    with pytest.raises(UsageError, match=r"pip install 'dist_ckpt\[yaml\]'"):
+        flags.parse(file)
+    assert flags.parse({"checkpoint_dir": "runs/7"}).checkpoint_dir == "runs/7"
 
 
 def test_help_shows_each_flag_once() -> None:
