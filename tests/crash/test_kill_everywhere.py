@@ -18,9 +18,8 @@ import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.saving import attempt as file_writer
+from dist_ckpt.saving import attempt
 from dist_ckpt.storage import direct, durable, local, naming
-from dist_ckpt.storage import durable as sweeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import CHANGES, OPERATIONS, CrashStore, Operation
@@ -81,11 +80,11 @@ def save_with_crash(
 
 def save_with_crashing_os(root: str, at: int | None) -> int:
     crashing = CrashingOs(at)
-    for module in (direct, durable, local, naming, sweeping):
+    for module in (direct, durable, local, naming):
         setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
     # Files one after another: side by side they would race for their directory, and every run would
     # come to another number of calls.
-    file_writer.__dict__["_FILES_AT_ONCE"] = 1
+    attempt.__dict__["_FILES_AT_ONCE"] = 1
     direct.DIRECT_BYTES = LARGE_BYTES
     direct.__dict__["PIECE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)

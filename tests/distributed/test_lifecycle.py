@@ -148,7 +148,7 @@ def test_all_ranks_look_at_the_same_one_and_take_nothing_over(tmp_path: Path) ->
     before = sorted(run.rglob("*"))
     said = run_ranks(WORLD, look, str(run))
     assert [each[:2] for each in said] == [(7, 5)] * WORLD
-    assert all("best: rank 0: lowest n, rank 1: lowest m" in error for *_, error in said)
+    assert all("best is lowest n on rank 0 and lowest m on rank 1" in error for *_, error in said)
     assert sorted(run.rglob("*")) == before
 
 

@@ -150,9 +150,9 @@ def test_one_outcome_for_all_ranks(tmp_path: Path) -> None:
     assert all(result == results[0] for result in results)
     errors = results[0]
     for name, says in {
-        "strict": "strict: rank 0: True, rank 1: False",
-        "only": "only: rank 0: ('model',), rank 2: ('optimizer',)",
-        "rename": "rename: rank 0: 1 names",
+        "strict": "strict is True on rank 0 and False on rank 1",
+        "only": "only is ('model',) on rank 0 and ('optimizer',) on rank 2",
+        "rename": "rename is 1 names",
         "step": "rank 0: 1, rank 1: None",
         "unknown": "unknown option 'stric'",
         "url": "rank 0: ",

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.planning import describe as planner
+from dist_ckpt.planning import describe as describe_module
 from dist_ckpt.planning.describe import Describer, LocalBox
 from tests.unit.planning.test_layouts import rank_of
 
@@ -28,13 +28,13 @@ def describe(tensors: Mapping[str, Mapping[str, torch.Tensor]], **marks: Any) ->
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tensors that were planned."""
     names: list[str] = []
-    real = planner._plan
+    real = describe_module._plan
 
     def noted(part: str, name: str, tensor: torch.Tensor) -> Any:
         names.append(name)
         return real(part, name, tensor)
 
-    monkeypatch.setattr(planner, "_plan", noted)
+    monkeypatch.setattr(describe_module, "_plan", noted)
     return names
 
 

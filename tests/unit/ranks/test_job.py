@@ -187,7 +187,7 @@ def test_who_ends_by_an_exception_hardly_waits_for_the_others(
 ) -> None:
     coordinator = Patient()
     monkeypatch.setattr(
-        "dist_ckpt.ranks.job.join",
+        "dist_ckpt.ranks.job.join_job",
         lambda timeout_seconds, ranks: Coordinators(coordinator, coordinator),
     )
 

@@ -239,7 +239,7 @@ def test_a_rank_that_cannot_reach_the_others_waits_once(monkeypatch: pytest.Monk
         calls.append(timeout_seconds)
         raise CoordinationError("rank 0 cannot be reached")
 
-    monkeypatch.setattr(job_module, "join", unreachable)
+    monkeypatch.setattr(job_module, "join_job", unreachable)
     ckpt = dist_ckpt.Checkpointer(new_store(), state(), timeout_seconds=7)
     with pytest.raises(CoordinationError, match="cannot be reached"):
         ckpt.save(1)
