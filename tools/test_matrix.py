@@ -125,6 +125,7 @@ def pins(root: Path) -> list[str]:
     lines = (root / "constraints.txt").read_text().splitlines()
     named = [line for line in lines if not line.startswith("#")]
     unused = {"torch", "bitsandbytes", "import-linter", "grimp", "mypy", "ruff", "pip", *peers}
+    unused |= {"mkdocs", "mkdocs-material", "mkdocstrings", "mkdocstrings-python"}
     return [line for line in named if line.partition("==")[0] not in unused]
 
 
