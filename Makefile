@@ -9,7 +9,7 @@ WORKERS ?= 2
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-.PHONY: help demo test soak bench-storage bench-saving bench-loading docs check venv clean
+.PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading docs check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,13 @@ test: ## run all tests, on a real S3 server and network file system where that c
 
 soak: venv ## run the tests that take too long for every run
 	@$(RUN) -m pytest -q -m soak --timeout=3600 tests
+
+# Each pair has an environment of its own, which its Python builds: nothing of .venv is needed.
+test-matrix: ## run a part of the tests with other versions of Python and torch (ARGS="3.12-2.8.0")
+	@$(PYTHON) tools/test_matrix.py --workers $(WORKERS) $(ARGS)
+
+coverage: venv ## run all tests, or those of ARGS, and say which modules they do not reach
+	@$(RUN) tools/coverage_report.py -n $(WORKERS) --dist loadscope $(or $(ARGS),tests)
 
 bench-storage: venv ## measure local disk and S3 against their limits and peers
 	@$(RUN) -m benchmarks.storage $(ARGS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,10 @@ KIND = "kind"
 _NESTED = "_schedulers"
 # Kept by some versions of torch and not by others, with no meaning for the schedule.
 _INCIDENTAL = frozenset({"verbose"})
+# SWALR of older torch keeps its strategy as a function, which cannot be stored; that of newer torch
+# has the name of it in its state, and so has every checkpoint.
+_FUNCTION, _STRATEGY = "anneal_func", "_anneal_strategy"
+_FUNCTIONS = {"cos": "_cosine_anneal", "linear": "_linear_anneal"}
 _TORCH = {
     name: each
     for name, each in {**vars(lr_scheduler), "SWALR": SWALR}.items()
@@ -78,6 +83,13 @@ class SchedulerPart(StatefulPart):
             self._check_kind(saved, theirs)
         return targets
 
+    def _read(self) -> object:
+        return _with_names(super()._read())
+
+    def _write(self, value: Any, held: Collection[int]) -> None:
+        super()._write(value, held)
+        _take_functions(self._stateful)
+
     def _check_kind(self, saved: Any, kind: str | None) -> None:
         live, ours = self._read(), kind_of(self._stateful)
         if not isinstance(saved, dict) or not isinstance(live, dict):
@@ -106,6 +118,31 @@ def kind_of(scheduler: object) -> str:
     inner = getattr(scheduler, _NESTED, None)
     nested = ", ".join(map(kind_of, inner)) if isinstance(inner, list | tuple) else ""
     return type(scheduler).__name__ + (f"({nested})" if nested else "")
+
+
+def _with_names(state: object) -> object:
+    """Return the state of a schedule with the names of strategies in the place of functions."""
+    if not isinstance(state, dict):
+        return state
+    found, function = copy(state), state.get(_FUNCTION)
+    for name, method in _FUNCTIONS.items():
+        # One of the program's own stays, and is refused by its name.
+        if function is not None and function is getattr(SWALR, method, None):
+            del found[_FUNCTION]
+            found[_STRATEGY] = name
+    if isinstance(found.get(_NESTED), list):
+        found[_NESTED] = [_with_names(each) for each in found[_NESTED]]
+    return found
+
+
+def _take_functions(scheduler: object) -> None:
+    """Have the strategies that were loaded by name used, where torch does not see to that."""
+    for each in getattr(scheduler, _NESTED, ()):
+        _take_functions(each)
+    if isinstance(scheduler, SWALR):
+        function = _FUNCTIONS.get(vars(scheduler).get(_STRATEGY, ""))
+        if function is not None:
+            setattr(scheduler, _FUNCTION, getattr(scheduler, function))
 
 
 def _differences(

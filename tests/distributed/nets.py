@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ckpt import TrainState
 from tests.distributed.layouts import content, local, same_bits
+from tests.older_torch import NOT_SENT
 
 LAYOUTS: dict[str, int] = {
     "plain": 1,
@@ -97,7 +98,7 @@ def laid_out(layout: str, kind: str) -> tuple[Net, nn.Module]:
     net = Net(kind)
     if layout == "ddp":
         # It would send the content of rank 0, which all have anyway.
-        return net, DistributedDataParallel(net, init_sync=False)
+        return net, DistributedDataParallel(net, **NOT_SENT)
     if layout.startswith("fsdp"):
         _shard(net, _mesh(dist.get_world_size()))
     elif layout == "hsdp":

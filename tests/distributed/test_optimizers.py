@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import dist_ckpt
 from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.testing.ranks import run_ranks
+from tests.older_torch import needs_fsdp_on_cpu
 from tests.stateful.optimizers import (
     bits_of,
     foreign_optimizers,
@@ -66,6 +67,7 @@ def go_on(root: str, names: tuple[str, ...]) -> None:
     built_too_early()
 
 
+@needs_fsdp_on_cpu
 @pytest.mark.filterwarnings("ignore")
 def test_under_fsdp2_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     run_ranks(2, go_on, str(tmp_path), SHARDED, timeout_seconds=250)

@@ -46,7 +46,8 @@ def torch_optimizers() -> dict[str, Make]:
         and issubclass(each, torch.optim.Optimizer)
         and name not in ("Optimizer", "SparseAdam", "Muon")
     }
-    found["Muon"] = lambda m: torch.optim.Muon([p for p in m.parameters() if p.ndim == 2])
+    if hasattr(torch.optim, "Muon"):
+        found["Muon"] = lambda m: torch.optim.Muon([p for p in m.parameters() if p.ndim == 2])
     found["SparseAdam"] = lambda m: torch.optim.SparseAdam(m.parameters())
     found["SGD momentum"] = lambda m: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9)
     found["AdamW amsgrad"] = lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True)

@@ -43,6 +43,7 @@ def test_optimizers_of_others(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # of SequentialLR in torch 2.6
 def test_schedulers_of_torch(tmp_path: Path, name: str) -> None:
     resumed_as_if_not_stopped(tmp_path, TORCH["SGD momentum"], schedule=SCHEDULERS[name])
 

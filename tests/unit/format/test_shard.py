@@ -98,7 +98,9 @@ def test_a_shard_of_nothing_is_one_page() -> None:
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_every_dtype_is_as_wide_as_torch_says_and_loads(dtype: str) -> None:
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, dtype, None)
+    if kind is None:
+        pytest.skip("this torch has no such dtype")
     assert itemsize(dtype) == kind.itemsize
     plan = layout([ShardEntry("x", dtype, (2, 3))], {})
     data = plan.header + bytes(range(plan.nbytes - len(plan.header)))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dist_ckpt.errors import UsageError
 from dist_ckpt.planning import describe as describe_module
 from dist_ckpt.planning.describe import Describer, LocalBox
+from tests.older_torch import needs_own_source
 from tests.unit.planning.test_layouts import rank_of
 
 Named = dict[str, torch.Tensor]
@@ -106,6 +107,7 @@ def test_memory_is_that_of_the_moment() -> None:
     assert box.memory.data_ptr() == parameter.data_ptr()
 
 
+@needs_own_source
 def test_a_tensor_that_is_placed_otherwise_is_planned_anew(planned: list[str]) -> None:
     describer = Describer()
     with rank_of(1, (2, 2)):

@@ -23,6 +23,7 @@ from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.wrapper import Operation
 from dist_ckpt.testing.stores import CrashStore, FaultyStore, Flip, Rule
+from tests.older_torch import ALONE
 
 _names = itertools.count()
 
@@ -181,6 +182,7 @@ def test_a_verification_says_that_it_is_gone(inner: Store) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable")  # torch 2.6 says so
 def test_stock_load_says_that_it_is_gone() -> None:
     inner = MemoryStore(f"beside-retention-{next(_names)}")
     dist_ckpt.save({"model": nn.Linear(100, 100)}, inner, step=5)
@@ -193,11 +195,11 @@ def test_stock_load_says_that_it_is_gone() -> None:
     store.then = go_on
     values = {"model": nn.Linear(100, 100).state_dict()}
     with pytest.raises(CheckpointException) as caught:
-        load(values, storage_reader=dist_ckpt.dcp.Reader(store), no_dist=True)
+        load(values, storage_reader=dist_ckpt.dcp.Reader(store), **ALONE)
     (failure,) = caught.value.failures.values()
     assert isinstance(failure[0], NotFound)
     assert "deleted or replaced" in str(failure[0])
-    load(values, storage_reader=dist_ckpt.dcp.Reader(store), no_dist=True)
+    load(values, storage_reader=dist_ckpt.dcp.Reader(store), **ALONE)
 
 
 def test_a_step_directory_is_still_there(inner: Store, tmp_path: Path) -> None:

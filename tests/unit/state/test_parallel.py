@@ -21,6 +21,7 @@ from dist_ckpt.state.sampler import ElasticSampler
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.state.values import ValuePart
 from dist_ckpt.testing.ranks import ranks
+from tests.older_torch import needs_fsdp_on_cpu
 from tests.unit.state.roundtrip import Saved, assert_same, full, load, save
 
 
@@ -75,6 +76,7 @@ def trained(layout: Any, seed: int, **options: Any) -> tuple[ModelPart, Optimize
     return part, OptimizerPart(optimizer, models=[part])
 
 
+@needs_fsdp_on_cpu
 @ranks(2)
 def test_every_layout_has_the_names_and_loads_into_every_other() -> None:
     for source in LAYOUTS:
@@ -94,6 +96,7 @@ def test_every_layout_has_the_names_and_loads_into_every_other() -> None:
             train(fresh, adam)
 
 
+@needs_fsdp_on_cpu
 @ranks(2)
 def test_fsdp_parameters_and_moments_are_dtensors_of_one_layout() -> None:
     model, optimizer = trained(fsdp, 1)
@@ -116,6 +119,7 @@ def test_fsdp_parameters_and_moments_are_dtensors_of_one_layout() -> None:
     assert all(isinstance(t, DTensor) for t in model.capture().tensors.values())
 
 
+@needs_fsdp_on_cpu
 @ranks(2)
 def test_names_hold_while_fsdp_has_its_parameters_gathered() -> None:
     model = fsdp(1)
@@ -145,6 +149,7 @@ class ByRow(Optimizer):
                 parameter.sub_(grad, alpha=0.1)
 
 
+@needs_fsdp_on_cpu
 @ranks(2)
 def test_state_of_another_shape_beside_dtensors_can_be_used() -> None:
     model = fsdp(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim import SGD
 from torch.optim import lr_scheduler as sched
+from torch.optim.swa_utils import SWALR
 
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.state.train_state import TrainState
@@ -51,6 +52,33 @@ def test_a_schedule_of_another_kind_is_refused_before_anything_changes() -> None
             with pytest.raises(IncompatibleError, match="s: the checkpoint holds a scheduler with"):
                 part.targets(saved[theirs].stored())
             assert part.capture().objects == before
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_averaging_schedule_goes_on_with_its_strategy(strategy: Any, alone: bool) -> None:
+    def build(of: Any) -> tuple[SGD, sched.LRScheduler]:
+        optimizer = SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+        average = SWALR(optimizer, 0.05, anneal_epochs=9, anneal_strategy=of)
+        if alone:
+            return optimizer, average
+        return optimizer, sched.ChainedScheduler([average], optimizer)
+
+    def rates(optimizer: SGD, schedule: sched.LRScheduler) -> list[float]:
+        found = []
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    optimizer, schedule = build(strategy)
+    rates(optimizer, schedule)
+    other, fresh = build("linear" if strategy == "cos" else "cos")
+    saved = save(TrainState(rng=None, s=schedule).parts["s"])
+    load(TrainState(rng=None, s=fresh).parts["s"], saved)
+    other.param_groups[0].update(lr=optimizer.param_groups[0]["lr"], swa_lr=0.05)
+    assert rates(other, fresh) == rates(optimizer, schedule)
 
 
 def nested(kind: str) -> sched.LRScheduler:

@@ -6,6 +6,7 @@ import array
 import datetime
 import enum
 import io
+import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, Usage
 from dist_ckpt.state.objects import decode, encode
 
 LARGE = 100_000
+# Python 3.13 warns of "u".
+CHARACTERS: Any = "w" if sys.version_info >= (3, 13) else "u"
 
 
 class Point(NamedTuple):
@@ -344,7 +347,7 @@ def deep(wrap: Callable[[Any], Any]) -> Any:
         (Namespace(fn=len), r"s\[0\]\.fn, a builtin_function_or_method"),
         (deque([1, {"a": object()}]), r"s\[0\]\[1\]\.a, a object"),
         (Point(1, [object()]), r"s\[0\]\.y\[0\], a object"),
-        (array.array("u", "abc"), "typecode 'u'"),
+        (array.array(CHARACTERS, "abc"), f"typecode '{CHARACTERS}'"),
         (np.dtype(object), "numpy dtype object"),
         (np.empty(LARGE, dtype=object), "numpy dtype object"),
         (datetime.time(1, tzinfo=type("Tz", (datetime.tzinfo,), {})()), "fixed"),

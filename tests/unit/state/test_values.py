@@ -160,6 +160,7 @@ SCHEDULERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # of SequentialLR in torch 2.6
 def test_schedulers_go_on_where_they_were(make: Any) -> None:
     def build() -> tuple[SGD, LRScheduler]:
         optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
