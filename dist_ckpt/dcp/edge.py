@@ -58,6 +58,15 @@ def step_of(checkpoint_id: str | os.PathLike[str] | int) -> int:
     return check_step(found)
 
 
+def names_step(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Tell whether `step_of` finds a step in `checkpoint_id`."""
+    try:
+        step_of(checkpoint_id)
+    except UsageError:
+        return False
+    return True
+
+
 def part_and_name(fqn: str, paths: Mapping[str, Sequence[object]]) -> tuple[str, str]:
     """Return the part and the name under which the entry `fqn` of a state dict is stored.
 

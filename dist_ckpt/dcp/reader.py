@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dist_ckpt.dcp.catalog import Catalog, catalog
-from dist_ckpt.dcp.edge import Place, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
@@ -97,11 +97,7 @@ class Reader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Tell whether `checkpoint_id` names a step."""
-        try:
-            step_of(checkpoint_id)
-        except UsageError:
-            return False
-        return True
+        return names_step(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Open the checkpoint; see `StorageReader.read_metadata`.

@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from dist_ckpt import events
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
-from dist_ckpt.dcp.edge import Place, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.share import file_images, resolve_share
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
@@ -112,11 +112,7 @@ class Writer(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Tell whether `checkpoint_id` names a step."""
-        try:
-            step_of(checkpoint_id)
-        except UsageError:
-            return False
-        return True
+        return names_step(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
         """Begin; see `StorageWriter.set_up_storage_writer`.
