@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
+from tests.e2e import guides
 from tests.services.s3 import S3Service
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "dcp.md"
+GUIDE = guides.guide("dcp")
 
 PROGRAM = """
 import torch
@@ -28,20 +26,10 @@ writer = dist_ckpt.dcp.Writer("runs/18")
 
 
 def test_python_runs(s3_service: S3Service, s3_name: str, tmp_path: Path) -> None:
-    saves, planner, causes = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    saves, planner, causes = guides.blocks(GUIDE, "python")
     # The last one saves with the Writer of the one before it, under a step that exists by then.
     check = "assert type(causes[0]) is dist_ckpt.errors.AlreadyExists\n"
     code = f"{PROGRAM}{saves}{MORE}{planner}{causes}{check}"
-    script = tmp_path / "guide.py"
-    script.write_text(code.replace("s3://bucket", s3_service.url(s3_name)))
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    guides.run(code.replace("s3://bucket", s3_service.url(s3_name)), tmp_path)
     assert Repository(resolve(tmp_path / "runs" / "17")).steps() == [1000]
     assert Repository(resolve(s3_service.url(f"{s3_name}/run-17"))).steps() == [2000]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
+from tests.e2e import guides
 
 load: Any = dist_ckpt.load  # for what a type checker would not let pass
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "from-torch-save.md"
+GUIDE = guides.guide("from-torch-save")
 
 # What the text says of what its code does; it follows the code in the same program.
 CLAIMS = """
@@ -49,20 +48,10 @@ dist_ckpt.async_save({"model": model}, "runs/ended", step=5)
 
 
 def test_python_runs(tmp_path: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL))
-    script = tmp_path / "guide.py"
-    script.write_text(code + CLAIMS)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "a copy" in done.stdout
-    assert "Give the optimizer itself as a part" in done.stdout
+    code = guides.program(GUIDE)
+    said = guides.run(code + CLAIMS, tmp_path)
+    assert "a copy" in said
+    assert "Give the optimizer itself as a part" in said
     runs = {"loop": [3, 5], "converted": [3], "dcp": [10, 20], "ended": [5]}
     for run, steps in runs.items():
         assert Repository(resolve(tmp_path / "runs" / run)).steps() == steps, run

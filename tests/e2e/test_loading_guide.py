@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +9,9 @@ import torch
 import dist_ckpt
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
+from tests.e2e import guides
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "loading.md"
+GUIDE = guides.guide("loading")
 
 # What the text says of what its code does; it follows the code in the same program.
 CLAIMS = """
@@ -30,13 +28,8 @@ assert optimizer.state[model[0].weight]["step"] == 1
 
 
 def test_python_runs(tmp_path: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL))
-    script = tmp_path / "guide.py"
-    script.write_text((code + CLAIMS).replace("/data", str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code = guides.program(GUIDE)
+    said = guides.run((code + CLAIMS).replace("/data", str(tmp_path)), tmp_path)
     for expected in (
         "missing in the checkpoint: model/3.bias, model/3.weight\n",
         "('model/3.bias', 'model/3.weight')\n",
@@ -45,8 +38,8 @@ def test_python_runs(tmp_path: Path) -> None:
         "  23.8 KiB read, 0 B received (no byte is needed by more than one rank)\n",
         "100 {}\n",
     ):
-        assert expected in done.stdout
-    assert done.stdout.count(" False\n") == 3, "nothing of another program is verified"
+        assert expected in said
+    assert said.count(" False\n") == 3, "nothing of another program is verified"
     # A start on another run's weights took nothing of its optimizer over, and left it alone.
     assert Repository(resolve(tmp_path / "runs" / "17")).steps() == [100]
     with dist_ckpt.open_checkpoint(tmp_path / "runs" / "18") as ckpt:

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import dist_ckpt
 from dist_ckpt import keep, policy
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
+from tests.e2e import guides
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "policies.md").read_text()
+GUIDE = guides.guide("policies")
 
 
 def test_python_runs(tmp_path: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
-    script = tmp_path / "guide.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "{'val/loss': 2.5}" in done.stdout
+    code = guides.program(GUIDE)
+    said = guides.run(code, tmp_path)
+    assert "{'val/loss': 2.5}" in said
     assert Repository(resolve(tmp_path / "runs" / "a")).steps() == [50, 80]
 
 
 def test_its_flags_exist() -> None:
-    parser = argparse.ArgumentParser()
-    dist_ckpt.flags.add_arguments(parser)
-    known = parser.format_help()
-    flags = set(re.findall(r"--[a-z][a-z-]+", GUIDE))
-    assert len(flags) >= 5
-    assert {flag for flag in flags if flag not in known} == set()
+    guides.check_flags_exist(GUIDE)
 
 
 def test_its_policies_exist() -> None:

@@ -16,13 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from dist_ckpt import ElasticSampler
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
+from tests.e2e import guides
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 def training() -> dict[str, Any]:
@@ -54,7 +51,7 @@ def training() -> dict[str, Any]:
 def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = training()
-    code = blocks("python")
+    code = guides.blocks(README, "python")
     assert len(code) >= 3
     for block in code:
         exec(compile(block, "README.md", "exec"), names)  # noqa: S102 - our own README
@@ -77,7 +74,7 @@ def test_every_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def commands() -> list[str]:
-    lines = "\n".join(blocks("console")).splitlines()
+    lines = "\n".join(guides.blocks(README, "console")).splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip()]
 
 

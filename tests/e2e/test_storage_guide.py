@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +15,24 @@ from dist_ckpt.errors import ErrorKind, StorageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import Sweeper
+from tests.e2e import guides
 from tests.services.s3 import S3Service
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "storage.md"
+GUIDE = guides.guide("storage")
 PART_BYTES = 5 << 20
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-
-
 def document(word: str) -> dict[str, Any]:
-    (found,) = (text for text in blocks("json") if word in text)
+    (found,) = (text for text in guides.blocks(GUIDE, "json") if word in text)
     value: dict[str, Any] = json.loads(found)
     return value
 
 
 def test_python_runs(s3_service: S3Service, s3_name: str, tmp_path: Path) -> None:
-    code = "\n".join(blocks("python"))
+    code = guides.program(GUIDE)
     assert code.count("s3://my-bucket") >= 4
     code = code.replace("s3://my-bucket", s3_service.url(s3_name))
-    script = tmp_path / "guide.py"
-    script.write_text(code.replace("/shared", str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    guides.run(code.replace("/shared", str(tmp_path)), tmp_path)
     assert Repository(resolve(tmp_path / "runs" / "17")).steps() == [1]
     assert Repository(resolve(s3_service.url(f"{s3_name}/runs/17"))).steps() == [1, 2]
     assert Repository(resolve(s3_service.url(f"{s3_name}/runs/18"))).steps() == [1]
