@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from dist_ckpt.errors import describe
 from dist_ckpt.saving import untold
 from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.waiting import Bell, Latch
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.
 
@@ -37,7 +38,7 @@ _NICE = 10
 """How much later than the training this is served by the processors, as `nice` counts."""
 
 
-_changed = threading.Condition()
+_changed = Bell()
 # Threads that run a job or let go of what it held. Not those that were left to themselves.
 _at_work: set[threading.Thread] = set()
 
@@ -48,18 +49,10 @@ def wait_for_threads(seconds: float) -> bool:
     A daemon that lets go of a tensor while the interpreter goes ends the process by an abort: torch
     asks for the interpreter in a destructor, which must not be left by an exception.
     """
-    with _changed:
-        return _changed.wait_for(lambda: not _at_work, seconds)
+    return _changed.wait_for(lambda: not _at_work, seconds)
 
 
-def _forget_threads() -> None:
-    global _changed
-    # None of them is here, and one may have held the lock.
-    _changed = threading.Condition()
-    _at_work.clear()
-
-
-os.register_at_fork(after_in_child=_forget_threads)
+os.register_at_fork(after_in_child=_at_work.clear)
 
 
 class WriterThread:
@@ -76,8 +69,8 @@ class WriterThread:
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._thread: threading.Thread | None = None
-        self._idle = threading.Event()
-        self._idle.set()
+        self._idle = Latch()
+        self._idle.open()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` in the background, after those before it; it must not raise."""
@@ -91,13 +84,13 @@ class WriterThread:
             # The thread knows the queue alone, so it ends with an owner that forgot to stop it.
             weakref.finalize(self, self._jobs.put, None).atexit = False
         # Of this job alone: one that was given up must not make the next one look finished.
-        idle = self._idle = threading.Event()
+        idle = self._idle = Latch()
 
         def run() -> None:
             try:
                 job()
             finally:
-                idle.set()
+                idle.open()
 
         self._jobs.put(run)
 
@@ -108,11 +101,10 @@ class WriterThread:
     def abandon(self) -> None:
         """Leave a job that does not come back; the next one gets a thread of its own."""
         self.stop()
-        with _changed:
-            _at_work.difference_update([self._thread] if self._thread else [])
-            _changed.notify_all()
-        self._idle = threading.Event()
-        self._idle.set()
+        _at_work.difference_update([self._thread] if self._thread else [])
+        _changed.ring()
+        self._idle = Latch()
+        self._idle.open()
 
     def stop(self) -> None:
         """Let the thread end when its jobs are done."""
@@ -125,15 +117,13 @@ def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     _yield_to_training()
     me = threading.current_thread()
     while (job := jobs.get()) is not None:
-        with _changed:
-            _at_work.add(me)
+        _at_work.add(me)
         try:
             job()
         finally:
             del job  # else it, and all that it looks at, would live until the next one
-            with _changed:
-                _at_work.discard(me)
-                _changed.notify_all()
+            _at_work.discard(me)
+            _changed.ring()
 
 
 def _yield_to_training() -> None:

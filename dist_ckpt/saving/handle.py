@@ -13,6 +13,7 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.saving import untold
 from dist_ckpt.storage.base import Watch
+from dist_ckpt.waiting import Latch
 
 # How far a save is: read from any thread, and told as events.
 
@@ -149,7 +150,7 @@ class SaveHandle:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._outcome: SaveOutcome | None = None
-        self._over = threading.Event()
+        self._over = Latch()
         self._error: Exception | None = None
         self._told = False
         self._number = untold.number()
@@ -169,17 +170,17 @@ class SaveHandle:
     def _ended(cls, step: int, save_id: str, outcome: SaveOutcome) -> SaveHandle:
         handle = cls(step, save_id, Deadline.after(0), _NO_HOOKS)
         handle._outcome = outcome
-        handle._over.set()
+        handle._over.open()
         return handle
 
     def done(self) -> bool:
         """Whether the save is over, well or badly."""
-        return self._over.is_set()
+        return self._over.is_open
 
     @property
     def outcome(self) -> SaveOutcome | None:
         """How the save ended, None while it is in flight. The same on every rank."""
-        return self._outcome if self._over.is_set() else None
+        return self._outcome if self._over.is_open else None
 
     @property
     def progress(self) -> SaveProgress:
@@ -234,7 +235,7 @@ class SaveHandle:
         """Wait like `wait`, but leave a failure to be asked for by `take_error`."""
         until = None if timeout is None else time.monotonic() + timeout
         near = self._deadline.for_coordinator()
-        while not self._over.is_set():
+        while not self._over.is_open:
             nap = _LOOK_SECONDS if near.passed else near.remaining_seconds + _LOOK_SECONDS
             if until is not None:
                 nap = min(nap, until - time.monotonic())
@@ -242,11 +243,11 @@ class SaveHandle:
                 break
             if near.passed:
                 self._look()
-        return self._over.is_set()
+        return self._over.is_open
 
     def _check_process(self) -> None:
         # A child has a copy of this, and not the thread that would ever change it.
-        if self._pid != os.getpid() and not self._over.is_set():
+        if self._pid != os.getpid() and not self._over.is_open:
             raise UsageError(
                 f"the save of step {self.step} is in flight in process {self._pid}, of which this "
                 "one was forked: wait for it there"
@@ -308,7 +309,7 @@ class SaveHandle:
             # A handle may be kept for long; the model and the arena behind these may not.
             last = replace(self._hooks.progress(), phase="done")
             self._hooks = replace(_NO_HOOKS, progress=lambda: last)
-            self._over.set()
+            self._over.open()
 
 
 def _outcome_of(error: Exception | None) -> SaveOutcome:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
+from dist_ckpt.waiting import Bell
 
 _T = TypeVar("_T")
 
@@ -42,7 +43,9 @@ class LimitStore(StoreWrapper):
             raise UsageError(f"max_concurrent must be at least 1, not {max_concurrent}")
         if max_bytes_per_second is not None and not max_bytes_per_second > 0:
             raise UsageError(f"max_bytes_per_second must be above 0, not {max_bytes_per_second}")
-        self._slots = None if max_concurrent is None else threading.Semaphore(max_concurrent)
+        self._most = max_concurrent
+        self._running: set[object] = set()
+        self._ended = Bell()
         self._rate = max_bytes_per_second
         self._clock = clock
         self._sleep = sleep
@@ -70,10 +73,23 @@ class LimitStore(StoreWrapper):
         return count
 
     def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
-        if self._slots is None:
+        if self._most is None:
             return run()
-        with self._slots:
+        me = object()
+        try:
+            self._ended.wait_for(lambda: self._enter(me))
             return run()
+        finally:
+            # Whether it had begun or not: an interrupt may come at any moment.
+            self._running.discard(me)
+            self._ended.ring()
+
+    def _enter(self, me: object) -> bool:
+        with self._lock:
+            is_free = self._most is None or len(self._running) < self._most
+            if is_free:
+                self._running.add(me)
+        return is_free
 
     def _pace(self, nbytes: int) -> None:
         """Wait for what went before; the bytes of now are waited for by whoever comes next."""

@@ -10,9 +10,11 @@ import asyncio
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from dist_ckpt.waiting import Latch
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -43,6 +45,60 @@ def _start() -> asyncio.AbstractEventLoop:
     loop.set_default_executor(_Workers(_WORKERS))
     threading.Thread(target=loop.run_forever, name="dist_ckpt-io", daemon=True).start()
     return loop
+
+
+class OnLoop(Generic[_T]):
+    """Work on the loop of this process, begun from another thread.
+
+    Args:
+        work: makes the coroutine, on the loop.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._outcome: list[_T] = []
+        self._error: BaseException | None = None
+        self._over = Latch()
+        self._loop = process_loop()
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is over, for at most `timeout` seconds; return whether it is."""
+        return self._over.wait(timeout)
+
+    def result(self) -> _T:
+        """Wait until it is over, and return what it returned or raise what it raised."""
+        self.wait()
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._outcome[0]
+        finally:
+            del error  # its traceback leads here: a cycle would keep the buffers that were sent
+
+    def cancel(self) -> None:
+        """Ask it to end by `asyncio.CancelledError`, wherever it waits."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._run())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._outcome.append(await self._work())
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._work
+            # Here, as Python loses an interrupt that comes while asyncio's record of it is kept.
+            self._task = None
+            self._over.open()
 
 
 class _Workers(ThreadPoolExecutor):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+from dist_ckpt.waiting import Bell
+
 ItemT = TypeVar("ItemT")
 HalfT = TypeVar("HalfT")
 
@@ -67,40 +69,81 @@ class _Jobs(Protocol):
 
 
 def _run(jobs: _Jobs, threads: int) -> None:
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            while job := jobs.next():
-                job()
-        except BaseException as error:
-            # Kept for the caller: a thread that fails unheard would make half a file a success.
-            failures.append(error)
-            jobs.stop()
-
+    crew = _Crew(jobs)
     helpers: list[threading.Thread] = []
     try:
         for _ in range(threads - 1):
-            helper = threading.Thread(target=run, name="dist_ckpt-io")
+            # A daemon: one whose start is interrupted may never begin, nor end.
+            helper = threading.Thread(target=crew.help, name="dist_ckpt-io", daemon=True)
             try:
                 helper.start()
             except RuntimeError:
                 break  # no more threads can be had: those there are do it, in more time
             helpers.append(helper)
-        run()
-        _join(helpers)
-    except BaseException:
-        # An interrupt while waiting: the threads still use what the caller is about to close.
-        jobs.stop()
-        _join(helpers)
-        raise
-    if failures:
-        raise failures[0]
+        crew.work()
+    finally:
+        # After an interrupt too: the threads still use what the caller is about to close.
+        crew.dismiss()
+        for helper in helpers:
+            helper.join()
+    if crew.failures:
+        raise crew.failures[0]
 
 
-def _join(threads: Iterable[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
+class _Crew:
+    """The threads that do `jobs`.
+
+    They count themselves: after an interrupt while one is started or joined, nobody else can say
+    whether it runs.
+    """
+
+    def __init__(self, jobs: _Jobs) -> None:
+        self.failures: list[BaseException] = []
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._dismissed = False
+        self._at_work: set[object] = set()
+        self._someone_left = Bell()
+
+    def help(self) -> None:
+        """Work, unless all is over already."""
+        me = object()
+        with self._lock:
+            if self._dismissed:
+                return
+            self._at_work.add(me)
+        self.work()
+        self._at_work.discard(me)
+        self._someone_left.ring()
+
+    def work(self) -> None:
+        """Do jobs until there are no more, or one fails."""
+        try:
+            while job := self._jobs.next():
+                job()
+        except BaseException as error:
+            # Kept for the caller: a thread that fails unheard would make half a file a success.
+            self.failures.append(error)
+            self._jobs.stop()
+
+    def dismiss(self) -> None:
+        """Let nobody begin any more, and wait until nobody is at work.
+
+        Raises:
+            BaseException: an interrupt, once nobody is at work.
+        """
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with self._lock:
+                    self._dismissed = True
+                self._jobs.stop()
+                self._someone_left.wait_for(lambda: not self._at_work)
+                break
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
 class _Items(Generic[ItemT]):
@@ -145,44 +188,42 @@ class _Steps(Generic[ItemT, HalfT]):
         self._firsts = self._seconds = self._under_way = 0
         self._halves: deque[HalfT] = deque()
         self._stopped = False
-        # Taken by itself: an interrupt inside of `with condition` may leave it locked for ever.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = Bell()
 
     def next(self) -> Callable[[], None] | None:
-        with self._lock:
-            while not self._stopped:
-                if self._firsts < self._most_firsts and self._under_way < self._most_under_way:
-                    for item in self._items:
-                        self._firsts += 1
-                        self._under_way += 1
-                        return partial(self._do_first, item)
-                if self._halves and self._seconds < self._most_seconds:
-                    self._seconds += 1
-                    return partial(self._do_second, self._halves.popleft())
-                if not self._under_way:
-                    break
-                self._changed.wait()
-        return None
+        found = self._changed.wait_for(self._look)
+        return found[0] if found else None
 
     def stop(self) -> None:
+        self._stopped = True
+        self._changed.ring()
+
+    def _look(self) -> tuple[()] | tuple[Callable[[], None] | None]:
+        """Return the next job, None in its place for no more, nothing to look again later."""
         with self._lock:
-            self._stopped = True
-            self._changed.notify_all()
+            if self._stopped:
+                return (None,)
+            if self._firsts < self._most_firsts and self._under_way < self._most_under_way:
+                for item in self._items:
+                    self._firsts += 1
+                    self._under_way += 1
+                    return (partial(self._do_first, item),)
+            if self._halves and self._seconds < self._most_seconds:
+                self._seconds += 1
+                return (partial(self._do_second, self._halves.popleft()),)
+            return () if self._under_way else (None,)
 
     def _do_first(self, item: ItemT) -> None:
         half = self._first(item)
         with self._lock:
             self._firsts -= 1
             self._halves.append(half)
-            self._changed.notify()
+        self._changed.ring()
 
     def _do_second(self, half: HalfT) -> None:
         self._second(half)
         with self._lock:
             self._seconds -= 1
             self._under_way -= 1
-            if self._under_way:
-                self._changed.notify()
-            else:
-                self._changed.notify_all()  # there may be nothing left for anybody
+        self._changed.ring()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import cache
 from multiprocessing.util import Finalize
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from s3fs.utils import ParamKwargsHelper
 
 from dist_ckpt.errors import CheckpointError, UsageError, describe
 from dist_ckpt.storage.limit import AdaptiveLimit
-from dist_ckpt.storage.loop import process_loop
+from dist_ckpt.storage.loop import OnLoop, process_loop
 from dist_ckpt.storage.retry import Backoff
 from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, judge
 
@@ -68,21 +67,13 @@ class Client:
 
     def run(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run `work()` on the loop and wait for its result."""
-        ended = threading.Event()
-
-        async def watched() -> _T:
-            try:
-                return await work()
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(watched(), process_loop())
+        running = OnLoop(work)
         try:
-            return future.result()
+            return running.result()
         except BaseException:
             # An interrupted caller gets its buffers back only when no request sends them any more.
-            if future.cancel():
-                ended.wait(_CLOSE_SECONDS)
+            running.cancel()
+            running.wait(_CLOSE_SECONDS)
             raise
 
     async def call(self, name: str, **parameters: Any) -> Answer:
@@ -287,11 +278,9 @@ def _close_clients(clients: list[Any], pid: int) -> None:
         while clients:
             await clients.pop().close()
 
-    loop = process_loop()
-    future = asyncio.run_coroutine_threadsafe(close(), loop)
-    if not _is_running_here(loop):
-        with suppress(TimeoutError):
-            future.result(_CLOSE_SECONDS)
+    closing = OnLoop(close)
+    if not _is_running_here(process_loop()):
+        closing.wait(_CLOSE_SECONDS)
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:

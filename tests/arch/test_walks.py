@@ -13,7 +13,7 @@ from tests.arch.source import PACKAGE, ROOT, imports, modules
 from tests.arch.walk import Walk
 
 # How many modules each way may enter: what it is now. Fewer is better; more needs a reason.
-MODULES_ENTERED = {"save": 68, "restore": 75, "slice": 32}
+MODULES_ENTERED = {"save": 69, "restore": 76, "slice": 33}
 SINGLE_IMPORTERS = 52
 
 SECTIONS = {"save": "## The way of a save", "restore": "## The way of a load"}

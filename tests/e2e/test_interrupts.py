@@ -15,46 +15,49 @@ from dist_ckpt.storage.local import LocalStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Says where it is on standard output; a line on standard input lets the put come to its end.
+# Says on standard output that the save is being written and the main thread waits for something;
+# a line on standard input lets the put come to its end.
 PROGRAM = """
-import signal, sys, threading
+import sys, threading
 import torch
 import dist_ckpt
 from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.waiting import Latch
 from tests.unit.saving.slow_store import EndlessPut
 
 store = EndlessPut(LocalStore(sys.argv[1]), "step-0000000001/*/weights.*")
 state = {"weights": {"w": torch.ones(1_000_000)}}
 
-def let_go():
+goes_on_to_wait = []
+
+def say():
+    store.reached.wait()
+    main = threading.main_thread().ident
+    while not goes_on_to_wait or sys._current_frames()[main].f_code.co_name != "wait_for":
+        Latch().wait(0.001)
+    print("writing", flush=True)
     if sys.stdin.readline():
         store.let_go.set()
 
-def write():
-    store.reached.wait()
-    print("writing", flush=True)
-
-threading.Thread(target=let_go, daemon=True).start()
+threading.Thread(target=say, daemon=True).start()
 match sys.argv[2]:
     case "with":
         with dist_ckpt.Checkpointer(store, state) as ckpt:
             ckpt.save(1)
-            write()
-            while True:
-                signal.pause()
+            goes_on_to_wait.append(True)
+            Latch().wait()
     case "without":
         ckpt = dist_ckpt.Checkpointer(store, state)
         ckpt.save(1)
-        write()
-        while True:
-            signal.pause()
+        goes_on_to_wait.append(True)
+        Latch().wait()
     case "last statement":
         dist_ckpt.async_save(state, store, step=1)
-        write()
+        goes_on_to_wait.append(True)
     case "close":
         ckpt = dist_ckpt.Checkpointer(store, state)
         ckpt.save(1)
-        write()
+        goes_on_to_wait.append(True)
         ckpt.close()
 """
 WAITS = "waiting for the save of step 1 to "

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import pytest
 
 from dist_ckpt.storage.parallel import _Steps, in_parallel, in_two_steps
+from dist_ckpt.waiting import Bell
+
+_T = TypeVar("_T")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
@@ -86,29 +90,24 @@ def test_where_no_thread_can_be_had_the_caller_does_it_all(
 def test_an_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted, ended = threading.Event(), threading.Event()
     caller = threading.current_thread()
-    real = threading.Thread.join
+    both = threading.Barrier(2, timeout=60)
+    real = Bell.wait_for
 
-    def join(thread: threading.Thread, timeout: float | None = None) -> None:
-        if not interrupted.is_set():
+    def wait_for(bell: Bell, look: Callable[[], _T], timeout: float | None = None) -> _T:
+        if threading.current_thread() is caller and not interrupted.is_set():
             interrupted.set()
             raise KeyboardInterrupt
-        real(thread, timeout)
+        return real(bell, look, timeout)
 
     def work(number: int) -> None:
+        both.wait()
         if threading.current_thread() is not caller:
             interrupted.wait(60)
             ended.set()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "join", join)
-        barrier = threading.Barrier(2, timeout=60)
-
-        def both(number: int) -> None:
-            barrier.wait()
-            work(number)
-
-        with pytest.raises(KeyboardInterrupt):
-            in_parallel(both, range(2), threads=2)
+    monkeypatch.setattr(Bell, "wait_for", wait_for)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(work, range(2), threads=2)
     assert ended.is_set()
 
 
