@@ -10,6 +10,7 @@ on. Here a thread that waits holds nothing that anybody else needs: it sleeps on
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -78,3 +79,57 @@ class Latch:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is open, for at most `timeout` seconds; return whether it is."""
         return self._bell.wait_for(lambda: self._is_open, timeout)
+
+
+class Worker:
+    """A thread that does one piece of work, and can be waited for any number of times."""
+
+    def __init__(self, work: Callable[[], None], *, name: str, daemon: bool) -> None:
+        """Prepare the thread.
+
+        Args:
+            work: what to do; it must not raise.
+            name: of the thread.
+            daemon: whether the process may end before the work does.
+        """
+        self._work = work
+        self._lock = threading.Lock()
+        self._is_begun = False
+        self._over = Latch()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=daemon)
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError: no more threads can be had; then, and after an interrupt, the work is not
+                begun any more unless it was.
+        """
+        try:
+            self._thread.start()
+        except BaseException:
+            if self._may_begin():
+                self._over.open()
+            raise
+
+    def wait(self) -> None:
+        """Wait until the work is over; in a forked child, where there is no such thread, it is."""
+        if self._pid == os.getpid():
+            self._over.wait()
+
+    def _may_begin(self) -> bool:
+        with self._lock:
+            first, self._is_begun = not self._is_begun, True
+        return first
+
+    def _run(self) -> None:
+        if not self._may_begin():
+            return
+        work = self._work
+        del self._work  # with all that it looks at
+        try:
+            work()
+        finally:
+            del work
+            self._over.open()

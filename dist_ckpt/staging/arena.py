@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
 
 from dist_ckpt.errors import describe
 from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.waiting import Worker
 
 Unpin = Callable[[], None]
 Pin = Callable[[memoryview], Unpin]
@@ -134,18 +135,15 @@ class _Warming:
         self._stop = False
         self._unpin: Unpin | None = None
         # A daemon: nothing is lost when the process goes before all is touched.
-        self._thread = threading.Thread(target=self._run, name="dist_ckpt-arena", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._stop = True  # no more threads can be had: the first save takes the page faults
+        self._touching = Worker(self._run, name="dist_ckpt-arena", daemon=True)
+        # Where no more threads can be had, the first save takes the page faults.
+        with suppress(RuntimeError):
+            self._touching.start()
 
     def end(self) -> Unpin | None:
         """End at the piece in progress; return how to unpin what was pinned."""
         self._stop = True
-        # Joined, not waited for by an event: in a forked child the thread counts as ended.
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._touching.wait()
         return self._unpin
 
     def _run(self) -> None:

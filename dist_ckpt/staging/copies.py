@@ -18,6 +18,7 @@ from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.staging.arena import Pin, Unpin
 from dist_ckpt.staging.checksum import checksum
+from dist_ckpt.waiting import Worker
 
 # What of a live tensor a box names.
 
@@ -133,18 +134,16 @@ class _HostCopying:
         self._sources = sources
         self._pairs: tuple[Tensors, Tensors] | None = None
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._copying: Worker | None = None
 
     def begin(self) -> None:
         self._pairs = self._freeze()
         # No daemon: it ends by itself, and must not use memory after the interpreter is gone.
-        thread = threading.Thread(target=self._run, name="dist_ckpt-copy")
+        self._copying = Worker(self._run, name="dist_ckpt-copy", daemon=False)
         try:
-            thread.start()
+            self._copying.start()
         except RuntimeError:
             self._run()  # no more threads can be had, as when the interpreter ends
-            return
-        self._thread = thread
 
     def wait(self) -> None:
         self.before_change()
@@ -152,9 +151,8 @@ class _HostCopying:
             raise self._error
 
     def before_change(self) -> None:
-        # Joined, not waited for by an event: in a forked child the thread counts as ended.
-        if self._thread is not None:
-            self._thread.join()
+        if self._copying is not None:
+            self._copying.wait()
 
     def _freeze(self) -> tuple[Tensors, Tensors]:
         """Return what can be copied later; the rest is copied now."""

@@ -22,7 +22,7 @@ from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.loop import OnLoop
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel, in_two_steps
-from dist_ckpt.waiting import Latch
+from dist_ckpt.waiting import Latch, Worker
 
 SENDER = '''
 import os, random, sys, time
@@ -90,6 +90,17 @@ for _ in range(rounds):
     elif way == "loop":
         until_interrupted(lambda: OnLoop(answer).result())
         assert OnLoop(answer).result() == "fine"
+    elif way == "worker":
+        def begin_and_wait():
+            worker = Worker(lambda: work(None), name="worker", daemon=True)
+            workers.append(worker)
+            worker.start()
+            worker.wait()
+
+        workers = []
+        until_interrupted(begin_and_wait)
+        for worker in workers:
+            worker.wait()
     elif way == "limit":
         until_interrupted(lambda: store.size("key"))
         other = threading.Thread(target=store.size, args=["key"], daemon=True)
@@ -102,7 +113,7 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("way", ["latch", "threads", "two steps", "loop", "limit"])
+@pytest.mark.parametrize("way", ["latch", "threads", "two steps", "loop", "worker", "limit"])
 def test_an_interrupt_at_any_moment_breaks_nothing(way: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, way, "300"],
