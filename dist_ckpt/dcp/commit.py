@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
+from dist_ckpt.dcp.turns import Over
+from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
+from dist_ckpt.repository.collect import delete_attempt
 
 
 class StockReport(msgspec.Struct, frozen=True):
@@ -32,12 +36,40 @@ class StockReport(msgspec.Struct, frozen=True):
         return sum(file.nbytes for file in self.files)
 
 
-@dataclass(frozen=True, slots=True)
 class StockAttempt:
-    """An attempt between its plans and its results."""
+    """An attempt between its plans and its results, on rank 0.
 
-    transaction: Transaction
-    plans: Sequence[SavePlan]
+    Args:
+        transaction: where the files go.
+        plans: by rank; let go of when the save is over.
+    """
+
+    def __init__(self, transaction: Transaction, plans: Sequence[SavePlan]) -> None:
+        self.transaction = transaction
+        self._plans = plans
+
+    def clean_up(self) -> None:
+        """Remove what all ranks wrote, unless the checkpoint may exist; for when all have ended.
+
+        What cannot be removed now is garbage for the next job's first save.
+        """
+        self._plans = ()
+        if not self.transaction.may_exist:
+            with suppress(CheckpointError):
+                store, step = self.transaction.store, self.transaction.step
+                delete_attempt(store, step, self.transaction.save_id)
+
+    def clean_up_when(self, over: Over) -> None:
+        """Do so when the save is over: nothing tells a writer that it failed on another rank.
+
+        In a thread: who tells it may be a destructor, which must not wait for a store.
+        """
+
+        def wait() -> None:
+            over.wait()
+            self.clean_up()
+
+        threading.Thread(target=wait, name="dist_ckpt-tidy", daemon=True).start()
 
     def commit(
         self,
@@ -57,7 +89,7 @@ class StockAttempt:
         transaction = self.transaction
         shares = [
             RankShare(*described(plan), report.files, report.documents)
-            for plan, report in zip(self.plans, reports, strict=True)
+            for plan, report in zip(self._plans, reports, strict=True)
         ]
         index = build_index(shares)
         parts = [tensor.part for tensor in index.tensors]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import builtins
+import copy
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
 
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
+    StorageError,
     UsageError,
     describe,
     from_wire,
@@ -29,6 +37,10 @@ NAMING = "dcp_names"
 """The entry of a manifest's versions that says by which release of these rules names were made."""
 
 NAMING_VERSION = "1"
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_MOST_CAUSES = 8
+_DEEPEST = 8
 
 
 def open_store(place: Place) -> Store:
@@ -92,19 +104,112 @@ def path_of(part: str, name: str) -> tuple[str, ...]:
     return (name,) if part == REST else (part, name)
 
 
+class DiskError(StorageError, OSError):
+    """What an operating system refused: a full disk, for example.
+
+    Besides what a `StorageError` says it has the class and the `errno` that stock would raise.
+    """
+
+    def __init__(self, message: str, *, kind: ErrorKind, errno: int | None) -> None:
+        super().__init__(message, kind=kind)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self).__name__, self.message, str(self.kind), self.errno)
+
+
+class DiskPermissionError(DiskError, PermissionError):
+    """A `DiskError` of a missing right."""
+
+
+def _rebuilt(name: str, message: str, kind: str, errno: int | None) -> DiskError:
+    kinds = {each.__name__: each for each in (DiskError, DiskPermissionError)}
+    return kinds[name](message, kind=ErrorKind(kind), errno=errno)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Let only errors of this package out, as the plain classes that every rank can rebuild.
+    """Let only errors out that every rank can rebuild, of the class that handlers know.
 
-    torch.distributed.checkpoint sends an exception to rank 0 as a pickle. Many foreign ones can
-    be pickled but not unpickled, and then the other ranks would wait for rank 0 for ever.
+    torch.distributed.checkpoint sends an exception to rank 0 as a pickle. Many of other programs
+    can be pickled but not unpickled, and then the other ranks would wait for rank 0 for ever.
+
+    Ours become the plain classes of `dist_ckpt.errors`. What the planner, a type or a state of the
+    user raised stays what it is, as with stock storage; where that cannot be rebuilt elsewhere it
+    becomes an error of the class of Python that it is one of.
     """
     try:
         yield
-    except MemoryError:
-        raise  # every rank can rebuild that one, and would handle it
     except CheckpointError as error:
-        raise from_wire(to_wire(error)) from error
+        raise _ours(error) from error
     except Exception as error:
-        # Of no class that says whose fault it was: torch tells that, by rank.
-        raise CheckpointError(describe(error), kind=ErrorKind.PEER_FAILED) from error
+        if not (dist.is_available() and dist.is_initialized()) or _can_be_rebuilt(error):
+            raise
+        raise _like(error) from error
+
+
+def _ours(error: CheckpointError) -> CheckpointError:
+    plain = from_wire(to_wire(error))
+    refused = _refusal(error) if isinstance(error, StorageError) else None
+    if refused is None:
+        return plain
+    kind = DiskPermissionError if isinstance(refused, PermissionError) else DiskError
+    return kind(plain.message, kind=plain.kind, errno=refused.errno)
+
+
+def _like(error: Exception) -> Exception:
+    """Return an error that says what `error` does, of the nearest class that takes a text."""
+    for kind in type(error).__mro__:
+        if kind is Exception:
+            break
+        if getattr(builtins, kind.__name__, None) is kind:
+            try:
+                made: Exception = kind(describe(error))
+            except TypeError:
+                continue  # one that says where in a text it went wrong
+            return made
+    # Of no class that says whose fault it was: torch tells that, by rank.
+    return CheckpointError(describe(error), kind=ErrorKind.PEER_FAILED)
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """Return the error of the operating system, with a number, that `error` comes from."""
+    cause = error.__cause__
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            break
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def _can_be_rebuilt(error: Exception) -> bool:
+    """Whether a pickle of `error` can be made and read on any rank, where the same program runs."""
+    try:
+        maker, *rest = error.__reduce_ex__(4)
+        # The error itself is what a rank learns: of a notebook's or a function's own class it could
+        # not even find the name.
+        if not (_is_found(type(error)) and _is_found(maker) and _is_plain(rest, depth=_DEEPEST)):
+            return False
+        again = copy.copy(error)
+        return type(again) is type(error) and str(again) == str(error)
+    except Exception:  # all of this runs code of the error's class
+        return False
+
+
+def _is_found(named: Any) -> bool:
+    module = sys.modules.get(named.__module__)
+    return reduce(getattr, named.__qualname__.split("."), module) is named
+
+
+def _is_plain(value: object, *, depth: int) -> bool:
+    if type(value) in _PLAIN:
+        return True
+    if depth == 0:
+        return False
+    if type(value) in (tuple, list):
+        return all(_is_plain(each, depth=depth - 1) for each in value)  # type: ignore[attr-defined]
+    if type(value) is dict:
+        return all(_is_plain(list(pair), depth=depth - 1) for pair in value.items())
+    return False

@@ -3,23 +3,33 @@
 The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
 no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
 it has all results.
+
+All calls of one save come on one thread, and a thread has one save at a time. What belongs to a
+save is kept there, and what the other ranks send for it bears its token: of any number of saves in
+flight none takes what is another's.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
+import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dist_ckpt import events
+from dist_ckpt.dcp import process, turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
 from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
@@ -35,10 +45,11 @@ _log = logging.getLogger("dist_ckpt")
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a rank was asked to save, on its way to rank 0."""
+    """What a rank was asked to save, on its way to rank 0; `token` is that of the rank's save."""
 
     step: int
     url: str
+    token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +59,57 @@ class _Assigned:
     step: int
     save_id: str
     rank: int
+    token: str
 
 
-class Writer(StorageWriter):
+class _Save:
+    """One save on one rank.
+
+    Args:
+        step: what it was asked to save.
+
+    Attributes:
+        token: by which it knows again what is for it.
+        attempt: on rank 0, from its plans on.
+        over: told when it is.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.token = secrets.token_hex(8)
+        self.attempt: StockAttempt | None = None
+        self.over = turns.Over()
+        turns.tell_when_gone(self, self.over)
+
+
+class _Results(list[WriteResult]):
+    """What `write_data` returns. It keeps the save, as stock keeps it until the save is over."""
+
+    def __init__(self, report: StockReport, save: _Save) -> None:
+        super().__init__([WriteResult(MetadataIndex(""), report.nbytes, report)])
+        self.save = save
+
+    def __reduce__(self) -> tuple[type[list[WriteResult]], tuple[list[WriteResult]]]:
+        return list, (list(self),)
+
+
+class _Here(threading.local):
+    """What a thread knows of its save.
+
+    Attributes:
+        step: the one that was named last in this thread.
+        save: the save, until it writes.
+        writing: the save, from then on.
+        end: tells that it is over with this thread.
+    """
+
+    step: int | None = None
+    save: _Save | None = None
+    writing: weakref.ref[_Save] | None = None
+    end: turns.OfThread | None = None
+
+
+class Writer(StorageWriter, AsyncStager):
     """Writes a checkpoint of dist_ckpt under `torch.distributed.checkpoint.save` and `async_save`.
 
     ```python
@@ -66,10 +125,14 @@ class Writer(StorageWriter):
     rank has written its share, every byte has a digest, Python values are stored as typed JSON and
     never as pickles, and a job that was replaced can no longer commit.
 
-    A Writer takes the run over at its first save. One may serve all saves of a program, one after
-    another, `checkpoint_id` then being the step. The plan cache of the stock planner
-    (`enable_plan_caching`) keeps the plan from the writer, and is refused.
+    A Writer takes the run over at its first save. One may serve all saves of a program,
+    `checkpoint_id` then being the step. Saves of `async_save` may be in flight together: each has
+    the state of its call, and they are written one after another. The plan cache of the stock
+    planner (`enable_plan_caching`) keeps the plan from the writer, and is refused.
     """
+
+    # Nothing is left to wait for when `stage` returned.
+    _synchronize_after_execute = False
 
     def __init__(
         self,
@@ -94,20 +157,44 @@ class Writer(StorageWriter):
         self._metrics = dict(metrics or {})
         self._metadata = dict(metadata or {})
         self._repository = Repository(open_store(url))
-        self._claim: int | None = None
-        # By save_id: nothing tells a writer that its attempt failed on another rank, and what such
-        # an attempt left here must never be taken for the next one's.
-        self._attempts: dict[str, StockAttempt] = {}
-        self._litter = True
+        self._ownership = process.Ownership()
+        self._types: process.RegisteredTypes | None = None  # from another process
+        self._here = _Here()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process: what is asked for, and no connection, thread or save.
+        step = self._step if self._here.step is None else self._here.step
+        types = process.RegisteredTypes.here()
+        return {**self.__dict__, "_step": step, "_types": types, "_here": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._here = _Here()
+        self._ownership = self._ownership.shared()
+        if self._types is not None:
+            self._types.register()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Choose the step of the next save, if `checkpoint_id` names one: a number as text.
+
+        That is the next save of the calling thread; of another one only where none is named there.
 
         Raises:
             UsageError: it is a path, or anything else that is no step.
         """
         if checkpoint_id is not None:
-            self._step = step_of(checkpoint_id)
+            self._step = self._here.step = step_of(checkpoint_id)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy the state that `async_save` is given; see `AsyncStager.stage`.
+
+        As stock does by default. The save of the copy begins when those staged before are over: a
+        rank that began another one than its peers would get what is meant for that.
+        """
+        return turns.stage(state_dict)
+
+    def close(self) -> None:
+        """Release nothing: a Writer holds nothing open between saves."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -125,6 +212,8 @@ class Writer(StorageWriter):
                 "use_collectives=False leaves every rank to itself, and one checkpoint of all "
                 "ranks cannot come of that: leave it out"
             )
+        turns.wait_for_those_before()
+        self._begin()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
@@ -137,7 +226,9 @@ class Writer(StorageWriter):
             raise _cached_plan()
         with plain_errors():
             described(plan)
-        return replace(plan, storage_data=_Asked(self._step, self._repository.store.url))
+        save = self._here.save or self._begin()
+        asked = _Asked(save.step, self._repository.store.url, save.token)
+        return replace(plan, storage_data=asked)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Rank 0: begin the attempt; see `StorageWriter.prepare_global_plan`.
@@ -148,15 +239,23 @@ class Writer(StorageWriter):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
-            _check_same([plan.storage_data for plan in plans])
-            if self._claim is None:
-                self._claim = self._repository.claim()
-            transaction = self._repository.begin(self._step, self._claim)
+            asked: list[_Asked] = [plan.storage_data for plan in plans]
+            _check_same(asked)
+            save = self._here.save
+            # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
+            if save is None or save.token not in [each.token for each in asked]:
+                raise _mixed()
+            transaction = self._repository.begin(save.step, self._claim())
             whole = without_empty(plans)
-            self._attempts[transaction.save_id] = StockAttempt(transaction, whole)
+            save.attempt = StockAttempt(transaction, whole)
+            if len(plans) > 1:
+                save.attempt.clean_up_when(save.over)
             return [
-                replace(plan, storage_data=_Assigned(self._step, transaction.save_id, rank))
-                for rank, plan in enumerate(whole)
+                replace(
+                    plan,
+                    storage_data=_Assigned(save.step, transaction.save_id, rank, each.token),
+                )
+                for rank, (plan, each) in enumerate(zip(whole, asked, strict=True))
             ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -169,10 +268,17 @@ class Writer(StorageWriter):
         # Told at the first save, where it still works, and not by a failure of the second.
         if getattr(planner, "_enable_plan_caching", False):
             raise _cached_plan()
+        save, self._here.save = self._here.save, None
         with plain_errors():
+            # Given away here, so that it is over when stock lets go of the results, or of the
+            # error; or when this thread ends or begins another one.
+            if save is None or save.token != plan.storage_data.token:
+                raise _mixed()
+            self._here.writing = weakref.ref(save)
+            self._here.end = turns.OfThread(save.over)
             report = self._write(plan, planner)
         future: Future[list[WriteResult]] = Future()
-        future.set_result([WriteResult(MetadataIndex(""), report.nbytes, report)])
+        future.set_result(_Results(report, save))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -186,22 +292,50 @@ class Writer(StorageWriter):
         """
         with plain_errors():
             reports: list[StockReport] = [result.storage_data for (result,) in results]
-            attempt = self._attempts.pop(reports[0].save_id)
+            save = self._here.writing and self._here.writing()
+            attempt = save and save.attempt
+            if not attempt or any(r.save_id != attempt.transaction.save_id for r in reports):
+                raise _mixed()
             begun = time.perf_counter()
-            attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
+            try:
+                attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
+            finally:
+                # Every rank has reported, so none writes any more.
+                attempt.clean_up()
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
+
+    def _begin(self) -> _Save:
+        """Begin a save on this thread; the one before it on this thread is over."""
+        here = self._here
+        here.end = None
+        here.save = _Save(self._step if here.step is None else here.step)
+        return here.save
+
+    def _claim(self) -> int:
+        with process.lock:
+            if self._ownership.claim is None:
+                self._ownership.claim = self._repository.claim()
+            return self._ownership.claim
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> StockReport:
         assigned = plan.storage_data
         transaction = Transaction(self._repository.store, assigned.step, assigned.save_id)
         begun = time.perf_counter()
-        share = resolve_share(plan, planner)
-        staging = time.perf_counter() - begun
-        files: list[WrittenFile] = []
-        for name, image in file_images(assigned.rank, share):
-            files.append(_put(transaction, assigned.rank, name, image))
-            del image  # before the next one is made: memory for one is all that this takes
+        try:
+            share = resolve_share(plan, planner)
+            staging = time.perf_counter() - begun
+            files: list[WrittenFile] = []
+            for name, image in file_images(assigned.rank, share):
+                files.append(_put(transaction, assigned.rank, name, image))
+                del image  # before the next one is made: memory for one is all that this takes
+        except BaseException as error:
+            # At once: there may be no room for another save, and none commits without this rank.
+            with suppress(Exception):
+                transaction.discard()
+            if isinstance(error, UsageError) and self._types is not None:
+                raise self._types.explain(error) from error
+            raise
         writing = time.perf_counter() - begun - staging
         return StockReport(assigned.save_id, files, share.described_documents(), staging, writing)
 
@@ -223,11 +357,13 @@ class Writer(StorageWriter):
 
     def _tidy(self, transaction: Transaction) -> None:
         """Remove what dead attempts left, once; a failure here never undoes the commit."""
-        if not self._litter:
+        if self._ownership.tidied:
             return
         try:
-            self._repository.collect(claim=transaction.claim, in_flight=self._attempts.keys())
-            self._litter = False
+            # Of earlier claims alone: what saves of this one write, here or in the process of
+            # another copy of this Writer, nobody here knows, and they clean up after themselves.
+            self._repository.collect(claim=transaction.claim - 1, in_flight=())
+            self._ownership.tidied = True
         except CheckpointError as error:
             url, step = without_secrets(transaction.store.url), transaction.step
             events.emit(events.RetentionFailed(url, step, 0, error))
@@ -258,11 +394,19 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
 
 def _check_same(asked: Sequence[_Asked]) -> None:
     for rank, each in enumerate(asked):
-        if each != asked[0]:
+        if (each.step, each.url) != (asked[0].step, asked[0].url):
             raise UsageError(
                 f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
                 f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
             )
+
+
+def _mixed() -> UsageError:
+    return UsageError(
+        "this save was sent what is another one's: several were under way over one process group. "
+        "Leave the staging to the Writer (no async_stager), which has them take turns; or give "
+        "each its process_group, or wait for the one before"
+    )
 
 
 def _cached_plan() -> UsageError:
