@@ -13,12 +13,15 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
-from dist_ckpt.dcp.turns import Over
+from dist_ckpt.dcp.turns import Over, in_stock_save
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.collect import delete_attempt
+
+
+_LOOK_SECONDS = 0.2
 
 
 class StockReport(msgspec.Struct, frozen=True):
@@ -62,11 +65,17 @@ class StockAttempt:
     def clean_up_when(self, over: Over) -> None:
         """Do so when the save is over: nothing tells a writer that it failed on another rank.
 
-        In a thread: who tells it may be a destructor, which must not wait for a store.
+        In a thread: who tells it may be a destructor, which must not wait for a store. And one that
+        comes late, where the error is kept or waits for the garbage collection: so stock's own call
+        is looked at as well.
         """
+        caller = threading.get_ident()
+        seen = in_stock_save(caller)  # false if another program follows the protocol
 
         def wait() -> None:
-            over.wait()
+            while not over.wait(_LOOK_SECONDS):
+                if seen and not in_stock_save(caller):
+                    break
             self.clean_up()
 
         threading.Thread(target=wait, name="dist_ckpt-tidy", daemon=True).start()

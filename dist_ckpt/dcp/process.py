@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.state.registry import REGISTRY, register
@@ -65,7 +66,7 @@ class RegisteredTypes:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Ownership:
     """Under which claim the saves of one Writer commit; its copies in a process share it.
 
@@ -79,14 +80,20 @@ class Ownership:
     claim: int | None = None
     tidied: bool = False
 
+    def __post_init__(self) -> None:
+        _known[self.writer] = self
+
     def shared(self) -> Ownership:
-        """Return the one that copies of the Writer in this process have in common.
+        """Return the one that the Writer and its copies in this process have in common.
 
         Each save in another process is of a new copy: were each to claim the run anew, they would
         take it from one another.
         """
         with lock:
-            one = _shared.setdefault(self.writer, self)
+            one = _known.get(self.writer)
+            if one is None:
+                one = _known[self.writer] = self
+                _of_copies.append(one)
             # The program may have saved itself meanwhile: the highest claim owns the run.
             one.claim = max((each for each in (one.claim, self.claim) if each), default=None)
             one.tidied |= self.tidied
@@ -96,4 +103,6 @@ class Ownership:
 lock = threading.Lock()
 """Held while a claim is made, so that of several saves at once one makes it."""
 
-_shared: dict[str, Ownership] = {}
+_known: WeakValueDictionary[str, Ownership] = WeakValueDictionary()
+# Of Writers that came from elsewhere: between two saves there is no copy that would keep them.
+_of_copies: list[Ownership] = []

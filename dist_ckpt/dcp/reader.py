@@ -84,6 +84,10 @@ class Reader(StorageReader):
         self._catalog: Catalog | None = None
         self._failure: CheckpointError | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process: what is asked for, and nothing of what is open.
+        return {**self.__dict__, "_catalog": None, "_failure": None}
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget what was read; choose the step, if `checkpoint_id` names one.
 

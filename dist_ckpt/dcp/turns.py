@@ -12,13 +12,17 @@ and never by a lock.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import ItemsView, Mapping
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch.distributed.checkpoint import staging
+
+
+_STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
 
 
 class Over:
@@ -31,10 +35,14 @@ class Over:
         """Say that it is over; once more does no harm."""
         self._told.put(None)
 
-    def wait(self) -> None:
-        """Wait until that was said."""
-        self._told.get()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until that was said, or so long; return whether it was."""
+        try:
+            self._told.get(timeout=seconds)
+        except Empty:
+            return False
         self._told.put(None)  # for the next one who asks
+        return True
 
 
 class OfThread:
@@ -51,6 +59,16 @@ class OfThread:
 def tell_when_gone(what: object, over: Over) -> None:
     """Tell `over` when `what` is let go of."""
     weakref.finalize(what, over.tell).atexit = False
+
+
+def in_stock_save(thread: int) -> bool:
+    """Tell whether the thread of that identity is in a save of torch.distributed.checkpoint."""
+    frame = sys._current_frames().get(thread)  # noqa: SLF001  the only way to ask
+    while frame is not None:
+        if (frame.f_code.co_name, frame.f_globals.get("__name__")) == _STOCK_SAVE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Here(threading.local):

@@ -39,6 +39,7 @@ from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.repository import Repository, Transaction
+from dist_ckpt.storage.parallel import in_parallel
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -98,12 +99,14 @@ class _Here(threading.local):
 
     Attributes:
         step: the one that was named last in this thread.
+        refusal: why what was named is no step.
         save: the save, until it writes.
         writing: the save, from then on.
         end: tells that it is over with this thread.
     """
 
     step: int | None = None
+    refusal: UsageError | None = None
     save: _Save | None = None
     writing: weakref.ref[_Save] | None = None
     end: turns.OfThread | None = None
@@ -180,10 +183,20 @@ class Writer(StorageWriter, AsyncStager):
         That is the next save of the calling thread; of another one only where none is named there.
 
         Raises:
-            UsageError: it is a path, or anything else that is no step.
+            UsageError: it is a path, or anything else that is no step; in another thread than the
+                main one the save raises it.
         """
-        if checkpoint_id is not None:
+        self._here.refusal = None
+        if checkpoint_id is None:
+            return
+        try:
             self._step = self._here.step = step_of(checkpoint_id)
+        except UsageError as error:
+            # In the background it is told where every rank hears of it, and where the turn of this
+            # save has come: one that ended before would hold up those behind it.
+            if threading.current_thread() is threading.main_thread():
+                raise
+            self._here.refusal = error
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state that `async_save` is given; see `AsyncStager.stage`.
@@ -214,6 +227,8 @@ class Writer(StorageWriter, AsyncStager):
             )
         turns.wait_for_those_before()
         self._begin()
+        if self._here.refusal is not None:
+            raise self._here.refusal
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
@@ -292,9 +307,11 @@ class Writer(StorageWriter, AsyncStager):
         """
         with plain_errors():
             reports: list[StockReport] = [result.storage_data for (result,) in results]
-            save = self._here.writing and self._here.writing()
-            attempt = save and save.attempt
-            if not attempt or any(r.save_id != attempt.transaction.save_id for r in reports):
+            save = self._here.writing() if self._here.writing is not None else None
+            attempt = None if save is None else save.attempt
+            if save is None or attempt is None:
+                raise _mixed()
+            if any(each.save_id != attempt.transaction.save_id for each in reports):
                 raise _mixed()
             begun = time.perf_counter()
             try:
@@ -302,6 +319,7 @@ class Writer(StorageWriter, AsyncStager):
             finally:
                 # Every rank has reported, so none writes any more.
                 attempt.clean_up()
+                save.over.tell()
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
 
@@ -375,9 +393,15 @@ class Writer(StorageWriter, AsyncStager):
 def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> WrittenFile:
     """Store one file, durably, and tell the listeners of it."""
     begun = time.perf_counter()
-    # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
-    blocks = block_digests(image)
-    key = transaction.put_file(name, [image])
+    blocks: list[bytes] = []
+    keys: list[str] = []
+    # Both at once, of bytes that no store can change: the disk need not wait for the digests.
+    work = [
+        lambda: keys.append(transaction.put_file(name, [image.toreadonly()])),
+        lambda: blocks.append(block_digests(image)),
+    ]
+    in_parallel(lambda part: part(), work, threads=len(work))
+    (key,) = keys
     events.emit(
         events.FileWritten(
             transaction.store.url,
@@ -389,7 +413,7 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
             seconds=time.perf_counter() - begun,
         )
     )
-    return WrittenFile(name, len(image), blocks)
+    return WrittenFile(name, len(image), blocks[0])
 
 
 def _check_same(asked: Sequence[_Asked]) -> None:
