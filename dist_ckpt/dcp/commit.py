@@ -20,7 +20,6 @@ from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_ind
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.collect import delete_attempt
 
-
 _LOOK_SECONDS = 0.2
 
 

@@ -187,7 +187,7 @@ def _refusal(error: BaseException) -> OSError | None:
 def _can_be_rebuilt(error: Exception) -> bool:
     """Whether a pickle of `error` can be made and read on any rank, where the same program runs."""
     try:
-        maker, *rest = error.__reduce_ex__(4)
+        maker, *rest = tuple(error.__reduce_ex__(4))
         # The error itself is what a rank learns: of a notebook's or a function's own class it could
         # not even find the name.
         if not (_is_found(type(error)) and _is_found(maker) and _is_plain(rest, depth=_DEEPEST)):

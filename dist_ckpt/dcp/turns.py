@@ -15,12 +15,11 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import ItemsView, Mapping
+from collections.abc import Mapping
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch.distributed.checkpoint import staging
-
 
 _STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
 
@@ -45,7 +44,7 @@ class Over:
         return True
 
 
-class OfThread:
+class ThreadEnd:
     """Tells that a save is over when its thread ends, or has another one; for a `threading.local`.
 
     Args:
@@ -72,7 +71,7 @@ def in_stock_save(thread: int) -> bool:
 
 
 class _Here(threading.local):
-    end: OfThread | None = None
+    end: ThreadEnd | None = None
     begun = False
 
 
@@ -117,7 +116,7 @@ class Staged(dict[str, Any]):
         # Let go of before it ever began, or by a thread that has other things to do afterwards.
         tell_when_gone(self, self._over)
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> Any:
         """Wait for the turn, then return the items."""
         self._begin()
         return super().items()
@@ -131,7 +130,7 @@ class Staged(dict[str, Any]):
             return
         self._begun = True
         # First, or a thread that takes one after another would wait for itself.
-        _line.here.end = OfThread(self._over)
+        _line.here.end = ThreadEnd(self._over)
         _line.here.begun = True
         before, self._before = self._before, None
         if before is not None:
@@ -145,7 +144,7 @@ def stage(state: dict[str, Any]) -> Staged:
     """
     if not hasattr(staging, "DefaultStager"):  # torch before 2.9
         return Staged(staging.BlockingAsyncStager().stage(state))
-    stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))  # noqa: FBT003
+    stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
     try:
         copied = stager.stage(state)
     finally:

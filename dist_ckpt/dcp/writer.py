@@ -2,27 +2,22 @@
 
 The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
 no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
-it has all results.
-
-All calls of one save come on one thread, and a thread has one save at a time. What belongs to a
-save is kept there, and what the other ranks send for it bears its token: of any number of saves in
-flight none takes what is another's.
+it has all results. What belongs to a save is kept by its thread: see `dist_ckpt.dcp.in_flight`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -32,6 +27,15 @@ from dist_ckpt import events
 from dist_ckpt.dcp import process, turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
 from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.in_flight import (
+    Asked,
+    Assigned,
+    OfThread,
+    Results,
+    Save,
+    check_same,
+    mixed_up,
+)
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.share import file_images, resolve_share
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
@@ -42,74 +46,6 @@ from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.parallel import in_parallel
 
 _log = logging.getLogger("dist_ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a rank was asked to save, on its way to rank 0; `token` is that of the rank's save."""
-
-    step: int
-    url: str
-    token: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Assigned:
-    """Which attempt a rank writes for, and as whom, on its way back."""
-
-    step: int
-    save_id: str
-    rank: int
-    token: str
-
-
-class _Save:
-    """One save on one rank.
-
-    Args:
-        step: what it was asked to save.
-
-    Attributes:
-        token: by which it knows again what is for it.
-        attempt: on rank 0, from its plans on.
-        over: told when it is.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.token = secrets.token_hex(8)
-        self.attempt: StockAttempt | None = None
-        self.over = turns.Over()
-        turns.tell_when_gone(self, self.over)
-
-
-class _Results(list[WriteResult]):
-    """What `write_data` returns. It keeps the save, as stock keeps it until the save is over."""
-
-    def __init__(self, report: StockReport, save: _Save) -> None:
-        super().__init__([WriteResult(MetadataIndex(""), report.nbytes, report)])
-        self.save = save
-
-    def __reduce__(self) -> tuple[type[list[WriteResult]], tuple[list[WriteResult]]]:
-        return list, (list(self),)
-
-
-class _Here(threading.local):
-    """What a thread knows of its save.
-
-    Attributes:
-        step: the one that was named last in this thread.
-        refusal: why what was named is no step.
-        save: the save, until it writes.
-        writing: the save, from then on.
-        end: tells that it is over with this thread.
-    """
-
-    step: int | None = None
-    refusal: UsageError | None = None
-    save: _Save | None = None
-    writing: weakref.ref[_Save] | None = None
-    end: turns.OfThread | None = None
 
 
 class Writer(StorageWriter, AsyncStager):
@@ -162,7 +98,7 @@ class Writer(StorageWriter, AsyncStager):
         self._repository = Repository(open_store(url))
         self._ownership = process.Ownership()
         self._types: process.RegisteredTypes | None = None  # from another process
-        self._here = _Here()
+        self._here = OfThread()
 
     def __getstate__(self) -> dict[str, Any]:
         # To another process: what is asked for, and no connection, thread or save.
@@ -172,7 +108,7 @@ class Writer(StorageWriter, AsyncStager):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        self._here = _Here()
+        self._here = OfThread()
         self._ownership = self._ownership.shared()
         if self._types is not None:
             self._types.register()
@@ -205,6 +141,9 @@ class Writer(StorageWriter, AsyncStager):
         rank that began another one than its peers would get what is meant for that.
         """
         return turns.stage(state_dict)
+
+    def synchronize_staging(self) -> None:
+        """Return at once: `stage` has copied everything."""
 
     def close(self) -> None:
         """Release nothing: a Writer holds nothing open between saves."""
@@ -242,7 +181,7 @@ class Writer(StorageWriter, AsyncStager):
         with plain_errors():
             described(plan)
         save = self._here.save or self._begin()
-        asked = _Asked(save.step, self._repository.store.url, save.token)
+        asked = Asked(save.step, self._repository.store.url, save.token)
         return replace(plan, storage_data=asked)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -254,12 +193,12 @@ class Writer(StorageWriter, AsyncStager):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
-            asked: list[_Asked] = [plan.storage_data for plan in plans]
-            _check_same(asked)
+            asked: list[Asked] = [plan.storage_data for plan in plans]
+            check_same(asked)
             save = self._here.save
             # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
             if save is None or save.token not in [each.token for each in asked]:
-                raise _mixed()
+                raise mixed_up()
             transaction = self._repository.begin(save.step, self._claim())
             whole = without_empty(plans)
             save.attempt = StockAttempt(transaction, whole)
@@ -268,7 +207,7 @@ class Writer(StorageWriter, AsyncStager):
             return [
                 replace(
                     plan,
-                    storage_data=_Assigned(save.step, transaction.save_id, rank, each.token),
+                    storage_data=Assigned(save.step, transaction.save_id, rank, each.token),
                 )
                 for rank, (plan, each) in enumerate(zip(whole, asked, strict=True))
             ]
@@ -288,12 +227,12 @@ class Writer(StorageWriter, AsyncStager):
             # Given away here, so that it is over when stock lets go of the results, or of the
             # error; or when this thread ends or begins another one.
             if save is None or save.token != plan.storage_data.token:
-                raise _mixed()
+                raise mixed_up()
             self._here.writing = weakref.ref(save)
-            self._here.end = turns.OfThread(save.over)
+            self._here.end = turns.ThreadEnd(save.over)
             report = self._write(plan, planner)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(_Results(report, save))
+        future.set_result(Results(report, save))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -310,9 +249,9 @@ class Writer(StorageWriter, AsyncStager):
             save = self._here.writing() if self._here.writing is not None else None
             attempt = None if save is None else save.attempt
             if save is None or attempt is None:
-                raise _mixed()
+                raise mixed_up()
             if any(each.save_id != attempt.transaction.save_id for each in reports):
-                raise _mixed()
+                raise mixed_up()
             begun = time.perf_counter()
             try:
                 attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
@@ -323,11 +262,11 @@ class Writer(StorageWriter, AsyncStager):
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
 
-    def _begin(self) -> _Save:
+    def _begin(self) -> Save:
         """Begin a save on this thread; the one before it on this thread is over."""
         here = self._here
         here.end = None
-        here.save = _Save(self._step if here.step is None else here.step)
+        here.save = Save(self._step if here.step is None else here.step)
         return here.save
 
     def _claim(self) -> int:
@@ -414,23 +353,6 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
         )
     )
     return WrittenFile(name, len(image), blocks[0])
-
-
-def _check_same(asked: Sequence[_Asked]) -> None:
-    for rank, each in enumerate(asked):
-        if (each.step, each.url) != (asked[0].step, asked[0].url):
-            raise UsageError(
-                f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
-                f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
-            )
-
-
-def _mixed() -> UsageError:
-    return UsageError(
-        "this save was sent what is another one's: several were under way over one process group. "
-        "Leave the staging to the Writer (no async_stager), which has them take turns; or give "
-        "each its process_group, or wait for the one before"
-    )
 
 
 def _cached_plan() -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
@@ -28,7 +31,10 @@ AT_ONCE = 6
 def state(step: int) -> dict[str, Any]:
     # Of the rank too: what of one rank came to another's save would be seen.
     own = torch.full((99,), float(step))
-    return {"model": {"w": torch.full((999,), float(step)), f"of{dist.get_rank()}": own}, "step": step}
+    return {
+        "model": {"w": torch.full((999,), float(step)), f"of{dist.get_rank()}": own},
+        "step": step,
+    }
 
 
 def wrong(root: str, steps: range) -> list[int]:
@@ -49,7 +55,11 @@ def wrong(root: str, steps: range) -> list[int]:
 
 def begin(writer: Writer, step: int, value: Any = None, **more: Any) -> Future[Any]:
     started = async_save(
-        value or state(step), checkpoint_id=str(step), storage_writer=writer, planner=Planner(), **more
+        value or state(step),
+        checkpoint_id=str(step),
+        storage_writer=writer,
+        planner=Planner(),
+        **more,
     )
     assert isinstance(started, Future)
     return started
@@ -98,7 +108,9 @@ def left(root: str) -> tuple[list[str], int]:
     """Return what saves that failed on rank 1 alone say, and what they leave when they are over."""
     writer, said = Writer(root), []
     bad = {f"of{dist.get_rank()}": object() if dist.get_rank() else 1}
-    started = [begin(writer, step, {**state(step), **(bad if step % 2 else {})}) for step in range(6)]
+    started = [
+        begin(writer, step, {**state(step), **(bad if step % 2 else {})}) for step in range(6)
+    ]
     for each in started:
         error = each.exception()
         said.append("" if error is None else str(error.failures[1][0]))  # type: ignore[attr-defined]
@@ -120,6 +132,53 @@ def test_those_that_failed_on_another_rank_leave_nothing(tmp_path: Path) -> None
         assert all("cannot store of1, a object" in each for each in said if each)
         assert folders == 3
     assert Repository(resolve(tmp_path)).steps() == [0, 2, 4]
+
+
+class OfUser(LookupError):
+    """Can be pickled, and not be made again from that."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Failing(DefaultSavePlanner):
+    """A planner that raises on rank 1 what it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if dist.get_rank() == 1:
+            raise self._error
+        return super().resolve_data(write_item)
+
+
+def raised(root: str) -> list[tuple[str, str]]:
+    said = []
+    for error in (
+        ValueError("no"),
+        OSError(28, "full"),
+        OfUser(1, 2),
+        ValueError(threading.Lock()),
+    ):
+        try:
+            save(state(1), storage_writer=Writer(root), planner=Failing(error))
+        except CheckpointException as failed:
+            cause = failed.failures[1][0]
+            said.append((type(cause).__name__, str(cause)))
+    return said
+
+
+def test_what_a_planner_raises_keeps_its_class_on_every_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(2, raised, str(tmp_path))
+    assert first == second
+    assert first[:3] == [
+        ("ValueError", "no"),
+        ("OSError", "[Errno 28] full"),
+        ("LookupError", "OfUser: 1 and 2"),
+    ]
+    assert first[3][0] == "ValueError"
 
 
 class OfProgram:
@@ -154,7 +213,7 @@ def in_processes(url: str) -> list[str]:
         error = begin(place, 9, {"own": value}, **process).exception()
         failures = getattr(error, "failures", None)
         said.append(str(failures[0][0] if failures else error))
-    found = {"own": None}
+    found: dict[str, Any] = {"own": None}
     load(found, storage_reader=Reader(url, step=1))
     assert isinstance(found["own"], OfProgram)
     assert found["own"].number == 1
@@ -162,9 +221,13 @@ def in_processes(url: str) -> list[str]:
     return said
 
 
-def test_processes_save_to_s3_what_the_program_registered(s3_service: S3Service, s3_name: str) -> None:
+def test_processes_save_to_s3_what_the_program_registered(
+    s3_service: S3Service, s3_name: str
+) -> None:
     url = s3_service.url(s3_name)
     ((unsendable, nowhere),) = run_ranks(1, in_processes, url)
-    assert "registered as 'unsendable': make encode= and decode= functions of a module" in unsendable
+    assert (
+        "registered as 'unsendable': make encode= and decode= functions of a module" in unsendable
+    )
     assert "memory://here is in the memory of this process" in nowhere
     assert Repository(resolve(url)).open(2).manifest.metrics == {"loss": 0.5}

@@ -1,4 +1,4 @@
-"""Several stock saves through one Writer at the same time, in one process, and what failed ones leave.
+"""Several stock saves of one process through one Writer at once, and what failed ones leave.
 
 With process groups: `tests/distributed/test_in_flight.py`.
 """
@@ -40,12 +40,14 @@ def state(step: int) -> dict[str, Any]:
 
 
 def is_whole(place: Any, step: int) -> bool:
-    found = {"model": {"w": torch.zeros(999)}, "step": -1}
+    found = state(-1)
     load(found, storage_reader=Reader(place, step=step), **ALONE)
     return found["step"] == step and bool((found["model"]["w"] == step).all())
 
 
-def begin(writer: Writer, step: int, value: dict[str, Any] | None = None, **more: Any) -> Future[Any]:
+def begin(
+    writer: Writer, step: int, value: dict[str, Any] | None = None, **more: Any
+) -> Future[Any]:
     started = async_save(
         value or state(step), checkpoint_id=str(step), storage_writer=writer, **ALONE, **more
     )
@@ -71,7 +73,7 @@ def test_each_of_several_in_flight_is_what_was_saved(
     writer = Writer(tmp_path)
     for first in range(0, rounds * AT_ONCE, AT_ONCE):
         steps = range(first, first + AT_ONCE)
-        more = {"async_stager": stager()} if stager else {}
+        more: dict[str, Any] = {"async_stager": stager()} if stager else {}
         started = {step: begin(writer, step, **more) for step in steps}
         for step, future in started.items():
             future.result()
@@ -193,7 +195,13 @@ class OfUser(RuntimeError):
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("no"), OfUser(1, 2), torch.OutOfMemoryError("none left"), MemoryError(), OSError(5, "x")],
+    [
+        ValueError("no"),
+        OfUser(1, 2),
+        torch.OutOfMemoryError("none left"),
+        MemoryError(),
+        OSError(5, "x"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_the_planner_raises_keeps_its_class(error: Exception) -> None:
@@ -218,7 +226,12 @@ def test_a_full_disk_is_the_error_of_stock_and_ours(tmp_path: Path) -> None:
     assert isinstance(error, OSError)
     assert error.errno == 28
     again = copy.copy(error)  # as a pickle makes it
-    assert (type(again), str(again), again.errno, again.kind) == (type(error), str(error), 28, error.kind)
+    assert (type(again), str(again), again.errno, again.kind) == (
+        type(error),
+        str(error),
+        28,
+        error.kind,
+    )
 
 
 def test_many_top_level_keys_are_few_files_and_stay_parts(tmp_path: Path) -> None:
