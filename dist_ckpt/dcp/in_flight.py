@@ -21,7 +21,7 @@ from dist_ckpt.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Wish:
     """What a rank was asked to save, on its way to rank 0; `token` is that of the rank's save."""
 
     step: int
@@ -88,7 +88,7 @@ class OfThread(threading.local):
     end: ThreadEnd | None = None
 
 
-def check_same(asked: Sequence[Asked]) -> None:
+def check_wishes(asked: Sequence[Wish]) -> None:
     """Raise unless all ranks were asked for the same.
 
     Raises:

@@ -101,7 +101,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-class Staged(dict[str, Any]):
+class StagedState(dict[str, Any]):
     """A staged state dict: a save that begins to look at it waits for its turn.
 
     That is what both ways of `async_save` do first in their own thread: the one goes through its
@@ -137,20 +137,20 @@ class Staged(dict[str, Any]):
             before.wait()
 
 
-def stage(state: dict[str, Any]) -> Staged:
+def stage(state: dict[str, Any]) -> StagedState:
     """Copy `state` to memory that training does not change, as stock does where nobody else does.
 
-    The copy holds the order of this call: see `Staged`.
+    The copy holds the order of this call: see `StagedState`.
     """
     if not hasattr(staging, "DefaultStager"):  # torch before 2.9
-        return Staged(staging.BlockingAsyncStager().stage(state))
+        return StagedState(staging.BlockingAsyncStager().stage(state))
     stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
     try:
         copied = stager.stage(state)
     finally:
         stager.close()
     assert isinstance(copied, dict)  # a future only with asynchronous staging
-    return Staged(copied)
+    return StagedState(copied)
 
 
 def wait_for_those_before() -> None:

@@ -28,12 +28,12 @@ from dist_ckpt.dcp import process, turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
 from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.in_flight import (
-    Asked,
     Assigned,
     OfThread,
     Results,
     Save,
-    check_same,
+    Wish,
+    check_wishes,
     mixed_up,
 )
 from dist_ckpt.dcp.items import described, without_empty
@@ -181,7 +181,7 @@ class Writer(StorageWriter, AsyncStager):
         with plain_errors():
             described(plan)
         save = self._here.save or self._begin()
-        asked = Asked(save.step, self._repository.store.url, save.token)
+        asked = Wish(save.step, self._repository.store.url, save.token)
         return replace(plan, storage_data=asked)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -193,8 +193,8 @@ class Writer(StorageWriter, AsyncStager):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
-            asked: list[Asked] = [plan.storage_data for plan in plans]
-            check_same(asked)
+            asked: list[Wish] = [plan.storage_data for plan in plans]
+            check_wishes(asked)
             save = self._here.save
             # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
             if save is None or save.token not in [each.token for each in asked]:
