@@ -13,12 +13,13 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
-from dist_ckpt.dcp.turns import Over, in_stock_save
+from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.collect import delete_attempt
+from dist_ckpt.waiting import Latch
 
 _LOOK_SECONDS = 0.2
 
@@ -61,7 +62,7 @@ class StockAttempt:
                 store, step = self.transaction.store, self.transaction.step
                 delete_attempt(store, step, self.transaction.save_id)
 
-    def clean_up_when(self, over: Over) -> None:
+    def clean_up_when(self, over: Latch) -> None:
         """Do so when the save is over: nothing tells a writer that it failed on another rank.
 
         In a thread: who tells it may be a destructor, which must not wait for a store. And one that

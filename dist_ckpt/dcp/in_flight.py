@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
-from dist_ckpt.dcp.turns import Over, ThreadEnd, tell_when_gone
+from dist_ckpt.dcp.turns import ThreadEnd, tell_when_gone
 from dist_ckpt.errors import UsageError
+from dist_ckpt.waiting import Latch
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,14 @@ class Save:
     Attributes:
         token: by which it knows again what is for it.
         attempt: on rank 0, from its plans on.
-        over: told when it is.
+        over: opened when it is.
     """
 
     def __init__(self, step: int) -> None:
         self.step = step
         self.token = secrets.token_hex(8)
         self.attempt: StockAttempt | None = None
-        self.over = Over()
+        self.over = Latch()
         tell_when_gone(self, self.over)
 
 

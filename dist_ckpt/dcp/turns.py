@@ -5,8 +5,8 @@ ranks. Of two that do so at once over one process group, one may get what is mea
 and which of them is first is up to each rank's scheduler. What is the same on every rank is the
 order of the calls: it is noted in the call, where the state is staged, and kept in the threads.
 
-What is signalled here may be signalled from a destructor, wherever that runs: so by a `SimpleQueue`
-and never by a lock.
+That a save is over may be told by a destructor, wherever that runs: so by a `Latch`, which takes no
+lock.
 """
 
 from __future__ import annotations
@@ -16,32 +16,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch.distributed.checkpoint import staging
 
+from dist_ckpt.waiting import Latch
+
 _STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
-
-
-class Over:
-    """Tells that a save is over, to any number of threads that wait for it."""
-
-    def __init__(self) -> None:
-        self._told: SimpleQueue[None] = SimpleQueue()
-
-    def tell(self) -> None:
-        """Say that it is over; once more does no harm."""
-        self._told.put(None)
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until that was said, or so long; return whether it was."""
-        try:
-            self._told.get(timeout=seconds)
-        except Empty:
-            return False
-        self._told.put(None)  # for the next one who asks
-        return True
 
 
 class ThreadEnd:
@@ -51,13 +32,13 @@ class ThreadEnd:
         over: what to tell.
     """
 
-    def __init__(self, over: Over) -> None:
+    def __init__(self, over: Latch) -> None:
         tell_when_gone(self, over)
 
 
-def tell_when_gone(what: object, over: Over) -> None:
+def tell_when_gone(what: object, over: Latch) -> None:
     """Tell `over` when `what` is let go of."""
-    weakref.finalize(what, over.tell).atexit = False
+    weakref.finalize(what, over.open).atexit = False
 
 
 def in_stock_save(thread: int) -> bool:
@@ -80,10 +61,10 @@ class _Line:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.last: Over | None = None
+        self.last: Latch | None = None
         self.here = _Here()
 
-    def join(self, over: Over) -> Over | None:
+    def join(self, over: Latch) -> Latch | None:
         """Note that `over` is the last one now; return the one before it."""
         with self.lock:
             before, self.last = self.last, over
@@ -110,7 +91,7 @@ class StagedState(dict[str, Any]):
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         super().__init__(state)
-        self._over = Over()
+        self._over = Latch()
         self._before = _line.join(self._over)
         self._begun = False
         # Let go of before it ever began, or by a thread that has other things to do afterwards.

@@ -258,7 +258,7 @@ class Writer(StorageWriter, AsyncStager):
             finally:
                 # Every rank has reported, so none writes any more.
                 attempt.clean_up()
-                save.over.tell()
+                save.over.open()
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
 
