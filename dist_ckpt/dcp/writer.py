@@ -8,12 +8,12 @@ it has all results.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -21,9 +21,11 @@ from torch.futures import Future
 
 from dist_ckpt import events
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
-from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
+from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.share import file_images, resolve_share
+from dist_ckpt.dcp.tree import TREE_FILE, tree_image
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
@@ -67,8 +69,8 @@ class Writer(StorageWriter):
     never as pickles, and a job that was replaced can no longer commit.
 
     A Writer takes the run over at its first save. One may serve all saves of a program, one after
-    another, `checkpoint_id` then being the step. The plan cache of the stock planner
-    (`enable_plan_caching`) keeps the plan from the writer, and is refused.
+    another, `checkpoint_id` then being the step. With the plan cache of the stock planner
+    (`enable_plan_caching`) plans are made anew at each save all the same.
     """
 
     def __init__(
@@ -100,17 +102,18 @@ class Writer(StorageWriter):
         self._attempts: dict[str, StockAttempt] = {}
         self._litter = True
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
         """Choose the step of the next save, if `checkpoint_id` names one: a number as text.
 
         Raises:
-            UsageError: it is a path, or anything else that is no step.
+            UsageError: it is a path that leads out of the run, or anything else that is no step.
         """
         if checkpoint_id is not None:
-            self._step = step_of(checkpoint_id)
+            step = step_of(checkpoint_id, self._repository.store)
+            self._step = self._step if step is None else step
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         """Tell whether `checkpoint_id` names a step."""
         return names_step(checkpoint_id)
 
@@ -130,12 +133,10 @@ class Writer(StorageWriter):
         """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
 
         Raises:
-            UsageError: the planner keeps its plan to itself, or a tensor cannot be stored.
+            UsageError: a tensor cannot be stored, or the planner keeps its plan to itself.
         """
-        # An empty list of items that stands for what was planned before, by whichever writer.
-        if not getattr(plan, "usable", True):
-            raise _cached_plan()
         with plain_errors():
+            plan = whole_local(plan)
             described(plan)
         return replace(plan, storage_data=_Asked(self._step, self._repository.store.url))
 
@@ -148,6 +149,10 @@ class Writer(StorageWriter):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
+            try:
+                plans = whole_global(plans)
+            finally:
+                forget_global(_Asked)
             _check_same([plan.storage_data for plan in plans])
             if self._claim is None:
                 self._claim = self._repository.claim()
@@ -166,9 +171,7 @@ class Writer(StorageWriter):
             UsageError: a value or a tensor cannot be stored; the message has its path.
             StorageError: a file could not be stored whole.
         """
-        # Told at the first save, where it still works, and not by a failure of the second.
-        if getattr(planner, "_enable_plan_caching", False):
-            raise _cached_plan()
+        forget(planner)
         with plain_errors():
             report = self._write(plan, planner)
         future: Future[list[WriteResult]] = Future()
@@ -188,6 +191,10 @@ class Writer(StorageWriter):
             reports: list[StockReport] = [result.storage_data for (result,) in results]
             attempt = self._attempts.pop(reports[0].save_id)
             begun = time.perf_counter()
+            image = tree_image(metadata)
+            if image is not None:
+                tree = _put(attempt.transaction, 0, TREE_FILE, image)
+                reports[0] = msgspec.structs.replace(reports[0], tree=tree)
             attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
@@ -263,10 +270,3 @@ def _check_same(asked: Sequence[_Asked]) -> None:
                 f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
                 f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
             )
-
-
-def _cached_plan() -> UsageError:
-    return UsageError(
-        "a planner with enable_plan_caching=True does not tell a writer what it plans: make the "
-        "planner without it"
-    )
