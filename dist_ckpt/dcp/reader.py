@@ -31,7 +31,7 @@ from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
-from dist_ckpt.loading.location import locate, open_source
+from dist_ckpt.loading.location import find_detached, find_foreign, locate
 from dist_ckpt.loading.matching import can_cast
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.ties import Ties
@@ -213,13 +213,20 @@ class Reader(StorageReader):
 
     def _open(self) -> Catalog:
         location = locate(self._place, self._step)
-        if location.file is None and location.step is None and holds_stock(location.store):
-            try:
-                # Whatever else lies in a run, its checkpoints come first.
-                return catalog(Repository(location.store).open_latest())
-            except NotFound:
-                return stock_catalog(location.store)
-        return catalog(open_source(location))
+        if location.file is not None:
+            return catalog(find_foreign(location))
+        if location.step is not None and find_detached(location) is None:
+            return catalog(Repository(location.store).open(location.step))
+        try:
+            # Whatever else lies in a run, its checkpoints come first.
+            return catalog(Repository(location.store).open_latest())
+        except NotFound:
+            detached = find_detached(location)
+        if detached is not None:
+            return catalog(Repository(detached.store).open_latest())
+        if holds_stock(location.store):
+            return stock_catalog(location.store)
+        return catalog(find_foreign(location))
 
     def _read_at_once(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read for a planner whose tensors are those of the state dict."""
