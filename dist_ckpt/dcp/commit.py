@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
+from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
@@ -25,13 +26,14 @@ _LOOK_SECONDS = 0.2
 
 
 class StockReport(msgspec.Struct, frozen=True):
-    """What a rank wrote: its files and Python values, and how long it took."""
+    """What a rank wrote, and how long it took; on rank 0 the file of the tree, too."""
 
     save_id: str
     files: list[WrittenFile]
     documents: list[Document]
     stage_seconds: float
     write_seconds: float
+    tree: WrittenFile | None = None
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +102,7 @@ class StockAttempt:
             RankShare(*described(plan), report.files, report.documents)
             for plan, report in zip(self._plans, reports, strict=True)
         ]
-        index = build_index(shares)
+        index = with_tree(build_index(shares), reports[0].tree)
         parts = [tensor.part for tensor in index.tensors]
         parts += [entry.part for entry in index.objects]
 

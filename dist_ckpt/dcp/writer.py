@@ -8,7 +8,6 @@ it has all results. What belongs to a save is kept by its thread: see `dist_ckpt
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import weakref
@@ -17,6 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -26,7 +26,7 @@ from torch.futures import Future
 from dist_ckpt import events
 from dist_ckpt.dcp import process, turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
-from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.in_flight import (
     Assigned,
     OfThread,
@@ -37,7 +37,9 @@ from dist_ckpt.dcp.in_flight import (
     mixed_up,
 )
 from dist_ckpt.dcp.items import described, without_empty
+from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.share import file_images, resolve_share
+from dist_ckpt.dcp.tree import TREE_FILE, tree_image
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
@@ -66,8 +68,8 @@ class Writer(StorageWriter, AsyncStager):
 
     A Writer takes the run over at its first save. One may serve all saves of a program,
     `checkpoint_id` then being the step. Saves of `async_save` may be in flight together: each has
-    the state of its call, and they are written one after another. The plan cache of the stock
-    planner (`enable_plan_caching`) keeps the plan from the writer, and is refused.
+    the state of its call, and they are written one after another. With the plan cache of the stock
+    planner (`enable_plan_caching`) plans are made anew at each save all the same.
     """
 
     # Nothing is left to wait for when `stage` returned.
@@ -113,20 +115,22 @@ class Writer(StorageWriter, AsyncStager):
         if self._types is not None:
             self._types.register()
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
         """Choose the step of the next save, if `checkpoint_id` names one: a number as text.
 
         That is the next save of the calling thread; of another one only where none is named there.
 
         Raises:
-            UsageError: it is a path, or anything else that is no step; in another thread than the
-                main one the save raises it.
+            UsageError: it is a path that leads out of the run, or anything else that is no step; in
+                another thread than the main one the save raises it.
         """
         self._here.refusal = None
         if checkpoint_id is None:
             return
         try:
-            self._step = self._here.step = step_of(checkpoint_id)
+            step = step_of(checkpoint_id, self._repository.store)
+            # The run itself names no step: that of the Writer is meant.
+            self._step = self._here.step = self._step if step is None else step
         except UsageError as error:
             # In the background it is told where every rank hears of it, and where the turn of this
             # save has come: one that ended before would hold up those behind it.
@@ -149,7 +153,7 @@ class Writer(StorageWriter, AsyncStager):
         """Release nothing: a Writer holds nothing open between saves."""
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         """Tell whether `checkpoint_id` names a step."""
         return names_step(checkpoint_id)
 
@@ -173,12 +177,10 @@ class Writer(StorageWriter, AsyncStager):
         """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
 
         Raises:
-            UsageError: the planner keeps its plan to itself, or a tensor cannot be stored.
+            UsageError: a tensor cannot be stored, or the planner keeps its plan to itself.
         """
-        # An empty list of items that stands for what was planned before, by whichever writer.
-        if not getattr(plan, "usable", True):
-            raise _cached_plan()
         with plain_errors():
+            plan = whole_local(plan)
             described(plan)
         save = self._here.save or self._begin()
         asked = Wish(save.step, self._repository.store.url, save.token)
@@ -193,6 +195,10 @@ class Writer(StorageWriter, AsyncStager):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
+            try:
+                plans = whole_global(plans)
+            finally:
+                forget_global(Wish)
             asked: list[Wish] = [plan.storage_data for plan in plans]
             check_wishes(asked)
             save = self._here.save
@@ -219,9 +225,7 @@ class Writer(StorageWriter, AsyncStager):
             UsageError: a value or a tensor cannot be stored; the message has its path.
             StorageError: a file could not be stored whole.
         """
-        # Told at the first save, where it still works, and not by a failure of the second.
-        if getattr(planner, "_enable_plan_caching", False):
-            raise _cached_plan()
+        forget(planner)
         save, self._here.save = self._here.save, None
         with plain_errors():
             # Given away here, so that it is over when stock lets go of the results, or of the
@@ -254,6 +258,10 @@ class Writer(StorageWriter, AsyncStager):
                 raise mixed_up()
             begun = time.perf_counter()
             try:
+                image = tree_image(metadata)
+                if image is not None:
+                    tree = _put(attempt.transaction, 0, TREE_FILE, image)
+                    reports[0] = msgspec.structs.replace(reports[0], tree=tree)
                 attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
             finally:
                 # Every rank has reported, so none writes any more.
@@ -353,10 +361,3 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
         )
     )
     return WrittenFile(name, len(image), blocks[0])
-
-
-def _cached_plan() -> UsageError:
-    return UsageError(
-        "a planner with enable_plan_caching=True does not tell a writer what it plans: make the "
-        "planner without it"
-    )
