@@ -368,6 +368,7 @@ class _Unreadable(Metadata):
 def _as_stock_wants(value: object) -> io.BytesIO:
     """Return what stock load planners take: a pickle, made here and never stored."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    # Not as a zip archive: for a number that takes twice as long to write and to read.
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
     buffer.seek(0)
     return buffer
