@@ -20,6 +20,7 @@ from benchmarks.local import write_raw
 from benchmarks.measure import say, verdict
 from benchmarks.peers import BACKGROUND, NAMES, OURS, STOCK, Peer, empty, make, settle
 from benchmarks.sections import run_sections
+from benchmarks.under_dcp import under_dcp
 from benchmarks.workload import Loop, State
 from dist_ckpt.storage.direct import aligned_buffer
 
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         "alone": _alone,
         "training": _training,
         "ranks": _ranks,
+        "dcp": under_dcp,
     }
     met = run_sections(arguments, sections, description=__doc__, libraries=NAMES)
     return 0 if all(met) else 1

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 
-from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION, path_of
-from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION, REST, path_of
+from dist_ckpt.dcp.tree import Tree, read_tree
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, without_secrets
+from dist_ckpt.foreign.dcp_files import read_stock
+from dist_ckpt.foreign.names import ForeignLeaf, Placed
+from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.names import step_dir
 from dist_ckpt.repository import Checkpoint
-from dist_ckpt.state.groups import PREFIX, is_group_name, options_of
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.encoding import Unreadable
+from dist_ckpt.state.groups import PREFIX, STATE, is_group_name, options_of
 from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.objects import decode, references
+from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.storage.base import Store
 
 Path = tuple[Any, ...]
 
@@ -37,32 +47,34 @@ class Catalog:
     """The entries of a checkpoint.
 
     Attributes:
-        checkpoint: where they are.
+        source: where they are.
         tensors: number in the index of each tensor, by flattened name.
         values: gives a Python value, by flattened name.
         paths: where in a state dict each of them lies.
+        tree: what the planner of the save said of that, where it was kept.
     """
 
-    checkpoint: Checkpoint
+    source: Source
     tensors: dict[str, int] = field(default_factory=dict)
     values: dict[str, Callable[[], object]] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
+    tree: Tree | None = None
 
     def metadata(self) -> Metadata:
         """Return the description that load planners ask for."""
-        entries: dict[str, STORAGE_TYPES] = {fqn: BytesStorageMetadata() for fqn in self.values}
-        for fqn, number in self.tensors.items():
-            tensor = self.checkpoint.index.tensors[number]
-            rows = self.checkpoint.index.chunks_of(number)
-            entries[fqn] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype_of(tensor.dtype)),
-                torch.Size(tensor.shape),
-                [
-                    ChunkStorageMetadata(torch.Size(start), torch.Size(size))
-                    for start, size in zip(rows.starts.tolist(), rows.sizes.tolist(), strict=True)
-                ],
-            )
-        return Metadata(entries, planner_data=dict(self.paths))
+        planner_data = dict(self.paths) if self.tree is None else self.tree.planner_data
+        where = without_secrets(self.source.store.url)
+        if isinstance(self.source, Checkpoint):
+            where = f"{where}/{step_dir(self.source.step)}"
+        metadata = Metadata(
+            {fqn: self._described(fqn) for fqn in self._in_order(planner_data)},
+            planner_data=planner_data,
+            storage_meta=StorageMeta(checkpoint_id=where, save_id=self.source.save_id),
+        )
+        # A release of torch that does not have it writes and reads none.
+        if hasattr(metadata, "version"):
+            metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+        return metadata
 
     def add_tensor(self, path: Path, number: int) -> None:
         """Add tensor `number` of the index as the entry at `path`."""
@@ -74,44 +86,106 @@ class Catalog:
         fqn = _joined(path)
         self.values[fqn], self.paths[fqn] = value, path
 
+    def _in_order(self, planner_data: object) -> Iterator[str]:
+        """Yield the names as the state dict had them, as far as its planner said."""
+        if isinstance(planner_data, dict):
+            yield from (fqn for fqn in planner_data if fqn in self.paths)
+            yield from (fqn for fqn in self.paths if fqn not in planner_data)
+        else:
+            yield from self.paths
 
-def catalog(checkpoint: Checkpoint) -> Catalog:
-    """List the entries of `checkpoint`. Reads its Python values, and no tensor.
+    def _described(self, fqn: str) -> STORAGE_TYPES:
+        number = self.tensors.get(fqn)
+        if number is None:
+            return BytesStorageMetadata()
+        tensor = self.source.index.tensors[number]
+        rows = self.source.index.chunks_of(number)
+        return TensorStorageMetadata(
+            TensorProperties(dtype=dtype_of(tensor.dtype)),
+            torch.Size(tensor.shape),
+            [
+                ChunkStorageMetadata(torch.Size(start), torch.Size(size))
+                for start, size in zip(rows.starts.tolist(), rows.sizes.tolist(), strict=True)
+            ],
+        )
+
+
+def catalog(source: Source) -> Catalog:
+    """List the entries of `source`. Reads its Python values, and no tensor.
 
     Raises:
         IntegrityError: stored values are damaged.
         IncompatibleError: a newer Writer made the names.
     """
-    naming = checkpoint.manifest.versions.get(NAMING)
-    if naming is None:
-        return _of_parts(checkpoint)
+    naming = None if source.manifest is None else source.manifest.versions.get(NAMING)
+    if naming is None or not isinstance(source, Checkpoint):
+        return _of_parts(source)
     if naming != NAMING_VERSION:
         raise IncompatibleError(
-            f"{checkpoint.where}: its names follow rules {naming}, this program knows "
+            f"{source.where}: its names follow rules {naming}, this program knows "
             f"{NAMING_VERSION}: use the release that wrote it or a newer one",
             kind=ErrorKind.VERSION,
         )
-    found = Catalog(checkpoint)
-    for number, tensor in enumerate(checkpoint.index.tensors):
+    found = Catalog(source, tree=read_tree(source))
+    for number, tensor in enumerate(source.index.tensors):
         found.add_tensor(path_of(tensor.part, tensor.name), number)
-    for part, name, data in _objects(checkpoint):
+    for part, name, data in _objects(source):
         path = path_of(part, name)
         found.add_value(path, partial(decode, data, tensors={}, path=_joined(path)))
     return found
 
 
-def _of_parts(checkpoint: Checkpoint) -> Catalog:
+def stock_catalog(store: Store) -> Catalog:
+    """List the entries of the stock checkpoint in `store`, under the names that it has for them.
+
+    Raises:
+        IntegrityError: it is malformed or incomplete.
+        IncompatibleError: it holds something that cannot be read.
+    """
+    paths: dict[str, Path] = {}
+
+    def place(entries: Sequence[ForeignLeaf], where: str) -> Placed:
+        placed = Placed()
+        values = placed.objects.setdefault(REST, {})
+        for number, entry in enumerate(entries):
+            fqn = _joined(entry.path)
+            paths[fqn] = entry.path
+            if entry.dtype is not None:
+                placed.tensors[number] = TensorEntry(REST, fqn, entry.dtype, entry.shape)
+                continue
+            try:
+                values[fqn] = encode(entry.value, path=fqn, aside=False)
+            except UsageError as error:
+                # Of no use, but no reason to refuse the rest: whoever wants it is told why.
+                values[fqn] = encode(Unreadable(f"{where}: {error.message}"), path=fqn)
+        return placed
+
+    source = ForeignSource.of(store, read_stock(store, place=place))
+    found = Catalog(source)
+    numbers = {tensor.name: number for number, tensor in enumerate(source.index.tensors)}
+    values = source.read_objects(REST, rank=0)
+    for fqn, path in paths.items():
+        if fqn in numbers:
+            found.add_tensor(path, numbers[fqn])
+        else:
+            found.add_value(path, partial(decode, values[fqn], tensors={}, path=fqn))
+    return found
+
+
+def _of_parts(source: Source) -> Catalog:
     """List what dist_ckpt itself saved: a part is a key of the state dict, its names lie below.
 
-    The Python values of an optimizer's groups become the list that stock has of them, and a part
-    that is one value is taken apart as the stock planner does.
+    The Python values of an optimizer's groups become the list that stock has of them, its state
+    the tree that stock has, and a part that is one value is taken apart as the stock planner does.
     """
-    found = Catalog(checkpoint)
-    numbers = {(t.part, t.name): number for number, t in enumerate(checkpoint.index.tensors)}
+    found = Catalog(source)
+    numbers = {(t.part, t.name): number for number, t in enumerate(source.index.tensors)}
+    objects = list(_objects(source))
+    parameters = _parameters(objects, source.index.tensors)
     inside: set[tuple[str, str]] = set()
     groups: dict[str, int] = {}
-    for part, name, data in _objects(checkpoint):
-        path: Path = (part,) if name == _VALUE else (part, name)
+    for part, name, data in objects:
+        path: Path = (part,) if name == _VALUE else _path(part, name, parameters)
         if is_group_name(name):
             path = (part, PREFIX, groups.setdefault(part, 0))
             groups[part] += 1
@@ -120,14 +194,43 @@ def _of_parts(checkpoint: Checkpoint) -> Catalog:
         _add_nested(found, path, data, names, is_group=is_group_name(name))
     for (part, name), number in numbers.items():
         if (part, name) not in inside:
-            found.add_tensor((part, name), number)
+            found.add_tensor(_path(part, name, parameters), number)
     return found
+
+
+def _parameters(
+    objects: Sequence[tuple[str, str, bytes]], tensors: Sequence[TensorEntry]
+) -> dict[str, set[str]]:
+    """Return the names of the parameters of each optimizer, by part."""
+    blanks = {each.name: _blank(each) for each in tensors}
+    found: dict[str, set[str]] = {}
+    for part, name, data in objects:
+        if is_group_name(name):
+            try:
+                group = decode(data, tensors=blanks, path=f"{part}.{name}")
+            except IncompatibleError:
+                continue  # said of the group when it is asked for
+            if isinstance(group, dict) and isinstance(group.get("params"), list):
+                found.setdefault(part, set()).update(map(str, group["params"]))
+    return found
+
+
+def _path(part: str, name: str, parameters: Mapping[str, set[str]]) -> Path:
+    """Return where the entry `name` of `part` lies: an optimizer's below its parameter."""
+    if part in parameters and name.startswith(STATE):
+        rest = name.removeprefix(STATE)
+        cut = rest.rfind(".")
+        while cut > 0:  # a parameter's name has dots, and so may a key
+            if rest[:cut] in parameters[part]:
+                return part, STATE.removesuffix("."), rest[:cut], rest[cut + 1 :]
+            cut = rest.rfind(".", 0, cut)
+    return part, name
 
 
 def _add_nested(
     found: Catalog, path: Path, data: bytes, numbers: Mapping[str, int], *, is_group: bool
 ) -> None:
-    tensors = found.checkpoint.index.tensors
+    tensors = found.source.index.tensors
     blanks = {name: _blank(tensors[number]) for name, number in numbers.items()}
     try:
         value = decode(data, tensors=blanks, path=_joined(path))
@@ -154,15 +257,20 @@ def _leaves(value: object) -> Iterator[tuple[Path, object]]:
         yield tuple(planner.mappings[fqn][1:]), leaf
 
 
-def _objects(checkpoint: Checkpoint) -> Iterator[tuple[str, str, bytes]]:
+def _objects(source: Source) -> Iterator[tuple[str, str, bytes]]:
     """Yield part, name and encoding of every value that all ranks share.
 
     What each rank has for itself is not for stock, which takes equal names for one value.
     """
-    for entry in checkpoint.index.objects:
+    if not isinstance(source, Checkpoint):
+        for part in source.parts:
+            for name, data in source.read_objects(part, rank=0).items():
+                yield part, name, data
+        return
+    for entry in source.index.objects:
         if entry.rank is None:
-            where = f"part {entry.part!r} of {checkpoint.where}"
-            for name, data in document.decode(checkpoint.read_object(entry), where=where).items():
+            where = f"part {entry.part!r} of {source.where}"
+            for name, data in document.decode(source.read_object(entry), where=where).items():
                 yield entry.part, name, data
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,19 +13,27 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
+from dist_ckpt.dcp.tree import with_tree
+from dist_ckpt.dcp.turns import in_stock_save
+from dist_ckpt.errors import CheckpointError
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
+from dist_ckpt.repository.collect import delete_attempt
+from dist_ckpt.waiting import Latch
+
+_LOOK_SECONDS = 0.2
 
 
 class StockReport(msgspec.Struct, frozen=True):
-    """What a rank wrote: its files and Python values, and how long it took."""
+    """What a rank wrote, and how long it took; on rank 0 the file of the tree, too."""
 
     save_id: str
     files: list[WrittenFile]
     documents: list[Document]
     stage_seconds: float
     write_seconds: float
+    tree: WrittenFile | None = None
 
     @property
     def nbytes(self) -> int:
@@ -32,12 +41,46 @@ class StockReport(msgspec.Struct, frozen=True):
         return sum(file.nbytes for file in self.files)
 
 
-@dataclass(frozen=True, slots=True)
 class StockAttempt:
-    """An attempt between its plans and its results."""
+    """An attempt between its plans and its results, on rank 0.
 
-    transaction: Transaction
-    plans: Sequence[SavePlan]
+    Args:
+        transaction: where the files go.
+        plans: by rank; let go of when the save is over.
+    """
+
+    def __init__(self, transaction: Transaction, plans: Sequence[SavePlan]) -> None:
+        self.transaction = transaction
+        self._plans = plans
+
+    def clean_up(self) -> None:
+        """Remove what all ranks wrote, unless the checkpoint may exist; for when all have ended.
+
+        What cannot be removed now is garbage for the next job's first save.
+        """
+        self._plans = ()
+        if not self.transaction.may_exist:
+            with suppress(CheckpointError):
+                store, step = self.transaction.store, self.transaction.step
+                delete_attempt(store, step, self.transaction.save_id)
+
+    def clean_up_when(self, over: Latch) -> None:
+        """Do so when the save is over: nothing tells a writer that it failed on another rank.
+
+        In a thread: who tells it may be a destructor, which must not wait for a store. And one that
+        comes late, where the error is kept or waits for the garbage collection: so stock's own call
+        is looked at as well.
+        """
+        caller = threading.get_ident()
+        seen = in_stock_save(caller)  # false if another program follows the protocol
+
+        def wait() -> None:
+            while not over.wait(_LOOK_SECONDS):
+                if seen and not in_stock_save(caller):
+                    break
+            self.clean_up()
+
+        threading.Thread(target=wait, name="dist_ckpt-tidy", daemon=True).start()
 
     def commit(
         self,
@@ -57,9 +100,9 @@ class StockAttempt:
         transaction = self.transaction
         shares = [
             RankShare(*described(plan), report.files, report.documents)
-            for plan, report in zip(self.plans, reports, strict=True)
+            for plan, report in zip(self._plans, reports, strict=True)
         ]
-        index = build_index(shares)
+        index = with_tree(build_index(shares), reports[0].tree)
         parts = [tensor.part for tensor in index.tensors]
         parts += [entry.part for entry in index.objects]
 

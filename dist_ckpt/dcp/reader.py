@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,13 +15,24 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dist_ckpt.dcp.catalog import Catalog, catalog
-from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
-from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
+from dist_ckpt.dcp.catalog import Catalog, catalog, stock_catalog
+from dist_ckpt.dcp.edge import (
+    CheckpointId,
+    Place,
+    names_step,
+    open_store,
+    plain_errors,
+    step_of,
+)
+from dist_ckpt.dcp.planners import is_stock
+from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
+from dist_ckpt.foreign.dcp_files import is_stock as holds_stock
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.location import find_detached, find_foreign, locate
+from dist_ckpt.loading.matching import can_cast
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.ties import Ties
 from dist_ckpt.loading.wanted import Wanted
@@ -28,7 +40,7 @@ from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import unless_deleted
-from dist_ckpt.state.layout import dtype_name
+from dist_ckpt.state.layout import dtype_name, dtype_of
 
 _IN_FLIGHT_BYTES = 64 << 20
 
@@ -57,45 +69,68 @@ class Reader(StorageReader):
 
     Every byte that reaches a tensor is verified, only the bytes that a rank wants are read, and
     nothing stored is executed. A tensor of another dtype than the stored one is refused, where
-    stock would convert it without a word.
+    stock would convert it without a word; `cast=True` converts where no number becomes another
+    thing.
 
     Checkpoints of `dist_ckpt.save` and of `Checkpointer` can be read too: their parts are the keys
-    of the state dict. What they keep for each rank (random number generators) is left out.
+    of the state dict. What they keep for each rank (random number generators) is left out. And so
+    can the directory of a stock checkpoint, of which nothing is executed either; it has no digests
+    to verify anything by.
     """
 
-    def __init__(self, url: Place, *, step: int | None = None, ties: TieRule = "refuse") -> None:
+    def __init__(
+        self,
+        url: Place,
+        *,
+        step: int | None = None,
+        ties: TieRule = "refuse",
+        cast: bool = False,
+    ) -> None:
         """Describe the checkpoint; nothing is read yet.
 
         Args:
-            url: the run: a path, a URL, or a `Store`; the same on every rank.
+            url: the run: a path, a URL, or a `Store`; the same on every rank. Or the directory of
+                one step, or of a stock checkpoint.
             step: which checkpoint, None for the newest. Another one is never taken for it.
             ties: where entries of the state dict share memory and the checkpoint has different
                 values for them: "refuse" is an error that names both, before anything is changed;
-                "last" lets the last entry have its way.
+                "last" lets the last entry have its way, as stock does. A planner with a
+                `resolve_tensor` of its own is always asked as stock asks it, entry by entry.
+            cast: let floating tensors take another floating dtype, and integers a wider one, as
+                `dist_ckpt.load(cast=True)` does.
 
         Raises:
-            UsageError: the place, the step or `ties` is malformed.
+            UsageError: the place, the step, `ties` or `cast` is malformed.
         """
         if ties not in TIE_RULES:
             raise UsageError(f"ties is one of {', '.join(TIE_RULES)}, not {ties!r}")
+        if not isinstance(cast, bool):
+            raise UsageError(f"cast is True or False, not {cast!r}")
         self._ties: TieRule = ties
+        self._cast = cast
         self._step = None if step is None else check_step(step)
-        self._repository = Repository(open_store(url))
+        self._place = url
+        self._store = open_store(url)
         self._catalog: Catalog | None = None
         self._failure: CheckpointError | None = None
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process: what is asked for, and nothing of what is open.
+        return {**self.__dict__, "_catalog": None, "_failure": None}
+
+    def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
         """Forget what was read; choose the step, if `checkpoint_id` names one.
 
         Raises:
-            UsageError: it is a path, or anything else that is no step.
+            UsageError: it is a path that leads out of the run, or anything else that is no step.
         """
         self._catalog = self._failure = None
         if checkpoint_id is not None:
-            self._step = step_of(checkpoint_id)
+            step = step_of(checkpoint_id, self._store)
+            self._step = self._step if step is None else step
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         """Tell whether `checkpoint_id` names a step."""
         return names_step(checkpoint_id)
 
@@ -109,10 +144,11 @@ class Reader(StorageReader):
         self._catalog = self._failure = None
         try:
             with plain_errors():
-                repository, step = self._repository, self._step
-                opened = repository.open_latest() if step is None else repository.open(step)
-                self._catalog = catalog(opened)
-                return self._catalog.metadata()
+                self._catalog = self._open()
+                metadata = self._catalog.metadata()
+                if metadata.storage_meta is not None:
+                    metadata.storage_meta.load_id = str(uuid.uuid4())
+                return metadata
         except CheckpointError as error:
             self._failure = error
             return _Unreadable(error)
@@ -136,8 +172,8 @@ class Reader(StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say which checkpoint this rank reads; see `StorageReader.prepare_local_plan`."""
-        checkpoint = self._opened.checkpoint
-        return replace(plan, storage_data=_Opened(checkpoint.where, checkpoint.manifest.save_id))
+        source = self._opened.source
+        return replace(plan, storage_data=_Opened(source.where, source.save_id))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Rank 0: see that all ranks read one checkpoint; see `StorageReader.prepare_global_plan`.
@@ -159,20 +195,16 @@ class Reader(StorageReader):
         """Fill the tensors and hand over the values; see `StorageReader.read_data`.
 
         Raises:
-            IncompatibleError: a tensor has another dtype than the stored one; nothing was changed.
+            IncompatibleError: a tensor has another dtype than the stored one; nothing was changed,
+                unless the planner resolves tensors in a way of its own.
             IntegrityError: stored bytes differ from their digest.
             NotFound: the checkpoint was deleted since it was opened.
         """
-        with plain_errors(), unless_deleted(self._opened.checkpoint):
-            wanted = [item for item in plan.items if item.type == LoadItemType.TENSOR]
-            targets = [self._target(item, planner) for item in wanted]
-            self._fill(targets)
-            for item, target in zip(wanted, targets, strict=True):
-                planner.commit_tensor(item, target.local.memory)
-            for item in plan.items:
-                if item.type == LoadItemType.BYTE_IO:
-                    value = self._opened.values[item.storage_index.fqn]()
-                    planner.load_bytes(item, _as_stock_wants(value))
+        with plain_errors(), unless_deleted(self._opened.source):
+            if is_stock(planner, "resolve_tensor", "transform_tensor", "lookup_tensor"):
+                self._read_at_once(plan, planner)
+            else:
+                self._read_in_turn(plan, planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -183,29 +215,101 @@ class Reader(StorageReader):
             raise UsageError("no checkpoint is open: torch.distributed.checkpoint.load opens it")
         return self._catalog
 
-    def _target(self, item: ReadItem, planner: LoadPlanner) -> Wanted:
+    def _open(self) -> Catalog:
+        location = locate(self._place, self._step)
+        if location.file is not None:
+            return catalog(find_foreign(location))
+        if location.step is not None and find_detached(location) is None:
+            return catalog(Repository(location.store).open(location.step))
+        try:
+            # Whatever else lies in a run, its checkpoints come first.
+            return catalog(Repository(location.store).open_latest())
+        except NotFound:
+            detached = find_detached(location)
+        if detached is not None:
+            return catalog(Repository(detached.store).open_latest())
+        if holds_stock(location.store):
+            return stock_catalog(location.store)
+        return catalog(find_foreign(location))
+
+    def _read_at_once(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read for a planner whose tensors are those of the state dict."""
+        wanted = [item for item in plan.items if _is_tensor(item)]
+        targets = {id(item): self._target(item, planner.resolve_tensor(item)) for item in wanted}
+        self._fill([*targets.values()])
+        for item in plan.items:
+            if _is_tensor(item):
+                planner.commit_tensor(item, targets[id(item)].local.memory)
+            else:
+                self._hand_over(item, planner)
+
+    def _read_in_turn(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read for a planner that may make each tensor up: one at a time, as stock asks for them.
+
+        What it gives for an item is committed before the next one is asked for. So the stored
+        bytes come to memory of ours first, a window of them at a time.
+        """
+        for window in _windows(plan.items, self._nbytes):
+            staged = {id(item): self._staged(item) for item in window if _is_tensor(item)}
+            self._fill([*staged.values()])
+            for item in window:
+                if not _is_tensor(item):
+                    self._hand_over(item, planner)
+                    continue
+                target = self._target(item, planner.resolve_tensor(item)).local.memory
+                target.copy_(staged.pop(id(item)).local.memory)
+                planner.commit_tensor(item, target)
+
+    def _hand_over(self, item: ReadItem, planner: LoadPlanner) -> None:
+        value = self._opened.values[item.storage_index.fqn]()
+        planner.load_bytes(item, _as_stock_wants(value))
+
+    def _nbytes(self, item: ReadItem) -> int:
+        number = self._opened.tensors.get(item.storage_index.fqn)
+        if number is None:
+            return 0
+        dtype = dtype_of(self._opened.source.index.tensors[number].dtype)
+        return math.prod(item.lengths) * dtype.itemsize
+
+    def _staged(self, item: ReadItem) -> Wanted:
+        """Return memory of our own for what `item` wants."""
+        number = self._opened.tensors[item.storage_index.fqn]
+        dtype = dtype_of(self._opened.source.index.tensors[number].dtype)
+        return self._target(item, torch.empty(tuple(item.lengths), dtype=dtype))
+
+    def _target(self, item: ReadItem, tensor: torch.Tensor) -> Wanted:
         fqn = item.storage_index.fqn
         number = self._opened.tensors[fqn]
-        tensor = self._opened.checkpoint.index.tensors[number]
-        memory = planner.resolve_tensor(item).detach()
-        if dtype_name(memory.dtype) != tensor.dtype or memory.device.type == "meta":
+        source = self._opened.source
+        stored = source.index.tensors[number]
+        dtype = dtype_of(stored.dtype)
+        memory = tensor.detach()
+        fits = memory.dtype == dtype or (self._cast and can_cast(dtype, memory.dtype))
+        if not fits or memory.device.type == "meta":
+            way = "give a tensor of the stored dtype, with memory"
+            if not fits and can_cast(dtype, memory.dtype):
+                way += ", or Reader(..., cast=True)"
             raise IncompatibleError(
-                f"{fqn!r} is {tensor.dtype} in {self._opened.checkpoint.where}, and the state dict "
-                f"has {dtype_name(memory.dtype)} on {memory.device}: give a tensor of the stored "
-                "dtype, with memory; nothing was changed"
+                f"{fqn!r} is {stored.dtype} in {source.where}, and the state dict has "
+                f"{dtype_name(memory.dtype)} on {memory.device}: {way}; it was not changed"
             )
-        chunk = item.storage_index.offset or torch.Size([0] * len(tensor.shape))
-        offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
         sizes = tuple(item.lengths)
-        box = Held(tensor.part, tensor.name, tensor.dtype, tensor.shape, offsets, sizes)
-        return Wanted(number, LocalBox(box, memory), memory.dtype)
+        if tuple(memory.shape) != sizes:
+            raise IncompatibleError(
+                f"the planner gave {list(memory.shape)} for {fqn!r}, and asked for {list(sizes)}: "
+                "resolve_tensor returns what the item names; it was not changed"
+            )
+        chunk = item.storage_index.offset or torch.Size([0] * len(stored.shape))
+        offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
+        box = Held(stored.part, stored.name, stored.dtype, stored.shape, offsets, sizes)
+        return Wanted(number, LocalBox(box, memory), dtype)
 
     def _fill(self, wanted: Sequence[Wanted]) -> None:
-        checkpoint = self._opened.checkpoint
+        source = self._opened.source
         ties = Ties(
-            checkpoint.index,
+            source.index,
             wanted,
-            where=checkpoint.where,
+            where=source.where,
             rule=self._ties,
             window_bytes=_IN_FLIGHT_BYTES,
         )
@@ -216,13 +320,37 @@ class Reader(StorageReader):
         ties.finish()
 
     def _fetch(self, wanted: Sequence[Wanted]) -> None:
-        checkpoint = self._opened.checkpoint
-        sizes = [file.nbytes for file in checkpoint.index.files]
+        source = self._opened.source
+        sizes = [file.nbytes for file in source.index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)
-        filling = ReadTargets(checkpoint.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
+        filling = ReadTargets(source.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
-            checkpoint, files, filling, verify=True, in_flight_bytes=_IN_FLIGHT_BYTES
+            source, files, filling, verify=source.verified, in_flight_bytes=_IN_FLIGHT_BYTES
         ).fetch_all()
+
+
+def _is_tensor(item: ReadItem) -> bool:
+    return item.type == LoadItemType.TENSOR
+
+
+def _windows(
+    items: Sequence[ReadItem], nbytes_of: Callable[[ReadItem], int]
+) -> Iterator[list[ReadItem]]:
+    """Yield the items in their order, as many at a time as fit into the memory in flight."""
+    window: list[ReadItem] = []
+    taken = 0
+    for item in items:
+        nbytes = nbytes_of(item)
+        if window and taken + nbytes > _IN_FLIGHT_BYTES:
+            yield window
+            window, taken = [], 0
+        window.append(item)
+        taken += nbytes
+    if window:
+        yield window
+
+
+_FIELDS = frozenset(each.name for each in fields(Metadata))
 
 
 class _Unreadable(Metadata):
@@ -231,14 +359,16 @@ class _Unreadable(Metadata):
     def __init__(self, error: CheckpointError) -> None:
         self._error = error
 
-    @property
-    def state_dict_metadata(self) -> Any:  # type: ignore[override]
-        raise self._error
+    def __getattribute__(self, name: str) -> Any:
+        if name in _FIELDS:
+            raise object.__getattribute__(self, "_error")
+        return object.__getattribute__(self, name)
 
 
 def _as_stock_wants(value: object) -> io.BytesIO:
     """Return what stock load planners take: a pickle, made here and never stored."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    # Not as a zip archive: for a number that takes twice as long to write and to read.
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
     buffer.seek(0)
     return buffer

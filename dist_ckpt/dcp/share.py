@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.dcp.items import described, paths_of
+from dist_ckpt.dcp.planners import value_of
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.boxes import volume
@@ -24,13 +23,6 @@ from dist_ckpt.planning.owners import Owned
 from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.state.objects import encode
 from dist_ckpt.storage.direct import aligned_buffer
-
-
-@runtime_checkable
-class _Lookup(Protocol):
-    """What the stock planner has beyond `SavePlanner`: the live value behind an item."""
-
-    def lookup_object(self, index: MetadataIndex) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +55,14 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
     """Encode the Python values of `plan`, taken from `planner` as they are, not as its pickles.
 
     Raises:
-        UsageError: a value of an unknown type, named by its path; or a planner without values.
+        UsageError: a value of an unknown type, named by its path; or see `value_of`.
     """
     paths = paths_of(plan)
     values: dict[str, dict[str, bytes]] = {}
     for item in plan.items:
         if item.type == WriteItemType.BYTE_IO:
             part, name = part_and_name(item.index.fqn, paths)
-            data = encode(_value(planner, item), path=item.index.fqn)
+            data = encode(value_of(planner, item), path=item.index.fqn)
             values.setdefault(part, {})[name] = data
     documents = {part: document.encode(objects) for part, objects in values.items()}
     items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
@@ -118,12 +110,3 @@ def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> Non
         )
     target = torch.frombuffer(image, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     target.view(tensor.shape).copy_(tensor)
-
-
-def _value(planner: SavePlanner, item: WriteItem) -> object:
-    if not isinstance(planner, _Lookup):
-        raise UsageError(
-            f"{type(planner).__qualname__} has no lookup_object, so {item.index.fqn!r} could only "
-            "be stored as a pickle: derive the planner from DefaultSavePlanner"
-        )
-    return planner.lookup_object(item.index)

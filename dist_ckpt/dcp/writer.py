@@ -2,55 +2,55 @@
 
 The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
 no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
-it has all results.
+it has all results. What belongs to a save is kept by its thread: see `dist_ckpt.dcp.in_flight`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+import msgspec
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dist_ckpt import events
+from dist_ckpt.dcp import process, turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport
-from dist_ckpt.dcp.edge import Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.in_flight import (
+    Assigned,
+    OfThread,
+    Results,
+    Save,
+    Wish,
+    check_wishes,
+    mixed_up,
+)
 from dist_ckpt.dcp.items import described, without_empty
+from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.share import file_images, resolve_share
+from dist_ckpt.dcp.tree import TREE_FILE, tree_image
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.repository import Repository, Transaction
+from dist_ckpt.storage.parallel import in_parallel
 
 _log = logging.getLogger("dist_ckpt")
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a rank was asked to save, on its way to rank 0."""
-
-    step: int
-    url: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Assigned:
-    """Which attempt a rank writes for, and as whom, on its way back."""
-
-    step: int
-    save_id: str
-    rank: int
-
-
-class Writer(StorageWriter):
+class Writer(StorageWriter, AsyncStager):
     """Writes a checkpoint of dist_ckpt under `torch.distributed.checkpoint.save` and `async_save`.
 
     ```python
@@ -66,10 +66,14 @@ class Writer(StorageWriter):
     rank has written its share, every byte has a digest, Python values are stored as typed JSON and
     never as pickles, and a job that was replaced can no longer commit.
 
-    A Writer takes the run over at its first save. One may serve all saves of a program, one after
-    another, `checkpoint_id` then being the step. The plan cache of the stock planner
-    (`enable_plan_caching`) keeps the plan from the writer, and is refused.
+    A Writer takes the run over at its first save. One may serve all saves of a program,
+    `checkpoint_id` then being the step. Saves of `async_save` may be in flight together: each has
+    the state of its call, and they are written one after another. With the plan cache of the stock
+    planner (`enable_plan_caching`) plans are made anew at each save all the same.
     """
+
+    # Nothing is left to wait for when `stage` returned.
+    _synchronize_after_execute = False
 
     def __init__(
         self,
@@ -94,23 +98,62 @@ class Writer(StorageWriter):
         self._metrics = dict(metrics or {})
         self._metadata = dict(metadata or {})
         self._repository = Repository(open_store(url))
-        self._claim: int | None = None
-        # By save_id: nothing tells a writer that its attempt failed on another rank, and what such
-        # an attempt left here must never be taken for the next one's.
-        self._attempts: dict[str, StockAttempt] = {}
-        self._litter = True
+        self._ownership = process.Ownership()
+        self._types: process.RegisteredTypes | None = None  # from another process
+        self._here = OfThread()
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process: what is asked for, and no connection, thread or save.
+        step = self._step if self._here.step is None else self._here.step
+        types = process.RegisteredTypes.here()
+        return {**self.__dict__, "_step": step, "_types": types, "_here": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._here = OfThread()
+        self._ownership = self._ownership.shared()
+        if self._types is not None:
+            self._types.register()
+
+    def reset(self, checkpoint_id: CheckpointId | None = None) -> None:
         """Choose the step of the next save, if `checkpoint_id` names one: a number as text.
 
+        That is the next save of the calling thread; of another one only where none is named there.
+
         Raises:
-            UsageError: it is a path, or anything else that is no step.
+            UsageError: it is a path that leads out of the run, or anything else that is no step; in
+                another thread than the main one the save raises it.
         """
-        if checkpoint_id is not None:
-            self._step = step_of(checkpoint_id)
+        self._here.refusal = None
+        if checkpoint_id is None:
+            return
+        try:
+            step = step_of(checkpoint_id, self._repository.store)
+            # The run itself names no step: that of the Writer is meant.
+            self._step = self._here.step = self._step if step is None else step
+        except UsageError as error:
+            # In the background it is told where every rank hears of it, and where the turn of this
+            # save has come: one that ended before would hold up those behind it.
+            if threading.current_thread() is threading.main_thread():
+                raise
+            self._here.refusal = error
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy the state that `async_save` is given; see `AsyncStager.stage`.
+
+        As stock does by default. The save of the copy begins when those staged before are over: a
+        rank that began another one than its peers would get what is meant for that.
+        """
+        return turns.stage(state_dict)
+
+    def synchronize_staging(self) -> None:
+        """Return at once: `stage` has copied everything."""
+
+    def close(self) -> None:
+        """Release nothing: a Writer holds nothing open between saves."""
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: CheckpointId) -> bool:
         """Tell whether `checkpoint_id` names a step."""
         return names_step(checkpoint_id)
 
@@ -125,19 +168,23 @@ class Writer(StorageWriter):
                 "use_collectives=False leaves every rank to itself, and one checkpoint of all "
                 "ranks cannot come of that: leave it out"
             )
+        turns.wait_for_those_before()
+        self._begin()
+        if self._here.refusal is not None:
+            raise self._here.refusal
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Say what this rank was asked to save; see `StorageWriter.prepare_local_plan`.
 
         Raises:
-            UsageError: the planner keeps its plan to itself, or a tensor cannot be stored.
+            UsageError: a tensor cannot be stored, or the planner keeps its plan to itself.
         """
-        # An empty list of items that stands for what was planned before, by whichever writer.
-        if not getattr(plan, "usable", True):
-            raise _cached_plan()
         with plain_errors():
+            plan = whole_local(plan)
             described(plan)
-        return replace(plan, storage_data=_Asked(self._step, self._repository.store.url))
+        save = self._here.save or self._begin()
+        asked = Wish(save.step, self._repository.store.url, save.token)
+        return replace(plan, storage_data=asked)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Rank 0: begin the attempt; see `StorageWriter.prepare_global_plan`.
@@ -148,15 +195,27 @@ class Writer(StorageWriter):
             FencedError: another job has taken the run over.
         """
         with plain_errors():
-            _check_same([plan.storage_data for plan in plans])
-            if self._claim is None:
-                self._claim = self._repository.claim()
-            transaction = self._repository.begin(self._step, self._claim)
+            try:
+                plans = whole_global(plans)
+            finally:
+                forget_global(Wish)
+            asked: list[Wish] = [plan.storage_data for plan in plans]
+            check_wishes(asked)
+            save = self._here.save
+            # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
+            if save is None or save.token not in [each.token for each in asked]:
+                raise mixed_up()
+            transaction = self._repository.begin(save.step, self._claim())
             whole = without_empty(plans)
-            self._attempts[transaction.save_id] = StockAttempt(transaction, whole)
+            save.attempt = StockAttempt(transaction, whole)
+            if len(plans) > 1:
+                save.attempt.clean_up_when(save.over)
             return [
-                replace(plan, storage_data=_Assigned(self._step, transaction.save_id, rank))
-                for rank, plan in enumerate(whole)
+                replace(
+                    plan,
+                    storage_data=Assigned(save.step, transaction.save_id, rank, each.token),
+                )
+                for rank, (plan, each) in enumerate(zip(whole, asked, strict=True))
             ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -166,13 +225,18 @@ class Writer(StorageWriter):
             UsageError: a value or a tensor cannot be stored; the message has its path.
             StorageError: a file could not be stored whole.
         """
-        # Told at the first save, where it still works, and not by a failure of the second.
-        if getattr(planner, "_enable_plan_caching", False):
-            raise _cached_plan()
+        forget(planner)
+        save, self._here.save = self._here.save, None
         with plain_errors():
+            # Given away here, so that it is over when stock lets go of the results, or of the
+            # error; or when this thread ends or begins another one.
+            if save is None or save.token != plan.storage_data.token:
+                raise mixed_up()
+            self._here.writing = weakref.ref(save)
+            self._here.end = turns.ThreadEnd(save.over)
             report = self._write(plan, planner)
         future: Future[list[WriteResult]] = Future()
-        future.set_result([WriteResult(MetadataIndex(""), report.nbytes, report)])
+        future.set_result(Results(report, save))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -186,22 +250,57 @@ class Writer(StorageWriter):
         """
         with plain_errors():
             reports: list[StockReport] = [result.storage_data for (result,) in results]
-            attempt = self._attempts.pop(reports[0].save_id)
+            save = self._here.writing() if self._here.writing is not None else None
+            attempt = None if save is None else save.attempt
+            if save is None or attempt is None:
+                raise mixed_up()
+            if any(each.save_id != attempt.transaction.save_id for each in reports):
+                raise mixed_up()
             begun = time.perf_counter()
-            attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
+            try:
+                image = tree_image(metadata)
+                if image is not None:
+                    tree = _put(attempt.transaction, 0, TREE_FILE, image)
+                    reports[0] = msgspec.structs.replace(reports[0], tree=tree)
+                attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
+            finally:
+                # Every rank has reported, so none writes any more.
+                attempt.clean_up()
+                save.over.open()
             self._announce(attempt.transaction, reports[0], time.perf_counter() - begun)
             self._tidy(attempt.transaction)
+
+    def _begin(self) -> Save:
+        """Begin a save on this thread; the one before it on this thread is over."""
+        here = self._here
+        here.end = None
+        here.save = Save(self._step if here.step is None else here.step)
+        return here.save
+
+    def _claim(self) -> int:
+        with process.lock:
+            if self._ownership.claim is None:
+                self._ownership.claim = self._repository.claim()
+            return self._ownership.claim
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> StockReport:
         assigned = plan.storage_data
         transaction = Transaction(self._repository.store, assigned.step, assigned.save_id)
         begun = time.perf_counter()
-        share = resolve_share(plan, planner)
-        staging = time.perf_counter() - begun
-        files: list[WrittenFile] = []
-        for name, image in file_images(assigned.rank, share):
-            files.append(_put(transaction, assigned.rank, name, image))
-            del image  # before the next one is made: memory for one is all that this takes
+        try:
+            share = resolve_share(plan, planner)
+            staging = time.perf_counter() - begun
+            files: list[WrittenFile] = []
+            for name, image in file_images(assigned.rank, share):
+                files.append(_put(transaction, assigned.rank, name, image))
+                del image  # before the next one is made: memory for one is all that this takes
+        except BaseException as error:
+            # At once: there may be no room for another save, and none commits without this rank.
+            with suppress(Exception):
+                transaction.discard()
+            if isinstance(error, UsageError) and self._types is not None:
+                raise self._types.explain(error) from error
+            raise
         writing = time.perf_counter() - begun - staging
         return StockReport(assigned.save_id, files, share.described_documents(), staging, writing)
 
@@ -223,11 +322,13 @@ class Writer(StorageWriter):
 
     def _tidy(self, transaction: Transaction) -> None:
         """Remove what dead attempts left, once; a failure here never undoes the commit."""
-        if not self._litter:
+        if self._ownership.tidied:
             return
         try:
-            self._repository.collect(claim=transaction.claim, in_flight=self._attempts.keys())
-            self._litter = False
+            # Of earlier claims alone: what saves of this one write, here or in the process of
+            # another copy of this Writer, nobody here knows, and they clean up after themselves.
+            self._repository.collect(claim=transaction.claim - 1, in_flight=())
+            self._ownership.tidied = True
         except CheckpointError as error:
             url, step = without_secrets(transaction.store.url), transaction.step
             events.emit(events.RetentionFailed(url, step, 0, error))
@@ -239,9 +340,15 @@ class Writer(StorageWriter):
 def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> WrittenFile:
     """Store one file, durably, and tell the listeners of it."""
     begun = time.perf_counter()
-    # Digested before the bytes leave: what storage does to them later cannot go unnoticed.
-    blocks = block_digests(image)
-    key = transaction.put_file(name, [image])
+    blocks: list[bytes] = []
+    keys: list[str] = []
+    # Both at once, of bytes that no store can change: the disk need not wait for the digests.
+    work = [
+        lambda: keys.append(transaction.put_file(name, [image.toreadonly()])),
+        lambda: blocks.append(block_digests(image)),
+    ]
+    in_parallel(lambda part: part(), work, threads=len(work))
+    (key,) = keys
     events.emit(
         events.FileWritten(
             transaction.store.url,
@@ -253,20 +360,4 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
             seconds=time.perf_counter() - begun,
         )
     )
-    return WrittenFile(name, len(image), blocks)
-
-
-def _check_same(asked: Sequence[_Asked]) -> None:
-    for rank, each in enumerate(asked):
-        if each != asked[0]:
-            raise UsageError(
-                f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
-                f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
-            )
-
-
-def _cached_plan() -> UsageError:
-    return UsageError(
-        "a planner with enable_plan_caching=True does not tell a writer what it plans: make the "
-        "planner without it"
-    )
+    return WrittenFile(name, len(image), blocks[0])

@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -33,6 +34,7 @@ from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.storage.base import Store, is_key, read_all
+from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel
 
 METADATA = ".metadata"
@@ -60,8 +62,14 @@ class _Blob:
     nbytes: int
 
 
-def read_stock(store: Store) -> Found:
+def read_stock(
+    store: Store, *, place: Callable[[Sequence[ForeignLeaf], str], Placed] = sort_into_parts
+) -> Found:
     """Describe the stock checkpoint in `store`; nothing in it is executed.
+
+    Args:
+        store: its directory.
+        place: gives the leaves their parts and names.
 
     Raises:
         NotFound: there is none.
@@ -77,9 +85,7 @@ def read_stock(store: Store) -> Found:
         problem = f"it cannot be read as DCP's metadata: {describe(error)}"
         raise _broken(f"{METADATA} in {store.url}", problem) from error
     where = f"the stock checkpoint in {store.url}"
-    reading = _Reading(
-        store, sorted({sort_into_parts.key for sort_into_parts in found.places.values()}), where
-    )
+    reading = _Reading(store, sorted({each.key for each in found.places.values()}), where)
     blobs = _Blobs(found, reading)
     entries: list[ForeignLeaf] = []
     unreadable: list[str] = []
@@ -96,7 +102,7 @@ def read_stock(store: Store) -> Found:
             found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
             chunks[number] = _with_elements(tensor.shape, found_at)
     tell_unreadable(store.url, where, unreadable)
-    return _described(reading, sort_into_parts(entries, where), chunks)
+    return _described(reading, place(entries, where), chunks)
 
 
 def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
@@ -280,6 +286,22 @@ def _described(
         placed.objects,
         permuted=runs.permuted,
     )
+
+
+def value_in(data: bytes) -> Any:
+    """Return the Python value in what `torch.save` wrote, read as those of a checkpoint are.
+
+    Raises:
+        IntegrityError: it is no such archive, or holds more than plain values and whole tensors.
+        IncompatibleError: a tensor does not fill one run of bytes.
+    """
+    store, key = MemoryStore("dist_ckpt.foreign"), uuid4().hex
+    store.put(key, [data])
+    try:
+        reading = _Reading(store, [key], "the value")
+        return _Value(reading, _Blob(0, 0, len(data))).read()
+    finally:
+        store.delete([key])
 
 
 def is_stock(store: Store) -> bool:

@@ -8,7 +8,7 @@ plan alone, and no layout ever travels. `lay_out` puts the images of files into 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -22,6 +22,15 @@ from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.owners import Owned
 from dist_ckpt.staging.arena import Arena, aligned, as_tensor
 from dist_ckpt.storage.direct import aligned_buffer
+
+MANY_PARTS = 16
+"""From so many parts on a rank puts the small ones together, so that a file is worth its cost."""
+
+SMALL_BYTES = 16 << 20
+"""Up to so many bytes a rank's share of a part is small."""
+
+_SHARED_BYTES = 64 << 20
+"""About how large a file of several parts becomes."""
 
 _HEADER_METADATA = {"format": "pt"}  # what loaders of safetensors files look for
 # What a header holds besides names: the length prefix, the metadata, and for each entry the keys
@@ -79,6 +88,9 @@ def plan_files(
 ) -> list[FilePlan]:
     """Lay out the files of each part that `rank` writes boxes of.
 
+    Of many parts the small ones share files, which bear the name of the first one in them, and the
+    names of entries there begin with their part.
+
     Args:
         rank: who writes.
         held: the boxes it holds.
@@ -89,13 +101,22 @@ def plan_files(
     by_part: dict[str, list[Owned]] = {}
     for box in owned:
         by_part.setdefault(held[box.held].part, []).append(box)
-    plans = []
-    for part, boxes in by_part.items():
-        entries = [_entry(held[box.held].tensor, box.box) for box in boxes]
-        for number, (start, stop) in enumerate(_cut(entries, max_file_bytes)):
-            planned = layout(entries[start:stop], _HEADER_METADATA)
-            name = shard_name(part, rank, number=number)
-            plans.append(FilePlan(name, planned, tuple(boxes[start:stop])))
+    plans: list[FilePlan] = []
+    sized = {
+        part: [(box, _entry(held[box.held].tensor, box.box)) for box in boxes]
+        for part, boxes in by_part.items()
+    }
+    small = _small(sized)
+    if small:
+        together = [
+            (box, replace(entry, name=f"{part}.{entry.name}"))
+            for part in small
+            for box, entry in sized.pop(part)
+        ]
+        most = min(max_file_bytes or _SHARED_BYTES, _SHARED_BYTES)
+        plans += _files_of(small[0], rank, together, most)
+    for part, boxes in sized.items():
+        plans += _files_of(part, rank, boxes, max_file_bytes)
     return plans
 
 
@@ -181,6 +202,27 @@ def check_reported_sizes(
             kind=ErrorKind.COVERAGE,
             ranks={rank: f"planned {planned}, reported {dict(reported)}"},
         )
+
+
+def _small(sized: Mapping[str, Sequence[tuple[Owned, ShardEntry]]]) -> list[str]:
+    """Return the parts that share files."""
+    if len(sized) < MANY_PARTS:
+        return []
+    return [
+        part
+        for part, entries in sized.items()
+        if sum(entry_nbytes(entry) for _, entry in entries) <= SMALL_BYTES
+    ]
+
+
+def _files_of(
+    part: str, rank: int, boxes: Sequence[tuple[Owned, ShardEntry]], max_file_bytes: int | None
+) -> Iterator[FilePlan]:
+    entries = [entry for _, entry in boxes]
+    for number, (start, stop) in enumerate(_cut(entries, max_file_bytes)):
+        planned = layout(entries[start:stop], _HEADER_METADATA)
+        owned = tuple(box for box, _ in boxes[start:stop])
+        yield FilePlan(shard_name(part, rank, number=number), planned, owned)
 
 
 def _entry(tensor: TensorEntry, box: Box) -> ShardEntry:

@@ -14,12 +14,21 @@ from dist_ckpt.state.standard import RESERVED
 
 @dataclass(frozen=True)
 class Registered:
-    """One registered type: its stored name and the two functions of it."""
+    """One registered type: its stored name and the two functions of it.
+
+    Attributes:
+        type: the class.
+        name: what checkpoints call it.
+        encode: value to something made of supported types.
+        decode: and back.
+        given: those of the two that were given; the others follow from the class.
+    """
 
     type: type
     name: str
     encode: Callable[[Any], object]
     decode: Callable[[Any], Any]
+    given: tuple[Callable[[Any], object] | None, Callable[[Any], Any] | None] = (None, None)
 
 
 class Registry:
@@ -57,6 +66,10 @@ class Registry:
     def by_name(self, name: str) -> Registered | None:
         """Return the entry stored as `name`."""
         return self._names.get(name)
+
+    def entries(self) -> list[Registered]:
+        """Return all entries, in the order in which they were registered."""
+        return list(self._names.values())
 
     def learn(self, kind: type) -> type:
         """Note a namedtuple class that a state holds; return the one of its name and fields.
@@ -146,7 +159,7 @@ def register(
             f"{_label(type_)} is no enum, dataclass or namedtuple: register it with encode= and "
             "decode="
         )
-    REGISTRY.add(Registered(type_, name, to_plain, from_plain))
+    REGISTRY.add(Registered(type_, name, to_plain, from_plain, (encode, decode)))
 
 
 def _own_form(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
@@ -44,13 +44,25 @@ class LimitStore(StoreWrapper):
         if max_bytes_per_second is not None and not max_bytes_per_second > 0:
             raise UsageError(f"max_bytes_per_second must be above 0, not {max_bytes_per_second}")
         self._most = max_concurrent
-        self._running: set[object] = set()
-        self._ended = Bell()
         self._rate = max_bytes_per_second
         self._clock = clock
         self._sleep = sleep
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The limits are those of each process: none knows what the others have under way.
+        of_process = {"_lock": None, "_running": None, "_ended": None}
+        return {**self.__dict__, **of_process}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._running: set[object] = set()
+        self._ended = Bell()
         self._lock = threading.Lock()
-        self._free_at = clock()
+        self._free_at = self._clock()
 
     def put(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from dist_ckpt.errors import AlreadyExists, NotFound, UsageError
 from dist_ckpt.storage.base import (
@@ -51,6 +52,12 @@ class MemoryStore:
 
     def __repr__(self) -> str:
         return f"MemoryStore({self._name!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"{self.url} is in the memory of this process, and another one would not find it there "
+            "again: give a path or a URL where several processes save or load"
+        )
 
     @property
     def url(self) -> str:

@@ -6,10 +6,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dist_ckpt import events
 from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
@@ -41,6 +41,13 @@ class MeterStore(StoreWrapper):
         self._clock = clock
         self._lock = threading.Lock()
         self._sums: dict[str, _Sums] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process counts what it does itself.
+        return {**self.__dict__, "_lock": None, "_sums": {}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def put(
         self,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
@@ -81,6 +81,13 @@ class RetryStore(StoreWrapper):
         self._sleep = sleep
         self._lock = threading.Lock()
         self._retries = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process counts its own.
+        return {**self.__dict__, "_lock": None, "_retries": 0}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     @property
     def retries(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.optimizer import load_sharded_optimizer_state_dict
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from dist_ckpt.dcp import Planner, Reader, Writer
@@ -21,6 +25,8 @@ from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.storage import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 
+CPU = torch.device("cpu")
+HAS_CACHE = hasattr(SavePlanner, "_cached_global_plan")
 ROWS = 1013  # prime: no number of ranks divides it
 PLANNERS: dict[str, Callable[[], DefaultSavePlanner]] = {
     "stock": DefaultSavePlanner,
@@ -153,6 +159,69 @@ def test_failure_of_one_rank_is_told_on_all_and_commits_nothing(tmp_path: Path) 
     assert "run-other" in third
     assert fourth.startswith("0: tensor 'same' of part 'model' is float32[1013, 96] on rank 0")
     assert Repository(LocalStore(tmp_path / "run")).steps() == [6]
+
+
+def save_with_cached_plans(root: str) -> list[float]:
+    """Save through our writers and torch's by planners that cache; the plan of rank 1 changes."""
+    rank, found = dist.get_rank(), []
+    for step in range(6):
+        tensors = {"same": torch.full((4,), float(step)), "own": torch.ones(1 + (step > 2))}
+        tensors = {name if name == "same" else f"{name}{rank}": t for name, t in tensors.items()}
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        if step in (3, 4):
+            save(tensors, checkpoint_id=f"{root}/stock-{step}", planner=planner)
+            load(tensors, checkpoint_id=f"{root}/stock-{step}")
+        else:
+            save(tensors, storage_writer=Writer(root, step=step), planner=planner)
+            found.append(wiped(tensors, Reader(root, step=step)))
+    return found
+
+
+def wiped(tensors: dict[str, torch.Tensor], reader: Reader) -> float:
+    for tensor in tensors.values():
+        tensor.zero_()
+    load(tensors, storage_reader=reader)
+    return float(sum(tensor.sum() for tensor in tensors.values()))
+
+
+def load_fsdp1_optimizer(root: str) -> bool:
+    """Save a model of FSDP1 and its optimizer, and load that as torch's documentation does."""
+    model = FullyShardedDataParallel(
+        torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 3)), device_id=CPU
+    )
+    optimizer = torch.optim.Adam(model.parameters())
+    torch.autograd.backward(model(torch.ones(4, 8)).sum())
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own calls
+        FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT)
+        moments = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        save({"model": model.state_dict(), "optim": moments}, storage_writer=Writer(root))
+        found = load_sharded_optimizer_state_dict(model.state_dict(), "optim", Reader(root))[
+            "optim"
+        ]
+    same = [
+        torch.equal(local(found["state"][name][key]), local(value))
+        for name, state in moments["state"].items()
+        for key, value in state.items()
+    ]
+    return len(same) == 12 and all(same) and len(found["param_groups"]) == 1
+
+
+def local(tensor: Any) -> torch.Tensor:
+    shards = tensor.local_shards() if hasattr(tensor, "local_shards") else None
+    held: torch.Tensor = shards[0].tensor if shards else tensor
+    return held
+
+
+def with_planners_of_torch(root: str) -> tuple[list[float], bool]:
+    cached = save_with_cached_plans(f"{root}/cached") if HAS_CACHE else [1.0, 5.0, 9.0, 22.0]
+    return cached, load_fsdp1_optimizer(f"{root}/fsdp1")
+
+
+def test_planners_of_torch_that_need_more_than_tensors(tmp_path: Path) -> None:
+    wanted = [step * 4 + 1.0 + (step > 2) for step in (0, 1, 2, 5)]
+    assert run_ranks(2, with_planners_of_torch, str(tmp_path)) == [(wanted, True)] * 2
 
 
 def load_alone(root: str) -> list[str]:

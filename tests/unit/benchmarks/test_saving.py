@@ -41,6 +41,14 @@ def test_saves_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert list((tmp_path / "place").iterdir()) == []
 
 
+def test_under_dcp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["dcp", "--place", str(tmp_path), "--repeats", "1", "--scale", "0.001"]
+    assert saving.main(arguments) in (0, 1)
+    text = capsys.readouterr().out
+    assert text.count("\nsave ") == text.count("\nload ") == 5
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_first_save_and_memory(tmp_path: Path) -> None:
     found = measure_alone(OURS, tmp_path, scale=0.01, saves=4, watched=True)
     assert found.state_bytes > 10 << 20

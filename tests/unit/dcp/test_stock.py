@@ -246,15 +246,15 @@ def test_what_cannot_be_stored_is_named(value: object, match: str) -> None:
     assert listed(store) == []
 
 
-def test_failed_write_lists_nothing_and_leaves_no_trace_after_the_next(tmp_path: Path) -> None:
+def test_failed_write_lists_nothing_and_leaves_no_trace(tmp_path: Path) -> None:
     rules = [Rule("put", Fail(StorageError("gone")), key="*/extra.*")]
     store = FaultyStore(LocalStore(tmp_path), rules)
     writer = Writer(store, step=1)
     with fails(StorageError, "gone"):
         save(STATE, storage_writer=writer, **ALONE)
     assert listed(store) == []
-    assert len(list(tmp_path.rglob("*.safetensors"))) > 0
-    save(STATE, storage_writer=Writer(store, step=1), **ALONE)
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    save(STATE, storage_writer=writer, **ALONE)
     assert listed(store) == [1]
     assert len([path for path in (tmp_path / "step-0000000001").iterdir() if path.is_dir()]) == 1
 
@@ -272,9 +272,9 @@ def test_committed_step_is_not_overwritten_and_a_newer_writer_fences() -> None:
 
 def test_calls_that_cannot_work_are_refused() -> None:
     store = memory()
-    with pytest.raises(UsageError, match="chooses the step"):
+    with pytest.raises(UsageError, match="give checkpoint_id=1 for the step of that run"):
         save({}, checkpoint_id="runs/1", storage_writer=Writer(store), **ALONE)
-    for name, is_step in {"12": True, "step-0000000012": True, "-1": False, "a/12": False}.items():
+    for name, is_step in {"12": True, "step-0000000012": True, "-1": False, "a/12": True}.items():
         assert Writer.validate_checkpoint_id(name) is is_step
         assert Reader.validate_checkpoint_id(name) is is_step
     writer = Writer(store)
@@ -282,9 +282,6 @@ def test_calls_that_cannot_work_are_refused() -> None:
         return  # older than what cannot work
     with pytest.raises(UsageError, match="use_collectives"):
         save(STATE, storage_writer=writer, **ALONE, use_collectives=False)
-    planner = DefaultSavePlanner(enable_plan_caching=True)
-    with fails(UsageError, "enable_plan_caching"):
-        save(STATE, storage_writer=writer, planner=planner, **ALONE)
     assert listed(store) == []
 
 

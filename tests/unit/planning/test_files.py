@@ -11,14 +11,17 @@ from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.names import parse_shard_name
 from dist_ckpt.format.shard import header_nbytes, parse_header
+from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import (
+    MANY_PARTS,
+    SMALL_BYTES,
     check_reported_sizes,
     extra_name,
     files_nbytes,
     plan_extra,
     plan_files,
 )
-from dist_ckpt.planning.owners import decide
+from dist_ckpt.planning.owners import Owned, decide
 from tests.unit.planning.boxes import whole
 from tests.unit.planning.saved import content, local, same_bits, stage
 
@@ -118,3 +121,24 @@ def test_reports_that_differ_from_the_plan_name_the_rank(reported: dict[str, int
         check_reported_sizes(3, plans, {}, reported)
     assert list(error.value.ranks) == [3]
     assert error.value.kind == ErrorKind.COVERAGE
+
+
+def test_small_ones_of_many_parts_share_files() -> None:
+    few, large, many = 3, SMALL_BYTES // 4 + 1, 2 * MANY_PARTS
+
+    def held(part: str, rows: int) -> Held:
+        return Held(part, "w", "float32", (rows,), (0,), (rows,))
+
+    boxes = [held(f"p{i}", few) for i in range(many)]
+    boxes.insert(5, held("large", large))
+    owned = [Owned(i, box.offsets, box.sizes) for i, box in enumerate(boxes)]
+    shared, own = plan_files(1, boxes, owned)
+    assert (shared.name, own.name) == ("p0.r00001.safetensors", "large.r00001.safetensors")
+    header = parse_header(shared.layout.header, shared.layout.nbytes)
+    assert {entry.name for entry in header.entries} == {f"p{i}.w" for i in range(many)}
+    assert [each.held for each in own.owned] == [5]
+    # Of few parts each has its own, and one file never gets larger than it may.
+    assert len(plan_files(1, boxes, owned[: MANY_PARTS - 1])) == MANY_PARTS - 1
+    cut = plan_files(1, boxes, owned, max_file_bytes=8192)
+    assert len({plan.name for plan in cut}) == len(cut) == 3
+    assert sorted(each.held for plan in cut for each in plan.owned) == list(range(many + 1))

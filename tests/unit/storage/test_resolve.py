@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -12,6 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage import LocalStore, MemoryStore, StoreWrapper, resolve
+from dist_ckpt.storage.fsspec import FsspecStore
+from dist_ckpt.storage.retry import RetryStore
 
 
 @pytest.mark.parametrize(
@@ -194,3 +198,25 @@ def test_storage_needs_no_torch() -> None:
         "sys.exit(sum(name in sys.modules for name in ('torch', 'pytest')))\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=True)
+
+
+@pytest.mark.parametrize("url", ["/data/run", "s3://bucket/run"])
+def test_stores_go_to_another_process_without_what_is_of_this_one(url: str) -> None:
+    options: dict[str, Any] = {"max_concurrent": 2, "max_bytes_per_second": 1e6}
+    for store in (resolve(url), resolve(url, read_only=True), resolve(url, **options)):
+        there = copy.deepcopy(store)  # by way of what a pickle would hold
+        assert (repr(there), there.url) == (repr(store), store.url)
+        assert there.capabilities == store.capabilities
+    place = RetryStore(FsspecStore("memory://place"))
+    there = copy.deepcopy(place)
+    there.put("key", [b"x"])
+    assert there.size("key") == 1
+    place.delete(["key"])
+    with pytest.raises(UsageError, match="in the memory of this process"):
+        copy.deepcopy(resolve("memory://place"))
+
+
+def test_limits_of_a_copy_are_its_own(tmp_path: Path) -> None:
+    there = copy.deepcopy(resolve(tmp_path, max_concurrent=1))
+    there.put("key", [b"x"])
+    assert there.list_children() == ["key"]

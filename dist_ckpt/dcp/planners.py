@@ -1,0 +1,75 @@
+"""What planners of users do on their own account, and what torch does for all of them."""
+
+from __future__ import annotations
+
+import io
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+from dist_ckpt.errors import CheckpointError, UsageError
+from dist_ckpt.foreign.dcp_files import value_in
+
+_STOCK = ("torch.distributed.checkpoint.", "dist_ckpt.dcp.")
+
+
+@runtime_checkable
+class _Lookup(Protocol):
+    """What the stock planner has beyond `SavePlanner`: the live value behind an item."""
+
+    def lookup_object(self, index: MetadataIndex) -> object: ...
+
+
+def is_stock(planner: object, *names: str) -> bool:
+    """Tell whether `planner` has all these methods, and each as torch or this package wrote it."""
+    for name in names:
+        method = getattr(planner, name, None)
+        written = getattr(method, "__func__", method)
+        if not str(getattr(written, "__module__", "")).startswith(_STOCK):
+            return False
+    return True
+
+
+def value_of(planner: SavePlanner, item: WriteItem) -> object:
+    """Return the Python value that `planner` wants stored for `item`.
+
+    Stock stores the bytes that `resolve_data` gives, and they are a pickle. Here the value itself
+    is stored; a planner that changes it in its own `resolve_data` or `transform_object` has what
+    its bytes hold.
+
+    Raises:
+        UsageError: the bytes hold something that only a pickle could store, or are none of torch.
+    """
+    lookup = isinstance(planner, _Lookup)
+    live = planner.lookup_object(item.index) if isinstance(planner, _Lookup) else None
+    if lookup and is_stock(planner, "resolve_data", "transform_object"):
+        return live
+    given = planner.resolve_data(item)
+    if not isinstance(given, io.BytesIO):
+        kind = type(given).__qualname__
+        raise UsageError(
+            f"the planner gave a {kind} for value {item.index.fqn!r}: expected BytesIO"
+        )
+    data = given.getvalue()
+    # What it did not change is stored as what it is, whatever its type.
+    if lookup and data == _as_torch_saves(live):
+        return live
+    try:
+        return value_in(data)
+    except CheckpointError as error:
+        raise UsageError(
+            f"{type(planner).__qualname__} gave bytes for {item.index.fqn!r} that are no "
+            f"torch.save of plain values ({error.message}): derive it from DefaultSavePlanner and "
+            "override lookup_object, which gives the value itself"
+        ) from error
+
+
+def _as_torch_saves(value: object) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+    except Exception:  # what pickle cannot take raises whatever it likes, and is other bytes
+        return b""
+    return buffer.getvalue()

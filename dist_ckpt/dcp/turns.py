@@ -1,0 +1,145 @@
+"""Background saves of this process begin one after another, in the order in which they were asked.
+
+The stock `async_save` gives each save a thread of its own, and each thread speaks to the other
+ranks. Of two that do so at once over one process group, one may get what is meant for the other,
+and which of them is first is up to each rank's scheduler. What is the same on every rank is the
+order of the calls: it is noted in the call, where the state is staged, and kept in the threads.
+
+That a save is over may be told by a destructor, wherever that runs: so by a `Latch`, which takes no
+lock.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.checkpoint import staging
+
+from dist_ckpt.waiting import Latch
+
+_STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
+
+
+class ThreadEnd:
+    """Tells that a save is over when its thread ends, or has another one; for a `threading.local`.
+
+    Args:
+        over: what to tell.
+    """
+
+    def __init__(self, over: Latch) -> None:
+        tell_when_gone(self, over)
+
+
+def tell_when_gone(what: object, over: Latch) -> None:
+    """Tell `over` when `what` is let go of."""
+    weakref.finalize(what, over.open).atexit = False
+
+
+def in_stock_save(thread: int) -> bool:
+    """Tell whether the thread of that identity is in a save of torch.distributed.checkpoint."""
+    frame = sys._current_frames().get(thread)  # noqa: SLF001  the only way to ask
+    while frame is not None:
+        if (frame.f_code.co_name, frame.f_globals.get("__name__")) == _STOCK_SAVE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Here(threading.local):
+    end: ThreadEnd | None = None
+    begun = False
+
+
+class _Line:
+    """Those that wait, of which each knows the one before it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.last: Latch | None = None
+        self.here = _Here()
+
+    def join(self, over: Latch) -> Latch | None:
+        """Note that `over` is the last one now; return the one before it."""
+        with self.lock:
+            before, self.last = self.last, over
+        return before
+
+
+_line = _Line()
+
+
+def _forget() -> None:
+    global _line
+    _line = _Line()  # in a forked child no thread of them is there
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class StagedState(dict[str, Any]):
+    """A staged state dict: a save that begins to look at it waits for its turn.
+
+    That is what both ways of `async_save` do first in their own thread: the one goes through its
+    items, the other pickles it for another process.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__(state)
+        self._over = Latch()
+        self._before = _line.join(self._over)
+        self._begun = False
+        # Let go of before it ever began, or by a thread that has other things to do afterwards.
+        tell_when_gone(self, self._over)
+
+    def items(self) -> Any:
+        """Wait for the turn, then return the items."""
+        self._begin()
+        return super().items()
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        self._begin()
+        return dict, (dict(super().items()),)
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        # First, or a thread that takes one after another would wait for itself.
+        _line.here.end = ThreadEnd(self._over)
+        _line.here.begun = True
+        before, self._before = self._before, None
+        if before is not None:
+            before.wait()
+
+
+def stage(state: dict[str, Any]) -> StagedState:
+    """Copy `state` to memory that training does not change, as stock does where nobody else does.
+
+    The copy holds the order of this call: see `StagedState`.
+    """
+    if not hasattr(staging, "DefaultStager"):  # torch before 2.9
+        return StagedState(staging.BlockingAsyncStager().stage(state))
+    stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
+    try:
+        copied = stager.stage(state)
+    finally:
+        stager.close()
+    assert isinstance(copied, dict)  # a future only with asynchronous staging
+    return StagedState(copied)
+
+
+def wait_for_those_before() -> None:
+    """Let a save that was not staged here wait for all that were, unless this is one of them."""
+    if _line.here.begun:
+        _line.here.begun = False
+        return
+    with _line.lock:
+        last = _line.last
+    if last is not None:
+        last.wait()
