@@ -15,20 +15,13 @@ from dist_ckpt.errors import (
     from_wire,
     to_wire,
 )
+from dist_ckpt.foreign.dcp_runs import REST
 from dist_ckpt.format.names import check_step, is_part, parse_step_dir
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 
 Place = str | Path | Store
 """Where a run is: a path, a URL, or a store."""
-
-REST = "state"
-"""The part of all that lies in no part of its own."""
-
-NAMING = "dcp_names"
-"""The entry of a manifest's versions that says by which release of these rules names were made."""
-
-NAMING_VERSION = "1"
 
 
 def open_store(place: Place) -> Store:
@@ -85,11 +78,6 @@ def part_and_name(fqn: str, paths: Mapping[str, Sequence[object]]) -> tuple[str,
     if len(path) > 1 and rest and isinstance(first, str) and is_part(first) and first != REST:
         return first, rest
     return REST, fqn
-
-
-def path_of(part: str, name: str) -> tuple[str, ...]:
-    """Return the path in a state dict of what `part_and_name` stored so; joined it is its name."""
-    return (name,) if part == REST else (part, name)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.foreign.dcp_runs import in_parts
+from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
 from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
@@ -265,6 +267,8 @@ def fit(
     world_size: int,
 ) -> Matched:
     """Find where each stored byte would go on this rank, and everything that does not fit."""
+    source = in_parts(source)
+    options, notes = called_alike(source, options, parts)
     held = gather(
         source,
         options,
@@ -278,7 +282,6 @@ def fit(
     unlike: list[str] = []
     compared: list[Mismatches] = []
     targets: dict[str, Mapping[str, torch.Tensor]] = {}
-    notes: list[str] = []
     filled: list[str] = []
     empty: list[str] = []
     known = {*held.names, *parts}

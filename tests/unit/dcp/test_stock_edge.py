@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.edge import part_and_name, path_of, plain_errors, step_of
+from dist_ckpt.dcp.edge import part_and_name, plain_errors, step_of
+from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,

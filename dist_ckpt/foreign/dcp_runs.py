@@ -1,0 +1,179 @@
+"""Checkpoints that `dist_ckpt.dcp.Writer` wrote, under the names that the parts of a state have.
+
+The Writer keeps the names of a stock state dict, and stock takes optimizers and dicts apart. Here
+their leaves are sorted into parts as those of a stock directory are: nothing is copied, and reads
+go to the checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.foreign.leaves import ForeignLeaf, Path
+from dist_ckpt.foreign.names import Placed, sort_into_parts
+from dist_ckpt.format import document
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.encoding import Encoded
+from dist_ckpt.storage.base import Store
+
+REST = "state"
+"""The part of all that lies in no part of its own."""
+
+NAMING = "dcp_names"
+"""The entry of a manifest's versions that says by which release of these rules names were made."""
+
+NAMING_VERSION = "1"
+
+
+def path_of(part: str, name: str) -> tuple[str, ...]:
+    """Return the path in a state dict of what the Writer stored so; joined it is its name."""
+    return (name,) if part == REST else (part, name)
+
+
+def in_parts(source: Source) -> Source:
+    """Return `source` with its entries sorted into parts, were it one that the Writer wrote."""
+    if isinstance(source, Checkpoint) and NAMING in source.manifest.versions:
+        return DcpRun(source)
+    return source
+
+
+class DcpRun:
+    """The `Source` of what the Writer wrote, with the names of parts. Sorted at the first look.
+
+    Args:
+        checkpoint: as it was written.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._sorted: tuple[Placed, Index] | None = None
+        self._damaged: dict[str, IntegrityError] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def store(self) -> Store:
+        """Where its files are."""
+        return self._checkpoint.store
+
+    @property
+    def where(self) -> str:
+        """How messages name this checkpoint."""
+        return self._checkpoint.where
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        return self._checkpoint.step
+
+    @property
+    def save_id(self) -> str:
+        """The attempt that wrote it."""
+        return self._checkpoint.save_id
+
+    @property
+    def saved_world_size(self) -> int:
+        """How many ranks saved it."""
+        return self._checkpoint.saved_world_size
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was committed."""
+        return self._checkpoint.manifest
+
+    @property
+    def index(self) -> Index:
+        """Where every byte lies."""
+        return self._look()[1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that its names were sorted into."""
+        placed, index = self._look()
+        named = (tensor.part for tensor in index.tensors)
+        return tuple(dict.fromkeys([*named, *placed.objects, *self._damaged]))
+
+    @property
+    def verified(self) -> bool:
+        """Whether there are digests: always."""
+        return True
+
+    def check_sizes(self) -> None:
+        """See `Source.check_sizes`."""
+        self._checkpoint.check_sizes()
+
+    def still_there(self) -> bool:
+        """See `Source.still_there`."""
+        return self._checkpoint.still_there()
+
+    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
+        """See `Source.read_into`."""
+        self._checkpoint.read_into(file, start, *buffers)
+
+    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
+        """See `Source.compare`."""
+        self._checkpoint.compare(file, start, *buffers)
+
+    def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
+        """Return the encoded Python values of `part`: all ranks share them.
+
+        Raises:
+            IntegrityError: the values that were stored for this part are damaged.
+        """
+        placed, _ = self._look()
+        if part in self._damaged:
+            raise self._damaged[part]
+        return dict(placed.objects.get(part, {}))
+
+    def _look(self) -> tuple[Placed, Index]:
+        with self._lock:
+            if self._sorted is None:
+                self._check_naming()
+                index = self._checkpoint.index
+                leaves = list(self._leaves())
+                placed = sort_into_parts(leaves, self.where, guessed=True)
+                tensors = tuple(placed.tensors[number] for number in range(len(index.tensors)))
+                # Of each tensor only the name changes, so all that refers to one stays right.
+                self._sorted = placed, replace(index, tensors=tensors)
+            return self._sorted
+
+    def _check_naming(self) -> None:
+        naming = self.manifest.versions[NAMING]
+        if naming != NAMING_VERSION:
+            raise IncompatibleError(
+                f"{self.where}: its names follow rules {naming}, this program knows "
+                f"{NAMING_VERSION}: use the release that wrote it or a newer one",
+                kind=ErrorKind.VERSION,
+            )
+
+    def _leaves(self) -> Iterator[ForeignLeaf]:
+        """Yield the tensors in the order of the index, then the values."""
+        for tensor in self._checkpoint.index.tensors:
+            path = _cut(path_of(tensor.part, tensor.name))
+            yield ForeignLeaf(path, tensor.dtype, tensor.shape)
+        for entry in self._checkpoint.index.objects:
+            where = f"part {entry.part!r} of {self.where}"
+            try:
+                data = self._checkpoint.read_object(entry)
+                values = document.decode(data, where=where)
+            except IntegrityError as error:
+                # Said to whoever wants this part: the others are whole.
+                self._damaged[entry.part] = error
+                continue
+            for name, value in values.items():
+                path = _cut(path_of(entry.part, name))
+                yield ForeignLeaf(path, None, (), Encoded(value))
+
+
+def _cut(path: Sequence[str]) -> Path:
+    """Return a path in which each key is a component of the name.
+
+    How the keys of a dict were joined cannot be told any more.
+    """
+    first, *rest = path
+    return (first, *(part for each in rest for part in each.split(".")))
