@@ -24,7 +24,8 @@ from dist_ckpt.errors import (
 from dist_ckpt.events import tell_once
 from dist_ckpt.foreign import torch_files
 from dist_ckpt.foreign.dcp_metadata import StockMetadata, parse_metadata
-from dist_ckpt.foreign.names import ForeignLeaf, Placed, sort_into_parts
+from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.foreign.source import Chunk, Found, Runs
 from dist_ckpt.foreign.stand_ins import Constructor
 from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.foreign.leaves import ForeignLeaf, Path
+from dist_ckpt.foreign.leaves import Cut, ForeignLeaf, Path
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.format import document
 from dist_ckpt.format.index import Index
@@ -176,4 +176,4 @@ def _cut(path: Sequence[str]) -> Path:
     How the keys of a dict were joined cannot be told any more.
     """
     first, *rest = path
-    return (first, *(part for each in rest for part in each.split(".")))
+    return (first, *(Cut(part) for each in rest for part in each.split(".")))

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign import torch_files
 from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
-from dist_ckpt.foreign.names import ForeignLeaf, path_as_text, sort_into_parts
+from dist_ckpt.foreign.leaves import DictKey, ForeignLeaf, Path
+from dist_ckpt.foreign.names import path_as_text, sort_into_parts
 from dist_ckpt.foreign.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -125,20 +126,34 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
     )
 
 
-def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    taken_apart = isinstance(value, dict) and value and (path == () or _has_tensor(value))
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield the tensors in dicts and lists, and all that has none, with the keys that lead there.
+
+    The state of an optimizer is taken apart without tensors, too: it may have none yet.
+    """
+    apart = (isinstance(value, dict) and value and path == ()) or _has_tensor(value)
     # By keys that nobody can read nothing has a name, or two have one.
-    if taken_apart and unknown_in([*value]) is None:
+    if isinstance(value, dict) and apart and unknown_in([*value]) is None:
         for key, item in value.items():
-            yield from _leaves(item, (*path, key))
+            # A number that was a key is no position in a list.
+            yield from _leaves(item, (*path, DictKey(key) if type(key) is int else key))
+    elif isinstance(value, list) and apart:
+        for at, item in enumerate(value):
+            yield from _leaves(item, (*path, at))
     else:
         yield path or ("value",), value
 
 
 def _has_tensor(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(map(_has_tensor, value.values()))
+        return any(map(_is_of_group, value)) or any(map(_has_tensor, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_tensor, value))
     return isinstance(value, TorchTensor)
+
+
+def _is_of_group(key: Any) -> bool:
+    return type(key) is str and key.partition(".")[0] == "param_groups"
 
 
 def _indexed(store: Store, index: str, reader: _Reader) -> Found:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Path = tuple[Any, ...]
+
+
+class DictKey(int):
+    """A whole number that was the key of a dict, where others are positions in lists."""
+
+
+class Cut(str):
+    """A key that was cut out of a name: of a list's position nothing but the text is left."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,18 @@ def nested_at(leaves: Sequence[Leaf], depth: int) -> Any:
         below.setdefault(leaf.path[depth], []).append(leaf)
     values = {key: nested_at(inner, depth + 1) for key, inner in below.items()}
     # DCP takes lists apart by position, and dicts by string keys only.
-    if all(isinstance(key, int) for key in values):
+    if all(type(key) is int for key in values):
         return [values[key] for key in sorted(values)]
-    return values
+    if all(type(key) is Cut for key in values) and values.keys() == set(_positions(values)):
+        return [values[key] for key in _positions(values)]
+    return {_plain(key): each for key, each in values.items()}
+
+
+def _positions(keys: Collection[Any]) -> Iterator[str]:
+    return map(str, range(len(keys)))
+
+
+def _plain(key: Any) -> Any:
+    if type(key) is DictKey:
+        return int(key)
+    return str(key) if type(key) is Cut else key
