@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
+from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, memory_of
 from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
@@ -120,6 +120,19 @@ class _Fitting:
                 target = torch.empty_like(alias)
                 found.handed.append(name)
             found.targets.tensors[partner] = target
+        self._leave_tied()
+
+    def _leave_tied(self) -> None:
+        """Do not miss a name whose memory is filled under another one."""
+        found = self.found
+        if found.targets.missing:
+            live = {name: entry for name, entry in self._wanted.items() if entry.live}
+            filled = {memory_of(live[name].value) for name in found.partner if name in live}
+            found.targets.missing[:] = [
+                name
+                for name in found.targets.missing
+                if name not in live or memory_of(live[name].value) not in filled
+            ]
 
     def take_extra_states(self, known: Collection[str]) -> None:
         """Take what a module is ready to take although it has none now."""

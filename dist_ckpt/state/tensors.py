@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, MutableMapping
 import torch
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.layout import check_tensor
+from dist_ckpt.state.layout import check_tensor, memory_of
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.part import Captured, Stored, Targets
 
@@ -67,6 +67,10 @@ class TensorsPart:
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
             elif key not in self._passed_over:
                 targets.missing.append(key)
+        # A name whose memory is filled under another one is not missing.
+        filled = {memory_of(self.tensors[key]) for key in found}
+        missing = [key for key in targets.missing if memory_of(self.tensors[key]) not in filled]
+        targets.missing[:] = missing
         unknown = stored.tensors.keys() - targets.tensors.keys() - self._passed_over
         targets.unexpected.extend(sorted(unknown))
         return targets
@@ -74,6 +78,10 @@ class TensorsPart:
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put real tensors in the place of those on the meta device; others are filled already."""
         if isinstance(self.tensors, MutableMapping):
+            real = {}
             for key, name in partners(self.tensors.keys(), tensors.keys()).items():
                 if self.tensors[key].device.type == "meta":
-                    self.tensors[key] = tensors[name]
+                    real[id(self.tensors[key])] = tensors[name]
+            for key, tensor in self.tensors.items():
+                if id(tensor) in real:  # under all names that it has
+                    self.tensors[key] = real[id(tensor)]
