@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
@@ -27,6 +28,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
 """How a single file is called that is a checkpoint by itself."""
 
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"
+_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _TORCH_INDEX_SUFFIX = ".bin.index.json"
 
 _Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
@@ -50,8 +53,7 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
         NotFound: `file` is not there.
     """
     if file is not None:
-        reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
-        return ForeignSource.of(store, reader(store, [file]))
+        return ForeignSource.of(store, _one_file(store, file))
     if is_stock(store):
         return ForeignSource.of(store, read_stock(store))
     names = sorted(name for name in store.list_children() if not name.endswith("/"))
@@ -66,8 +68,22 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
             _one(indexes, store)
             return ForeignSource.of(store, _indexed(store, indexes[0], each))
         if found:
-            return ForeignSource.of(store, each(store, [_one(found, store)]))
+            return ForeignSource.of(store, _one_file(store, _one(_weights(found), store)))
     return None
+
+
+def _one_file(store: Store, file: str) -> Found:
+    reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
+    found = reader(store, [file])
+    return replace(found, is_adapter=file.startswith(_ADAPTER) or _has(store, _ADAPTER_CONFIG))
+
+
+def _weights(names: Sequence[str]) -> Sequence[str]:
+    """Return those of `names` that are weights by their names, all of them where none is.
+
+    A trainer keeps the state of its optimizer and its arguments beside the weights.
+    """
+    return [name for name in names if name.partition(".")[0] in _WEIGHTS] or names
 
 
 def looked_for() -> str:
@@ -175,6 +191,14 @@ def _indexed(store: Store, index: str, reader: _Reader) -> Found:
             kind=ErrorKind.COVERAGE,
         )
     return found
+
+
+def _has(store: Store, key: str) -> bool:
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
 
 
 def _one(names: Sequence[str], store: Store) -> str:

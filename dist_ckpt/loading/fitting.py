@@ -10,6 +10,7 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.foreign.dcp_runs import in_parts
+from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
 from dist_ckpt.options import LoadOptions, rename_key
@@ -188,6 +189,7 @@ def gather(
                 by_rank=_of_every_rank(source, part),
                 selects=_within(part, options),
                 cast=options.cast,
+                is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
             )
             for part, mine in found.parts.items()
         },

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist_ckpt.state.adapters import fit_adapter
 from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, memory_of
 from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
@@ -97,7 +98,12 @@ class _Fitting:
     def place(self, required: Collection[str]) -> None:
         """Give each wanted entry its stored partner."""
         found, stored = self.found, self._stored
-        both = partners(self._wanted, stored.tensors.keys() | stored.objects.keys())
+        names = stored.tensors.keys() | stored.objects.keys()
+        if stored.is_adapter:
+            adapter = fit_adapter(self._wanted, names, self._part)
+            both, required = adapter.found, adapter.own & set(required)
+        else:
+            both = partners(self._wanted, names)
         aliases: dict[int, torch.Tensor] = {}
         seen = found.say.seen()
         for name, entry in self._wanted.items():
