@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign import torch_files
-from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
-from dist_ckpt.foreign.leaves import DictKey, ForeignLeaf, Path
-from dist_ckpt.foreign.names import path_as_text, sort_into_parts
+from dist_ckpt.foreign.dcp_files import METADATA, has, is_stock, read_stock, tell_unreadable
+from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.names import sort_into_parts
 from dist_ckpt.foreign.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -19,7 +19,7 @@ from dist_ckpt.foreign.safetensors_files import (
 )
 from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
 from dist_ckpt.foreign.torch_files import TorchTensor
-from dist_ckpt.foreign.torch_values import unknown_in, what_of
+from dist_ckpt.foreign.torch_leaves import torch_leaves
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store
@@ -75,7 +75,7 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
 def _one_file(store: Store, file: str) -> Found:
     reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
     found = reader(store, [file])
-    return replace(found, is_adapter=file.startswith(_ADAPTER) or _has(store, _ADAPTER_CONFIG))
+    return replace(found, is_adapter=file.startswith(_ADAPTER) or has(store, _ADAPTER_CONFIG))
 
 
 def _weights(names: Sequence[str]) -> Sequence[str]:
@@ -108,14 +108,12 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
     unreadable: list[str] = []
     found: dict[int, tuple[int, TorchTensor]] = {}
     for file, key in enumerate(keys):
-        for path, leaf in _leaves(torch_files.describe_file(store, key, lenient=True), ()):
+        for path, leaf in torch_leaves(store, key):
             if isinstance(leaf, TorchTensor):
                 found[len(entries)] = file, leaf
                 entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
                 continue
-            unknown = unknown_in(leaf)
-            if unknown is not None:
-                leaf = Unreadable(f"{path_as_text(path)}: {what_of(unknown)}")
+            if isinstance(leaf, Unreadable):
                 unreadable.append(leaf.reason)
             entries.append(ForeignLeaf(path, None, (), leaf))
     where = f"{', '.join(keys)} in {store.url}"
@@ -142,36 +140,6 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
     )
 
 
-def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield the tensors in dicts and lists, and all that has none, with the keys that lead there.
-
-    The state of an optimizer is taken apart without tensors, too: it may have none yet.
-    """
-    apart = (isinstance(value, dict) and value and path == ()) or _has_tensor(value)
-    # By keys that nobody can read nothing has a name, or two have one.
-    if isinstance(value, dict) and apart and unknown_in([*value]) is None:
-        for key, item in value.items():
-            # A number that was a key is no position in a list.
-            yield from _leaves(item, (*path, DictKey(key) if type(key) is int else key))
-    elif isinstance(value, list) and apart:
-        for at, item in enumerate(value):
-            yield from _leaves(item, (*path, at))
-    else:
-        yield path or ("value",), value
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_is_of_group, value)) or any(map(_has_tensor, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_tensor, value))
-    return isinstance(value, TorchTensor)
-
-
-def _is_of_group(key: Any) -> bool:
-    return type(key) is str and key.partition(".")[0] == "param_groups"
-
-
 def _indexed(store: Store, index: str, reader: _Reader) -> Found:
     """Describe the files that an index names, and check that each has what the index says."""
     weight_map = read_weight_map(store, index)
@@ -191,14 +159,6 @@ def _indexed(store: Store, index: str, reader: _Reader) -> Found:
             kind=ErrorKind.COVERAGE,
         )
     return found
-
-
-def _has(store: Store, key: str) -> bool:
-    try:
-        store.size(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _one(names: Sequence[str], store: Store) -> str:

@@ -159,9 +159,14 @@ class _Naming:
 
 def _is_model(leaves: Sequence[Leaf]) -> bool:
     return all(
-        leaf.path and (leaf.entry.dtype is not None or str(leaf.path[-1]).endswith("_extra_state"))
+        leaf.path and (leaf.entry.dtype is not None or _is_extra_state(str(leaf.path[-1])))
         for leaf in leaves
     )
+
+
+def _is_extra_state(name: str) -> bool:
+    # Megatron-Core has a piece of it for each layer, `/shard_0_4` and so on.
+    return name.partition("/")[0].endswith("_extra_state")
 
 
 def _nested(leaves: Sequence[Leaf]) -> Any:

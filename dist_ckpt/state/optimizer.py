@@ -148,10 +148,10 @@ class OptimizerPart:
         if self._is_one_value(stored):
             return StatefulPart(self.optimizer, name=self.name).targets(stored)
         renamed = self._in_this_form(stored)
-        if _is_copy(renamed.stored):
+        if set(renamed.stored.objects) == {VALUE}:
             # One line that says it, instead of all the names that have no partner.
-            copy = "what state_dict() of an optimizer returned, in a form that is not known"
-            return Targets(unlike=[f"{self.name}: stored was {copy}. {how_to_skip(self.name)}"])
+            other = "a value that has not the form of an optimizer's state"
+            return Targets(unlike=[f"{self.name}: stored is {other}. {how_to_skip(self.name)}"])
         found = Targets()
         names: set[str] = set()
         self.find_in(renamed.stored, found, names)
