@@ -177,14 +177,9 @@ class _Groups:
             self._flat.setdefault(parameter, {})[option] = value
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return the groups; of the flat form those parameters together that share all options."""
-        groups = [self._numbered[i] for i in sorted(self._numbered)]
-        alike: dict[str, list[Any]] = {}
-        for parameter, options in self._flat.items():
-            # Not compared with every other one: a hostile file has as many groups as parameters.
-            text = repr(sorted(options.items(), key=lambda item: item[0]))
-            if text not in alike:
-                alike[text] = []
-                groups.append({**options, "params": alike[text]})
-            alike[text].append(parameter)
-        return groups
+        """Return the groups; of the flat form, which does not say which there were, one for each.
+
+        Whoever has several of them in one group finds that all have the same options.
+        """
+        flat = [{**options, "params": [name]} for name, options in self._flat.items()]
+        return [*(self._numbered[i] for i in sorted(self._numbered)), *flat]

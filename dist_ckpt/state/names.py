@@ -67,7 +67,10 @@ def refuse_fsdp1(root: nn.Module, part: str) -> None:
         if any((cls.__module__, cls.__qualname__) == _FSDP1 for cls in type(module).__mro__):
             raise UsageError(
                 f"{part} holds a FullyShardedDataParallel module at {name or 'its root'!r}, which "
-                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard"
+                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard. Or let "
+                "torch name them: dcp.save of get_state_dict(model, optimizer) with "
+                "storage_writer=dist_ckpt.dcp.Writer(run), and dcp.load with dist_ckpt.dcp.Reader; "
+                "what is saved so loads into any other layout by dist_ckpt.load"
             )
 
 

@@ -36,6 +36,7 @@ from dist_ckpt.state.optimizer_names import (
     BESIDE,
     Renamed,
     how_to_skip,
+    one_group_each,
     shared_out,
     taken_apart,
     without_neighbours,
@@ -197,7 +198,8 @@ class OptimizerPart:
         renamed = taken_apart(stored) if _is_copy(stored) else Renamed(stored)
         first = {name.split(".", 2)[1] for name in renamed.names if name.startswith(BESIDE)}
         if not self._beside:
-            return renamed.then(without_neighbours) if first else renamed
+            one = renamed.then(without_neighbours) if first else renamed
+            return one.then(one_group_each) if self._one_each else one
         if not self._several or first == {part.place for part in self._beside}:
             return renamed
         views = [part.view() for part in self._beside]

@@ -128,6 +128,23 @@ def taken_apart(stored: Stored) -> Renamed:
     return Renamed(replace(stored, tensors=tensors, objects=documents), back)
 
 
+def one_group_each(stored: Stored) -> Renamed:
+    """Return what is stored with a group for each parameter, where each is stepped by its own."""
+    back: dict[str, str] = {}
+    documents: dict[str, bytes] = {}
+    for name, data in stored.objects.items():
+        group = parse_document(data, name) if is_group_name(name) else None
+        if group is None or not _is_group(group) or len(group[_PARAMS]) < 2:
+            continue
+        for parameter in group[_PARAMS]:
+            if type(parameter) is int:
+                return Renamed(stored)  # which is whose its numbers do not say
+            new = group_name(0, [parameter])
+            documents[new] = dumps({**group, _PARAMS: [parameter]}).encode()
+            back[new] = name
+    return Renamed(_with_names(stored, back, documents), back)
+
+
 def shared_out(stored: Stored, views: Sequence[View], part: str) -> Renamed:
     """Return what is stored of one optimizer as that of several, each with its parameters.
 
