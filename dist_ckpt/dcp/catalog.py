@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, path_of
 from dist_ckpt.errors import ErrorKind, IncompatibleError
+from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, path_of
 from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.repository import Checkpoint

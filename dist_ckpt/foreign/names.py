@@ -36,9 +36,7 @@ class Placed:
     objects: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
-def sort_into_parts(
-    entries: Sequence[ForeignLeaf], where: str, *, guessed: bool = False
-) -> Placed:
+def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool = False) -> Placed:
     """Sort the leaves of a state dict into parts.
 
     The first key of a path is the part, the others make up the name. A leaf at the top is a tensor

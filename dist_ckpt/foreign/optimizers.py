@@ -130,7 +130,9 @@ def _is_one(items: Sequence[_Item]) -> bool:
 
 def _read(items: Sequence[_Item]) -> StoredOptimizer:
     found = StoredOptimizer()
-    groups = _Groups({c[1] for c, _ in items if len(c) == 3 and (c[0], c[2]) == (_GROUPS, "params")})
+    groups = _Groups(
+        {c[1] for c, _ in items if len(c) == 3 and (c[0], c[2]) == (_GROUPS, "params")}
+    )
     for components, what in items:
         if components[0] == _GROUPS:
             groups.take(components[1:], what)

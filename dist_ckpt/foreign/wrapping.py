@@ -25,14 +25,16 @@ def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
     tops: dict[Any, list[Path]] = {}
     for path in paths:
         tops.setdefault(path[0], []).append(path)
-    outer = {top for top, mine in tops.items() if _is_around(mine, guessed or len(tops) > 1)}
+    outer = {
+        top for top, mine in tops.items() if _is_around(mine, doubtful=guessed or len(tops) > 1)
+    }
     inner = [path[1] for top in outer for path in tops[top]]
     if len(outer) != 1 or not (tops.keys() - outer).isdisjoint(map(str, inner)):
         return paths
     return [path[1:] if path[0] in outer else path for path in paths]
 
 
-def _is_around(paths: Sequence[Path], doubtful: bool) -> bool:
+def _is_around(paths: Sequence[Path], *, doubtful: bool) -> bool:
     """Tell whether the first key of `paths`, the same in all, lies around parts.
 
     Args:

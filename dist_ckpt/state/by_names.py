@@ -90,9 +90,7 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
     # A name whose memory is filled under another one is not missing.
     filled = {memory_of(live[name]) for name in found if name in live}
     targets.missing[:] = [
-        name
-        for name in targets.missing
-        if name not in live or memory_of(live[name]) not in filled
+        name for name in targets.missing if name not in live or memory_of(live[name]) not in filled
     ]
     targets.unexpected.extend(sorted((stored.tensors.keys() | stored.objects.keys()) - used))
     return ByNames(targets, stored, found, places, path)

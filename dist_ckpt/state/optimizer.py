@@ -31,7 +31,6 @@ from dist_ckpt.state.optimizer_faces import (
 )
 from dist_ckpt.state.optimizer_fit import OptimizerFit
 from dist_ckpt.state.optimizer_live import InAttributes, Live, Reading, live_of
-from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.optimizer_names import (
     BESIDE,
     Renamed,
@@ -41,6 +40,7 @@ from dist_ckpt.state.optimizer_names import (
     taken_apart,
     without_neighbours,
 )
+from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.values import VALUE, StatefulPart
 
@@ -72,7 +72,9 @@ class OptimizerPart:
         name: str = "optimizer",
         prefix: str = "",
     ) -> None:
-        if isinstance(optimizer, Mapping) and any(isinstance(key, torch.Tensor) for key in optimizer):
+        if isinstance(optimizer, Mapping) and any(
+            isinstance(key, torch.Tensor) for key in optimizer
+        ):
             optimizer = list(optimizer.values())  # each by its parameter, which has a name itself
         self.optimizer = optimizer
         self.name = name

@@ -238,7 +238,8 @@ def _contradictions(view: View, stored: Stored, owners: Mapping[str, str]) -> It
         wanted = tuple(view.parameters[owners[owner]].shape)
         # One that flattens all of them keeps its state under the first.
         if not any(_fits(shape, wanted) or shape == (elements,) for shape in kept):
-            yield f"number {owner} has state of shape {list(kept[0])}, {owners[owner]} is {list(wanted)}"
+            live = f"{owners[owner]} is {list(wanted)}"
+            yield f"number {owner} has state of shape {list(kept[0])}, {live}"
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -274,9 +275,7 @@ def _renamed(
     return Renamed(_with_names(stored, back, documents), back)
 
 
-def _with_names(
-    stored: Stored, back: Mapping[str, str], documents: Mapping[str, bytes]
-) -> Stored:
+def _with_names(stored: Stored, back: Mapping[str, str], documents: Mapping[str, bytes]) -> Stored:
     """Return `stored` under new names, with other documents for some of these."""
     gone = set(back.values())
     tensors = {name: spec for name, spec in stored.tensors.items() if name not in gone}

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.dcp.edge import part_and_name, plain_errors, step_of
-from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -18,6 +17,7 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
+from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.format.names import is_part
 
 KEYS = st.sampled_from(["state", "model", "extra", "a.b", "", "x", "0"]) | st.text(max_size=3)
