@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 import dist_ckpt
 from dist_ckpt.dcp import Reader, Writer
@@ -27,12 +31,7 @@ def step(model: nn.Module, optimizer: Any) -> None:
 
 
 def save_and_load(root: str, use_orig_params: bool) -> list[str]:
-    # It warns of itself and of what it calls.
-    warnings.simplefilter("ignore")
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
-    from torch.distributed.checkpoint.state_dict_saver import save
-    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    warnings.simplefilter("ignore")  # it warns of itself and of what it calls
 
     def flat() -> tuple[nn.Module, Any]:
         cpu = torch.device("cpu")
