@@ -8,18 +8,23 @@ go to the checkpoint as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.foreign.leaves import Cut, ForeignLeaf, Path
+from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.format import document
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.shard import parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Encoded
+from dist_ckpt.state.objects import decode
 from dist_ckpt.storage.base import Store
 
 REST = "state"
@@ -31,8 +36,12 @@ NAMING = "dcp_names"
 NAMING_VERSION = "1"
 
 
+TREE_FILE = shard_name("planner_data", 0)
+"""The file in which the Writer keeps the paths of the names, where these do not tell them."""
+
+
 def path_of(part: str, name: str) -> tuple[str, ...]:
-    """Return the path in a state dict of what the Writer stored so; joined it is its name."""
+    """Return the path in a state dict of what the Writer stored so; dotted it is its name."""
     return (name,) if part == REST else (part, name)
 
 
@@ -134,9 +143,10 @@ class DcpRun:
         with self._lock:
             if self._sorted is None:
                 self._check_naming()
-                index = self._checkpoint.index
-                leaves = list(self._leaves())
-                placed = sort_into_parts(leaves, self.where, guessed=True)
+                index = self.index_as_written
+                tree = self._tree()
+                leaves = list(self._leaves(tree or {}))
+                placed = sort_into_parts(leaves, self.where, guessed=tree is None)
                 tensors = tuple(placed.tensors[number] for number in range(len(index.tensors)))
                 # Of each tensor only the name changes, so all that refers to one stays right.
                 self._sorted = placed, replace(index, tensors=tensors)
@@ -151,12 +161,32 @@ class DcpRun:
                 kind=ErrorKind.VERSION,
             )
 
-    def _leaves(self) -> Iterator[ForeignLeaf]:
+    def _tree(self) -> Mapping[str, Any] | None:
+        """Return the path of each flattened name, if the Writer kept them.
+
+        Without them the names are all that is known: where keys end in one, it does not tell.
+        """
+        for number, file in enumerate(self.index_as_written.files):
+            if file.name == TREE_FILE:
+                image = bytes(self._checkpoint.read_blocks(number, 0, file.nbytes))
+                (entry,) = parse_header(image, file.nbytes).entries[:1]
+                data = image[entry.offset : entry.offset + entry.nbytes]
+                with suppress(IncompatibleError):  # a planner's own, of types that are not known
+                    found = decode(data, tensors={}, path=f"the tree of {self.where}")
+                    return found if isinstance(found, Mapping) else None
+        return None
+
+    @property
+    def index_as_written(self) -> Index:
+        """The index with the names that the Writer stored."""
+        return self._checkpoint.index
+
+    def _leaves(self, tree: Mapping[str, Any]) -> Iterator[ForeignLeaf]:
         """Yield the tensors in the order of the index, then the values."""
-        for tensor in self._checkpoint.index.tensors:
-            path = _cut(path_of(tensor.part, tensor.name))
+        for tensor in self.index_as_written.tensors:
+            path = _path(path_of(tensor.part, tensor.name), tree)
             yield ForeignLeaf(path, tensor.dtype, tensor.shape)
-        for entry in self._checkpoint.index.objects:
+        for entry in self.index_as_written.objects:
             where = f"part {entry.part!r} of {self.where}"
             try:
                 data = self._checkpoint.read_object(entry)
@@ -166,14 +196,13 @@ class DcpRun:
                 self._damaged[entry.part] = error
                 continue
             for name, value in values.items():
-                path = _cut(path_of(entry.part, name))
+                path = _path(path_of(entry.part, name), tree)
                 yield ForeignLeaf(path, None, (), Encoded(value))
 
 
-def _cut(path: Sequence[str]) -> Path:
-    """Return a path in which each key is a component of the name.
-
-    How the keys of a dict were joined cannot be told any more.
-    """
-    first, *rest = path
-    return (first, *(Cut(part) for each in rest for part in each.split(".")))
+def _path(known: tuple[str, ...], tree: Mapping[str, Any]) -> Path:
+    """Return the path that the planner gave to an entry, or what is known of it without."""
+    path = tree.get(dotted(known))
+    if not isinstance(path, tuple | list) or dotted(tuple(path)) != dotted(known):
+        return known  # planners of users keep there whatever they like
+    return tuple(path) if all(type(key) in (str, int) for key in path) else known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,6 @@ Path = tuple[Any, ...]
 
 class DictKey(int):
     """A whole number that was the key of a dict, where others are positions in lists."""
-
-
-class Cut(str):
-    """A key that was cut out of a name: of a list's position nothing but the text is left."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +31,7 @@ class ForeignLeaf:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class PartLeaf:
     """A leaf in the part that it belongs to.
 
     Attributes:
@@ -51,37 +45,25 @@ class Leaf:
     entry: ForeignLeaf
 
 
-def joined(path: Path) -> str:
+def dotted(path: Path) -> str:
     """Return the name that a path makes up."""
     return ".".join(map(str, path))
 
 
-def content(leaf: Leaf) -> Any:
+def content(leaf: PartLeaf) -> Any:
     """Return the value of a leaf, and itself for a tensor."""
     return leaf if leaf.entry.dtype is not None else leaf.entry.value
 
 
-def nested_at(leaves: Sequence[Leaf], depth: int) -> Any:
+def nested_at(leaves: Sequence[PartLeaf], depth: int) -> Any:
     """Return the value that was taken apart into `leaves`, whose paths agree up to `depth`."""
     if len(leaves) == 1 and len(leaves[0].path) == depth:
         return content(leaves[0])
-    below: dict[Any, list[Leaf]] = {}
+    below: dict[Any, list[PartLeaf]] = {}
     for leaf in leaves:
         below.setdefault(leaf.path[depth], []).append(leaf)
     values = {key: nested_at(inner, depth + 1) for key, inner in below.items()}
     # DCP takes lists apart by position, and dicts by string keys only.
     if all(type(key) is int for key in values):
         return [values[key] for key in sorted(values)]
-    if all(type(key) is Cut for key in values) and values.keys() == set(_positions(values)):
-        return [values[key] for key in _positions(values)]
-    return {_plain(key): each for key, each in values.items()}
-
-
-def _positions(keys: Collection[Any]) -> Iterator[str]:
-    return map(str, range(len(keys)))
-
-
-def _plain(key: Any) -> Any:
-    if type(key) is DictKey:
-        return int(key)
-    return str(key) if type(key) is Cut else key
+    return {int(key) if type(key) is DictKey else key: each for key, each in values.items()}

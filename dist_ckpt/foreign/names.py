@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError, describe
-from dist_ckpt.foreign.leaves import ForeignLeaf, Leaf, Path, joined, nested_at
+from dist_ckpt.foreign.leaves import ForeignLeaf, PartLeaf, Path, dotted, nested_at
 from dist_ckpt.foreign.optimizers import StoredOptimizer, find_optimizers
 from dist_ckpt.foreign.wrapping import unwrapped
 from dist_ckpt.format.index import TensorEntry
@@ -49,7 +49,7 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool
     Args:
         entries: the leaves, each path once.
         where: the checkpoint, for messages.
-        guessed: whether the paths were made of names by cutting them at each dot.
+        guessed: whether the second key of a path is a name, perhaps of several keys.
 
     Raises:
         IntegrityError: they do not fit together.
@@ -64,7 +64,7 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool
 
 
 def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -> Placed:
-    parts: dict[str, list[Leaf]] = {}
+    parts: dict[str, list[PartLeaf]] = {}
     for number, (path, entry) in enumerate(zip(paths, entries, strict=True)):
         if len(path) == 1 and entry.dtype is not None:
             part, rest = _MODEL, path
@@ -72,7 +72,7 @@ def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -
             part, rest = str(path[0]), path[1:]
         if not is_part(part):
             part, rest = "state", path
-        parts.setdefault(part, []).append(Leaf(number, rest, entry))
+        parts.setdefault(part, []).append(PartLeaf(number, rest, entry))
     named: dict[int, TensorEntry] = {}
     objects: dict[str, dict[str, bytes]] = {}
     for part, leaves in parts.items():
@@ -86,7 +86,7 @@ def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -
     return Placed({number: named[number] for number in sorted(named)}, objects)
 
 
-def _named(part: str, leaves: Sequence[Leaf], where: str) -> _Naming:
+def _named(part: str, leaves: Sequence[PartLeaf], where: str) -> _Naming:
     try:
         optimizers = find_optimizers(leaves)
     except (TypeError, ValueError, LookupError):
@@ -111,9 +111,9 @@ class _Naming:
         self.names: dict[int, str] = {}
         self.objects: dict[str, bytes] = {}
 
-    def take_model(self, leaves: Sequence[Leaf]) -> None:
+    def take_model(self, leaves: Sequence[PartLeaf]) -> None:
         for leaf in leaves:
-            name = joined(leaf.path)
+            name = dotted(leaf.path)
             if leaf.entry.dtype is None:
                 self._encode(name, leaf.entry.value)
             else:
@@ -121,7 +121,7 @@ class _Naming:
 
     def take_optimizer(self, prefix: str, found: StoredOptimizer) -> None:
         for name, content in found.state.items():
-            if isinstance(content, Leaf) and content.entry.dtype is not None:
+            if isinstance(content, PartLeaf) and content.entry.dtype is not None:
                 self.names[content.number] = prefix + name
             else:
                 self._encode(prefix + name, content)
@@ -130,12 +130,12 @@ class _Naming:
         for key, content in found.further.items():
             self._encode(f"{prefix}own.{key}", {"key": key, "value": content})
 
-    def take_value(self, leaves: Sequence[Leaf]) -> None:
+    def take_value(self, leaves: Sequence[PartLeaf]) -> None:
         self._encode(_VALUE, _nested(leaves))
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""
-        leaves: dict[int, Leaf] = {}  # by the memory of what stands in for a tensor
+        leaves: dict[int, PartLeaf] = {}  # by the memory of what stands in for a tensor
         found: dict[str, torch.Tensor] = {}
         path = f"{self._part}.{name}"
         filled = _filled(value, leaves)
@@ -152,10 +152,10 @@ class _Naming:
             self.names[leaves.pop(tensor.data_ptr()).number] = inner
         # The tensors in it are there all the same, by the names that it would have given them.
         for leaf in leaves.values():
-            self.names[leaf.number] = joined((name, *leaf.path))
+            self.names[leaf.number] = dotted((name, *leaf.path))
 
 
-def _is_model(leaves: Sequence[Leaf]) -> bool:
+def _is_model(leaves: Sequence[PartLeaf]) -> bool:
     return all(
         leaf.path and (leaf.entry.dtype is not None or _is_extra_state(str(leaf.path[-1])))
         for leaf in leaves
@@ -167,14 +167,14 @@ def _is_extra_state(name: str) -> bool:
     return name.partition("/")[0].endswith("_extra_state")
 
 
-def _nested(leaves: Sequence[Leaf]) -> Any:
+def _nested(leaves: Sequence[PartLeaf]) -> Any:
     """Return the value that was taken apart into `leaves`."""
     return nested_at(leaves, 0)
 
 
-def _filled(value: Any, leaves: dict[int, Leaf]) -> Any:
+def _filled(value: Any, leaves: dict[int, PartLeaf]) -> Any:
     """Return `value` with a tensor of its own in the place of each leaf, noted in `leaves`."""
-    if isinstance(value, Leaf):
+    if isinstance(value, PartLeaf):
         stand_in = torch.empty(1)
         leaves[stand_in.data_ptr()] = value
         # Kept by what is returned, so no other gets the same memory meanwhile.
@@ -188,7 +188,7 @@ def _filled(value: Any, leaves: dict[int, Leaf]) -> Any:
 
 def path_as_text(path: Path) -> str:
     """Return a path as a message shows it; its keys are whatever the checkpoint says."""
-    text = _text(joined(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
+    text = _text(dotted(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.foreign.leaves import Leaf, content, joined
+from dist_ckpt.foreign.leaves import PartLeaf, content, dotted
 from dist_ckpt.state.encoding import Encoded, Inline
 from dist_ckpt.state.objects import decode
 
@@ -19,7 +19,7 @@ OPTIMIZER_KEYS = (_STATE, _GROUPS)
 _BESIDE = "beside"
 
 _Item = tuple[list[str], Any]
-"""Where something lies, by the components of its name, and what: a `Leaf` for a tensor."""
+"""Where something lies, by the components of its name, and what: a `PartLeaf` for a tensor."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class StoredOptimizer:
     """What is stored of one optimizer.
 
     Attributes:
-        state: by name, `state.<parameter>.<key>`; a `Leaf` for a tensor.
+        state: by name, `state.<parameter>.<key>`; a `PartLeaf` for a tensor.
         groups: its groups; in each `params` lists names, or numbers.
         further: what else lies beside the two.
     """
@@ -37,7 +37,7 @@ class StoredOptimizer:
     further: dict[str, Any] = field(default_factory=dict)
 
 
-def find_optimizers(leaves: Sequence[Leaf]) -> dict[str, StoredOptimizer]:
+def find_optimizers(leaves: Sequence[PartLeaf]) -> dict[str, StoredOptimizer]:
     """Return the optimizers that a part is made of, by the prefix of their names.
 
     That is one, without a prefix, or the members of a list or dict of them; none where there is
@@ -82,9 +82,9 @@ def _inline(value: Any) -> Any:
     return value
 
 
-def _expanded(leaf: Leaf) -> Iterator[_Item]:
+def _expanded(leaf: PartLeaf) -> Iterator[_Item]:
     """Yield a leaf, or what is in it where it is a whole optimizer or all of the state of one."""
-    components = joined(leaf.path).split(".") if leaf.path else []
+    components = dotted(leaf.path).split(".") if leaf.path else []
     if leaf.entry.dtype is not None:
         yield components, leaf
     else:
@@ -140,7 +140,7 @@ def _read(items: Sequence[_Item]) -> StoredOptimizer:
             found.state[".".join(components)] = what
         else:
             found.further[".".join(components)] = what
-    if any(isinstance(what, Leaf) for what in found.further.values()):
+    if any(isinstance(what, PartLeaf) for what in found.further.values()):
         raise ValueError("it has tensors beside its state")
     found.groups = groups.listed()
     for group in found.groups:
@@ -164,7 +164,7 @@ class _Groups:
 
     def take(self, components: list[str], what: Any) -> None:
         """Take an entry below `param_groups`, or all of them."""
-        value = content(what) if isinstance(what, Leaf) else plain(what)
+        value = content(what) if isinstance(what, PartLeaf) else plain(what)
         if not components:
             if not isinstance(value, list):
                 raise ValueError("its groups are no list")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_ckpt.foreign.leaves import ForeignLeaf, Path, joined
+from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.optimizers import OPTIMIZER_KEYS, is_optimizer_name
 
 _OPTIMIZER = "optimizer"
@@ -16,14 +16,15 @@ def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
 
     Args:
         entries: the leaves.
-        guessed: whether the paths were made of names by cutting them at each dot.
+        guessed: whether the second key of a path is a name, perhaps of several keys.
     """
     paths = [entry.path for entry in entries]
-    names = [joined(path).split(".") for path in paths]
+    names = [dotted(path).split(".") for path in paths]
     if all(map(is_optimizer_name, names)) and any(name[0] == "param_groups" for name in names):
         return [(_OPTIMIZER, *path) for path in paths]  # it was saved by itself
+    cut = [_cut(path) for path in paths] if guessed else paths
     tops: dict[Any, list[Path]] = {}
-    for path in paths:
+    for path in cut:
         tops.setdefault(path[0], []).append(path)
     outer = {
         top for top, mine in tops.items() if _is_around(mine, doubtful=guessed or len(tops) > 1)
@@ -31,7 +32,16 @@ def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
     inner = [path[1] for top in outer for path in tops[top]]
     if len(outer) != 1 or not (tops.keys() - outer).isdisjoint(map(str, inner)):
         return paths
-    return [path[1:] if path[0] in outer else path for path in paths]
+    return [
+        inner[1:] if inner[0] in outer else path for path, inner in zip(paths, cut, strict=True)
+    ]
+
+
+def _cut(path: Path) -> Path:
+    """Return a path of two keys with the first component of the second set apart."""
+    if len(path) != 2 or type(path[1]) is not str:
+        return path
+    return (path[0], *path[1].split(".", 1))
 
 
 def _is_around(paths: Sequence[Path], *, doubtful: bool) -> bool:
@@ -45,7 +55,7 @@ def _is_around(paths: Sequence[Path], *, doubtful: bool) -> bool:
         return False
     inner = {path[1] for path in paths}
     # An optimizer beside something else: alone it may be one of several.
-    optimizers = {path[1] for path in paths if joined(path[2:]).split(".")[0] == "param_groups"}
+    optimizers = {path[1] for path in paths if dotted(path[2:]).split(".")[0] == "param_groups"}
     if optimizers and inner - optimizers and optimizers.isdisjoint(OPTIMIZER_KEYS):
         return True
     deep = all(len(path) > 2 for path in paths)

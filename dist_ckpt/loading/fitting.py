@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
-from dist_ckpt.foreign.dcp_runs import in_parts
+from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
@@ -269,8 +269,7 @@ def fit(
     world_size: int,
 ) -> Matched:
     """Find where each stored byte would go on this rank, and everything that does not fit."""
-    source = in_parts(source)
-    options, notes = called_alike(source, options, parts)
+    source, options, notes = _named_here(source, options, parts)
     held = gather(
         source,
         options,
@@ -320,6 +319,18 @@ def fit(
     )
     first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
     return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
+
+
+def _named_here(
+    source: Source, options: LoadOptions, live: Collection[str]
+) -> tuple[Source, LoadOptions, list[str]]:
+    """Return the checkpoint with its names sorted into parts, and the parts called as in `live`."""
+    notes: list[str] = []
+    if source.manifest is None or NAMING in source.manifest.versions:
+        # Of another program, or of the Writer for one: a state may call its parts otherwise.
+        source = in_parts(source)
+        options, notes = called_alike(source, options, live)
+    return source, options, notes
 
 
 def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
 import torch
 
 from dist_ckpt.errors import NotFound, UsageError, near
-from dist_ckpt.foreign.dcp_runs import in_parts
+from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
@@ -267,7 +267,9 @@ def open_checkpoint(
     exact = None if which is None or isinstance(which, Criterion) else check_step(which)
     location = locate(url, exact)
     try:
-        source = in_parts(open_source(location, best))
+        source = open_source(location, best)
+        if source.manifest is not None and NAMING in source.manifest.versions:
+            source = in_parts(source)
     except BaseException:
         if location.text is not None:
             location.store.close()

@@ -34,7 +34,9 @@ from dist_ckpt.state.optimizer_live import InAttributes, Live, Reading, live_of
 from dist_ckpt.state.optimizer_names import (
     BESIDE,
     Renamed,
+    forward,
     how_to_skip,
+    neighbours,
     one_group_each,
     shared_out,
     taken_apart,
@@ -150,19 +152,19 @@ class OptimizerPart:
         """Return a tensor for each stored one: laid out as it was, in the stored dtype."""
         if self._is_one_value(stored):
             return StatefulPart(self.optimizer, name=self.name).targets(stored)
-        renamed = self._in_this_form(stored)
-        if set(renamed.stored.objects) == {VALUE}:
+        given, back = self._in_this_form(stored)
+        if set(given.objects) == {VALUE}:
             # One line that says it, instead of all the names that have no partner.
             other = "a value that has not the form of an optimizer's state"
             return Targets(unlike=[f"{self.name}: stored is {other}. {how_to_skip(self.name)}"])
         found = Targets()
         names: set[str] = set()
-        self.find_in(renamed.stored, found, names)
-        name_of = renamed.stored_name
-        tensors = {name_of(name): tensor for name, tensor in found.tensors.items()}
-        known = set(map(name_of, names))
+        self.find_in(given, found, names)
+        tensors = {back.get(name, name): tensor for name, tensor in found.tensors.items()}
+        known = {back.get(name, name) for name in names}
+        absent = {back.get(name, name) for name in found.unexpected}
         unknown = (stored.tensors.keys() - tensors.keys()) | (stored.objects.keys() - known)
-        unexpected = sorted(unknown.union(map(name_of, found.unexpected)))
+        unexpected = sorted(unknown | absent)
         return replace(found, tensors=tensors, unexpected=unexpected)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -170,8 +172,8 @@ class OptimizerPart:
         if self._is_one_value(stored):
             StatefulPart(self.optimizer, name=self.name).restore(stored, tensors)
             return
-        renamed = self._in_this_form(stored)
-        stored, tensors = renamed.stored, renamed.forward(tensors)
+        stored, back = self._in_this_form(stored)
+        tensors = forward(tensors, back) if back else tensors
         # Groups are matched anew: nothing is kept from `targets`, which a dry run may call.
         live = self._live
         if live is not None:
@@ -193,25 +195,26 @@ class OptimizerPart:
         old = VALUE in stored.objects and not self._several
         return old and not isinstance(self.optimizer, Optimizer)
 
-    def _in_this_form(self, stored: Stored) -> Renamed:
-        """Return what is stored as one optimizer, or as several, as there is one or several now."""
+    def _in_this_form(self, stored: Stored) -> tuple[Stored, Mapping[str, str]]:
+        """Return what is stored as of one or of several optimizers, as many as there are now.
+
+        With it the names in the checkpoint of all that it has under another.
+        """
         if self._prefix:
-            return Renamed(stored)
+            return stored, {}
+        several = any(name.startswith(BESIDE) for name in (*stored.tensors, *stored.objects))
+        if not (self._several or several or _is_copy(stored)):
+            return stored, {}
         renamed = taken_apart(stored) if _is_copy(stored) else Renamed(stored)
-        first = {name.split(".", 2)[1] for name in renamed.names if name.startswith(BESIDE)}
         if not self._beside:
-            one = renamed.then(without_neighbours) if first else renamed
-            return one.then(one_group_each) if self._one_each else one
-        if not self._several or first == {part.place for part in self._beside}:
-            return renamed
-        views = [part.view() for part in self._beside]
-        known = [view for view in views if view is not None]
-        if len(known) < len(views):
-            return renamed
-        one = renamed.then(without_neighbours) if first else renamed
-        if any(name.startswith(BESIDE) for name in one.names):
-            return renamed
-        return one.then(lambda each: shared_out(each, known, self.name))
+            renamed = renamed.then(without_neighbours)
+            renamed = renamed.then(one_group_each) if self._one_each else renamed
+        elif self._several and neighbours(renamed.stored) != {part.place for part in self._beside}:
+            views = [view for part in self._beside if (view := part.view()) is not None]
+            one = renamed.then(without_neighbours)
+            if len(views) == len(self._beside) and not neighbours(one.stored):
+                renamed = one.then(lambda each: shared_out(each, views, self.name))
+        return renamed.stored, renamed.back
 
     @property
     def place(self) -> str:

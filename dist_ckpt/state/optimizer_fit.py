@@ -14,8 +14,10 @@ from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
-from dist_ckpt.state.optimizer_names import Renamed, in_live_names
+from dist_ckpt.state.optimizer_names import forward, in_live_names
 from dist_ckpt.state.part import Stored, TensorSpec
+
+_AS_IT_IS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class OptimizerFit:
         groups: the stored groups by name.
         match: which of them is which live one.
         notes: what else is known of the tensors.
-        renamed: what the checkpoint itself calls what is stored.
+        back: what the checkpoint itself calls what is stored, by name, where that is another.
     """
 
     view: View
@@ -38,7 +40,7 @@ class OptimizerFit:
     groups: dict[str, dict[str, Any]]
     match: GroupMatch
     notes: Notes
-    renamed: Renamed
+    back: Mapping[str, str]
 
     @classmethod
     def of(cls, view: View, given: Stored, part: str) -> OptimizerFit:
@@ -48,9 +50,14 @@ class OptimizerFit:
             IntegrityError: a stored group is malformed.
             IncompatibleError: the state numbers its parameters, and these do not fit.
         """
-        renamed = in_live_names(view, given, part)
-        stored = renamed.stored
+        stored, back = given, _AS_IT_IS
         groups = _stored_groups(view, stored, part)
+        if not all(
+            each in view.parameters for group in groups.values() for each in group["params"]
+        ):
+            renamed = in_live_names(view, given, part)
+            stored, back = renamed.stored, renamed.back
+            groups = _stored_groups(view, stored, part)
         # As written: a rate that is a tensor is there by its name, which no other group's has.
         options = {name: options_of(parse_document(stored.objects[name], name)) for name in groups}
         match = match_groups(
@@ -58,7 +65,7 @@ class OptimizerFit:
             {name: group["params"] for name, group in groups.items()},
             alike=lambda first, second: options[first] == options[second],
         )
-        return cls(view, stored, part, groups, match, Notes.read(groups.values()), renamed)
+        return cls(view, stored, part, groups, match, Notes.read(groups.values()), back)
 
     def targets(
         self, live: Mapping[str, Any], *, in_place: bool
@@ -91,18 +98,19 @@ class OptimizerFit:
                 tensors[name] = self._state_target(
                     name, owner, spec, on_device, kept=kept, in_place=in_place
                 )
-        name_of = self.renamed.stored_name
-        return {name_of(n): tensor for n, tensor in tensors.items()}, set(map(name_of, known))
+        back = self.back
+        known = {back.get(name, name) for name in known}
+        return {back.get(name, name): tensor for name, tensor in tensors.items()}, known
 
     @property
     def unexpected(self) -> list[str]:
         """The stored groups, or parameters in them, without a live partner."""
-        return list(map(self.renamed.stored_name, self.match.unexpected))
+        return [self.back.get(name, name) for name in self.match.unexpected]
 
     def content(self, tensors: Mapping[str, torch.Tensor], kept: Content) -> Content:
         """Return the values that are stored, and of what is not to be loaded those in `kept`."""
         view, stored = self.view, self.stored
-        tensors = self.renamed.forward(tensors)
+        tensors = forward(tensors, self.back) if self.back else tensors
         values = {
             name: decode(data, tensors=tensors, path=f"{self.part}.{name}")
             for name, data in stored.objects.items()
@@ -234,4 +242,5 @@ def _stored_groups(view: View, stored: Stored, part: str) -> dict[str, dict[str,
 
 
 def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    # Or numbers, as torch has them.
+    return isinstance(value, list) and all(type(item) in (str, int) for item in value)

@@ -40,10 +40,6 @@ class Renamed:
     stored: Stored
     back: Mapping[str, str] = field(default_factory=dict)
 
-    def stored_name(self, name: str) -> str:
-        """Return what the checkpoint calls `name`."""
-        return self.back.get(name, name)
-
     @property
     def names(self) -> tuple[str, ...]:
         """All names, of tensors and of objects."""
@@ -57,10 +53,11 @@ class Renamed:
         kept = {name: old for name, old in self.back.items() if name in new.names}
         return Renamed(new.stored, {**kept, **back})
 
-    def forward(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what has stored names under those of the live optimizer."""
-        new = {old: name for name, old in self.back.items()}
-        return {new.get(name, name): tensor for name, tensor in tensors.items()}
+
+def forward(tensors: Mapping[str, Any], back: Mapping[str, str]) -> dict[str, Any]:
+    """Return what has stored names under those that `back` leads back from."""
+    new = {old: name for name, old in back.items()}
+    return {new.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def in_live_names(view: View, stored: Stored, part: str) -> Renamed:
@@ -83,6 +80,12 @@ def in_live_names(view: View, stored: Stored, part: str) -> Renamed:
         if all(other == name for other, name in owners.items()):
             return Renamed(stored)
     return _renamed(stored, view.prefix, groups, owners)
+
+
+def neighbours(stored: Stored) -> set[str]:
+    """Return the places of several optimizers in their list or dict; none where there is one."""
+    names = (*stored.tensors, *stored.objects)
+    return {name.split(".", 2)[1] for name in names if name.startswith(BESIDE)}
 
 
 def without_neighbours(stored: Stored) -> Renamed:

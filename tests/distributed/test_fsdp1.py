@@ -47,7 +47,7 @@ def save_and_load(root: str, use_orig_params: bool) -> list[str]:
     save({"model": weights, "optim": moments}, storage_writer=Writer(root, step=1))
     fresh, other = flat()
     weights, moments = get_state_dict(fresh, other)
-    state = {"model": weights, "optim": moments}
+    state: dict[str, Any] = {"model": weights, "optim": moments}
     load(state, storage_reader=Reader(root))
     set_state_dict(fresh, other, model_state_dict=state["model"], optim_state_dict=state["optim"])
     with (

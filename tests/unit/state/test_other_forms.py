@@ -142,13 +142,13 @@ def test_every_form_loads(write: Any, kind: Any, options: dict[str, Any], tmp_pa
     for form in FORMS:
         place = tmp_path / form.__name__
         place.mkdir()
-        url = write({**form(*saved), "epoch": 3, "history": [1, {"loss": 0.5}]}, place)
+        url = write({**form(*saved), "epoch": 3, "history": [1, 0.5]}, place)
         model, optimizer = one(kind, seed=1, **options)
         state = {"model": model, "optimizer": optimizer, "epoch": 0, "history": [], "rng": None}
         dist_ckpt.load(state, url)
         assert all(map(same_bits, saved[0].state_dict().values(), model.state_dict().values()))
         assert alike(kept(*saved), kept(model, optimizer)), form
-        assert (state["epoch"], state["history"]) == (3, [1, {"loss": 0.5}])
+        assert (state["epoch"], state["history"]) == (3, [1, 0.5])
         weights = net(seed=1)
         assert dist_ckpt.load_weights(weights, url).parts == ("model",)
         with dist_ckpt.open_checkpoint(url) as opened:
