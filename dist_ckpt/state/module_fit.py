@@ -108,6 +108,10 @@ class _Fitting:
         seen = found.say.seen()
         for name, entry in self._wanted.items():
             partner = both.get(name)
+            if partner in stored.objects and entry.live and self._is_whole(partner, entry.value):
+                found.partner[name] = partner
+                found.handed.append(name)
+                continue
             if partner is None or (entry.live and partner not in stored.tensors):
                 if name in required:
                     found.targets.missing.append(name)
@@ -127,6 +131,21 @@ class _Fitting:
                 found.handed.append(name)
             found.targets.tensors[partner] = target
         self._leave_tied()
+
+    def _is_whole(self, partner: str, live: torch.Tensor) -> bool:
+        """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.
+
+        So a planner stores the state dict of a module that takes nothing apart.
+        """
+        data, path = self._stored.objects[partner], f"{self._part}.{partner}"
+        if references(data, path=path) or isinstance(live, DTensor) or live.is_meta:
+            return False
+        value = decode(data, tensors={}, path=path)
+        return (
+            isinstance(value, torch.Tensor)
+            and value.shape == live.shape
+            and value.dtype == live.dtype
+        )
 
     def _leave_tied(self) -> None:
         """Do not miss a name whose memory is filled under another one."""

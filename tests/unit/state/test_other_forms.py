@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from torch.optim import SGD, Adafactor, AdamW
@@ -296,6 +297,21 @@ def test_what_steps_in_the_backward_pass_is_one_part(tmp_path: Path) -> None:
     assert alike(kept(model, optimizers), kept(fresh, others))
     with pytest.raises(UsageError, match="in no part"):
         dist_ckpt.save({"model": net(), "optimizer": others}, tmp_path, step=1)
+
+
+def test_a_state_dict_that_was_kept_as_one_value(tmp_path: Path) -> None:
+    saved = one()
+    step(*saved)
+    whole = DefaultSavePlanner(flatten_state_dict=False)
+    for form in (named, numbered):
+        url = tmp_path / form.__name__
+        stock_save(form(*saved), storage_writer=Writer(url / "run"), planner=whole)
+        stock_save(form(*saved), checkpoint_id=url / "stock", planner=whole)
+        for place in (url / "run", url / "stock"):
+            model, optimizer = one(seed=1)
+            dist_ckpt.load({"model": model, "optimizer": optimizer, "rng": None}, place)
+            assert all(map(same_bits, saved[0].state_dict().values(), model.state_dict().values()))
+            assert alike(kept(*saved), kept(model, optimizer))
 
 
 def test_a_value_of_no_known_form_says_what_to_write(tmp_path: Path) -> None:
