@@ -108,7 +108,8 @@ class _Fitting:
         seen = found.say.seen()
         for name, entry in self._wanted.items():
             partner = both.get(name)
-            if partner in stored.objects and entry.live and self._is_whole(partner, entry.value):
+            inside = partner is not None and partner in stored.objects and entry.live
+            if partner is not None and inside and self._is_whole(partner, entry.value):
                 found.partner[name] = partner
                 found.handed.append(name)
                 continue
