@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION, REST, path_of
 from dist_ckpt.dcp.tree import Tree, read_tree
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, without_secrets
 from dist_ckpt.foreign.dcp_files import read_stock
-from dist_ckpt.foreign.names import ForeignLeaf, Placed
+from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, REST, path_of
+from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.names import Placed
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry

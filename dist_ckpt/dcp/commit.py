@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dist_ckpt.dcp.edge import NAMING, NAMING_VERSION
 from dist_ckpt.dcp.items import described
 from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
+from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction

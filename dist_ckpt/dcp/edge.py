@@ -25,6 +25,7 @@ from dist_ckpt.errors import (
     to_wire,
     without_secrets,
 )
+from dist_ckpt.foreign.dcp_runs import REST, TREE
 from dist_ckpt.format.names import check_step, is_part
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -34,17 +35,6 @@ Place = str | Path | Store
 
 CheckpointId: TypeAlias = str | os.PathLike[str] | int
 """What callers of `dcp.save` and `dcp.load` give to say which checkpoint they mean."""
-
-REST = "state"
-"""The part of all that lies in no part of its own."""
-
-TREE = "planner_data"
-"""What no part is called either: the file that keeps the tree is. See `dist_ckpt.dcp.tree`."""
-
-NAMING = "dcp_names"
-"""The entry of a manifest's versions that says by which release of these rules names were made."""
-
-NAMING_VERSION = "1"
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _MOST_CAUSES = 8
@@ -148,11 +138,6 @@ def part_and_name(fqn: str, paths: Mapping[str, object]) -> tuple[str, str]:
     ):
         return first, rest
     return REST, fqn
-
-
-def path_of(part: str, name: str) -> tuple[str, ...]:
-    """Return the path in a state dict of what `part_and_name` stored so; joined it is its name."""
-    return (name,) if part == REST else (part, name)
 
 
 class DiskError(StorageError, OSError):

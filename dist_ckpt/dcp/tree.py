@@ -13,19 +13,16 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dist_ckpt.dcp.edge import TREE, part_and_name, path_of
+from dist_ckpt.dcp.edge import part_and_name
+from dist_ckpt.foreign.dcp_runs import TREE, TREE_FILE, path_of
 from dist_ckpt.format.digest import file_digest
 from dist_ckpt.format.index import FileEntry, Index
-from dist_ckpt.format.names import shard_name
 from dist_ckpt.format.shard import parse_header
 from dist_ckpt.planning.files import plan_extra
 from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.repository import Checkpoint
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.storage.direct import aligned_buffer
-
-TREE_FILE = shard_name(TREE, 0)
-"""The file that holds it. No part is called so, and the index names it as one of the files."""
 
 
 @dataclass(frozen=True, slots=True)

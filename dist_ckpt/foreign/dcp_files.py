@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -25,12 +25,15 @@ from dist_ckpt.errors import (
 from dist_ckpt.events import tell_once
 from dist_ckpt.foreign import torch_files
 from dist_ckpt.foreign.dcp_metadata import StockMetadata, parse_metadata
-from dist_ckpt.foreign.names import ForeignLeaf, Placed, sort_into_parts
+from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.foreign.source import Chunk, Found, Runs
 from dist_ckpt.foreign.stand_ins import Constructor
 from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor
+from dist_ckpt.foreign.torch_leaves import torch_leaves
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.names import STEP_LIMIT
 from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.storage.base import Store, is_key, read_all
@@ -38,6 +41,12 @@ from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel
 
 METADATA = ".metadata"
+
+# What Megatron-Core and Lightning keep beside it, as files of `torch.save`.
+_COMMON = "common.pt"
+_BESIDE = (_COMMON, "meta.pt")
+_STEPS = (("iteration",), ("global_step",))
+_MEGATRON_PARTS = ("optimizer",)
 
 _SHOWN = 5
 
@@ -85,24 +94,52 @@ def read_stock(
         problem = f"it cannot be read as DCP's metadata: {describe(error)}"
         raise _broken(f"{METADATA} in {store.url}", problem) from error
     where = f"the stock checkpoint in {store.url}"
-    reading = _Reading(store, sorted({each.key for each in found.places.values()}), where)
+    beside = [key for key in _BESIDE if place is sort_into_parts and has(store, key)]
+    keys = sorted({each.key for each in found.places.values()} | set(beside))
+    reading = _Reading(store, keys, where)
     blobs = _Blobs(found, reading)
     entries: list[ForeignLeaf] = []
     unreadable: list[str] = []
     chunks: dict[int, list[tuple[Box, _Blob]]] = {}
+    by_megatron = _COMMON in beside
     for number, each in enumerate(found.entries):
         tensor = each.tensor
+        path = _megatron_path(each.fqn) if by_megatron else each.path
         if tensor is None:
             value = reading.value(each.fqn, blobs.find(each.fqn, ()))
             if isinstance(value, Unreadable):
                 unreadable.append(value.reason)
-            entries.append(ForeignLeaf(each.path, None, (), value))
+            entries.append(ForeignLeaf(path, None, (), value))
         else:
-            entries.append(ForeignLeaf(each.path, tensor.dtype, tensor.shape))
+            entries.append(ForeignLeaf(path, tensor.dtype, tensor.shape))
             found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
             chunks[number] = _with_elements(tensor.shape, found_at)
+    step = 0
+    whole: dict[int, tuple[int, TorchTensor]] = {}
+    known = {entry.path for entry in entries}
+    for key in beside:
+        for path, leaf in torch_leaves(store, key):
+            if path in known:
+                continue
+            if isinstance(leaf, TorchTensor):
+                whole[len(entries)] = reading.keys.index(key), leaf
+                entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
+                continue
+            unreadable += [leaf.reason] if isinstance(leaf, Unreadable) else []
+            if path in _STEPS and type(leaf) is int and 0 <= leaf < STEP_LIMIT:
+                step = leaf
+            entries.append(ForeignLeaf(path, None, (), leaf))
     tell_unreadable(store.url, where, unreadable)
-    return _described(reading, place(entries, where), chunks)
+    described = _described(reading, place(entries, where), chunks, whole)
+    return replace(described, step=step)
+
+
+def _megatron_path(fqn: str) -> tuple[str, ...]:
+    """Return the path of an entry of Megatron-Core, which has names and no tree of them."""
+    first, dot, rest = fqn.partition(".")
+    if first in _MEGATRON_PARTS and dot:
+        return (first, rest)
+    return ("model", fqn) if dot else (fqn.partition("/")[0], fqn)
 
 
 def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
@@ -259,7 +296,10 @@ _REBUILT: dict[type, Callable[[Any], Any]] = {
 
 
 def _described(
-    reading: _Reading, placed: Placed, chunks: dict[int, list[tuple[Box, _Blob]]]
+    reading: _Reading,
+    placed: Placed,
+    chunks: dict[int, list[tuple[Box, _Blob]]],
+    whole: dict[int, tuple[int, TorchTensor]],
 ) -> Found:
     rows: list[Chunk] = []
     runs = Runs(len(reading.keys))
@@ -277,6 +317,9 @@ def _described(
                 f"and is {tensor.dtype}{list(tensor.shape)}",
             )
         rows.append((numbers[number], *runs.place(tensor, blob.file), box))
+    for number, (file, tensor) in whole.items():
+        box = Box((0,) * len(tensor.shape), tensor.shape)
+        rows.append((numbers[number], *runs.place(tensor, file), box))
     return Found(
         "stock DCP",
         reading.keys,
@@ -306,8 +349,13 @@ def value_in(data: bytes) -> Any:
 
 def is_stock(store: Store) -> bool:
     """Tell whether `store` holds a stock checkpoint."""
+    return has(store, METADATA)
+
+
+def has(store: Store, key: str) -> bool:
+    """Tell whether `store` has something under `key`."""
     try:
-        store.size(METADATA)
+        store.size(key)
     except NotFound:
         return False
     return True

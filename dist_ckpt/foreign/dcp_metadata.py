@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import describe
-from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made
+from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Unknown
 from dist_ckpt.foreign.unpickle import unpickle
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.limits import count_elements
@@ -29,6 +29,7 @@ _KINDS = frozenset(
         "_MEM_FORMAT_ENCODING",
     }
 )
+_UNREAD = ("torch.distributed.checkpoint.planner", "megatron.core.", "nvidia_resiliency_ext.")
 
 
 def _shape(sizes: Sequence[Any] = ()) -> tuple[Any, ...]:
@@ -122,6 +123,10 @@ def _named(module: str, name: str) -> object:
     # A dtype has no state, and nothing can be set on it: what a stream may change is only `Made`.
     if module == "torch" and name in _DTYPES:
         return _DTYPES[name]
+    # Of Megatron-Core: plans that were kept along, and its own kind of the same description. Nobody
+    # here asks for what is in them, and the stand-in keeps nothing of it.
+    if module.startswith(_UNREAD):
+        return Kind("Metadata") if name == "MCoreMetadata" else Unknown(name)
     raise ValueError(f"it refers to {module}.{name}, which is not admitted")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign import torch_files
-from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
-from dist_ckpt.foreign.names import ForeignLeaf, path_as_text, sort_into_parts
+from dist_ckpt.foreign.dcp_files import METADATA, has, is_stock, read_stock, tell_unreadable
+from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.names import sort_into_parts
 from dist_ckpt.foreign.safetensors_files import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -17,7 +19,7 @@ from dist_ckpt.foreign.safetensors_files import (
 )
 from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
 from dist_ckpt.foreign.torch_files import TorchTensor
-from dist_ckpt.foreign.torch_values import unknown_in, what_of
+from dist_ckpt.foreign.torch_leaves import torch_leaves
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store
@@ -26,6 +28,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
 """How a single file is called that is a checkpoint by itself."""
 
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"
+_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
 _TORCH_INDEX_SUFFIX = ".bin.index.json"
 
 _Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
@@ -49,8 +53,7 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
         NotFound: `file` is not there.
     """
     if file is not None:
-        reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
-        return ForeignSource.of(store, reader(store, [file]))
+        return ForeignSource.of(store, _one_file(store, file))
     if is_stock(store):
         return ForeignSource.of(store, read_stock(store))
     names = sorted(name for name in store.list_children() if not name.endswith("/"))
@@ -65,8 +68,22 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
             _one(indexes, store)
             return ForeignSource.of(store, _indexed(store, indexes[0], each))
         if found:
-            return ForeignSource.of(store, each(store, [_one(found, store)]))
+            return ForeignSource.of(store, _one_file(store, _one(_weights(found), store)))
     return None
+
+
+def _one_file(store: Store, file: str) -> Found:
+    reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
+    found = reader(store, [file])
+    return replace(found, is_adapter=file.startswith(_ADAPTER) or has(store, _ADAPTER_CONFIG))
+
+
+def _weights(names: Sequence[str]) -> Sequence[str]:
+    """Return those of `names` that are weights by their names, all of them where none is.
+
+    A trainer keeps the state of its optimizer and its arguments beside the weights.
+    """
+    return [name for name in names if name.partition(".")[0] in _WEIGHTS] or names
 
 
 def looked_for() -> str:
@@ -91,14 +108,12 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
     unreadable: list[str] = []
     found: dict[int, tuple[int, TorchTensor]] = {}
     for file, key in enumerate(keys):
-        for path, leaf in _leaves(torch_files.describe_file(store, key, lenient=True), ()):
+        for path, leaf in torch_leaves(store, key):
             if isinstance(leaf, TorchTensor):
                 found[len(entries)] = file, leaf
                 entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
                 continue
-            unknown = unknown_in(leaf)
-            if unknown is not None:
-                leaf = Unreadable(f"{path_as_text(path)}: {what_of(unknown)}")
+            if isinstance(leaf, Unreadable):
                 unreadable.append(leaf.reason)
             entries.append(ForeignLeaf(path, None, (), leaf))
     where = f"{', '.join(keys)} in {store.url}"
@@ -123,22 +138,6 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
         placed.objects,
         permuted=runs.permuted,
     )
-
-
-def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    taken_apart = isinstance(value, dict) and value and (path == () or _has_tensor(value))
-    # By keys that nobody can read nothing has a name, or two have one.
-    if taken_apart and unknown_in([*value]) is None:
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    else:
-        yield path or ("value",), value
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_tensor, value.values()))
-    return isinstance(value, TorchTensor)
 
 
 def _indexed(store: Store, index: str, reader: _Reader) -> Found:

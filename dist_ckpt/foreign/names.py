@@ -9,35 +9,18 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError, describe
+from dist_ckpt.foreign.leaves import ForeignLeaf, PartLeaf, Path, dotted, nested_at
+from dist_ckpt.foreign.optimizers import StoredOptimizer, find_optimizers
+from dist_ckpt.foreign.wrapping import unwrapped
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
 
-Path = tuple[Any, ...]
-
 _MODEL = "model"
-_OPTIMIZER_KEYS = ("state", "param_groups")
 _PATH_SHOWN = 200
 _VALUE = "value"  # what a part that is one Python value calls it
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignLeaf:
-    """One leaf of a state dict.
-
-    Attributes:
-        path: the keys that lead to it.
-        dtype: of a tensor, None for a Python value.
-        shape: of a tensor.
-        value: the Python value.
-    """
-
-    path: Path
-    dtype: str | None
-    shape: tuple[int, ...] = ()
-    value: Any = None
 
 
 @dataclass(slots=True)
@@ -53,31 +36,26 @@ class Placed:
     objects: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    number: int
-    path: Path
-    entry: ForeignLeaf
-
-
-def sort_into_parts(entries: Sequence[ForeignLeaf], where: str) -> Placed:
+def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool = False) -> Placed:
     """Sort the leaves of a state dict into parts.
 
     The first key of a path is the part, the others make up the name. A leaf at the top is a tensor
     of the part `model` (the state dict of a module was saved by itself) or a part of its own (a
-    plain value). One key around everything, as of an `AppState`, is left away. Optimizers, in both
-    forms that torch gives them, get the names that `OptimizerPart` has; any other part with Python
-    values becomes the one nested value that it was.
+    plain value). A key around the parts, as of an `AppState`, is left away, and the state dict of
+    an optimizer that was saved by itself is the part `optimizer`. Optimizers, in all forms that
+    torch gives them, get the names that `OptimizerPart` has; any other part with Python values
+    becomes the one nested value that it was.
 
     Args:
         entries: the leaves, each path once.
         where: the checkpoint, for messages.
+        guessed: whether the second key of a path is a name, perhaps of several keys.
 
     Raises:
         IntegrityError: they do not fit together.
     """
     try:
-        return _placed(entries, where)
+        return _placed(entries, unwrapped(entries, guessed=guessed), where)
     # Paths and values are whatever the checkpoint says.
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise IntegrityError(
@@ -85,16 +63,16 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str) -> Placed:
         ) from error
 
 
-def _placed(entries: Sequence[ForeignLeaf], where: str) -> Placed:
-    parts: dict[str, list[_Leaf]] = {}
-    for number, (path, entry) in enumerate(zip(_unwrapped(entries), entries, strict=True)):
+def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -> Placed:
+    parts: dict[str, list[PartLeaf]] = {}
+    for number, (path, entry) in enumerate(zip(paths, entries, strict=True)):
         if len(path) == 1 and entry.dtype is not None:
             part, rest = _MODEL, path
         else:
             part, rest = str(path[0]), path[1:]
         if not is_part(part):
             part, rest = "state", path
-        parts.setdefault(part, []).append(_Leaf(number, rest, entry))
+        parts.setdefault(part, []).append(PartLeaf(number, rest, entry))
     named: dict[int, TensorEntry] = {}
     objects: dict[str, dict[str, bytes]] = {}
     for part, leaves in parts.items():
@@ -108,15 +86,15 @@ def _placed(entries: Sequence[ForeignLeaf], where: str) -> Placed:
     return Placed({number: named[number] for number in sorted(named)}, objects)
 
 
-def _named(part: str, leaves: Sequence[_Leaf], where: str) -> _Naming:
+def _named(part: str, leaves: Sequence[PartLeaf], where: str) -> _Naming:
+    try:
+        optimizers = find_optimizers(leaves)
+    except (TypeError, ValueError, LookupError):
+        optimizers = {}  # called like those of an optimizer, and something else
     naming = _Naming(part, where)
-    if _is_optimizer(leaves):
-        try:
-            naming.take_optimizer(leaves)
-        except (TypeError, ValueError, LookupError):
-            # Called like those of an optimizer, and something else.
-            naming = _Naming(part, where)
-            naming.take_value(leaves)
+    if optimizers:
+        for prefix, found in optimizers.items():
+            naming.take_optimizer(prefix, found)
     elif _is_model(leaves):
         naming.take_model(leaves)
     else:
@@ -133,39 +111,31 @@ class _Naming:
         self.names: dict[int, str] = {}
         self.objects: dict[str, bytes] = {}
 
-    def take_model(self, leaves: Sequence[_Leaf]) -> None:
+    def take_model(self, leaves: Sequence[PartLeaf]) -> None:
         for leaf in leaves:
-            name = _joined(leaf.path)
+            name = dotted(leaf.path)
             if leaf.entry.dtype is None:
                 self._encode(name, leaf.entry.value)
             else:
                 self.names[leaf.number] = name
 
-    def take_optimizer(self, leaves: Sequence[_Leaf]) -> None:
-        groups = _Groups()
-        for leaf in leaves:
-            name = _joined(leaf.path)
-            if name == "param_groups":  # as one value
-                for i, group in enumerate(leaf.entry.value):
-                    groups.numbered[i] = dict(group)
-            elif leaf.path[0] == "param_groups":
-                groups.numbered.setdefault(leaf.path[1], {})[leaf.path[2]] = _content(leaf)
-            elif name.startswith("param_groups."):
-                parameter, _, option = name.removeprefix("param_groups.").rpartition(".")
-                groups.flat.setdefault(parameter, {})[option] = _content(leaf)
-            elif leaf.entry.dtype is None:
-                self._encode(name, leaf.entry.value)
+    def take_optimizer(self, prefix: str, found: StoredOptimizer) -> None:
+        for name, content in found.state.items():
+            if isinstance(content, PartLeaf) and content.entry.dtype is not None:
+                self.names[content.number] = prefix + name
             else:
-                self.names[leaf.number] = name
-        for i, group in enumerate(groups.listed()):
-            self._encode(group_name(i, group["params"]), group)
+                self._encode(prefix + name, content)
+        for i, group in enumerate(found.groups):
+            self._encode(prefix + group_name(i, group["params"]), group)
+        for key, content in found.further.items():
+            self._encode(f"{prefix}own.{key}", {"key": key, "value": content})
 
-    def take_value(self, leaves: Sequence[_Leaf]) -> None:
+    def take_value(self, leaves: Sequence[PartLeaf]) -> None:
         self._encode(_VALUE, _nested(leaves))
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""
-        leaves: dict[int, _Leaf] = {}  # by the memory of what stands in for a tensor
+        leaves: dict[int, PartLeaf] = {}  # by the memory of what stands in for a tensor
         found: dict[str, torch.Tensor] = {}
         path = f"{self._part}.{name}"
         filled = _filled(value, leaves)
@@ -182,82 +152,29 @@ class _Naming:
             self.names[leaves.pop(tensor.data_ptr()).number] = inner
         # The tensors in it are there all the same, by the names that it would have given them.
         for leaf in leaves.values():
-            self.names[leaf.number] = _joined((name, *leaf.path))
+            self.names[leaf.number] = dotted((name, *leaf.path))
 
 
-class _Groups:
-    """Parameter groups, in either of the two forms."""
-
-    def __init__(self) -> None:
-        self.numbered: dict[int, dict[str, Any]] = {}
-        self.flat: dict[str, dict[str, Any]] = {}
-
-    def listed(self) -> list[dict[str, Any]]:
-        """Return the groups; of the flat form those parameters together that share all options."""
-        groups = [self.numbered[i] for i in sorted(self.numbered)]
-        alike: dict[str, list[Any]] = {}
-        for parameter, options in self.flat.items():
-            # Not compared with every other one: a hostile file has as many groups as parameters.
-            text = repr(sorted(options.items(), key=lambda item: item[0]))
-            if text not in alike:
-                alike[text] = []
-                groups.append({**options, "params": alike[text]})
-            alike[text].append(parameter)
-        return groups
-
-
-def _unwrapped(entries: Sequence[ForeignLeaf]) -> list[Path]:
-    paths = [entry.path for entry in entries]
-    tops = {path[0] for path in paths}
-    inner = {path[1] for path in paths if len(path) > 1}
-    deep = all(len(path) > 2 for path in paths)
-    if len(tops) == 1 and deep and not inner.issubset(_OPTIMIZER_KEYS):
-        return [path[1:] for path in paths]
-    return paths
-
-
-def _is_optimizer(leaves: Sequence[_Leaf]) -> bool:
-    names = [_joined(leaf.path) for leaf in leaves]
-    grouped = any(name == "param_groups" or name.startswith("param_groups.") for name in names)
-    return grouped and all(name.startswith(_OPTIMIZER_KEYS) for name in names)
-
-
-def _is_model(leaves: Sequence[_Leaf]) -> bool:
+def _is_model(leaves: Sequence[PartLeaf]) -> bool:
     return all(
-        leaf.path and (leaf.entry.dtype is not None or str(leaf.path[-1]).endswith("_extra_state"))
+        leaf.path and (leaf.entry.dtype is not None or _is_extra_state(str(leaf.path[-1])))
         for leaf in leaves
     )
 
 
-def _joined(path: Path) -> str:
-    return ".".join(map(str, path))
+def _is_extra_state(name: str) -> bool:
+    # Megatron-Core has a piece of it for each layer, `/shard_0_4` and so on.
+    return name.partition("/")[0].endswith("_extra_state")
 
 
-def _content(leaf: _Leaf) -> Any:
-    return leaf if leaf.entry.dtype is not None else leaf.entry.value
-
-
-def _nested(leaves: Sequence[_Leaf]) -> Any:
+def _nested(leaves: Sequence[PartLeaf]) -> Any:
     """Return the value that was taken apart into `leaves`."""
-    return _nested_at(leaves, 0)
+    return nested_at(leaves, 0)
 
 
-def _nested_at(leaves: Sequence[_Leaf], depth: int) -> Any:
-    if len(leaves) == 1 and len(leaves[0].path) == depth:
-        return _content(leaves[0])
-    below: dict[Any, list[_Leaf]] = {}
-    for leaf in leaves:
-        below.setdefault(leaf.path[depth], []).append(leaf)
-    values = {key: _nested_at(inner, depth + 1) for key, inner in below.items()}
-    # DCP takes lists apart by position, and dicts by string keys only.
-    if all(isinstance(key, int) for key in values):
-        return [values[key] for key in sorted(values)]
-    return values
-
-
-def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
+def _filled(value: Any, leaves: dict[int, PartLeaf]) -> Any:
     """Return `value` with a tensor of its own in the place of each leaf, noted in `leaves`."""
-    if isinstance(value, _Leaf):
+    if isinstance(value, PartLeaf):
         stand_in = torch.empty(1)
         leaves[stand_in.data_ptr()] = value
         # Kept by what is returned, so no other gets the same memory meanwhile.
@@ -271,7 +188,7 @@ def _filled(value: Any, leaves: dict[int, _Leaf]) -> Any:
 
 def path_as_text(path: Path) -> str:
     """Return a path as a message shows it; its keys are whatever the checkpoint says."""
-    text = _text(_joined(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
+    text = _text(dotted(tuple(str(key)[:_PATH_SHOWN] for key in path)))[:_PATH_SHOWN]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -67,15 +67,24 @@ def read_safetensors(store: Store, keys: Sequence[str], *, part: str = "model") 
     sizes: list[int] = []
     for number, key in enumerate(keys):
         sizes.append(store.size(key))
-        for entry in _header(store, key, sizes[-1]).entries:
+        header = _header(store, key, sizes[-1])
+        numbers: dict[str, int] = {}
+        for entry in header.entries:
             if entry.code not in _DTYPE_OF:
                 raise IncompatibleError(
                     f"tensor {entry.name!r} of {key} in {store.url} has the dtype {entry.code}, "
                     "which is not supported"
                 )
             whole = Box((0,) * len(entry.shape), entry.shape)
+            numbers[entry.name] = len(tensors)
             chunks.append((len(tensors), number, entry.offset, whole))
             tensors.append(TensorEntry(part, entry.name, _DTYPE_OF[entry.code], entry.shape))
+        # What `save_model` left out of the file, since another name has its memory.
+        for name, other in header.metadata.items():
+            if name not in numbers and other in numbers:
+                same = tensors[numbers[other]]
+                chunks.append((len(tensors), *chunks[numbers[other]][1:]))
+                tensors.append(TensorEntry(part, name, same.dtype, same.shape))
     return Found("safetensors", keys, sizes, tensors, chunks)
 
 

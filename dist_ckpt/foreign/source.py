@@ -72,6 +72,7 @@ class Found:
         step: the training step, 0 if nothing says.
         permuted: each stands for a file of its own in `chunks`; their numbers follow those of
             the files.
+        is_adapter: whether it is an adapter, without the model under it.
     """
 
     format: str
@@ -82,6 +83,7 @@ class Found:
     objects: Objects = field(default_factory=dict)
     step: int = 0
     permuted: Sequence[Permuted] = ()
+    is_adapter: bool = False
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -93,6 +95,7 @@ class _Message(msgspec.Struct, frozen=True):
     objects: dict[str, dict[str, bytes]]
     step: int
     permuted: list[Permuted]
+    is_adapter: bool
 
 
 class Runs:
@@ -124,6 +127,7 @@ class ForeignSource:
         store: where its files are.
         format: what wrote it.
         index: where every byte lies; the digests in it are blank.
+        is_adapter: whether it is an adapter, without the model under it.
     """
 
     def __init__(self, store: Store, message: bytes) -> None:
@@ -142,6 +146,7 @@ class ForeignSource:
         self._objects = told.objects
         self._step = told.step
         self._permuted = told.permuted
+        self.is_adapter = told.is_adapter
         # The last one read: its pieces are asked for one after another, by several threads.
         self._row_major: tuple[int, memoryview] | None = None
         self._lock = threading.Lock()
@@ -195,6 +200,7 @@ class ForeignSource:
             objects,
             found.step,
             list(found.permuted),
+            found.is_adapter,
         )
         return cls(store, msgspec.msgpack.encode(message))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.foreign.stand_ins import Constructor, Kind, Unknown
-from dist_ckpt.foreign.torch_values import CONSTRUCTORS, what_of
+from dist_ckpt.foreign.torch_values import BUFFER, CONSTRUCTORS, what_of, with_buffers
 from dist_ckpt.foreign.unpickle import unpickle
 from dist_ckpt.format.limits import INT64_MAX, count_elements
 from dist_ckpt.format.shard import DTYPES, itemsize
@@ -202,7 +202,7 @@ class _Archive:
         order = f"{self._folder}/byteorder"
         if order in names and self._read(order) != b"little":
             raise IncompatibleError(f"{self._where} was written on a big-endian machine")
-        return unpickle(self._read(found[0]), self._named, refer=_storage_of)
+        return with_buffers(unpickle(self._read(found[0]), self._named, refer=_storage_of))
 
     def _read(self, record: str) -> bytes:
         """Return the bytes of a record, which are what the file has: none are made out of few."""
@@ -233,6 +233,8 @@ class _Archive:
             return known
         if (module, name) == ("numpy", "dtype"):
             return Kind("numpy.dtype")
+        if (module, name) == ("_io", "BytesIO"):
+            return BUFFER
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return Constructor(self._tensor)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):

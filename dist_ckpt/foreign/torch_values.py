@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 
-from dist_ckpt.foreign.stand_ins import Constructor, Made, Unknown
+from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Unknown
 
+BUFFER = Kind("_io.BytesIO")
 _NAME_SHOWN = 200
 _NUMPY_CODES = frozenset(
     ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -44,6 +46,24 @@ def unknown_in(value: Any) -> Unknown | None:
     elif isinstance(value, list | tuple | set | frozenset):
         inner = value
     return next((found for item in inner if (found := unknown_in(item)) is not None), None)
+
+
+def with_buffers(value: Any) -> Any:
+    """Return `value` with a `BytesIO` in the place of each that is still what it is made of."""
+    if type(value) is Made and value.kind is BUFFER:
+        state = value.state
+        if type(state) is tuple and len(state) > 1 and type(state[0]) is bytes:
+            buffer = BytesIO(state[0])
+            buffer.seek(state[1] if type(state[1]) is int and 0 <= state[1] <= len(state[0]) else 0)
+            return buffer
+    elif type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            value[key] = with_buffers(item)
+    elif type(value) is list:
+        value[:] = map(with_buffers, value)
+    elif type(value) is tuple:
+        return tuple(map(with_buffers, value))
+    return value
 
 
 def _bytes_of(text: str, encoding: str) -> bytes:

@@ -9,6 +9,9 @@ from functools import cache
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
+from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
 from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
@@ -186,6 +189,7 @@ def gather(
                 by_rank=_of_every_rank(source, part),
                 selects=_within(part, options),
                 cast=options.cast,
+                is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
             )
             for part, mine in found.parts.items()
         },
@@ -265,6 +269,7 @@ def fit(
     world_size: int,
 ) -> Matched:
     """Find where each stored byte would go on this rank, and everything that does not fit."""
+    source, options, notes = _named_here(source, options, parts)
     held = gather(
         source,
         options,
@@ -278,7 +283,6 @@ def fit(
     unlike: list[str] = []
     compared: list[Mismatches] = []
     targets: dict[str, Mapping[str, torch.Tensor]] = {}
-    notes: list[str] = []
     filled: list[str] = []
     empty: list[str] = []
     known = {*held.names, *parts}
@@ -315,6 +319,18 @@ def fit(
     )
     first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
     return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
+
+
+def _named_here(
+    source: Source, options: LoadOptions, live: Collection[str]
+) -> tuple[Source, LoadOptions, list[str]]:
+    """Return the checkpoint with its names sorted into parts, and the parts called as in `live`."""
+    notes: list[str] = []
+    if source.manifest is None or NAMING in source.manifest.versions:
+        # Of another program, or of the Writer for one: a state may call its parts otherwise.
+        source = in_parts(source)
+        options, notes = called_alike(source, options, live)
+    return source, options, notes
 
 
 def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:

@@ -225,12 +225,13 @@ class Loader:
         self, topic: Topic, source: Source, options: LoadOptions
     ) -> tuple[Matched, Mismatches]:
         """Compare names, shapes and dtypes on all ranks; return what they found together."""
-        known: list[frozenset[str]] = []  # rank 0's names, which only its decision needs
-        where = f"{source.where} (parts {', '.join(source.parts) or 'none'})"
+        mine: list[Matched] = []  # what rank 0 found, whose names only its decision needs
 
         def decide(messages: Sequence[bytes]) -> bytes:
             mismatches = [msgspec.msgpack.decode(data, type=Mismatches) for data in messages]
-            check_matched(mismatches, known[0])
+            (found,) = mine
+            check_matched(mismatches, found.known)
+            where = f"{source.where} (parts {', '.join(found.source.parts) or 'none'})"
             return msgspec.msgpack.encode(
                 refuse_mismatches(mismatches, where=where, strict=options.strict)
             )
@@ -238,7 +239,7 @@ class Loader:
         def work() -> Matched:
             job, parts = self._job.training, self._state.parts
             found = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
-            known.append(found.known)
+            mine.append(found)
             return found
 
         matched, answer = self._together(

@@ -10,6 +10,7 @@ from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
 import torch
 
 from dist_ckpt.errors import NotFound, UsageError, near
+from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
@@ -267,6 +268,8 @@ def open_checkpoint(
     location = locate(url, exact)
     try:
         source = open_source(location, best)
+        if source.manifest is not None and NAMING in source.manifest.versions:
+            source = in_parts(source)
     except BaseException:
         if location.text is not None:
             location.store.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.state.layout import empty_beside
+from dist_ckpt.state.layout import empty_beside, memory_of
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, fillable, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
@@ -87,6 +87,11 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
                 decode(data, tensors={}, path=f"{path}.{partner}")
             targets.tensors.update({each: _fresh(stored.tensors[each]) for each in inner})
             used.update((partner, *inner))
+    # A name whose memory is filled under another one is not missing.
+    filled = {memory_of(live[name]) for name in found if name in live}
+    targets.missing[:] = [
+        name for name in targets.missing if name not in live or memory_of(live[name]) not in filled
+    ]
     targets.unexpected.extend(sorted((stored.tensors.keys() | stored.objects.keys()) - used))
     return ByNames(targets, stored, found, places, path)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import msgspec
 import torch
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
@@ -37,6 +38,17 @@ class Inline:
     """A tensor that belongs into the encoding of the value that holds it."""
 
     tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A value that was encoded before, without a tensor beside it, and goes on as it is.
+
+    Attributes:
+        data: what `dist_ckpt.state.objects.encode` returned.
+    """
+
+    data: bytes
 
 
 TAG = "!"
@@ -120,7 +132,9 @@ class Encoder:
             # Sorted by their JSON: the iteration order of a set differs from rank to rank.
             items = [self._hashable(".<member>", item) for item in value]
             return {TAG: SETS[kind], "v": sorted(items, key=dumps)}
-        # These two stand in the values of other programs' checkpoints only.
+        # These three stand in the values of other programs' checkpoints only.
+        if kind is Encoded:
+            return msgspec.Raw(value.data)
         if kind is Unreadable:
             return {TAG: UNREADABLE, "v": value.reason}
         if kind is Inline:

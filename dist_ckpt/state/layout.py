@@ -136,6 +136,17 @@ def address(tensor: torch.Tensor) -> tuple[int, int]:
     return local.data_ptr(), local.numel()
 
 
+def memory_of(tensor: torch.Tensor) -> object:
+    """Return what two tensors have in common only if a load that fills one fills the other."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return id(tensor)  # until it has memory, all that ties it is that it is the same one
+    try:
+        place, elements = address(tensor)
+    except RuntimeError:  # behind one face are several
+        return id(tensor)
+    return (place, elements, tuple(tensor.shape), tensor.dtype) if place else id(tensor)
+
+
 def memory_order(tensor: torch.Tensor) -> list[int] | None:
     """Return the dimensions of `tensor` from the outermost in memory to the innermost.
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
+from dist_ckpt.state.adapters import fit_adapter
+from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, memory_of
 from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
@@ -97,11 +98,21 @@ class _Fitting:
     def place(self, required: Collection[str]) -> None:
         """Give each wanted entry its stored partner."""
         found, stored = self.found, self._stored
-        both = partners(self._wanted, stored.tensors.keys() | stored.objects.keys())
+        names = stored.tensors.keys() | stored.objects.keys()
+        if stored.is_adapter:
+            adapter = fit_adapter(self._wanted, names, self._part)
+            both, required = adapter.found, adapter.own & set(required)
+        else:
+            both = partners(self._wanted, names)
         aliases: dict[int, torch.Tensor] = {}
         seen = found.say.seen()
         for name, entry in self._wanted.items():
             partner = both.get(name)
+            inside = partner is not None and partner in stored.objects and entry.live
+            if partner is not None and inside and self._is_whole(partner, entry.value):
+                found.partner[name] = partner
+                found.handed.append(name)
+                continue
             if partner is None or (entry.live and partner not in stored.tensors):
                 if name in required:
                     found.targets.missing.append(name)
@@ -120,6 +131,34 @@ class _Fitting:
                 target = torch.empty_like(alias)
                 found.handed.append(name)
             found.targets.tensors[partner] = target
+        self._leave_tied()
+
+    def _is_whole(self, partner: str, live: torch.Tensor) -> bool:
+        """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.
+
+        So a planner stores the state dict of a module that takes nothing apart.
+        """
+        data, path = self._stored.objects[partner], f"{self._part}.{partner}"
+        if references(data, path=path) or isinstance(live, DTensor) or live.is_meta:
+            return False
+        value = decode(data, tensors={}, path=path)
+        return (
+            isinstance(value, torch.Tensor)
+            and value.shape == live.shape
+            and value.dtype == live.dtype
+        )
+
+    def _leave_tied(self) -> None:
+        """Do not miss a name whose memory is filled under another one."""
+        found = self.found
+        if found.targets.missing:
+            live = {name: entry for name, entry in self._wanted.items() if entry.live}
+            filled = {memory_of(live[name].value) for name in found.partner if name in live}
+            found.targets.missing[:] = [
+                name
+                for name in found.targets.missing
+                if name not in live or memory_of(live[name].value) not in filled
+            ]
 
     def take_extra_states(self, known: Collection[str]) -> None:
         """Take what a module is ready to take although it has none now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -23,7 +23,9 @@ _WRAPPERS: dict[tuple[str, str], str] = {
         "ActivationWrapper",
     ): "_checkpoint_wrapped_module",
 }
-_WRAPPED_IN = frozenset(_WRAPPERS.values())
+# Of these the names are met in stored files only: no module here is one.
+_ELSEWHERE = ("_fsdp_wrapped_module", "_fpw_module")
+_WRAPPED_IN = frozenset((*_WRAPPERS.values(), *_ELSEWHERE))
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
@@ -65,7 +67,10 @@ def refuse_fsdp1(root: nn.Module, part: str) -> None:
         if any((cls.__module__, cls.__qualname__) == _FSDP1 for cls in type(module).__mro__):
             raise UsageError(
                 f"{part} holds a FullyShardedDataParallel module at {name or 'its root'!r}, which "
-                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard"
+                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard. Or let "
+                "torch name them: dcp.save of get_state_dict(model, optimizer) with "
+                "storage_writer=dist_ckpt.dcp.Writer(run), and dcp.load with dist_ckpt.dcp.Reader; "
+                "what is saved so loads into any other layout by dist_ckpt.load"
             )
 
 
@@ -75,6 +80,8 @@ def partners(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]
     That is the same name. What has none is looked for without the names that wrappers put in front
     of or into others (`module.`, `_orig_mod.`): a dict of tensors does not say what it was wrapped
     in, nor does a wrapper that nobody here knows. Two that would fall together are no partners.
+    Where not one is found, what all names of one side begin with is left away (`model.`, of a
+    module in which the network is an attribute), if one side then is in the other.
     """
     found = {name: name for name in wanted if name in stored}
     loose = [name for name in stored if name not in found]
@@ -91,7 +98,33 @@ def partners(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]
         partner = without.get(short)
         if asking is not None and partner is not None:
             found[asking] = partner
-    return found
+    return found or _without_beginning(_known(asked), _known(without))
+
+
+def _known(names: Mapping[str, str | None]) -> dict[str, str]:
+    return {short: name for short, name in names.items() if name is not None}
+
+
+def _without_beginning(wanted: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
+    """Return the partners of names of which one side has a beginning that the other lacks."""
+    for shorter, other, are_wanted in ((stored, wanted, False), (wanted, stored, True)):
+        rest = shorter
+        while (first := _beginning(rest)) is not None:
+            rest = {name.removeprefix(first): full for name, full in rest.items()}
+            common = rest.keys() & other.keys()
+            if common and len(common) in (len(rest), len(other)):
+                if are_wanted:
+                    return {rest[name]: other[name] for name in common}
+                return {other[name]: rest[name] for name in common}
+    return {}
+
+
+def _beginning(names: Collection[str]) -> str | None:
+    """Return the component that all `names` begin with, and its dot; None without one."""
+    firsts = {name.partition(".")[0] for name in names if "." in name}
+    if len(firsts) != 1 or not all("." in name for name in names):
+        return None
+    return f"{firsts.pop()}."
 
 
 def wrapper_prefix(names: Collection[str]) -> str:

@@ -10,6 +10,7 @@ ever steps an optimizer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,16 +25,26 @@ from dist_ckpt.state.optimizer_faces import (
     check_face,
     class_name,
     inner_optimizers,
+    is_given,
     is_told,
     shares_state,
 )
-from dist_ckpt.state.optimizer_fit import OptimizerFit, how_to_skip
-from dist_ckpt.state.optimizer_live import Live, Reading, live_of
+from dist_ckpt.state.optimizer_fit import OptimizerFit
+from dist_ckpt.state.optimizer_live import InAttributes, Live, Reading, live_of
+from dist_ckpt.state.optimizer_names import (
+    BESIDE,
+    Renamed,
+    forward,
+    how_to_skip,
+    neighbours,
+    one_group_each,
+    shared_out,
+    taken_apart,
+    without_neighbours,
+)
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.values import VALUE, StatefulPart
-
-_BESIDE = "beside."
 
 
 class OptimizerPart:
@@ -63,6 +74,10 @@ class OptimizerPart:
         name: str = "optimizer",
         prefix: str = "",
     ) -> None:
+        if isinstance(optimizer, Mapping) and any(
+            isinstance(key, torch.Tensor) for key in optimizer
+        ):
+            optimizer = list(optimizer.values())  # each by its parameter, which has a name itself
         self.optimizer = optimizer
         self.name = name
         self._prefix = prefix
@@ -71,23 +86,49 @@ class OptimizerPart:
         if not several:
             check_face(optimizer, name)
         self._several = several
-        self._class = "" if several else class_name(optimizer)
+        self._one_each = self._members_of_one()
+        if self._one_each:
+            self._class = "+".join(sorted({class_name(each) for each in self._one_each}))
+        else:
+            self._class = "" if several else class_name(optimizer)
         self._own = Own(optimizer, name, prefix)
         self._beside = self._parts_beside()
         live = self._live
         if live is not None and live.steps_alone and not prefix:
             for model in self._models:
-                model.stepped_by(optimizer)
+                for each in self.optimizers:
+                    model.stepped_by(each)
 
     @property
     def _live(self) -> Live | None:
+        if self._one_each:
+            return InAttributes(self._one_each, self.name, alone=True, inside=True)
         # Anew each time: a hook may be registered at any time.
         return None if self._several else live_of(self.optimizer, self.name)
+
+    def _members_of_one(self) -> list[Optimizer]:
+        """Return the optimizers if each of them steps a single parameter that has a name.
+
+        So it is where they step in the backward pass. Together they are one optimizer: which of
+        them has which place says nothing, and no other program stores it.
+        """
+        if not self._several:
+            return []
+        members = list(inner_optimizers(self.optimizer).values())
+        listed = [[p for group in each.param_groups for p in group["params"]] for each in members]
+        flat = [parameter for each in listed for parameter in each]
+        named = parameter_names(self._models, flat)
+        alone = all(len(each) == 1 and id(each[0]) in named for each in listed)
+        distinct = len({id(parameter) for parameter in flat}) == len(flat)
+        asked = any(is_told(each) or is_given(each) for each in members)
+        return members if members and alone and distinct and not asked else []
 
     @property
     def optimizers(self) -> Iterator[Any]:
         """The optimizers that were given: one, or those of the list or dict."""
-        if self._live is not None:
+        if self._one_each:
+            yield from self._one_each
+        elif self._live is not None:
             yield self.optimizer
         else:
             for part in self._beside:
@@ -111,23 +152,28 @@ class OptimizerPart:
         """Return a tensor for each stored one: laid out as it was, in the stored dtype."""
         if self._is_one_value(stored):
             return StatefulPart(self.optimizer, name=self.name).targets(stored)
-        if self._is_copy(stored):
+        given, back = self._in_this_form(stored)
+        if set(given.objects) == {VALUE}:
             # One line that says it, instead of all the names that have no partner.
-            copy = "what state_dict() of an optimizer returned, a copy without names of parameters"
-            return Targets(unlike=[f"{self.name}: stored was {copy}. {how_to_skip(self.name)}"])
+            other = "a value that has not the form of an optimizer's state"
+            return Targets(unlike=[f"{self.name}: stored is {other}. {how_to_skip(self.name)}"])
         found = Targets()
-        known: set[str] = set()
-        self.find_in(stored, found, known)
-        unknown = (stored.tensors.keys() - found.tensors.keys()) | (stored.objects.keys() - known)
-        found.unexpected.extend(unknown)
-        found.unexpected[:] = sorted(set(found.unexpected))
-        return found
+        names: set[str] = set()
+        self.find_in(given, found, names)
+        tensors = {back.get(name, name): tensor for name, tensor in found.tensors.items()}
+        known = {back.get(name, name) for name in names}
+        absent = {back.get(name, name) for name in found.unexpected}
+        unknown = (stored.tensors.keys() - tensors.keys()) | (stored.objects.keys() - known)
+        unexpected = sorted(unknown | absent)
+        return replace(found, tensors=tensors, unexpected=unexpected)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make the optimizer's state exactly what is stored, and set the options of its groups."""
         if self._is_one_value(stored):
             StatefulPart(self.optimizer, name=self.name).restore(stored, tensors)
             return
+        stored, back = self._in_this_form(stored)
+        tensors = forward(tensors, back) if back else tensors
         # Groups are matched anew: nothing is kept from `targets`, which a dry run may call.
         live = self._live
         if live is not None:
@@ -149,11 +195,38 @@ class OptimizerPart:
         old = VALUE in stored.objects and not self._several
         return old and not isinstance(self.optimizer, Optimizer)
 
-    def _is_copy(self, stored: Stored) -> bool:
-        if set(stored.objects) != {VALUE}:
-            return False
-        value = parse_document(stored.objects[VALUE], VALUE)
-        return isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
+    def _in_this_form(self, stored: Stored) -> tuple[Stored, Mapping[str, str]]:
+        """Return what is stored as of one or of several optimizers, as many as there are now.
+
+        With it the names in the checkpoint of all that it has under another.
+        """
+        if self._prefix:
+            return stored, {}
+        several = any(name.startswith(BESIDE) for name in (*stored.tensors, *stored.objects))
+        if not (self._several or several or _is_copy(stored)):
+            return stored, {}
+        renamed = taken_apart(stored) if _is_copy(stored) else Renamed(stored)
+        if not self._beside:
+            renamed = renamed.then(without_neighbours)
+            renamed = renamed.then(one_group_each) if self._one_each else renamed
+        elif self._several and neighbours(renamed.stored) != {part.place for part in self._beside}:
+            views = [view for part in self._beside if (view := part.view()) is not None]
+            one = renamed.then(without_neighbours)
+            if len(views) == len(self._beside) and not neighbours(one.stored):
+                renamed = one.then(lambda each: shared_out(each, views, self.name))
+        return renamed.stored, renamed.back
+
+    @property
+    def place(self) -> str:
+        """Where in a list or dict of several this one is."""
+        return self._prefix.removeprefix(BESIDE).removesuffix(".")
+
+    def view(self) -> View | None:
+        """Return the parameters and groups of an optimizer of torch's form; None of another."""
+        if self._live is None:
+            return None
+        told, _ = self._read()
+        return told.optimizers[self._prefix][0] if self._prefix in told.optimizers else None
 
     def is_in(self, stored: Stored) -> bool:
         """Tell whether `stored` has anything of this optimizer."""
@@ -170,7 +243,7 @@ class OptimizerPart:
                 inner,
                 models=self._models,
                 name=self.name,
-                prefix=f"{self._prefix}{_BESIDE}{path}.",
+                prefix=f"{self._prefix}{BESIDE}{path}.",
             )
             for path, inner in inner_optimizers(self.optimizer).items()
             if not shares_state(self.optimizer, inner)
@@ -180,7 +253,8 @@ class OptimizerPart:
         """Return what the optimizer keeps now, and the parameters of the face by name."""
         assert self._live is not None
         # A walk, but not for torch's own; an optimizer inside may have others than the face.
-        faces = [self.optimizer, *inner_optimizers(self.optimizer).values()]
+        inner = inner_optimizers(self.optimizer).values()
+        faces = self._one_each or [self.optimizer, *inner]
         groups = [group for face in faces for group in face.param_groups]
         names = parameter_names(
             self._models, (parameter for group in groups for parameter in group["params"])
@@ -228,9 +302,16 @@ class OptimizerPart:
                 found.tensors.update(tensors)
                 known |= objects
                 found.missing.extend(fit.match.missing)
-                found.unexpected.extend(fit.match.unexpected)
+                found.unexpected.extend(fit.unexpected)
                 found.unlike.extend(fit.unlike(self._class, content.options))
             self._own.find(stored, found, known, told=told, parameters=parameters)
         for part in self._beside:
             if part.is_in(stored):
                 part.find_in(stored, found, known)
+
+
+def _is_copy(stored: Stored) -> bool:
+    if set(stored.objects) != {VALUE}:
+        return False
+    value = parse_document(stored.objects[VALUE], VALUE)
+    return isinstance(value, dict) and value.keys() >= {"state", "param_groups"}

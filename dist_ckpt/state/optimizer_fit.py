@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
+from dist_ckpt.state.optimizer_names import forward, in_live_names
 from dist_ckpt.state.part import Stored, TensorSpec
+
+_AS_IT_IS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class OptimizerFit:
         groups: the stored groups by name.
         match: which of them is which live one.
         notes: what else is known of the tensors.
+        back: what the checkpoint itself calls what is stored, by name, where that is another.
     """
 
     view: View
@@ -36,17 +40,24 @@ class OptimizerFit:
     groups: dict[str, dict[str, Any]]
     match: GroupMatch
     notes: Notes
+    back: Mapping[str, str]
 
     @classmethod
-    def of(cls, view: View, stored: Stored, part: str) -> OptimizerFit:
+    def of(cls, view: View, given: Stored, part: str) -> OptimizerFit:
         """Match groups.
 
         Raises:
             IntegrityError: a stored group is malformed.
-            IncompatibleError: the state is there in a form that names no parameters, or takes the
-                groups apart.
+            IncompatibleError: the state numbers its parameters, and these do not fit.
         """
+        stored, back = given, _AS_IT_IS
         groups = _stored_groups(view, stored, part)
+        if not all(
+            each in view.parameters for group in groups.values() for each in group["params"]
+        ):
+            renamed = in_live_names(view, given, part)
+            stored, back = renamed.stored, renamed.back
+            groups = _stored_groups(view, stored, part)
         # As written: a rate that is a tensor is there by its name, which no other group's has.
         options = {name: options_of(parse_document(stored.objects[name], name)) for name in groups}
         match = match_groups(
@@ -54,7 +65,7 @@ class OptimizerFit:
             {name: group["params"] for name, group in groups.items()},
             alike=lambda first, second: options[first] == options[second],
         )
-        return cls(view, stored, part, groups, match, Notes.read(groups.values()))
+        return cls(view, stored, part, groups, match, Notes.read(groups.values()), back)
 
     def targets(
         self, live: Mapping[str, Any], *, in_place: bool
@@ -87,11 +98,19 @@ class OptimizerFit:
                 tensors[name] = self._state_target(
                     name, owner, spec, on_device, kept=kept, in_place=in_place
                 )
-        return tensors, known
+        back = self.back
+        known = {back.get(name, name) for name in known}
+        return {back.get(name, name): tensor for name, tensor in tensors.items()}, known
+
+    @property
+    def unexpected(self) -> list[str]:
+        """The stored groups, or parameters in them, without a live partner."""
+        return [self.back.get(name, name) for name in self.match.unexpected]
 
     def content(self, tensors: Mapping[str, torch.Tensor], kept: Content) -> Content:
         """Return the values that are stored, and of what is not to be loaded those in `kept`."""
         view, stored = self.view, self.stored
+        tensors = forward(tensors, self.back) if self.back else tensors
         values = {
             name: decode(data, tensors=tensors, path=f"{self.part}.{name}")
             for name, data in stored.objects.items()
@@ -215,7 +234,6 @@ def _stored_groups(view: View, stored: Stored, part: str) -> dict[str, dict[str,
             blank = {key: torch.empty(0) for key in references(data)}
             value = decode(data, tensors=blank, path=f"{part}.{name}")
             if not isinstance(value, dict) or not _are_names(value.get("params")):
-                _check_form(view, stored, part, value)
                 raise IntegrityError(
                     f"stored {part}.{name} is no parameter group", kind=ErrorKind.MALFORMED
                 )
@@ -223,38 +241,6 @@ def _stored_groups(view: View, stored: Stored, part: str) -> dict[str, dict[str,
     return groups
 
 
-def _check_form(view: View, stored: Stored, part: str, value: object) -> None:
-    """See that `value`, which is no group, is not part of a sound state in another form."""
-    listed = value.get("params") if isinstance(value, dict) else None
-    if isinstance(listed, list) and listed and all(type(each) is int for each in listed):
-        what = "by the numbers of its parameters, which do not say which ones are meant"
-    elif _is_taken_apart(view, stored):
-        what = "with its groups taken apart, as a stock planner hands them to a writer"
-    else:
-        return
-    raise IncompatibleError(
-        f"{part} is there as what state_dict() of an optimizer returned, {what}: it is sound, and "
-        f"is not loaded into an optimizer. {how_to_skip(part)}",
-        kind=ErrorKind.STATE_MISMATCH,
-    )
-
-
-def how_to_skip(part: str) -> str:
-    """Return what to do about a state of an optimizer that is there in another form."""
-    return (
-        f"skip=[{part!r}] loads all the rest, and open_checkpoint(...) reads this as it is "
-        f"(read_values({part!r}), and tensors by their names)"
-    )
-
-
-def _is_taken_apart(view: View, stored: Stored) -> bool:
-    # Each option has a name of its own then; every optimizer has a rate, which may be a tensor.
-    options = {"lr", *(option for group in view.groups.values() for option in group)}
-    return any(
-        view.is_group(name) and name.rpartition(".")[2] in options
-        for name in (*stored.objects, *stored.tensors)
-    )
-
-
 def _are_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    # Or numbers, as torch has them.
+    return isinstance(value, list) and all(type(item) in (str, int) for item in value)

@@ -94,6 +94,7 @@ class Stored:
             read when asked for: only who reshards wants more than its own.
         selects: tells whether a name, stored or live, is to be loaded. What is not stays as it is.
         cast: whether the program asked for other dtypes than the stored ones where it has others.
+        is_adapter: whether the checkpoint has an adapter only, and no model under it.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -104,6 +105,7 @@ class Stored:
     by_rank: Callable[[], Sequence[Mapping[str, bytes]]] = _no_ranks
     selects: Callable[[str], bool] = _every
     cast: bool = False
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, MutableMapping
 import torch
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.layout import check_tensor
+from dist_ckpt.state.adapters import fit_adapter
+from dist_ckpt.state.layout import check_tensor, memory_of
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.part import Captured, Stored, Targets
 
@@ -57,7 +58,7 @@ class TensorsPart:
             UsageError: one is on the meta device, and the dict cannot take another.
         """
         targets = Targets(unexpected=sorted(stored.objects))
-        found = partners(self.tensors.keys(), stored.tensors.keys())
+        found, optional = self._partners(stored)
         aliases: dict[int, torch.Tensor] = {}
         for key, tensor in self.tensors.items():
             alias = check_tensor(tensor, f"{self.name}.{key}", meta=True)
@@ -65,15 +66,30 @@ class TensorsPart:
                 raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
             if key in found:
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
-            elif key not in self._passed_over:
+            elif key not in optional:
                 targets.missing.append(key)
+        # A name whose memory is filled under another one is not missing.
+        filled = {memory_of(self.tensors[key]) for key in found}
+        missing = [key for key in targets.missing if memory_of(self.tensors[key]) not in filled]
+        targets.missing[:] = missing
         unknown = stored.tensors.keys() - targets.tensors.keys() - self._passed_over
         targets.unexpected.extend(sorted(unknown))
         return targets
 
+    def _partners(self, stored: Stored) -> tuple[Mapping[str, str], Collection[str]]:
+        """Return the stored name of each key that has one, and the keys that need none."""
+        if not stored.is_adapter:
+            return partners(self.tensors.keys(), stored.tensors.keys()), self._passed_over
+        adapter = fit_adapter(self.tensors.keys(), stored.tensors.keys(), self.name)
+        return adapter.found, self._passed_over | (self.tensors.keys() - adapter.own)
+
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put real tensors in the place of those on the meta device; others are filled already."""
         if isinstance(self.tensors, MutableMapping):
-            for key, name in partners(self.tensors.keys(), tensors.keys()).items():
-                if self.tensors[key].device.type == "meta":
-                    self.tensors[key] = tensors[name]
+            real = {}
+            for key, name in self._partners(stored)[0].items():
+                if name in tensors and self.tensors[key].device.type == "meta":
+                    real[id(self.tensors[key])] = tensors[name]
+            for key, tensor in self.tensors.items():
+                if id(tensor) in real:  # under all names that it has
+                    self.tensors[key] = real[id(tensor)]

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.lr_scheduler import StepLR
 
 from dist_ckpt import TrainState
+from dist_ckpt.dcp import Writer
 from tests.distributed.nets import Training, build
 
 FORMS = ("nested", "flat", "app")
@@ -48,7 +49,7 @@ def scheduler_of(training: Training, last_epoch: int = _LAST_EPOCH) -> StepLR:
 
 
 def save_all(root: str, layouts: tuple[str, ...]) -> None:
-    """Write a checkpoint in each of `layouts` and each form."""
+    """Write a checkpoint in each of `layouts` and each form, and a run of the same."""
     for layout in layouts:
         training = build(layout)
         model, optimizer = training.model, training.optimizer
@@ -67,11 +68,12 @@ def save_all(root: str, layouts: tuple[str, ...]) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it warns of saving alone, and of its own calls
                 save(state, checkpoint_id=path)
+                save(state, storage_writer=Writer(Path(root) / name_of(layout, form, run=True)))
 
 
-def name_of(layout: str, form: str) -> str:
-    """Return what the directory of a checkpoint is called."""
-    return f"{layout}-{form}"
+def name_of(layout: str, form: str, *, run: bool = False) -> str:
+    """Return what the directory of a checkpoint is called, or the run that a Writer made."""
+    return f"{layout}-{form}-run" if run else f"{layout}-{form}"
 
 
 def state_of(training: Training, scheduler: StepLR, form: str) -> TrainState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle  # noqa: TID251 - to write what must not be executed
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def load_all(root: str, layout: str) -> list[str]:
+def load_all(root: str, layout: str, *, run: bool = False) -> list[str]:
     wrong = []
     training, expected = build(layout), build(layout)
     wanted, scheduler = scheduler_of(expected), scheduler_of(training)
@@ -41,27 +42,36 @@ def load_all(root: str, layout: str) -> list[str]:
             clear(training)
             scheduler.last_epoch = 0
             state = state_of(training, scheduler, form)
-            report = dist_ckpt.load(state, f"{root}/{name_of(saved, form)}")
+            report = dist_ckpt.load(state, f"{root}/{name_of(saved, form, run=run)}")
             found = list(differences(training, expected))
             if form != "app":
                 found += ["scheduler"] * (scheduler.state_dict() != wanted.state_dict())
                 found += ["epoch"] * (state["epoch"] != EPOCH)
             wrong += [f"{saved} {form} into {layout}: {name}" for name in found]
-            assert (report.step, report.verified, report.missing) == (0, False, ())
+            assert (report.step, report.verified, report.missing) == (0, run, ())
         clear(training)
-        report = dist_ckpt.load_weights(training.model, f"{root}/{name_of(saved, 'nested')}")
+        url = f"{root}/{name_of(saved, 'nested', run=run)}"
+        report = dist_ckpt.load_weights(training.model, url)
         assert report.parts == ("model",)
         wrong += [f"{saved}: {n}" for n in weight_differences(training.net, expected.net)]
     return wrong
 
 
+def load_both(root: str, layout: str) -> list[str]:
+    return load_all(root, layout) + load_all(root, layout, run=True)
+
+
 def test_one_process_loads_them_all(stock: Path) -> None:
-    assert load_all(str(stock), "plain") == []
+    assert load_both(str(stock), "plain") == []
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(2, "ddp"), (3, "fsdp")])
-def test_several_ranks_load_them_all(world_size: int, layout: str, stock: Path) -> None:
-    for rank, wrong in enumerate(run_ranks(world_size, load_all, str(stock), layout)):
+@pytest.mark.parametrize(
+    ("world_size", "layout", "load"), [(2, "ddp", load_all), (3, "fsdp", load_both)]
+)
+def test_several_ranks_load_them_all(
+    world_size: int, layout: str, load: Callable[[str, str], list[str]], stock: Path
+) -> None:
+    for rank, wrong in enumerate(run_ranks(world_size, load, str(stock), layout)):
         assert wrong == [], f"on rank {rank}"
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.dcp.edge import part_and_name, path_of, plain_errors, step_of
+from dist_ckpt.dcp.edge import part_and_name, plain_errors, step_of
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -17,6 +17,7 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
+from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.format.names import is_part
 
 KEYS = st.sampled_from(["state", "model", "extra", "a.b", "", "x", "0"]) | st.text(max_size=3)

@@ -1,0 +1,210 @@
+"""Checkpoints that `dist_ckpt.dcp.Writer` wrote, under the names that the parts of a state have.
+
+The Writer keeps the names of a stock state dict, and stock takes optimizers and dicts apart. Here
+their leaves are sorted into parts as those of a stock directory are: nothing is copied, and reads
+go to the checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
+from dist_ckpt.foreign.names import Placed, sort_into_parts
+from dist_ckpt.format import document
+from dist_ckpt.format.index import Index
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.shard import parse_header
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.source import Source
+from dist_ckpt.state.encoding import Encoded
+from dist_ckpt.state.objects import decode
+from dist_ckpt.storage.base import Store
+
+REST = "state"
+"""The part of all that lies in no part of its own."""
+
+NAMING = "dcp_names"
+"""The entry of a manifest's versions that says by which release of these rules names were made."""
+
+NAMING_VERSION = "1"
+
+TREE = "planner_data"
+"""What no part is called either: the file that keeps the tree is. See `dist_ckpt.dcp.tree`."""
+
+TREE_FILE = shard_name(TREE, 0)
+"""The file in which the Writer keeps the paths of the names, where these do not tell them."""
+
+
+def path_of(part: str, name: str) -> tuple[str, ...]:
+    """Return the path in a state dict of what the Writer stored so; dotted it is its name."""
+    return (name,) if part == REST else (part, name)
+
+
+def in_parts(source: Source) -> Source:
+    """Return `source` with its entries sorted into parts, were it one that the Writer wrote."""
+    if isinstance(source, Checkpoint) and NAMING in source.manifest.versions:
+        return DcpRun(source)
+    return source
+
+
+class DcpRun:
+    """The `Source` of what the Writer wrote, with the names of parts. Sorted at the first look.
+
+    Args:
+        checkpoint: as it was written.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._sorted: tuple[Placed, Index] | None = None
+        self._damaged: dict[str, IntegrityError] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def store(self) -> Store:
+        """Where its files are."""
+        return self._checkpoint.store
+
+    @property
+    def where(self) -> str:
+        """How messages name this checkpoint."""
+        return self._checkpoint.where
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        return self._checkpoint.step
+
+    @property
+    def save_id(self) -> str:
+        """The attempt that wrote it."""
+        return self._checkpoint.save_id
+
+    @property
+    def saved_world_size(self) -> int:
+        """How many ranks saved it."""
+        return self._checkpoint.saved_world_size
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was committed."""
+        return self._checkpoint.manifest
+
+    @property
+    def index(self) -> Index:
+        """Where every byte lies."""
+        return self._look()[1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that its names were sorted into."""
+        placed, index = self._look()
+        named = (tensor.part for tensor in index.tensors)
+        return tuple(dict.fromkeys([*named, *placed.objects, *self._damaged]))
+
+    @property
+    def verified(self) -> bool:
+        """Whether there are digests: always."""
+        return True
+
+    def check_sizes(self) -> None:
+        """See `Source.check_sizes`."""
+        self._checkpoint.check_sizes()
+
+    def still_there(self) -> bool:
+        """See `Source.still_there`."""
+        return self._checkpoint.still_there()
+
+    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
+        """See `Source.read_into`."""
+        self._checkpoint.read_into(file, start, *buffers)
+
+    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
+        """See `Source.compare`."""
+        self._checkpoint.compare(file, start, *buffers)
+
+    def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
+        """Return the encoded Python values of `part`: all ranks share them.
+
+        Raises:
+            IntegrityError: the values that were stored for this part are damaged.
+        """
+        placed, _ = self._look()
+        if part in self._damaged:
+            raise self._damaged[part]
+        return dict(placed.objects.get(part, {}))
+
+    def _look(self) -> tuple[Placed, Index]:
+        with self._lock:
+            if self._sorted is None:
+                self._check_naming()
+                index = self.index_as_written
+                tree = self._tree()
+                leaves = list(self._leaves(tree or {}))
+                placed = sort_into_parts(leaves, self.where, guessed=tree is None)
+                tensors = tuple(placed.tensors[number] for number in range(len(index.tensors)))
+                # Of each tensor only the name changes, so all that refers to one stays right.
+                self._sorted = placed, replace(index, tensors=tensors)
+            return self._sorted
+
+    def _check_naming(self) -> None:
+        naming = self.manifest.versions[NAMING]
+        if naming != NAMING_VERSION:
+            raise IncompatibleError(
+                f"{self.where}: its names follow rules {naming}, this program knows "
+                f"{NAMING_VERSION}: use the release that wrote it or a newer one",
+                kind=ErrorKind.VERSION,
+            )
+
+    def _tree(self) -> Mapping[str, Any] | None:
+        """Return the path of each flattened name, if the Writer kept them.
+
+        Without them the names are all that is known: where keys end in one, it does not tell.
+        """
+        for number, file in enumerate(self.index_as_written.files):
+            if file.name == TREE_FILE:
+                image = bytes(self._checkpoint.read_blocks(number, 0, file.nbytes))
+                (entry,) = parse_header(image, file.nbytes).entries[:1]
+                data = image[entry.offset : entry.offset + entry.nbytes]
+                with suppress(IncompatibleError):  # a planner's own, of types that are not known
+                    found = decode(data, tensors={}, path=f"the tree of {self.where}")
+                    return found if isinstance(found, Mapping) else None
+        return None
+
+    @property
+    def index_as_written(self) -> Index:
+        """The index with the names that the Writer stored."""
+        return self._checkpoint.index
+
+    def _leaves(self, tree: Mapping[str, Any]) -> Iterator[ForeignLeaf]:
+        """Yield the tensors in the order of the index, then the values."""
+        for tensor in self.index_as_written.tensors:
+            path = _path(path_of(tensor.part, tensor.name), tree)
+            yield ForeignLeaf(path, tensor.dtype, tensor.shape)
+        for entry in self.index_as_written.objects:
+            where = f"part {entry.part!r} of {self.where}"
+            try:
+                data = self._checkpoint.read_object(entry)
+                values = document.decode(data, where=where)
+            except IntegrityError as error:
+                # Said to whoever wants this part: the others are whole.
+                self._damaged[entry.part] = error
+                continue
+            for name, value in values.items():
+                path = _path(path_of(entry.part, name), tree)
+                yield ForeignLeaf(path, None, (), Encoded(value))
+
+
+def _path(known: tuple[str, ...], tree: Mapping[str, Any]) -> Path:
+    """Return the path that the planner gave to an entry, or what is known of it without."""
+    path = tree.get(dotted(known))
+    if not isinstance(path, tuple | list) or dotted(tuple(path)) != dotted(known):
+        return known  # planners of users keep there whatever they like
+    return tuple(path) if all(type(key) in (str, int) for key in path) else known
