@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dist_ckpt.dcp.tree import Tree, read_tree
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, without_secrets
 from dist_ckpt.foreign.dcp_files import read_stock
 from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, REST, path_of
+from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf
 from dist_ckpt.foreign.names import Placed
 from dist_ckpt.foreign.source import ForeignSource

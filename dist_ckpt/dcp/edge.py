@@ -25,7 +25,8 @@ from dist_ckpt.errors import (
     to_wire,
     without_secrets,
 )
-from dist_ckpt.foreign.dcp_runs import REST, TREE
+from dist_ckpt.foreign.dcp_runs import REST
+from dist_ckpt.foreign.dcp_tree import TREE
 from dist_ckpt.format.names import check_step, is_part
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve

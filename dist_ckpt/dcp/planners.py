@@ -22,7 +22,7 @@ class _Lookup(Protocol):
     def lookup_object(self, index: MetadataIndex) -> object: ...
 
 
-def is_stock(planner: object, *names: str) -> bool:
+def is_unchanged(planner: object, *names: str) -> bool:
     """Tell whether `planner` has all these methods, and each as torch or this package wrote it."""
     for name in names:
         method = getattr(planner, name, None)
@@ -44,7 +44,7 @@ def value_of(planner: SavePlanner, item: WriteItem) -> object:
     """
     lookup = isinstance(planner, _Lookup)
     live = planner.lookup_object(item.index) if isinstance(planner, _Lookup) else None
-    if lookup and is_stock(planner, "resolve_data", "transform_object"):
+    if lookup and is_unchanged(planner, "resolve_data", "transform_object"):
         return live
     given = planner.resolve_data(item)
     if not isinstance(given, io.BytesIO):

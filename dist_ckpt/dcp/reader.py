@@ -24,9 +24,9 @@ from dist_ckpt.dcp.edge import (
     plain_errors,
     step_of,
 )
-from dist_ckpt.dcp.planners import is_stock
+from dist_ckpt.dcp.planners import is_unchanged
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
-from dist_ckpt.foreign.dcp_files import is_stock as holds_stock
+from dist_ckpt.foreign.dcp_files import is_stock
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
@@ -201,7 +201,7 @@ class Reader(StorageReader):
             NotFound: the checkpoint was deleted since it was opened.
         """
         with plain_errors(), unless_deleted(self._opened.source):
-            if is_stock(planner, "resolve_tensor", "transform_tensor", "lookup_tensor"):
+            if is_unchanged(planner, "resolve_tensor", "transform_tensor", "lookup_tensor"):
                 self._read_at_once(plan, planner)
             else:
                 self._read_in_turn(plan, planner)
@@ -228,7 +228,7 @@ class Reader(StorageReader):
             detached = find_detached(location)
         if detached is not None:
             return catalog(Repository(detached.store).open_latest())
-        if holds_stock(location.store):
+        if is_stock(location.store):
             return stock_catalog(location.store)
         return catalog(find_foreign(location))
 

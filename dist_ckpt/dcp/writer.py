@@ -41,7 +41,7 @@ from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_
 from dist_ckpt.dcp.share import file_images, resolve_share
 from dist_ckpt.dcp.tree import tree_image
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
-from dist_ckpt.foreign.dcp_runs import TREE_FILE
+from dist_ckpt.foreign.dcp_tree import TREE_FILE
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.index import WrittenFile

@@ -86,52 +86,80 @@ def read_stock(
             which nothing is executed), or does not fit its files.
         IncompatibleError: it holds something that cannot be read by ranges.
     """
-    # The first byte is looked at before the others: what a file claims to hold may be a hole.
-    data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
-    try:
-        found = parse_metadata(data)
-    except ValueError as error:
-        problem = f"it cannot be read as DCP's metadata: {describe(error)}"
-        raise _broken(f"{METADATA} in {store.url}", problem) from error
+    found = _metadata(store)
     where = f"the stock checkpoint in {store.url}"
     beside = [key for key in _BESIDE if place is sort_into_parts and has(store, key)]
     keys = sorted({each.key for each in found.places.values()} | set(beside))
     reading = _Reading(store, keys, where)
-    blobs = _Blobs(found, reading)
-    entries: list[ForeignLeaf] = []
-    unreadable: list[str] = []
-    chunks: dict[int, list[tuple[Box, _Blob]]] = {}
-    by_megatron = _COMMON in beside
-    for number, each in enumerate(found.entries):
-        tensor = each.tensor
-        path = _megatron_path(each.fqn) if by_megatron else each.path
-        if tensor is None:
-            value = reading.value(each.fqn, blobs.find(each.fqn, ()))
-            if isinstance(value, Unreadable):
-                unreadable.append(value.reason)
-            entries.append(ForeignLeaf(path, None, (), value))
-        else:
-            entries.append(ForeignLeaf(path, tensor.dtype, tensor.shape))
-            found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
-            chunks[number] = _with_elements(tensor.shape, found_at)
-    step = 0
-    whole: dict[int, tuple[int, TorchTensor]] = {}
-    known = {entry.path for entry in entries}
+    leaves = _Leaves(reading)
+    leaves.add_described(found, by_megatron=_COMMON in beside)
     for key in beside:
-        for path, leaf in torch_leaves(store, key):
+        leaves.add_beside(key)
+    tell_unreadable(store.url, where, leaves.unreadable)
+    placed = place(leaves.entries, where)
+    return replace(_described(reading, placed, leaves.chunks, leaves.whole), step=leaves.step)
+
+
+def _metadata(store: Store) -> StockMetadata:
+    # The first byte is looked at before the others: what a file claims to hold may be a hole.
+    data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
+    try:
+        return parse_metadata(data)
+    except ValueError as error:
+        problem = f"it cannot be read as DCP's metadata: {describe(error)}"
+        raise _broken(f"{METADATA} in {store.url}", problem) from error
+
+
+class _Leaves:
+    """All tensors and values of one checkpoint.
+
+    Attributes:
+        entries: in the order in which they were added.
+        chunks: the boxes of each tensor that is described, and their archives, by its number.
+        whole: the file of each other tensor and where in it that is, by its number.
+        unreadable: why a value cannot be read, for each such value.
+        step: of the training, as far as it is known.
+    """
+
+    def __init__(self, reading: _Reading) -> None:
+        self.entries: list[ForeignLeaf] = []
+        self.chunks: dict[int, list[tuple[Box, _Blob]]] = {}
+        self.whole: dict[int, tuple[int, TorchTensor]] = {}
+        self.unreadable: list[str] = []
+        self.step = 0
+        self._reading = reading
+
+    def add_described(self, found: StockMetadata, *, by_megatron: bool) -> None:
+        """Add what the metadata describe."""
+        blobs = _Blobs(found, self._reading)
+        for number, each in enumerate(found.entries):
+            tensor = each.tensor
+            path = _megatron_path(each.fqn) if by_megatron else each.path
+            if tensor is None:
+                self._add_value(path, self._reading.value(each.fqn, blobs.find(each.fqn, ())))
+                continue
+            self.entries.append(ForeignLeaf(path, tensor.dtype, tensor.shape))
+            found_at = [(box, blobs.find(each.fqn, box.offsets)) for box in tensor.boxes]
+            self.chunks[number] = _with_elements(tensor.shape, found_at)
+
+    def add_beside(self, key: str) -> None:
+        """Add what a file of `torch.save` beside them holds, unless it is there already."""
+        known = {entry.path for entry in self.entries}
+        for path, leaf in torch_leaves(self._reading.store, key):
             if path in known:
                 continue
             if isinstance(leaf, TorchTensor):
-                whole[len(entries)] = reading.keys.index(key), leaf
-                entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
+                self.whole[len(self.entries)] = self._reading.keys.index(key), leaf
+                self.entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
                 continue
-            unreadable += [leaf.reason] if isinstance(leaf, Unreadable) else []
             if path in _STEPS and type(leaf) is int and 0 <= leaf < STEP_LIMIT:
-                step = leaf
-            entries.append(ForeignLeaf(path, None, (), leaf))
-    tell_unreadable(store.url, where, unreadable)
-    described = _described(reading, place(entries, where), chunks, whole)
-    return replace(described, step=step)
+                self.step = leaf
+            self._add_value(path, leaf)
+
+    def _add_value(self, path: tuple[Any, ...], value: object) -> None:
+        if isinstance(value, Unreadable):
+            self.unreadable.append(value.reason)
+        self.entries.append(ForeignLeaf(path, None, (), value))
 
 
 def _megatron_path(fqn: str) -> tuple[str, ...]:

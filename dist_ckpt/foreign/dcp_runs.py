@@ -14,17 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.foreign.dcp_tree import read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.format import document
 from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import shard_name
-from dist_ckpt.format.shard import parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Encoded
-from dist_ckpt.state.objects import decode
 from dist_ckpt.storage.base import Store
 
 REST = "state"
@@ -34,12 +32,6 @@ NAMING = "dcp_names"
 """The entry of a manifest's versions that says by which release of these rules names were made."""
 
 NAMING_VERSION = "1"
-
-TREE = "planner_data"
-"""What no part is called either: the file that keeps the tree is. See `dist_ckpt.dcp.tree`."""
-
-TREE_FILE = shard_name(TREE, 0)
-"""The file in which the Writer keeps the paths of the names, where these do not tell them."""
 
 
 def path_of(part: str, name: str) -> tuple[str, ...]:
@@ -168,14 +160,10 @@ class DcpRun:
 
         Without them the names are all that is known: where keys end in one, it does not tell.
         """
-        for number, file in enumerate(self.index_as_written.files):
-            if file.name == TREE_FILE:
-                image = bytes(self._checkpoint.read_blocks(number, 0, file.nbytes))
-                (entry,) = parse_header(image, file.nbytes).entries[:1]
-                data = image[entry.offset : entry.offset + entry.nbytes]
-                with suppress(IncompatibleError):  # a planner's own, of types that are not known
-                    found = decode(data, tensors={}, path=f"the tree of {self.where}")
-                    return found if isinstance(found, Mapping) else None
+        with suppress(IncompatibleError):  # a planner's own, of types that are not known
+            tree = read_tree(self._checkpoint)
+            if tree is not None and isinstance(tree.planner_data, Mapping):
+                return tree.planner_data
         return None
 
     @property

@@ -1,0 +1,91 @@
+"""The tree of a stock state dict, as `dist_ckpt.dcp.Writer` keeps it beside the tensors.
+
+A stock checkpoint has it in its metadata, as `planner_data`: the path of each flattened name, or
+whatever the planner put there. Here it is typed JSON in a file of its own, since the names of a
+checkpoint do not tell where in `optim.state.layers.0.weight.step` the keys end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format import document
+from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.shard import parse_header
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.state.objects import decode, encode
+
+TREE = "planner_data"
+"""What no part is called, for the name of the file."""
+
+TREE_FILE = shard_name(TREE, 0)
+"""The file that holds it. No part is called so, and the index names it as one of the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What a planner said of the names; its being there says that the planner was asked."""
+
+    planner_data: Any
+
+
+def read_tree(checkpoint: Checkpoint) -> Tree | None:
+    """Return the tree that is kept with `checkpoint`, if one is.
+
+    Raises:
+        IntegrityError: it is damaged.
+        IncompatibleError: it holds a type that is not registered in this program.
+    """
+    # Before trees were kept this may have been the name of a part.
+    a_part = any(tensor.part == TREE for tensor in checkpoint.index.tensors)
+    for number, file in enumerate(checkpoint.index.files):
+        if file.name == TREE_FILE and not a_part:
+            image = bytes(checkpoint.read_blocks(number, 0, file.nbytes))
+            (entry,) = parse_header(image, file.nbytes).entries[:1]
+            data = image[entry.offset : entry.offset + entry.nbytes]
+            return Tree(_decoded(data, f"{TREE} of {checkpoint.where}"))
+    return None
+
+
+_PATHS, _VALUE = "paths", "value"
+
+
+def encode_tree(data: object) -> bytes:
+    """Return what a planner said as it is stored.
+
+    Raises:
+        UsageError: it holds something of an unknown type, named by its path.
+    """
+    # Tens of thousands of paths are the common case, and as typed JSON would take seconds to read.
+    if type(data) is dict and all(map(_is_path, data.items())):
+        return msgspec.json.encode({_PATHS: list(data.values())})
+    return document.encode({_VALUE: encode(data, path=TREE, aside=False)})
+
+
+def _is_path(item: tuple[object, object]) -> bool:
+    fqn, path = item
+    if type(fqn) is not str or type(path) is not tuple or not path:
+        return False
+    plain = all(type(key) is str or (type(key) is int and -(2**63) <= key < 2**63) for key in path)
+    return plain and ".".join(map(str, path)) == fqn
+
+
+def _decoded(data: bytes, where: str) -> Any:
+    stored = document.decode(data, where=where)
+    if stored.keys() == {_VALUE}:
+        return decode(stored[_VALUE], tensors={}, path=where)
+    if stored.keys() != {_PATHS}:
+        raise _malformed(where, "it is neither paths nor a value")
+    try:
+        paths = msgspec.json.decode(stored[_PATHS], type=list[tuple[str | int, ...]])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _malformed(where, str(error)) from error
+    return {".".join(map(str, path)): path for path in paths}
+
+
+def _malformed(where: str, problem: str) -> IntegrityError:
+    return IntegrityError(f"{where}: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED)
