@@ -79,6 +79,8 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
         elif partner in stored.tensors:
             spec = stored.tensors[partner]
             targets.tensors[partner] = live[name].detach() if name in live else _fresh(spec)
+            if name in live and (rule := stored.resize(partner)) is not None:
+                targets.resized[partner] = rule
             used.add(partner)
         else:
             data = stored.objects[partner]

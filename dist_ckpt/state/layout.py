@@ -94,6 +94,13 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
         )
 
 
+def is_wrapped(value: object) -> bool:
+    """Tell whether `value` is several tensors behind one face, and no DTensor of plain ones."""
+    if isinstance(value, DTensor):
+        value = value._local_tensor  # noqa: SLF001 - `to_local` is an operation of the graph
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
 def inner_tensors(value: Any, name: str) -> dict[str, Any]:
     """Return what is stored for `value`, by name: itself, or the tensors that it is made of.
 

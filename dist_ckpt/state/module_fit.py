@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
+from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, is_wrapped
 from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
+from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.told import Say, accepts
 
 
@@ -113,11 +114,19 @@ class _Fitting:
             alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
             # One alias for tied names: on the meta device that is all that ties them.
             target = aliases.setdefault(id(entry.value), alias)
+            rule = None
             if tuple(alias.shape) != stored.tensors[partner].shape:
-                self.of_another_shape.add(name)
+                # Of what is several tensors behind one face, the rows of one are no rows.
+                rule = stored.resize(partner) if _is_whole(entry) else None
+                if rule is None:
+                    self.of_another_shape.add(name)
+                else:
+                    found.targets.resized[partner] = rule
+            if name in self.of_another_shape:
+                pass
             elif id(entry.owner) in seen and not alias.is_meta and entry.value is entry.owner:
                 # Fresh, as torch has it: the program's own method may look at both.
-                target = torch.empty_like(alias)
+                target = torch.empty_like(alias) if rule is None else live_copy(alias)
                 found.handed.append(name)
             found.targets.tensors[partner] = target
 
@@ -191,6 +200,10 @@ class _Fitting:
         if isinstance(tensor, DTensor) or not tensor.is_meta:
             return empty_beside(tensor, spec)
         return empty_beside(torch.empty(0), spec)
+
+
+def _is_whole(entry: ModuleEntry) -> bool:
+    return entry.value is entry.owner or not is_wrapped(entry.owner)
 
 
 def _common(first: str, second: str) -> int:

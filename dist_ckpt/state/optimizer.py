@@ -226,6 +226,7 @@ class OptimizerPart:
                 fit = OptimizerFit.of(view, stored, self.name)
                 tensors, objects = fit.targets(content.state, in_place=live.in_place)
                 found.tensors.update(tensors)
+                found.resized.update(fit.resized(tensors))
                 known |= objects
                 found.missing.extend(fit.match.missing)
                 found.unexpected.extend(fit.match.unexpected)

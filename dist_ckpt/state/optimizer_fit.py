@@ -15,6 +15,7 @@ from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
 from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.state.resizing import grown_moment, live_copy
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class OptimizerFit:
                     name, owner, spec, on_device, kept=kept, in_place=in_place
                 )
         return tensors, known
+
+    def resized(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the rule of each target that has another shape than what is stored for it."""
+        specs, resize = self.stored.tensors, self.stored.resize
+        return {n: resize(n) for n, t in targets.items() if tuple(t.shape) != specs[n].shape}
 
     def content(self, tensors: Mapping[str, torch.Tensor], kept: Content) -> Content:
         """Return the values that are stored, and of what is not to be loaded those in `kept`."""
@@ -182,6 +188,10 @@ class OptimizerFit:
             device = parameter.device if owner[0] in on_device else torch.device("cpu")
             return empty_beside(parameter, spec, device=device)
         spec = self._cast(owner[0], spec, kept)
+        if spec.shape and self.stored.resize(name) is not None:
+            shape = grown_moment(parameter, spec, kept, name=f"{self.part}.{name}")
+            if shape != spec.shape:
+                return self._grown(TensorSpec(spec.dtype, shape), parameter, kept, in_place=in_place)
         # What the optimizer has already shows how it wants it: layout, device, memory order.
         if isinstance(kept, torch.Tensor) and tuple(kept.shape) == spec.shape:
             if dtype_name(kept.dtype) == spec.dtype and in_place:
@@ -190,6 +200,15 @@ class OptimizerFit:
                 return self.notes.ordered(name, live)
             return self.notes.ordered(name, empty_beside(kept, spec))
         return self.notes.empty(name, spec, like=parameter)
+
+    def _grown(
+        self, spec: TensorSpec, parameter: torch.Tensor, kept: object, *, in_place: bool
+    ) -> torch.Tensor:
+        """Return what takes a part of what is stored: as it is live, or zero as it begins."""
+        if not isinstance(kept, torch.Tensor):
+            return empty_beside(parameter, spec).zero_()
+        same = in_place and dtype_name(kept.dtype) == spec.dtype
+        return kept.detach() if same else live_copy(kept, dtype_of(spec.dtype))
 
     def _cast(self, owner: str, spec: TensorSpec, kept: object) -> TensorSpec:
         """Return the dtype that a moment must have beside a parameter whose dtype was cast."""

@@ -65,6 +65,8 @@ class TensorsPart:
                 raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
             if key in found:
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
+                if (rule := stored.resize(found[key])) is not None:
+                    targets.resized[found[key]] = rule
             elif key not in self._passed_over:
                 targets.missing.append(key)
         unknown = stored.tensors.keys() - targets.tensors.keys() - self._passed_over
