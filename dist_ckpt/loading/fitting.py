@@ -304,9 +304,9 @@ def fit(
         missing += [entry for entry in wanted if options.selects(entry)]
         unexpected += [f"{name}/{entry}" for entry in found.unexpected]
         unlike += found.unlike
-        compared.append(compare(
-                name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized
-            ))
+        compared.append(
+            compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
+        )
         missing += compared[-1].missing
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
         plain = not (found.tensors or found.missing or stored.tensors)

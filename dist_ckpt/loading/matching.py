@@ -15,6 +15,7 @@ from dist_ckpt.options import LoadOptions, matches
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.resizing import ResizeRule, can_resize, matches_resize, told_resize
+from dist_ckpt.state.wrapped import stored_shape
 
 _SHOWN = 20
 
@@ -72,7 +73,7 @@ def compare(
         if spec is None:
             mismatches.missing.append(f"{part}/{name}")
             continue
-        shape, dtype = tuple(target.shape), dtype_name(target.dtype)
+        shape, dtype = stored_shape(target), dtype_name(target.dtype)
         if (shape, dtype) == (spec.shape, spec.dtype):
             continue
         both = f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, wanted {dtype}{list(shape)}"
@@ -98,7 +99,7 @@ def _why_not_resized(
     """Return what keeps a tensor of another shape from being loaded in part; None for nothing."""
     if rule is None:
         return ""
-    shape = tuple(target.shape)
+    shape = stored_shape(target)
     if not can_resize(rule, stored, shape):
         return f" (which is more than resize={rule!r} allows)"
     if target.is_meta and not can_resize("crop", stored, shape):

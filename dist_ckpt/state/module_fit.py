@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, is_wrapped
+from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside
 from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.told import Say, accepts
+from dist_ckpt.state.wrapped import is_beside, is_wrapped, stored_shape
 
 
 @dataclass
@@ -115,16 +116,19 @@ class _Fitting:
             # One alias for tied names: on the meta device that is all that ties them.
             target = aliases.setdefault(id(entry.value), alias)
             rule = None
-            if tuple(alias.shape) != stored.tensors[partner].shape:
+            if stored_shape(alias) != stored.tensors[partner].shape:
                 # Of what is several tensors behind one face, the rows of one are no rows.
                 rule = stored.resize(partner) if _is_whole(entry) else None
                 if rule is None:
                     self.of_another_shape.add(name)
                 else:
                     found.targets.resized[partner] = rule
-            if name in self.of_another_shape:
-                pass
-            elif id(entry.owner) in seen and not alias.is_meta and entry.value is entry.owner:
+            if (
+                name not in self.of_another_shape
+                and id(entry.owner) in seen
+                and not alias.is_meta
+                and entry.value is entry.owner
+            ):
                 # Fresh, as torch has it: the program's own method may look at both.
                 target = torch.empty_like(alias) if rule is None else live_copy(alias)
                 found.handed.append(name)
@@ -141,7 +145,12 @@ class _Fitting:
         """Return the stored names that have no place yet."""
         claimed = {*self.found.partner.values(), *self._inside}
         stored = self._stored
-        tensors = sorted(stored.tensors.keys() - claimed)
+        # What makes a weight of high precision quicker to use is nothing to who has the weight.
+        tensors = sorted(
+            name
+            for name in stored.tensors.keys() - claimed
+            if not (is_beside(name) and name.rpartition(".")[0] in claimed)
+        )
         return tensors + sorted(stored.objects.keys() - claimed)
 
     def migrate(self, others: Collection[str], *, left_out: Collection[str]) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.layout import inner_tensors
 from dist_ckpt.state.names import canonical_name, wrapped_attribute
+from dist_ckpt.state.spread import inner_tensors
 
 
 @dataclass(frozen=True, slots=True)

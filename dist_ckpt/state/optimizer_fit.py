@@ -13,7 +13,15 @@ from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
-from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
+from dist_ckpt.state.optimizer_content import (
+    SHARED,
+    Content,
+    Notes,
+    joined,
+    optimizer_entries,
+    wholes,
+)
+from dist_ckpt.state.optimizer_made import Faces
 from dist_ckpt.state.part import Stored, TensorSpec
 from dist_ckpt.state.resizing import grown_moment, live_copy
 
@@ -81,13 +89,21 @@ class OptimizerFit:
                     spec = self.stored.tensors[inner]
                     tensors[inner] = self.notes.empty(inner, spec, like=like)
         on_device = self._stepped_on_device()
+        entries: dict[str, dict[str, Any]] = {}
+        faces = Faces(self.view, self.notes.made, self.part)
         for name, spec in self.stored.tensors.items():
             owner = self.view.owner(name)
             if name not in tensors and owner is not None:
-                kept = optimizer_entries(live.get(owner[0])).get(owner[1])
-                tensors[name] = self._state_target(
-                    name, owner, spec, on_device, kept=kept, in_place=in_place
-                )
+                if owner[0] not in entries:
+                    entries[owner[0]] = optimizer_entries(live.get(owner[0]))
+                kept = entries[owner[0]].get(owner[1])
+                if faces.has(name):
+                    tensors[name] = faces.target(name, owner[0], spec, kept=kept, in_place=in_place)
+                else:
+                    tensors[name] = self._state_target(
+                        name, owner, spec, on_device, kept=kept, in_place=in_place
+                    )
+        faces.check(live, tensors)
         return tensors, known
 
     def resized(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -110,8 +126,11 @@ class OptimizerFit:
             if owner is not None and name not in inside and (name in tensors or name in values):
                 value = values[name] if name in values else tensors[name]
                 entries.setdefault(owner[0], {})[owner[1]] = value
+        Faces(view, self.notes.made, self.part).put_together(entries, kept.state)
         for owner_name, state in kept.state.items():
-            for key, value in optimizer_entries(state).items():
+            whole = wholes(state)
+            left = state if whole else optimizer_entries(state)
+            for key, value in left.items():
                 if not stored.selects(view.name(owner_name, key)):
                     entries.setdefault(owner_name, {})[key] = value
         shared = values.get(view.prefix + SHARED, {})
@@ -191,7 +210,9 @@ class OptimizerFit:
         if spec.shape and self.stored.resize(name) is not None:
             shape = grown_moment(parameter, spec, kept, name=f"{self.part}.{name}")
             if shape != spec.shape:
-                return self._grown(TensorSpec(spec.dtype, shape), parameter, kept, in_place=in_place)
+                return self._grown(
+                    TensorSpec(spec.dtype, shape), parameter, kept, in_place=in_place
+                )
         # What the optimizer has already shows how it wants it: layout, device, memory order.
         if isinstance(kept, torch.Tensor) and tuple(kept.shape) == spec.shape:
             if dtype_name(kept.dtype) == spec.dtype and in_place:
