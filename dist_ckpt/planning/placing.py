@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.state.wrapped import local_of, shard_order_of
 
 _Run = tuple[int, int]
 """Where a run of elements starts in the global tensor, and how many they are."""
@@ -51,7 +52,7 @@ def boxes_here(tensor: DTensor, where: str) -> list[tuple[Box, Box]]:
             count, number = tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
             dim = placement.dim % max(tensor.ndim, 1)
             runs[dim] = list(_split(runs[dim], placement, count, number))
-    found = tuple(tensor._local_tensor.shape)  # noqa: SLF001 - `to_local` is slow, and only looked at
+    found = tuple(local_of(tensor).shape)
     said = tuple(sum(size for _, size in each) for each in runs)
     if found != said:
         raise UsageError(
@@ -60,11 +61,6 @@ def boxes_here(tensor: DTensor, where: str) -> list[tuple[Box, Box]]:
             "distribute it as its placements say before it is saved or loaded"
         )
     return list(_combined(runs, tensor.shape))
-
-
-def shard_order_of(tensor: DTensor) -> object:
-    """Return in which order the dimensions of the mesh cut those of `tensor`, if torch says so."""
-    return getattr(tensor._spec, "shard_order", None)  # noqa: SLF001 - there is no public way
 
 
 def _order(tensor: DTensor) -> list[int]:

@@ -12,6 +12,7 @@ from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, fillable, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
+from dist_ckpt.state.wrapped import alias_of
 
 _PREFIX = "value"
 
@@ -78,7 +79,7 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
             targets.missing.append(name)
         elif partner in stored.tensors:
             spec = stored.tensors[partner]
-            targets.tensors[partner] = live[name].detach() if name in live else _fresh(spec)
+            targets.tensors[partner] = alias_of(live[name]) if name in live else _fresh(spec)
             if name in live and (rule := stored.resize(partner)) is not None:
                 targets.resized[partner] = rule
             used.add(partner)

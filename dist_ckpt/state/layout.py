@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.wrapped import as_piece, is_wrapped, stored_shape
+from dist_ckpt.state.wrapped import alias_of, is_wrapped, stored_shape, unfilled_like
 
 # str(torch.float) is "torch.float32": aliases fall together, so the table is one to one.
 _DTYPES: dict[str, torch.dtype] = {
@@ -62,7 +62,7 @@ def check_tensor(tensor: torch.Tensor, path: str, *, meta: bool = False) -> torc
     """
     check_storable(tensor, path, meta=meta)
     # In-place writes to a leaf that requires grad would be refused.
-    return as_piece(tensor.detach(), tensor)
+    return alias_of(tensor)
 
 
 def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None:
@@ -105,7 +105,7 @@ def empty_beside(
     """
     dtype = dtype_of(spec.dtype)
     if device is None and stored_shape(like) == spec.shape:
-        return as_piece(torch.empty_like(like.detach(), dtype=dtype), like)
+        return unfilled_like(like, dtype=dtype)
     if device is None and isinstance(like, DTensor) and spec.shape:
         placements = [_shared(placement, like, spec) for placement in like.placements]
         return empty(spec.shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
@@ -184,7 +184,7 @@ def materialise(
             key = _meta_key(tensor)
             if key not in made:
                 own = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else place
-                made[key] = as_piece(torch.empty_like(tensor, device=own), tensor)
+                made[key] = unfilled_like(tensor, device=torch.device(own))
             tensor = made[key]
         real[name] = tensor
     return real

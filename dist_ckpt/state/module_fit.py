@@ -17,7 +17,7 @@ from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.told import Say, accepts
-from dist_ckpt.state.wrapped import is_beside, is_wrapped, stored_shape
+from dist_ckpt.state.wrapped import is_beside, is_wrapped, stored_shape, unfilled_like
 
 
 @dataclass
@@ -130,7 +130,7 @@ class _Fitting:
                 and entry.value is entry.owner
             ):
                 # Fresh, as torch has it: the program's own method may look at both.
-                target = torch.empty_like(alias) if rule is None else live_copy(alias)
+                target = unfilled_like(alias) if rule is None else live_copy(alias)
                 found.handed.append(name)
             found.targets.tensors[partner] = target
 

@@ -24,6 +24,7 @@ from dist_ckpt.state.optimizer_content import (
 from dist_ckpt.state.optimizer_made import Faces
 from dist_ckpt.state.part import Stored, TensorSpec
 from dist_ckpt.state.resizing import grown_moment, live_copy
+from dist_ckpt.state.wrapped import alias_of
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class OptimizerFit:
         if isinstance(kept, torch.Tensor) and tuple(kept.shape) == spec.shape:
             if dtype_name(kept.dtype) == spec.dtype and in_place:
                 # Itself, or what shares its memory: a second copy of the moments may not fit.
-                live = kept.detach() if kept.requires_grad else kept
+                live = alias_of(kept) if kept.requires_grad else kept
                 return self.notes.ordered(name, live)
             return self.notes.ordered(name, empty_beside(kept, spec))
         return self.notes.empty(name, spec, like=parameter)
@@ -229,7 +230,7 @@ class OptimizerFit:
         if not isinstance(kept, torch.Tensor):
             return empty_beside(parameter, spec).zero_()
         same = in_place and dtype_name(kept.dtype) == spec.dtype
-        return kept.detach() if same else live_copy(kept, dtype_of(spec.dtype))
+        return alias_of(kept) if same else live_copy(kept, dtype_of(spec.dtype))
 
     def _cast(self, owner: str, spec: TensorSpec, kept: object) -> TensorSpec:
         """Return the dtype that a moment must have beside a parameter whose dtype was cast."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.part import TensorSpec
+from dist_ckpt.state.wrapped import local_of, unfilled_like
 
 ResizeRule: TypeAlias = Literal["pad", "crop", "overlap"]
 RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)
@@ -112,10 +113,12 @@ def grown_moment(
     )
 
 
-def live_copy(tensor: torch.Tensor, dtype: Any = None) -> torch.Tensor:
+def live_copy(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return memory with the values of `tensor`, for what takes only a part of it."""
-    copied = tensor.detach().clone()
-    return copied if dtype is None else copied.to(dtype)
+    copied = unfilled_like(tensor, dtype=dtype)
+    with torch.no_grad():
+        local_of(copied).copy_(local_of(tensor))
+    return copied
 
 
 def _listed() -> str:

@@ -14,6 +14,7 @@ from dist_ckpt.state.layout import dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
 from dist_ckpt.state.objects import fillable
 from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.state.wrapped import alias_of
 
 VALUE = "value"
 """The name of the one object that such a part consists of."""
@@ -75,7 +76,7 @@ def fit_value(
             fit.tensors[name] = empty_beside(torch.empty(0), spec)
         elif name in fixed or _fits(here[name], spec) or stored.resize(name) is not None:
             # In-place writes to a leaf that requires grad would be refused.
-            fit.tensors[name] = here[name].detach()
+            fit.tensors[name] = alias_of(here[name])
             if (rule := stored.resize(name)) is not None:
                 fit.resized[name] = rule
         else:

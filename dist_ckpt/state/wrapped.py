@@ -8,7 +8,7 @@ is loaded into them is what the whole holds. No list of classes is needed for th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,37 @@ def as_piece(tensor: torch.Tensor, of: torch.Tensor | Piece | None) -> torch.Ten
     if piece is not None:
         setattr(tensor, _PIECE, piece)
     return tensor
+
+
+def shard_order_of(tensor: DTensor) -> object:
+    """Return in which order the dimensions of the mesh cut those of `tensor`, if torch says so."""
+    return getattr(tensor._spec, "shard_order", None)  # noqa: SLF001 - there is no public way
+
+
+def alias_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` without gradient: the same memory, laid out alike."""
+    return _alike(tensor.detach(), tensor)
+
+
+def unfilled_like(
+    tensor: torch.Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return memory without values, laid out as `tensor`."""
+    made = torch.empty_like(tensor.detach(), dtype=dtype, device=device)  # type: ignore[arg-type]
+    return _alike(made, tensor)
+
+
+def _alike(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `made`, an alias or a copy of `like`, with what operations of torch leave behind."""
+    if (
+        isinstance(made, DTensor)
+        and isinstance(like, DTensor)
+        and shard_order_of(made) != shard_order_of(like)
+    ):
+        # The very elements of `like` are on this rank, in whatever order the mesh cut them.
+        spec = replace(like._spec, tensor_meta=made._spec.tensor_meta)  # noqa: SLF001
+        made = DTensor(made._local_tensor, spec, requires_grad=False)  # noqa: SLF001
+    return as_piece(made, like)
 
 
 def joined_of(tensor: torch.Tensor) -> int | None:
