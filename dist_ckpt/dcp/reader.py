@@ -26,6 +26,7 @@ from dist_ckpt.loading.ties import Ties
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.state.layout import dtype_name
@@ -185,6 +186,7 @@ class Reader(StorageReader):
 
     def _target(self, item: ReadItem, planner: LoadPlanner) -> Wanted:
         fqn = item.storage_index.fqn
+        check_as_stock(getattr(planner, "state_dict", {}).get(fqn), f"tensor {fqn!r}")
         number = self._opened.tensors[fqn]
         tensor = self._opened.checkpoint.index.tensors[number]
         memory = planner.resolve_tensor(item).detach()

@@ -8,11 +8,13 @@ of them. A class of placement that nobody here knows is refused: its elements ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.errors import UsageError
@@ -61,6 +63,30 @@ def boxes_here(tensor: DTensor, where: str) -> list[tuple[Box, Box]]:
             "distribute it as its placements say before it is saved or loaded"
         )
     return list(_combined(runs, tensor.shape))
+
+
+def check_as_stock(tensor: object, where: str) -> None:
+    """Check that a DTensor lies where torch's own planning says, which another one relies on.
+
+    Raises:
+        UsageError: it does not: its elements would be written to, or read from, wrong places.
+    """
+    if not isinstance(tensor, DTensor):
+        return
+    if all(type(each) in (Shard, Replicate) for each in tensor.placements):
+        order = _order(tensor)
+        if order == sorted(order):
+            return
+    found = [there for there, _ in boxes_here(tensor, where)]
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    if found and found != [Box(tuple(offsets), tuple(sizes))] and math.prod(sizes):
+        raise UsageError(
+            f"{where} is laid out by {tensor.placements} in the shard order "
+            f"{shard_order_of(tensor)}, which torch's planning of saves and loads does not "
+            "describe: redistribute it, or use dist_ckpt.save and dist_ckpt.load"
+        )
 
 
 def _order(tensor: DTensor) -> list[int]:

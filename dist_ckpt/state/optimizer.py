@@ -31,6 +31,7 @@ from dist_ckpt.state.optimizer_fit import OptimizerFit, how_to_skip
 from dist_ckpt.state.optimizer_live import Live, Reading, live_of
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.rebuilding import show_classes
 from dist_ckpt.state.values import VALUE, StatefulPart
 
 _BESIDE = "beside."
@@ -221,6 +222,8 @@ class OptimizerPart:
         """Add the targets of this optimizer, and the names of objects that have a place in it."""
         live = self._live
         if live is not None:
+            for face in (self.optimizer, *inner_optimizers(self.optimizer).values()):
+                show_classes(type(face))
             told, parameters = self._read()
             for view, content in told.optimizers.values():
                 fit = OptimizerFit.of(view, stored, self.name)

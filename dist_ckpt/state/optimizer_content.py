@@ -29,7 +29,7 @@ from dist_ckpt.state.layout import (
 from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.rebuilding import described
-from dist_ckpt.state.spread import inner_tensors
+from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped
 
 # What a checkpoint says of an optimizer's tensors beside their values.
@@ -233,7 +233,7 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
     # In the order of the groups: that of `state` depends on which gradient came first.
     for owner, parameter in view.parameters.items():
         entry = content.state.get(owner)
-        entries = optimizer_entries(entry)
+        entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
         for key, whole in wholes(entry).items():
             noted = {_MADE: {f"{start}{owner}.{key}": described(whole)}}
             merge_notes(notes.setdefault(owner, {}), noted)
@@ -278,17 +278,25 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         written.groups.add(name)
 
 
-def optimizer_entries(entry: Any) -> dict[str, Any]:
-    """Return what an optimizer keeps for one parameter, by the keys under which it is stored."""
+def optimizer_entries(entry: Any, *, where: str = "") -> dict[str, Any]:
+    """Return what an optimizer keeps for one parameter, by the keys under which it is stored.
+
+    Args:
+        entry: what it keeps.
+        where: what that is called, for messages.
+
+    Raises:
+        UsageError: a tensor is sharded in a way that its class does not let anybody follow.
+    """
     if entry is None:
         return {}
     if not isinstance(entry, dict):
         return {WHOLE: [entry]}
     if set(map(type, entry)) <= _TEXT:
-        return _unwrapped(entry)
+        return _unwrapped(entry, where)
     # Keys that are no text would come back as text from a name.
     named = {key: value for key, value in entry.items() if type(key) is str}
-    return {**_unwrapped(named), OTHERS: {k: v for k, v in entry.items() if type(k) is not str}}
+    return {**_unwrapped(named, where), OTHERS: {k: v for k, v in entry.items() if type(k) is not str}}
 
 
 def wholes(entry: Any) -> dict[str, torch.Tensor]:
@@ -298,12 +306,13 @@ def wholes(entry: Any) -> dict[str, torch.Tensor]:
     return {key: v for key, v in entry.items() if type(key) is str and is_wrapped(v)}
 
 
-def _unwrapped(entry: dict[str, Any]) -> dict[str, Any]:
+def _unwrapped(entry: dict[str, Any], where: str) -> dict[str, Any]:
     if not any(map(is_wrapped, entry.values())):
         return entry
     found: dict[str, Any] = {}
     for key, value in entry.items():
-        found |= inner_tensors(value, key)
+        inner = pieces(value, f"{where}{key}")
+        found |= {key + suffix: each for suffix, each in inner.items()}
     return found
 
 

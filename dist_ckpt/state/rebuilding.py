@@ -2,9 +2,10 @@
 
 Where the live state has such a tensor already, its inner tensors are filled and nothing is built. A
 fresh optimizer has none yet. Then its class and what `__tensor_flatten__` gave beside the tensors
-(the context) are needed. The class is looked for among the tensor classes that the program has
-loaded: nothing is imported, and nothing is called but its `__tensor_unflatten__`. A context is made
-of plain values, or of enums, dataclasses and named tuples that the module of the class has.
+(the context) are needed. Nothing is imported or looked up for that: it has to be a class that the
+state of this program has shown, or one of the package of the live optimizer, and nothing is called
+but its `__tensor_unflatten__`. A context is made of plain values, or of enums, dataclasses and named
+tuples that the module of the class has.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from dist_ckpt.state.wrapped import (
     attributes_of,
     inner_of,
     is_wrapped,
+    label_of,
+    learn,
     local_of,
     piece_of,
+    shown,
 )
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
@@ -60,7 +64,7 @@ def _described(local: torch.Tensor) -> dict[str, Any]:
     _, context = local.__tensor_flatten__()  # type: ignore[attr-defined]
     inner = attributes_of(local)
     noted: dict[str, Any] = {
-        "class": _label(type(local)),
+        "class": label_of(type(local)),
         "attributes": {name: suffix for name, (suffix, _) in inner.items()},
         "local": list(local.shape),
     }
@@ -93,11 +97,11 @@ def _plain(value: Any, local: torch.Tensor) -> Any:
     if kind is torch.device:
         return {_TAG: "device", "v": None}
     if isinstance(value, Enum):
-        return {_TAG: "enum", "v": [_label(kind), _plain(value.value, local)]}
+        return {_TAG: "enum", "v": [label_of(kind), _plain(value.value, local)]}
     if kind in _PLAIN:
         return value
     if is_namedtuple(kind):
-        return {_TAG: "named", "v": [_label(kind), [_plain(each, local) for each in value]]}
+        return {_TAG: "named", "v": [label_of(kind), [_plain(each, local) for each in value]]}
     if kind in (list, tuple):
         items = [_plain(each, local) for each in value]
         return items if kind is list else {_TAG: "tuple", "v": items}
@@ -105,7 +109,7 @@ def _plain(value: Any, local: torch.Tensor) -> Any:
         return {_TAG: "dict", "v": {key: _plain(each, local) for key, each in value.items()}}
     if is_dataclass(value):
         content = {each.name: _plain(getattr(value, each.name), local) for each in fields(value)}
-        return {_TAG: "data", "v": [_label(kind), content]}
+        return {_TAG: "data", "v": [label_of(kind), content]}
     raise _Unknown
 
 
@@ -177,11 +181,11 @@ class Building:
         )
 
     def _class(self) -> Any:
-        found = _tensor_class(str(self.noted["class"]))
+        found = shown(str(self.noted["class"]))
         if found is None:
             raise self._refused(
-                f"no tensor class {self.noted['class']} is loaded in this program: import it, or "
-                "make the state first (one step of the optimizer)"
+                f"the state of this program has no {self.noted['class']}, and no class is made by "
+                "its name: make the state first (one step of the optimizer), so that it has"
             )
         if "context" not in self.noted:
             raise self._refused(
@@ -270,24 +274,19 @@ def _suffixes(noted: Mapping[str, Any]) -> Iterator[str]:
             yield from (suffix + each for each in _suffixes(below))
 
 
-def _label(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def show_classes(kind: type) -> None:
+    """Let wrapper subclasses of the package that has `kind`, as far as loaded, be built.
 
-
-def _tensor_class(label: str) -> type | None:
-    """Return the loaded wrapper subclass of that name."""
-    level: list[type] = [torch.Tensor]
+    A fresh optimizer has no state that would show what that will be made of.
+    """
+    home = kind.__module__.partition(".")[0]
+    level: list[type] = [] if home == "torch" else [torch.Tensor]
     while level:
-        for cls in level:
-            # What torch has for its own ends is no state of anybody.
-            own = cls.__module__.startswith("torch.") and not cls.__module__.startswith(
-                ("torch.nested", "torch.sparse")
-            )
-            both = hasattr(cls, "__tensor_flatten__") and hasattr(cls, "__tensor_unflatten__")
-            if both and not own and _label(cls) == label:
-                return cls
         level = [below for cls in level for below in type.__subclasses__(cls)]
-    return None
+        for cls in level:
+            both = hasattr(cls, "__tensor_flatten__") and hasattr(cls, "__tensor_unflatten__")
+            if both and cls.__module__.partition(".")[0] == home:
+                learn(cls)
 
 
 def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device) -> Any:
@@ -333,6 +332,6 @@ def _data_class(label: str, cls: type) -> type:
             data = isinstance(value, type) and (
                 issubclass(value, Enum) or is_dataclass(value) or is_namedtuple(value)
             )
-            if data and _label(value) == label:
+            if data and label_of(value) == label:
                 return value
     raise ValueError(f"{label} is no class of plain values that {cls.__module__} knows")

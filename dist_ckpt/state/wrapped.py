@@ -135,8 +135,28 @@ def is_wrapped(value: object) -> bool:
     return not isinstance(local, DTensor) and is_traceable_wrapper_subclass(local)
 
 
+# The classes that the state of this program has shown, by their names: no others are ever built.
+_shown: dict[str, type] = {}
+
+
+def learn(cls: type) -> None:
+    """Note a class of wrapped tensors that the state of this program has."""
+    _shown[label_of(cls)] = cls
+
+
+def shown(label: str) -> type | None:
+    """Return the class of that name, if it was noted."""
+    return _shown.get(label)
+
+
+def label_of(kind: type) -> str:
+    """Return what a class is called in a checkpoint."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def attributes_of(local: torch.Tensor) -> dict[str, tuple[str, torch.Tensor]]:
     """Return the inner tensors of a wrapper by attribute, with what comes behind its name."""
+    learn(type(local))
     names, context = local.__tensor_flatten__()  # type: ignore[attr-defined]
     inner = {name: getattr(local, name) for name in names}
     bare = _bare(local, inner, context)
