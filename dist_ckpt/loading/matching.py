@@ -32,7 +32,7 @@ class Mismatches(msgspec.Struct, frozen=True):
         dtypes: stored in another dtype than wanted, which may not be cast; likewise.
         casts: stored in another dtype than wanted, to be cast; likewise.
         unlike: written by something else than what the state has; the entry tells both.
-        unmatched: patterns of `only`, `skip` and `resize`, and keys of `rename`, that match nothing.
+        unmatched: patterns of `only`, `skip` and `resize`, keys of `rename`, that match nothing.
         filled: parts of which something is to be loaded; generators of random numbers left out.
         empty: parts to be loaded, of which nothing has a partner.
         resized: of another shape, and loaded in part; the entry tells both.
@@ -187,9 +187,9 @@ def unmatched(options: LoadOptions, known: Collection[str], idle: Iterable[str])
     """Return the patterns that match none of the `known` names, and the `idle` keys of rename."""
     patterns = (*options.only, *options.skip)
     lost = [each for each in patterns if not any(matches(each, name) for name in known)]
-    for each in options.resize:
-        if not any(matches_resize(each, name) for name in known):
-            lost.append(each)
+    lost += [
+        each for each in options.resize if not any(matches_resize(each, name) for name in known)
+    ]
     return lost + sorted(idle)
 
 

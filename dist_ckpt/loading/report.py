@@ -16,9 +16,9 @@ _SHOWN = 5
 class LoadReport:
     """The outcome of a load, on this rank; `str` of it is for people.
 
-    Names are `part/name`, as the state has them. What was missing, unexpected, cast or resized is that of
-    all ranks together; bytes and seconds are this rank's. A shape that differs and is
-    not resized, or a dtype that may not be cast, never gets this far: it is an `IncompatibleError`.
+    Names are `part/name`, as the state has them. What was missing, unexpected, cast or resized is
+    that of all ranks together; bytes and seconds are this rank's. A shape that differs and is not
+    resized, or a dtype that may not be cast, never gets this far: it is an `IncompatibleError`.
 
     Attributes:
         url: where the checkpoint is: its run, or its directory where another program wrote it.

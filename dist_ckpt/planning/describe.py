@@ -1,8 +1,8 @@
 """What one rank holds, in boxes of global tensors.
 
-A plain tensor is one box, and what of a DTensor lies here `dist_ckpt.planning.placing` computes; of
-other types that torch can shard (ShardedTensor) DCP's own planning tells. The same description serves saving (what there is to write) and loading (where
-bytes belong).
+A plain tensor is one box, and what of a DTensor lies here `dist_ckpt.planning.placing` computes;
+of other types that torch can shard (ShardedTensor) DCP's own planning tells. The same description
+serves saving (what there is to write) and loading (where bytes belong).
 
 A training state hardly changes its structure from save to save, and DCP's planning costs many
 times what it costs to see that: a `Describer` asks it only about what is new or changed.
@@ -32,7 +32,7 @@ from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.planning.placing import boxes_here
 from dist_ckpt.staging.copies import reach, view_box
 from dist_ckpt.state.layout import dtype_name
-from dist_ckpt.state.wrapped import joined_box, joined_of, shard_order_of, stored_shape
+from dist_ckpt.state.wrapped import is_wrapped, joined_box, joined_of, shard_order_of, stored_shape
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""
@@ -300,7 +300,7 @@ def _plan(part: str, name: str, tensor: torch.Tensor) -> list[_Planned]:
     if isinstance(tensor, DTensor):
         return _plan_dtensor(part, name, tensor)
     named = {name: tensor}
-    boxes = []
+    boxes: list[_Planned] = []
     # DCP reads `is_coordinator` only for values that are no tensors, of which there are none.
     for item in create_default_local_save_plan(named, is_coordinator=False).items:
         if item.tensor_data is None:  # pragma: no branch - only tensors were given
@@ -321,7 +321,7 @@ def _plan(part: str, name: str, tensor: torch.Tensor) -> list[_Planned]:
 def _plan_dtensor(part: str, name: str, tensor: DTensor) -> list[_Planned]:
     where = f"tensor {name!r} of part {part!r}"
     local = tensor.to_local()
-    if is_traceable_wrapper_subclass(local):
+    if is_wrapped(tensor):
         raise _no_memory(part, name, local)
     dtype, shape = dtype_name(tensor.dtype), stored_shape(tensor)
     boxes: list[_Planned] = []

@@ -235,7 +235,9 @@ class Encoder:
     def _free_name(self) -> str:
         """Return a name for a tensor that lies where the walk is."""
         assert self._tensors is not None  # one without it has no names
-        name = first = ".".join([self._prefix, *(dotted for _, dotted in self._steps)]) + self._suffix
+        name = first = (
+            ".".join([self._prefix, *(dotted for _, dotted in self._steps)]) + self._suffix
+        )
         # Two paths may be spelled alike (a key may have a dot in it). The walk has one order, so
         # every rank and every save numbers them the same way.
         count = 0

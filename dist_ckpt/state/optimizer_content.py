@@ -296,7 +296,10 @@ def optimizer_entries(entry: Any, *, where: str = "") -> dict[str, Any]:
         return _unwrapped(entry, where)
     # Keys that are no text would come back as text from a name.
     named = {key: value for key, value in entry.items() if type(key) is str}
-    return {**_unwrapped(named, where), OTHERS: {k: v for k, v in entry.items() if type(k) is not str}}
+    return {
+        **_unwrapped(named, where),
+        OTHERS: {k: v for k, v in entry.items() if type(k) is not str},
+    }
 
 
 def wholes(entry: Any) -> dict[str, torch.Tensor]:

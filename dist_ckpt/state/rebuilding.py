@@ -4,14 +4,15 @@ Where the live state has such a tensor already, its inner tensors are filled and
 fresh optimizer has none yet. Then its class and what `__tensor_flatten__` gave beside the tensors
 (the context) are needed. Nothing is imported or looked up for that: it has to be a class that the
 state of this program has shown, or one of the package of the live optimizer, and nothing is called
-but its `__tensor_unflatten__`. A context is made of plain values, or of enums, dataclasses and named
-tuples that the module of the class has.
+but its `__tensor_unflatten__`. A context is made of plain values, or of enums, dataclasses and
+named tuples that the module of the class has.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -21,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, describe, is_refusal
-from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.layout import dtype_of
+from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.registry import is_namedtuple
 from dist_ckpt.state.spread import cuts_of, lay_out, shards_of
 from dist_ckpt.state.wrapped import (
@@ -70,10 +71,8 @@ def _described(local: torch.Tensor) -> dict[str, Any]:
     }
     if not local.is_contiguous():
         noted["stride"] = list(local.stride())
-    try:
+    with suppress(_Unknown):  # then it can be filled where there is one, and not be built
         noted["context"] = [_plain(context, local)]
-    except _Unknown:
-        pass  # it can be filled where there is one, and not be built
     below = {name: _described(tensor) for name, (_, tensor) in inner.items() if is_wrapped(tensor)}
     return {**noted, "inner": below} if below else noted
 
@@ -208,8 +207,8 @@ class Building:
         self, noted: Mapping[str, Any], inner: Mapping[str, Any], shape: tuple[int, ...], at: str
     ) -> torch.Tensor:
         each = Building(noted, self.where)
-        cls = each._class()  # noqa: SLF001 - of this very class
-        each._check_sizes(shape)  # noqa: SLF001
+        cls = each._class()
+        each._check_sizes(shape)
         parts = {}
         for name, suffix in noted["attributes"].items():
             below = noted.get("inner", {}).get(name)

@@ -44,8 +44,11 @@ def matches_resize(pattern: str, name: str) -> bool:
     part, _, inner = name.partition("/")
     head, slash, rest = pattern.rpartition("/")
     if not slash:
-        shown = (part, f"{part}.{inner}", *_names(inner))
-        return any(fnmatchcase(each, pattern) for each in shown)
+        names = _names(inner)
+        # A word may be the part of the parameter, of which nothing is said where its moments lie.
+        if len(names) > 1 and pattern.isidentifier():
+            return True
+        return any(fnmatchcase(each, pattern) for each in (part, f"{part}.{inner}", *names))
     if fnmatchcase(name, pattern):
         return True
     # What is kept for a parameter lies in another part than the parameter, whatever its part.

@@ -1,9 +1,9 @@
 """What is stored for a tensor that is several behind one face, and how that is laid out.
 
 Where a DTensor has a wrapper subclass for its local tensor, each inner tensor becomes a DTensor, so
-that it is stored whole and can be laid out anew. How it is cut is asked of the class itself: a piece
-of the rows shows which dimension of which inner tensor the rows are. What shows nothing is stored as
-a stack of what each shard has, which loads into the same number of shards only.
+that it is stored whole and can be laid out anew. How it is cut is asked of the class itself: a
+piece of the rows shows which dimension of which inner tensor the rows are. What shows nothing is
+stored as a stack of what each shard has, which loads into the same number of shards only.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _stacked(value: DTensor, leaf: torch.Tensor, where: str, suffix: str) -> tor
             raise UsageError(
                 f"cannot store {where}: a {kind} of {list(value.shape)} that is cut unevenly in "
                 f"dimension {dim} into {shards} shards, and its class does not show which elements "
-                f"of its {suffix.lstrip('.@') or 'tensor'} belong to which rows (by split or slice)",
+                f"of its {suffix.lstrip('.@') or 'tensor'} belong to which rows (split, slice)",
                 kind=ErrorKind.UNENCODABLE,
             )
     along = dict.fromkeys(shards_of(value), 0)

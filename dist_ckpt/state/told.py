@@ -117,9 +117,7 @@ def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]
     return list(_load(say.root, dict(state), lenient=lenient or not say.whole).unexpected_keys)
 
 
-def fill_untold(
-    module: nn.Module, state: Mapping[str, Any], unknown: Collection[str]
-) -> list[str]:
+def fill_untold(module: nn.Module, state: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
     """Fill what a module shows in its state dict, and does not take; return what cannot be filled.
 
     That is what quantizing libraries keep beside a weight without being a parameter or buffer. It
@@ -134,9 +132,8 @@ def fill_untold(
         for name in unknown:
             live, value = first.get(name), state[name]
             again = second.get(name)
-            if not (isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor)):
-                left.append(name)
-            elif (live.shape, live.dtype) != (value.shape, value.dtype):
+            both = isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor)
+            if not both or (live.shape, live.dtype) != (value.shape, value.dtype):
                 left.append(name)
             elif live is again:
                 live.copy_(value)

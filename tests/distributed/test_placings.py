@@ -20,11 +20,12 @@ from dist_ckpt.testing.ranks import ranks, run_ranks
 try:
     from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
 except ImportError:  # of a torch that has no order but that of the mesh
-    ShardOrderEntry = None
+    ShardOrderEntry = None  # type: ignore[assignment,misc]
 
 FEW = ((7, 2), (8,))
 SHAPES = (*FEW, (16, 3), (8, 8), (7, 5), (1, 9), (13,), (2, 2, 6))
 Order = tuple[tuple[int, tuple[int, ...]], ...]
+Case = tuple[tuple[int, ...], tuple[Placement, ...], Order | None]
 
 
 class Shown(Shard):
@@ -45,8 +46,8 @@ def whole_of(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
 
 
-def cases(shapes: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, ...], tuple[Placement, ...], Order | None]]:
-    found: list[tuple[tuple[int, ...], tuple[Placement, ...], Order | None]] = []
+def cases(shapes: tuple[tuple[int, ...], ...]) -> list[Case]:
+    found: list[Case] = []
     for shape in shapes:
         each = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
         found += [(shape, pair, None) for pair in itertools.product(each, each)]
@@ -79,7 +80,8 @@ def placed(
     if order is not None:
         more["shard_order"] = tuple(ShardOrderEntry(dim, by) for dim, by in order)
     spec = DTensorSpec(mesh, placements, tensor_meta=meta, **more)
-    made = DTensor(local.clone(), spec, requires_grad=False)
+    kind: Any = DTensor
+    made: DTensor = kind(local.clone(), spec, requires_grad=False)
     try:
         return made if torch.equal(made.full_tensor(), whole) else None
     except Exception:
@@ -130,7 +132,7 @@ def test_what_may_lie_anywhere_is_refused() -> None:
     rows = torch.ones(4, 2)
     for placement in (Dealt(0), Partial(), Partial("max")):
         held = DTensor.from_local(rows, mesh, [placement], run_check=False)
-        with pytest.raises(CheckpointError, match="partial sums|of the class Dealt"):
+        with pytest.raises(CheckpointError, match=r"partial sums|of the class Dealt"):
             dist_ckpt.save({"m": {"w": held}}, url, step=1)
     # A shape that no placement explains: other ranks' rows would be taken for these.
     lying = DTensor.from_local(

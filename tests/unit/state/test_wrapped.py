@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
 from torchao.float8.float8_linear import LinearMMConfig
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
@@ -90,7 +89,7 @@ def test_moments_of_another_kind_are_refused_before_anything_changes() -> None:
     dist_ckpt.save({"model": model, "optimizer": optimizer}, store)
     live, other = trained(AdamW4bit, seed=2)
     before = model_bits(live)
-    with pytest.raises(CheckpointError, match="OptimState8bit|AdamW8bit"):
+    with pytest.raises(CheckpointError, match=r"OptimState8bit|AdamW8bit"):
         dist_ckpt.load({"model": live, "optimizer": other}, store)
     blocks = AdamW8bit(live.parameters(), block_size=128)
     step(live, blocks)
@@ -113,7 +112,7 @@ def float8_weights(model: nn.Module) -> None:
 
 
 def nf4_weights(model: nn.Module) -> None:
-    model[0].weight = nn.Parameter(to_nf4(model[0].weight, 64, 4), requires_grad=False)  # type: ignore[index,operator]
+    model[0].weight = nn.Parameter(to_nf4(model[0].weight, 64, 4), requires_grad=False)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("quantize", [int8_training, int8_weights, float8_weights, nf4_weights])
@@ -159,9 +158,9 @@ def test_a_class_that_this_program_has_not_is_an_error_that_names_it() -> None:
         dist_ckpt.load({"ema": {}}, store)
 
 
-def float8_model(seed: int, scale: torch.Tensor | None = None) -> nn.Module:
+def float8_model(seed: int, scale: torch.Tensor | None = None) -> Any:
     torch.manual_seed(seed)
-    model = nn.Linear(8, 8)
+    model: Any = nn.Linear(8, 8)
     inner = model.weight.detach()
     weight = WeightWithDynamicFloat8CastTensor(inner, LinearMMConfig(), torch.float8_e4m3fn, scale)
     model.weight = nn.Parameter(weight)
