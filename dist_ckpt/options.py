@@ -132,7 +132,8 @@ class LoadOptions:
                 f"not {number!r}"
             )
         _check_rename(self.rename)
-        check_resize(self.resize)
+        if self.resize != {}:
+            check_resize(self.resize)
 
     def selects(self, name: str) -> bool:
         """Tell whether `name`, a part or `part/name` of the state, is to be loaded."""
@@ -141,7 +142,7 @@ class LoadOptions:
 
     def resizes(self, name: str) -> ResizeRule | None:
         """Return the rule by which `part/name` may be of another shape than what is stored."""
-        return rule_for(self.resize, name)
+        return rule_for(self.resize, name) if self.resize else None
 
     def selects_part(self, part: str) -> bool:
         """Tell whether any name of `part` could be selected: if not, nothing of it is read."""

@@ -14,7 +14,7 @@ from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.entries import entries_of
 from dist_ckpt.state.objects import references
-from dist_ckpt.state.part import Part, Stored, TensorSpec
+from dist_ckpt.state.part import Part, Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
@@ -304,9 +304,7 @@ def fit(
         missing += [entry for entry in wanted if options.selects(entry)]
         unexpected += [f"{name}/{entry}" for entry in found.unexpected]
         unlike += found.unlike
-        compared.append(
-            compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
-        )
+        compared.append(_compare(name, found, stored, options))
         missing += compared[-1].missing
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
         plain = not (found.tensors or found.missing or stored.tensors)
@@ -324,6 +322,10 @@ def fit(
     )
     first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
     return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
+
+
+def _compare(name: str, found: Targets, stored: Stored, options: LoadOptions) -> Mismatches:
+    return compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
 
 
 def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:

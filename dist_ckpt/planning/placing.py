@@ -8,7 +8,6 @@ of them. A class of placement that nobody here knows is refused: its elements ma
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -81,7 +80,7 @@ def check_as_stock(tensor: object, where: str) -> None:
     sizes, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
-    if found and found != [Box(tuple(offsets), tuple(sizes))] and math.prod(sizes):
+    if found and found != [Box(tuple(offsets), tuple(sizes))] and 0 not in sizes:
         raise UsageError(
             f"{where} is laid out by {tensor.placements} in the shard order "
             f"{shard_order_of(tensor)}, which torch's planning of saves and loads does not "

@@ -14,7 +14,7 @@ from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
-from dist_ckpt.state.rebuilding import described
+from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, WRAPPED, standard_of
@@ -228,7 +228,7 @@ class Encoder:
             self._suffix = suffix
             inner[suffix] = self._tensor(tensor)
         self._suffix = ""
-        node = _apart(WRAPPED, [self.json_of(described(value)), inner])
+        node = _apart(WRAPPED, [self.json_of(how_made(value)), inner])
         self._wholes[id(value)] = (value, node)
         return node
 

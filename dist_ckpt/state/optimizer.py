@@ -31,8 +31,8 @@ from dist_ckpt.state.optimizer_fit import OptimizerFit, how_to_skip
 from dist_ckpt.state.optimizer_live import Live, Reading, live_of
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.part import Captured, Stored, Targets
-from dist_ckpt.state.rebuilding import show_classes
 from dist_ckpt.state.values import VALUE, StatefulPart
+from dist_ckpt.state.wrapped import show_classes
 
 _BESIDE = "beside."
 

@@ -28,7 +28,7 @@ from dist_ckpt.state.layout import (
 )
 from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.rebuilding import described
+from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped
 
@@ -235,7 +235,7 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         entry = content.state.get(owner)
         entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
         for key, whole in wholes(entry).items():
-            noted = {_MADE: {f"{start}{owner}.{key}": described(whole)}}
+            noted = {_MADE: {f"{start}{owner}.{key}": how_made(whole)}}
             merge_notes(notes.setdefault(owner, {}), noted)
         mine: dict[str, torch.Tensor] = {}
         sharded = isinstance(parameter, DTensor)

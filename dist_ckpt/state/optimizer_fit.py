@@ -91,20 +91,21 @@ class OptimizerFit:
                     tensors[inner] = self.notes.empty(inner, spec, like=like)
         on_device = self._stepped_on_device()
         entries: dict[str, dict[str, Any]] = {}
-        faces = Faces(self.view, self.notes.made, self.part)
+        faces = Faces(self.view, self.notes.made, self.part) if self.notes.made else None
         for name, spec in self.stored.tensors.items():
             owner = self.view.owner(name)
             if name not in tensors and owner is not None:
                 if owner[0] not in entries:
                     entries[owner[0]] = optimizer_entries(live.get(owner[0]))
                 kept = entries[owner[0]].get(owner[1])
-                if faces.has(name):
+                if faces is not None and faces.has(name):
                     tensors[name] = faces.target(name, owner[0], spec, kept=kept, in_place=in_place)
                 else:
                     tensors[name] = self._state_target(
                         name, owner, spec, on_device, kept=kept, in_place=in_place
                     )
-        faces.check(live, tensors)
+        if faces is not None:
+            faces.check(live, tensors)
         return tensors, known
 
     def resized(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -127,7 +128,8 @@ class OptimizerFit:
             if owner is not None and name not in inside and (name in tensors or name in values):
                 value = values[name] if name in values else tensors[name]
                 entries.setdefault(owner[0], {})[owner[1]] = value
-        Faces(view, self.notes.made, self.part).put_together(entries, kept.state)
+        if self.notes.made:
+            Faces(view, self.notes.made, self.part).put_together(entries, kept.state)
         for owner_name, state in kept.state.items():
             whole = wholes(state)
             left = state if whole else optimizer_entries(state)

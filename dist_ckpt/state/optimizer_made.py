@@ -12,7 +12,7 @@ from dist_ckpt.state.groups import View
 from dist_ckpt.state.layout import address, dtype_name, empty_beside
 from dist_ckpt.state.optimizer_content import wholes
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.rebuilding import Building, described, rebuilt
+from dist_ckpt.state.rebuilding import Building, how_made, rebuilt
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped, stored_shape
 
@@ -85,7 +85,7 @@ class Faces:
             if kept is None:
                 building.build({suffix: targets[name + suffix] for suffix in suffixes})
                 continue
-            ours, noted = described(kept), building.noted
+            ours, noted = how_made(kept), building.noted
             told = "context" in ours and "context" in noted
             if ours["class"] != noted["class"] or (told and ours["context"] != noted["context"]):
                 raise IncompatibleError(

@@ -25,13 +25,12 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.registry import is_namedtuple
-from dist_ckpt.state.spread import cuts_of, lay_out, shards_of
+from dist_ckpt.state.spread import cuts_of, lay_beside, shards_of
 from dist_ckpt.state.wrapped import (
     attributes_of,
     inner_of,
     is_wrapped,
     label_of,
-    learn,
     local_of,
     piece_of,
     shown,
@@ -45,7 +44,7 @@ class _Unknown(Exception):
     """A context has something that is not made of plain values."""
 
 
-def described(value: torch.Tensor) -> dict[str, Any]:
+def how_made(value: torch.Tensor) -> dict[str, Any]:
     """Return what must be known of a wrapped tensor to build one like it: plain values."""
     local = local_of(value)
     noted = _described(local)
@@ -125,7 +124,7 @@ class Building:
     """One description, to build by.
 
     Attributes:
-        noted: what `described` returned, as it was stored.
+        noted: what `how_made` returned, as it was stored.
         where: what is built, for messages.
     """
 
@@ -150,7 +149,7 @@ class Building:
         cuts = {int(dim): cut[suffix] for dim, cut in self.noted["cuts"].items()}
         if list(like.shape) == self.noted["shape"] or not isinstance(like, DTensor):
             self._check_sizes(tuple(local_of(like).shape))
-            made = lay_out(spec.shape, dtype_of(spec.dtype), cuts, like)
+            made = lay_beside(spec.shape, dtype_of(spec.dtype), cuts, like)
             if made is not None:
                 return made
         raise self._refused(
@@ -273,21 +272,6 @@ def _suffixes(noted: Mapping[str, Any]) -> Iterator[str]:
             yield from (suffix + each for each in _suffixes(below))
 
 
-def show_classes(kind: type) -> None:
-    """Let wrapper subclasses of the package that has `kind`, as far as loaded, be built.
-
-    A fresh optimizer has no state that would show what that will be made of.
-    """
-    home = kind.__module__.partition(".")[0]
-    level: list[type] = [] if home == "torch" else [torch.Tensor]
-    while level:
-        level = [below for cls in level for below in type.__subclasses__(cls)]
-        for cls in level:
-            both = hasattr(cls, "__tensor_flatten__") and hasattr(cls, "__tensor_unflatten__")
-            if both and cls.__module__.partition(".")[0] == home:
-                learn(cls)
-
-
 def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device) -> Any:
     """Return the context that `_plain` made `node` of."""
 
@@ -314,7 +298,7 @@ def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device)
         if tag == "named" and is_namedtuple(kind):
             return kind._make(map(value_of, content))
         if tag == "data" and is_dataclass(kind):
-            made = object.__new__(kind)
+            made: Any = object.__new__(kind)  # type: ignore[type-var]
             for each in fields(kind):
                 object.__setattr__(made, each.name, value_of(content[each.name]))
             return made
@@ -323,7 +307,7 @@ def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device)
     return value_of(node)
 
 
-def _data_class(label: str, cls: type) -> type:
+def _data_class(label: str, cls: type) -> Any:
     """Return the enum, dataclass or named tuple that the module of `cls`, or of a base, knows."""
     for base in cls.__mro__:
         home = sys.modules.get(base.__module__)

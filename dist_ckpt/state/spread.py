@@ -161,7 +161,7 @@ def _spread_one(
     if joined is not None:
         if not leaf.is_contiguous():
             return None
-        leaf = leaf.unflatten(joined, (-1, each))
+        leaf = leaf.view(*leaf.shape[:joined], -1, each, *leaf.shape[joined + 1 :])
         shape.insert(joined + 1, each)
     return _dtensor(value, leaf, tuple(shape), along, Piece(tuple(value.placements), joined))
 
@@ -210,7 +210,7 @@ def _moved(placement: Placement, along: Mapping[int, int | None], *, stacked: bo
     return Shard(at)
 
 
-def lay_out(
+def lay_beside(
     shape: Shape, dtype: torch.dtype, cuts: Mapping[int, int | None], beside: torch.Tensor
 ) -> torch.Tensor | None:
     """Return an unfilled inner tensor for what is kept beside a tensor; None if it has no place.

@@ -130,7 +130,8 @@ def fill_untold(module: nn.Module, state: Mapping[str, Any], unknown: Collection
         first, second = (module.state_dict(keep_vars=True) for _ in range(2))
         left = []
         for name in unknown:
-            live, value = first.get(name), state[name]
+            live: Any = first.get(name)
+            value = state[name]
             again = second.get(name)
             both = isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor)
             if not both or (live.shape, live.dtype) != (value.shape, value.dtype):

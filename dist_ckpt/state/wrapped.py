@@ -67,7 +67,7 @@ def unfilled_like(
     tensor: torch.Tensor, *, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
     """Return memory without values, laid out as `tensor`."""
-    made = torch.empty_like(tensor.detach(), dtype=dtype, device=device)  # type: ignore[arg-type]
+    made = torch.empty_like(tensor.detach(), dtype=dtype, device=device)
     return _alike(made, tensor)
 
 
@@ -80,7 +80,8 @@ def _alike(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     ):
         # The very elements of `like` are on this rank, in whatever order the mesh cut them.
         spec = replace(like._spec, tensor_meta=made._spec.tensor_meta)  # noqa: SLF001
-        made = DTensor(made._local_tensor, spec, requires_grad=False)  # noqa: SLF001
+        kind: Any = DTensor
+        made = kind(made._local_tensor, spec, requires_grad=False)  # noqa: SLF001
     return as_piece(made, like)
 
 
@@ -152,6 +153,21 @@ def shown(label: str) -> type | None:
 def label_of(kind: type) -> str:
     """Return what a class is called in a checkpoint."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def show_classes(kind: type) -> None:
+    """Let wrapper subclasses of the package that has `kind`, as far as loaded, be built.
+
+    A fresh optimizer has no state that would show what that will be made of.
+    """
+    home = kind.__module__.partition(".")[0]
+    level: list[Any] = [] if home == "torch" else [torch.Tensor]
+    while level:
+        level = [below for cls in level for below in type.__subclasses__(cls)]
+        for cls in level:
+            both = hasattr(cls, "__tensor_flatten__") and hasattr(cls, "__tensor_unflatten__")
+            if both and cls.__module__.partition(".")[0] == home:
+                learn(cls)
 
 
 def attributes_of(local: torch.Tensor) -> dict[str, tuple[str, torch.Tensor]]:
