@@ -298,7 +298,7 @@ def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device)
         if tag == "named" and is_namedtuple(kind):
             return kind._make(map(value_of, content))
         if tag == "data" and is_dataclass(kind):
-            made: Any = object.__new__(kind)  # type: ignore[type-var]
+            made: Any = object.__new__(kind)  # type: ignore[arg-type]
             for each in fields(kind):
                 object.__setattr__(made, each.name, value_of(content[each.name]))
             return made

@@ -133,8 +133,10 @@ def fill_untold(module: nn.Module, state: Mapping[str, Any], unknown: Collection
             live: Any = first.get(name)
             value = state[name]
             again = second.get(name)
-            both = isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor)
-            if not both or (live.shape, live.dtype) != (value.shape, value.dtype):
+            if not isinstance(live, torch.Tensor) or not isinstance(value, torch.Tensor):
+                left.append(name)
+                continue
+            if (live.shape, live.dtype) != (value.shape, value.dtype):
                 left.append(name)
             elif live is again:
                 live.copy_(value)
