@@ -138,7 +138,7 @@ def fill_untold(module: nn.Module, state: Mapping[str, Any], unknown: Collection
                 continue
             if (live.shape, live.dtype) != (value.shape, value.dtype):
                 left.append(name)
-            elif live is again:
+            elif id(live) == id(again):
                 live.copy_(value)
             elif not torch.equal(live.to(value.device), value):
                 left.append(name)
