@@ -17,7 +17,7 @@ from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 import dist_ckpt
 from dist_ckpt.state.spread import inner_tensors
-from dist_ckpt.testing.ranks import ranks, run_ranks
+from dist_ckpt.testing.ranks import run_ranks
 
 # Three ranks cut 64 rows into 22, 22 and 20: the scales are cut just so.
 ROWS, COLUMNS = 64, 256
@@ -115,9 +115,11 @@ def nf4(fill: float) -> DTensor:
 
 
 @pytest.mark.soak
-@ranks(2)
-def test_a_sharded_nf4_weight_and_moment_come_back() -> None:
-    url: str = "memory://wrapped-nf4"
+def test_a_sharded_nf4_weight_and_moment_come_back(tmp_path: Path) -> None:
+    run_ranks(2, nf4_comes_back, str(tmp_path))
+
+
+def nf4_comes_back(url: str) -> None:
     models: list[tuple[dict[str, Any], Any]] = []
     for fill in (1.0, 2.0):
         model: Any = nn.Module()
