@@ -12,7 +12,7 @@ from dist_ckpt.state.layout import empty_beside
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, fillable, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
-from dist_ckpt.state.wrapped import alias_of
+from dist_ckpt.state.wrapped import alias_of, is_wrapped
 
 _PREFIX = "value"
 
@@ -68,7 +68,11 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
         name.removeprefix(f"{_PREFIX}."): tensor
         for name, tensor in fillable(value, path=path, prefix=_PREFIX).items()
     }
-    places = {name: (container, key) for name, container, key in _leaves(value, ())}
+    places = {
+        name: (container, key)
+        for name, container, key in _leaves(value, ())
+        if not is_wrapped(container[key])  # which is filled by what it is made of
+    }
     names = dict.fromkeys([*places, *live])
     found = partners(names, stored.tensors.keys() | stored.objects.keys())
     targets = Targets()

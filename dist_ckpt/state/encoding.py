@@ -256,6 +256,14 @@ class Encoder:
         ) from cause
 
 
+def is_wrapped_node(node: Any) -> bool:
+    """Tell whether `node` is the encoding of a tensor that is several behind one face."""
+    if not isinstance(node, dict) or node.get(TAG) != f"@{RESERVED}{WRAPPED}":
+        return False
+    parts = node.get("v")
+    return isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], dict)
+
+
 def _is_itself(item: object) -> bool:
     kind = type(item)
     return (kind is int and -(1 << 63) <= item < 1 << 63) or (kind is str and item.isascii())  # type: ignore[operator,attr-defined]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.encoding import MAX_DEPTH, TAG
+from dist_ckpt.state.encoding import MAX_DEPTH, TAG, is_wrapped_node
 from dist_ckpt.state.holders import is_held, is_of_module
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped, local_of
@@ -122,7 +122,7 @@ def _entries(node: Any) -> dict[Any, Any]:
 
 
 def _is_tensor(node: Any) -> bool:
-    return isinstance(node, dict) and node.get(TAG) == "tensor"
+    return isinstance(node, dict) and (node.get(TAG) == "tensor" or is_wrapped_node(node))
 
 
 class Merging:
