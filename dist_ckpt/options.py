@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
@@ -13,6 +13,7 @@ from dist_ckpt.errors import UsageError, describe, is_refusal, near
 from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobKeywords
+from dist_ckpt.state.resizing import ResizeRule, check_resize, rule_for
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
 Exchange: TypeAlias = Literal["auto", "always", "never"]
@@ -42,6 +43,7 @@ class LoadKeywords(TypedDict, total=False):
     skip: str | Iterable[str]
     rename: Rename | None
     cast: bool
+    resize: Mapping[str, ResizeRule]
     device: str | torch.device | None
     ties: TieRule
     verify: bool
@@ -69,6 +71,10 @@ class LoadOptions:
             the longest one counts.
         cast: let floating tensors take another floating dtype, and integers a wider one. Nothing
             else is ever cast.
+        resize: by glob pattern, what becomes of tensors of the state that have another shape than
+            the stored ones: what both have is loaded, and with "pad" the state may have more, which
+            stays as it is, with "crop" the checkpoint, with "overlap" either. A pattern without `/`
+            is of names: `{"*embed*": "pad"}`. The moments of a parameter go with it.
         device: where tensors of the state that are on the meta device get their memory; None for
             the CPU, and for the device of its mesh where it is a DTensor.
         ties: what becomes of names that share memory in the state (one tensor under two names, in
@@ -86,6 +92,7 @@ class LoadOptions:
     skip: tuple[str, ...] = ()
     rename: Rename | None = None
     cast: bool = False
+    resize: Mapping[str, ResizeRule] = field(default_factory=dict)
     device: torch.device | None = None
     ties: TieRule = "refuse"
     verify: bool = True
@@ -125,11 +132,17 @@ class LoadOptions:
                 f"not {number!r}"
             )
         _check_rename(self.rename)
+        if self.resize != {}:
+            check_resize(self.resize)
 
     def selects(self, name: str) -> bool:
         """Tell whether `name`, a part or `part/name` of the state, is to be loaded."""
         chosen = not self.only or any(matches(pattern, name) for pattern in self.only)
         return chosen and not any(matches(pattern, name) for pattern in self.skip)
+
+    def resizes(self, name: str) -> ResizeRule | None:
+        """Return the rule by which `part/name` may be of another shape than what is stored."""
+        return rule_for(self.resize, name) if self.resize else None
 
     def selects_part(self, part: str) -> bool:
         """Tell whether any name of `part` could be selected: if not, nothing of it is read."""

@@ -38,6 +38,7 @@ from dist_ckpt.loading.ties import Ties
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.state.layout import dtype_name, dtype_of
@@ -201,6 +202,9 @@ class Reader(StorageReader):
             NotFound: the checkpoint was deleted since it was opened.
         """
         with plain_errors(), unless_deleted(self._opened.source):
+            live = getattr(planner, "state_dict", {})
+            for fqn in {item.dest_index.fqn for item in plan.items}:
+                check_as_stock(live.get(fqn), f"tensor {fqn!r}")
             if is_unchanged(planner, "resolve_tensor", "transform_tensor", "lookup_tensor"):
                 self._read_at_once(plan, planner)
             else:

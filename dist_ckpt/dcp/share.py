@@ -20,6 +20,7 @@ from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import extra_name, plan_extra, plan_files
 from dist_ckpt.planning.index import Document
 from dist_ckpt.planning.owners import Owned
+from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.state.objects import encode
 from dist_ckpt.storage.direct import aligned_buffer
@@ -66,6 +67,9 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
             values.setdefault(part, {})[name] = data
     documents = {part: document.encode(objects) for part, objects in values.items()}
     items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+    live = getattr(planner, "state_dict", {})
+    for item in items:
+        check_as_stock(live.get(item.index.fqn), f"tensor {item.index.fqn!r}")
     return StockShare(planner, items, *described(plan), documents)
 
 

@@ -17,7 +17,8 @@ from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.entries import entries_of
 from dist_ckpt.state.objects import references
-from dist_ckpt.state.part import Part, Stored, TensorSpec
+from dist_ckpt.state.part import Part, Stored, Targets, TensorSpec
+from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.value_fit import VALUE
@@ -190,6 +191,7 @@ def gather(
                 selects=_within(part, options),
                 cast=options.cast,
                 is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
+                resize=_resize_within(part, options),
             )
             for part, mine in found.parts.items()
         },
@@ -226,6 +228,10 @@ def _homes(part: str, names: Iterable[str], options: LoadOptions) -> set[str]:
 
 def _within(part: str, options: LoadOptions) -> Callable[[str], bool]:
     return lambda name: options.selects(f"{part}/{name}")
+
+
+def _resize_within(part: str, options: LoadOptions) -> Callable[[str], ResizeRule | None]:
+    return lambda name: options.resizes(f"{part}/{name}")
 
 
 def _idle(options: LoadOptions, stored: Iterable[str], unread: Collection[str]) -> frozenset[str]:
@@ -302,7 +308,7 @@ def fit(
         missing += [entry for entry in wanted if options.selects(entry)]
         unexpected += [f"{name}/{entry}" for entry in found.unexpected]
         unlike += found.unlike
-        compared.append(compare(name, found.tensors, stored.tensors, cast=options.cast))
+        compared.append(_compare(name, found, stored, options))
         missing += compared[-1].missing
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
         plain = not (found.tensors or found.missing or stored.tensors)
@@ -316,6 +322,7 @@ def fit(
         unlike,
         filled=filled,
         empty=empty,
+        resized=[entry for each in compared for entry in each.resized],
     )
     first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
     return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
@@ -331,6 +338,10 @@ def _named_here(
         source = in_parts(source)
         options, notes = called_alike(source, options, live)
     return source, options, notes
+
+
+def _compare(name: str, found: Targets, stored: Stored, options: LoadOptions) -> Mismatches:
+    return compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
 
 
 def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:

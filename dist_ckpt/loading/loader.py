@@ -281,6 +281,7 @@ class Loader:
             missing=tuple(verdict.missing),
             unexpected=tuple(verdict.unexpected),
             casts=tuple(verdict.casts),
+            resized=tuple(verdict.resized),
             notes=tuple(matched.notes),
             nbytes_wanted=result.nbytes_wanted,
             nbytes_read=result.nbytes_read,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -13,6 +14,8 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, near
 from dist_ckpt.options import LoadOptions, matches
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.state.part import TensorSpec
+from dist_ckpt.state.resizing import ResizeRule, can_resize, matches_resize, told_resize
+from dist_ckpt.state.wrapped import stored_shape
 
 _SHOWN = 20
 
@@ -29,9 +32,10 @@ class Mismatches(msgspec.Struct, frozen=True):
         dtypes: stored in another dtype than wanted, which may not be cast; likewise.
         casts: stored in another dtype than wanted, to be cast; likewise.
         unlike: written by something else than what the state has; the entry tells both.
-        unmatched: patterns of `only` and `skip`, and keys of `rename`, that match nothing.
+        unmatched: patterns of `only`, `skip` and `resize`, keys of `rename`, that match nothing.
         filled: parts of which something is to be loaded; generators of random numbers left out.
         empty: parts to be loaded, of which nothing has a partner.
+        resized: of another shape, and loaded in part; the entry tells both.
     """
 
     missing: list[str] = []
@@ -43,6 +47,7 @@ class Mismatches(msgspec.Struct, frozen=True):
     unlike: list[str] = []
     filled: list[str] = []
     empty: list[str] = []
+    resized: list[str] = []
 
 
 def compare(
@@ -51,6 +56,7 @@ def compare(
     stored: Mapping[str, TensorSpec],
     *,
     cast: bool = False,
+    resized: Mapping[str, ResizeRule] | None = None,
 ) -> Mismatches:
     """Compare the target tensors of one part with the stored ones of the same names.
 
@@ -59,26 +65,46 @@ def compare(
         targets: the tensors to fill.
         stored: what there is for them.
         cast: whether another dtype may be cast where that is allowed at all.
+        resized: the rule by which a target may be of another shape.
     """
-    mismatches = Mismatches([], [], [], [], [])
+    mismatches = Mismatches([], [], [], [], [], resized=[])
     for name, target in targets.items():
         spec = stored.get(name)
         if spec is None:
             mismatches.missing.append(f"{part}/{name}")
             continue
-        shape, dtype = tuple(target.shape), dtype_name(target.dtype)
+        shape, dtype = stored_shape(target), dtype_name(target.dtype)
         if (shape, dtype) == (spec.shape, spec.dtype):
             continue
         both = f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, wanted {dtype}{list(shape)}"
+        rule = (resized or {}).get(name)
         if shape != spec.shape:
-            mismatches.shapes.append(both)
-        else:
+            problem = _why_not_resized(rule, spec.shape, target)
+            if problem is not None:
+                mismatches.shapes.append(both + problem)
+                continue
+            mismatches.resized.append(f"{both}: {told_resize(spec.shape, shape)}")
+        if dtype != spec.dtype:
             possible = can_cast(dtype_of(spec.dtype), target.dtype)
             if cast and possible:
                 mismatches.casts.append(both)
             else:
                 mismatches.dtypes.append(both if possible else f"{both} (never cast)")
     return mismatches
+
+
+def _why_not_resized(
+    rule: ResizeRule | None, stored: tuple[int, ...], target: torch.Tensor
+) -> str | None:
+    """Return what keeps a tensor of another shape from being loaded in part; None for nothing."""
+    if rule is None:
+        return ""
+    shape = stored_shape(target)
+    if not can_resize(rule, stored, shape):
+        return f" (which is more than resize={rule!r} allows)"
+    if target.is_meta and not can_resize("crop", stored, shape):
+        return " (on the meta device, where there is no rest to be kept: give it memory first)"
+    return None
 
 
 def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
@@ -117,6 +143,7 @@ def refuse_mismatches(
         dtypes=_union(each.dtypes for each in mismatches_by_rank),
         casts=_union(each.casts for each in mismatches_by_rank),
         unlike=_union(each.unlike for each in mismatches_by_rank),
+        resized=_union(each.resized for each in mismatches_by_rank),
         filled=(filled := _union(each.filled for each in mismatches_by_rank)),
         empty=sorted(set(_union(each.empty for each in mismatches_by_rank)) - set(filled)),
     )
@@ -160,6 +187,9 @@ def unmatched(options: LoadOptions, known: Collection[str], idle: Iterable[str])
     """Return the patterns that match none of the `known` names, and the `idle` keys of rename."""
     patterns = (*options.only, *options.skip)
     lost = [each for each in patterns if not any(matches(each, name) for name in known)]
+    lost += [
+        each for each in options.resize if not any(matches_resize(each, name) for name in known)
+    ]
     return lost + sorted(idle)
 
 
@@ -177,12 +207,15 @@ def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[st
     if lost:
         pattern = lost[0]
         # A pattern is mostly the beginning of names, so it is compared with beginnings.
-        hint = near(pattern.rstrip("*").rstrip("./") or pattern, _beginnings(known))
+        wanted = pattern.strip("*").strip("./") or pattern
+        hint = near(wanted, _beginnings(known))
+        if pattern.startswith("*") and not hint:
+            hint = near(wanted, {each for name in known for each in re.split("[./]", name)})
         # The commonest slip: the name of a tensor without the part that it is in.
         if "/" not in pattern and any(fnmatchcase(name, f"*/{pattern}") for name in known):
             hint = f" (names begin with their part: did you mean '*/{pattern}'?)"
         raise UsageError(
-            f"{pattern!r} in only, skip or rename matches no name of the checkpoint or the "
+            f"{pattern!r} in only, skip, rename or resize matches no name of the checkpoint or the "
             f"state{hint}; nothing was changed"
         )
 
@@ -199,6 +232,11 @@ def _way_out(found: Mismatches) -> str:
         ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")
     if found.unlike:
         ways.append("skip= begins with a new one, strict=False takes what fits of the other")
+    if any(entry.endswith("]") for entry in found.shapes):
+        ways.append(
+            'resize={"<name>": "pad"} loads what both have where the state has more, "crop" where '
+            "the checkpoint has more"
+        )
     if any(not entry.endswith("(never cast)") for entry in found.dtypes):
         ways.append("cast=True converts floating dtypes, and integers to wider ones")
     return f" ({'; '.join(ways)})" if ways else ""

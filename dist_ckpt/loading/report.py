@@ -16,9 +16,9 @@ _SHOWN = 5
 class LoadReport:
     """The outcome of a load, on this rank; `str` of it is for people.
 
-    Names are `part/name`, as the state has them. What was missing, unexpected or cast is that of
-    all ranks together; bytes and seconds are this rank's. A shape that differs, or a dtype that
-    may not be cast, never gets this far: it is an `IncompatibleError`.
+    Names are `part/name`, as the state has them. What was missing, unexpected, cast or resized is
+    that of all ranks together; bytes and seconds are this rank's. A shape that differs and is not
+    resized, or a dtype that may not be cast, never gets this far: it is an `IncompatibleError`.
 
     Attributes:
         url: where the checkpoint is: its run, or its directory where another program wrote it.
@@ -29,6 +29,8 @@ class LoadReport:
         missing: wanted by the state, not stored; left as they were.
         unexpected: stored, unknown to the state.
         casts: tensors that took another dtype than the stored one; the entry tells both.
+        resized: tensors of another shape than the stored one, loaded in part; the entry tells both,
+            and what became of the rest.
         nbytes_wanted: bytes of the tensors, or of its boxes of them, that this rank holds.
         nbytes_read: bytes read from storage by this rank, manifest and index excluded.
         nbytes_exchanged: bytes received from ranks that read them.
@@ -65,6 +67,7 @@ class LoadReport:
     world_size: int
     refused: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -84,7 +87,7 @@ class LoadReport:
             f"  {moved} ({self.exchange_reason})",
             f"  {self.seconds:.2f} s: {phases}",
         ]
-        for kind in ("missing", "unexpected", "casts"):
+        for kind in ("missing", "unexpected", "casts", "resized"):
             names = getattr(self, kind)
             if names:
                 rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

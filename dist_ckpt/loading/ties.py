@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dist_ckpt.errors import IncompatibleError
-from dist_ckpt.format.boxes import split_rows
+from dist_ckpt.format.boxes import Box, intersect, split_rows
 from dist_ckpt.format.index import Index
 from dist_ckpt.loading.reading import ReadOptions, read_targets
 from dist_ckpt.loading.shared_memory import (
@@ -313,11 +313,31 @@ def prepare(
     wanted = []
     for local in local_boxes(real):
         number = numbers[local.held.part, local.held.name]
-        wanted.append(Wanted(number, local, dtype_of(tensors[number].dtype)))
+        common = _clipped(local, tensors[number].shape)
+        if common is not None:
+            wanted.append(Wanted(number, common, dtype_of(tensors[number].dtype)))
     # Half of what may be used is for the values, the other half for the reads.
     half_bytes = options.in_flight_bytes // 2
     where, rule = source.where, options.ties
     return real, Ties(source.index, wanted, where=where, rule=rule, window_bytes=half_bytes)
+
+
+def _clipped(local: LocalBox, stored: tuple[int, ...]) -> LocalBox | None:
+    """Return what of a box is stored, where the stored tensor has the shape `stored`.
+
+    That is all of it but where a tensor is resized; None where it is nothing.
+    """
+    held = local.held
+    if held.shape == stored:
+        return local
+    common = intersect(held.box, Box((0,) * len(stored), stored))
+    if common is None:
+        return None
+    memory = view_box(local.memory, common, origin=held.offsets)
+    clipped = msgspec.structs.replace(
+        held, shape=stored, offsets=common.offsets, sizes=common.sizes
+    )
+    return LocalBox(clipped, memory)
 
 
 def compare_ties(

@@ -1,9 +1,8 @@
-"""What one rank holds, described by DCP's local planning.
+"""What one rank holds, in boxes of global tensors.
 
-`create_default_local_save_plan` knows every tensor type that torch can shard (DTensor,
-ShardedTensor): its write items say which box of which global tensor lies on this rank; a plain
-tensor is one box. The same description serves saving (what there is to write) and loading (where
-bytes belong).
+A plain tensor is one box, and what of a DTensor lies here `dist_ckpt.planning.placing` computes;
+of other types that torch can shard (ShardedTensor) DCP's own planning tells. The same description
+serves saving (what there is to write) and loading (where bytes belong).
 
 A training state hardly changes its structure from save to save, and DCP's planning costs many
 times what it costs to see that: a `Describer` asks it only about what is new or changed.
@@ -30,8 +29,10 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
-from dist_ckpt.staging.copies import reach
+from dist_ckpt.planning.placing import boxes_here
+from dist_ckpt.staging.copies import reach, view_box
 from dist_ckpt.state.layout import dtype_name
+from dist_ckpt.state.wrapped import is_wrapped, joined_box, joined_of, shard_order_of, stored_shape
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""
@@ -102,12 +103,14 @@ class _Known:
     Attributes:
         sketch: what that depended on; None for a type that may know better.
         held: the boxes.
+        views: where each of them lies in the local tensor; None for all of it.
         tensor: which object it was; not kept alive, since a state may drop it.
         lay: where its elements were, see `_lie`.
     """
 
     sketch: _Sketch | None
     held: list[Held]
+    views: list[Box | None]
     tensor: weakref.ref[torch.Tensor] | None = None
     lay: _Lay | None = None
 
@@ -187,7 +190,8 @@ class Describer:
                     return None
                 # Each view costs, more so when it goes: torch lets other threads run meanwhile.
                 memory = local.detach() if local.requires_grad else local
-                boxes += [LocalBox(held, memory, name in waiting) for held in known.held]
+                for held, view in zip(known.held, known.views, strict=True):
+                    boxes.append(LocalBox(held, _viewed(memory, held, view), name in waiting))
         return boxes
 
     def _changed(
@@ -225,7 +229,7 @@ def local_boxes(tensors: NamedTensors) -> list[LocalBox]:
     with torch.no_grad():
         for part, named in tensors.items():
             for name, tensor in named.items():
-                for held, memory in _plan(part, name, tensor):
+                for held, memory, _ in _plan(part, name, tensor):
                     _check_backed(part, name, memory, have=memory.untyped_storage().nbytes())
                     boxes.append(LocalBox(held, memory))
     return boxes
@@ -250,16 +254,17 @@ def _look_up(
     sketch = _sketch(tensor)
     if sketch is not None and known is not None and known.sketch == sketch:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        memories = [local.detach() for _ in known.held]
+        views = zip(known.held, known.views, strict=True)
+        memories = [_viewed(local.detach(), held, view) for held, view in views]
     else:
         planned = _plan(part, name, tensor)
-        known = _Known(sketch, [held for held, _ in planned])
-        memories = [memory for _, memory in planned]
+        known = _Known(sketch, [held for held, _, _ in planned], [view for _, _, view in planned])
+        memories = [memory for _, memory, _ in planned]
     for memory in memories:
-        lay = _lie(memory)
-        _check_backed(part, name, memory, have=lay[1])
-        if sketch is not None:
-            known.tensor, known.lay = weakref.ref(tensor), lay
+        _check_backed(part, name, memory, have=memory.untyped_storage().nbytes())
+    if memories and sketch is not None:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        known.tensor, known.lay = weakref.ref(tensor), _lie(local)
     return known, memories
 
 
@@ -275,20 +280,27 @@ def _sketch(tensor: torch.Tensor) -> _Sketch | None:
         return (tensor.dtype, tensor.shape, tensor.layout, tensor.device.type)
     if isinstance(tensor, DTensor):
         # Mesh and placements fix the box: a rank never moves within a mesh.
-        return (tensor.dtype, tensor.shape, tensor.device_mesh, tensor.placements)
+        where = (tensor.device_mesh, tensor.placements, shard_order_of(tensor), joined_of(tensor))
+        return (tensor.dtype, tensor.shape, *where)
     return None
 
 
-def _plan(part: str, name: str, tensor: torch.Tensor) -> list[tuple[Held, torch.Tensor]]:
+_Planned = tuple[Held, torch.Tensor, Box | None]
+"""A box, the memory of it, and where that lies in the local tensor; None for all of it."""
+
+
+def _plan(part: str, name: str, tensor: torch.Tensor) -> list[_Planned]:
     """Find out which boxes of one tensor lie on this rank."""
     _check_storable(part, name, tensor)
     if type(tensor) in _PLAIN:
         # What DCP says of them, at a tenth of the cost: the first save waits for it.
         shape = tuple(tensor.shape)
         whole = Held(part, name, dtype_name(tensor.dtype), shape, (0,) * len(shape), shape)
-        return [(whole, tensor.detach() if tensor.requires_grad else tensor)]
+        return [(whole, tensor.detach() if tensor.requires_grad else tensor, None)]
+    if isinstance(tensor, DTensor):
+        return _plan_dtensor(part, name, tensor)
     named = {name: tensor}
-    boxes = []
+    boxes: list[_Planned] = []
     # DCP reads `is_coordinator` only for values that are no tensors, of which there are none.
     for item in create_default_local_save_plan(named, is_coordinator=False).items:
         if item.tensor_data is None:  # pragma: no branch - only tensors were given
@@ -302,19 +314,47 @@ def _plan(part: str, name: str, tensor: torch.Tensor) -> list[tuple[Held, torch.
             tuple(data.chunk.offsets),
             tuple(data.chunk.sizes),
         )
-        boxes.append((held, _memory(part, named, item.index)))
+        boxes.append((held, _memory(part, named, item.index), None))
     return boxes
+
+
+def _plan_dtensor(part: str, name: str, tensor: DTensor) -> list[_Planned]:
+    where = f"tensor {name!r} of part {part!r}"
+    local = tensor.to_local()
+    if is_wrapped(tensor):
+        raise _no_memory(part, name, local)
+    dtype, shape = dtype_name(tensor.dtype), stored_shape(tensor)
+    boxes: list[_Planned] = []
+    for there, here in boxes_here(tensor, where):
+        # Where rows were cut for the layout's sake, the box is that of what they were before.
+        there = joined_box(tensor, there)
+        held = Held(part, name, dtype, shape, there.offsets, there.sizes)
+        view = None if here.sizes == tuple(local.shape) and len(shape) == local.ndim else here
+        boxes.append((held, _viewed(local.detach(), held, view), view))
+    return boxes
+
+
+def _viewed(local: torch.Tensor, held: Held, view: Box | None) -> torch.Tensor:
+    """Return the memory of a box in the local tensor."""
+    if view is None:
+        return local
+    memory = view_box(local, view, origin=(0,) * local.ndim)
+    return memory if memory.ndim == len(held.sizes) else memory.view(held.sizes)
 
 
 def _memory(part: str, named: Mapping[str, torch.Tensor], index: MetadataIndex) -> torch.Tensor:
     found: Any = find_state_dict_object(dict(named), index)
     # A shard may be a wrapper subclass too, where a quantized tensor was sharded.
     if is_traceable_wrapper_subclass(found) or not isinstance(found, torch.Tensor):
-        raise UsageError(
-            f"tensor {index.fqn!r} of part {part!r}: what lies on this rank is a "
-            f"{type(found).__qualname__}, which is no dense tensor and cannot be stored"
-        )
+        raise _no_memory(part, index.fqn, found)
     return found.detach()
+
+
+def _no_memory(part: str, name: str, found: object) -> UsageError:
+    return UsageError(
+        f"tensor {name!r} of part {part!r}: what lies on this rank is a "
+        f"{type(found).__qualname__}, which is no dense tensor and cannot be stored"
+    )
 
 
 def _tie(held: Held, memory: torch.Tensor, like: _Sketch, first: dict[_Sketch, str]) -> str:

@@ -12,6 +12,7 @@ from dist_ckpt.state.layout import empty_beside, memory_of
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, fillable, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
+from dist_ckpt.state.wrapped import alias_of, is_wrapped
 
 _PREFIX = "value"
 
@@ -67,7 +68,11 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
         name.removeprefix(f"{_PREFIX}."): tensor
         for name, tensor in fillable(value, path=path, prefix=_PREFIX).items()
     }
-    places = {name: (container, key) for name, container, key in _leaves(value, ())}
+    places = {
+        name: (container, key)
+        for name, container, key in _leaves(value, ())
+        if not is_wrapped(container[key])  # which is filled by what it is made of
+    }
     names = dict.fromkeys([*places, *live])
     found = partners(names, stored.tensors.keys() | stored.objects.keys())
     targets = Targets()
@@ -78,7 +83,9 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
             targets.missing.append(name)
         elif partner in stored.tensors:
             spec = stored.tensors[partner]
-            targets.tensors[partner] = live[name].detach() if name in live else _fresh(spec)
+            targets.tensors[partner] = alias_of(live[name]) if name in live else _fresh(spec)
+            if name in live and (rule := stored.resize(partner)) is not None:
+                targets.resized[partner] = rule
             used.add(partner)
         else:
             data = stored.objects[partner]

@@ -21,8 +21,9 @@ from dist_ckpt.format.limits import check_hashes
 from dist_ckpt.state.aside import BYTES, NDARRAY, from_aside
 from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG, UNREADABLE
 from dist_ckpt.state.leaves import BY_TAG
+from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.registry import REGISTRY
-from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, STANDARD_BY_NAME
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, STANDARD_BY_NAME, WRAPPED
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
     tag: kind for kind, tag in PAIRS.items()
@@ -105,7 +106,7 @@ class Decoder:
             ) from error
 
     def _standard(self, name: str, payload: Any, depth: int) -> Any:
-        if name not in STANDARD_BY_NAME and name not in (NAMEDTUPLE, NDARRAY, BYTES):
+        if name not in STANDARD_BY_NAME and name not in (NAMEDTUPLE, NDARRAY, BYTES, WRAPPED):
             raise IncompatibleError(
                 f"{self._path} holds a value of the type {name!r}, which this dist_ckpt does not "
                 "know: load it with a newer one"
@@ -113,6 +114,8 @@ class Decoder:
         head, body = self.value_of(payload, depth)
         if name in (NDARRAY, BYTES):
             return from_aside(name, head, body)
+        if name == WRAPPED:
+            return Building(head, self._path).build(body)
         if name == NAMEDTUPLE:
             return self._namedtuple(head, body)
         return STANDARD_BY_NAME[name].build(head, body)

@@ -15,8 +15,11 @@ from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
+from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
-from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, standard_of
+from dist_ckpt.state.spread import pieces
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, WRAPPED, standard_of
+from dist_ckpt.state.wrapped import is_wrapped
 
 UNREADABLE = "unreadable"
 """The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
@@ -89,6 +92,8 @@ class Encoder:
         # By identity. The tensor is kept too: one that a registered encoder made up would be gone
         # before the walk is over, and its identity another's.
         self._named: dict[int, tuple[torch.Tensor, str]] = {}
+        self._wholes: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._suffix = ""  # of the inner tensor that is written down
 
     def json_of(self, value: Any) -> Any:
         """Return `value`, which lies where the walk is, as what `json` can write."""
@@ -215,22 +220,45 @@ class Encoder:
     def _tensor(self, value: torch.Tensor) -> Any:
         if self._hashed:
             self._refuse(value, "a tensor in a set or a key has no equal, so no checkpoint of it")
+        if is_wrapped(value):
+            return self._wrapped(value)
         alias = check_tensor(value, self._where(), meta=self._to_fill)
         if self._tensors is None:
             return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
         if id(value) in self._named and not self._to_fill:
             # One name for one tensor: decoded, both places hold one tensor again.
             return {TAG: "tensor", "v": self._named[id(value)][1]}
-        name = first = ".".join([self._prefix, *(dotted for _, dotted in self._steps)])
+        name = self._free_name()
+        self._tensors[name] = value if self._to_fill else alias
+        self._named[id(value)] = (value, name)
+        return {TAG: "tensor", "v": name}
+
+    def _wrapped(self, value: torch.Tensor) -> Any:
+        """Write down a tensor that is several behind one face: how it is built, and of what."""
+        if id(value) in self._wholes and not self._to_fill:
+            return self._wholes[id(value)][1]
+        inner = {}
+        for suffix, tensor in pieces(value, self._where()).items():
+            self._suffix = suffix
+            inner[suffix] = self._tensor(tensor)
+        self._suffix = ""
+        node = _apart(WRAPPED, [self.json_of(how_made(value)), inner])
+        self._wholes[id(value)] = (value, node)
+        return node
+
+    def _free_name(self) -> str:
+        """Return a name for a tensor that lies where the walk is."""
+        assert self._tensors is not None  # one without it has no names
+        name = first = (
+            ".".join([self._prefix, *(dotted for _, dotted in self._steps)]) + self._suffix
+        )
         # Two paths may be spelled alike (a key may have a dot in it). The walk has one order, so
         # every rank and every save numbers them the same way.
         count = 0
         while name in self._tensors:
             count += 1
             name = f"{first}~{count}"
-        self._tensors[name] = value if self._to_fill else alias
-        self._named[id(value)] = (value, name)
-        return {TAG: "tensor", "v": name}
+        return name
 
     def _where(self) -> str:
         return self._path + "".join(shown for shown, _ in self._steps)
@@ -240,6 +268,14 @@ class Encoder:
             f"cannot store {self._where()}, a {_label(type(value))}: {reason}",
             kind=ErrorKind.UNENCODABLE,
         ) from cause
+
+
+def is_wrapped_node(node: Any) -> bool:
+    """Tell whether `node` is the encoding of a tensor that is several behind one face."""
+    if not isinstance(node, dict) or node.get(TAG) != f"@{RESERVED}{WRAPPED}":
+        return False
+    parts = node.get("v")
+    return isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], dict)
 
 
 def _is_itself(item: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ckpt.state.decoding import parse_document
-from dist_ckpt.state.encoding import TAG, dumps
+from dist_ckpt.state.encoding import TAG, dumps, is_wrapped_node
 from dist_ckpt.state.names import wrapper_prefix
 
 
@@ -47,6 +47,11 @@ def entries_of(data: bytes, *, path: str) -> Entries | None:
 
 def _walk(pairs: list[tuple[str, Any]], steps: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for key, node in pairs:
+        if is_wrapped_node(node):
+            # A live one is filled by the tensors that it is made of, and needs nothing else.
+            for suffix, inner in node["v"][1].items():
+                yield ".".join((*steps, key)) + suffix, inner
+            continue
         below = None if _is_tensor(node) else _pairs(node)
         if below:
             yield from _walk(below, (*steps, key))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.part import TensorSpec
+from dist_ckpt.state.wrapped import alias_of, is_wrapped, stored_shape, unfilled_like
 
 # str(torch.float) is "torch.float32": aliases fall together, so the table is one to one.
 _DTYPES: dict[str, torch.dtype] = {
@@ -61,7 +60,8 @@ def check_tensor(tensor: torch.Tensor, path: str, *, meta: bool = False) -> torc
         UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names `path`.
     """
     check_storable(tensor, path, meta=meta)
-    return tensor.detach()  # in-place writes to a leaf that requires grad would be refused
+    # In-place writes to a leaf that requires grad would be refused.
+    return alias_of(tensor)
 
 
 def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None:
@@ -85,30 +85,12 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
             "for instance with to_empty(device=...) or one forward pass"
         )
     # Such a subclass is several tensors behind one face; its own bytes are not its value.
-    foreign = not isinstance(tensor, DTensor) and is_traceable_wrapper_subclass(tensor)
-    if foreign or not strided:
+    if is_wrapped(tensor) or not strided:
         raise UsageError(
             f"cannot store {where}: a {type(tensor).__qualname__} of layout {tensor.layout} is "
             "neither a dense tensor nor a DTensor; keep it as dense tensors in the state",
             kind=ErrorKind.UNENCODABLE,
         )
-
-
-def inner_tensors(value: Any, name: str) -> dict[str, Any]:
-    """Return what is stored for `value`, by name: itself, or the tensors that it is made of.
-
-    A wrapper subclass says of which attributes it is made (`__tensor_flatten__`), and these are
-    the live tensors: what is loaded into them is what it holds.
-    """
-    if type(value) in _PLAIN or isinstance(value, DTensor):
-        return {name: value}
-    if not is_traceable_wrapper_subclass(value):
-        return {name: value}
-    attributes = value.__tensor_flatten__()[0]
-    found: dict[str, Any] = {}
-    for attribute in attributes:
-        found |= inner_tensors(getattr(value, attribute), f"{name}.{attribute}")
-    return found
 
 
 def empty_beside(
@@ -121,8 +103,8 @@ def empty_beside(
     torch refuses to mix the two kinds: sharded along dimensions that it shares with `like`.
     """
     dtype = dtype_of(spec.dtype)
-    if device is None and tuple(like.shape) == spec.shape:
-        return torch.empty_like(like.detach(), dtype=dtype)
+    if device is None and stored_shape(like) == spec.shape:
+        return unfilled_like(like, dtype=dtype)
     if device is None and isinstance(like, DTensor) and spec.shape:
         placements = [_shared(placement, like, spec) for placement in like.placements]
         return empty(spec.shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
@@ -212,7 +194,7 @@ def materialise(
             key = _meta_key(tensor)
             if key not in made:
                 own = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else place
-                made[key] = torch.empty_like(tensor, device=own)
+                made[key] = unfilled_like(tensor, device=torch.device(own))
             tensor = made[key]
         real[name] = tensor
     return real

@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.state.encoding import MAX_DEPTH, TAG
+from dist_ckpt.state.encoding import MAX_DEPTH, TAG, is_wrapped_node
 from dist_ckpt.state.holders import is_held, is_of_module
+from dist_ckpt.state.spread import pieces
+from dist_ckpt.state.wrapped import is_wrapped, local_of
 
 
 def held_containers(value: object) -> set[int]:
@@ -120,7 +122,7 @@ def _entries(node: Any) -> dict[Any, Any]:
 
 
 def _is_tensor(node: Any) -> bool:
-    return isinstance(node, dict) and node.get(TAG) == "tensor"
+    return isinstance(node, dict) and (node.get(TAG) == "tensor" or is_wrapped_node(node))
 
 
 class Merging:
@@ -251,6 +253,12 @@ def _(live: np.ndarray, value: Any, merging: Merging) -> Any:
 
 
 def _into_tensor(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if is_wrapped(live) and is_wrapped(value):
+        old, new = pieces(live, ""), pieces(value, "")
+        fits = old.keys() == new.keys() and type(local_of(live)) is type(local_of(value))
+        # With the tensors filled it is what was stored, if all fit; else it is another one.
+        kept = fits and all(_into_tensor(old[key], new[key]) is old[key] for key in old)
+        return live if kept else value
     if live.is_meta or live.shape != value.shape or live.dtype != value.dtype:
         return value
     if not _same_memory(live, value):

@@ -25,7 +25,7 @@ from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
-from dist_ckpt.state.told import Say, tell_after, tell_part
+from dist_ckpt.state.told import Say, fill_untold, tell_after, tell_part
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -165,6 +165,7 @@ class ModelPart:
     def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:
             unexpected = tell_part(say, state, lenient=lenient)
+            unexpected = fill_untold(self.module, state, unexpected)
         except CheckpointError:
             raise
         except Exception as error:

@@ -16,7 +16,9 @@ from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
+from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.told import Say, accepts
+from dist_ckpt.state.wrapped import is_beside, is_wrapped, stored_shape, unfilled_like
 
 
 @dataclass
@@ -124,11 +126,22 @@ class _Fitting:
             alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
             # One alias for tied names: on the meta device that is all that ties them.
             target = aliases.setdefault(id(entry.value), alias)
-            if tuple(alias.shape) != stored.tensors[partner].shape:
-                self.of_another_shape.add(name)
-            elif id(entry.owner) in seen and not alias.is_meta and entry.value is entry.owner:
+            rule = None
+            if stored_shape(alias) != stored.tensors[partner].shape:
+                # Of what is several tensors behind one face, the rows of one are no rows.
+                rule = stored.resize(partner) if _is_whole(entry) else None
+                if rule is None:
+                    self.of_another_shape.add(name)
+                else:
+                    found.targets.resized[partner] = rule
+            if (
+                name not in self.of_another_shape
+                and id(entry.owner) in seen
+                and not alias.is_meta
+                and entry.value is entry.owner
+            ):
                 # Fresh, as torch has it: the program's own method may look at both.
-                target = torch.empty_like(alias)
+                target = unfilled_like(alias) if rule is None else live_copy(alias)
                 found.handed.append(name)
             found.targets.tensors[partner] = target
         self._leave_tied()
@@ -171,7 +184,12 @@ class _Fitting:
         """Return the stored names that have no place yet."""
         claimed = {*self.found.partner.values(), *self._inside}
         stored = self._stored
-        tensors = sorted(stored.tensors.keys() - claimed)
+        # What makes a weight of high precision quicker to use is nothing to who has the weight.
+        tensors = sorted(
+            name
+            for name in stored.tensors.keys() - claimed
+            if not (is_beside(name) and name.rpartition(".")[0] in claimed)
+        )
         return tensors + sorted(stored.objects.keys() - claimed)
 
     def migrate(self, others: Collection[str], *, left_out: Collection[str]) -> None:
@@ -230,6 +248,10 @@ class _Fitting:
         if isinstance(tensor, DTensor) or not tensor.is_meta:
             return empty_beside(tensor, spec)
         return empty_beside(torch.empty(0), spec)
+
+
+def _is_whole(entry: ModuleEntry) -> bool:
+    return entry.value is entry.owner or not is_wrapped(entry.owner)
 
 
 def _common(first: str, second: str) -> int:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.layout import inner_tensors
 from dist_ckpt.state.names import canonical_name, wrapped_attribute
+from dist_ckpt.state.spread import inner_tensors
+from dist_ckpt.state.wrapped import is_wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ def module_entries(
         name = names(raw_name)
         # What modules make up by the book is never memory of theirs, and is not looked for.
         owner = None if raw_name.endswith("_extra_state") else owners.of(value)
-        inner = {name: value} if owner is None else inner_tensors(value, name)
+        several = owner is not None and is_wrapped(value)
+        inner = inner_tensors(value, name) if several else {name: value}
         for one, tensor in inner.items():
             if one in entries:
                 raise UsageError(

@@ -45,6 +45,7 @@ from dist_ckpt.state.optimizer_names import (
 from dist_ckpt.state.optimizer_own import Own
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.values import VALUE, StatefulPart
+from dist_ckpt.state.wrapped import show_classes
 
 
 class OptimizerPart:
@@ -295,11 +296,14 @@ class OptimizerPart:
         """Add the targets of this optimizer, and the names of objects that have a place in it."""
         live = self._live
         if live is not None:
+            for face in (self.optimizer, *inner_optimizers(self.optimizer).values()):
+                show_classes(type(face))
             told, parameters = self._read()
             for view, content in told.optimizers.values():
                 fit = OptimizerFit.of(view, stored, self.name)
                 tensors, objects = fit.targets(content.state, in_place=live.in_place)
                 found.tensors.update(tensors)
+                found.resized.update(fit.resized(tensors))
                 known |= objects
                 found.missing.extend(fit.match.missing)
                 found.unexpected.extend(fit.unexpected)

@@ -28,6 +28,9 @@ from dist_ckpt.state.layout import (
 )
 from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import TensorSpec
+from dist_ckpt.state.rebuilding import how_made
+from dist_ckpt.state.spread import pieces
+from dist_ckpt.state.wrapped import is_wrapped
 
 # What a checkpoint says of an optimizer's tensors beside their values.
 #
@@ -41,6 +44,7 @@ _DTYPES = f"{MARK}dtypes"
 _ORDER = f"{MARK}order"
 _PLAIN = f"{MARK}plain"
 _LIKE = f"{MARK}like"
+_MADE = f"{MARK}made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Notes:
         order: by tensor, see `dist_ckpt.state.layout.memory_order`.
         plain: tensors that were plain beside a DTensor.
         like: by tensor that is no state of one parameter, the parameter it is laid out as.
+        made: by what is several tensors behind one face, how one is built of these.
     """
 
     classes: set[str] = field(default_factory=set)
@@ -60,6 +65,7 @@ class Notes:
     order: dict[str, list[int]] = field(default_factory=dict)
     plain: set[str] = field(default_factory=set)
     like: dict[str, str] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, groups: Iterable[Mapping[str, Any]]) -> Notes:
@@ -75,6 +81,7 @@ class Notes:
                 notes.dtypes.update(zip(params, map(str, dtypes), strict=True))
             notes.order.update(_dict(group.get(_ORDER)))
             notes.like.update(_dict(group.get(_LIKE)))
+            notes.made.update(_dict(group.get(_MADE)))
             plain = group.get(_PLAIN)
             notes.plain.update(map(str, plain) if isinstance(plain, list) else ())
         return notes
@@ -225,7 +232,11 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
     notes: dict[str, dict[str, Any]] = {}
     # In the order of the groups: that of `state` depends on which gradient came first.
     for owner, parameter in view.parameters.items():
-        entries = optimizer_entries(content.state.get(owner))
+        entry = content.state.get(owner)
+        entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
+        for key, whole in wholes(entry).items():
+            noted = {_MADE: {f"{start}{owner}.{key}": how_made(whole)}}
+            merge_notes(notes.setdefault(owner, {}), noted)
         mine: dict[str, torch.Tensor] = {}
         sharded = isinstance(parameter, DTensor)
         for key, value in entries.items():
@@ -240,7 +251,7 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
             else:
                 plain.setdefault(owner, {})[name] = value
         if mine:
-            notes[owner] = tensor_notes(mine, parameter, {})
+            merge_notes(notes.setdefault(owner, {}), tensor_notes(mine, parameter, {}))
     for owner, values in plain.items():
         for name, value in values.items():
             inner = written.add_value(name, value)
@@ -267,17 +278,45 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         written.groups.add(name)
 
 
-def optimizer_entries(entry: Any) -> dict[str, Any]:
-    """Return what an optimizer keeps for one parameter, by the keys under which it is stored."""
+def optimizer_entries(entry: Any, *, where: str = "") -> dict[str, Any]:
+    """Return what an optimizer keeps for one parameter, by the keys under which it is stored.
+
+    Args:
+        entry: what it keeps.
+        where: what that is called, for messages.
+
+    Raises:
+        UsageError: a tensor is sharded in a way that its class does not let anybody follow.
+    """
     if entry is None:
         return {}
     if not isinstance(entry, dict):
         return {WHOLE: [entry]}
     if set(map(type, entry)) <= _TEXT:
-        return entry
+        return _unwrapped(entry, where)
     # Keys that are no text would come back as text from a name.
     named = {key: value for key, value in entry.items() if type(key) is str}
-    return {**named, OTHERS: {k: v for k, v in entry.items() if type(k) is not str}}
+    return {
+        **_unwrapped(named, where),
+        OTHERS: {k: v for k, v in entry.items() if type(k) is not str},
+    }
+
+
+def wholes(entry: Any) -> dict[str, torch.Tensor]:
+    """Return what of an entry is stored as the several tensors that it is made of."""
+    if not isinstance(entry, dict):
+        return {}
+    return {key: v for key, v in entry.items() if type(key) is str and is_wrapped(v)}
+
+
+def _unwrapped(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    if not any(map(is_wrapped, entry.values())):
+        return entry
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        inner = pieces(value, f"{where}{key}")
+        found |= {key + suffix: each for suffix, each in inner.items()}
+    return found
 
 
 def joined(entries: Mapping[str, Any]) -> Any:

@@ -13,9 +13,19 @@ from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
-from dist_ckpt.state.optimizer_content import SHARED, Content, Notes, joined, optimizer_entries
+from dist_ckpt.state.optimizer_content import (
+    SHARED,
+    Content,
+    Notes,
+    joined,
+    optimizer_entries,
+    wholes,
+)
+from dist_ckpt.state.optimizer_made import Faces
 from dist_ckpt.state.optimizer_names import forward, in_live_names
 from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.state.resizing import grown_moment, live_copy
+from dist_ckpt.state.wrapped import alias_of
 
 _AS_IT_IS: Mapping[str, str] = {}
 
@@ -91,13 +101,22 @@ class OptimizerFit:
                     spec = self.stored.tensors[inner]
                     tensors[inner] = self.notes.empty(inner, spec, like=like)
         on_device = self._stepped_on_device()
+        entries: dict[str, dict[str, Any]] = {}
+        faces = Faces(self.view, self.notes.made, self.part) if self.notes.made else None
         for name, spec in self.stored.tensors.items():
             owner = self.view.owner(name)
             if name not in tensors and owner is not None:
-                kept = optimizer_entries(live.get(owner[0])).get(owner[1])
-                tensors[name] = self._state_target(
-                    name, owner, spec, on_device, kept=kept, in_place=in_place
-                )
+                if owner[0] not in entries:
+                    entries[owner[0]] = optimizer_entries(live.get(owner[0]))
+                kept = entries[owner[0]].get(owner[1])
+                if faces is not None and faces.has(name):
+                    tensors[name] = faces.target(name, owner[0], spec, kept=kept, in_place=in_place)
+                else:
+                    tensors[name] = self._state_target(
+                        name, owner, spec, on_device, kept=kept, in_place=in_place
+                    )
+        if faces is not None:
+            faces.check(live, tensors)
         back = self.back
         known = {back.get(name, name) for name in known}
         return {back.get(name, name): tensor for name, tensor in tensors.items()}, known
@@ -106,6 +125,13 @@ class OptimizerFit:
     def unexpected(self) -> list[str]:
         """The stored groups, or parameters in them, without a live partner."""
         return [self.back.get(name, name) for name in self.match.unexpected]
+
+    def resized(self, targets: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the rule of each target that has another shape than what is stored for it."""
+        specs, resize, back = self.stored.tensors, self.stored.resize, self.back
+        here = forward(targets, back) if back else targets
+        other = [name for name, each in here.items() if tuple(each.shape) != specs[name].shape]
+        return {back.get(name, name): resize(name) for name in other}
 
     def content(self, tensors: Mapping[str, torch.Tensor], kept: Content) -> Content:
         """Return the values that are stored, and of what is not to be loaded those in `kept`."""
@@ -123,8 +149,12 @@ class OptimizerFit:
             if owner is not None and name not in inside and (name in tensors or name in values):
                 value = values[name] if name in values else tensors[name]
                 entries.setdefault(owner[0], {})[owner[1]] = value
+        if self.notes.made:
+            Faces(view, self.notes.made, self.part).put_together(entries, kept.state)
         for owner_name, state in kept.state.items():
-            for key, value in optimizer_entries(state).items():
+            whole = wholes(state)
+            left = state if whole else optimizer_entries(state)
+            for key, value in left.items():
                 if not stored.selects(view.name(owner_name, key)):
                     entries.setdefault(owner_name, {})[key] = value
         shared = values.get(view.prefix + SHARED, {})
@@ -201,14 +231,29 @@ class OptimizerFit:
             device = parameter.device if owner[0] in on_device else torch.device("cpu")
             return empty_beside(parameter, spec, device=device)
         spec = self._cast(owner[0], spec, kept)
+        if spec.shape and self.stored.resize(name) is not None:
+            shape = grown_moment(parameter, spec, kept, name=f"{self.part}.{name}")
+            if shape != spec.shape:
+                return self._grown(
+                    TensorSpec(spec.dtype, shape), parameter, kept, in_place=in_place
+                )
         # What the optimizer has already shows how it wants it: layout, device, memory order.
         if isinstance(kept, torch.Tensor) and tuple(kept.shape) == spec.shape:
             if dtype_name(kept.dtype) == spec.dtype and in_place:
                 # Itself, or what shares its memory: a second copy of the moments may not fit.
-                live = kept.detach() if kept.requires_grad else kept
+                live = alias_of(kept) if kept.requires_grad else kept
                 return self.notes.ordered(name, live)
             return self.notes.ordered(name, empty_beside(kept, spec))
         return self.notes.empty(name, spec, like=parameter)
+
+    def _grown(
+        self, spec: TensorSpec, parameter: torch.Tensor, kept: object, *, in_place: bool
+    ) -> torch.Tensor:
+        """Return what takes a part of what is stored: as it is live, or zero as it begins."""
+        if not isinstance(kept, torch.Tensor):
+            return empty_beside(parameter, spec).zero_()
+        same = in_place and dtype_name(kept.dtype) == spec.dtype
+        return alias_of(kept) if same else live_copy(kept, dtype_of(spec.dtype))
 
     def _cast(self, owner: str, spec: TensorSpec, kept: object) -> TensorSpec:
         """Return the dtype that a moment must have beside a parameter whose dtype was cast."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -78,6 +78,10 @@ def _every(_: str) -> bool:
     return True
 
 
+def _unresized(_: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Stored:
     """What a checkpoint holds for one part, under the names of this program.
@@ -95,6 +99,8 @@ class Stored:
         selects: tells whether a name, stored or live, is to be loaded. What is not stays as it is.
         cast: whether the program asked for other dtypes than the stored ones where it has others.
         is_adapter: whether the checkpoint has an adapter only, and no model under it.
+        resize: gives the rule by which a name of another shape is loaded in part
+            (`dist_ckpt.state.resizing`); None where it is not.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -106,6 +112,7 @@ class Stored:
     selects: Callable[[str], bool] = _every
     cast: bool = False
     is_adapter: bool = False
+    resize: Callable[[str], Any] = _unresized
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class Targets:
         missing: names that the state has and the checkpoint has not.
         unexpected: names that the checkpoint has and the state, on this rank, has not.
         note: what a user should know of this restore although nothing is wrong, for the report.
+        resized: by stored name, the rule by which a tensor of another shape takes a part of what is
+            stored, or gets it as a part.
         unlike: why the checkpoint was written by something else than this part, where its names and
             shapes might fit all the same; no reason not to load where the program asked for that.
     """
@@ -128,6 +137,7 @@ class Targets:
     unexpected: list[str] = field(default_factory=list)
     note: str | None = None
     unlike: list[str] = field(default_factory=list)
+    resized: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable

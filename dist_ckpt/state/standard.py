@@ -34,6 +34,9 @@ RESERVED = "dist_ckpt:"
 NAMEDTUPLE = "namedtuple"
 """What every namedtuple is stored as that is not registered."""
 
+WRAPPED = "wrapped_tensor"
+"""What a tensor is stored as that is several behind one face (`dist_ckpt.state.wrapped`)."""
+
 ValueT = TypeVar("ValueT")
 
 

@@ -66,6 +66,8 @@ class TensorsPart:
                 raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
             if key in found:
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
+                if (rule := stored.resize(found[key])) is not None:
+                    targets.resized[found[key]] = rule
             elif key not in optional:
                 targets.missing.append(key)
         # A name whose memory is filled under another one is not missing.

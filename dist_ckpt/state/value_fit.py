@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from dist_ckpt.state.layout import dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
 from dist_ckpt.state.objects import fillable
 from dist_ckpt.state.part import Stored, TensorSpec
+from dist_ckpt.state.wrapped import alias_of
 
 VALUE = "value"
 """The name of the one object that such a part consists of."""
@@ -28,6 +30,7 @@ class ValueFit:
         unexpected: names of stored tensors that have no live one, where that matters.
         exchanged: names of live tensors in whose place another one comes.
         held: the ids of the containers whose entries stay.
+        resized: by name, the rule by which a tensor of another shape is loaded in part.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -35,6 +38,7 @@ class ValueFit:
     unexpected: list[str] = field(default_factory=list)
     exchanged: list[str] = field(default_factory=list)
     held: Collection[int] = ()
+    resized: dict[str, Any] = field(default_factory=dict)
 
 
 def fit_value(
@@ -70,9 +74,11 @@ def fit_value(
             fit.missing.append(name)
         elif name not in here:
             fit.tensors[name] = empty_beside(torch.empty(0), spec)
-        elif name in fixed or _fits(here[name], spec):
+        elif name in fixed or _fits(here[name], spec) or stored.resize(name) is not None:
             # In-place writes to a leaf that requires grad would be refused.
-            fit.tensors[name] = here[name].detach()
+            fit.tensors[name] = alias_of(here[name])
+            if (rule := stored.resize(name)) is not None:
+                fit.resized[name] = rule
         else:
             fit.tensors[name] = beside(here[name], spec)
             fit.exchanged.append(name)

@@ -23,9 +23,11 @@ import torch
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
 from dist_ckpt.state.by_names import ByNames, by_names
 from dist_ckpt.state.holders import Borrowed
+from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.merging import Merging, held_containers
 from dist_ckpt.state.objects import decode, encode, needs_classes, references
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
+from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
 from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
 
@@ -170,7 +172,8 @@ class ValuePart:
         if fit.exchanged:
             names = ", ".join(f"{self.name}/{name}" for name in fit.exchanged)
             note = f"of another shape or dtype, so another tensor lies there now: {names}"
-        return Targets(fit.tensors, fit.missing, sorted(others.union(fit.unexpected)), note)
+        unexpected = sorted(others.union(fit.unexpected))
+        return Targets(fit.tensors, fit.missing, unexpected, note, resized=fit.resized)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put the stored value in the place of the live one."""
@@ -289,10 +292,16 @@ class StatefulPart(ValuePart):
         # Fresh even where a live one would fit: a load_state_dict may compare old with new.
         live = self.capture().tensors if wanted else {}
         specs = stored.tensors
-        return ValueFit(
-            {name: beside(live.get(name), specs[name]) for name in wanted if name in specs},
-            [name for name in wanted if name not in specs],
-        )
+        fit = ValueFit(missing=[name for name in wanted if name not in specs])
+        for name in wanted:
+            if name in specs:
+                rule = stored.resize(name) if name in live else None
+                if rule is None or tuple(live[name].shape) == specs[name].shape:
+                    fit.tensors[name] = beside(live.get(name), specs[name])
+                else:
+                    fit.tensors[name] = live_copy(live[name], dtype_of(specs[name].dtype))
+                    fit.resized[name] = rule
+        return fit
 
     def _by_names(self, stored: Stored) -> ByNames | None:
         return None  # only it knows what its state dict is made of

@@ -13,7 +13,8 @@ from tests.arch.source import PACKAGE, ROOT, imports, modules
 from tests.arch.walk import Walk
 
 # How many modules each way may enter: what it is now. Fewer is better; more needs a reason.
-MODULES_ENTERED = {"save": 69, "restore": 76, "slice": 33}
+# One of each of the first two is whether a tensor is several behind one face.
+MODULES_ENTERED = {"save": 70, "restore": 77, "slice": 33}
 SINGLE_IMPORTERS = 52
 
 SECTIONS = {"save": "## The way of a save", "restore": "## The way of a load"}

@@ -89,9 +89,19 @@ def test_a_wrapper_is_stored_as_what_it_is_made_of_and_restored_in_place() -> No
     assert weight.scale.tolist() == [7.0]
 
 
-def test_a_wrapper_in_a_plain_value_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"stats\.w: a Scaled"):
-        dist_ckpt.save({"stats": {"w": Scaled(torch.ones(2), torch.ones(1))}}, new_store())
+def test_a_wrapper_in_a_plain_value_is_filled_where_it_lies_and_built_where_there_is_none() -> None:
+    store = new_store()
+    dist_ckpt.save({"stats": {"w": Scaled(torch.ones(2), torch.ones(1))}}, store)
+    live = Scaled(torch.zeros(2), torch.zeros(1))
+    codes, stats = live.codes, {"w": live}
+    dist_ckpt.load({"stats": stats}, store)
+    assert stats["w"] is live
+    assert live.codes is codes
+    assert (codes.tolist(), live.scale.tolist()) == ([1.0, 1.0], [1.0])
+    fresh: dict[str, Any] = {}
+    dist_ckpt.load({"stats": fresh}, store)
+    assert type(fresh["w"]) is Scaled
+    assert (fresh["w"].codes.tolist(), fresh["w"].scale.tolist()) == ([1.0, 1.0], [1.0])
 
 
 def test_a_shard_that_is_a_wrapper_is_refused_by_name() -> None:
