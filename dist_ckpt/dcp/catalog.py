@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -288,7 +289,7 @@ def _holds_tensor(value: object) -> bool:
 
 
 def _same(value: object) -> object:
-    return value
+    return deepcopy(value)  # as if it were decoded for each who asks
 
 
 def _joined(path: Path) -> str:

@@ -24,7 +24,7 @@ from dist_ckpt.dcp.edge import (
     plain_errors,
     step_of,
 )
-from dist_ckpt.dcp.planners import is_unchanged
+from dist_ckpt.dcp.planners import is_unchanged, put_as_stock
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
 from dist_ckpt.format.digest import BLOCK_BYTES
@@ -266,7 +266,8 @@ class Reader(StorageReader):
 
     def _hand_over(self, item: ReadItem, planner: LoadPlanner) -> None:
         value = self._opened.values[item.storage_index.fqn]()
-        planner.load_bytes(item, _as_stock_wants(value))
+        if not put_as_stock(planner, item, value):
+            planner.load_bytes(item, _as_stock_wants(value))
 
     def _nbytes(self, item: ReadItem) -> int:
         number = self._opened.tensors.get(item.storage_index.fqn)

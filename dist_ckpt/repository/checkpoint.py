@@ -79,6 +79,9 @@ def unless_deleted(source: Source) -> Iterator[None]:
         raise
 
 
+_KEPT_BYTES = 4 * BLOCK_BYTES
+
+
 class Checkpoint:
     """A committed checkpoint: the `Source` of what dist_ckpt wrote. Reading is safe from threads.
 
@@ -101,6 +104,7 @@ class Checkpoint:
         self.step = step
         self.manifest_bytes = manifest_bytes
         self.index_bytes = index_bytes
+        self._kept: tuple[int, int, memoryview] = -1, 0, memoryview(b"")
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         self._check_index_bytes()
         self.index: Index = index_format.decode(index_bytes)
@@ -260,11 +264,24 @@ class Checkpoint:
         stop = entry.offset + entry.nbytes
         first = entry.offset // BLOCK_BYTES * BLOCK_BYTES
         last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self.index.files[entry.file].nbytes)
-        data = bytes(self.read_blocks(entry.file, first, last)[entry.offset - first : stop - first])
+        data = bytes(self._blocks(entry.file, first, last)[entry.offset - first : stop - first])
         if bytes_digest(data) != entry.digest:
             raise IntegrityError(
                 f"{self.where}: the values of part {entry.part!r} differ from their digest"
             )
+        return data
+
+    def _blocks(self, file: int, start: int, stop: int) -> memoryview:
+        """Do as `read_blocks`, and keep them for the next call if they are few.
+
+        Thousands of values lie in one block, which is read and verified once for all in a row.
+        """
+        kept_file, kept_start, kept = self._kept  # one look: another thread may replace it
+        if kept_file == file and kept_start <= start and stop <= kept_start + len(kept):
+            return kept[start - kept_start : stop - kept_start]
+        data = self.read_blocks(file, start, stop)
+        if len(data) <= _KEPT_BYTES:
+            self._kept = file, start, data
         return data
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ _FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     **{tag: kind for kind, tag in SETS.items()},
 }
 
+_CONTAINERS = frozenset((dict, list))
+
 # A pair of an ordered dict lies three levels of JSON below it, and dtypes nest by themselves.
 _MAX_JSON_DEPTH = 5 * MAX_DEPTH
 
@@ -49,6 +51,8 @@ class Decoder:
         if depth > 2 * MAX_DEPTH:  # each level of a value is at most two of JSON
             raise self._malformed("nests too deeply")
         if isinstance(node, list):
+            if _CONTAINERS.isdisjoint(map(type, node)):
+                return node  # of this walk alone, and of what JSON itself has
             return [self.value_of(item, depth + 1) for item in node]
         if not isinstance(node, dict):
             return node  # what JSON itself has is what it looks like
@@ -147,39 +151,39 @@ def _sized(built: Any, parts: list[Any]) -> Any:
 def parse_document(data: bytes, path: str) -> Any:
     """Return the JSON in `data`, an IntegrityError that names `path` if there is none."""
     try:
-        # Python reads NaN and 1e999 without complaint; what we wrote holds neither.
-        node = json.loads(
-            data.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
-        )
+        node = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"is no valid JSON: {describe(error)}") from error
     # Here for all who walk over it, since how deep the reader of JSON goes depends on the release.
-    if _depth(node) > _MAX_JSON_DEPTH:
-        raise _malformed(path, "nests too deeply")
+    for depth, level in enumerate(_levels(node), start=1):
+        if depth > _MAX_JSON_DEPTH:
+            raise _malformed(path, "nests too deeply")
+        # Python reads 1e999 without complaint, and what we wrote has none. Looked for in whole
+        # lists, as a function that is called for each number takes longer than all the rest.
+        if any(math.inf in items or -math.inf in items for items in level):
+            raise _malformed(path, "has a number that is not finite")
     return node
 
 
-def _depth(node: Any) -> int:
-    level, depth = [node], 0
-    while level := [
-        item
-        for each in level
-        if isinstance(each, dict | list)
-        for item in (each.values() if isinstance(each, dict) else each)
-    ]:
-        depth += 1
-    return depth
+def _levels(node: Any) -> Iterator[list[Collection[Any]]]:
+    """Yield what is in the lists and dicts of each level of `node`, the outermost first."""
+    level: list[Collection[Any]] = [[node]]
+    while level:
+        yield level
+        level = [
+            item.values() if type(item) is dict else item
+            for items in level
+            for item in items
+            if type(item) in _CONTAINERS
+        ]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(_sized(dict(pairs), pairs))
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no finite number")
 
 
 def _malformed(path: str, what: str) -> IntegrityError:

@@ -83,10 +83,19 @@ def test_values_are_read_and_compared() -> None:
     other = msgspec.structs.replace(entry, digest="0" * 16)
     with pytest.raises(IntegrityError, match="part 'notes' differ"):
         opened.read_object(other)
+    store, opened = checkpoint()
     store.delete([key_of(opened, EXTRA)])
     with pytest.raises(IntegrityError, match="is missing") as caught:
         opened.read_object(entry)
     assert caught.value.kind == ErrorKind.MISSING_FILE
+
+
+def test_values_that_lie_in_one_block_are_read_once() -> None:
+    store, opened = checkpoint()
+    # A second read finds the file changed; none comes to it.
+    opened.store = FaultyStore(store, [Rule("read_into", Flip(at=0), nth=2)])
+    for entry in [*opened.index.objects, *opened.index.objects]:
+        assert opened.read_object(entry) == DOCUMENT
 
 
 @pytest.mark.parametrize(
