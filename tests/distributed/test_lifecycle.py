@@ -154,11 +154,11 @@ def test_all_ranks_look_at_the_same_one_and_take_nothing_over(tmp_path: Path) ->
 
 def nothing_in_common(root: str) -> str:
     plain = torch.nn.Linear(2, 2, bias=False)
-    wrapped = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
-    live = {"model": plain if dist.get_rank() == 0 else wrapped}
+    other = torch.nn.ParameterDict({"other": torch.zeros(2, 2)})
+    live = {"model": plain if dist.get_rank() == 0 else other}
     dist_ckpt.load(live, root, strict=False, timeout_seconds=60)  # one rank has a partner
     with pytest.raises(CheckpointError) as caught:
-        dist_ckpt.load({"model": wrapped}, root, strict=False, timeout_seconds=60)
+        dist_ckpt.load({"model": other}, root, strict=False, timeout_seconds=60)
     return str(caught.value)
 
 
