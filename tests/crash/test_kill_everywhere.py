@@ -130,11 +130,12 @@ def test_at_every_storage_operation(
         shutil.rmtree(root)
 
 
-def test_at_every_system_call_that_changes_the_disk(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.soak), 2], ids=str)
+def test_at_every_system_call_that_changes_the_disk(step: int, base: Path, tmp_path: Path) -> None:
     whole = copy_of(base, tmp_path, "whole")
     (count,) = run_ranks(1, save_with_crashing_os, str(whole), None)
     assert count > 20, "the calls must have been seen: a save makes about thirty"
-    for at in range(1, count + 1):
+    for at in range(1, count + 1, step):
         root = copy_of(base, tmp_path, f"{at}")
         run_ranks(1, save_with_crashing_os, str(root), at, expect_killed={0})
         check_after_crash(root)
@@ -157,15 +158,20 @@ def save_with_victim(
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
-    "kinds", [CHANGES, pytest.param(OPERATIONS, marks=pytest.mark.soak)], ids=["changes", "all"]
+    ("kinds", "step"),
+    [
+        pytest.param(CHANGES, 2, id="changes"),
+        pytest.param(OPERATIONS, 1, id="all", marks=pytest.mark.soak),
+    ],
 )
 def test_one_of_two_ranks(
-    kinds: frozenset[Operation], victim: int, base: Path, tmp_path: Path
+    kinds: frozenset[Operation], step: int, victim: int, base: Path, tmp_path: Path
 ) -> None:
     whole = copy_of(base, tmp_path, "whole")
     counts = run_ranks(2, save_with_victim, str(whole), victim, None, kinds)
     assert isinstance(counts[victim], int)
-    for at in range(1, int(counts[victim]) + 1):
+    # Of two that follow one another the one for the one victim, the other for the other.
+    for at in range(1 + victim % step, int(counts[victim]) + 1, step):
         root = copy_of(base, tmp_path, f"{at}")
         results = run_ranks(
             2, save_with_victim, str(root), victim, at, kinds, expect_killed={victim}

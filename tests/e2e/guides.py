@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 from dist_ckpt import flags
@@ -30,18 +31,27 @@ def program(text: str) -> str:
 
 def run(code: str, folder: Path) -> str:
     """Run `code` in `folder`, in a process of its own that must succeed; return what it prints."""
-    script = folder / "guide.py"
+    script, said, errors = folder / "guide.py", folder / "guide.out", folder / "guide.err"
     script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    # Of the server that forks the ranks of other tests, so that torch is not imported again.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dist_ckpt"])
+    environment = dict(os.environ)  # that of the server is older
+    program = context.Process(target=_program, args=(script, said, errors, environment))
+    program.start()
+    program.join(120)
+    ended = program.exitcode
+    program.kill()
+    assert ended == 0, errors.read_text()
+    return said.read_text()
+
+
+def _program(script: Path, said: Path, errors: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    for number, path in ((1, said), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def check_flags_exist(text: str) -> None:

@@ -134,7 +134,7 @@ def new_sweep(
 
 
 @pytest.mark.parametrize("kind", ["saves", "loads"])
-@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.soak), 4], ids=str)
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.soak), 8], ids=str)
 def test_faults_at_each_request(
     s3_service: S3Service, s3_name: str, kind: str, stride: int
 ) -> None:
