@@ -19,6 +19,14 @@ from dist_ckpt.state.groups import group_name
 from dist_ckpt.state.objects import encode
 
 _MODEL = "model"
+MODELS = (
+    _MODEL,
+    *("model_state_dict", "state_dict", "model_state", "module", "net", "network"),
+)
+"""What programs call the state dict of their model in a dict of several."""
+
+# Lists of as many as there are optimizers: Lightning has one also of a single one.
+_SCHEDULERS = ("lr_schedulers", "schedulers")
 _PATH_SHOWN = 200
 _VALUE = "value"  # what a part that is one Python value calls it
 
@@ -39,12 +47,12 @@ class Placed:
 def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool = False) -> Placed:
     """Sort the leaves of a state dict into parts.
 
-    The first key of a path is the part, the others make up the name. A leaf at the top is a tensor
-    of the part `model` (the state dict of a module was saved by itself) or a part of its own (a
-    plain value). A key around the parts, as of an `AppState`, is left away, and the state dict of
-    an optimizer that was saved by itself is the part `optimizer`. Optimizers, in all forms that
-    torch gives them, get the names that `OptimizerPart` has; any other part with Python values
-    becomes the one nested value that it was.
+    The first key of a path is the part, the others make up the name. A leaf at the top is a part of
+    its own (a plain value, or a tensor beside a model), or else a tensor of the part `model` (the
+    state dict of a module was saved by itself). A key around the parts, as of an `AppState`, is
+    left away, and the state dict of an optimizer that was saved by itself is the part `optimizer`.
+    Optimizers, in all forms that torch gives them, get the names that `OptimizerPart` has; any
+    other part with Python values becomes the one nested value that it was.
 
     Args:
         entries: the leaves, each path once.
@@ -65,8 +73,9 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool
 
 def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -> Placed:
     parts: dict[str, list[PartLeaf]] = {}
+    beside_model = any(len(path) > 1 and path[0] in MODELS for path in paths)
     for number, (path, entry) in enumerate(zip(paths, entries, strict=True)):
-        if len(path) == 1 and entry.dtype is not None:
+        if len(path) == 1 and entry.dtype is not None and not beside_model:
             part, rest = _MODEL, path
         else:
             part, rest = str(path[0]), path[1:]
@@ -131,7 +140,10 @@ class _Naming:
             self._encode(f"{prefix}own.{key}", {"key": key, "value": content})
 
     def take_value(self, leaves: Sequence[PartLeaf]) -> None:
-        self._encode(_VALUE, _nested(leaves))
+        value = _nested(leaves)
+        if self._part in _SCHEDULERS and type(value) is list and len(value) == 1:
+            (value,) = value
+        self._encode(_VALUE, value)
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from dist_ckpt.foreign.dcp_runs import DcpRun
+from dist_ckpt.foreign.names import MODELS
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.repository.source import Source
 
 _ALIKE = (
-    ("model", "model_state_dict", "state_dict", "model_state", "module", "net", "network"),
+    MODELS,
     (
         *("optimizer", "optim", "opt", "optimizers", "optimizer_state_dict", "optimizer_state"),
         *("optim_state_dict", "optimizer_states", "optimizer_0", "last_optimizer_state"),

@@ -330,3 +330,32 @@ def test_lists_and_numbered_keys_of_a_file_come_back(tmp_path: Path) -> None:
     assert same_bits(found["a"][0], torch.ones(2))
     assert found["a"][1] == {"b": 1}
     assert isinstance(found[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("model_key", ["model", "state_dict", "net"])
+def test_tensors_and_lists_beside_a_model_are_parts_of_their_own(
+    model_key: str, tmp_path: Path
+) -> None:
+    saved = Language()
+    optimizer = torch.optim.SGD(saved.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    schedule.last_epoch = 7
+    noise = torch.get_rng_state()
+    file = tmp_path / "one.pt"
+    torch.save(
+        {
+            model_key: saved.state_dict(),
+            "torch_rng": noise,
+            "lr_schedulers": [schedule.state_dict()],
+            "global_step": 9,
+        },
+        file,
+    )
+    model = Language(seed=1)
+    assert dist_ckpt.load_weights(model, file).unexpected == ()
+    assert same(saved, model)
+    with dist_ckpt.open_checkpoint(file) as opened:
+        assert torch.equal(opened.read_values("torch_rng")["value"], noise)
+    fresh = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.5), 2)
+    dist_ckpt.load({"scheduler": fresh}, file, only=["scheduler"])
+    assert fresh.last_epoch == 7
