@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, without_secrets
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+    describe,
+    without_secrets,
+)
 from dist_ckpt.foreign.dcp_files import read_stock
 from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, REST, path_of
 from dist_ckpt.foreign.dcp_tree import Tree, read_tree
@@ -37,6 +44,8 @@ from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.state.groups import PREFIX, STATE, is_group_name, options_of
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.optimizer_content import Notes
+from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
 
 Path = tuple[Any, ...]
@@ -54,6 +63,7 @@ class Catalog:
         values: gives a Python value, by flattened name.
         paths: where in a state dict each of them lies.
         tree: what the planner of the save said of that, where it was kept.
+        faces: what is several tensors behind one face, by flattened name: how it is made.
     """
 
     source: Source
@@ -61,6 +71,7 @@ class Catalog:
     values: dict[str, Callable[[], object]] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     tree: Tree | None = None
+    faces: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def metadata(self) -> Metadata:
         """Return the description that load planners ask for."""
@@ -83,6 +94,22 @@ class Catalog:
         fqn = _joined(path)
         self.tensors[fqn], self.paths[fqn] = number, path
 
+    def add_face(self, path: Path, noted: Mapping[str, Any]) -> None:
+        """Add the tensors that are the entry at `path` behind one face, which are there already."""
+        fqn = _joined(path)
+        try:
+            inner = [fqn + suffix for suffix in Building(noted, fqn).suffixes()]
+            TensorProperties(dtype=noted["dtype"]), torch.Size(noted["shape"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"{self.source.where}: what is noted of {fqn!r} is malformed: {describe(error)}",
+                kind=ErrorKind.MALFORMED,
+            ) from error
+        for name in inner:
+            if name != fqn:
+                self.paths.pop(name, None)
+        self.faces[fqn], self.paths[fqn] = noted, path
+
     def add_value(self, path: Path, value: Callable[[], object]) -> None:
         """Add the Python value that `value` returns as the entry at `path`."""
         fqn = _joined(path)
@@ -97,6 +124,12 @@ class Catalog:
             yield from self.paths
 
     def _described(self, fqn: str) -> STORAGE_TYPES:
+        face = self.faces.get(fqn)
+        if face is not None:
+            # One piece: how it was cut is that of the tensors inside, which no planner asks for.
+            shape = torch.Size(face["shape"])
+            whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
+            return TensorStorageMetadata(TensorProperties(dtype=face["dtype"]), shape, [whole])
         number = self.tensors.get(fqn)
         if number is None:
             return BytesStorageMetadata()
@@ -134,6 +167,8 @@ def catalog(source: Source) -> Catalog:
     for part, name, data in _objects(source):
         path = path_of(part, name)
         found.add_value(path, partial(decode, data, tensors={}, path=_joined(path)))
+    for fqn, noted in (found.tree.faces if found.tree is not None else {}).items():
+        found.add_face((fqn,), noted)
     return found
 
 
@@ -183,7 +218,10 @@ def _of_parts(source: Source) -> Catalog:
     found = Catalog(source)
     numbers = {(t.part, t.name): number for number, t in enumerate(source.index.tensors)}
     objects = list(_objects(source))
-    parameters = _parameters(objects, source.index.tensors)
+    stored_groups = list(_groups(objects, source.index.tensors))
+    parameters: dict[str, set[str]] = {}
+    for part, group in stored_groups:
+        parameters.setdefault(part, set()).update(map(str, group["params"]))
     inside: set[tuple[str, str]] = set()
     groups: dict[str, int] = {}
     for part, name, data in objects:
@@ -197,15 +235,17 @@ def _of_parts(source: Source) -> Catalog:
     for (part, name), number in numbers.items():
         if (part, name) not in inside:
             found.add_tensor(_path(part, name, parameters), number)
+    for part, group in stored_groups:
+        for name, noted in Notes.read([group]).made.items():
+            found.add_face(_path(part, name, parameters), noted)
     return found
 
 
-def _parameters(
+def _groups(
     objects: Sequence[tuple[str, str, bytes]], tensors: Sequence[TensorEntry]
-) -> dict[str, set[str]]:
-    """Return the names of the parameters of each optimizer, by part."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the groups of each optimizer, with its part."""
     blanks = {each.name: _blank(each) for each in tensors}
-    found: dict[str, set[str]] = {}
     for part, name, data in objects:
         if is_group_name(name):
             try:
@@ -213,8 +253,7 @@ def _parameters(
             except IncompatibleError:
                 continue  # said of the group when it is asked for
             if isinstance(group, dict) and isinstance(group.get("params"), list):
-                found.setdefault(part, set()).update(map(str, group["params"]))
-    return found
+                yield part, group
 
 
 def _path(part: str, name: str, parameters: Mapping[str, set[str]]) -> Path:

@@ -11,12 +11,14 @@ from typing import Any
 import msgspec
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dist_ckpt.dcp.items import described
+from dist_ckpt.dcp.faces import Face, agreed
+from dist_ckpt.dcp.items import described, tensors_of
 from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION
 from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
+from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.collect import delete_attempt
@@ -26,13 +28,17 @@ _LOOK_SECONDS = 0.2
 
 
 class StockReport(msgspec.Struct, frozen=True):
-    """What a rank wrote, and how long it took; on rank 0 the file of the tree, too."""
+    """What a rank wrote, and how long it took; on rank 0 the file of the tree, too.
+
+    What is several tensors behind one face is in `faces`, by the number of the item in the plan.
+    """
 
     save_id: str
     files: list[WrittenFile]
     documents: list[Document]
     stage_seconds: float
     write_seconds: float
+    faces: dict[int, Face]
     tree: WrittenFile | None = None
 
     @property
@@ -82,6 +88,15 @@ class StockAttempt:
 
         threading.Thread(target=wait, name="dist_ckpt-tidy", daemon=True).start()
 
+    def faces(self, reports: Sequence[StockReport]) -> dict[str, Any]:
+        """Return what is to be kept of tensors that are several, by flattened name.
+
+        Raises:
+            IncompatibleError: their shards do not belong together.
+        """
+        plans = [tensors_of(plan) for plan in self._plans]
+        return agreed(plans, [report.faces for report in reports])
+
     def commit(
         self,
         reports: Sequence[StockReport],
@@ -99,7 +114,7 @@ class StockAttempt:
         """
         transaction = self.transaction
         shares = [
-            RankShare(*described(plan), report.files, report.documents)
+            RankShare(*described(plan, _boxes(report)), report.files, report.documents)
             for plan, report in zip(self._plans, reports, strict=True)
         ]
         index = with_tree(build_index(shares), reports[0].tree)
@@ -127,6 +142,10 @@ class StockAttempt:
             )
 
         transaction.commit(index, manifest)
+
+
+def _boxes(report: StockReport) -> dict[int, Sequence[Held]]:
+    return {number: face.held for number, face in report.faces.items()}
 
 
 def _timings(report: StockReport) -> RankTimings:

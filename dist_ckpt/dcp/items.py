@@ -51,10 +51,24 @@ def held_of(item: WriteItem, paths: Paths) -> Held:
     return Held(part, name, dtype, tuple(data.size), box.offsets, box.sizes)
 
 
-def described(plan: SavePlan) -> tuple[list[Held], list[Owned]]:
-    """Return the boxes of the tensors of `plan`, in its order; a rank writes all it is given."""
-    paths = paths_of(plan)
-    held = [held_of(item, paths) for item in plan.items if item.type != WriteItemType.BYTE_IO]
+def tensors_of(plan: SavePlan) -> list[WriteItem]:
+    """Return the items of `plan` that are tensors."""
+    return [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+
+
+def described(
+    plan: SavePlan, instead: Mapping[int, Sequence[Held]] | None = None
+) -> tuple[list[Held], list[Owned]]:
+    """Return the boxes of the tensors of `plan`, in its order; a rank writes all it is given.
+
+    Args:
+        plan: of one rank.
+        instead: what is written for some of its tensors, by their number.
+    """
+    paths, others = paths_of(plan), instead or {}
+    held: list[Held] = []
+    for number, item in enumerate(tensors_of(plan)):
+        held += others[number] if number in others else [held_of(item, paths)]
     return held, [Owned(i, box.offsets, box.sizes) for i, box in enumerate(held)]
 
 

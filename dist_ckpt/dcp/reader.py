@@ -24,6 +24,7 @@ from dist_ckpt.dcp.edge import (
     plain_errors,
     step_of,
 )
+from dist_ckpt.dcp.face_targets import face_targets, is_face
 from dist_ckpt.dcp.planners import is_unchanged, put_as_stock
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
@@ -42,6 +43,7 @@ from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.state.layout import dtype_name, dtype_of
+from dist_ckpt.state.wrapped import local_of
 
 _IN_FLIGHT_BYTES = 64 << 20
 
@@ -239,11 +241,20 @@ class Reader(StorageReader):
     def _read_at_once(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read for a planner whose tensors are those of the state dict."""
         wanted = [item for item in plan.items if _is_tensor(item)]
-        targets = {id(item): self._target(item, planner.resolve_tensor(item)) for item in wanted}
-        self._fill([*targets.values()])
+        faces = {id(item): self._face(item, planner) for item in wanted}
+        targets: dict[int, list[Wanted]] = {}
+        for item in wanted:
+            live = faces[id(item)]
+            if live is not None:
+                targets[id(item)] = face_targets(self._opened, item, live)
+            else:
+                targets[id(item)] = [self._target(item, planner.resolve_tensor(item))]
+        self._fill([each for found in targets.values() for each in found])
         for item in plan.items:
             if _is_tensor(item):
-                planner.commit_tensor(item, targets[id(item)].local.memory)
+                live = faces[id(item)]
+                memory = targets[id(item)][0].local.memory if live is None else local_of(live)
+                planner.commit_tensor(item, memory)
             else:
                 self._hand_over(item, planner)
 
@@ -254,11 +265,21 @@ class Reader(StorageReader):
         bytes come to memory of ours first, a window of them at a time.
         """
         for window in _windows(plan.items, self._nbytes):
-            staged = {id(item): self._staged(item) for item in window if _is_tensor(item)}
+            staged = {
+                id(item): self._staged(item)
+                for item in window
+                if _is_tensor(item) and self._face(item, planner) is None
+            }
             self._fill([*staged.values()])
             for item in window:
                 if not _is_tensor(item):
                     self._hand_over(item, planner)
+                    continue
+                live = self._face(item, planner)
+                if live is not None:
+                    given = planner.resolve_tensor(item)
+                    self._fill(face_targets(self._opened, item, live, given))
+                    planner.commit_tensor(item, given)
                     continue
                 target = self._target(item, planner.resolve_tensor(item)).local.memory
                 target.copy_(staged.pop(id(item)).local.memory)
@@ -268,6 +289,13 @@ class Reader(StorageReader):
         value = self._opened.values[item.storage_index.fqn]()
         if not put_as_stock(planner, item, value):
             planner.load_bytes(item, _as_stock_wants(value))
+
+    def _face(self, item: ReadItem, planner: LoadPlanner) -> torch.Tensor | None:
+        """Return the live tensor for `item` if that is several behind one face, here or stored."""
+        live = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
+        if isinstance(live, torch.Tensor) and is_face(self._opened, item.storage_index.fqn, live):
+            return live
+        return None
 
     def _nbytes(self, item: ReadItem) -> int:
         number = self._opened.tensors.get(item.storage_index.fqn)

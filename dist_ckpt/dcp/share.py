@@ -10,13 +10,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.dcp.edge import part_and_name
-from dist_ckpt.dcp.items import described, paths_of
+from dist_ckpt.dcp.faces import Face, local_face
+from dist_ckpt.dcp.items import described, paths_of, tensors_of
 from dist_ckpt.dcp.planners import value_of
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.boxes import volume
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.files import extra_name, plan_extra, plan_files
 from dist_ckpt.planning.index import Document
 from dist_ckpt.planning.owners import Owned
@@ -32,17 +33,19 @@ class StockShare:
 
     Attributes:
         planner: gives the tensors, each when its turn comes, since that may take memory.
-        items: those of tensors, in the order of `held`.
-        held: the box of each of them.
+        sources: what each of `held` is copied from: an item of the plan, or the memory itself.
+        held: the boxes.
         owned: the same, as what is to be written.
         documents: the encoded Python values by part.
+        faces: what is several tensors behind one face, by the number of the item.
     """
 
     planner: SavePlanner
-    items: Sequence[WriteItem]
+    sources: Sequence[WriteItem | LocalBox]
     held: Sequence[Held]
     owned: Sequence[Owned]
     documents: Mapping[str, bytes]
+    faces: Mapping[int, Face]
 
     def described_documents(self) -> list[Document]:
         """Return what rank 0 must know of the Python values."""
@@ -56,7 +59,7 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
     """Encode the Python values of `plan`, taken from `planner` as they are, not as its pickles.
 
     Raises:
-        UsageError: a value of an unknown type, named by its path; or see `value_of`.
+        UsageError: a value of an unknown type, named by its path; or see `value_of`, `local_face`.
     """
     paths = paths_of(plan)
     values: dict[str, dict[str, bytes]] = {}
@@ -66,11 +69,17 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
             data = encode(value_of(planner, item), path=item.index.fqn)
             values.setdefault(part, {})[name] = data
     documents = {part: document.encode(objects) for part, objects in values.items()}
-    items = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
     live = getattr(planner, "state_dict", {})
-    for item in items:
+    sources: list[WriteItem | LocalBox] = []
+    faces: dict[int, Face] = {}
+    for number, item in enumerate(tensors_of(plan)):
         check_as_stock(live.get(item.index.fqn), f"tensor {item.index.fqn!r}")
-    return StockShare(planner, items, *described(plan), documents)
+        found = local_face(planner, item, paths)
+        if found is not None:
+            faces[number] = found.face
+        sources += [item] if found is None else found.boxes
+    boxes = described(plan, {number: face.held for number, face in faces.items()})
+    return StockShare(planner, sources, *boxes, documents, faces)
 
 
 def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]]:
@@ -97,9 +106,11 @@ def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]
 
 
 def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> None:
-    item, held = share.items[number], share.held[number]
-    fqn = item.index.fqn
-    resolved = share.planner.resolve_data(item)
+    source, held = share.sources[number], share.held[number]
+    if isinstance(source, LocalBox):
+        fqn, resolved = held.name, source.memory
+    else:
+        fqn, resolved = source.index.fqn, share.planner.resolve_data(source)
     if not isinstance(resolved, torch.Tensor) or isinstance(resolved, DTensor):
         kind = type(resolved).__qualname__
         raise UsageError(f"the planner gave a {kind} for tensor {fqn!r}: expected its local memory")

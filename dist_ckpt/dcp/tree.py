@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.foreign.dcp_runs import path_of
-from dist_ckpt.foreign.dcp_tree import TREE, encode_tree
+from dist_ckpt.foreign.dcp_tree import FACES, TREE, encode_faces, encode_tree
 from dist_ckpt.format.digest import file_digest
 from dist_ckpt.format.index import FileEntry, Index
 from dist_ckpt.planning.files import plan_extra
@@ -18,8 +18,14 @@ from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.storage.direct import aligned_buffer
 
 
-def tree_image(metadata: Metadata) -> memoryview | None:
+def tree_image(
+    metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]
+) -> memoryview | None:
     """Return the image of the file that keeps the tree, None if the names alone tell it.
+
+    Args:
+        metadata: what the planner said.
+        faces: what is noted of entries that are several tensors behind one face.
 
     Raises:
         UsageError: the planner's data hold something of an unknown type, named by its path.
@@ -27,13 +33,16 @@ def tree_image(metadata: Metadata) -> memoryview | None:
     data = metadata.planner_data
     paths: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
     told = {fqn: path_of(*part_and_name(fqn, paths)) for fqn in metadata.state_dict_metadata}
-    if data == told:
+    if data == told and not faces:
         return None
-    encoded = encode_tree(data)
-    layout = plan_extra({TREE: len(encoded)})
+    kept = {TREE: encode_tree(data)}
+    if faces:
+        kept[FACES] = encode_faces(faces)
+    layout = plan_extra({name: len(encoded) for name, encoded in kept.items()})
     image = aligned_buffer(layout.nbytes)
     image[: len(layout.header)] = layout.header
-    image[layout.offsets[0] : layout.offsets[0] + len(encoded)] = encoded
+    for encoded, offset in zip(kept.values(), layout.offsets, strict=True):
+        image[offset : offset + len(encoded)] = encoded
     return image
 
 

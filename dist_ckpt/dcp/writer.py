@@ -259,7 +259,7 @@ class Writer(StorageWriter, AsyncStager):
                 raise mixed_up()
             begun = time.perf_counter()
             try:
-                image = tree_image(metadata)
+                image = tree_image(metadata, attempt.faces(reports))
                 if image is not None:
                     tree = _put(attempt.transaction, 0, TREE_FILE, image)
                     reports[0] = msgspec.structs.replace(reports[0], tree=tree)
@@ -303,7 +303,10 @@ class Writer(StorageWriter, AsyncStager):
                 raise self._types.explain(error) from error
             raise
         writing = time.perf_counter() - begun - staging
-        return StockReport(assigned.save_id, files, share.described_documents(), staging, writing)
+        documents = share.described_documents()
+        return StockReport(
+            assigned.save_id, files, documents, staging, writing, dict(share.faces)
+        )
 
     def _announce(
         self, transaction: Transaction, report: StockReport, commit_seconds: float

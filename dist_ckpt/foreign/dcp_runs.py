@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.foreign.dcp_tree import read_tree
+from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.format import document
@@ -23,6 +23,7 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Encoded
+from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
 
 REST = "state"
@@ -139,8 +140,9 @@ class DcpRun:
                 self._check_naming()
                 index = self.index_as_written
                 tree = self._tree()
-                leaves = list(self._leaves(tree or {}))
-                placed = sort_into_parts(leaves, self.where, guessed=tree is None)
+                paths = self._paths(tree)
+                leaves = list(self._leaves(paths or {}, {} if tree is None else tree.faces))
+                placed = sort_into_parts(leaves, self.where, guessed=paths is None)
                 tensors = tuple(placed.tensors[number] for number in range(len(index.tensors)))
                 # Of each tensor only the name changes, so all that refers to one stays right.
                 self._sorted = placed, replace(index, tensors=tensors)
@@ -155,15 +157,19 @@ class DcpRun:
                 kind=ErrorKind.VERSION,
             )
 
-    def _tree(self) -> Mapping[str, Any] | None:
+    def _tree(self) -> Tree | None:
+        """Return what the Writer kept beside the entries, if that can be read."""
+        with suppress(IncompatibleError):  # a planner's own, of types that are not known
+            return read_tree(self._checkpoint)
+        return None
+
+    def _paths(self, tree: Tree | None) -> Mapping[str, Any] | None:
         """Return the path of each flattened name, if the Writer kept them.
 
         Without them the names are all that is known: where keys end in one, it does not tell.
         """
-        with suppress(IncompatibleError):  # a planner's own, of types that are not known
-            tree = read_tree(self._checkpoint)
-            if tree is not None and isinstance(tree.planner_data, Mapping):
-                return tree.planner_data
+        if tree is not None and isinstance(tree.planner_data, Mapping):
+            return tree.planner_data
         return None
 
     @property
@@ -171,11 +177,28 @@ class DcpRun:
         """The index with the names that the Writer stored."""
         return self._checkpoint.index
 
-    def _leaves(self, tree: Mapping[str, Any]) -> Iterator[ForeignLeaf]:
+    def _leaves(
+        self, tree: Mapping[str, Any], faces: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[ForeignLeaf]:
         """Yield the tensors in the order of the index, then the values."""
+        inner = {
+            fqn + suffix: (fqn, suffix)
+            for fqn, noted in faces.items()
+            for suffix in Building(noted, fqn).suffixes()
+        }
         for tensor in self.index_as_written.tensors:
-            path = _path(path_of(tensor.part, tensor.name), tree)
-            yield ForeignLeaf(path, tensor.dtype, tensor.shape)
+            known = path_of(tensor.part, tensor.name)
+            found = inner.get(dotted(known))
+            if found is None:
+                path = _path(known, tree)
+                yield ForeignLeaf(path, tensor.dtype, tensor.shape)
+                continue
+            fqn, suffix = found
+            # Named as the whole is, so that whoever has such a one finds them.
+            whole = known[:-1] + (known[-1].removesuffix(suffix),)
+            *above, last = _path(whole, tree)
+            path = (*above, f"{last}{suffix}")
+            yield ForeignLeaf(path, tensor.dtype, tensor.shape, made=(suffix, faces[fqn]))
         for entry in self.index_as_written.objects:
             where = f"part {entry.part!r} of {self.where}"
             try:

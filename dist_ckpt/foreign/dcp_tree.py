@@ -2,12 +2,14 @@
 
 A stock checkpoint has it in its metadata, as `planner_data`: the path of each flattened name, or
 whatever the planner put there. Here it is typed JSON in a file of its own, since the names of a
-checkpoint do not tell where in `optim.state.layers.0.weight.step` the keys end.
+checkpoint do not tell where in `optim.state.layers.0.weight.step` the keys end. With it goes what
+must be known of entries that are stored as several tensors behind one face.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -22,15 +24,24 @@ from dist_ckpt.state.objects import decode, encode
 TREE = "planner_data"
 """What no part is called, for the name of the file."""
 
+FACES = "wrapped"
+"""What the same file has of entries that are several tensors."""
+
 TREE_FILE = shard_name(TREE, 0)
 """The file that holds it. No part is called so, and the index names it as one of the files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What a planner said of the names; its being there says that the planner was asked."""
+    """What a planner said of the names; its being there says that the planner was asked.
+
+    Attributes:
+        planner_data: that.
+        faces: of what is several tensors behind one face, by flattened name: see `how_made`.
+    """
 
     planner_data: Any
+    faces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_tree(checkpoint: Checkpoint) -> Tree | None:
@@ -45,9 +56,12 @@ def read_tree(checkpoint: Checkpoint) -> Tree | None:
     for number, file in enumerate(checkpoint.index.files):
         if file.name == TREE_FILE and not a_part:
             image = bytes(checkpoint.read_blocks(number, 0, file.nbytes))
-            (entry,) = parse_header(image, file.nbytes).entries[:1]
-            data = image[entry.offset : entry.offset + entry.nbytes]
-            return Tree(_decoded(data, f"{TREE} of {checkpoint.where}"))
+            entries = parse_header(image, file.nbytes).entries
+            kept = {each.name: image[each.offset : each.offset + each.nbytes] for each in entries}
+            where = f"{TREE} of {checkpoint.where}"
+            if TREE not in kept:
+                raise _malformed(where, "there is none in its file")
+            return Tree(_decoded(kept[TREE], where), _faces(kept.get(FACES), where))
     return None
 
 
@@ -64,6 +78,23 @@ def encode_tree(data: object) -> bytes:
     if type(data) is dict and all(map(_is_path, data.items())):
         return msgspec.json.encode({_PATHS: list(data.values())})
     return document.encode({_VALUE: encode(data, path=TREE, aside=False)})
+
+
+def encode_faces(faces: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return what is noted of wrapped tensors as it is stored."""
+    return document.encode({name: encode(dict(noted), path=name) for name, noted in faces.items()})
+
+
+def _faces(data: bytes | None, where: str) -> dict[str, Mapping[str, Any]]:
+    if data is None:
+        return {}
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, encoded in document.decode(data, where=where).items():
+        noted = decode(encoded, tensors={}, path=f"{where}: {name}")
+        if not isinstance(noted, dict):
+            raise _malformed(where, f"what is noted of {name!r} is no dict")
+        found[name] = noted
+    return found
 
 
 def _is_path(item: tuple[object, object]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ class ForeignLeaf:
         dtype: of a tensor, None for a Python value.
         shape: of a tensor.
         value: the Python value.
+        made: of one of several tensors behind one face: what comes behind the name of the whole,
+            and how that is made.
     """
 
     path: Path
     dtype: str | None
     shape: tuple[int, ...] = ()
     value: Any = None
+    made: tuple[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dist_ckpt.foreign.wrapping import unwrapped
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
 from dist_ckpt.state.encoding import Unreadable
-from dist_ckpt.state.groups import group_name
+from dist_ckpt.state.groups import MADE, group_name
 from dist_ckpt.state.objects import encode
 
 _MODEL = "model"
@@ -129,12 +129,18 @@ class _Naming:
                 self.names[leaf.number] = name
 
     def take_optimizer(self, prefix: str, found: StoredOptimizer) -> None:
+        made: dict[str, Any] = {}
         for name, content in found.state.items():
             if isinstance(content, PartLeaf) and content.entry.dtype is not None:
                 self.names[content.number] = prefix + name
+                if content.entry.made is not None:
+                    suffix, noted = content.entry.made
+                    made[prefix + name.removesuffix(suffix)] = noted
             else:
                 self._encode(prefix + name, content)
         for i, group in enumerate(found.groups):
+            # Notes of all groups count together.
+            group = {**group, MADE: made} if made and i == 0 else group
             self._encode(prefix + group_name(i, group["params"]), group)
         for key, content in found.further.items():
             self._encode(f"{prefix}own.{key}", {"key": key, "value": content})

@@ -15,6 +15,9 @@ from dist_ckpt.state.model import ModelPart
 
 PREFIX = "param_groups"
 MARK = "@"
+MADE = f"{MARK}made"
+"""The note of how what is several tensors behind one face is built of these."""
+
 """What the keys of a stored group begin with that are no options but notes about its state."""
 
 # How a live group lists its parameters; everything else in it is an option.

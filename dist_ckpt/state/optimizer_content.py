@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.groups import MARK, STATE, View
+from dist_ckpt.state.groups import MADE, MARK, STATE, View
 from dist_ckpt.state.layout import (
     check_storable,
     dtype_name,
@@ -44,7 +44,6 @@ _DTYPES = f"{MARK}dtypes"
 _ORDER = f"{MARK}order"
 _PLAIN = f"{MARK}plain"
 _LIKE = f"{MARK}like"
-_MADE = f"{MARK}made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class Notes:
                 notes.dtypes.update(zip(params, map(str, dtypes), strict=True))
             notes.order.update(_dict(group.get(_ORDER)))
             notes.like.update(_dict(group.get(_LIKE)))
-            notes.made.update(_dict(group.get(_MADE)))
+            notes.made.update(_dict(group.get(MADE)))
             plain = group.get(_PLAIN)
             notes.plain.update(map(str, plain) if isinstance(plain, list) else ())
         return notes
@@ -235,7 +234,7 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         entry = content.state.get(owner)
         entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
         for key, whole in wholes(entry).items():
-            noted = {_MADE: {f"{start}{owner}.{key}": how_made(whole)}}
+            noted = {MADE: {f"{start}{owner}.{key}": how_made(whole)}}
             merge_notes(notes.setdefault(owner, {}), noted)
         mine: dict[str, torch.Tensor] = {}
         sharded = isinstance(parameter, DTensor)

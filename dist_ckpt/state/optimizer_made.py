@@ -12,7 +12,7 @@ from dist_ckpt.state.groups import View
 from dist_ckpt.state.layout import address, dtype_name, empty_beside
 from dist_ckpt.state.optimizer_content import wholes
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.rebuilding import Building, how_made, rebuilt
+from dist_ckpt.state.rebuilding import Building, difference, how_made, rebuilt
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped, stored_shape
 
@@ -85,13 +85,10 @@ class Faces:
             if kept is None:
                 building.build({suffix: targets[name + suffix] for suffix in suffixes})
                 continue
-            ours, noted = how_made(kept), building.noted
-            told = "context" in ours and "context" in noted
-            if ours["class"] != noted["class"] or (told and ours["context"] != noted["context"]):
+            problem = difference(how_made(kept), building.noted)
+            if problem is not None:
                 raise IncompatibleError(
-                    f"{self._part}.{name}: stored is a {noted['class']} with "
-                    f"{noted.get('context', ['other options'])[0]!r}, and this optimizer has a "
-                    f"{ours['class']} with {ours.get('context', ['other options'])[0]!r}: build "
+                    f"{self._part}.{name}: stored and kept by this optimizer are {problem}: build "
                     "the optimizer with the options that it was saved with",
                     kind=ErrorKind.STATE_MISMATCH,
                 )

@@ -48,7 +48,7 @@ def how_made(value: torch.Tensor) -> dict[str, Any]:
     """Return what must be known of a wrapped tensor to build one like it: plain values."""
     local = local_of(value)
     noted = _described(local)
-    noted["shape"] = list(value.shape)
+    noted["shape"], noted["dtype"] = list(value.shape), value.dtype
     even = not isinstance(value, DTensor) or all(
         local.shape[dim] * count == value.shape[dim] for dim, count in shards_of(value).items()
     )
@@ -58,6 +58,24 @@ def how_made(value: torch.Tensor) -> dict[str, Any]:
         str(dim): dict(cut) for dim in range(local.ndim) if (cut := cuts_of(local, dim)) is not None
     }
     return noted
+
+
+def difference(ours: Mapping[str, Any], noted: Mapping[str, Any]) -> str | None:
+    """Return in what two that were made so are of different kinds, None if they are of one.
+
+    Args:
+        ours: what `how_made` says of one.
+        noted: what it said of the other.
+    """
+    told = "context" in ours and "context" in noted
+    contexts = [each["context"] for each in (ours, noted)] if told else [None, None]
+    if ours.get("local") != noted.get("local"):
+        # Of shards of other sizes numbers differ, and shapes are compared where they are read.
+        contexts = [_without_numbers(each) for each in contexts]
+    if ours["class"] == noted.get("class") and contexts[0] == contexts[1]:
+        return None
+    one, other = (each.get("context", ["other options"])[0] for each in (noted, ours))
+    return f"a {noted.get('class')} with {one!r}, and a {ours['class']} with {other!r}"
 
 
 def _described(local: torch.Tensor) -> dict[str, Any]:
@@ -117,6 +135,16 @@ def _has_numbers(node: Any) -> bool:
     if isinstance(node, list):
         return any(map(_has_numbers, node))
     return type(node) is int
+
+
+def _without_numbers(node: Any) -> Any:
+    if isinstance(node, dict):
+        if node.get(_TAG) in ("size", "shape"):
+            return None
+        return {key: _without_numbers(each) for key, each in node.items()}
+    if isinstance(node, list):
+        return [_without_numbers(each) for each in node]
+    return None if type(node) is int else node
 
 
 @dataclass(frozen=True, slots=True)
