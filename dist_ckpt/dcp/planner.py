@@ -17,13 +17,19 @@ from torch.distributed.checkpoint.default_planner import (
     create_default_global_save_plan,
 )
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from dist_ckpt.dcp.edge import plain_errors
 from dist_ckpt.dcp.items import box_of, held_of, paths_of
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.planning.owners import decide
 from dist_ckpt.staging.copies import view_box
+from dist_ckpt.state.wrapped import is_wrapped
 
 
 class Planner(DefaultSavePlanner):
@@ -53,9 +59,16 @@ class Planner(DefaultSavePlanner):
         """Describe what this rank holds; see `SavePlanner.create_local_plan`."""
         plan = super().create_local_plan()
         self._held = {}
-        for item in _tensors(plan):
+        items = list(plan.items)
+        for number, item in enumerate(items):
+            if item.tensor_data is None:
+                continue
             self._held.setdefault(item.index.fqn, []).append(box_of(item))
-        return plan
+            if is_wrapped(self.state_dict[item.index.fqn]):
+                # Rows of it are no rows of what it is made of: one rank writes all of a shard.
+                items[number] = replace(item, tensor_data=_Whole(**vars(item.tensor_data)))
+        self.plan = replace(plan, items=items)
+        return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Decide on the coordinator who writes what; see `SavePlanner.create_global_plan`.
@@ -67,16 +80,16 @@ class Planner(DefaultSavePlanner):
         # Of all ranks, for a rank that has an entry under another path must not split its tensor.
         paths = dict(ChainMap(*(dict(paths_of(plan)) for plan in all_plans)))
         with plain_errors():
-            held = [[held_of(item, paths) for item in _tensors(plan)] for plan in all_plans]
+            held = [[held_of(item, paths) for item in _rows(plan)] for plan in all_plans]
             owned = decide(held)
-        values: set[str] = set()
+        values: set[MetadataIndex] = set()
         plans: list[SavePlan] = []
         for plan, boxes in zip(all_plans, owned, strict=True):
-            tensors = list(_tensors(plan))
+            tensors = list(_rows(plan))
             items = [_piece(tensors[each.held], each.box) for each in boxes]
             for item in plan.items:
-                if item.type == WriteItemType.BYTE_IO and item.index.fqn not in values:
-                    values.add(item.index.fqn)
+                if not _has_rows(item) and item.index not in values:
+                    values.add(item.index)
                     items.append(item)
             plans.append(replace(plan, items=items))
         plans, metadata = create_default_global_save_plan(plans)
@@ -94,12 +107,22 @@ class Planner(DefaultSavePlanner):
         empty = volume(box) == 0
         held = next(each for each in self._held[fqn] if empty or _contains(each, box))
         found = self.lookup_object(MetadataIndex(fqn, held.offsets))
-        view = found if empty else view_box(found, box, origin=held.offsets)
+        whole = empty or held == box
+        view = found if whole else view_box(found, box, origin=held.offsets)
         return self.transform_object(write_item, view)
 
 
-def _tensors(plan: SavePlan) -> Iterator[WriteItem]:
-    return (item for item in plan.items if item.type != WriteItemType.BYTE_IO)
+class _Whole(TensorWriteData):
+    """Marks what cannot be written in part, on its way to the coordinator."""
+
+
+def _has_rows(item: WriteItem) -> bool:
+    return item.type != WriteItemType.BYTE_IO and not isinstance(item.tensor_data, _Whole)
+
+
+def _rows(plan: SavePlan) -> Iterator[WriteItem]:
+    """Yield the items of tensors that can be cut by rows."""
+    return filter(_has_rows, plan.items)
 
 
 def _piece(item: WriteItem, box: Box) -> WriteItem:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, describe
+from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.state.groups import View
 from dist_ckpt.state.layout import address, dtype_name, empty_beside
 from dist_ckpt.state.optimizer_content import wholes
@@ -38,13 +38,7 @@ class Faces:
             if view.owner(name) is None:
                 continue
             building = Building(noted, f"{part}.{name}")
-            try:
-                suffixes = building.suffixes()
-            except (AttributeError, KeyError, TypeError) as error:
-                raise IntegrityError(
-                    f"stored {part}.{name}: what is noted of it is malformed: {describe(error)}",
-                    kind=ErrorKind.MALFORMED,
-                ) from error
+            suffixes = building.suffixes()
             self._faces[name] = building, suffixes
             self._of.update({name + suffix: (name, suffix) for suffix in suffixes})
 

@@ -17,10 +17,11 @@ import torch
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import dumps
-from dist_ckpt.state.groups import STATE, View, group_name, is_group_name
+from dist_ckpt.state.groups import MADE, STATE, View, group_name, is_group_name
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Stored
+from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.value_fit import VALUE
 
 BESIDE = "beside."
@@ -203,7 +204,7 @@ def _by_numbers(
         raise _refused(part, f"in groups of {sizes}, and the live ones have {view.sizes}")
     named = _by_noted_names(view, ordered, numbers)
     owners = named or dict(zip(map(str, numbers), view.parameters, strict=True))
-    wrong = list(_contradictions(view, stored, owners))
+    wrong = list(_contradictions(view, stored, owners, _made(groups.values())))
     if wrong:
         rest = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise _refused(
@@ -225,17 +226,22 @@ def _by_noted_names(
     return {str(number): found[name] for number, name in zip(numbers, names, strict=True)}
 
 
-def _contradictions(view: View, stored: Stored, owners: Mapping[str, str]) -> Iterator[str]:
+def _contradictions(
+    view: View, stored: Stored, owners: Mapping[str, str], made: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     """Yield the parameters whose stored state cannot be theirs, by its shapes.
 
-    One is enough that fits: optimizers keep statistics of blocks, rows and columns as well.
+    One is enough that fits: optimizers keep statistics of blocks, rows and columns as well. Of what
+    is several tensors behind one face (`made`) the whole counts.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    owner_of, inside = _owner(owners.keys()), _inside(stored)
-    for name, spec in stored.tensors.items():
+    owner_of, inside = _owner(owners.keys()), _inside(stored) | _behind(made).keys()
+    named = {name: spec.shape for name, spec in stored.tensors.items() if name not in inside}
+    named |= {name: tuple(noted["shape"]) for name, noted in made.items()}
+    for name, shape in named.items():
         owner = owner_of(name.removeprefix(view.prefix)) if name.startswith(view.prefix) else None
-        if owner is not None and name not in inside and math.prod(spec.shape) > 1:
-            shapes.setdefault(owner, []).append(spec.shape)
+        if owner is not None and math.prod(shape) > 1:
+            shapes.setdefault(owner, []).append(shape)
     elements = sum(each.numel() for each in view.parameters.values())
     for owner, kept in shapes.items():
         wanted = tuple(view.parameters[owners[owner]].shape)
@@ -288,7 +294,45 @@ def _with_names(stored: Stored, back: Mapping[str, str], documents: Mapping[str,
             tensors[new] = stored.tensors[old]
         else:
             objects[new] = documents.get(new, stored.objects[old])
+    new_of = {old: new for new, old in back.items()}
+    for name, data in objects.items():
+        if MADE.encode() in data:
+            objects[name] = _made_renamed(data, name, new_of)
     return replace(stored, tensors=tensors, objects=objects)
+
+
+def _made(groups: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return what parsed groups note of the tensors that are several behind one face."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for group in groups:
+        made = group.get(MADE)
+        found |= made if isinstance(made, dict) else {}
+    return found
+
+
+def _behind(made: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Return the names of the tensors behind the faces, each with the face and what is added.
+
+    Raises:
+        IntegrityError: a note is malformed.
+    """
+    return {
+        whole + suffix: (whole, suffix)
+        for whole, noted in made.items()
+        for suffix in Building(noted, whole).suffixes()
+    }
+
+
+def _made_renamed(data: bytes, name: str, new_of: Mapping[str, str]) -> bytes:
+    """Return an encoded group whose notes of faces go by the new names."""
+    group = parse_document(data, name)
+    made = _made([group]) if isinstance(group, dict) else {}
+    if not made:
+        return data
+    renamed: dict[str, Mapping[str, Any]] = {}
+    for inner, (whole, suffix) in _behind(made).items():
+        renamed[new_of.get(inner, inner).removesuffix(suffix)] = made[whole]
+    return dumps({**group, MADE: renamed}).encode()
 
 
 def _owner(owners: Iterable[str]) -> Callable[[str], str | None]:

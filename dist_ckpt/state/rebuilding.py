@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, describe, is_refusal
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, describe, is_refusal
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.registry import is_namedtuple
@@ -163,9 +163,16 @@ class Building:
         """Return what comes behind the name for each inner tensor.
 
         Raises:
-            ValueError, TypeError, KeyError: it is no such description.
+            IntegrityError: it is no such description.
         """
-        return list(_suffixes(self.noted))
+        try:
+            torch.Size(self.noted["shape"])
+            return list(_suffixes(self.noted))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise IntegrityError(
+                f"stored {self.where}: what is noted of it is malformed: {describe(error)}",
+                kind=ErrorKind.MALFORMED,
+            ) from error
 
     def target(self, suffix: str, spec: TensorSpec, like: torch.Tensor) -> torch.Tensor:
         """Return an unfilled inner tensor of what stands beside `like`.

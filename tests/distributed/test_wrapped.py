@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -16,6 +19,8 @@ from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 import dist_ckpt
+from dist_ckpt import TrainState
+from dist_ckpt.dcp import Planner, Reader, Writer
 from dist_ckpt.state.spread import inner_tensors
 from dist_ckpt.testing.ranks import run_ranks
 
@@ -60,33 +65,57 @@ def leaves(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+def fill(state: dict[str, Any]) -> None:
+    for name, leaf in leaves(state).items():
+        whole = content(name, tuple(leaf.shape), leaf.dtype)
+        assert isinstance(leaf, DTensor)
+        # Some dtypes have no collectives, and all of them have bytes.
+        fitting = distribute_tensor(as_bytes(whole), leaf.device_mesh, leaf.placements)
+        as_bytes(leaf.to_local()).copy_(fitting.to_local())
+
+
+def wrong_of(state: dict[str, Any]) -> list[str]:
+    wrong = []
+    for name, leaf in leaves(state).items():
+        assert isinstance(leaf, DTensor)
+        expected = as_bytes(content(name, tuple(leaf.shape), leaf.dtype))
+        fitting = distribute_tensor(expected, leaf.device_mesh, leaf.placements)
+        if not torch.equal(as_bytes(leaf.to_local()), fitting.to_local()):
+            wrong.append(name)
+    return wrong
+
+
+def stock_dict(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
 def save_all(root: str) -> None:
     for cls in (AdamW8bit, AdamW4bit, AdamWFp8):
         model, optimizer = quantized(cls)
-        for name, leaf in leaves(live_state(model, optimizer)).items():
-            whole = content(name, tuple(leaf.shape), leaf.dtype)
-            assert isinstance(leaf, DTensor)
-            # Some dtypes have no collectives, and all of them have bytes.
-            fitting = distribute_tensor(as_bytes(whole), leaf.device_mesh, leaf.placements)
-            as_bytes(leaf.to_local()).copy_(fitting.to_local())
-        dist_ckpt.save({"model": model, "optimizer": optimizer}, f"{root}/{cls.__name__}")
+        fill(live_state(model, optimizer))
+        state = TrainState(rng=None, model=model, optimizer=optimizer)
+        dist_ckpt.save(state, f"{root}/{cls.__name__}/ours")
+        for planner in (None, Planner()):
+            url = f"{root}/{cls.__name__}/{'stock' if planner is None else 'planner'}"
+            save(stock_dict(model, optimizer), storage_writer=Writer(url), planner=planner)
 
 
 def load_all(root: str) -> list[str]:
     wrong = []
     for cls in (AdamW8bit, AdamW4bit, AdamWFp8):
-        for fresh in (True, False):
+        for url in (f"{root}/{cls.__name__}/{way}" for way in ("ours", "stock", "planner")):
+            for fresh in (True, False):
+                model, optimizer = quantized(cls)
+                if not fresh:
+                    live_state(model, optimizer)
+                dist_ckpt.load(TrainState(rng=None, model=model, optimizer=optimizer), url)
+                (parameter,) = model.parameters()
+                found = wrong_of(optimizer.state[parameter])
+                wrong += [f"{url} {name} {fresh=}" for name in found]
             model, optimizer = quantized(cls)
-            if not fresh:
-                live_state(model, optimizer)
-            dist_ckpt.load({"model": model, "optimizer": optimizer}, f"{root}/{cls.__name__}")
-            (parameter,) = model.parameters()
-            for name, leaf in leaves(optimizer.state[parameter]).items():
-                assert isinstance(leaf, DTensor)
-                expected = as_bytes(content(name, tuple(leaf.shape), leaf.dtype))
-                fitting = distribute_tensor(expected, leaf.device_mesh, leaf.placements)
-                if not torch.equal(as_bytes(leaf.to_local()), fitting.to_local()):
-                    wrong.append(f"{cls.__name__} {name} {fresh=}")
+            state = live_state(model, optimizer)
+            load(stock_dict(model, optimizer), storage_reader=Reader(url))
+            wrong += [f"{url} {name} by a Reader" for name in wrong_of(state)]
     return wrong
 
 
