@@ -25,7 +25,7 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
 from dist_ckpt.state.rebuilding import difference, how_made
 from dist_ckpt.state.spread import pieces
-from dist_ckpt.state.wrapped import is_wrapped, local_of
+from dist_ckpt.state.wrapped import is_wrapped, local_of, shard_like
 
 
 class Common(msgspec.Struct, frozen=True):
@@ -167,16 +167,9 @@ def _differ(fqn: str, how: str) -> IncompatibleError:
 
 def laid_out(value: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """Return `value`, what is on this rank, as the shard that it is of what `live` is."""
-    if not isinstance(live, DTensor) or local_of(live) is value:
-        return live if isinstance(live, DTensor) else value
-    return DTensor.from_local(
-        value,
-        live.device_mesh,
-        live.placements,
-        run_check=False,
-        shape=live.shape,
-        stride=live.stride(),
-    )
+    if not isinstance(live, DTensor):
+        return value
+    return live if local_of(live) is value else shard_like(live, value)
 
 
 def _dims_alike(whole: torch.Tensor, inner: torch.Tensor) -> set[int]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import staging
 
+from dist_ckpt.dcp.copied import copied
 from dist_ckpt.waiting import Latch
 
 _STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
@@ -123,15 +124,19 @@ def stage(state: dict[str, Any]) -> StagedState:
 
     The copy holds the order of this call: see `StagedState`.
     """
+    return StagedState(copied(state, _copy))
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
     if not hasattr(staging, "DefaultStager"):  # torch before 2.9
-        return StagedState(staging.BlockingAsyncStager().stage(state))
+        return staging.BlockingAsyncStager().stage(state)
     stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
     try:
-        copied = stager.stage(state)
+        found = stager.stage(state)
     finally:
         stager.close()
-    assert isinstance(copied, dict)  # a future only with asynchronous staging
-    return StagedState(copied)
+    assert isinstance(found, dict)  # a future only with asynchronous staging
+    return found
 
 
 def wait_for_those_before() -> None:

@@ -33,6 +33,7 @@ from dist_ckpt.state.wrapped import (
     label_of,
     local_of,
     piece_of,
+    shard_like,
     shown,
 )
 
@@ -273,17 +274,13 @@ class Building:
 def rebuilt(like: torch.Tensor, inner: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return a tensor of the class and context of `like`, made of other inner tensors."""
     local = local_of(like)
-    made = _rebuilt(local, {suffix: inner_of(tensor) for suffix, tensor in inner.items()}, "")
-    if not isinstance(like, DTensor):
-        return made
-    return DTensor.from_local(
-        made,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    made = remade(local, {suffix: inner_of(tensor) for suffix, tensor in inner.items()})
+    return made if not isinstance(like, DTensor) else shard_like(like, made)
+
+
+def remade(local: torch.Tensor, inner: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a tensor of the class and context of `local`, made of others than `leaves_of` has."""
+    return _rebuilt(local, inner, "")
 
 
 def _rebuilt(local: torch.Tensor, inner: Mapping[str, torch.Tensor], at: str) -> torch.Tensor:

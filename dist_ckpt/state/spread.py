@@ -75,32 +75,33 @@ def _ask_cuts(local: torch.Tensor, leaves: Mapping[str, torch.Tensor], dim: int)
         lambda size: torch.split(local, size, dim)[0],
         lambda size: local.narrow(dim, 0, size),
     )
-    for parts in dict.fromkeys((2, 3, 5, 7, rows)):
-        if parts < 2 or rows % parts:
-            continue
-        for way in ways:
-            try:
-                cut = dict(leaves_of(way(rows // parts)))
-            except Exception:
-                continue  # by whatever error a class says that it cannot be cut so
-            found = _compared(leaves, cut, parts)
-            if found is not None:
-                return found
+    sizes = [rows // parts for parts in (2, 3, 5, 7, rows) if 1 < parts and not rows % parts]
+    # No rows at all, which is all that can be asked of a shard that has one.
+    asked = [(size, way) for size in dict.fromkeys(sizes) for way in ways]
+    for size, way in [*asked, (0, ways[1])]:
+        try:
+            cut = dict(leaves_of(way(size)))
+        except Exception:
+            continue  # by whatever error a class says that it cannot be cut so
+        found = _compared(leaves, cut, size, rows)
+        if found is not None:
+            return found
     return None
 
 
 def _compared(
-    whole: Mapping[str, torch.Tensor], cut: Mapping[str, torch.Tensor], parts: int
+    whole: Mapping[str, torch.Tensor], cut: Mapping[str, torch.Tensor], now: int, rows: int
 ) -> Cuts | None:
+    """Return which dimension follows, where `now` of the `rows` of `whole` are left in `cut`."""
     if whole.keys() != cut.keys():
         return None
     found: dict[str, int | None] = {}
     for name, leaf in whole.items():
         pairs = list(zip(leaf.shape, cut[name].shape, strict=False))
-        other = [dim for dim, (size, now) in enumerate(pairs) if size != now]
+        other = [dim for dim, (size, left) in enumerate(pairs) if size != left]
         if leaf.ndim != cut[name].ndim or len(other) > 1:
             return None
-        if other and pairs[other[0]][1] * parts != pairs[other[0]][0]:
+        if other and pairs[other[0]][1] * rows != pairs[other[0]][0] * now:
             return None
         found[name] = other[0] if other else None
     return found

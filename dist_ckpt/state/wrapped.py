@@ -71,6 +71,16 @@ def unfilled_like(
     return _alike(made, tensor)
 
 
+def shard_like(like: DTensor, local: torch.Tensor) -> DTensor:
+    """Return `local` as what this rank has of a DTensor that is laid out as `like`.
+
+    Nothing is asked of its class (`DTensor.from_local` wants a view), and it is not moved.
+    """
+    kind: Any = DTensor
+    made: DTensor = kind(local, like._spec, requires_grad=False)  # noqa: SLF001
+    return made
+
+
 def _alike(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return `made`, an alias or a copy of `like`, with what operations of torch leave behind."""
     if (
