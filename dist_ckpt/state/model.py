@@ -25,7 +25,8 @@ from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
-from dist_ckpt.state.told import Say, fill_untold, tell_after, tell_part
+from dist_ckpt.state.shown import Quantized
+from dist_ckpt.state.told import Say, tell_after, tell_part
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -138,6 +139,7 @@ class ModelPart:
         if memory:
             give_memory(self.module, memory, self.name)
         self._give(found, stored, tensors)
+        self._give_quantized(found, entries, tensors)
 
     def _give(self, found: ModuleFit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over what is not filled in place, and tell the module that it was loaded."""
@@ -162,10 +164,25 @@ class ModelPart:
         else:
             tell_after(say)
 
+    def _give_quantized(
+        self,
+        found: ModuleFit,
+        entries: Mapping[str, ModuleEntry],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Give parameters what they were quantized with, as far as that is no tensor of theirs."""
+        shown: dict[str, tuple[Quantized, dict[str, torch.Tensor]]] = {}
+        for name, quantized in found.quantized.items():
+            partner = found.partner[name]
+            if partner in tensors:
+                key = entries[name].raw_name.removeprefix(quantized.prefix)
+                shown.setdefault(quantized.prefix, (quantized, {}))[1][key] = tensors[partner]
+        for quantized, stored in shown.values():
+            quantized.give(stored, self.name)
+
     def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:
             unexpected = tell_part(say, state, lenient=lenient)
-            unexpected = fill_untold(self.module, state, unexpected)
         except CheckpointError:
             raise
         except Exception as error:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.state.adapters import fit_adapter
 from dist_ckpt.state.layout import check_tensor, dtype_of, empty_beside, memory_of
-from dist_ckpt.state.module_state import ModuleEntry, extra_state_names
+from dist_ckpt.state.module_state import ModuleEntry, extra_state_names, raw_state
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import live_copy
+from dist_ckpt.state.shown import Quantized, is_untold, quantized_by
 from dist_ckpt.state.told import Say, accepts
 from dist_ckpt.state.wrapped import is_beside, is_wrapped, stored_shape, unfilled_like
 
@@ -33,6 +35,7 @@ class ModuleFit:
             names that it takes without having an entry for them.
         renamed: entries that the module fills from stored names of another kind.
         migrated: whether it makes its own entries of what is stored.
+        quantized: entries that a parameter shows of its quantization, with that parameter.
     """
 
     say: Say
@@ -41,6 +44,7 @@ class ModuleFit:
     handed: list[str] = field(default_factory=list)
     renamed: set[str] = field(default_factory=set)
     migrated: bool = False
+    quantized: dict[str, Quantized] = field(default_factory=dict)
 
 
 def fit_module(
@@ -75,7 +79,7 @@ def fit_module(
         for name, entry in entries.items()
         if name in required or not isinstance(entry.owner, nn.Parameter)
     }
-    fitting = _Fitting(say, wanted, stored, part)
+    fitting = _Fitting(module, say, wanted, stored, part)
     fitting.place(required)
     fitting.take_extra_states(set(extra_state_names(module, names)))
     found = fitting.found
@@ -88,8 +92,15 @@ def fit_module(
 
 class _Fitting:
     def __init__(
-        self, say: Say, wanted: Mapping[str, ModuleEntry], stored: Stored, part: str
+        self,
+        module: nn.Module,
+        say: Say,
+        wanted: Mapping[str, ModuleEntry],
+        stored: Stored,
+        part: str,
     ) -> None:
+        self._module = module
+        self._again: Mapping[str, object] | None = None
         self.found = ModuleFit(say)
         self.of_another_shape: set[str] = set()
         self._wanted = wanted
@@ -121,7 +132,7 @@ class _Fitting:
                 continue
             found.partner[name] = partner
             if not entry.live:
-                self._hand(name, partner, entry.value)
+                self._take_shown(name, partner, entry)
                 continue
             alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
             # One alias for tied names: on the meta device that is all that ties them.
@@ -145,6 +156,31 @@ class _Fitting:
                 found.handed.append(name)
             found.targets.tensors[partner] = target
         self._leave_tied()
+
+    def _take_shown(self, name: str, partner: str, entry: ModuleEntry) -> None:
+        """Place what the module shows without having it as a parameter or buffer."""
+        found, raw_name, live = self.found, entry.raw_name, entry.value
+        if raw_name.endswith("_extra_state") or not is_untold(self._module, raw_name):
+            self._hand(name, partner, live)
+            return
+        quantized = quantized_by(self._module, raw_name)
+        if quantized is not None and partner in self._stored.tensors:
+            found.quantized[name] = quantized
+            # Of its own size: it becomes part of what is built of it.
+            spec = self._stored.tensors[partner]
+            found.targets.tensors[partner] = empty_beside(live, spec, device=live.device)
+            return
+        if self._again is None:
+            self._again = raw_state(self._module)
+        if isinstance(live, torch.Tensor) and live is self._again.get(raw_name):
+            found.targets.tensors[partner] = check_tensor(live, f"{self._part}.{name}")
+            return
+        raise IncompatibleError(
+            f"{self._part}: state_dict returns {raw_name!r}, which is no parameter, buffer or "
+            "extra state, and load_state_dict takes no such key: make the two agree, or leave it "
+            f"out with skip=[{self._part + '/' + name!r}]",
+            kind=ErrorKind.STATE_MISMATCH,
+        )
 
     def _is_whole(self, partner: str, live: torch.Tensor) -> bool:
         """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.

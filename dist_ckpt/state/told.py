@@ -117,34 +117,6 @@ def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]
     return list(_load(say.root, dict(state), lenient=lenient or not say.whole).unexpected_keys)
 
 
-def fill_untold(module: nn.Module, state: Mapping[str, Any], unknown: Collection[str]) -> list[str]:
-    """Fill what a module shows in its state dict, and does not take; return what cannot be filled.
-
-    That is what quantizing libraries keep beside a weight without being a parameter or buffer. It
-    is the module's own if each state dict has the very same memory, and it need not be filled where
-    it is a constant with the stored value.
-    """
-    if not unknown:
-        return []
-    with torch.no_grad():
-        first, second = (module.state_dict(keep_vars=True) for _ in range(2))
-        left = []
-        for name in unknown:
-            live: Any = first.get(name)
-            value = state[name]
-            again = second.get(name)
-            if not isinstance(live, torch.Tensor) or not isinstance(value, torch.Tensor):
-                left.append(name)
-                continue
-            if (live.shape, live.dtype) != (value.shape, value.dtype):
-                left.append(name)
-            elif id(live) == id(again):
-                live.copy_(value)
-            elif not torch.equal(live.to(value.device), value):
-                left.append(name)
-    return left
-
-
 def tell_after(say: Say) -> None:
     """Call the hooks that are to be called after a load, children first, as torch does."""
 
