@@ -209,10 +209,13 @@ class Building:
         assert piece is not None  # those without one are not carried
         here, _ = compute_local_shape_and_global_offset(shape, mesh, piece.placements)
         local = self._built(self.noted, {n: inner_of(t) for n, t in inner.items()}, here, "")
+        # Of a plain tensor that is laid out so: torch would ask the class itself for a view.
+        plain = torch.empty(here, dtype=local.dtype, device=local.device)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, piece.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        like = DTensor.from_local(
+            plain, mesh, piece.placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
+        return shard_like(like, local)
 
     def _class(self) -> Any:
         found = shown(str(self.noted["class"]))

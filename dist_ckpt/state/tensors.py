@@ -11,12 +11,15 @@ from dist_ckpt.state.adapters import fit_adapter
 from dist_ckpt.state.layout import check_tensor, memory_of
 from dist_ckpt.state.names import partners
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.spread import pieces
+from dist_ckpt.state.wrapped import is_beside
 
 
 class TensorsPart:
     """Named tensors without a module around them: a state dict, filled where it lies.
 
-    One on the meta device is replaced in the dict by the real one.
+    One on the meta device is replaced in the dict by the real one. One that is several tensors
+    behind one face is these, `key.<attribute>` each.
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class TensorsPart:
 
     def capture(self) -> Captured:
         """Return the live tensors."""
-        found = {key: check_tensor(t, f"{self.name}.{key}") for key, t in self.tensors.items()}
+        leaves = self._leaves()
+        found = {key: check_tensor(each, f"{self.name}.{key}") for key, each in leaves.items()}
         return Captured(found, {})
 
     def targets(self, stored: Stored) -> Targets:
@@ -58,40 +62,75 @@ class TensorsPart:
             UsageError: one is on the meta device, and the dict cannot take another.
         """
         targets = Targets(unexpected=sorted(stored.objects))
-        found, optional = self._partners(stored)
+        leaves = self._leaves()
+        found, optional = self._partners(stored, leaves)
         aliases: dict[int, torch.Tensor] = {}
-        for key, tensor in self.tensors.items():
+        for key, tensor in leaves.items():
             alias = check_tensor(tensor, f"{self.name}.{key}", meta=True)
-            if alias.device.type == "meta" and not isinstance(self.tensors, MutableMapping):
-                raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
+            if alias.device.type == "meta":
+                if key not in self.tensors:
+                    raise UsageError(
+                        f"{self.name}.{key} is on the meta device, and one of several tensors "
+                        "behind one face: give it memory first"
+                    )
+                if not isinstance(self.tensors, MutableMapping):
+                    raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
             if key in found:
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
-                if (rule := stored.resize(found[key])) is not None:
+                # Of what is several, the rows of one are no rows.
+                if key in self.tensors and (rule := stored.resize(found[key])) is not None:
                     targets.resized[found[key]] = rule
             elif key not in optional:
                 targets.missing.append(key)
         # A name whose memory is filled under another one is not missing.
-        filled = {memory_of(self.tensors[key]) for key in found}
-        missing = [key for key in targets.missing if memory_of(self.tensors[key]) not in filled]
+        filled = {memory_of(leaves[key]) for key in found}
+        missing = [key for key in targets.missing if memory_of(leaves[key]) not in filled]
         targets.missing[:] = missing
         unknown = stored.tensors.keys() - targets.tensors.keys() - self._passed_over
-        targets.unexpected.extend(sorted(unknown))
+        targets.unexpected.extend(
+            sorted(
+                name
+                for name in unknown
+                # What makes a weight of high precision quicker to use is nothing to who has that.
+                if not (is_beside(name) and name.rpartition(".")[0] in targets.tensors)
+            )
+        )
         return targets
 
-    def _partners(self, stored: Stored) -> tuple[Mapping[str, str], Collection[str]]:
-        """Return the stored name of each key that has one, and the keys that need none."""
+    def _leaves(self) -> dict[str, torch.Tensor]:
+        """Return what is stored, by name.
+
+        Raises:
+            UsageError: two have one name, or one is sharded in a way that nobody can follow.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for key, tensor in self.tensors.items():
+            for name, each in pieces(tensor, f"{self.name}.{key}").items():
+                if key + name in found or (name and key + name in self.tensors):
+                    raise UsageError(
+                        f"{self.name}: two tensors would be stored as {key + name!r}, of which "
+                        f"{key!r} is one of several behind one face: rename the other"
+                    )
+                found[key + name] = each
+        return found
+
+    def _partners(
+        self, stored: Stored, leaves: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, str], Collection[str]]:
+        """Return the stored name of each leaf that has one, and the leaves that need none."""
         if not stored.is_adapter:
-            return partners(self.tensors.keys(), stored.tensors.keys()), self._passed_over
-        adapter = fit_adapter(self.tensors.keys(), stored.tensors.keys(), self.name)
-        return adapter.found, self._passed_over | (self.tensors.keys() - adapter.own)
+            return partners(leaves.keys(), stored.tensors.keys()), self._passed_over
+        adapter = fit_adapter(leaves.keys(), stored.tensors.keys(), self.name)
+        return adapter.found, self._passed_over | (leaves.keys() - adapter.own)
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put real tensors in the place of those on the meta device; others are filled already."""
         if isinstance(self.tensors, MutableMapping):
             real = {}
-            for key, name in self._partners(stored)[0].items():
-                if name in tensors and self.tensors[key].device.type == "meta":
-                    real[id(self.tensors[key])] = tensors[name]
+            leaves = self._leaves()
+            for key, name in self._partners(stored, leaves)[0].items():
+                if name in tensors and leaves[key].device.type == "meta":
+                    real[id(leaves[key])] = tensors[name]
             for key, tensor in self.tensors.items():
                 if id(tensor) in real:  # under all names that it has
                     self.tensors[key] = real[id(tensor)]

@@ -15,14 +15,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
 import dist_ckpt
 from dist_ckpt import TrainState
 from dist_ckpt.dcp import Planner, Reader, Writer
 from dist_ckpt.state.spread import inner_tensors
 from dist_ckpt.testing.ranks import run_ranks
+from tests import quantized as ao
 
 # Three ranks cut 64 rows into 22, 22 and 20: the scales are cut just so.
 ROWS, COLUMNS = 64, 256
@@ -90,7 +89,7 @@ def stock_dict(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def save_all(root: str) -> None:
-    for cls in (AdamW8bit, AdamW4bit, AdamWFp8):
+    for cls in (ao.AdamW8bit, ao.AdamW4bit, ao.AdamWFp8):
         model, optimizer = quantized(cls)
         fill(live_state(model, optimizer))
         state = TrainState(rng=None, model=model, optimizer=optimizer)
@@ -102,7 +101,7 @@ def save_all(root: str) -> None:
 
 def load_all(root: str) -> list[str]:
     wrong = []
-    for cls in (AdamW8bit, AdamW4bit, AdamWFp8):
+    for cls in (ao.AdamW8bit, ao.AdamW4bit, ao.AdamWFp8):
         for url in (f"{root}/{cls.__name__}/{way}" for way in ("ours", "stock", "planner")):
             for fresh in (True, False):
                 model, optimizer = quantized(cls)
@@ -135,7 +134,7 @@ def nf4(fill: float) -> DTensor:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rows = 64 // mesh.size()
     torch.manual_seed(int(fill) + mesh.get_local_rank())
-    local = to_nf4(torch.randn(rows, 64), 64, 4)
+    local = ao.to_nf4(torch.randn(rows, 64), 64, 4)
     # What each rank computes of its own rows is its own, as it is of a whole that is cut.
     local.scaler_mean.fill_(fill)
     return DTensor.from_local(

@@ -9,21 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchao.float8.float8_linear import LinearMMConfig
-from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
-from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
-from torchao.prototype.quantized_training import int8_weight_only_quantized_training
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor, to_nf4
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError, IncompatibleError
 from dist_ckpt.state import wrapped
 from dist_ckpt.state.spread import inner_tensors
 from dist_ckpt.storage.memory import MemoryStore
+from tests import quantized as ao
+
+# The libraries take their time to be imported; `test_wrapped_small` has what needs none of them.
+pytestmark = pytest.mark.soak
 
 _names = itertools.count()
-OPTIMIZERS = (AdamW8bit, AdamW4bit, AdamWFp8)
+OPTIMIZERS = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
 
 
 def new_store() -> MemoryStore:
@@ -65,9 +63,9 @@ def step(model: nn.Module, optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1], ids=["fresh", "used"])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_quantized_moments_come_back_and_go_on_bit_for_bit(cls: Any, steps: int) -> None:
-    store = new_store()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_quantized_moments_come_back_and_go_on_bit_for_bit(name: str, steps: int) -> None:
+    store, cls = new_store(), getattr(ao, name)
     model, optimizer = trained(cls, seed=1, steps=2)
     dist_ckpt.save({"model": model, "optimizer": optimizer}, store)
     live, other = trained(cls, seed=2, steps=steps)
@@ -85,13 +83,13 @@ def test_quantized_moments_come_back_and_go_on_bit_for_bit(cls: Any, steps: int)
 
 def test_moments_of_another_kind_are_refused_before_anything_changes() -> None:
     store = new_store()
-    model, optimizer = trained(AdamW8bit, seed=1)
+    model, optimizer = trained(ao.AdamW8bit, seed=1)
     dist_ckpt.save({"model": model, "optimizer": optimizer}, store)
-    live, other = trained(AdamW4bit, seed=2)
+    live, other = trained(ao.AdamW4bit, seed=2)
     before = model_bits(live)
     with pytest.raises(CheckpointError, match=r"OptimState8bit|AdamW8bit"):
         dist_ckpt.load({"model": live, "optimizer": other}, store)
-    blocks = AdamW8bit(live.parameters(), block_size=128)
+    blocks = ao.AdamW8bit(live.parameters(), block_size=128)
     step(live, blocks)
     before = model_bits(live)
     with pytest.raises(IncompatibleError, match=r"exp_avg\.scale: stored float32\[16\], wanted"):
@@ -100,19 +98,19 @@ def test_moments_of_another_kind_are_refused_before_anything_changes() -> None:
 
 
 def int8_training(model: nn.Module) -> None:
-    quantize_(model, int8_weight_only_quantized_training())
+    ao.quantize_(model, ao.int8_weight_only_quantized_training())
 
 
 def int8_weights(model: nn.Module) -> None:
-    quantize_(model, Int8WeightOnlyConfig())
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
 
 
 def float8_weights(model: nn.Module) -> None:
-    quantize_(model, Float8WeightOnlyConfig())
+    ao.quantize_(model, ao.Float8WeightOnlyConfig())
 
 
 def nf4_weights(model: nn.Module) -> None:
-    model[0].weight = nn.Parameter(to_nf4(model[0].weight, 64, 4), requires_grad=False)  # type: ignore[index]
+    model[0].weight = nn.Parameter(ao.to_nf4(model[0].weight, 64, 4), requires_grad=False)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("quantize", [int8_training, int8_weights, float8_weights, nf4_weights])
@@ -132,11 +130,11 @@ def test_quantized_weights_are_filled_where_they_lie(quantize: Any) -> None:
 
 
 def test_a_quantized_tensor_in_a_plain_value_is_built_anew() -> None:
-    store, saved = new_store(), to_nf4(torch.arange(4096.0).reshape(64, 64), 64, 4)
+    store, saved = new_store(), ao.to_nf4(torch.arange(4096.0).reshape(64, 64), 64, 4)
     dist_ckpt.save({"ema": {"w": [saved]}}, store)
     live: dict[str, Any] = {}
     dist_ckpt.load({"ema": live}, store)
-    assert type(live["w"][0]) is NF4Tensor
+    assert type(live["w"][0]) is ao.NF4Tensor
     assert bits(live["w"][0]) == bits(saved)
     assert torch.equal(live["w"][0].get_original_weight(), saved.get_original_weight())
 
@@ -147,10 +145,10 @@ def forget(cls: type) -> None:
 
 
 def test_a_class_that_this_program_has_not_is_an_error_that_names_it() -> None:
-    class Own(NF4Tensor):  # type: ignore[misc]
+    class Own(ao.NF4Tensor):  # type: ignore[misc, name-defined]
         pass
 
-    store, made = new_store(), to_nf4(torch.ones(64, 64), 64, 4)
+    store, made = new_store(), ao.to_nf4(torch.ones(64, 64), 64, 4)
     made.__class__ = Own
     dist_ckpt.save({"ema": {"w": made}}, store)
     forget(Own)
@@ -162,7 +160,7 @@ def float8_model(seed: int, scale: torch.Tensor | None = None) -> Any:
     torch.manual_seed(seed)
     model: Any = nn.Linear(8, 8)
     inner = model.weight.detach()
-    weight = WeightWithDynamicFloat8CastTensor(inner, LinearMMConfig(), torch.float8_e4m3fn, scale)
+    weight = ao.WeightWithDynamicFloat8CastTensor(inner, ao.LinearMMConfig(), torch.float8_e4m3fn, scale)
     model.weight = nn.Parameter(weight)
     return model
 
@@ -192,3 +190,24 @@ def test_what_stands_beside_a_weight_of_high_precision_is_nothing_to_a_plain_one
     live.weight._precomputed_scale = torch.tensor(1.0)
     dist_ckpt.load({"model": live}, store)
     assert live.weight._precomputed_scale.item() == 2.5
+
+
+def test_a_dict_of_wrapped_tensors_takes_weights() -> None:
+    store = new_store()
+    saved, other = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+    for model in (saved, other):
+        int8_weights(model)
+    dist_ckpt.save({"model": saved}, store)
+    live = {name: value.detach() for name, value in other.state_dict().items()}
+    weight = live["0.weight"]
+    dist_ckpt.load_weights(live, store)
+    assert live["0.weight"] is weight
+    assert {name: bits(value) for name, value in live.items()} == model_bits(saved)
+    plain = {"0.weight": torch.zeros(64, 64), "0.bias": torch.zeros(64)}
+    with pytest.raises(IncompatibleError, match=r"unexpected in the checkpoint: model/0\.weight\."):
+        dist_ckpt.load_weights(plain, store)
+    back = new_store()
+    dist_ckpt.save({"model": float8_model(1)}, back)
+    plain = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
+    dist_ckpt.load_weights(plain, back)
+    assert torch.equal(plain["weight"], float8_model(1).weight._tensor)
