@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -21,7 +22,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, without_secrets
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+    without_secrets,
+)
 from dist_ckpt.foreign.dcp_files import read_stock
 from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, REST, path_of
 from dist_ckpt.foreign.dcp_tree import Tree, read_tree
@@ -42,6 +49,9 @@ from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
 
 Path = tuple[Any, ...]
+
+# Elements of a whole for each that is stored of it: with the longest there are, of one bit each.
+_MOST_PER_ELEMENT = 128
 
 _VALUE = "value"  # what the parts of dist_ckpt that are one Python value call it
 
@@ -93,6 +103,13 @@ class Catalog:
         inner = [fqn + suffix for suffix in Building(noted, fqn).suffixes()]
         if not isinstance(noted.get("dtype"), torch.dtype):
             return  # of before it was noted: its tensors are entries of their own
+        stored = [self.source.index.tensors[self.tensors[n]] for n in inner if n in self.tensors]
+        most = sum(math.prod(each.shape) for each in stored) * _MOST_PER_ELEMENT
+        if math.prod(noted["shape"]) > most:  # whoever makes room for it would be made to run out
+            raise IntegrityError(
+                f"{self.source.where}: {fqn!r} is larger than what is stored of it",
+                kind=ErrorKind.MALFORMED,
+            )
         for name in inner:
             if name != fqn:
                 self.paths.pop(name, None)

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.dcp.items import Paths, box_of
@@ -24,7 +25,7 @@ from dist_ckpt.foreign.leaves import dotted
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
 from dist_ckpt.state.rebuilding import difference, how_made
-from dist_ckpt.state.spread import pieces
+from dist_ckpt.state.spread import pieces, shards_of
 from dist_ckpt.state.wrapped import is_wrapped, local_of, shard_like
 
 
@@ -77,7 +78,7 @@ def local_face(planner: SavePlanner, item: WriteItem, paths: Paths) -> LocalFace
     """
     fqn = item.index.fqn
     live = getattr(planner, "state_dict", {}).get(fqn)
-    if not is_wrapped(live):
+    if not isinstance(live, torch.Tensor) or not is_wrapped(live):
         return None
     with torch.no_grad():
         value = planner.resolve_data(item)
@@ -176,10 +177,10 @@ def _dims_alike(whole: torch.Tensor, inner: torch.Tensor) -> set[int]:
     """Return the dimensions of `whole` that are cut without `inner` being cut by that."""
     if not isinstance(whole, DTensor) or not isinstance(inner, DTensor):
         return set()
+    cutting = shards_of(whole)
     pairs = zip(whole.placements, inner.placements, strict=True)
-    return {
-        here.dim for here, there in pairs if here.is_shard() and isinstance(there, Replicate)
-    }
+    alike = (here for here, there in pairs if isinstance(there, Replicate))
+    return {here.dim for here in alike if isinstance(here, Shard | _StridedShard)} & cutting.keys()
 
 
 def _digest(memory: torch.Tensor) -> str:

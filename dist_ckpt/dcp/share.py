@@ -107,6 +107,7 @@ def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]
 
 def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> None:
     source, held = share.sources[number], share.held[number]
+    resolved: object
     if isinstance(source, LocalBox):
         fqn, resolved = held.name, source.memory
     else:

@@ -18,9 +18,7 @@ from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.storage.direct import aligned_buffer
 
 
-def tree_image(
-    metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]
-) -> memoryview | None:
+def tree_image(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> memoryview | None:
     """Return the image of the file that keeps the tree, None if the names alone tell it.
 
     Args:

@@ -304,9 +304,7 @@ class Writer(StorageWriter, AsyncStager):
             raise
         writing = time.perf_counter() - begun - staging
         documents = share.described_documents()
-        return StockReport(
-            assigned.save_id, files, documents, staging, writing, dict(share.faces)
-        )
+        return StockReport(assigned.save_id, files, documents, staging, writing, dict(share.faces))
 
     def _announce(
         self, transaction: Transaction, report: StockReport, commit_seconds: float

@@ -195,7 +195,7 @@ class DcpRun:
                 continue
             fqn, suffix = found
             # Named as the whole is, so that whoever has such a one finds them.
-            whole = known[:-1] + (known[-1].removesuffix(suffix),)
+            whole = (*known[:-1], known[-1].removesuffix(suffix))
             *above, last = _path(whole, tree)
             path = (*above, f"{last}{suffix}")
             yield ForeignLeaf(path, tensor.dtype, tensor.shape, made=(suffix, faces[fqn]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,12 @@ def quantized_by(module: nn.Module, raw_name: str) -> Quantized | None:
     name, dot, key = rest.partition(".")
     parameter = owner._parameters.get(name)  # noqa: SLF001
     state = getattr(parameter, _ATTRIBUTE, None)
-    if not dot or parameter is None or not callable(getattr(type(state), "from_dict", None)):
+    if (
+        not dot
+        or parameter is None
+        or state is None
+        or not callable(getattr(type(state), "from_dict", None))
+    ):
         return None
     try:
         shown = state.as_dict(packed=True)

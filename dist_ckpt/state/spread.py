@@ -75,7 +75,7 @@ def _ask_cuts(local: torch.Tensor, leaves: Mapping[str, torch.Tensor], dim: int)
         lambda size: torch.split(local, size, dim)[0],
         lambda size: local.narrow(dim, 0, size),
     )
-    sizes = [rows // parts for parts in (2, 3, 5, 7, rows) if 1 < parts and not rows % parts]
+    sizes = [rows // parts for parts in (2, 3, 5, 7, rows) if parts > 1 and not rows % parts]
     # No rows at all, which is all that can be asked of a shard that has one.
     asked = [(size, way) for size in dict.fromkeys(sizes) for way in ways]
     for size, way in [*asked, (0, ways[1])]:

@@ -17,11 +17,6 @@ PARTS = ("codes", "scale", "mean")
 class Scaled(torch.Tensor):
     """Rows of numbers, a scale for each row, and one mean of all; can be cut by rows."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    mean: torch.Tensor
-    bits: int
-
     @staticmethod
     def __new__(
         cls: Any, codes: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, bits: int = 8
@@ -30,18 +25,20 @@ class Scaled(torch.Tensor):
         made.codes, made.scale, made.mean, made.bits = codes, scale, mean, bits
         return made
 
-    def __tensor_flatten__(self) -> tuple[list[str], int]:
+    def __tensor_flatten__(self: Any) -> tuple[list[str], int]:
         return list(PARTS), self.bits
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: Any, bits: int, size: Any, stride: Any) -> Any:
+    def __tensor_unflatten__(cls: Any, inner: Any, bits: int, size: Any, stride: Any) -> Any:
         return cls(*(inner[name] for name in PARTS), bits)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Scaled({list(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name, whole = func.overloadpacket.__name__, args[0]
         if name == "view" and list(args[1]) == list(whole.shape):
             return cls(*(getattr(whole, each) for each in PARTS), whole.bits)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard
 import dist_ckpt
 from dist_ckpt.dcp import Planner, Reader, Writer
 from dist_ckpt.testing.ranks import run_ranks
-from tests.distributed.scaled import Scaled, cut, same, scaled
+from tests.distributed.scaled import cut, same, scaled
 
 
 def state_of(seed: int) -> dict[str, Any]:
@@ -108,7 +108,10 @@ def refused(root: str) -> None:
         [
             ({"w": own}, "w.mean', which is one for all of its shards, has other values on rank"),
             ({"w": cut(kind)}, "with 7.* on rank 1"),
-            ({"w": cut(scaled(4, 1)), "w.scale": torch.ones(2)}, "'model.w.scale', as something else"),
+            (
+                {"w": cut(scaled(4, 1)), "w.scale": torch.ones(2)},
+                "'model.w.scale', as something else",
+            ),
         ]
     ):
         with pytest.raises(CheckpointException, match=match):
@@ -117,17 +120,20 @@ def refused(root: str) -> None:
 
 
 def refused_loads(root: str) -> None:
+    four = scaled(5, 9)
+    four.bits = 4
     for name, instead, match in [
-        ("whole", torch.zeros(5, 4), "a .*Scaled, which is several tensors in one in .*none is conv"),
+        (
+            "whole",
+            torch.zeros(5, 4),
+            "a .*Scaled, which is several tensors in one in .*none is conv",
+        ),
         ("plain", scaled(3, 1), "Size mismatch"),
-        ("whole", scaled(5, 9), "8, and a .*Scaled with 4"),
+        ("whole", four, r"8, and a .*Scaled with 4"),
     ]:
         live = state_of(2)
-        if isinstance(instead, Scaled):
-            instead.bits = 4
         live["model"][name] = instead
         with pytest.raises(CheckpointException, match=match):
             load(live, storage_reader=Reader(f"{root}/stock"))
         live["model"][name] = state_of(2)["model"][name]
         assert wrong_of(live, 2) == []
-

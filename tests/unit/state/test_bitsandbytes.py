@@ -62,6 +62,6 @@ def test_a_quantized_module_comes_back_and_computes_the_same(kind: str) -> None:
     if kind == "nf4 twice":
         other = model(2, "fp4")
         before = content(other)
-        with pytest.raises(IncompatibleError, match="missing in the checkpoint: .*fp4"):
+        with pytest.raises(IncompatibleError, match=r"missing in the checkpoint: .*fp4"):
             dist_ckpt.load({"model": other}, store)
         assert content(other) == before

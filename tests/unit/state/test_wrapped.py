@@ -145,7 +145,7 @@ def forget(cls: type) -> None:
 
 
 def test_a_class_that_this_program_has_not_is_an_error_that_names_it() -> None:
-    class Own(ao.NF4Tensor):  # type: ignore[misc, name-defined]
+    class Own(ao.NF4Tensor):  # type: ignore[misc]
         pass
 
     store, made = new_store(), ao.to_nf4(torch.ones(64, 64), 64, 4)
@@ -160,7 +160,9 @@ def float8_model(seed: int, scale: torch.Tensor | None = None) -> Any:
     torch.manual_seed(seed)
     model: Any = nn.Linear(8, 8)
     inner = model.weight.detach()
-    weight = ao.WeightWithDynamicFloat8CastTensor(inner, ao.LinearMMConfig(), torch.float8_e4m3fn, scale)
+    weight = ao.WeightWithDynamicFloat8CastTensor(
+        inner, ao.LinearMMConfig(), torch.float8_e4m3fn, scale
+    )
     model.weight = nn.Parameter(weight)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ class Shows(nn.Linear):
         self.kept, self.fresh = torch.full((2,), fill), fresh
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}kept"] = self.kept.clone() if self.fresh else self.kept
 
 
@@ -102,14 +103,20 @@ def test_what_a_module_shows_and_does_not_take_is_filled_or_refused_first() -> N
     dist_ckpt.save({"model": nn.Sequential(Shows(1.0, fresh=False))}, store)
     live = nn.Sequential(Shows(2.0, fresh=False))
     dist_ckpt.load({"model": live}, store)
-    assert live[0].kept.tolist() == [1, 1]
+    assert shown(live).kept.tolist() == [1, 1]
     other = nn.Sequential(Shows(2.0, fresh=True))
-    before = other[0].weight.clone()
+    before = shown(other).weight.clone()
     with pytest.raises(IncompatibleError, match=r"load_state_dict takes no such key.*skip="):
         dist_ckpt.load({"model": other}, store)
-    assert torch.equal(other[0].weight, before)
+    assert torch.equal(shown(other).weight, before)
     dist_ckpt.load({"model": other}, store, skip=["model/0.kept"])
-    assert torch.equal(other[0].weight, live[0].weight)  # type: ignore[arg-type]
+    assert torch.equal(shown(other).weight, shown(live).weight)
+
+
+def shown(model: nn.Sequential) -> Shows:
+    (each,) = model
+    assert isinstance(each, Shows)
+    return each
 
 
 class State:
@@ -125,8 +132,6 @@ class State:
 
     @classmethod
     def from_dict(cls, stored: dict[str, torch.Tensor], device: torch.device) -> State:
-        import json
-
         rest = json.loads(bytes(stored["quant_state.test"].tolist()))
         return cls(stored["scale"], rest["offset"], rest["dtype"])
 
@@ -137,7 +142,7 @@ class Quantized(nn.Linear):
         self.weight.quant_state = self.quant_state = state  # type: ignore[attr-defined]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, value in self.weight.quant_state.as_dict(packed=True).items():  # type: ignore[attr-defined]
             destination[f"{prefix}weight.{key}"] = value
 
