@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dist_ckpt.dcp.catalog import Catalog
 from dist_ckpt.dcp.faces import laid_out
@@ -18,12 +18,14 @@ from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.wrapped import is_wrapped, label_of, local_of, stored_shape
 
 
-def is_face(found: Catalog, fqn: str, live: object) -> bool:
-    """Tell whether the entry `fqn` is several tensors behind one face, stored or live.
+def live_face(found: Catalog, item: ReadItem, planner: LoadPlanner) -> torch.Tensor | None:
+    """Return the live tensor for `item` if that is several behind one face, live or as stored.
 
     Not so where a plain tensor takes what is one of them, and whole by itself.
     """
-    return is_wrapped(live) or (fqn in found.faces and fqn not in found.tensors)
+    live, fqn = getattr(planner, "state_dict", {}).get(item.dest_index.fqn), item.storage_index.fqn
+    several = is_wrapped(live) or (fqn in found.faces and fqn not in found.tensors)
+    return live if several and isinstance(live, torch.Tensor) else None
 
 
 def face_targets(

@@ -24,7 +24,7 @@ from dist_ckpt.dcp.edge import (
     plain_errors,
     step_of,
 )
-from dist_ckpt.dcp.face_targets import face_targets, is_face
+from dist_ckpt.dcp.face_targets import face_targets, live_face
 from dist_ckpt.dcp.planners import is_unchanged, put_as_stock
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
@@ -241,7 +241,7 @@ class Reader(StorageReader):
     def _read_at_once(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read for a planner whose tensors are those of the state dict."""
         wanted = [item for item in plan.items if _is_tensor(item)]
-        faces = {id(item): self._face(item, planner) for item in wanted}
+        faces = {id(item): live_face(self._opened, item, planner) for item in wanted}
         targets: dict[int, list[Wanted]] = {}
         for item in wanted:
             live = faces[id(item)]
@@ -268,14 +268,14 @@ class Reader(StorageReader):
             staged = {
                 id(item): self._staged(item)
                 for item in window
-                if _is_tensor(item) and self._face(item, planner) is None
+                if _is_tensor(item) and live_face(self._opened, item, planner) is None
             }
             self._fill([*staged.values()])
             for item in window:
                 if not _is_tensor(item):
                     self._hand_over(item, planner)
                     continue
-                live = self._face(item, planner)
+                live = live_face(self._opened, item, planner)
                 if live is not None:
                     given = planner.resolve_tensor(item)
                     self._fill(face_targets(self._opened, item, live, given))
@@ -289,13 +289,6 @@ class Reader(StorageReader):
         value = self._opened.values[item.storage_index.fqn]()
         if not put_as_stock(planner, item, value):
             planner.load_bytes(item, _as_stock_wants(value))
-
-    def _face(self, item: ReadItem, planner: LoadPlanner) -> torch.Tensor | None:
-        """Return the live tensor for `item` if that is several behind one face, here or stored."""
-        live = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
-        if isinstance(live, torch.Tensor) and is_face(self._opened, item.storage_index.fqn, live):
-            return live
-        return None
 
     def _nbytes(self, item: ReadItem) -> int:
         number = self._opened.tensors.get(item.storage_index.fqn)

@@ -25,7 +25,7 @@ from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.pending import has_pending, watch
-from dist_ckpt.state.shown import Quantized
+from dist_ckpt.state.shown import give_quantized
 from dist_ckpt.state.told import Say, tell_after, tell_part
 
 _log = logging.getLogger("dist_ckpt")
@@ -139,7 +139,11 @@ class ModelPart:
         if memory:
             give_memory(self.module, memory, self.name)
         self._give(found, stored, tensors)
-        self._give_quantized(found, entries, tensors)
+        names = {name: entries[name].raw_name for name in found.quantized}
+        read = {
+            name: tensors[found.partner[name]] for name in names if found.partner[name] in tensors
+        }
+        give_quantized(found.quantized, names, read, self.name)
 
     def _give(self, found: ModuleFit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over what is not filled in place, and tell the module that it was loaded."""
@@ -163,22 +167,6 @@ class ModelPart:
                 self._tell(say, {key: state[key] for key in raw}, lenient=True)
         else:
             tell_after(say)
-
-    def _give_quantized(
-        self,
-        found: ModuleFit,
-        entries: Mapping[str, ModuleEntry],
-        tensors: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Give parameters what they were quantized with, as far as that is no tensor of theirs."""
-        shown: dict[str, tuple[Quantized, dict[str, torch.Tensor]]] = {}
-        for name, quantized in found.quantized.items():
-            partner = found.partner[name]
-            if partner in tensors:
-                key = entries[name].raw_name.removeprefix(quantized.prefix)
-                shown.setdefault(quantized.prefix, (quantized, {}))[1][key] = tensors[partner]
-        for quantized, stored in shown.values():
-            quantized.give(stored, self.name)
 
     def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:

@@ -80,6 +80,32 @@ def quantized_by(module: nn.Module, raw_name: str) -> Quantized | None:
     return Quantized(raw_name.removesuffix(key), owner, parameter)
 
 
+def give_quantized(
+    quantized: Mapping[str, Quantized],
+    raw_names: Mapping[str, str],
+    read: Mapping[str, torch.Tensor],
+    part: str,
+) -> None:
+    """Give parameters what they were quantized with.
+
+    Args:
+        quantized: by the name of what they show of it, the parameter.
+        raw_names: what the module calls each.
+        read: what was read for each.
+        part: what the module is called, for messages.
+
+    Raises:
+        IncompatibleError: see `Quantized.give`.
+    """
+    together: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read.items():
+        prefix = quantized[name].prefix
+        together.setdefault(prefix, {})[raw_names[name].removeprefix(prefix)] = tensor
+    owners = {each.prefix: each for each in quantized.values()}
+    for prefix, stored in together.items():
+        owners[prefix].give(stored, part)
+
+
 def is_untold(module: nn.Module, raw_name: str) -> bool:
     """Tell whether nothing in `module` would take `raw_name` out of a state dict.
 

@@ -84,7 +84,7 @@ def save_all(root: str) -> None:
         # These ask something of their class before any storage is asked.
         for writer in (Writer(f"{root}/none"), FileSystemWriter(f"{root}/none-of-stock")):
             with pytest.raises(
-                CheckpointException, match="unimplemented operator|ZeroDivisionError"
+                CheckpointException, match=r"unimplemented operator|ZeroDivisionError"
             ):
                 save(state, storage_writer=writer)
 
