@@ -139,11 +139,11 @@ class ModelPart:
         if memory:
             give_memory(self.module, memory, self.name)
         self._give(found, stored, tensors)
-        names = {name: entries[name].raw_name for name in found.quantized}
-        read = {
-            name: tensors[found.partner[name]] for name in names if found.partner[name] in tensors
-        }
-        give_quantized(found.quantized, names, read, self.name)
+        if found.quantized:  # entered only where there are some
+            names = {name: entries[name].raw_name for name in found.quantized}
+            partners = {name: found.partner[name] for name in names}
+            read = {name: tensors[each] for name, each in partners.items() if each in tensors}
+            give_quantized(found.quantized, names, read, self.name)
 
     def _give(self, found: ModuleFit, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Hand over what is not filled in place, and tell the module that it was loaded."""
