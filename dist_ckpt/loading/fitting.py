@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
-from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
+from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
@@ -181,23 +181,30 @@ def gather(
         found.parts.setdefault(part, _Part())
     return StoredParts(
         parts={
-            part: Stored(
-                mine.tensors,
-                mine.objects,
-                rank,
-                world_size,
-                source.saved_world_size,
-                by_rank=_of_every_rank(source, part),
-                selects=_within(part, options),
-                cast=options.cast,
-                is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
-                resize=_resize_within(part, options),
-            )
+            part: _stored(source, options, part, mine, rank=rank, world_size=world_size)
             for part, mine in found.parts.items()
         },
         numbers=found.numbers,
         names=frozenset((*found.origins, *homes)),
         idle=_idle(options, found.origins.values(), unread),
+    )
+
+
+def _stored(
+    source: Source, options: LoadOptions, part: str, mine: _Part, *, rank: int, world_size: int
+) -> Stored:
+    return Stored(
+        mine.tensors,
+        mine.objects,
+        rank,
+        world_size,
+        source.saved_world_size,
+        by_rank=_of_every_rank(source, part),
+        selects=_within(part, options),
+        cast=options.cast,
+        is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
+        is_foreign=isinstance(source, ForeignSource | DcpRun),
+        resize=_resize_within(part, options),
     )
 
 

@@ -42,7 +42,7 @@ def fit_adapter(wanted: Collection[str], stored: Collection[str], part: str) -> 
     Raises:
         IncompatibleError: the model has several adapters that it may be, or none.
     """
-    same = partners(wanted, stored)
+    same = partners(wanted, stored, is_foreign=True)
     if len(same) == len(stored):  # as they are: nothing was taken out
         return AdapterFit(same, frozenset(same))
     by_short = {name.removeprefix(_BASE): name for name in stored}

@@ -74,7 +74,8 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
         if not is_wrapped(container[key])  # which is filled by what it is made of
     }
     names = dict.fromkeys([*places, *live])
-    found = partners(names, stored.tensors.keys() | stored.objects.keys())
+    known = stored.tensors.keys() | stored.objects.keys()
+    found = partners(names, known, is_foreign=stored.is_foreign)
     targets = Targets()
     used: set[str] = set()
     for name in names:

@@ -116,7 +116,7 @@ class _Fitting:
             adapter = fit_adapter(self._wanted, names, self._part)
             both, required = adapter.found, adapter.own & set(required)
         else:
-            both = partners(self._wanted, names)
+            both = partners(self._wanted, names, is_foreign=stored.is_foreign)
         aliases: dict[int, torch.Tensor] = {}
         seen = found.say.seen()
         for name, entry in self._wanted.items():

@@ -74,14 +74,17 @@ def refuse_fsdp1(root: nn.Module, part: str) -> None:
             )
 
 
-def partners(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]:
+def partners(
+    wanted: Collection[str], stored: Collection[str], *, is_foreign: bool
+) -> dict[str, str]:
     """Return the stored name for each wanted one that has a partner.
 
     That is the same name. What has none is looked for without the names that wrappers put in front
     of or into others (`module.`, `_orig_mod.`): a dict of tensors does not say what it was wrapped
     in, nor does a wrapper that nobody here knows. Two that would fall together are no partners.
-    Where not one is found, what all names of one side begin with is left away (`model.`, of a
-    module in which the network is an attribute), if one side then is in the other.
+    Where not one is found, and another program gave the names, what all names of one side begin
+    with is left away (`model.`, of a module in which the network is an attribute), if one side then
+    is in the other. A model of the program's own that is another one is told so.
     """
     found = {name: name for name in wanted if name in stored}
     loose = [name for name in stored if name not in found]
@@ -98,7 +101,9 @@ def partners(wanted: Collection[str], stored: Collection[str]) -> dict[str, str]
         partner = without.get(short)
         if asking is not None and partner is not None:
             found[asking] = partner
-    return found or _without_beginning(_known(asked), _known(without))
+    if found or not is_foreign:
+        return found
+    return _without_beginning(_known(asked), _known(without))
 
 
 def _known(names: Mapping[str, str | None]) -> dict[str, str]:

@@ -76,7 +76,7 @@ def in_live_names(view: View, stored: Stored, part: str) -> Renamed:
     if any(type(each) is int for each in listed):
         owners = _by_numbers(view, stored, groups, part)
     else:
-        found = partners(list(view.parameters), listed)
+        found = partners(list(view.parameters), listed, is_foreign=stored.is_foreign)
         owners = {other: name for name, other in found.items()}
         if all(other == name for other, name in owners.items()):
             return Renamed(stored)
@@ -170,7 +170,7 @@ def shared_out(stored: Stored, views: Sequence[View], part: str) -> Renamed:
     if len(views) == 1:
         holder = dict.fromkeys(map(str, listed), views[0].prefix)
     else:
-        found = partners(list(holder), listed)
+        found = partners(list(holder), listed, is_foreign=stored.is_foreign)
         holder = {other: holder[name] for name, other in found.items()}
     back: dict[str, str] = {}
     inside = _inside(stored)
@@ -220,7 +220,8 @@ def _by_noted_names(
     names = [name for group in groups for name in group.get(_NAMES) or ()]
     if len(names) != len(numbers) or not all(isinstance(name, str) for name in names):
         return {}
-    found = {other: name for name, other in partners(list(view.parameters), names).items()}
+    pairs = partners(list(view.parameters), names, is_foreign=True)
+    found = {other: name for name, other in pairs.items()}
     if found.keys() != set(names):
         return {}
     return {str(number): found[name] for number, name in zip(numbers, names, strict=True)}

@@ -99,6 +99,7 @@ class Stored:
         selects: tells whether a name, stored or live, is to be loaded. What is not stays as it is.
         cast: whether the program asked for other dtypes than the stored ones where it has others.
         is_adapter: whether the checkpoint has an adapter only, and no model under it.
+        is_foreign: whether another program gave the names, so that more may be meant than is there.
         resize: gives the rule by which a name of another shape is loaded in part
             (`dist_ckpt.state.resizing`); None where it is not.
     """
@@ -112,6 +113,7 @@ class Stored:
     selects: Callable[[str], bool] = _every
     cast: bool = False
     is_adapter: bool = False
+    is_foreign: bool = False
     resize: Callable[[str], Any] = _unresized
 
 

@@ -119,7 +119,8 @@ class TensorsPart:
     ) -> tuple[Mapping[str, str], Collection[str]]:
         """Return the stored name of each leaf that has one, and the leaves that need none."""
         if not stored.is_adapter:
-            return partners(leaves.keys(), stored.tensors.keys()), self._passed_over
+            names = leaves.keys(), stored.tensors.keys()
+            return partners(*names, is_foreign=stored.is_foreign), self._passed_over
         adapter = fit_adapter(leaves.keys(), stored.tensors.keys(), self.name)
         return adapter.found, self._passed_over | (leaves.keys() - adapter.own)
 

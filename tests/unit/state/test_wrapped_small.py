@@ -152,7 +152,7 @@ def test_a_parameter_gets_back_what_it_was_quantized_with() -> None:
     dist_ckpt.save({"model": nn.Sequential(Quantized(State(torch.ones(3), 1234)))}, store)
     live = nn.Sequential(Quantized(State(torch.zeros(3), 1)))
     with pytest.raises(IncompatibleError, match="another shape"):  # of the packed rest: not here
-        dist_ckpt.load({"model": nn.Linear(3, 2)}, store)
+        dist_ckpt.load({"model": nn.Sequential(nn.Linear(3, 2))}, store)
     dist_ckpt.load({"model": live}, store)
     found: Any = live[0].weight
     assert (found.quant_state.offset, found.quant_state.scale.tolist()) == (1234, [1, 1, 1])
