@@ -410,7 +410,8 @@ def test_a_flat_optimizer_whose_rate_is_a_tensor(rate: Any, tmp_path: Path) -> N
     other = AdamW(fresh.parameters(), lr=rate * 5)
     dist_ckpt.load({"model": fresh, "optimizer": other, "rng": None}, tmp_path / "last.pt")
     found = other.param_groups[0]["lr"]
-    assert (type(found), float(found)) == (type(rate), pytest.approx(0.1))
+    assert type(found) is type(rate)
+    assert float(found) == pytest.approx(0.1)
     saved["param_groups.bias.lr"] = torch.tensor(0.2)
     torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "last.pt")
     with pytest.raises(IncompatibleError, match=r"param_groups.weight\[bias\]"):
