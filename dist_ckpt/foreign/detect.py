@@ -25,7 +25,7 @@ from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES)
+FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES, ".pkl")
 """How a single file is called that is a checkpoint by itself."""
 
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"

@@ -37,7 +37,10 @@ def hash_nodes(key: Any) -> int:
 
 def nodes_of(value: Any) -> int:
     """Return what a copy of `value`, without what is in its items, costs."""
-    if isinstance(value, str | bytes | bytearray):
+    if isinstance(value, bytes | bytearray):
+        # Each is written once: only text, as the names of parameters, is shared to save bytes.
+        return 1 + len(value)
+    if isinstance(value, str):
         return 1 + len(value) // _TEXT_PER_NODE
     if isinstance(value, list | tuple | dict | set | frozenset):
         return 1 + len(value)

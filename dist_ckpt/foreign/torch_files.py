@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.foreign.stand_ins import Constructor, Kind, Unknown
-from dist_ckpt.foreign.torch_values import BUFFER, CONSTRUCTORS, what_of, with_buffers
+from dist_ckpt.foreign.stand_ins import Constructor, Unknown
+from dist_ckpt.foreign.torch_values import CONSTRUCTORS, KINDS, completed, unknown_in, what_of
 from dist_ckpt.foreign.unpickle import unpickle
 from dist_ckpt.format.limits import INT64_MAX, count_elements
 from dist_ckpt.format.shard import DTYPES, itemsize
@@ -202,7 +202,11 @@ class _Archive:
         order = f"{self._folder}/byteorder"
         if order in names and self._read(order) != b"little":
             raise IncompatibleError(f"{self._where} was written on a big-endian machine")
-        return with_buffers(unpickle(self._read(found[0]), self._named, refer=_storage_of))
+        value = completed(unpickle(self._read(found[0]), self._named, refer=_storage_of))
+        unknown = None if self._lenient else unknown_in(value)
+        if unknown is not None:
+            raise ValueError(what_of(unknown))
+        return value
 
     def _read(self, record: str) -> bytes:
         """Return the bytes of a record, which are what the file has: none are made out of few."""
@@ -231,10 +235,9 @@ class _Archive:
         known = self._constructors.get((module.replace("builtins", "__builtin__"), name))
         if known is not None:
             return known
-        if (module, name) == ("numpy", "dtype"):
-            return Kind("numpy.dtype")
-        if (module, name) == ("_io", "BytesIO"):
-            return BUFFER
+        kind = KINDS.get((module, name))
+        if kind is not None:
+            return kind
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             return Constructor(self._tensor)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v3"):

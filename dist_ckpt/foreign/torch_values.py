@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import numpy as np
-
+from dist_ckpt.foreign import numpy_values
+from dist_ckpt.foreign.numpy_values import numpy_of
 from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Unknown
 
 BUFFER = Kind("_io.BytesIO")
 _NAME_SHOWN = 200
-_NUMPY_CODES = frozenset(
-    ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ def unknown_in(value: Any) -> Unknown | None:
     """Return the first `Unknown` in `value`; what it looks at was bounded when it was read."""
     if isinstance(value, Unknown):
         return value
-    if type(value) is Made:  # alone it is no value: the dtype of a numpy scalar
+    if type(value) is Made:  # what could not be completed
         return Unknown(value.kind.name)
     inner: Iterable[Any] = ()
     if isinstance(value, dict):
@@ -48,22 +45,34 @@ def unknown_in(value: Any) -> Unknown | None:
     return next((found for item in inner if (found := unknown_in(item)) is not None), None)
 
 
-def with_buffers(value: Any) -> Any:
-    """Return `value` with a `BytesIO` in the place of each that is still what it is made of."""
-    if type(value) is Made and value.kind is BUFFER:
-        state = value.state
-        if type(state) is tuple and len(state) > 1 and type(state[0]) is bytes:
-            buffer = BytesIO(state[0])
-            buffer.seek(state[1] if type(state[1]) is int and 0 <= state[1] <= len(state[0]) else 0)
-            return buffer
-    elif type(value) in (dict, OrderedDict):
+def completed(value: Any) -> Any:
+    """Return `value` with a `BytesIO`, an array or a dtype in the place of what makes one up."""
+    return _completed(value, {})
+
+
+def _completed(value: Any, known: dict[int, Any]) -> Any:
+    if type(value) is Made:
+        # Once for each: what is shared in the stream takes memory once, too.
+        if id(value) not in known:
+            known[id(value)] = _buffer_of(value) if value.kind is BUFFER else numpy_of(value)
+        return known[id(value)]
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            value[key] = with_buffers(item)
+            value[key] = _completed(item, known)
     elif type(value) is list:
-        value[:] = map(with_buffers, value)
+        value[:] = [_completed(item, known) for item in value]
     elif type(value) is tuple:
-        return tuple(map(with_buffers, value))
+        return tuple(_completed(item, known) for item in value)
     return value
+
+
+def _buffer_of(made: Made) -> Any:
+    state = made.state
+    if type(state) is not tuple or len(state) < 2 or type(state[0]) is not bytes:
+        return made
+    buffer = BytesIO(state[0])
+    buffer.seek(state[1] if type(state[1]) is int and 0 <= state[1] <= len(state[0]) else 0)
+    return buffer
 
 
 def _bytes_of(text: str, encoding: str) -> bytes:
@@ -107,19 +116,6 @@ def _data(data: Any, *_: Any) -> Any:
     return data
 
 
-def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    """Return a numpy scalar; `dtype` is made with a code, and then given a state."""
-    code = dtype.arguments[0] if isinstance(dtype, Made) and dtype.arguments else None
-    order = dtype.state[1] if code is not None and type(dtype.state) is tuple else None
-    if isinstance(dtype, Unknown) or type(code) is not str or code not in _NUMPY_CODES:
-        return Unknown("a numpy scalar of another dtype")
-    found = np.dtype(code)
-    # Of exactly the bytes of one element, and in the order of bytes of this machine.
-    if order not in ("<", "|") or type(data) is not bytes or len(data) != found.itemsize:
-        return Unknown("a numpy scalar of other bytes")
-    return np.frombuffer(data, found)[0]
-
-
 # By pairs that are spelled out: no name is looked up anywhere.
 CONSTRUCTORS: Mapping[tuple[str, str], Constructor] = {
     ("collections", "OrderedDict"): Constructor(_ordered),
@@ -131,9 +127,10 @@ CONSTRUCTORS: Mapping[tuple[str, str], Constructor] = {
     ("__builtin__", "complex"): Constructor(_complex),
     ("_codecs", "encode"): Constructor(_bytes_of),
     ("torch", "device"): Constructor(_device),
-    ("numpy.core.multiarray", "scalar"): Constructor(_numpy_scalar),
-    ("numpy._core.multiarray", "scalar"): Constructor(_numpy_scalar),
+    **numpy_values.CONSTRUCTORS,
     ("torch", "Size"): Constructor(tuple),
     ("torch._utils", "_rebuild_parameter"): Constructor(_data),
     ("torch._utils", "_rebuild_parameter_with_state"): Constructor(_data),
 }
+
+KINDS: Mapping[tuple[str, str], Kind] = {("_io", "BytesIO"): BUFFER, **numpy_values.KINDS}

@@ -8,7 +8,8 @@ from typing import Any
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.optimizers import OPTIMIZER_KEYS, is_optimizer_name
 
-_OPTIMIZER = "optimizer"
+_OPTIMIZER, _SCHEDULER = "optimizer", "scheduler"
+_SCHEDULER_KEYS = ("last_epoch", "_step_count")
 
 
 def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
@@ -22,6 +23,8 @@ def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
     names = [dotted(path).split(".") for path in paths]
     if all(map(is_optimizer_name, names)) and any(name[0] == "param_groups" for name in names):
         return [(_OPTIMIZER, *path) for path in paths]  # it was saved by itself
+    if {path[0] for path in paths}.issuperset(_SCHEDULER_KEYS):
+        return [(_SCHEDULER, *path) for path in paths]  # and so was this
     cut = [_cut(path) for path in paths] if guessed else paths
     tops: dict[Any, list[Path]] = {}
     for path in cut:

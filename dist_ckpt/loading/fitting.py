@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,11 +14,13 @@ from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.loading.called_alike import called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
+from dist_ckpt.loading.peeking import peek
 from dist_ckpt.options import LoadOptions, rename_key
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.entries import entries_of
+from dist_ckpt.state.laying_out import LiveLayouts
 from dist_ckpt.state.objects import references
-from dist_ckpt.state.part import Part, Stored, Targets, TensorSpec
+from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
 from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
@@ -147,6 +150,7 @@ def gather(
     rank: int,
     world_size: int,
     by_name: Collection[str] = (),
+    lay_out: LayOut = nowhere,
 ) -> StoredParts:
     """Find what of `source` is to be loaded, and read the Python values of it.
 
@@ -157,6 +161,7 @@ def gather(
         rank: this rank.
         world_size: ranks now.
         by_name: those of `live` whose tensors have names of their own, as a module's have.
+        lay_out: see `Stored.lay_out`.
 
     Raises:
         UsageError: `rename` makes no name, or one of two.
@@ -179,32 +184,34 @@ def gather(
         found.take_tensor(number)
     for part in homes:
         found.parts.setdefault(part, _Part())
+    kept = {
+        "rank": rank,
+        "world_size": world_size,
+        "saved_world_size": source.saved_world_size,
+        "cast": options.cast,
+        "is_adapter": isinstance(source, ForeignSource) and source.is_adapter,
+        "is_foreign": isinstance(source, ForeignSource | DcpRun),
+        "lay_out": lay_out,
+    }
     return StoredParts(
-        parts={
-            part: _stored(source, options, part, mine, rank=rank, world_size=world_size)
-            for part, mine in found.parts.items()
-        },
+        parts={part: _stored(part, found, kept) for part in found.parts},
         numbers=found.numbers,
         names=frozenset((*found.origins, *homes)),
         idle=_idle(options, found.origins.values(), unread),
     )
 
 
-def _stored(
-    source: Source, options: LoadOptions, part: str, mine: _Part, *, rank: int, world_size: int
-) -> Stored:
+def _stored(part: str, found: _Gathering, kept: Mapping[str, Any]) -> Stored:
+    """Return what was gathered for a part; `kept` is what is the same for all of them."""
+    mine, options = found.parts[part], found.options
     return Stored(
         mine.tensors,
         mine.objects,
-        rank,
-        world_size,
-        source.saved_world_size,
-        by_rank=_of_every_rank(source, part),
+        by_rank=_of_every_rank(found.source, part),
         selects=_within(part, options),
-        cast=options.cast,
-        is_adapter=isinstance(source, ForeignSource) and source.is_adapter,
-        is_foreign=isinstance(source, ForeignSource | DcpRun),
         resize=_resize_within(part, options),
+        peek=_peek_within(part, found.source, found.numbers),
+        **kept,
     )
 
 
@@ -235,6 +242,18 @@ def _homes(part: str, names: Iterable[str], options: LoadOptions) -> set[str]:
 
 def _within(part: str, options: LoadOptions) -> Callable[[str], bool]:
     return lambda name: options.selects(f"{part}/{name}")
+
+
+def _peek_within(
+    part: str, source: Source, numbers: Mapping[tuple[str, str], int]
+) -> Callable[[Sequence[str]], list[torch.Tensor]]:
+    return lambda names: peek(source, [numbers[part, name] for name in names])
+
+
+def _laid_out(parts: Mapping[str, Part], world_size: int) -> LayOut:
+    # Made when it is asked for, which is hardly ever.
+    live = cache(lambda: LiveLayouts(parts, world_size=world_size))
+    return lambda name, spec, layout: live().empty(name, spec, layout)
 
 
 def _resize_within(part: str, options: LoadOptions) -> Callable[[str], ResizeRule | None]:
@@ -290,6 +309,7 @@ def fit(
         rank=rank,
         world_size=world_size,
         by_name=[name for name, part in parts.items() if goes_by_name(part)],
+        lay_out=_laid_out(parts, world_size),
     )
     missing: list[str] = []
     unexpected: list[str] = []
@@ -309,14 +329,13 @@ def fit(
             empty += [] if fits else [name]
             continue
         found = part.targets(stored)
-        notes += [] if found.note is None else [found.note]
+        notes += filter(None, [found.note])
         wanted = [f"{name}/{entry}" for entry in found.missing]
         known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
-        missing += [entry for entry in wanted if options.selects(entry)]
         unexpected += [f"{name}/{entry}" for entry in found.unexpected]
         unlike += found.unlike
         compared.append(_compare(name, found, stored, options))
-        missing += compared[-1].missing
+        missing += [*filter(options.selects, wanted), *compared[-1].missing]
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
         plain = not (found.tensors or found.missing or stored.tensors)
         (filled if targets[name] or plain else empty).extend([] if fits else [name])

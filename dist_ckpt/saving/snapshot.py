@@ -20,6 +20,7 @@ from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.messages import Description, ObjectName, ReplicaDigests
 from dist_ckpt.staging.checksum import bytes_of, checksum
 from dist_ckpt.state.groups import options_digest
+from dist_ckpt.state.objects import unordered_digest
 from dist_ckpt.state.train_state import TrainState
 
 Objects = Mapping[str, Mapping[str, bytes]]
@@ -52,7 +53,7 @@ class Snapshot:
     def description(self) -> Description:
         """Return all that the coordinator needs for a plan."""
         digests = {
-            part: {name: bytes_digest(data) for name, data in objects.items()}
+            part: {name: unordered_digest(data) for name, data in objects.items()}
             for part, objects in self.shared.items()
         }
         versioned = {

@@ -19,7 +19,7 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.limits import check_hashes
 from dist_ckpt.state.aside import BYTES, NDARRAY, from_aside
-from dist_ckpt.state.encoding import MAX_DEPTH, PAIRS, SETS, TAG, UNREADABLE
+from dist_ckpt.state.encoding import LAYOUT, MAX_DEPTH, PAIRS, SETS, TAG, UNREADABLE
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.registry import REGISTRY
@@ -37,6 +37,10 @@ _CONTAINERS = frozenset((dict, list))
 
 # A pair of an ordered dict lies three levels of JSON below it, and dtypes nest by themselves.
 _MAX_JSON_DEPTH = 5 * MAX_DEPTH
+
+
+Layout = tuple[tuple[str | None, int | None], ...]
+"""For each dimension of the mesh its name and the dimension that is cut along it; None for none."""
 
 
 class Decoder:
@@ -59,7 +63,7 @@ class Decoder:
         if TAG not in node:
             return {key: self.value_of(item, depth + 1) for key, item in node.items()}
         # A dict of the state that has a key "!" was written as pairs, so this can only be a tag.
-        if node.keys() != {TAG, "v"} or not isinstance(node[TAG], str):
+        if not isinstance(node[TAG], str) or not (node.keys() == {TAG, "v"} or _is_placed(node)):
             raise self._malformed("has a tag that is not a pair of tag and payload")
         return self._tagged(node[TAG], node["v"], depth + 1)
 
@@ -141,6 +145,20 @@ class Decoder:
         return _malformed(self._path, what)
 
 
+def _is_placed(node: Any) -> bool:
+    """Tell whether `node` is a reference to a tensor that says how it lay."""
+    layout = node.get(LAYOUT)
+    return (
+        node[TAG] == "tensor"
+        and node.keys() == {TAG, "v", LAYOUT}
+        and isinstance(node["v"], str)
+        and isinstance(layout, list)
+        and all(isinstance(each, list) and len(each) == 2 for each in layout)
+        and all(isinstance(name, str | None) for name, _ in layout)
+        and all(dim is None or type(dim) is int for _, dim in layout)
+    )
+
+
 def _sized(built: Any, parts: list[Any]) -> Any:
     # The encoder never writes one twice, and the second would silently replace the first.
     if len(built) != len(parts):
@@ -203,3 +221,15 @@ def tensor_names(node: Any) -> Iterator[str]:
     if isinstance(node, list):
         for item in node:
             yield from tensor_names(item)
+
+
+def layouts_in(node: Any) -> Iterator[tuple[str, Layout]]:
+    """Yield the name and the layout of each DTensor that the parsed encoding `node` refers to."""
+    if isinstance(node, dict):
+        if node.get(TAG) == "tensor" and LAYOUT in node:
+            yield node["v"], tuple((name, dim) for name, dim in node[LAYOUT])
+            return
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from layouts_in(item)

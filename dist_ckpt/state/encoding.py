@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
 from dist_ckpt.state.aside import take_aside
@@ -55,6 +56,9 @@ class Encoded:
 
 
 TAG = "!"
+LAYOUT = "layout"
+"""Beside the tag `tensor` of a DTensor: how it lay (`dist_ckpt.state.laying_out`)."""
+
 MAX_DEPTH = 64
 
 PAIRS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict", Counter: "counter"}
@@ -227,11 +231,17 @@ class Encoder:
             return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
         if id(value) in self._named and not self._to_fill:
             # One name for one tensor: decoded, both places hold one tensor again.
-            return {TAG: "tensor", "v": self._named[id(value)][1]}
+            return self._reference(value, self._named[id(value)][1])
         name = self._free_name()
         self._tensors[name] = value if self._to_fill else alias
         self._named[id(value)] = (value, name)
-        return {TAG: "tensor", "v": name}
+        return self._reference(value, name)
+
+    def _reference(self, value: torch.Tensor, name: str) -> Any:
+        # What a wrapped tensor is made of is laid out with the whole.
+        if not isinstance(value, DTensor) or self._suffix:
+            return {TAG: "tensor", "v": name}
+        return {TAG: "tensor", "v": name, LAYOUT: _layout_of(value)}
 
     def _wrapped(self, value: torch.Tensor) -> Any:
         """Write down a tensor that is several behind one face: how it is built, and of what."""
@@ -276,6 +286,16 @@ def is_wrapped_node(node: Any) -> bool:
         return False
     parts = node.get("v")
     return isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], dict)
+
+
+def _layout_of(value: DTensor) -> list[list[Any]]:
+    """Return for each dimension of its mesh the name, and which dimension is cut along it."""
+    # Exactly Shard: of a strided one its dimension does not tell how it lies.
+    if not all(type(each) in (Shard, Replicate) for each in value.placements):
+        return []
+    names = value.device_mesh.mesh_dim_names or (None,) * value.device_mesh.ndim
+    dims = (each.dim if isinstance(each, Shard) else None for each in value.placements)
+    return [[name, dim] for name, dim in zip(names, dims, strict=True)]
 
 
 def _is_itself(item: object) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
@@ -75,6 +76,13 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
     Raises:
         UsageError: it has no data yet, or is not a dense plain tensor or DTensor; names the path.
     """
+    if isinstance(tensor, ShardedTensor):  # before any attribute, of which it has hardly one
+        raise UsageError(
+            f"cannot store {'.'.join(path)}, a ShardedTensor: give a DTensor in its place "
+            "(DTensor.from_local of its local shard), or save the state dict that it is in by "
+            "torch.distributed.checkpoint with dist_ckpt.dcp.Writer",
+            kind=ErrorKind.UNENCODABLE,
+        )
     strided = tensor.layout is torch.strided and not tensor.is_quantized
     if type(tensor) in _PLAIN and strided and not tensor.is_meta:
         return  # nearly all there are: what follows costs as much as describing them

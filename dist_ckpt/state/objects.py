@@ -13,18 +13,31 @@ A list that is reached twice comes back as two lists. The order of sets is not k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import torch
 
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.state.decoding import Decoder, parse_document, tensor_names
-from dist_ckpt.state.encoding import Encoder
+from dist_ckpt.state.encoding import TAG, Encoder
 from dist_ckpt.state.registry import register
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
 
-__all__ = ["decode", "encode", "fillable", "needs_classes", "references", "register"]
+__all__ = [
+    "decode",
+    "encode",
+    "fillable",
+    "needs_classes",
+    "references",
+    "register",
+    "unordered_digest",
+]
+
+# What is written as pairs, because a key of it is no text.
+_UNORDERED = re.compile(rb'"!":"(?:dict|counter)"')
 
 
 def encode(
@@ -89,6 +102,28 @@ def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
         IntegrityError: `data` is not an encoding.
     """
     return tuple(dict.fromkeys(tensor_names(parse_document(data, path))))
+
+
+def unordered_digest(data: bytes) -> str:
+    """Return a digest of an encoding that is the same in whatever order its dicts were filled.
+
+    Equal dicts have equal ones, as in Python: that of an `OrderedDict` goes by its order.
+    """
+    node = msgspec.json.decode(data)
+    if _UNORDERED.search(data):
+        node = _sorted(node)
+    return bytes_digest(msgspec.json.encode(node, order="sorted"))
+
+
+def _sorted(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_sorted(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: _sorted(item) for key, item in node.items()}
+    if node.get(TAG) in ("dict", "counter"):
+        found["v"] = sorted(found["v"], key=lambda pair: msgspec.json.encode(pair[0]))
+    return found
 
 
 def needs_classes(data: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.state.decoding import parse_document
+from dist_ckpt.state.decoding import parse_document, tensor_names
+from dist_ckpt.state.encoding import TAG
 from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside
 from dist_ckpt.state.objects import decode, references
@@ -68,12 +70,11 @@ class OptimizerFit:
             renamed = in_live_names(view, given, part)
             stored, back = renamed.stored, renamed.back
             groups = _stored_groups(view, stored, part)
-        # As written: a rate that is a tensor is there by its name, which no other group's has.
         options = {name: options_of(parse_document(stored.objects[name], name)) for name in groups}
         match = match_groups(
             view.members,
             {name: group["params"] for name, group in groups.items()},
-            alike=lambda first, second: options[first] == options[second],
+            alike=_Options(options, stored, back).alike,
         )
         return cls(view, stored, part, groups, match, Notes.read(groups.values()), back)
 
@@ -284,6 +285,55 @@ def _stored_groups(view: View, stored: Stored, part: str) -> dict[str, dict[str,
                 )
             groups[name] = value
     return groups
+
+
+class _Options:
+    """The encoded options of stored groups, to be compared.
+
+    A rate that is a tensor is there by its name, and counts by its value: the flat form of torch
+    has one for each parameter, under a name of its own.
+    """
+
+    def __init__(self, options: Mapping[str, Any], stored: Stored, back: Mapping[str, str]) -> None:
+        self._options, self._stored, self._back = options, stored, back
+        self._values: dict[str, torch.Tensor] | None = None
+
+    def alike(self, first: str, second: str) -> bool:
+        """Tell whether two groups have equal options."""
+        return self._equal(self._options[first], self._options[second])
+
+    def _equal(self, first: Any, second: Any) -> bool:
+        if isinstance(first, dict) and isinstance(second, dict):
+            names = [each["v"] for each in (first, second) if each.get(TAG) == "tensor"]
+            if len(names) == 2 and names[0] != names[1]:
+                one, other = map(self._value, names)
+                return one is not None and other is not None and _same(one, other)
+            return first.keys() == second.keys() and all(
+                self._equal(item, second[key]) for key, item in first.items()
+            )
+        if isinstance(first, list) and isinstance(second, list):
+            return len(first) == len(second) and all(map(self._equal, first, second))
+        return type(first) is type(second) and bool(first == second)
+
+    def _value(self, name: str) -> torch.Tensor | None:
+        """Return the value of a tensor of one element; None for any other."""
+        if self._values is None:
+            # All at once: there may be one for each parameter.
+            specs = self._stored.tensors
+            asked = [
+                each
+                for options in self._options.values()
+                for each in tensor_names(options)
+                if each in specs and math.prod(specs[each].shape) == 1
+            ]
+            asked = list(dict.fromkeys(asked))
+            found = self._stored.peek([self._back.get(each, each) for each in asked])
+            self._values = dict(zip(asked, found, strict=True))
+        return self._values.get(name)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
 
 
 def _are_names(value: object) -> bool:

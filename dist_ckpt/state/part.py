@@ -78,6 +78,23 @@ def _every(_: str) -> bool:
     return True
 
 
+LayOut = Callable[[str, TensorSpec, Any], torch.Tensor | None]
+
+
+def nowhere(_: str, __: TensorSpec, ___: Any) -> None:
+    """Lay out nothing."""
+    return
+
+
+def nothing(names: Sequence[str]) -> list[torch.Tensor]:
+    """Have no bytes to look at.
+
+    Raises:
+        KeyError: always.
+    """
+    raise KeyError(*names)
+
+
 def _unresized(_: str) -> None:
     return None
 
@@ -102,6 +119,9 @@ class Stored:
         is_foreign: whether another program gave the names, so that more may be meant than is there.
         resize: gives the rule by which a name of another shape is loaded in part
             (`dist_ckpt.state.resizing`); None where it is not.
+        lay_out: returns an unfilled tensor for what was a DTensor and is not there yet
+            (`dist_ckpt.state.laying_out`); None where nobody knows how.
+        peek: reads stored tensors at once, for what depends on their values; small ones.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -115,6 +135,8 @@ class Stored:
     is_adapter: bool = False
     is_foreign: bool = False
     resize: Callable[[str], Any] = _unresized
+    lay_out: LayOut = nowhere
+    peek: Callable[[Sequence[str]], list[torch.Tensor]] = nothing
 
 
 @dataclass(frozen=True)

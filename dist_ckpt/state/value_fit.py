@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dist_ckpt.state.decoding import parse_document
+from dist_ckpt.state.decoding import Layout, layouts_in, parse_document
 from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
@@ -67,30 +67,43 @@ def fit_value(
     fixed = {name for name, tensor in here.items() if tensor.is_meta or is_held(tensor)}
     if stays:
         fixed.add(VALUE)
+    layouts = dict(layouts_in(node))
     fit = ValueFit(held=held)
     for name in wanted:
         spec = stored.tensors.get(name)
         if spec is None:
             fit.missing.append(name)
         elif name not in here:
-            fit.tensors[name] = empty_beside(torch.empty(0), spec)
+            fit.tensors[name] = fresh(name, spec, stored, layouts)
         elif name in fixed or _fits(here[name], spec) or stored.resize(name) is not None:
             # In-place writes to a leaf that requires grad would be refused.
             fit.tensors[name] = alias_of(here[name])
             if (rule := stored.resize(name)) is not None:
                 fit.resized[name] = rule
         else:
-            fit.tensors[name] = beside(here[name], spec)
+            fit.tensors[name] = beside(here[name], name, stored, layouts)
             fit.exchanged.append(name)
     fit.missing.extend(name for name, lacks in mismatches if lacks and name not in fit.missing)
     fit.unexpected.extend(name for name, lacks in mismatches if not lacks)
     return fit
 
 
-def beside(live: torch.Tensor | None, spec: TensorSpec) -> torch.Tensor:
-    """Return an unfilled tensor of `spec`, laid out as `live` if it has the shape of that."""
-    same = live is not None and tuple(live.shape) == spec.shape
-    return empty_beside(live if same and live is not None else torch.empty(0), spec)
+def beside(
+    live: torch.Tensor | None, name: str, stored: Stored, layouts: Mapping[str, Layout]
+) -> torch.Tensor:
+    """Return an unfilled tensor for `name`, laid out as `live` if it has the shape of that."""
+    spec = stored.tensors[name]
+    if live is not None and tuple(live.shape) == spec.shape:
+        return empty_beside(live, spec)
+    return fresh(name, spec, stored, layouts)
+
+
+def fresh(
+    name: str, spec: TensorSpec, stored: Stored, layouts: Mapping[str, Layout]
+) -> torch.Tensor:
+    """Return an unfilled tensor for what has no live one: a DTensor for what was one."""
+    made = stored.lay_out(name, spec, layouts[name]) if name in layouts else None
+    return empty_beside(torch.empty(0), spec) if made is None else made
 
 
 def _fits(live: torch.Tensor, spec: TensorSpec) -> bool:

@@ -22,6 +22,7 @@ import torch
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
 from dist_ckpt.state.by_names import ByNames, by_names
+from dist_ckpt.state.decoding import layouts_in, parse_document
 from dist_ckpt.state.holders import Borrowed
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.merging import Merging, held_containers
@@ -293,11 +294,13 @@ class StatefulPart(ValuePart):
         live = self.capture().tensors if wanted else {}
         specs = stored.tensors
         fit = ValueFit(missing=[name for name in wanted if name not in specs])
+        node = parse_document(stored.objects[VALUE], self.name) if wanted else None
+        layouts = dict(layouts_in(node))
         for name in wanted:
             if name in specs:
                 rule = stored.resize(name) if name in live else None
                 if rule is None or tuple(live[name].shape) == specs[name].shape:
-                    fit.tensors[name] = beside(live.get(name), specs[name])
+                    fit.tensors[name] = beside(live.get(name), name, stored, layouts)
                 else:
                     fit.tensors[name] = live_copy(live[name], dtype_of(specs[name].dtype))
                     fit.resized[name] = rule

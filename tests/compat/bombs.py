@@ -77,6 +77,15 @@ def aliased(count: int) -> bytes:
     return archive(b"\x80\x02}(" + names + b"u.", {"data/0": bytes(4 << 20)})
 
 
+def array(shape: bytes, code: str, data: bytes) -> bytes:
+    """Return the opcodes of a numpy array; shape and data as opcodes."""
+    dtype = (
+        f"cnumpy\ndtype\n(X{chr(len(code))}\0\0\0{code}\x89\x88tR(K\3X\1\0\0\0<NNNK\0K\0K\0tb"
+    ).encode("latin-1")
+    fresh = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85C\1btR"
+    return fresh + b"(K\1(" + shape + b"t" + dtype + b"\x89" + data + b"tb"
+
+
 def torch_bombs() -> dict[str, bytes]:
     plain = {"data/0": bytes(64)}
     one = b"\x80\x02}X\1\0\0\0a"
@@ -100,6 +109,30 @@ def torch_bombs() -> dict[str, bytes]:
             compression=zipfile.ZIP_DEFLATED,
         ),
         "bytes of a number": archive(one + b"c__builtin__\nbytearray\n" + long(2**40) + b"\x85Rs."),
+        "arrays of one memory": archive(
+            one
+            + b"]("
+            + array(
+                long(2 << 20), "u1", b"B" + struct.pack("<I", 2 << 20) + bytes(2 << 20) + b"q\x63"
+            )
+            + 2000 * array(long(2 << 20), "u1", b"h\x63")
+            + b"es."
+        ),
+        "an array again and again": archive(
+            one
+            + b"]("
+            + array(long(1 << 20), "u1", b"B" + struct.pack("<I", 1 << 20) + bytes(1 << 20))
+            + b"q\x63"
+            + 9000 * b"h\x63"
+            + b"es."
+        ),
+        "an array of gigabytes": archive(one + array(long(2**33), "f8", b"C\0") + b"s."),
+        "an empty array": archive(one + array(long(2**62) + b"K\0", "f8", b"C\0") + b"s."),
+        "a text of gigabytes": archive(one + array(b"K\0", "U500000000", b"C\0") + b"s."),
+        "dimensions of an array": archive(one + array(DIMENSIONS * b"K\1", "u1", b"C\1x") + b"s."),
+        "an array in itself": archive(
+            one + array(b"K\1", "O8", b"h\x63").replace(b"btR", b"btRq\x63") + b"s."
+        ),
         "a claimed length": archive(one + b"\x8e" + struct.pack("<Q", 2**62) + b"s."),
         "a memo": archive(one + b"Nr\xff\xff\xff\x7fs."),
     }

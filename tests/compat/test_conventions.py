@@ -8,18 +8,24 @@ from __future__ import annotations
 import io
 import json
 import pickle  # noqa: TID251 - to write what must not be executed
+import random
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import StepLR
 
 import dist_ckpt
 from dist_ckpt.errors import IncompatibleError, IntegrityError
@@ -359,3 +365,54 @@ def test_tensors_and_lists_beside_a_model_are_parts_of_their_own(
     fresh = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.5), 2)
     dist_ckpt.load({"scheduler": fresh}, file, only=["scheduler"])
     assert fresh.last_epoch == 7
+
+
+def test_what_accelerate_writes(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    scheduler = StepLR(optimizer, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    drawn: dict[str, Any] = {"step": 1, "random_state": random.getstate()}
+    drawn |= {"numpy_random_seed": np.random.get_state(), "cpu": torch.get_rng_state()}
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.bin")
+    torch.save(drawn, tmp_path / "random_states_0.pkl")
+    fresh = nn.Linear(3, 2)
+    other = AdamW(fresh.parameters(), lr=0.5)
+    following = StepLR(other, 2)
+    dist_ckpt.load_weights(fresh, tmp_path)
+    state = {"model": fresh, "optimizer": other, "rng": None}
+    dist_ckpt.load(state, tmp_path / "optimizer.bin", only=["optimizer"])
+    dist_ckpt.load({"scheduler": following, "rng": None}, tmp_path / "scheduler.bin")
+    assert same(fresh, model)
+    moments = optimizer.state[model.weight]["exp_avg"]
+    assert torch.equal(other.state[fresh.weight]["exp_avg"], moments)
+    assert following.state_dict() == scheduler.state_dict()
+    with dist_ckpt.open_checkpoint(tmp_path / "random_states_0.pkl") as opened:
+        assert opened.read_values("random_state")["value"] == random.getstate()
+        found: Any = opened.read_values("numpy_random_seed")["value"]
+    np.testing.assert_array_equal(found[1], drawn["numpy_random_seed"][1])
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(0.1), 0.1], ids=["tensor", "number"])
+def test_a_flat_optimizer_whose_rate_is_a_tensor(rate: Any, tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = AdamW(model.parameters(), lr=torch.tensor(0.1))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=flat)
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "last.pt")
+    fresh = nn.Linear(3, 2)
+    other = AdamW(fresh.parameters(), lr=rate * 5)
+    dist_ckpt.load({"model": fresh, "optimizer": other, "rng": None}, tmp_path / "last.pt")
+    found = other.param_groups[0]["lr"]
+    assert type(found) is type(rate)
+    assert float(found) == pytest.approx(0.1)
+    saved["param_groups.bias.lr"] = torch.tensor(0.2)
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "last.pt")
+    with pytest.raises(IncompatibleError, match=r"param_groups.weight\[bias\]"):
+        dist_ckpt.load({"model": fresh, "optimizer": other, "rng": None}, tmp_path / "last.pt")

@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
@@ -39,7 +40,7 @@ CLASSES: list[Any] = [
     *(getattr(stock, name) for name in ADMITTED),
     *(filesystem._StorageInfo, torch.Size, torch.dtype, torch.device, torch.Tensor),
     *(torch.nn.Parameter, torch.FloatStorage, OrderedDict, Counter, PurePosixPath, dict, set),
-    *(Constructor, Kind, Made, DtypeName, DeviceName, TorchTensor),
+    *(Constructor, Kind, Made, DtypeName, DeviceName, TorchTensor, np.dtype, np.ndarray),
 ]
 NAMES = [
     *(("torch.distributed.checkpoint.metadata", name) for name in ADMITTED),
@@ -51,6 +52,9 @@ NAMES = [
     *(("__builtin__", name) for name in ("set", "frozenset", "complex", "bytearray", "bytes")),
     ("_codecs", "encode"),
     *(("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_parameter")),
+    *(("numpy", name) for name in ("dtype", "ndarray")),
+    *(("numpy._core.multiarray", name) for name in ("_reconstruct", "scalar")),
+    ("numpy._core.numeric", "_frombuffer"),
 ]
 
 

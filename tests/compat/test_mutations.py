@@ -27,6 +27,7 @@ from tests.compat.hostile import Sealed, mutated, mutated_json
 
 STEP = 3
 QUICK, SOAK = 40, 2500
+NUMPY = [np.arange(6, dtype=">i2").reshape(2, 3).T, np.array(["a"]), np.float32(1)]
 _places = itertools.count()
 
 
@@ -72,7 +73,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "notes": {"a": [1, (2, 3)], "b": b"x", "t": torch.ones(2)},
+            "notes": {"a": [1, (2, 3)], "b": b"x", "t": torch.ones(2), "n": NUMPY},
             "count": 7,
         }
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import enum
+import io
 import json
 import os
+import random
 import struct
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as stock_load
+from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError
@@ -217,10 +222,12 @@ UNREADABLE: dict[str, Any] = {
     "Colour": {Colour.RED: torch.ones(2)},
     "OrderedDict.fromkeys": OrderedDict.fromkeys,
     "defaultdict": {"deep": [defaultdict(list, {1: [2]})]},
-    "_reconstruct": np.ones(3),
+    "numpy.dtype 'O8'": np.array([None, {}]),
+    "numpy.dtype 'V8'": np.zeros(2, dtype=[("a", "i4"), ("b", "f4")]),
+    "numpy.dtype 'M8'": np.array(["2020-01-01"], dtype="M8[D]"),
+    "numpy.ma": np.ma.masked_array([1, 2], [True, False]),
     "sparse": torch.eye(2).to_sparse(),
-    "numpy scalar": np.str_("x"),
-    "numpy.dtype": np.dtype("f4"),
+    "numpy scalar": np.longdouble(1),
 }
 
 
@@ -245,15 +252,71 @@ def test_a_value_that_cannot_be_read_harms_nobody_else(
     refused(IntegrityError, path, name)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [np.float64(3), np.float32(2), np.float16(1), np.int64(-5), np.uint8(3), np.bool_(True)],
-)
-def test_numpy_scalars_are_read(number: Any, tmp_path: Path) -> None:
-    torch.save({"model": Weights().state_dict(), "best": number}, tmp_path / "last.pt")
+NUMPY: list[Any] = [
+    *(np.float64(3), np.float32(2), np.float16(1), np.int64(-5), np.uint8(3), np.bool_(True)),
+    *(np.complex64(1j), np.str_("é"), np.bytes_(b"x"), np.dtype("f4"), np.dtype(">U3")),
+    *(np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(2, 3).T, np.array(5), np.zeros((0, 3))),
+    *(np.arange(9)[::2], np.arange(3, dtype=">i4"), np.array([True, False]), np.ones(2, "c16")),
+    *(np.array(["ab", "é"]), np.array([b"ab", b""]), np.arange(9, dtype="u8").reshape(3, 3, 1)),
+    [{"numpy": np.random.get_state(), "python": random.getstate()}, (np.ones(2), [np.ones(1)])],
+]
+
+
+def flat(value: Any) -> Any:
+    """`value`, with what tells arrays and scalars of numpy apart in the place of each."""
+    if isinstance(value, np.ndarray | np.generic):
+        return type(value), value.dtype.str, value.shape, value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value), [*map(flat, value)]
+    return {key: flat(item) for key, item in value.items()} if type(value) is dict else value
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_numpy_makes_is_read(protocol: int, tmp_path: Path) -> None:
+    held = {**Weights().state_dict(), "list": [torch.ones(2), np.arange(2)]}
+    saved = {"model": held, **{f"n{at}": value for at, value in enumerate(NUMPY)}}
+    torch.save(saved, tmp_path / "last.pt", pickle_protocol=protocol)
     with dist_ckpt.open_checkpoint(tmp_path / "last.pt") as opened:
-        found: Any = opened.read_values("best")["value"]
-    assert (type(found), found) == (type(number), number)
+        found = {part: opened.read_values(part) for part in opened.parts}
+    for at, value in enumerate(NUMPY):
+        assert flat(found[f"n{at}"]["value"]) == flat(value)
+    np.testing.assert_array_equal(found["model"]["value"]["list"][1], np.arange(2))
+
+
+def test_generators_come_back_from_other_programs(tmp_path: Path) -> None:
+    random.seed(3)
+    np.random.seed(3)
+    extra = io.BytesIO()
+    torch.save({"array": np.ones(2)}, extra)
+    kept = {"numpy": np.random.get_state(), "python": random.getstate()}
+    saved = {"model": {"w": torch.ones(2), "_extra_state": extra}, "rng": kept}
+    expected = np.random.rand(), random.random()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of saving alone
+        stock_save(saved, checkpoint_id=tmp_path / "stock")
+    torch.save(saved, tmp_path / "last.pt")
+
+    def blank() -> dict[str, Any]:
+        fresh = {
+            "numpy": np.random.RandomState(0).get_state(),
+            "python": random.Random().getstate(),
+        }
+        return {"model": {"w": torch.zeros(2), "_extra_state": io.BytesIO()}, "rng": fresh}
+
+    for load in (
+        lambda state: dist_ckpt.load(state, tmp_path / "stock"),
+        lambda state: dist_ckpt.load(state, tmp_path / "last.pt"),
+        lambda state: stock_load(state, storage_reader=dist_ckpt.dcp.Reader(tmp_path / "stock")),
+        lambda state: stock_load(state, storage_reader=dist_ckpt.dcp.Reader(tmp_path / "last.pt")),
+    ):
+        state = blank()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load(state)
+        np.random.set_state(state["rng"]["numpy"])
+        random.setstate(state["rng"]["python"])
+        assert (np.random.rand(), random.random()) == expected
+        assert state["model"]["_extra_state"].getvalue() == extra.getvalue()
 
 
 def test_a_file_of_before_the_archives_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
+from torch.distributed._shard.sharded_tensor.shard import Shard as ShardedShard
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim import AdamW
 
 import dist_ckpt
-from dist_ckpt.errors import IncompatibleError
+from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 
 WORLD = 2
@@ -75,6 +80,84 @@ def through_dicts(root: str) -> None:
 
 def test_state_dicts_of_sharded_models(tmp_path: Path) -> None:
     run_ranks(WORLD, through_dicts, str(tmp_path))
+
+
+class Average:
+    """A moving average, which has nothing before its first update."""
+
+    def __init__(self) -> None:
+        self.shadow: dict[str, torch.Tensor] = {}
+
+    def update(self, model: nn.Module) -> None:
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow} if self.shadow else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow = state["shadow"]
+
+
+def save_lazily(root: str) -> None:
+    model, average = net(1, shard=True), Average()
+    average.update(model)
+    others = {key: value.detach().clone() for key, value in enumerate(model.parameters())}
+    state = {"model": model, "average": average, "lazy": {"others": others}, "rng": None}
+    dist_ckpt.save(state, root)
+
+
+def load_lazily(root: str, *, shard: bool) -> dict[str, torch.Tensor]:
+    model, average, lazy = net(2, shard=shard), Average(), dict[str, Any]()
+    dist_ckpt.load({"model": model, "average": average, "lazy": lazy, "rng": None}, root)
+    for (name, parameter), other in zip(
+        model.named_parameters(), lazy["others"].values(), strict=True
+    ):
+        for loaded in (average.shadow[name], other):
+            assert isinstance(loaded, DTensor) == shard
+            assert getattr(loaded, "placements", 0) == getattr(parameter, "placements", 0)
+            assert torch.equal(full(loaded), full(parameter))
+    if shard:
+        with pytest.raises(IncompatibleError, match=r"shadow.* was a DTensor when .* Fill it bef"):
+            dist_ckpt.load({"average": Average(), "rng": None}, root, only=["average"])
+    return contents(average.shadow)
+
+
+def load_lazily_sharded(root: str) -> dict[str, torch.Tensor]:
+    return load_lazily(root, shard=True)
+
+
+def test_what_a_fresh_object_lacks_is_laid_out_as_the_model_is(tmp_path: Path) -> None:
+    run_ranks(WORLD, save_lazily, str(tmp_path))
+    expected = load_lazily(str(tmp_path), shard=False)
+    found = run_ranks(WORLD + 1, load_lazily_sharded, str(tmp_path))
+    assert all(same(expected, each) for each in found)
+
+
+def in_other_orders(root: str) -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def filled(value: float, kind: Any = dict) -> Any:
+        whole = {"a": torch.full((4,), value), "b": torch.full((4,), value + 1)}
+        cut = {key: distribute_tensor(each, mesh, [Shard(0)]) for key, each in whole.items()}
+        items = [*cut.items(), ("n", 5), (3, {"x": 1, "y": torch.full((2,), value)})]
+        return kind(items[::-1] if rank else items)
+
+    dist_ckpt.save({"x": filled(1.0), "rng": None}, root, step=1)
+    state: dict[str, Any] = {"x": filled(0.0), "rng": None}
+    dist_ckpt.load(state, root)
+    assert [float(state["x"][key].full_tensor()[0]) for key in "ab"] == [1, 2]
+    assert float(state["x"][3]["y"][0]) == 1
+    with pytest.raises(IncompatibleError, match="differs between rank 0 and rank 1"):
+        dist_ckpt.save({"x": filled(1.0, OrderedDict), "rng": None}, root, step=2)
+    shards = [ShardedShard(torch.ones(2), ShardMetadata([2 * rank], [2], f"rank:{rank}/cpu"))]
+    spread = init_from_local_shards(shards, 2 * WORLD)
+    with pytest.raises(UsageError, match=r"x\.deep\[0\], a ShardedTensor: give a DTensor"):
+        dist_ckpt.save({"x": {"deep": [spread]}, "rng": None}, root, step=3)
+
+
+def test_dicts_are_equal_in_any_order_and_sharded_tensors_refused(tmp_path: Path) -> None:
+    run_ranks(WORLD, in_other_orders, str(tmp_path))
 
 
 def hooked(seed: int, calls: list[str]) -> Any:
