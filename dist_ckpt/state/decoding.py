@@ -191,6 +191,7 @@ def _levels(node: Any) -> Iterator[list[Collection[Any]]]:
         level = [
             item.values() if type(item) is dict else item
             for items in level
+            if not _CONTAINERS.isdisjoint(map(type, items))
             for item in items
             if type(item) in _CONTAINERS
         ]
