@@ -81,6 +81,21 @@ class Latch:
         return self._bell.wait_for(lambda: self._is_open, timeout)
 
 
+def start(thread: threading.Thread) -> None:
+    """Start `thread`.
+
+    Raises:
+        RuntimeError: no more threads can be had.
+        BaseException: an interrupt; the thread may have been started.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if error.__context__ is not None:  # it broke the wait that is in there
+            raise error.__context__ from None
+        raise
+
+
 class Worker:
     """A thread that does one piece of work, and can be waited for any number of times."""
 
@@ -94,6 +109,7 @@ class Worker:
         """
         self._work = work
         self._lock = threading.Lock()
+        self._is_asked = False
         self._is_begun = False
         self._over = Latch()
         self._pid = os.getpid()
@@ -107,15 +123,20 @@ class Worker:
                 begun any more unless it was.
         """
         try:
-            self._thread.start()
+            self._is_asked = True
+            start(self._thread)
         except BaseException:
             if self._may_begin():
                 self._over.open()
             raise
 
     def wait(self) -> None:
-        """Wait until the work is over; in a forked child, where there is no such thread, it is."""
-        if self._pid == os.getpid():
+        """Wait until the work is over.
+
+        Nobody waits for what was never begun, as by an interrupt just before `start`, nor in a
+        forked child, where there is no such thread.
+        """
+        if self._is_asked and self._pid == os.getpid():
             self._over.wait()
 
     def _may_begin(self) -> bool:

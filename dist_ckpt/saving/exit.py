@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from dist_ckpt.errors import describe
 from dist_ckpt.saving import untold
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.waiting import Bell, Latch
+from dist_ckpt.waiting import Bell, Latch, start
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.
 
@@ -80,7 +80,7 @@ class WriterThread:
             self._thread = threading.Thread(
                 target=_run, args=(self._jobs,), name=self._name, daemon=True
             )
-            self._thread.start()
+            start(self._thread)
             # The thread knows the queue alone, so it ends with an owner that forgot to stop it.
             weakref.finalize(self, self._jobs.put, None).atexit = False
         # Of this job alone: one that was given up must not make the next one look finished.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from dist_ckpt.waiting import Bell
+from dist_ckpt.waiting import Bell, start
 
 ItemT = TypeVar("ItemT")
 HalfT = TypeVar("HalfT")
@@ -76,7 +76,7 @@ def _run(jobs: _Jobs, threads: int) -> None:
             # A daemon: one whose start is interrupted may never begin, nor end.
             helper = threading.Thread(target=crew.help, name="dist_ckpt-io", daemon=True)
             try:
-                helper.start()
+                start(helper)
             except RuntimeError:
                 break  # no more threads can be had: those there are do it, in more time
             helpers.append(helper)
