@@ -318,8 +318,11 @@ class Checkpointer:
         self._closed = True
         try:
             self._recorder.finish()
-        finally:
+        except Exception:
             self._saver.close()
+            raise
+        # Not after an interrupt: it would be forgotten while the save is waited for.
+        self._saver.close()
 
     def __enter__(self) -> Self:
         return self

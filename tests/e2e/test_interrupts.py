@@ -9,9 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 
+import pytest
+import torch
+
+from dist_ckpt import Checkpointer
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
+from tests.unit.saving.slow_store import EndlessPut
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,3 +133,24 @@ def test_after_one_interrupt_the_save_in_flight_is_committed(tmp_path: Path) -> 
         assert child.returncode == -signal.SIGINT
         assert "KeyboardInterrupt" in said
     assert Repository(LocalStore(tmp_path / "run")).verify(1).ok
+
+
+def test_an_interrupt_as_the_end_begins_is_not_forgotten_over_the_save(tmp_path: Path) -> None:
+    store = EndlessPut(LocalStore(tmp_path), "step-0000000001/*/weights.*")
+    ckpt = Checkpointer(store, {"weights": {"w": torch.ones(1_000)}})
+    handle = ckpt.save(1)
+    store.reached.wait()
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_name == "finish":
+            raise KeyboardInterrupt
+
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.close()
+    finally:
+        sys.setprofile(None)
+    assert not handle.done()
+    store.let_go.set()
+    assert handle.wait()
