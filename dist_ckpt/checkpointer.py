@@ -277,7 +277,13 @@ class Checkpointer:
             step = number if told is None else told
         return self._tell(check_step(step), number, metrics or {})
 
-    def save(self, step: SupportsIndex, *, metrics: Metrics | None = None) -> SaveHandle:
+    def save(
+        self,
+        step: SupportsIndex,
+        *,
+        metrics: Metrics | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SaveHandle:
         """Save now; return as soon as the state may change again, the rest runs in the background.
 
         A step that this Checkpointer saved or restored is done: its handle is returned when that
@@ -286,16 +292,20 @@ class Checkpointer:
         Args:
             step: the training step that the state stands after.
             metrics: numbers by name, stored in the manifest.
+            metadata: any JSON, stored in the manifest of this save above that of the Checkpointer;
+                what rank 0 gives counts.
 
         Raises:
-            UsageError: the run has checkpoints, and `restore` was not called.
+            UsageError: the run has checkpoints, and `restore` was not called, or `metadata` is no
+                JSON.
             CheckpointError: the save could not begin, or the one before failed and nobody was told
                 yet; then this one is made all the same. The same on every rank.
             Exception: what the state of this rank raised, as it was; on other ranks it is a
                 `CoordinationError`.
         """
         self._check_open()
-        return self._recorder.save(plain_step(step), metrics or {})
+        said = {} if metadata is None else checked_metadata(metadata)
+        return self._recorder.save(plain_step(step), metrics or {}, said)
 
     def wait(self) -> None:
         """Wait until the save in flight, and the retention after it, are over.

@@ -24,7 +24,7 @@ from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.roles import stoppers_of, which_of
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.training.early import check_job_holds_all
+from dist_ckpt.training.early import check_job_holds_all, checked_metadata
 
 # How many models torch's `AveragedModel` has averaged: beside the weights, and none of them.
 _NO_WEIGHTS = frozenset({"n_averaged"})
@@ -38,6 +38,7 @@ def save(
     *,
     step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[SaveKeywords],
 ) -> None:
@@ -50,6 +51,7 @@ def save(
         url: the run: a path, a URL, or a `Store`.
         step: under which step; a committed one is never overwritten.
         metrics: numbers by name, stored in the manifest.
+        metadata: any JSON, stored in the manifest.
         timeout_seconds: after this long the save fails on every rank.
         **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
             `dist_ckpt.options.SaveOptions`. `ranks="alone"`: this process saves alone,
@@ -60,7 +62,13 @@ def save(
         CheckpointError: nothing was committed. The same on every rank.
     """
     async_save(
-        state, url, step=step, metrics=metrics, timeout_seconds=timeout_seconds, **options
+        state,
+        url,
+        step=step,
+        metrics=metrics,
+        metadata=metadata,
+        timeout_seconds=timeout_seconds,
+        **options,
     ).wait()
 
 
@@ -70,6 +78,7 @@ def async_save(
     *,
     step: SupportsIndex = 0,
     metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     **options: Unpack[SaveKeywords],
 ) -> SaveHandle:
@@ -80,12 +89,13 @@ def async_save(
     Raises:
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
-    chosen = SaveOptions.of(options, besides=("step", "metrics", "timeout_seconds"))
+    chosen = SaveOptions.of(options, besides=("step", "metrics", "metadata", "timeout_seconds"))
     # It adds to what is there, and nothing goes on from it: no restore is asked for.
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), joins=True)
     train_state = TrainState.of(state, once=True)
     check_job_holds_all(train_state, job.ranks)
-    saver = Saver(job, train_state, keep=None, metadata={}, options=chosen)
+    said = checked_metadata(metadata)
+    saver = Saver(job, train_state, keep=None, metadata=said, options=chosen)
     return saver.start_last(plain_step(step), metrics or {})
 
 

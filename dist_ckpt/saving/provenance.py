@@ -8,7 +8,7 @@ import shlex
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -290,6 +290,7 @@ class SaveContext:
         program: what made it; None leaves that out.
         elapsed_seconds: how long the run had trained when the save began.
         told: metrics of which was said already that they differ between ranks.
+        metadata: what the manifest holds of this save besides what all of the run's hold.
     """
 
     reason: str = ""
@@ -297,6 +298,7 @@ class SaveContext:
     program: Provenance | None = None
     elapsed_seconds: float | None = None
     told: set[str] = field(default_factory=set)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def origin(self, hosts: Sequence[str]) -> dict[str, Any]:
         """Return what the manifest says of it, given the host of each rank."""

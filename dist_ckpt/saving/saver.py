@@ -347,7 +347,7 @@ class Saver:
             ties=self._planner.ties,
             parts=list(self._state.parts),
             metrics=attempt.metrics,
-            metadata=self._metadata,
+            metadata={**self._metadata, **about.metadata},
             parent_step=self._job.restored_step,
             confirm=lambda: attempt.stop.confirm(deadline),
             max_file_bytes=self._options.memory_limit_bytes,

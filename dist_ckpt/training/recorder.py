@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -308,16 +310,23 @@ class Recorder:
         if self._job.training.rank == 0 and (record := resumer.record(report.step)):
             self.program.go_on(record.started, record.elapsed_seconds)
 
-    def save(self, step: int, metrics: Metrics) -> SaveHandle:
+    def save(self, step: int, metrics: Metrics, metadata: Mapping[str, Any]) -> SaveHandle:
         """Save `step` now, unless it is done."""
         done = self.course.done(step)
         if done is not None:
+            if metadata and self._job.training.rank == 0:
+                _log.warning(
+                    "step %d of %s is stored already, without the metadata of this save: %s",
+                    step,
+                    self._job.url,
+                    ", ".join(metadata),
+                )
             if metrics and step == self.course.saved_step:
                 self._saver.note_late(step, None, metrics)
             return done
         self.course.leads = self._job.training.rank == 0
         self.course.tell(step, None, metrics, kind="saves")
-        return self._save(step, None, metrics, "asked for")
+        return self._save(step, None, metrics, "asked for", metadata)
 
     def finish(self) -> None:
         """Save the step told last, if it was not; nothing more is told.
@@ -340,11 +349,18 @@ class Recorder:
                 self.course.close()
             self.pace.close()
 
-    def _save(self, step: int, epoch: int | None, metrics: Metrics, reason: str) -> SaveHandle:
+    def _save(
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Metrics,
+        reason: str,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+    ) -> SaveHandle:
         if self._job.training.rank == 0:
             self.program.look()
         about = SaveContext(
-            reason, epoch, self.program, self.program.elapsed_seconds(), self._differing
+            reason, epoch, self.program, self.program.elapsed_seconds(), self._differing, metadata
         )
         try:
             handle = self._saver.start(step, metrics, about)

@@ -258,6 +258,24 @@ def test_what_a_manifest_says(store: MemoryStore) -> None:
     assert origin["elapsed_seconds"] >= first["origin"]["elapsed_seconds"]
 
 
+def test_one_save_has_metadata_of_its_own(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, {"n": 1}, metadata={"phase": "a", "notes": "all"}) as ckpt:
+        ckpt.save(1, metadata={"notes": "this one"}).wait()
+        ckpt.save(2).wait()
+        with pytest.raises(UsageError, match="metadata"):
+            ckpt.save(3, metadata={"notes": object()})
+        assert not caplog.records
+        ckpt.save(2, metadata={"late": 1})
+        assert "step 2 of" in caplog.text
+        assert "late" in caplog.text
+    assert manifest(store, 1)["metadata"] == {"phase": "a", "notes": "this one"}
+    assert manifest(store, 2)["metadata"] == {"phase": "a", "notes": "all"}
+    dist_ckpt.save({"n": 1}, store, step=7, metadata={"source": "somewhere"})
+    assert manifest(store, 7)["metadata"] == {"source": "somewhere"}
+
+
 def test_a_checkpoint_deleted_by_hand_is_no_error(
     store: MemoryStore, heard: list[events.Event]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,16 @@ def test_a_file_of_nothing_but_flags(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "means"),
-    [("--resume", flags.NEWEST), ("--resume=7", 7), ("--resume=runs/b", "runs/b")],
+    [
+        ("--resume", flags.NEWEST),
+        ("--resume=latest", flags.NEWEST),
+        ("--resume=best", flags.BEST),
+        ("--resume=7", 7),
+        ("--resume=runs/b", "runs/b"),
+        ("--resume=./best", "./best"),
+        ("--resume-from=runs/b", "runs/b"),
+        ("--resume_from_checkpoint=7", 7),
+    ],
 )
 def test_where_to_resume_from(value: str, means: object) -> None:
     assert parse("--checkpoint-dir=a", value).resume_from == means
@@ -104,6 +114,11 @@ def test_best_metric(value: str, criterion: Criterion) -> None:
         (["--checkpoint-dir=a", "--checkpoint-every-seconds=-1"], "--checkpoint-every-seconds: "),
         (["--checkpoint-dir=a", "--best-metric=:max"], "has a name"),
         (["--checkpoint-dir= "], "takes text"),
+        (["--checkpoint-dir=a", "--checkpoint-every-epochs=0"], "--checkpoint-every-epochs: .*pos"),
+        (["--checkpoint-dir=a", "--checkpoint-last-step=-1"], "--checkpoint-last-step: .*from 0"),
+        (["--checkpoint-dir=a", "--checkpoint-on-signal=TREM"], "no signal.*SIGTERM"),
+        (["--checkpoint-dir=a", "--checkpoint-on-signal=KILL"], "nobody can catch"),
+        (["--checkpoint-dir=a", "--keep-last=-2"], "--keep-last: .*positive"),
     ],
 )
 def test_contradictions_and_nonsense_are_refused(arguments: list[str], reason: str) -> None:
@@ -116,11 +131,13 @@ def test_contradictions_and_nonsense_are_refused(arguments: list[str], reason: s
     [
         ({"checkpoint-dri": "a"}, "did you mean 'checkpoint_dir'"),
         ({"zzz": 1}, "known are checkpoint_dir"),
-        ({"checkpoint-dir": "a", "checkpoint_dir": "b"}, "both spellings"),
+        ({"checkpoint-dir": "a", "checkpoint_dir": "b"}, "two spellings"),
         ({"checkpoint-dir": 5}, "takes text"),
         ({"checkpoint-dir": "a", "keep-last": "3"}, "--keep-last: .*positive"),
         ({"checkpoint-dir": "a", "auto-resume": "yes"}, "on or off"),
         ({"checkpoint-dir": "a", "resume": 1.5}, "a step or a path"),
+        ({"checkpoint-dir": "a", "keep-last": 1, "save_total_limit": 2}, "two spellings"),
+        ({"checkpoint-dir": "a", "checkpoint-preset": "standrad"}, "one of standard"),
     ],
 )
 def test_bad_sections(section: dict[str, Any], reason: str) -> None:
@@ -155,3 +172,67 @@ def test_help_shows_each_flag_once() -> None:
     text = parser.format_help()
     assert "--checkpoint-dir" in text
     assert "--checkpoint_dir" not in text
+
+
+def test_names_of_other_trainers_are_taken() -> None:
+    said = parse(
+        "--checkpoint_path=a", "--save_steps=5", "--save-total-limit=3", "--resume-from=best"
+    )
+    assert said == flags.Flags("a", 5, keep_last=3, resume="best")
+    assert parse("--checkpoint-dir=a", "--keep_last_n_checkpoints=2").keep_last == 2
+    assert flags.parse({"checkpoint_path": "a", "save-steps": 5}) == flags.Flags("a", 5)
+
+
+def test_a_name_that_the_script_has_already_stays_its_own() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--save-steps", dest="own", type=int)
+    flags.add_arguments(parser)
+    args = parser.parse_args(["--checkpoint-dir=a", "--save-steps=7"])
+    assert (args.own, flags.parse(args)) == (7, flags.Flags("a"))
+    later = argparse.ArgumentParser()
+    flags.add_arguments(later, aliases=False)
+    later.add_argument("--save-steps")
+
+
+def test_when_to_save_by_epochs_signals_and_the_last_step() -> None:
+    said = parse(
+        "--checkpoint-dir=a",
+        "--checkpoint-every-epochs=2",
+        "--checkpoint-last-step=1000",
+        "--checkpoint-on-signal=term,SIGUSR1",
+    )
+    signals = policy.on_signal(signal.SIGTERM, signal.SIGUSR1)
+    wanted = policy.never() | policy.every(epochs=2) | policy.last(1000) | signals
+    assert said.when() == wanted
+    only = parse("--checkpoint-dir=a", "--checkpoint-on-signal")
+    assert only.when() == policy.never() | policy.on_signal()
+
+
+def test_a_preset_says_what_no_flag_says() -> None:
+    said = parse("--checkpoint-dir=a", "--checkpoint-preset=preemptible")
+    by_clock = policy.never() | policy.every(seconds=600)
+    assert said.when() == by_clock | policy.on_signal()
+    assert said.keep() == keep.latest(2)
+    own = parse(
+        "--checkpoint-dir=a",
+        "--checkpoint-preset=preemptible",
+        "--checkpoint-interval=50",
+        "--keep-last=-1",
+    )
+    assert own.when() == policy.never() | policy.every(50) | policy.on_signal()
+    assert own.keep() is None
+
+
+def test_the_command_line_comes_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        "checkpoint:\n  checkpoint-dir: a\n  checkpoint-interval: 50\n  keep-last: 3\n"
+        "  auto-resume: yes\n"
+    )
+    assert parse(f"--checkpoint-config={file}") == flags.Flags(
+        "a", 50, keep_last=3, auto_resume=True
+    )
+    said = parse(f"--checkpoint-config={file}", "--checkpoint-interval=7", "--resume=3")
+    assert said == flags.Flags("a", 7, keep_last=3, resume="3")
+    with pytest.raises(UsageError, match="cannot be read"):
+        parse(f"--checkpoint-config={tmp_path / 'absent.yaml'}")

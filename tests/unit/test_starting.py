@@ -65,7 +65,8 @@ def saved(run: str, *steps: int) -> None:
 def begin(run: str, **said: Any) -> tuple[int, tuple[float, float, int, float]]:
     training = Training(0.25)
     args = {"checkpoint_dir": run, **said}
-    with Checkpointer.from_args(args, training.state) as ckpt:
+    # Saves nothing by itself, so it may look at any of them.
+    with Checkpointer.from_args(args, training.state, when=policy.never()) as ckpt:
         return ckpt.restore(), training.where
 
 
@@ -81,6 +82,28 @@ def test_a_run_is_gone_on_with(run: str) -> None:
     whole = (7, (7.0, 7.0, 7, 7.0))
     assert begin(run, auto_resume=True) == begin(run, resume="newest") == whole
     assert begin(run, resume=3) == begin(run, resume="3") == (3, (3.0, 3.0, 3, 3.0))
+
+
+def test_the_best_is_gone_on_with_where_the_newer_ones_are_given_up(run: str) -> None:
+    for step, loss in ((3, 1.0), (7, 2.0)):
+        training = Training(step)
+        with Checkpointer(run, training.state, when=policy.never()) as ckpt:
+            ckpt.restore("none" if step == 3 else "newest")
+            training.count["step"] = step
+            ckpt.save(step, metrics={"loss": loss})
+    args = {"checkpoint_dir": run, "resume": "best", "best_metric": "loss"}
+    with (
+        Checkpointer.from_args(args, Training().state) as ckpt,
+        pytest.raises(UsageError, match="newer than step 3"),
+    ):
+        ckpt.restore()
+    with Checkpointer.from_args({**args, "discard_newer": True}, Training().state) as ckpt:
+        assert ckpt.restore() == 3
+    with (
+        Checkpointer.from_args({**args, "best_metric": "f1"}, Training().state) as ckpt,
+        pytest.raises(NotFound, match="f1"),
+    ):
+        ckpt.restore()
 
 
 def test_new_hyperparameters(run: str) -> None:

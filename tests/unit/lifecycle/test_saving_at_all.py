@@ -10,6 +10,8 @@ from dist_ckpt import Checkpointer, EarlyStopping, TrainState, keep, policy
 from dist_ckpt.errors import (
     UsageError,
 )
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage import resolve
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.lifecycle.training import (
     LOSS,
@@ -58,13 +60,16 @@ def test_an_early_stopping_says_when(store: MemoryStore) -> None:
     assert steps(store) == [1]
 
 
-def test_auto_resume_of_what_never_saves_is_said(
+def test_flags_that_do_not_say_when_to_save_have_a_default_that_is_said_once(
     store: MemoryStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    args = {"checkpoint_dir": "memory://unit-lifecycle-flags", "auto_resume": True}
-    Checkpointer.from_args(args, state()).close()
+    args: dict[str, Any] = {"checkpoint_dir": "memory://unit-lifecycle-flags", "auto_resume": True}
+    with Checkpointer.from_args(args, state()) as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
     (said,) = warnings(caplog)
-    assert "--auto-resume without --checkpoint-interval" in said
+    assert "every 30 minutes by the clock, and the last step" in said
+    assert Repository(resolve(args["checkpoint_dir"])).steps() == [1]
     caplog.clear()
     Checkpointer.from_args(args, state(), when=policy.never()).close()
     Checkpointer.from_args({**args, "checkpoint_interval": 5}, state()).close()

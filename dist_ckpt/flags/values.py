@@ -1,0 +1,267 @@
+"""What the flags say, each and together: values, and when and what they have saved and kept."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from dist_ckpt import policy
+from dist_ckpt.errors import UsageError, near
+from dist_ckpt.policy import SavePolicy
+from dist_ckpt.repository import keep
+from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.training.start import Start
+
+_log = logging.getLogger("dist_ckpt")
+
+NEWEST = "newest"
+"""What `--resume` without a value stands for."""
+
+BEST = "best"
+"""The value of `--resume` for the best checkpoint; a folder of that name is `./best`."""
+
+DEFAULT_SECONDS = 1800
+"""How often is saved where neither a flag nor the program says when."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "standard": {"checkpoint_every_seconds": 1800, "keep_last": 3},
+    "preemptible": {
+        "checkpoint_every_seconds": 600,
+        "checkpoint_on_signal": "SIGTERM",
+        "keep_last": 2,
+    },
+    "archive": {"checkpoint_every_seconds": 3600, "keep_last": -1},
+}
+"""What `--checkpoint-preset` stands for; a flag that is given itself counts instead."""
+
+_SWITCHES = ("auto_resume", "reset_optimizer", "discard_newer", "no_save_last", "no_async")
+_TEXTS = (
+    "checkpoint_dir",
+    "pretrained_checkpoint",
+    "best_metric",
+    "checkpoint_on_signal",
+    "checkpoint_preset",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What the flags say; see `add_arguments` for each.
+
+    Raises:
+        UsageError: a value is malformed, or two flags contradict each other.
+    """
+
+    checkpoint_dir: str = ""
+    checkpoint_interval: int | None = None
+    checkpoint_every_seconds: float | None = None
+    checkpoint_every_epochs: int | None = None
+    checkpoint_last_step: int | None = None
+    checkpoint_on_signal: str | None = None
+    checkpoint_preset: str | None = None
+    keep_last: int | None = None
+    keep_best: int | None = None
+    best_metric: str | None = None
+    resume: str | int | None = None
+    auto_resume: bool = False
+    pretrained_checkpoint: str | None = None
+    reset_optimizer: bool = False
+    discard_newer: bool = False
+    no_save_last: bool = False
+    no_async: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{flag_of(name)} is on or off, not {getattr(self, name)!r}")
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value not in (None, "") and (not isinstance(value, str) or not value.strip()):
+                raise UsageError(f"{flag_of(name)} takes text, not {value!r}")
+        if not isinstance(self.resume, str | int | None) or isinstance(self.resume, bool):
+            raise UsageError(f"--resume takes a step or a path, not {self.resume!r}")
+        if self.checkpoint_preset not in (None, *PRESETS):
+            raise UsageError(
+                f"--checkpoint-preset is one of {', '.join(PRESETS)}, not "
+                f"{self.checkpoint_preset!r}"
+            )
+        for reason in _contradictions(self):
+            raise UsageError(reason)
+        # What is malformed is found now, and not at the first save.
+        self.when()
+        self.keep()
+
+    @property
+    def resume_from(self) -> str | int | None:
+        """What `--resume` names: a step, a path, `NEWEST`, `BEST`, or None without the flag."""
+        text = self.resume
+        if text == "latest":
+            return NEWEST
+        if isinstance(text, str) and text.isascii() and text.isdecimal():
+            return int(text)
+        return text
+
+    @property
+    def criterion(self) -> Criterion | None:
+        """What `--best-metric` says."""
+        if self.best_metric is None:
+            return None
+        name, colon, mode = self.best_metric.rpartition(":")
+        if colon and mode in ("min", "max"):
+            return Criterion(name, "max" if mode == "max" else "min")
+        return Criterion(self.best_metric)
+
+    @property
+    def start(self) -> Start:
+        """How the training begins."""
+        place = self.resume_from
+        if place is None and self.auto_resume:
+            return Start(weights=self.pretrained_checkpoint)
+        if place is None:
+            return Start(
+                which="none",
+                discard_newer=self.discard_newer,
+                new_run="without --resume or --auto-resume this",
+                weights=self.pretrained_checkpoint,
+            )
+        named = place if isinstance(place, str) and place not in (NEWEST, BEST) else None
+        return Start(
+            which="best" if place == BEST else "newest",
+            step=place if isinstance(place, int) else None,
+            place=named,
+            discard_newer=self.discard_newer,
+            must_exist=True,
+            new_run="" if named is None else f"--resume {place}",
+            reset_optimizer=self.reset_optimizer,
+        )
+
+    def when_besides(self, other: SavePolicy | None) -> SavePolicy:
+        """Return when to save, by the flags or by `other`, or by a default that is said once."""
+        own = self.when()
+        if other is not None:
+            return own | other
+        if policy.members(own):
+            return own
+        # A training of a day without a save, for want of a flag, is what nobody means.
+        _log.warning(
+            "no flag says when to save (--checkpoint-interval STEPS is the most common): every %d "
+            "minutes by the clock, and the last step; a program that saves by itself says so by "
+            "when=policy.never()",
+            DEFAULT_SECONDS // 60,
+        )
+        return policy.every(seconds=DEFAULT_SECONDS)
+
+    def when(self) -> SavePolicy:
+        """Return when to save."""
+        makers: dict[str, Callable[[Any], SavePolicy]] = {
+            "checkpoint_interval": policy.every,
+            "checkpoint_every_seconds": lambda seconds: policy.every(seconds=seconds),
+            "checkpoint_every_epochs": lambda epochs: policy.every(epochs=epochs),
+            "checkpoint_last_step": policy.last,
+            "checkpoint_on_signal": lambda names: policy.on_signal(*_signals(names)),
+        }
+        policies = [policy.never()]
+        for name, make in makers.items():
+            value = self._said(name)
+            if value is not None:
+                policies.append(_named(name, make, value))
+        if self.criterion is not None:
+            policies.append(policy.better(self.criterion.metric, mode=self.criterion.mode))
+        return reduce(or_, policies)
+
+    def keep(self) -> KeepPolicy | None:
+        """Return what to keep, None for everything."""
+        policies = []
+        last = self._said("keep_last")
+        if last == -1:
+            return None
+        if last is not None:
+            policies.append(_named("keep_last", keep.latest, last))
+        if self.keep_best is not None and self.criterion is not None:
+            best = self.criterion
+            policies.append(
+                _named(
+                    "keep_best",
+                    lambda count: keep.best(best.metric, count, mode=best.mode),
+                    self.keep_best,
+                )
+            )
+        return reduce(keep.either, policies) if policies else None
+
+    def _said(self, name: str) -> Any:
+        """Return the value of a flag, or what the preset says in its place."""
+        own = getattr(self, name)
+        if own is not None or self.checkpoint_preset is None:
+            return own
+        # Of two ways to say how often, the one that was given counts.
+        if name.startswith("checkpoint_every") and self._says_how_often:
+            return None
+        return PRESETS[self.checkpoint_preset].get(name)
+
+    @property
+    def _says_how_often(self) -> bool:
+        often = ("checkpoint_interval", "checkpoint_every_seconds", "checkpoint_every_epochs")
+        return any(getattr(self, name) is not None for name in often)
+
+
+def _contradictions(flags: Flags) -> Iterator[str]:
+    if not flags.checkpoint_dir:
+        names = (field.name for field in fields(flags))
+        given = [flag_of(name) for name in names if getattr(flags, name) not in (None, False, "")]
+        yield "--checkpoint-dir is missing: say where the checkpoints of this run go" + (
+            f" ({', '.join(given)} without it would do nothing)" if given else ""
+        )
+    if flags.resume is not None and flags.auto_resume:
+        yield (
+            "--resume fails without a checkpoint and --auto-resume begins anew: they contradict "
+            "each other, give one"
+        )
+    if flags.resume is not None and flags.pretrained_checkpoint is not None:
+        yield (
+            "--resume goes on with the weights of the run and --pretrained-checkpoint begins with "
+            "others: they contradict each other, give one"
+        )
+    if flags.reset_optimizer and flags.resume is None:
+        yield (
+            "--reset-optimizer with --auto-resume would throw the optimizer away at every restart: "
+            "give --resume"
+            if flags.auto_resume
+            else "--reset-optimizer does nothing without --resume: a new run has a new optimizer"
+        )
+    if flags.discard_newer and (flags.auto_resume or flags.resume == NEWEST):
+        yield (
+            "--discard-newer gives up what is newer than the step to go on from, and nothing is "
+            "newer than the newest: give --resume STEP with it, or neither --resume nor "
+            "--auto-resume to begin anew"
+        )
+    if flags.keep_best is not None and flags.best_metric is None:
+        yield "--keep-best needs --best-metric: say by which metric the best is chosen"
+
+
+def _named(name: str, make: Callable[[Any], Any], value: object) -> Any:
+    try:
+        return make(value)
+    except UsageError as error:
+        raise UsageError(f"{flag_of(name)}: {error.message}") from error
+
+
+def _signals(names: str) -> Iterator[signal.Signals]:
+    """Yield the signals of a list such as `SIGTERM,USR1`."""
+    for name in names.split(","):
+        wanted = name.strip().upper()
+        full = wanted if wanted.startswith("SIG") else f"SIG{wanted}"
+        known = signal.Signals.__members__
+        if full not in known:
+            raise UsageError(f"{name.strip()!r} is no signal{near(full, known)}")
+        yield known[full]
+
+
+def flag_of(name: str) -> str:
+    """Return a flag as the help shows it."""
+    return f"--{name.replace('_', '-')}"
