@@ -33,7 +33,7 @@ from dist_ckpt.storage.base import (
     is_key,
 )
 from dist_ckpt.storage.multipart import MAX_OBJECT_BYTES, MAX_PART_BYTES, MIB, part_bytes
-from dist_ckpt.storage.s3_client import Answer, Client, together
+from dist_ckpt.storage.s3_client import Answer, Client
 from dist_ckpt.storage.s3_errors import (
     EXISTS,
     FOREIGN,
@@ -197,11 +197,10 @@ class S3Store:
         """Remove `keys`, several at once. See `Store.delete`."""
         targets = ((key, self._target(key)) for key in check_keys(keys))
         while batch := [pair for _, pair in zip(range(_DELETED_AT_ONCE), targets, strict=False)]:
-            # One request each: many at once need a digest that servers do not agree about.
-            jobs = [partial(self._client.call, "delete_object", **target) for _, target in batch]
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
             with self._mapped(f"delete {batch[0][0]}{more}"):
-                self._run(partial(together, jobs, at_once=self._client.concurrency))
+                keys = [target["Key"] for _, target in batch]
+                self._run(partial(self._client.delete, self._bucket, keys))
 
     def delete_exactly(self, key: str, data: bytes) -> bool:
         """Remove `key` if it holds `data`. See `ExactDeleter.delete_exactly`.

@@ -7,9 +7,17 @@ import os
 import random
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from multiprocessing.util import Finalize
 from typing import Any, TypeVar
 
@@ -53,6 +61,8 @@ class Client:
         self.concurrency = int(options.get("max_concurrency", 10))
         # Asked for explicitly, this says that the server takes no checksums that it need not.
         self.checksums = config.get("request_checksum_calculation") != "when_required"
+        # Learned from the server, and true for every process that asks it.
+        self._deletes_many = True
         self._options = {**options, "config_kwargs": self._config(config)}
         self._sessions: dict[int, _Session] = {}
 
@@ -132,6 +142,29 @@ class Client:
                 return result
             session.retries += 1
             await asyncio.sleep(self.backoff.delay(failures, random.random()))
+
+    async def delete(self, bucket: str, keys: Sequence[str]) -> None:
+        """Delete up to a thousand objects, by one request where the server knows that.
+
+        Servers do not agree about the digest that such a request needs. Why one of the objects
+        cannot be deleted, its own request tells.
+        """
+        left = set(keys)
+        if len(left) > 1 and self._deletes_many:
+            wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            try:
+                answer = await self.call("delete_objects", Bucket=bucket, Delete=wanted)
+                left = {found.get("Key", "") for found in answer.get("Errors", ())}
+            except FOREIGN as error:
+                if judge(error) is not Verdict.FINAL:
+                    raise
+                self._deletes_many = False
+        jobs = [
+            partial(self.call, "delete_object", Bucket=bucket, Key=key)
+            for key in keys
+            if key in left
+        ]
+        await together(jobs, at_once=self.concurrency)
 
     def close(self) -> None:
         """Close the connections of this process."""

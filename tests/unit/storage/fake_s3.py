@@ -71,6 +71,7 @@ class FakeS3:
         ignores_conditions: as some servers do.
         before_delete: called when the server is about to look at what it shall delete.
         cuts: how many bytes of each of the next bodies arrive; then all of them do.
+        undeletable: keys that a request to delete several fails to delete.
     """
 
     objects: dict[str, _Object] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class FakeS3:
     ignores_conditions: bool = False
     before_delete: Callable[[], object] | None = None
     cuts: list[int] = field(default_factory=list)
+    undeletable: set[str] = field(default_factory=set)
     now: datetime = datetime(2030, 1, 1, tzinfo=UTC)
 
     async def send(self, name: str, parameters: Mapping[str, Any]) -> Answer:
@@ -142,6 +144,18 @@ class FakeS3:
             raise refusal("PreconditionFailed", 412)
         self.objects.pop(asked["Key"], None)
         return {}
+
+    async def _delete_objects(self, asked: Answer) -> Answer:
+        keys = [each["Key"] for each in asked["Delete"]["Objects"]]
+        assert asked["Delete"]["Quiet"]
+        assert len(keys) <= 1000
+        errors = []
+        for key in keys:
+            if key in self.undeletable:
+                errors.append({"Key": key, "Code": "InternalError", "Message": "not now"})
+            else:
+                self.objects.pop(key, None)
+        return {"Errors": errors} if errors else {}
 
     async def _list_objects_v2(self, asked: Answer) -> Answer:
         found = sorted(key for key in self.objects if key.startswith(asked["Prefix"]))

@@ -317,9 +317,37 @@ class TestOthers:
         fake.objects |= {f"run/d/{n}": fake.objects["run/x"] for n in range(1500)}
         store.delete(f"d/{n}" for n in range(1500))
         assert list(fake.objects) == ["run/x"]
+        assert fake.calls.count("delete_objects") == 2
+        assert "delete_object" not in fake.calls
+
+    def test_what_fails_among_many_is_deleted_by_itself(self, store: S3Store, fake: FakeS3) -> None:
+        for key in ("a", "b", "c"):
+            store.put(key, [b"."])
+        fake.undeletable = {"run/b"}
+        store.delete(["a", "b", "c"])
+        assert not fake.objects
+        assert [call for call in fake.calls if "delete" in call] == [
+            "delete_objects",
+            "delete_object",
+        ]
+
+    @pytest.mark.parametrize(
+        "error", [refusal("NotImplemented", 501), refusal("MissingContentMD5", 400), DENIED]
+    )
+    def test_server_that_deletes_no_more_than_one(
+        self, store: S3Store, fake: FakeS3, error: Exception
+    ) -> None:
+        fake.faults = [Fault("delete_objects", error)]
+        for _ in range(2):
+            for key in ("a", "b"):
+                store.put(key, [b"."])
+            store.delete(["a", "b"])
+            assert not fake.objects
+        assert fake.calls.count("delete_objects") == 1
 
     def test_failed_delete(self, store: S3Store, fake: FakeS3) -> None:
-        fake.faults = [Fault("delete_object", refusal("AccessDenied", 403, "DeleteObject"), nth=2)]
+        refused = refusal("AccessDenied", 403, "DeleteObject")
+        fake.faults = [Fault("delete_objects", refused), Fault("delete_object", refused, nth=2)]
         with pytest.raises(StorageError, match=r"delete a and 2 more.*s3:DeleteObject"):
             store.delete(["a", "b", "c"])
 
