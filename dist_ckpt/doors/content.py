@@ -15,6 +15,7 @@ from dist_ckpt.loading.called_alike import alike
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.storage.base import is_key
 
+_VALUE = "value"  # what a part that is one Python value calls it
 _CASTS = {
     name: dtype
     for dtype, names in (
@@ -99,6 +100,7 @@ class StoredContent:
         part: what the part is called in the checkpoint.
         items: the tensors.
         ties: the groups of names that are stored once.
+        is_value: whether it is a dict of tensors that was saved as a plain value.
 
     Raises:
         NotFound: there is no such part, or no tensor in it.
@@ -118,9 +120,16 @@ class StoredContent:
         infos = {info.name: info for info in opened.info.values() if info.part == self.part}
         if not infos:
             raise NotFound(f"part {self.part!r} of {opened.where} has no tensors")
+        # A dict of tensors is one value, in which these have its name before their own.
+        self.is_value = list(opened.read_encoded(self.part)) == [_VALUE] and all(
+            name.startswith(f"{_VALUE}.") for name in infos
+        )
+        before = f"{_VALUE}." if self.is_value else ""
+        bare = {name.removeprefix(before): name for name in infos}
         renaming = Renaming(rename or {})
-        self._names = {renaming(name): name for name in infos}
-        renaming.check(infos, self._names)
+        made = {renaming(name): name for name in bare}
+        renaming.check(bare, made)
+        self._names = {new: bare[old] for new, old in made.items()}
         self.items: Mapping[str, Item] = {
             new: Item(new, cast_dtype(infos[old].dtype, dtype), tuple(infos[old].shape))
             for new, old in self._names.items()

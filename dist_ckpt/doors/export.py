@@ -167,7 +167,8 @@ def _export(
         "dtype": None if cast is None else dtype_name(cast),
         "names": list(content.items),
     }
-    left_out = tuple(sorted(opened.read_encoded(content.part)))
+    values = () if content.is_value else opened.read_encoded(content.part)
+    left_out = tuple(sorted(values))
     return write_content(
         content, out, choice, work=work, step=opened.step, left_out=left_out, cast=cast
     )

@@ -7,7 +7,7 @@ made; it goes at the end, and lets the same work be gone on with after it was cu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,20 +34,25 @@ class OutFile:
 
 @dataclass
 class _Digests:
-    """Digests of a stream, window by window, as it goes to a store."""
+    """Digests of a stream as it goes to a store: of each part of it, with its size."""
 
     stream: Stream
-    windows: list[bytes] = field(default_factory=list)
+    parts: list[tuple[int, bytes]] = field(default_factory=list)
 
     def watched(self) -> Stream:
-        def pieces() -> Any:
-            self.windows.clear()  # a put that failed begins anew
+        def pieces() -> Iterator[memoryview]:
+            self.parts.clear()  # a put that failed begins anew
             for piece in self.stream:
-                for start in range(0, piece.nbytes, WINDOW_BYTES):
-                    self.windows.append(block_digests(piece[start : start + WINDOW_BYTES]))
+                self.parts += ((part.nbytes, block_digests(part)) for part in _parts(piece))
                 yield piece
 
         return Stream(self.stream.nbytes, pieces)
+
+
+def _parts(piece: memoryview) -> Iterator[memoryview]:
+    """Yield `piece` in parts that are read back at once."""
+    for start in range(0, piece.nbytes, WINDOW_BYTES):
+        yield piece[start : start + WINDOW_BYTES]
 
 
 def place_one(store: Store, file: OutFile) -> None:
@@ -112,26 +117,26 @@ def _put_or_compare(store: Store, file: OutFile, *, replace: bool) -> None:
         )
     digests = _Digests(file.stream)
     put_stream(store, file.key, digests.watched(), mode="create" if size is None else "replace")
-    _read_back(store, file, digests.windows)
+    _read_back(store, file, digests.parts)
 
 
-def _read_back(store: Store, file: OutFile, digests: Sequence[bytes]) -> None:
+def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]) -> None:
     """Compare what is stored with what was made.
 
     Raises:
         IntegrityError: they differ; the file is removed.
     """
-    buffer = aligned_buffer(min(WINDOW_BYTES, file.stream.nbytes))
-    for number, digest in enumerate(digests):
-        start = number * WINDOW_BYTES
-        window = buffer[: min(WINDOW_BYTES, file.stream.nbytes - start)]
-        count = store.read_into(file.key, start, window)
-        if block_digests(window[:count]) != digest:
+    buffer = aligned_buffer(WINDOW_BYTES)
+    start = 0
+    for nbytes, digest in digests:
+        count = store.read_into(file.key, start, buffer[:nbytes])
+        if block_digests(buffer[:count]) != digest:
             store.delete([file.key])
             raise IntegrityError(
                 f"{file.key} in {store.url} reads otherwise than it was written, around byte "
                 f"{start}: it was removed. Check the disk or the server"
             )
+        start += nbytes
 
 
 def _is_stored(store: Store, file: OutFile) -> bool:
@@ -139,8 +144,7 @@ def _is_stored(store: Store, file: OutFile) -> bool:
     buffer = aligned_buffer(WINDOW_BYTES)
     start = 0
     for piece in file.stream:
-        for at in range(0, piece.nbytes, WINDOW_BYTES):
-            wanted = piece[at : at + WINDOW_BYTES]
+        for wanted in _parts(piece):
             count = store.read_into(file.key, start, buffer[: wanted.nbytes])
             if buffer[:count] != wanted:
                 return False
