@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 import dist_ckpt
 from dist_ckpt.doors import image
@@ -52,9 +52,9 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_torch(tmp_path: Path) -> None:
     run, wanted = saved(tmp_path)
     dist_ckpt.export(run, tmp_path / "weights.pt", format="torch")
-    for mmap in (False, True):
-        found = load_torch(tmp_path / "weights.pt", mmap=mmap)
-        check_equal(found, wanted)
+    check_equal(load_torch(tmp_path / "weights.pt", mmap=True), wanted)
+    found = load_torch(tmp_path / "weights.pt")
+    check_equal(found, wanted)
     assert found["lm_head.weight"].data_ptr() == found["embed.weight"].data_ptr(), "a tie"
 
 
@@ -63,7 +63,7 @@ def test_stock_dcp(tmp_path: Path) -> None:
     dist_ckpt.export(run, tmp_path / "stock", format="dcp")
     found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     with pytest.warns(UserWarning, match="single process"):
-        dcp.load(found, checkpoint_id=tmp_path / "stock")
+        dcp_load(found, checkpoint_id=tmp_path / "stock")
     check_equal(found, wanted)
     assert sorted(os.listdir(tmp_path / "stock")) == [".metadata", "__0_0.distcp"]
 
