@@ -1,9 +1,9 @@
 """Distributed sharded checkpoints for PyTorch training, from one process to thousands of ranks.
 
 In a training loop: `Checkpointer` and `TrainState`, with retention from `keep`. Without a loop:
-`save`, `async_save`, `load` and `load_weights`; `open_checkpoint` looks into one. Names are
-imported when first used, so that a program which only lists, reads or verifies checkpoints never
-imports torch.
+`save`, `async_save`, `load` and `load_weights`; `open_checkpoint` looks into one; `export`,
+`import_` and `average` lead to and from the formats of others. Names are imported when
+first used, so that a program which only lists, reads or verifies checkpoints never imports torch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from dist_ckpt import flags as flags
     from dist_ckpt import scalars as scalars
     from dist_ckpt.checkpointer import Checkpointer
+    from dist_ckpt.doors.average import average
+    from dist_ckpt.doors.export import export
+    from dist_ckpt.doors.importing import import_
     from dist_ckpt.errors import CheckpointError
     from dist_ckpt.functional import async_save, load, load_weights, save
     from dist_ckpt.loading.opened import open_checkpoint
@@ -47,6 +50,9 @@ __all__ = [
     "load",
     "load_weights",
     "open_checkpoint",
+    "export",
+    "import_",
+    "average",
     "keep",
     "policy",
     "EarlyStopping",
@@ -68,6 +74,9 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "load": ("dist_ckpt.functional", "load"),
     "load_weights": ("dist_ckpt.functional", "load_weights"),
     "open_checkpoint": ("dist_ckpt.loading.opened", "open_checkpoint"),
+    "export": ("dist_ckpt.doors.export", "export"),
+    "import_": ("dist_ckpt.doors.importing", "import_"),
+    "average": ("dist_ckpt.doors.average", "average"),
     "keep": ("dist_ckpt.repository.keep", None),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),

@@ -66,6 +66,7 @@ class ErrorKind(StrEnum):
     IN_DOUBT = "in_doubt"
     FOREIGN = "foreign"
     NOT_RESTORED = "not_restored"
+    PROTECTED = "protected"
 
 
 def without_secrets(text: str) -> str:

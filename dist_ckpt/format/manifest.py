@@ -94,6 +94,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     origin: dict[str, Any] = {}
     format: int = FORMAT
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes all its files hold."""
+        return sum(file.nbytes for file in self.files) + self.index.nbytes
+
 
 def encode(manifest: Manifest) -> bytes:
     """Return the text of `manifest`, having read it back: indented JSON ending in a newline.

@@ -19,6 +19,7 @@ INDEX = "index.msgpack"
 EXTRA = "extra"
 PIN = "pin.json"
 EPOCH_NOTE = "epoch.json"
+REMOVED = "removed.json"
 DISCARDS = "discards"
 STEP_LIMIT = 10**10
 RANK_LIMIT = 10**5
@@ -212,7 +213,7 @@ def check_tensor_name(name: str) -> str:
 
 def is_attempt_file(name: str) -> bool:
     """Tell whether `name` is one that dist_ckpt itself writes inside a save id's directory."""
-    return name in (INDEX, PIN, EPOCH_NOTE) or parse_shard_name(name) is not None
+    return name in (INDEX, PIN, EPOCH_NOTE, REMOVED) or parse_shard_name(name) is not None
 
 
 def _check_count(what: str, value: SupportsIndex, limit: int) -> int:

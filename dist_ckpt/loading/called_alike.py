@@ -11,7 +11,7 @@ from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.repository.source import Source
 
-_ALIKE = (
+ALIKE = (
     MODELS,
     (
         *("optimizer", "optim", "opt", "optimizers", "optimizer_state_dict", "optimizer_state"),
@@ -26,6 +26,12 @@ _ALIKE = (
     ("step", "global_step", "iteration"),
     ("epoch", "current_epoch"),
 )
+"""Names of one thing, the one that it has here first."""
+
+
+def alike(part: str) -> tuple[str, ...]:
+    """Return the names that programs give what is called `part` here; nothing of other parts."""
+    return next((names for names in ALIKE if part in names), ())
 
 
 def called_alike(
@@ -52,7 +58,7 @@ def called_alike(
     for part in live:
         if part in source.parts or part in said or not options.selects_part(part):
             continue
-        group = next((names for names in _ALIKE if part in names), ())
+        group = alike(part)
         others = [name for name in source.parts if name in group and name not in (*live, *said)]
         # Of two nobody knows which one is meant.
         if len(others) == 1 and others[0] not in found:

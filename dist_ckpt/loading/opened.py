@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
@@ -33,6 +33,10 @@ Subscript: TypeAlias = int | slice | EllipsisType | tuple[int | slice | Ellipsis
 """What selects a box of a tensor: integers, slices with positive steps, an ellipsis."""
 
 
+BoxTarget: TypeAlias = tuple[str, tuple[int, ...], torch.Tensor]
+"""The name of a tensor, where in it a box starts, and the memory that the box is to fill."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What is known of a stored tensor before a byte of it is read.
@@ -56,11 +60,16 @@ class TensorInfo:
 
 
 class StoredTensor:
-    """One tensor of an opened checkpoint. Subscripts read that box of it, and nothing else."""
+    """One tensor of an opened checkpoint. Subscripts read that box of it, and nothing else.
+
+    Attributes:
+        number: its place among the tensors of the checkpoint.
+        info: what is known of it.
+    """
 
     def __init__(self, source: Source, number: int, options: ReadOptions) -> None:
         self._source = source
-        self._number = number
+        self.number = number
         self._options = options
         self.info = _info(source.index.tensors[number])
 
@@ -95,17 +104,7 @@ class StoredTensor:
         offsets = tuple(each.start for each in selected)
         sizes = tuple(each.stop - each.start for each in selected)
         memory = torch.empty(sizes, dtype=self.dtype)
-        entry = self._source.index.tensors[self._number]
-        held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, sizes)
-        with unless_deleted(self._source):
-            read_targets(
-                self._source,
-                [Wanted(self._number, LocalBox(held, memory), self.dtype)],
-                self._options,
-                coordinator=SoloCoordinator(),
-                topic=Topic("opened", f"read of {entry.part}/{entry.name}"),
-                deadline=Deadline.after(TIMEOUT_SECONDS),
-            )
+        _read_boxes(self._source, [(self.number, offsets, memory)], self._options)
         # Every integer and step is applied to the box that holds what they select.
         return memory[tuple(each.within for each in selected)]
 
@@ -161,9 +160,45 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         }
 
     @property
+    def where(self) -> str:
+        """How messages name it."""
+        return self._source.where
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, `part/name`."""
         return tuple(self._numbers)
+
+    def read_boxes(self, boxes: Iterable[BoxTarget]) -> None:
+        """Fill memory with boxes of tensors, all of them in one reading.
+
+        Args:
+            boxes: for each the name of the tensor, where in it the box starts, and memory of the
+                stored dtype and of the shape of the box.
+
+        Raises:
+            IntegrityError: bytes are damaged or missing; the memory may be half filled.
+            NotFound: there is no such tensor, or the checkpoint was deleted since it was opened.
+        """
+        numbered = [(self[name].number, offsets, memory) for name, offsets, memory in boxes]
+        _read_boxes(self._source, numbered, self._options)
+
+    def ties(self, part: str) -> list[tuple[str, ...]]:
+        """Return the names in `part` that are stored once for several, each group in order."""
+        index = self._source.index
+        places: dict[tuple[object, ...], list[str]] = {}
+        for number, entry in enumerate(index.tensors):
+            if entry.part == part and 0 not in entry.shape:
+                rows = index.chunks_of(number)
+                columns = (rows.file, rows.offset, rows.starts, rows.sizes)
+                place = (entry.dtype, entry.shape, *(column.tobytes() for column in columns))
+                places.setdefault(place, []).append(entry.name)
+        return [tuple(names) for names in places.values() if len(names) > 1]
+
+    def read_encoded(self, part: str) -> dict[str, bytes]:
+        """Return the Python values of a part that all ranks share, encoded, by name."""
+        with unless_deleted(self._source):
+            return self._source.read_objects(part, rank=0)
 
     def read_values(self, part: str, *, rank: int = 0) -> dict[str, Any]:
         """Return the Python values of a part by name, with the tensors inside them.
@@ -277,6 +312,27 @@ def open_checkpoint(
     # A store that was given belongs to the caller.
     own = None if location.text is None else location.store
     return OpenedCheckpoint(source, store=own, verify=verify)
+
+
+def _read_boxes(
+    source: Source,
+    boxes: Iterable[tuple[int, tuple[int, ...], torch.Tensor]],
+    options: ReadOptions,
+) -> None:
+    wanted = []
+    for number, offsets, memory in boxes:
+        entry = source.index.tensors[number]
+        held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, tuple(memory.shape))
+        wanted.append(Wanted(number, LocalBox(held, memory), dtype_of(entry.dtype)))
+    with unless_deleted(source):
+        read_targets(
+            source,
+            wanted,
+            options,
+            coordinator=SoloCoordinator(),
+            topic=Topic("opened", f"read of {source.where}"),
+            deadline=Deadline.after(TIMEOUT_SECONDS),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import (
     INDEX,
+    REMOVED,
     is_attempt_file,
     manifest_key,
     parse_save_id,
@@ -128,7 +129,9 @@ def _collect_step(
     candidates = {
         save_id
         for save_id, owner in attempts.items()
-        if owner is not None and owner <= claim and save_id not in in_flight
+        if owner is not None
+        and save_id not in in_flight
+        and (owner <= claim or REMOVED in store.list_children(f"{folder}{save_id}/"))
     }
     removed = []
     if candidates:
@@ -153,6 +156,8 @@ def _named(store: Store, step: int, candidates: set[str]) -> set[str]:
 
 def _delete_attempt(store: Store, folder: str) -> None:
     names = [name for name in store.list_children(folder) if is_attempt_file(name)]
-    store.delete(folder + name for name in names if name != INDEX)
-    # The index goes last: while data is left, an operator can still see what it was.
+    store.delete(folder + name for name in names if name not in (INDEX, REMOVED))
+    # The index goes last: while data is left, an operator can still see what it was. Behind it
+    # what says that all of it may go.
     store.delete(folder + name for name in names if name == INDEX)
+    store.delete(folder + name for name in names if name == REMOVED)

@@ -16,7 +16,7 @@ import msgspec
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.manifest import read_metrics, write_metrics
-from dist_ckpt.format.names import EPOCH_NOTE, PIN, file_key
+from dist_ckpt.format.names import EPOCH_NOTE, PIN, REMOVED, file_key
 from dist_ckpt.storage.base import Store, read_all
 
 _LIMIT_BYTES = 1 << 20
@@ -33,7 +33,7 @@ def pin(store: Store, step: int, save_id: str, reason: str) -> None:
     """Pin a checkpoint; one that is pinned stays as it is."""
     record = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
+        "host": _host(),
         "reason": reason,
     }
     try:
@@ -58,6 +58,22 @@ def is_pinned(store: Store, step: int, save_id: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+def mark_removed(store: Store, step: int, save_id: str) -> None:
+    """Say that a checkpoint is being deleted: what is left of it, should that be cut off, may go.
+
+    An attempt of the claim that owns the run is otherwise taken for one that is being written.
+    """
+    record = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "host": _host()}
+    try:
+        store.put(file_key(step, save_id, REMOVED), [json.dumps(record, indent=2).encode()])
+    except AlreadyExists:
+        return
+
+
+def _host() -> str:
+    return socket.gethostname()
 
 
 def put_epoch_note(store: Store, step: int, save_id: str, note: EpochNote) -> None:

@@ -15,7 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from dist_ckpt.storage.base import PIECE_BYTES, Watch
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.stream import Stream
 
 DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""
@@ -72,7 +73,7 @@ def preallocate(fd: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def write_buffered(fd: int, views: Sequence[memoryview], watch: Watch | None) -> None:
+def write_buffered(fd: int, views: Iterable[memoryview], watch: Watch | None) -> None:
     """Write `views` one after another through the page cache, from the start of the file on."""
     for _, run in _cut(views, PIECE_BYTES):
         if watch is not None:
@@ -92,20 +93,19 @@ class DirectIO:
         """Whether a mount was met that does not take direct transfers."""
         return bool(self._refused)
 
-    def write(self, fd: int, views: Sequence[memoryview], watch: Watch | None) -> bool:
-        """Write `views` one after another to the empty file `fd` if that is to be done directly.
+    def write(self, fd: int, stream: Stream, watch: Watch | None) -> bool:
+        """Write what `stream` makes to the empty file `fd` if that is to be done directly.
 
         Args:
             fd: the file.
-            views: flat views of bytes.
+            stream: asked for its pieces by one thread at a time.
             watch: see `Store.put`.
 
         Returns:
             Whether it was done. If not, some places may hold bytes already, and the position of the
             file is still its start: `write_buffered` does it all.
         """
-        nbytes = sum(view.nbytes for view in views)
-        if nbytes < DIRECT_BYTES or not self._turn_on(fd):
+        if stream.nbytes < DIRECT_BYTES or not self._turn_on(fd):
             return False
         tails: list[tuple[int, memoryview]] = []
 
@@ -120,8 +120,8 @@ class DirectIO:
                 tails.append((offset + whole, data[whole:]))
 
         try:
-            threads = min(_WRITE_THREADS, -(-nbytes // PIECE_BYTES))
-            in_parallel(write, _cut(views, PIECE_BYTES), threads=threads)
+            threads = min(_WRITE_THREADS, -(-stream.nbytes // PIECE_BYTES))
+            in_parallel(write, _cut(stream, PIECE_BYTES), threads=threads)
         except OSError as error:
             if error.errno not in _NOT_DIRECT:
                 raise
@@ -169,7 +169,7 @@ def _turn_off(fd: int) -> None:
 
 
 def _cut(
-    views: Sequence[memoryview], piece_bytes: int
+    views: Iterable[memoryview], piece_bytes: int
 ) -> Iterator[tuple[int, Sequence[memoryview]]]:
     """Yield the bytes of `views` in pieces of `piece_bytes`, each with its offset in the whole."""
     offset, run, room = 0, [], piece_bytes

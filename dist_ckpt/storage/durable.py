@@ -14,13 +14,14 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 
 from dist_ckpt.errors import StorageError
 from dist_ckpt.storage.base import MayGo, PutMode, Watch, is_key, is_temporary, temporary_name
 from dist_ckpt.storage.direct import DirectIO, preallocate, write_buffered
 from dist_ckpt.storage.naming import Naming
+from dist_ckpt.storage.stream import Stream
 
 _ATTEMPTS = 100
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524)
@@ -37,7 +38,7 @@ _NO_DIRECTORY_FSYNC = (
 
 def write_file(
     path: str,
-    views: Sequence[memoryview],
+    stream: Stream,
     *,
     mode: PutMode,
     anchor: str,
@@ -45,7 +46,7 @@ def write_file(
     naming: Naming,
     watch: Watch | None,
 ) -> None:
-    """Make `path` hold the bytes of `views`, durably, whole or not at all; see `Store.put`.
+    """Make `path` hold what `stream` makes, durably, whole or not at all; see `Store.put`.
 
     Missing directories are created; those from `anchor` down, an existing directory at or above
     that of `path`, are made durable whoever created them.
@@ -59,9 +60,9 @@ def write_file(
     fd, temporary, top = _open_temporary(directory)
     try:
         # From here on the temporary keeps its directories from being pruned by a deleter.
-        preallocate(fd, sum(view.nbytes for view in views))
-        if not direct.write(fd, views, watch):
-            write_buffered(fd, views, watch)
+        preallocate(fd, stream.nbytes)
+        if not direct.write(fd, stream, watch):
+            write_buffered(fd, stream, watch)
         # The bytes and the way to them are durable before any reader can find a name for them.
         os.fsync(fd)
         for parent in _path_between(min(anchor, top, key=len), directory):
@@ -155,6 +156,12 @@ def nearest_existing(path: str) -> str:
             path = os.path.dirname(path)
         else:
             return path
+
+
+def free_bytes(path: str) -> int:
+    """Return what the file system of `path`, or of where it would be, has left for this user."""
+    status = os.statvfs(nearest_existing(path))
+    return status.f_bavail * status.f_frsize
 
 
 def prune(directory: str, root: str) -> None:

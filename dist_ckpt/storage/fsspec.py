@@ -38,6 +38,7 @@ from dist_ckpt.storage.base import (
     watched,
 )
 from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.stream import Stream
 
 _WHOLE_BYTES = 8 << 20
 # How often an object may be replaced during one read of its end.
@@ -114,10 +115,16 @@ class FsspecStore:
         A small object is written by one call, a larger one buffer by buffer: then it appears when
         it is closed, on most file systems, and is discarded or removed when writing fails.
         """
+        self._put(key, Stream.of(flat_views(buffers)), mode, watch)
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Write what `stream` makes, as `put` does. See `Streamer.put_stream`."""
+        self._put(key, stream, mode, None)
+
+    def _put(self, key: str, stream: Stream, mode: PutMode, watch: Watch | None) -> None:
         path = self._path(key)
         check_mode(mode)
-        views = flat_views(buffers)
-        nbytes = sum(view.nbytes for view in views)
+        nbytes = stream.nbytes
         with self._mapped(f"put {key}"):
             system = self._system()
             if self._scheme not in _OBJECT_STORES:
@@ -127,7 +134,7 @@ class FsspecStore:
             if self._scheme not in _OBJECT_STORES:
                 # Some of those take "make the folder" for "make the bucket", which is not ours.
                 system.makedirs(posixpath.dirname(path), exist_ok=True)
-            self._write(system, path, views, watch)
+            self._write(system, path, stream, watch)
             stored = int(system.info(path)["size"])
             if stored != nbytes:
                 raise OSError(errno.EIO, f"{stored} of {nbytes} bytes were stored")
@@ -200,19 +207,17 @@ class FsspecStore:
             found = self._systems.setdefault(pid, fsspec.filesystem(self._scheme, **self._options))
         return found
 
-    def _write(
-        self, system: Any, path: str, views: Sequence[memoryview], watch: Watch | None
-    ) -> None:
+    def _write(self, system: Any, path: str, stream: Stream, watch: Watch | None) -> None:
         # Files in memory appear when they are opened, and what they replace is lost by then.
         whole = self._scheme == "memory"
-        if whole or sum(view.nbytes for view in views) <= _WHOLE_BYTES:
+        if whole or stream.nbytes <= _WHOLE_BYTES:
             # One request, after which the object is there whole; it takes nothing but bytes.
-            system.pipe_file(path, b"".join(watched(views, watch)))
+            system.pipe_file(path, b"".join(watched(stream, watch)))
             return
         existed = system.exists(path)
         file = system.open(path, "wb", autocommit=False)
         try:
-            for piece in watched(views, watch):
+            for piece in watched(stream, watch):
                 file.write(piece)
             file.close()
             if hasattr(file, "commit"):  # files of wrapped libraries appear by being closed

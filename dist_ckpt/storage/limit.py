@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
+from dist_ckpt.storage.stream import Stream
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.waiting import Bell
 
@@ -75,6 +76,11 @@ class LimitStore(StoreWrapper):
         """Wait until the bytes may go, then store them. See `Store.put`."""
         self._pace(sum(view.nbytes for view in flat_views(buffers)))
         super().put(key, buffers, mode=mode, watch=watch)
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Wait until the bytes may go, then store them. See `Streamer.put_stream`."""
+        self._pace(stream.nbytes)
+        super().put_stream(key, stream, mode=mode)
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Wait until the bytes may come, then read them. See `Store.read_into`."""

@@ -35,6 +35,7 @@ from dist_ckpt.storage.base import (
 )
 from dist_ckpt.storage.direct import DirectIO
 from dist_ckpt.storage.durable import (
+    free_bytes,
     look_again,
     nearest_existing,
     prune,
@@ -44,6 +45,7 @@ from dist_ckpt.storage.durable import (
     write_file,
 )
 from dist_ckpt.storage.naming import Naming
+from dist_ckpt.storage.stream import Stream
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -113,16 +115,22 @@ class LocalStore:
         watch: Watch | None = None,
     ) -> None:
         """Write `buffers` to a temporary file, flush it, then name it. See `Store.put`."""
-        path = self._path(key)
-        check_mode(mode)
         # A buffer that cannot be had fails here, before anything is on the disk.
         views = flat_views(buffers)
-        nbytes = sum(view.nbytes for view in views)
-        with self._mapped(f"put {key}", path, needed_bytes=nbytes):
+        self._put(key, Stream.of(views), mode, watch)
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Write what `stream` makes, as `put` does. See `Streamer.put_stream`."""
+        self._put(key, stream, mode, None)
+
+    def _put(self, key: str, stream: Stream, mode: PutMode, watch: Watch | None) -> None:
+        path = self._path(key)
+        check_mode(mode)
+        with self._mapped(f"put {key}", path, needed_bytes=stream.nbytes):
             try:
                 write_file(
                     path,
-                    views,
+                    stream,
                     mode=mode,
                     anchor=self._anchor,
                     direct=self._direct,
@@ -346,7 +354,7 @@ class LocalStore:
             if error.errno == errno.EDQUOT:
                 room = "the quota leaves no room for them: make some, or raise it"
             return StorageError(
-                f"{message}; {needed_bytes} bytes were needed and {_free_bytes(path)} are "
+                f"{message}; {needed_bytes} bytes were needed and {free_bytes(path)} are "
                 f"free there; {room}",
                 kind=ErrorKind.STORAGE_FULL,
             )
@@ -390,9 +398,3 @@ def _listed_name(entry: os.DirEntry[str]) -> str:
         if entry.is_symlink():
             return ""
         raise
-
-
-def _free_bytes(path: str) -> int:
-    """Return what the file system of `path`, or of where it would be, has left for this user."""
-    status = os.statvfs(nearest_existing(path))
-    return status.f_bavail * status.f_frsize

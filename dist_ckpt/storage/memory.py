@@ -23,6 +23,7 @@ from dist_ckpt.storage.base import (
     watched,
 )
 from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.stream import Stream
 
 
 @dataclass(slots=True)
@@ -86,6 +87,13 @@ class MemoryStore:
             if mode == "create" and key in self._space.objects:
                 raise AlreadyExists(f"{key} already exists in {self.url}")
             self._space.objects[key] = data
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Store a copy of what `stream` makes. See `Streamer.put_stream`."""
+        data = bytearray()
+        for piece in stream:
+            data += piece
+        self.put(key, [data], mode=mode)
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Fill `buffers` from `offset` of `key`. See `Store.read_into`."""

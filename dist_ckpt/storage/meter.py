@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from dist_ckpt import events
 from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
 from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
+from dist_ckpt.storage.stream import Stream, put_stream
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -61,6 +62,11 @@ class MeterStore(StoreWrapper):
         nbytes = sum(view.nbytes for view in flat_views(buffers))
         run = partial(self.inner.put, key, buffers, mode=mode, watch=watch)
         self._measured("put", key, run, lambda _: nbytes)
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Store what `stream` makes and count its bytes. See `Streamer.put_stream`."""
+        run = partial(put_stream, self.inner, key, stream, mode=mode)
+        self._measured("put", key, run, lambda _: stream.nbytes)
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Read and count the bytes that there were. See `Store.read_into`."""

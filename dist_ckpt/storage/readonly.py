@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 
 from dist_ckpt.errors import ErrorKind, StorageError
 from dist_ckpt.storage.base import Buffer, Capabilities, MayGo, PutMode, Watch, everything
+from dist_ckpt.storage.stream import Stream
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -31,6 +32,14 @@ class ReadOnlyStore(_PassThrough):
         mode: PutMode = "create",
         watch: Watch | None = None,
     ) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            StorageError: always.
+        """
+        self._refuse(f"put {key}")
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> NoReturn:
         """Refuse.
 
         Raises:

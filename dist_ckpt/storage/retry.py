@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
+from dist_ckpt.storage.stream import Stream, put_stream
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")
@@ -108,14 +109,29 @@ class RetryStore(StoreWrapper):
         The answer of an attempt that took effect may be lost, and the next one then meets what
         this writer created itself: what is stored decides, not what the backend said.
         """
+        self._put(
+            key,
+            lambda: self.inner.put(key, buffers, mode=mode, watch=watch),
+            lambda: self._holds(key, flat_views(buffers)),
+        )
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Store what `stream` makes, and makes again where an attempt fails. See `put`."""
+        self._put(
+            key,
+            lambda: put_stream(self.inner, key, stream, mode=mode),
+            lambda: self._holds(key, stream, nbytes=stream.nbytes),
+        )
+
+    def _put(self, key: str, put: Callable[[], None], is_there: Callable[[], bool]) -> None:
         failed = False
 
         def attempt() -> None:
             nonlocal failed
             try:
-                self.inner.put(key, buffers, mode=mode, watch=watch)
+                put()
             except AlreadyExists:
-                if not failed or not self._holds(key, flat_views(buffers)):
+                if not failed or not is_there():
                     raise
             except StorageError:
                 failed = True
@@ -144,12 +160,14 @@ class RetryStore(StoreWrapper):
                 self._retries += 1
             self._sleep(self._backoff.delay(failures, random.random()))
 
-    def _holds(self, key: str, views: Sequence[memoryview]) -> bool:
-        """Whether the object under `key` is the concatenation of `views`."""
+    def _holds(self, key: str, views: Iterable[memoryview], nbytes: int | None = None) -> bool:
+        """Whether the object under `key` is the concatenation of `views`, of `nbytes` in all."""
         found = memoryview(bytearray(_COMPARED_BYTES))
         offset = 0
         try:
-            if self.inner.size(key) != sum(view.nbytes for view in views):
+            if nbytes is None:
+                nbytes = sum(view.nbytes for view in views)
+            if self.inner.size(key) != nbytes:
                 return False
             for view in views:
                 for start in range(0, view.nbytes, _COMPARED_BYTES):

@@ -46,8 +46,10 @@ from dist_ckpt.storage.s3_errors import (
     judge,
     to_error,
 )
+from dist_ckpt.storage.s3_stream import StreamUpload
 from dist_ckpt.storage.s3_upload import Download, Upload
 from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.stream import Stream
 
 _T = TypeVar("_T")
 
@@ -157,6 +159,18 @@ class S3Store:
             stored = self._run(partial(self._put, upload, target, size))
         if not stored:
             raise AlreadyExists(f"{key} already exists in {self.url}")
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Upload the parts as they are made. See `Streamer.put_stream`."""
+        size = part_bytes(stream.nbytes, preferred=self._part_bytes)
+        if stream.nbytes <= size:
+            self.put(key, list(stream), mode=mode)
+            return
+        how = {"create": check_mode(mode) == "create", "conditional": self._conditional}
+        with self._mapped(f"put {key}"):
+            upload = StreamUpload(self._client, self._target(key), stream, **how)
+            if not self._run(partial(upload.put_parts, size)):
+                raise AlreadyExists(f"{key} already exists in {self.url}")
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Fill `buffers` by several requests at once. See `Store.read_into`.

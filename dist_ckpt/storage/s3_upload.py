@@ -200,13 +200,7 @@ class Upload:
             return False
         upload = await self._begin()
         try:
-            parts = await together(
-                (
-                    partial(self._put_part, upload, number, cut_parts(self._views, start, stop))
-                    for number, (start, stop) in enumerate(spans(self.nbytes, size), 1)
-                ),
-                at_once=self._client.concurrency,
-            )
+            parts = await self._put_all(upload, size)
             stored = await self._settle(partial(self._complete, upload, parts))
             if stored:
                 await self._check_whole()
@@ -217,6 +211,16 @@ class Upload:
         if not stored:
             await self._abort(upload)
         return stored
+
+    async def _put_all(self, upload: dict[str, str], size: int) -> list[Answer]:
+        """Send all parts; return what the server answered, in their order."""
+        return await together(
+            (
+                partial(self._put_part, upload, number, cut_parts(self._views, start, stop))
+                for number, (start, stop) in enumerate(spans(self.nbytes, size), 1)
+            ),
+            at_once=self._client.concurrency,
+        )
 
     async def probe(self) -> bool:
         """Return whether the server refuses to create again what `put_whole` just created."""

@@ -21,6 +21,7 @@ from dist_ckpt.storage.base import (
     delete_exactly,
     everything,
 )
+from dist_ckpt.storage.stream import Stream, put_stream
 
 _T = TypeVar("_T")
 
@@ -82,6 +83,10 @@ class StoreWrapper(ABC):
     ) -> None:
         """See `Store.put`."""
         self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """See `Streamer.put_stream`; an operation like any other put."""
+        self._around("put", key, lambda: put_stream(self.inner, key, stream, mode=mode))
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """See `Store.read_into`."""

@@ -1,0 +1,365 @@
+"""Weights out of a checkpoint, to the formats that other programs read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
+
+import msgspec
+import torch
+
+from dist_ckpt.doors import safetensors, stock, torch_archive
+from dist_ckpt.doors.content import Item, Outgoing, StoredContent, dtype_to_cast
+from dist_ckpt.doors.image import Drawing, Image
+from dist_ckpt.doors.placing import OutFile, place_folder, place_one
+from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
+from dist_ckpt.options import check_known
+from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.ranking import Mode
+from dist_ckpt.state.layout import dtype_name
+from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.stream import Stream
+
+Format: TypeAlias = Literal["safetensors", "hf", "torch", "dcp"]
+FORMATS: tuple[Format, ...] = ("safetensors", "hf", "torch", "dcp")
+
+WhichStep: TypeAlias = SupportsIndex | Literal["latest", "best"] | None
+
+# What a file is called where the place is a folder, and by which ends a place is a file.
+_ONE_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "safetensors": (safetensors.ONE_FILE, (".safetensors",)),
+    "torch": ("model.pt", (".pt", ".pth", ".bin", ".ckpt")),
+}
+_MAX_SHARD_BYTES = 5 * 10**9
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_CONFIG = "config.json"
+# What transformers keeps beside the weights, none of which depends on them.
+_BESIDE = re.compile(
+    r"generation_config\.json|tokenizer\.model|.*tokenizer.*\.json|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|"
+    r"chat_template\.(jinja|json)|(pre)?processor_config\.json"
+)
+_BESIDE_LIMIT_BYTES = 1 << 28
+
+
+class ExportKeywords(TypedDict):
+    """The further keywords of `dist_ckpt.export`."""
+
+    metric: NotRequired[str | None]
+    mode: NotRequired[Mode]
+    max_shard: NotRequired[int | str | None]
+    like: NotRequired[Place | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written, and where.
+
+    Attributes:
+        url: the file or folder.
+        format: of which format it is.
+        step: of the checkpoint; 0 where it has none.
+        files: sizes in bytes by key.
+        tensors: how many names there are.
+        nbytes: of all tensors.
+        aliases: names that were left out since another has their memory, with that name.
+        left_out: Python values of the part, which no such format holds.
+    """
+
+    url: str
+    format: str
+    step: int
+    files: Mapping[str, int]
+    tensors: int
+    nbytes: int
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say it for people."""
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        head = f"exported step {self.step} to {self.url} ({self.format}): {self.tensors} tensors"
+        lines = [f"{head}, {self.nbytes} bytes, {files}, read back"]
+        lines += [f"  {name} is {other}" for name, other in self.aliases.items()]
+        lines += [f"  left out, as it is no tensor: {name}" for name in self.left_out]
+        return "\n".join(lines)
+
+
+def export(
+    source: Place,
+    out: Place,
+    *,
+    format: Format = "safetensors",  # noqa: A002  the word for it everywhere
+    part: str = "model",
+    step: WhichStep = None,
+    dtype: str | torch.dtype | None = None,
+    rename: Mapping[str, str] | None = None,
+    **options: Unpack[ExportKeywords],
+) -> ExportReport:
+    """Write the tensors of one part to a format of others, read it back, and compare.
+
+    One process does it, in some 100 MB of memory whatever the model measures. The destination
+    appears whole or not at all; where the call was cut off, the same one goes on with it.
+
+    ```python
+    import dist_ckpt
+    import torch
+    from safetensors.torch import load_file
+
+    model = torch.nn.Linear(4, 8)
+    dist_ckpt.save({"model": model}, "runs/17")
+    dist_ckpt.export("runs/17", "weights.safetensors")
+    assert torch.equal(load_file("weights.safetensors")["weight"], model.weight)
+    ```
+
+    Args:
+        source: a run, one of its step directories, or whatever `open_checkpoint` opens.
+        out: a path or URL where nothing is yet. For "safetensors" and "torch" a file, by its
+            ending (`.safetensors`; `.pt`, `.pth`, `.bin`, `.ckpt`), or the folder for one. For the
+            others the folder.
+        format: "safetensors", one file; "hf", as transformers and the hub have it, several files
+            with an index where one would be too large; "torch", what `torch.load` reads with
+            `weights_only=True`; "dcp", a directory of stock `torch.distributed.checkpoint`.
+        part: which part.
+        step: which checkpoint of a run: its number, "best", or "latest".
+        dtype: "bfloat16", "float16", "float32" or "float64": what floating tensors are cast to.
+        rename: patterns to names, as `{"net.*": "model.*"}`, or beginnings up to a dot.
+        **options: `metric` and `mode`, by which a checkpoint is the best; for "hf" `max_shard`, the
+            most bytes of a file (5 GB; `"500MB"`), and `like`, a folder whose `config.json` and
+            tokenizer files are copied.
+
+    Returns:
+        What was written.
+
+    Raises:
+        NotFound: there is no such checkpoint, or no such part in it.
+        AlreadyExists: the destination exists, and is no beginning of the same work.
+        IntegrityError: the source is damaged, or what was written reads otherwise.
+        IncompatibleError: the format, or the dtype, cannot hold a tensor.
+        UsageError: an argument is malformed, or a pattern matches nothing.
+        StorageError: the destination is full, or failed.
+    """
+    check_known(options, list(ExportKeywords.__annotations__), besides=_ARGUMENTS, verb="export")
+    chosen = ExportChoice.of(format, options)
+    cast = dtype_to_cast(dtype)
+    with open_at(source, step, options) as opened:
+        content = StoredContent(opened, part, dtype=cast, rename=rename)
+        return _export(opened, content, out, chosen, cast=cast)
+
+
+def _export(
+    opened: OpenedCheckpoint,
+    content: StoredContent,
+    out: Place,
+    choice: ExportChoice,
+    *,
+    cast: torch.dtype | None,
+) -> ExportReport:
+    work = {
+        "source": opened.where,
+        "save": None if opened.manifest is None else opened.manifest.save_id,
+        "part": content.part,
+        "dtype": None if cast is None else dtype_name(cast),
+        "names": list(content.items),
+    }
+    values = () if content.is_value else opened.read_encoded(content.part)
+    left_out = tuple(sorted(values))
+    return write_content(
+        content, out, choice, work=work, step=opened.step, left_out=left_out, cast=cast
+    )
+
+
+_ARGUMENTS = ("source", "out", "format", "part", "step", "dtype", "rename")
+
+
+def open_at(source: Place, step: WhichStep, options: Mapping[str, Any]) -> OpenedCheckpoint:
+    """Open what `source` and `step` name; see `export`."""
+    which: SupportsIndex | Literal["best"] | None
+    which = None if isinstance(step, str) and step == "latest" else step
+    metric, mode = options.get("metric"), options.get("mode", "min")
+    return open_checkpoint(source, step=which, metric=metric, mode=mode)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportChoice:
+    """How to write.
+
+    Attributes:
+        format: of the files.
+        max_shard_bytes: the most that a file of "hf" holds.
+        like: the folder that "hf" takes its configuration from.
+    """
+
+    format: Format
+    max_shard_bytes: int = _MAX_SHARD_BYTES
+    like: Place | None = None
+
+    @classmethod
+    def of(cls, format: object, options: Mapping[str, Any]) -> ExportChoice:  # noqa: A002
+        """Return what the keywords of a call mean.
+
+        Raises:
+            UsageError: there is no such format, or an option is malformed or of another one.
+        """
+        if format not in FORMATS:
+            raise UsageError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
+        for name in ("max_shard", "like"):
+            if options.get(name) is not None and format != "hf":
+                raise UsageError(f"{name} goes with format='hf', not with {format!r}")
+        max_shard = options.get("max_shard")
+        nbytes = _MAX_SHARD_BYTES if max_shard is None else parse_bytes(max_shard)
+        return cls(format, nbytes, options.get("like"))
+
+
+def parse_bytes(size: object) -> int:
+    """Return a number of bytes, or the one that a text as `5GB` or `512MiB` means.
+
+    Raises:
+        UsageError: it means none, or no byte.
+    """
+    nbytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if found is not None:
+        power = " kmgt".index(found[2].lower() or " ")
+        nbytes = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if nbytes < 1:
+        raise UsageError(f"{size!r} is no size: give bytes, or a text such as '5GB' or '512MiB'")
+    return nbytes
+
+
+def write_content(
+    content: Outgoing,
+    out: Place,
+    choice: ExportChoice,
+    *,
+    work: Mapping[str, Any],
+    step: int = 0,
+    left_out: tuple[str, ...] = (),
+    cast: torch.dtype | None = None,
+) -> ExportReport:
+    """Write `content` to `out`; see `export`.
+
+    Args:
+        content: the tensors.
+        out: where to.
+        choice: how.
+        work: what tells this export from others.
+        step: for the report.
+        left_out: for the report.
+        cast: what the tensors were cast to, for the configuration.
+    """
+    store, key, owned = _destination(out, choice.format)
+    try:
+        files, aliases = _files(content, choice, key, cast)
+        if key is not None:
+            place_one(store, files[0])
+        else:
+            about = {"format": choice.format, "max_shard": choice.max_shard_bytes}
+            place_folder(store, files, {**work, **about})
+        return ExportReport(
+            f"{store.url}/{key}" if key is not None else store.url,
+            choice.format,
+            step,
+            {file.key: file.stream.nbytes for file in files},
+            len(content.items),
+            sum(item.nbytes for item in content.items.values()),
+            aliases,
+            left_out,
+        )
+    finally:
+        if owned:
+            store.close()
+
+
+def _destination(out: Place, format: Format) -> tuple[Store, str | None, bool]:  # noqa: A002
+    """Return the store, the key if it is one file, and whether the store is to be closed."""
+    default, suffixes = _ONE_FILES.get(format, (None, ()))
+    if isinstance(out, Store):
+        return out, default, False
+    if not isinstance(out, str | PathLike):
+        raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
+    text = str(out)
+    head, slash, name = text.rpartition("/")
+    if default is not None and name.endswith(suffixes) and name not in suffixes:
+        return resolve(head or slash or "."), name, True
+    return resolve(text), default, True
+
+
+def _files(
+    content: Outgoing, choice: ExportChoice, key: str | None, cast: torch.dtype | None
+) -> tuple[list[OutFile], Mapping[str, str]]:
+    """Return the files in the order in which they are put, and the names left out of them."""
+    items = content.items
+
+    def drawn(draw: Callable[[], Image]) -> Stream:
+        return Drawing(draw, content).stream()
+
+    if choice.format == "torch":
+        assert key is not None
+        return [OutFile(key, drawn(torch_archive.draw_file(items, content.ties)))], {}
+    if choice.format == "dcp":
+        metadata = stock.describe_data(items, stock.draw_data(items)[1])
+        data = drawn(lambda: stock.draw_data(items)[0])
+        return [OutFile(stock.DATA_FILE, data), _small(stock.METADATA_FILE, metadata)], {}
+    safetensors.check_dtypes(items.values())
+    if choice.format == "safetensors":
+        assert key is not None
+        return [OutFile(key, drawn(safetensors.draw_shard(list(items.values()), {})))], {}
+    aliases = safetensors.aliases_of(content.ties)
+    shards = safetensors.cut_shards(
+        [item for name, item in items.items() if name not in aliases], choice.max_shard_bytes
+    )
+    files = _configuration(choice.like, cast)
+    for name, shard in zip(safetensors.shard_names(len(shards)), shards, strict=True):
+        files.append(OutFile(name, drawn(safetensors.draw_shard(shard, _of(shard, aliases)))))
+    if len(shards) > 1:
+        files.append(_small(safetensors.INDEX_FILE, safetensors.weight_index(shards)))
+    return files, aliases
+
+
+def _of(shard: list[Item], aliases: Mapping[str, str]) -> dict[str, str]:
+    names = {item.name for item in shard}
+    return {name: other for name, other in aliases.items() if other in names}
+
+
+def _small(key: str, data: bytes) -> OutFile:
+    return OutFile(key, Stream.of([memoryview(data)]))
+
+
+def _configuration(like: Place | None, cast: torch.dtype | None) -> list[OutFile]:
+    """Return what stands beside the weights, of the folder `like`.
+
+    Raises:
+        NotFound: it has no configuration.
+    """
+    if like is None:
+        return []
+    store = like if isinstance(like, Store) else resolve(like)
+    try:
+        names = [name for name in store.list_children() if _BESIDE.fullmatch(name)]
+        found = {name: read_all(store, name, limit_bytes=_BESIDE_LIMIT_BYTES) for name in names}
+        try:
+            config = read_all(store, _CONFIG, limit_bytes=_BESIDE_LIMIT_BYTES)
+        except NotFound as error:
+            raise NotFound(f"{store.url} has no {_CONFIG} to copy: name a folder of one") from error
+    finally:
+        if store is not like:
+            store.close()
+    found[_CONFIG] = config if cast is None else _of_dtype(config, cast)
+    return [_small(name, data) for name, data in sorted(found.items()) if data]
+
+
+def _of_dtype(config: bytes, cast: torch.dtype) -> bytes:
+    """Return a configuration that says which dtype the weights have now."""
+    try:
+        fields = msgspec.json.decode(config, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UsageError(f"{_CONFIG} is no JSON object: {error}") from error
+    key = "dtype" if "dtype" in fields else "torch_dtype"
+    fields[key] = dtype_name(cast)
+    return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"

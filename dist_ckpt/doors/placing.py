@@ -1,0 +1,172 @@
+"""Files put at a destination that appears whole or not at all, and read back.
+
+A store has no rename of folders. So the file by which readers know such a folder is put last: until
+then there is nothing that any of them would load. A note beside the files says what is being
+made; it goes at the end, and lets the same work be gone on with after it was cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from dist_ckpt.doors.image import WINDOW_BYTES
+from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
+from dist_ckpt.format.digest import block_digests
+from dist_ckpt.storage.base import Store, Sweeper, read_all
+from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.stream import Stream, put_stream
+
+NOTE = "unfinished-export.json"
+_NOTE_LIMIT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """A file to be placed: its key, and its bytes as they are made."""
+
+    key: str
+    stream: Stream
+
+
+@dataclass
+class _Digests:
+    """Digests of a stream as it goes to a store: of each part of it, with its size."""
+
+    stream: Stream
+    parts: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def watched(self) -> Stream:
+        def pieces() -> Iterator[memoryview]:
+            self.parts.clear()  # a put that failed begins anew
+            for piece in self.stream:
+                self.parts += ((part.nbytes, block_digests(part)) for part in _parts(piece))
+                yield piece
+
+        return Stream(self.stream.nbytes, pieces)
+
+
+def _parts(piece: memoryview) -> Iterator[memoryview]:
+    """Yield `piece` in parts that are read back at once."""
+    for start in range(0, piece.nbytes, WINDOW_BYTES):
+        yield piece[start : start + WINDOW_BYTES]
+
+
+def place_one(store: Store, file: OutFile) -> None:
+    """Put a single file, which one put makes whole.
+
+    Raises:
+        AlreadyExists: there is another one. The same one is what this was to make.
+    """
+    _sweep(store)
+    _put_or_compare(store, file, replace=False)
+
+
+def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]) -> None:
+    """Put `files` into a folder that has nothing else, the last one last.
+
+    Args:
+        store: the folder.
+        files: in the order in which they are put.
+        work: what is made of what: as JSON it is equal for the same work only.
+
+    Raises:
+        AlreadyExists: there is something, and not from the same work that was cut off.
+    """
+    sizes = {file.key: file.stream.nbytes for file in files}
+    note = msgspec.json.format(msgspec.json.encode({**work, "files": sizes}), indent=2) + b"\n"
+    found = _note(store)
+    if found is None and store.list_children():
+        _check_done(store, files)
+        return
+    if found not in (None, note):
+        raise AlreadyExists(
+            f"{store.url} has an export that was cut off and was another one ({NOTE} tells): "
+            "remove it, or export elsewhere"
+        )
+    if found is None:
+        store.put(NOTE, [note])
+    _sweep(store)
+    for file in files:
+        # What has another content is from a source that was saved anew under the same name.
+        _put_or_compare(store, file, replace=True)
+    store.delete([NOTE])
+
+
+def _check_done(store: Store, files: Sequence[OutFile]) -> None:
+    """Check that the folder has the files: the work was cut off when all of it was done."""
+    for file in files:
+        if _size(store, file.key) != file.stream.nbytes or not _is_stored(store, file):
+            raise AlreadyExists(
+                f"{store.url} is not empty, and has not what this export would make: choose "
+                "another place, or empty it"
+            )
+
+
+def _put_or_compare(store: Store, file: OutFile, *, replace: bool) -> None:
+    size = _size(store, file.key)
+    if size == file.stream.nbytes and _is_stored(store, file):
+        return
+    if size is not None and not replace:
+        raise AlreadyExists(
+            f"{file.key} already exists in {store.url}, with another content: export elsewhere, or "
+            "remove it"
+        )
+    digests = _Digests(file.stream)
+    put_stream(store, file.key, digests.watched(), mode="create" if size is None else "replace")
+    _read_back(store, file, digests.parts)
+
+
+def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]) -> None:
+    """Compare what is stored with what was made.
+
+    Raises:
+        IntegrityError: they differ; the file is removed.
+    """
+    buffer = aligned_buffer(WINDOW_BYTES)
+    start = 0
+    for nbytes, digest in digests:
+        count = store.read_into(file.key, start, buffer[:nbytes])
+        if block_digests(buffer[:count]) != digest:
+            store.delete([file.key])
+            raise IntegrityError(
+                f"{file.key} in {store.url} reads otherwise than it was written, around byte "
+                f"{start}: it was removed. Check the disk or the server"
+            )
+        start += nbytes
+
+
+def _is_stored(store: Store, file: OutFile) -> bool:
+    """Whether the object there is what the stream makes, of which it has the size."""
+    buffer = aligned_buffer(WINDOW_BYTES)
+    start = 0
+    for piece in file.stream:
+        for wanted in _parts(piece):
+            count = store.read_into(file.key, start, buffer[: wanted.nbytes])
+            if buffer[:count] != wanted:
+                return False
+            start += count
+    return True
+
+
+def _note(store: Store) -> bytes | None:
+    try:
+        return read_all(store, NOTE, limit_bytes=_NOTE_LIMIT_BYTES)
+    except NotFound:
+        return None
+
+
+def _size(store: Store, key: str) -> int | None:
+    try:
+        return store.size(key)
+    except NotFound:
+        return None
+
+
+def _sweep(store: Store) -> None:
+    """Remove what a killed writer left of a file right here: it is half of what is made now."""
+    if isinstance(store, Sweeper):
+        store.sweep(may_go=lambda key: "/" not in key)

@@ -1,0 +1,171 @@
+"""Tensors on their way into a run: in memory if they are small, else in a file without a name.
+
+A save takes live tensors. Those of another checkpoint are laid out in a mapping first, which the
+kernel can write back to the disk when memory gets scarce.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from dist_ckpt.doors.content import Item, Outgoing
+from dist_ckpt.doors.image import WINDOW_BYTES, Image, boxes_of_range, windows
+from dist_ckpt.errors import AlreadyExists, ErrorKind, StorageError, describe
+from dist_ckpt.functional import save
+from dist_ckpt.loading.opened import BoxTarget
+from dist_ckpt.ranks.job import Place
+from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.train_state import TrainState
+
+_IN_MEMORY_BYTES = 256 << 20
+_SAVE_BYTES = 128 << 20
+_ALIGN_BYTES = 64
+_BATCH_BYTES = 4 * WINDOW_BYTES
+
+
+class SpooledPart:
+    """A part of a state that is what was read of another checkpoint, to be saved once.
+
+    Args:
+        content: its tensors; None if there are none.
+        objects: its encoded Python values.
+
+    Raises:
+        StorageError: there is no room for them in the folder for temporary files.
+        CheckpointError: they cannot be read.
+    """
+
+    def __init__(self, content: Outgoing | None, objects: Mapping[str, bytes]) -> None:
+        self._objects = dict(objects)
+        self._tensors = {} if content is None else _read(content)
+
+    def capture(self) -> Captured:
+        """Return the tensors and values."""
+        return Captured(dict(self._tensors), dict(self._objects))
+
+    def targets(self, stored: Stored) -> Targets:
+        """Want nothing: it is saved and never loaded into."""
+        return Targets()
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take nothing."""
+
+
+def save_parts(
+    parts: Mapping[str, SpooledPart], url: Place, *, step: int, metrics: Mapping[str, float]
+) -> None:
+    """Save `parts` as the checkpoint `step` of the run at `url`, by this process alone.
+
+    Raises:
+        CheckpointError: nothing was committed.
+    """
+    named: dict[str, object] = dict(parts)
+    save(
+        TrainState(rng=None, **named),  # type: ignore[arg-type]
+        url,
+        step=step,
+        metrics=metrics,
+        ranks="alone",
+        memory_limit_bytes=_SAVE_BYTES,
+        command=False,
+    )
+
+
+def is_same(one: Outgoing, other: Outgoing) -> bool:
+    """Tell whether two contents have the same names, dtypes, shapes and bits; reads both."""
+    if dict(one.items) != dict(other.items):
+        return False
+    pairs = zip(_bytes_of(one), _bytes_of(other, like=one), strict=True)
+    return all(mine == theirs for mine, theirs in pairs)
+
+
+def _bytes_of(content: Outgoing, like: Outgoing | None = None) -> Iterator[memoryview]:
+    image = Image()
+    for item in (like or content).items.values():
+        image.skip_to(_aligned(image.nbytes))
+        image.add_tensor(item)
+    return windows(image, content)
+
+
+def _read(content: Outgoing) -> dict[str, torch.Tensor]:
+    first = {name: group[0] for group in content.ties for name in group}
+    stored = [item for name, item in content.items.items() if first.get(name, name) == name]
+    mapping = _mapping(sum(_aligned(item.nbytes) for item in stored))
+    found: dict[str, torch.Tensor] = {}
+    at = 0
+    for item in stored:
+        found[item.name] = _tensor(mapping, item, at)
+        at += _aligned(item.nbytes)
+    for batch in _batches(stored, found):
+        content.fill(batch)
+    # Names of one memory stay so: a save stores it once.
+    return {name: found[first.get(name, name)] for name in content.items}
+
+
+def _tensor(mapping: mmap.mmap, item: Item, offset: int) -> torch.Tensor:
+    if not item.nbytes:
+        return torch.empty(item.shape, dtype=item.dtype)
+    count = math.prod(item.shape)
+    flat = torch.frombuffer(mapping, dtype=item.dtype, count=count, offset=offset)
+    return flat.view(item.shape)
+
+
+def _batches(
+    items: Sequence[Item], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[list[BoxTarget]]:
+    """Yield what is read at once, not much more than `_BATCH_BYTES` each."""
+    batch: list[BoxTarget] = []
+    nbytes = 0
+    for item in items:
+        count = math.prod(item.shape)
+        flat = tensors[item.name].view(-1)
+        step = _BATCH_BYTES // item.dtype.itemsize
+        for start in range(0, count, step):
+            at = start
+            for offsets, sizes in boxes_of_range(item.shape, start, min(start + step, count)):
+                box = flat[at : at + math.prod(sizes)].view(sizes)
+                at += box.numel()
+                batch.append((item.name, offsets, box))
+                nbytes += box.nbytes
+            if nbytes >= _BATCH_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _mapping(nbytes: int) -> mmap.mmap:
+    if nbytes <= _IN_MEMORY_BYTES:
+        return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        with tempfile.TemporaryFile() as file:
+            # Before anything is written: a mapping of a full disk ends the process.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            f"no room for {nbytes} bytes in {tempfile.gettempdir()}: {describe(error)}; name "
+            "another folder for temporary files by TMPDIR",
+            kind=ErrorKind.STORAGE_FULL if full else None,
+        ) from error
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def other_step(url: str, step: int) -> AlreadyExists:
+    """Return the error for a step that is committed, and is not what was to be saved."""
+    return AlreadyExists(
+        f"step {step} is committed in {url}, and is another checkpoint than this would be: give "
+        "another step=, or another run",
+        kind=ErrorKind.STEP_EXISTS,
+    )

@@ -1,0 +1,188 @@
+"""What other programs saved becomes a checkpoint of a run, by the names that they commonly use."""
+
+from __future__ import annotations
+
+import warnings
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+import dist_ckpt
+from dist_ckpt.doors import spool
+from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.local import LocalStore
+from tests.unit.doors.models import check_equal
+
+
+def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, optimizer = build()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def named(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def conventions(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {
+        "bare": {"model": named(model, ""), "optimizer": state, "step": 7},
+        "tutorial": {
+            "model_state_dict": named(model, ""),
+            "optimizer_state_dict": state,
+            "epoch": 7,
+            "loss": 0.25,
+        },
+        "ddp": {"state_dict": named(model, "module."), "optimizer": state, "epoch": 7},
+        "compiled": {
+            "model": named(model, "_orig_mod.module."),
+            "optimizer": state,
+            "global_step": 7,
+            "epoch": 1,
+            "metrics": {"loss": 0.25, "name": "run"},
+        },
+        "lightning": {
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": named(model, "model._orig_mod."),
+            "optimizer_states": [state],
+            "epoch": 1,
+            "global_step": 7,
+            "loops": {},
+        },
+    }
+
+
+def check_loads(run: Path, *, step: int = 7) -> None:
+    """Check that a training finds model and optimizer in `run` as they were."""
+    model, optimizer = build()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    state = {"model": model, "optimizer": optimizer, "rng": None}
+    with dist_ckpt.Checkpointer(run, state) as ckpt:
+        assert ckpt.restore(only=["model", "optimizer"]) == step
+    wanted, stepped = trained()
+    check_equal(model.state_dict(), wanted.state_dict())
+    assert str(optimizer.state_dict()) == str(stepped.state_dict())
+
+
+@pytest.mark.parametrize("name", ["bare", "tutorial", "ddp", "compiled", "lightning"])
+def test_what_torch_saved_goes_on_as_a_run(name: str, tmp_path: Path) -> None:
+    content = conventions(*trained())[name]
+    torch.save(content, tmp_path / "old.ckpt")
+    report = dist_ckpt.import_(tmp_path / "old.ckpt", tmp_path / "run")
+    assert report.step == 7
+    assert {"model", "optimizer"} <= set(report.parts.values())
+    assert report.metrics == ({"loss": 0.25} if name in ("tutorial", "compiled") else {})
+    assert Repository(LocalStore(tmp_path / "run")).verify(7).ok
+    with dist_ckpt.open_checkpoint(tmp_path / "run") as opened:
+        names = [info.name for info in opened.info.values() if info.part == "model"]
+        assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        assert opened.manifest is not None
+        assert opened.manifest.metrics == report.metrics
+        if name == "ddp":
+            assert opened.read_values("epoch") == {"value": 7}
+    check_loads(tmp_path / "run")
+
+
+def test_stock_dcp(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    state, moments = get_state_dict(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_save({"model": state, "optim": moments}, checkpoint_id=tmp_path / "stock")
+    report = dist_ckpt.import_(tmp_path / "stock", tmp_path / "run", step=7, metrics={"loss": 1.0})
+    assert report.parts == {"model": "model", "optim": "optimizer"}
+    assert "optimizer, called 'optim' there" in str(report)
+    check_loads(tmp_path / "run")
+
+
+def test_safetensors_and_folders_of_hugging_face(tmp_path: Path) -> None:
+    wanted = named(trained()[0], "")
+    save_file(wanted, tmp_path / "a.safetensors")
+    dist_ckpt.export(tmp_path / "a.safetensors", tmp_path / "hf", format="hf", max_shard=200)
+    for source, step in ((tmp_path / "a.safetensors", 1), (tmp_path / "hf", 2)):
+        dist_ckpt.import_(source, tmp_path / "run", step=step)
+        model = build()[0]
+        dist_ckpt.load_weights(model, tmp_path / "run", step=step)
+        check_equal(model.state_dict(), wanted)
+
+
+def test_ties_are_stored_once(tmp_path: Path) -> None:
+    shared = torch.randn(1000)
+    torch.save({"model": {"a": shared, "b": shared}}, tmp_path / "old.pt")
+    dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    with dist_ckpt.open_checkpoint(tmp_path / "run") as opened:
+        assert opened.ties("model") == [("a", "b")]
+        assert torch.equal(opened["model/b"].read(), shared)
+
+
+Unknown = namedtuple("Unknown", "value")
+
+
+def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
+    model, _ = trained()
+    torch.save({"model": named(model, ""), "args": Unknown(3)}, tmp_path / "old.pt")
+    report = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    assert report.left_out == ("args",)
+    assert report.parts == {"model": "model"}
+
+
+def test_the_same_again_is_no_error_and_another_is(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    torch.save(conventions(model, optimizer)["ddp"], tmp_path / "old.pt")
+    first = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    again = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    assert (first.was_there, again.was_there) == (False, True)
+    model[0].weight.data[0, 0] += 1  # type: ignore[index]
+    torch.save(conventions(model, optimizer)["ddp"], tmp_path / "old.pt")
+    with pytest.raises(AlreadyExists, match=r"step 7 is committed in .* is another checkpoint"):
+        dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run", step=8)
+    assert Repository(LocalStore(tmp_path / "run")).steps() == [7, 8]
+
+
+def test_what_is_no_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
+    dist_ckpt.save({"model": build()[0]}, tmp_path / "run")
+    with pytest.raises(UsageError, match="committed by dist_ckpt already"):
+        dist_ckpt.import_(tmp_path / "run", tmp_path / "other")
+    with pytest.raises(NotFound):
+        dist_ckpt.import_(tmp_path / "nowhere", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_large_ones_go_through_a_file_of_which_no_room_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(spool, "_BATCH_BYTES", 64)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    torch.save(conventions(*trained())["bare"], tmp_path / "old.pt")
+    before = sorted(tmp_path.iterdir())
+    dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    check_loads(tmp_path / "run")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "run"]), "no file is left"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(StorageError, match="TMPDIR") as failed:
+        dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "other")
+    assert failed.value.kind is ErrorKind.STORAGE_FULL

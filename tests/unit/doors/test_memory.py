@@ -1,0 +1,60 @@
+"""How much memory an export takes has nothing to do with how large the model is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_ckpt
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+import torch
+import dist_ckpt, dist_ckpt.doors.export, safetensors.torch
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+# All that is imported late, and what a first call takes.
+dist_ckpt.save({"model": {"w": torch.zeros(1 << 20)}}, folder / "small", ranks="alone")
+dist_ckpt.export(folder / "small", folder / "small-out", format=kind)
+before = peak()
+dist_ckpt.export(folder / "run", folder / f"out-{kind}", format=kind)
+print(before, peak())
+"""
+
+
+def peaks(folder: Path, kind: str) -> tuple[int, int]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), kind],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    return before, after
+
+
+def save(folder: Path, mib: int) -> None:
+    weights = {f"{number}": torch.rand(64, 1 << 18) for number in range(mib // 64)}
+    dist_ckpt.save({"model": weights}, folder / "run", memory_limit_bytes=64 << 20)
+
+
+def test_a_quarter_of_a_gigabyte(tmp_path: Path) -> None:
+    save(tmp_path, 256)
+    before, after = peaks(tmp_path, "safetensors")
+    assert after - before < 96 << 20
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "dcp", "hf"])
+def test_four_gigabytes_in_less_than_one(kind: str, tmp_path: Path) -> None:
+    save(tmp_path, 4096)
+    _, after = peaks(tmp_path, kind)
+    assert after < 1 << 30
