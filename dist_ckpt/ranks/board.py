@@ -204,7 +204,8 @@ class Board:
         elif gathering.first is None and 0 not in gathering.messages:
             gathering.first = rank
             self._tell(rank, packed(Frame("first", frame.job, frame.name)), None)
-        if len(gathering.messages) == self._world_size:
+        # Rank 0 looks once more when it is there: what happened until now has rung for nobody.
+        if rank == 0 or len(gathering.messages) == self._world_size:
             self._bell.ring()
 
     def _fail(self, board: JobBoard, rank: int, frame: Frame) -> None:
