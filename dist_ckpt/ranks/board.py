@@ -158,16 +158,17 @@ class Board:
         board = self._jobs.setdefault(job, JobBoard())
         if name in board.errors or name in board.decided:
             return
+        if isinstance(outcome, Frame) and outcome.kind == "fail":
+            # First: who finds no round any more finds why.
+            board.errors[name] = outcome.data
+        else:
+            board.decided.append(name)
         board.rounds.pop(name, None)
         if isinstance(outcome, Frame):
-            if outcome.kind == "fail":
-                board.errors[name] = outcome.data
             self._tell_all(board, outcome)
         else:
             for rank in self._others:
                 self._tell(rank, packed(outcome[rank]), None)
-        if name not in board.errors:
-            board.decided.append(name)
         self._bell.ring()
 
     def name_absent(self, job: int, ranks: Collection[int]) -> None:

@@ -318,6 +318,8 @@ class JobCoordinator:
             # Asked before the messages: what a rank sent before it left counts.
             return is_settled() or bool(gone and gone & missing())
 
+        # Its own word first, which no deadline concerns: else rank 0 might find itself absent.
+        hub.bell.wait_for(lambda: board.error(job, name) is not None or 0 not in missing())
         Waiting(topic.label, deadline.remaining_seconds, missing, says=topic.opens).wait_for(
             hub.bell, is_in_vain
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -482,3 +484,23 @@ def test_what_is_longer_than_a_frame_is_an_error_of_its_rank(
     assert isinstance(long_answer, ValueError)
     assert isinstance(other, CoordinationError)
     assert list(other.ranks) == [0]
+
+
+def test_an_interrupt_while_a_rank_waits_breaks_nothing() -> None:
+    job = members(2)
+
+    def interrupt() -> None:
+        # When its message has come, so that it waits for nothing but the answer.
+        board = cast(Hub, job[0]._link).board
+        while 1 not in board.messages(0, "round"):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        job[1].round(topic(), b"b", never, deadline=long())
+    interrupting.join()
+    # It said what it had to say, and the next round is as if nothing had been.
+    assert job[0].round(topic(), b"a", concat, deadline=long()) == b"a|b"
+    assert round_of(job, [b"c", b"d"], concat, key="next") == [b"c|d"] * 2

@@ -350,3 +350,15 @@ def test_frames_arrive_whole_however_they_are_cut(bodies: list[bytes], data: st.
             stream = stream[size:]
     assert over.wait(60)
     assert heard == bodies
+
+
+def test_a_mistake_in_what_the_loop_calls_ends_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail() -> None:
+        raise LookupError("a mistake")
+
+    running_loop().call(fail)
+    hub = hub_of(2)
+    agree(hub, [JobCoordinator(line_to(hub, 1))])
+    assert "a mistake" in caplog.text

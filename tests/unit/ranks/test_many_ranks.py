@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import pytest
 
@@ -11,7 +12,7 @@ from dist_ckpt.ranks.channels import running_loop
 from dist_ckpt.ranks.coordinator import JobCoordinator, Line
 from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline
-from tests.unit.ranks.rounds import links, long, on_every_rank, topic
+from tests.unit.ranks.rounds import LONG_SECONDS, links, long, on_every_rank, topic
 
 WORLD = 512
 SILENT = {7, 130, 131, 132, 511}
@@ -24,6 +25,7 @@ class Crowd:
 
     def __init__(self) -> None:
         self.links = dict(enumerate(links(WORLD)))
+        self.hub = cast(Hub, self.links[0])
 
     def round(
         self,
@@ -31,13 +33,22 @@ class Crowd:
         *,
         without: set[int] = frozenset(),  # type: ignore[assignment]
         failing: set[int] = frozenset(),  # type: ignore[assignment]
-        deadline: Callable[[], Deadline] = long,
+        seconds: float = LONG_SECONDS,
     ) -> dict[int, bytes | BaseException]:
         def work(rank: int) -> Callable[[], bytes]:
             error = StorageError(f"disk full on {rank}", kind=ErrorKind.STORAGE_FULL)
             message = error if rank in failing else rank.to_bytes(2, "big")
             member = JobCoordinator(self.links[rank])
-            return lambda: member.round(topic(key), message, total, deadline=deadline())
+
+            def run() -> bytes:
+                if rank == 0 and seconds < LONG_SECONDS:
+                    # The deadline of those that never come begins when all others have come.
+                    board = self.hub.board
+                    member.wait_for(lambda: board.count(0, key) == len(ranks) - 1, long())
+                span = seconds if rank == 0 else LONG_SECONDS
+                return member.round(topic(key), message, total, deadline=Deadline.after(span))
+
+            return run
 
         ranks = [rank for rank in self.links if rank not in without]
         found = on_every_rank([work(rank) for rank in ranks])
@@ -75,7 +86,7 @@ def test_silent_dead_and_failing_ranks_are_named(crowd: Crowd) -> None:
     answer = str(sum(range(WORLD))).encode()
     assert set(crowd.round("all well").values()) == {answer}
 
-    silent = crowd.round("silent", without=SILENT, deadline=lambda: Deadline.after(3.0))
+    silent = crowd.round("silent", without=SILENT, seconds=1.0)
     assert causes(silent) == dict.fromkeys(SILENT, "did not arrive")
 
     # Nobody waits for the others of those that do not come, nor for the deadline.
