@@ -153,8 +153,8 @@ class Board:
         else:
             raise ValueError(f"no rank says {frame.kind}")
 
-    def end(self, job: int, name: str, outcome: Frame | Sequence[Frame]) -> None:
-        """End a round as rank 0 decided: by one frame for all, or by one for each rank."""
+    def end(self, job: int, name: str, outcome: Frame | Sequence[bytes]) -> None:
+        """End a round as rank 0 decided: by one frame for all, or by a packed one for each rank."""
         board = self._jobs.setdefault(job, JobBoard())
         if name in board.errors or name in board.decided:
             return
@@ -168,7 +168,7 @@ class Board:
             self._tell_all(board, outcome)
         else:
             for rank in self._others:
-                self._tell(rank, packed(outcome[rank]), None)
+                self._tell(rank, outcome[rank], None)
         self._bell.ring()
 
     def name_absent(self, job: int, ranks: Collection[int]) -> None:

@@ -347,13 +347,14 @@ class JobCoordinator:
             return self._failed(topic, message)
         return self._frame("report", topic, message)
 
-    def _answer(self, topic: Topic, answer: bytes | Sequence[bytes]) -> Frame | list[Frame]:
+    def _answer(self, topic: Topic, answer: bytes | Sequence[bytes]) -> Frame | list[bytes]:
         for data in [answer] if isinstance(answer, bytes) else answer:
             if len(data) > MESSAGE_LIMIT_BYTES:
                 raise _too_long(data)
         if isinstance(answer, bytes):
             return self._frame("answer", topic, answer)
-        return [self._frame("answer", topic, data) for data in answer]
+        # Packed on this thread: the loop has others to serve.
+        return [packed(self._frame("answer", topic, data)) for data in answer]
 
     def _failed(self, topic: Topic, error: BaseException) -> Frame:
         """Return what ends the round, with the error as all others are to raise it."""

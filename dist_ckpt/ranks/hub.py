@@ -127,7 +127,7 @@ class Hub:
         """Say something as rank 0."""
         self._loop.call(partial(self.board.take, 0, frame))
 
-    def end(self, job: int, name: str, outcome: Frame | Sequence[Frame]) -> None:
+    def end(self, job: int, name: str, outcome: Frame | Sequence[bytes]) -> None:
         """End a round; see `Board.end`."""
         self._loop.call(partial(self.board.end, job, name, outcome))
 
