@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from benchmarks.measure import no_warnings
 from benchmarks.workload import State
 from dist_ckpt import Checkpointer, TrainState, events
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.rounds import Topic
 from dist_ckpt.testing.ranks import run_ranks
 
@@ -134,7 +134,7 @@ def _exchange_of_rank(place: str, tensors: int) -> list[tuple[int, float]]:
     nbytes, seconds = [0], [0.0]
 
     def counted(inner: Callable[..., bytes]) -> Callable[..., bytes]:
-        def round_(self: StoreCoordinator, topic: Topic, sent: Any, *rest: Any, **n: Any) -> bytes:
+        def round_(self: JobCoordinator, topic: Topic, sent: Any, *rest: Any, **n: Any) -> bytes:
             planning = topic.key.endswith("/plan")
             if planning:
                 dist.barrier()  # ranks that still describe their state would be waited for
@@ -147,7 +147,7 @@ def _exchange_of_rank(place: str, tensors: int) -> list[tuple[int, float]]:
 
         return round_
 
-    StoreCoordinator.round = counted(StoreCoordinator.round)  # type: ignore[method-assign]
+    JobCoordinator.round = counted(JobCoordinator.round)  # type: ignore[method-assign]
     found: list[tuple[int, float]] = []
     with Checkpointer(place, TrainState(model=model, rng=None)) as checkpointer:
         for number in range(_SAVES):

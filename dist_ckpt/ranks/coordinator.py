@@ -1,291 +1,387 @@
-"""Agreement between ranks: rounds over a c10d store of our own.
+"""Agreement between the processes of a job: rounds over one connection of each rank to rank 0.
 
 In a round every rank sends one message (or its error), rank 0 decides once, and every rank
 receives the decision. There are no collectives and the process group of the training is never
 used, so rounds run beside it on any thread. Every wait has a deadline, and a rank that did not
-arrive is named.
-
-The idea of a two-phase barrier on a store that carries errors is torchsnapshot's
-(`dist_store.LinearBarrier`); here ranks draw arrival numbers, so that rank 0 looks at one key at a
-time however many ranks there are, and the first error ends the round at once.
+arrive is named. Whoever waits sleeps until it is told: nobody asks rank 0 for anything.
 """
 
 from __future__ import annotations
 
-import time
+import socket
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import msgspec
-from torch.distributed import DistError
-from torch.distributed.distributed_c10d import Store
 
-from dist_ckpt.errors import (
-    CheckpointError,
-    CoordinationError,
-    ErrorKind,
-    describe,
-    from_wire,
-    to_wire,
+from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, from_wire, to_wire
+from dist_ckpt.ranks.channels import (
+    MESSAGE_LIMIT_BYTES,
+    Channel,
+    Frame,
+    FrameKind,
+    packed,
+    running_loop,
+    unpacked,
 )
+from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
-from dist_ckpt.ranks.waiting import (
-    Departures,
-    Waiting,
-    absence,
-    decode_error,
-    envelope,
-    failure,
-    noted,
-    opened,
-)
+from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, failure, noted
+from dist_ckpt.waiting import Bell, Latch
 
 LOST = {0: "connection lost"}
 """The cause by rank where rank 0 could not be asked: unlike its verdict, it says nothing of it."""
 
-# The store refuses a value above 8 MiB (c10d's TCPStore, libuv backend).
-_PIECE_BYTES = 4 << 20
-# A nap is an eighth of the wait so far: that much later, at most, is news heard, and ranks that
-# come at different times find one another soon without asking the store all the time.
-_FIRST_NAP_SECONDS, _NAP_GROWTH, _LONGEST_NAP_SECONDS = 0.0002, 1.125, 0.02
+# One that dies seldom dies alone: so long is waited for the others of its host, to name them too.
+_GRACE_SECONDS = 0.5
+
+_T = TypeVar("_T")
 
 
-class StoreCoordinator:
-    """One of several ranks. Two of them, on two threads, may share a client of the c10d store."""
+class Line:
+    """What every other rank has: one connection to rank 0, for all its jobs and threads.
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, *, absent: set[int] | None = None
-    ) -> None:
-        """Join a job.
+    Attributes:
+        rank: this one.
+        world_size: how many there are.
+        bell: rung when something was heard.
+    """
+
+    def __init__(self, connection: socket.socket, rank: int, world_size: int) -> None:
+        """Begin to listen.
 
         Args:
-            store: what its ranks share.
+            connection: to rank 0, which has let this rank in.
             rank: this one.
             world_size: how many there are.
-            absent: where rank 0 notes who did not arrive; one for all coordinators of a process.
         """
         self.rank = rank
         self.world_size = world_size
-        self._store = store
-        self._departures = Departures(store, rank)
-        self._absent = set() if absent is None else absent
-        self._finished: list[str] = []
+        self.bell = Bell()
+        self.heard = Heard(self.bell)
+        self._loop = running_loop()
+        self._channel: list[Channel] = []
+        # Neither knows this object: the connection ends with the last that uses it.
+        self._loop.call(partial(_listen, connection, self.heard, self._channel))
+        weakref.finalize(self, self._loop.call, partial(_hang_up, self._channel)).atexit = False
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame."""
+        data, channel = packed(frame), self._channel
+        self._loop.call(lambda: channel[0].send(data))
+
+    def wait_until_sent(self, seconds: float) -> None:
+        """Wait until what was sent has left, for at most so long."""
+        sent, channel = Latch(), self._channel
+        self._loop.call(lambda: channel[0].when_sent(sent.open))
+        sent.wait(seconds)
+
+
+def _listen(connection: socket.socket, heard: Heard, channel: list[Channel]) -> None:
+    channel.append(Channel(running_loop(), connection, on_body=heard.take, on_lost=heard.lose))
+
+
+def _hang_up(channel: Sequence[Channel]) -> None:
+    channel[0].close()
+
+
+class Heard:
+    """What one rank was told by rank 0. Written on the thread of the loop, read on any.
+
+    Attributes:
+        lost: why the connection broke, "" while it is there.
+    """
+
+    def __init__(self, bell: Bell) -> None:
+        self.lost = ""
+        self._bell = bell
+        self._errors: dict[tuple[int, str], bytes] = {}
+        self._answers: dict[tuple[int, str], bytes] = {}
+        self._awaited: set[tuple[int, str]] = set()
+        self._firsts: set[tuple[int, str]] = set()
+        self._notes: dict[tuple[int, str], bytes] = {}
+        self._left: set[int] = set()
+
+    def error(self, job: int, name: str) -> bytes | None:
+        """Return the error with which a round ended."""
+        return self._errors.get((job, name))
+
+    def answer(self, job: int, name: str) -> bytes | None:
+        """Return the answer of a round that is awaited."""
+        return self._answers.get((job, name))
+
+    def is_first(self, job: int, name: str) -> bool:
+        """Whether this rank was the first that came to a round, and rank 0 still has not."""
+        return (job, name) in self._firsts
+
+    def note(self, job: int, name: str) -> bytes | None:
+        """Return what rank 0 has put up."""
+        return self._notes.get((job, name))
+
+    def has_left(self, job: int) -> bool:
+        """Whether rank 0 has left the job."""
+        return job in self._left
+
+    def wait_for(self, job: int, name: str) -> None:
+        """Keep the answer of a round when it comes; no other is kept."""
+        self._awaited.add((job, name))
+
+    def forget(self, job: int, name: str) -> None:
+        """Keep no answer of a round."""
+        self._awaited.discard((job, name))
+        self._answers.pop((job, name), None)
+        self._firsts.discard((job, name))
+
+    def leave(self, job: int) -> None:
+        """Forget what was heard in a job that this rank has left."""
+        for known in (self._errors, self._notes):
+            for key in [key for key in tuple(known) if key[0] == job]:
+                known.pop(key, None)
+
+    def take(self, body: bytes) -> None:
+        """Take in what rank 0 says."""
+        frame = unpacked(body)
+        key = (frame.job, frame.name)
+        if frame.kind == "answer":
+            if key in self._awaited:
+                self._answers[key] = frame.data
+        elif frame.kind == "fail":
+            self._errors[key] = frame.data
+        elif frame.kind == "note":
+            self._notes[key] = frame.data
+        elif frame.kind == "leave":
+            self._left.add(frame.job)
+        elif frame.kind == "first":
+            self._firsts.add(key)
+        elif frame.kind == "here":
+            self._firsts.discard(key)
+        self._bell.ring()
+
+    def lose(self, reason: str) -> None:
+        """Note that the connection broke."""
+        self.lost = reason
+        self._bell.ring()
+
+
+class JobCoordinator:
+    """One of several ranks of a job. Two of them, on two threads, may share a link."""
+
+    def __init__(self, link: Hub | Line, job: int = 0) -> None:
+        """Join a job.
+
+        Args:
+            link: what connects this rank with the others.
+            job: its number, the same on every rank.
+        """
+        self.rank = link.rank
+        self.world_size = link.world_size
+        self._link = link
+        self._job = job
 
     def round(
         self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
     ) -> bytes:
         """Take part in one round; see `Coordinator.round`."""
         try:
-            number = self._store.add(f"{topic.key}/arrived", 1)
-            self._put(f"{topic.key}/message/{number}", envelope(self.rank, message))
-            if self.rank == 0:
-                self._decide(topic, decide, deadline.for_coordinator())
-            answer = self._await_answer(topic, deadline, first=number == 1)
-        except DistError as error:
-            raise self._lost(topic, error) from error
+            if isinstance(self._link, Hub):
+                return self._lead(self._link, topic, message, decide, deadline)
+            return self._follow(self._link, topic, message, deadline)
         except CheckpointError as error:
             if isinstance(message, CheckpointError):
-                raise error from message  # what crossed the store has lost its traceback
+                raise error from message  # what crossed to another rank has lost its traceback
             if isinstance(message, BaseException):
                 raise noted(topic.label, message) from None
             raise
-        if answer is None:
+
+    def verdict(self, topic: Topic) -> CheckpointError | None:
+        """Return the error with which the round ended; see `Coordinator.verdict`."""
+        if isinstance(self._link, Hub):
+            data = self._link.board.error(self._job, topic.key)
+        else:
+            data = self._link.heard.error(self._job, topic.key)
+            if data is None and self._link.heard.lost:
+                return self._lost(topic.label, self._link)
+        return None if data is None else decode_error(data)
+
+    def refuse(self, topic: Topic, error: CheckpointError) -> None:
+        """Give the round up on every rank; see `Coordinator.refuse`."""
+        self._link.send(self._failed(topic, error))
+
+    def post(self, name: str, data: bytes) -> None:
+        """Put a note up; see `Coordinator.post`."""
+        self._check_connected(f"the note {name!r}")
+        self._link.send(Frame("note", self._job, name, data))
+
+    def look(self, name: str) -> bytes | None:
+        """Return a note; see `Coordinator.look`."""
+        if isinstance(self._link, Hub):
+            return self._link.board.note(self._job, name)
+        found = self._link.heard.note(self._job, name)
+        if found is None:
+            self._check_connected(f"the note {name!r}")
+        return found
+
+    def wait_for(self, look: Callable[[], _T], deadline: Deadline) -> _T:
+        """Wait for what is heard; see `Coordinator.wait_for`."""
+        return self._link.bell.wait_for(look, deadline.remaining_seconds)
+
+    def leave(self, deadline: Deadline) -> None:
+        """Leave; rank 0 waits for the others until the deadline, then goes without them."""
+        self._link.send(Frame("leave", self._job))
+        if isinstance(self._link, Hub):
+            # Not for those that were named absent: most likely they are dead, and whoever is merely
+            # late has been told by an error already.
+            board = self._link.board
+            self.wait_for(lambda: board.is_over(self._job), deadline)
+        else:
+            self._link.heard.leave(self._job)
+            self._link.wait_until_sent(deadline.remaining_seconds)
+
+    def _follow(
+        self, line: Line, topic: Topic, message: bytes | BaseException, deadline: Deadline
+    ) -> bytes:
+        heard, job, name = line.heard, self._job, topic.key
+
+        def outcome() -> list[bytes]:
+            error = heard.error(job, name)
+            if error is not None:
+                raise decode_error(error)
+            answer = heard.answer(job, name)
+            # Looked at last: what rank 0 said before it went holds.
+            if answer is None and heard.has_left(job):
+                raise absence(topic.label, left={0})
+            if answer is None and heard.lost:
+                raise self._lost(topic.label, line)
+            return [] if answer is None else [answer]  # which may be empty, and is one
+
+        heard.wait_for(job, name)
+        try:
+            line.send(self._message(topic, message))
+            waiting = Waiting(
+                topic.label,
+                deadline.remaining_seconds,
+                # One word for all that wait for rank 0, which names the others once it is here.
+                lambda: (0,) if heard.is_first(job, name) else (),
+                says=topic.opens,
+            )
+            answers = waiting.wait_for(line.bell, outcome)
+        finally:
+            heard.forget(job, name)
+        if not answers:
             raise CoordinationError(
                 f"{topic.label}: rank 0 did not answer within {deadline.span_seconds:g} s"
                 f"{topic.hint}",
                 kind=ErrorKind.TIMEOUT,
                 ranks={0: "no answer"},
             )
-        return answer
+        return answers[0]
 
-    def verdict(self, topic: Topic) -> CheckpointError | None:
-        """Return the error with which the round ended; see `Coordinator.verdict`."""
-        try:
-            data = self._try_get(f"{topic.key}/error")
-        except DistError as error:
-            return self._lost(topic, error)
-        return None if data is None else decode_error(data)
-
-    def post(self, name: str, data: bytes) -> None:
-        """Put a note up; see `Coordinator.post`."""
-        try:
-            # A note is far shorter than a piece: it is read whole, the old one or the new one.
-            self._put(f"note/{name}", data)
-        except DistError as error:
-            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
-
-    def look(self, name: str) -> bytes | None:
-        """Return a note; see `Coordinator.look`."""
-        try:
-            return self._try_get(f"note/{name}")
-        except DistError as error:
-            raise self._lost(Topic(name, f"the note {name!r}"), error) from error
-
-    def leave(self, deadline: Deadline) -> None:
-        """Leave; rank 0 waits for the others until the deadline, then goes without them."""
-        try:
-            self._departures.announce()
-            waiting = set(range(self.world_size)) if self.rank == 0 else set()
-            while waiting:
-                # Not for those that were named absent: most likely they are dead, and whoever is
-                # merely late has been told by an error already.
-                waiting -= self._absent | self._departures.among(waiting)
-                if not waiting or deadline.passed:
-                    return
-                time.sleep(_LONGEST_NAP_SECONDS)
-        except DistError:
-            return  # rank 0 has gone before: there is nobody left to tell
-
-    def _decide(self, topic: Topic, decide: Decide, deadline: Deadline) -> None:
+    def _lead(
+        self,
+        hub: Hub,
+        topic: Topic,
+        message: bytes | BaseException,
+        decide: Decide,
+        deadline: Deadline,
+    ) -> bytes:
         """Rank 0: gather, decide, answer. Whatever goes wrong becomes everybody's error."""
         try:
-            if topic.opens:
-                self._put(f"{topic.key}/here", b"")
-            answer = decide(self._gather(topic, deadline))
+            hub.send(self._message(topic, message))
+            answer = decide(self._gather(hub, topic, deadline.for_coordinator()))
+            # One copy for all where it is one: an index a thousand times would not fit into memory.
+            outcome = self._answer(topic, answer)
         except BaseException as error:
             known = error if isinstance(error, CheckpointError) else failure(topic.label, 0, error)
-            self._put(f"{topic.key}/error", msgspec.msgpack.encode(to_wire(known)))
-            self._forget_messages(topic.key)
+            hub.end(self._job, topic.key, self._frame("fail", topic, _encoded(known)))
             noted(topic.label, error)
             raise  # as it is, also an interrupt: it stops this rank, and the others have been told
-        if isinstance(answer, bytes):
-            # One copy for all: an index times a thousand ranks would not fit into memory.
-            self._put(f"{topic.key}/answer/all", answer)
-        else:
-            for rank, data in enumerate(answer):
-                self._put(f"{topic.key}/answer/{rank}", data)
-        # Set last: who finds it finds the answer.
-        self._put(f"{topic.key}/decided", b"all" if isinstance(answer, bytes) else b"each")
-        self._forget_messages(topic.key)
-        self._forget_answers(topic.key)
+        hub.end(self._job, topic.key, outcome)
+        return answer if isinstance(answer, bytes) else answer[0]
 
-    def _await_answer(self, topic: Topic, deadline: Deadline, *, first: bool) -> bytes | None:
-        left = self._departures.leaves({0})
-        waiting = Waiting(
-            topic.label,
-            deadline.remaining_seconds,
-            # One word for all that wait for rank 0, which names the others itself if it is here.
-            lambda: () if self._store.check([f"{topic.key}/here"]) else (0,),
-            over=left,
-            says=topic.opens and first and self.rank != 0,
-        )
-        decided = self._wait(f"{topic.key}/decided", f"{topic.key}/error", deadline, waiting)
-        if decided is None:
-            if left():
-                raise absence(topic.label, {0}, {0}, deadline.span_seconds)
-            return None
-        whose = "all" if decided == b"all" else str(self.rank)
-        return self._try_get(f"{topic.key}/answer/{whose}")
+    def _gather(self, hub: Hub, topic: Topic, deadline: Deadline) -> list[bytes]:
+        board, job, name = hub.board, self._job, topic.key
 
-    def _gather(self, topic: Topic, deadline: Deadline) -> list[bytes]:
-        messages: dict[int, bytes] = {}
+        def missing() -> set[int]:
+            # Sets and dicts of the board are copied in one operation: it changes meanwhile.
+            return set(range(self.world_size)) - board.messages(job, name).keys()
 
-        def absent_ranks() -> list[int]:
-            return sorted(set(range(self.world_size)) - messages.keys())
-
-        waiting = Waiting(
-            topic.label,
-            deadline.remaining_seconds,
-            absent_ranks,
-            over=lambda: bool(self._gone(topic)),
-            says=topic.opens,
-        )
-        for number in range(1, self.world_size + 1):
-            data = self._wait(f"{topic.key}/message/{number}", None, deadline, waiting)
-            if data is None:
-                # A rank that died after it drew its number leaves a gap: those who came after it
-                # are looked for once more, so that only the absent are named.
-                continue
-            rank, body, error = opened(data)
-            self._absent.discard(rank)
+        def is_settled() -> bool:
+            error = board.error(job, name)
             if error is not None:
-                # The first error ends the round: waiting for more would only delay everybody.
-                raise failure(topic.label, rank, from_wire(error))
-            messages[rank] = body
-        absent = absent_ranks()
+                raise decode_error(error)
+            return board.count(job, name) == self.world_size
+
+        def is_in_vain() -> bool:
+            gone = board.left(job) | board.lost
+            # Asked before the messages: what a rank sent before it left counts.
+            return is_settled() or bool(gone and gone & missing())
+
+        # Its own word first, which no deadline concerns: else rank 0 might find itself absent.
+        hub.bell.wait_for(lambda: board.error(job, name) is not None or 0 not in missing())
+        Waiting(topic.label, deadline.remaining_seconds, missing, says=topic.opens).wait_for(
+            hub.bell, is_in_vain
+        )
+        if not is_settled() and board.lost & missing():
+            grace = min(_GRACE_SECONDS, deadline.remaining_seconds)
+            hub.bell.wait_for(lambda: is_settled() or missing() <= board.lost, grace)
+        left, lost = board.left(job), board.lost.copy()
+        messages = board.messages(job, name)
+        absent = set(range(self.world_size)) - messages.keys()
         if absent:
-            self._absent.update(absent)
+            is_settled()  # an error that came meanwhile says more
+            gone = absent & (left | lost)
+            hub.name_absent(job, gone or absent)
+            if gone:  # the others may well be on their way
+                raise absence(topic.label, left=gone & left, lost=gone - left)
             raise absence(
-                topic.label, absent, self._gone(topic), deadline.span_seconds, hint=topic.hint
+                topic.label, silent=absent, span_seconds=deadline.span_seconds, hint=topic.hint
             )
         return [messages[rank] for rank in range(self.world_size)]
 
-    def _gone(self, topic: Topic) -> set[int]:
-        """Return the ranks that left without having sent anything to the round."""
-        if not self._departures.any():
-            return set()
-        gone = self._departures.among(range(self.world_size))
-        for number in range(1, self.world_size + 1):
-            data = self._try_get(f"{topic.key}/message/{number}")
-            gone -= set() if data is None else {opened(data)[0]}
-        return gone
+    def _message(self, topic: Topic, message: bytes | BaseException) -> Frame:
+        if isinstance(message, bytes) and len(message) > MESSAGE_LIMIT_BYTES:
+            message = _too_long(message)
+        if isinstance(message, BaseException):
+            return self._failed(topic, message)
+        return self._frame("report", topic, message)
 
-    def _wait(
-        self, key: str, error_key: str | None, deadline: Deadline, waiting: Waiting
-    ) -> bytes | None:
-        """Return the value of `key`; None if the deadline passed, or waiting is in vain, without.
+    def _answer(self, topic: Topic, answer: bytes | Sequence[bytes]) -> Frame | list[bytes]:
+        for data in [answer] if isinstance(answer, bytes) else answer:
+            if len(data) > MESSAGE_LIMIT_BYTES:
+                raise _too_long(data)
+        if isinstance(answer, bytes):
+            return self._frame("answer", topic, answer)
+        # Packed on this thread: the loop has others to serve.
+        return [packed(self._frame("answer", topic, data)) for data in answer]
 
-        Polled, not blocked on: a blocked client cannot be asked anything else, and c10d writes
-        warnings to stderr for each wait that times out.
-        """
-        nap, vain = _FIRST_NAP_SECONDS, False
-        while True:
-            data = self._try_get(key)
-            if data is not None:
-                return data
-            if error_key is not None:
-                failed = self._try_get(error_key)
-                if failed is not None:
-                    raise decode_error(failed)
-            if vain or deadline.passed:
-                return None
-            time.sleep(nap)
-            nap = min(nap * _NAP_GROWTH, _LONGEST_NAP_SECONDS)
-            # Asked before the look that follows: what a rank sent before it left counts.
-            vain = waiting.in_vain()
+    def _failed(self, topic: Topic, error: BaseException) -> Frame:
+        """Return what ends the round, with the error as all others are to raise it."""
+        # By way of plain data: a class of a backend becomes the class of ours that it is.
+        known = failure(topic.label, self.rank, from_wire(to_wire(error)))
+        return self._frame("fail", topic, _encoded(known))
 
-    def _put(self, key: str, data: bytes) -> None:
-        pieces = range(0, len(data), _PIECE_BYTES)
-        for number, start in enumerate(pieces):
-            piece = data[start : start + _PIECE_BYTES]
-            self._store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # bytes are taken
-        # The count goes last: who finds it finds every piece.
-        self._store.set(key, str(len(pieces)))
+    def _frame(self, kind: FrameKind, topic: Topic, data: bytes) -> Frame:
+        return Frame(kind, self._job, topic.key, data)
 
-    def _try_get(self, key: str) -> bytes | None:
-        if not self._store.check([key]):
-            return None
-        count = int(self._store.get(key))
-        return b"".join(bytes(self._store.get(f"{key}/{number}")) for number in range(count))
+    def _check_connected(self, what: str) -> None:
+        if isinstance(self._link, Line) and self._link.heard.lost:
+            raise self._lost(what, self._link)
 
-    def _forget_messages(self, key: str) -> None:
-        """Delete what was sent to a round that is decided: nobody but rank 0 reads it."""
-        for number in range(1, self.world_size + 1):
-            self._delete(f"{key}/message/{number}")
-
-    def _forget_answers(self, key: str) -> None:
-        """Delete the answers of the rounds before this one, the last excepted.
-
-        Who sent a message to this round has read its answer of the round before, in this thread's
-        sequence. Errors stay: a rank that comes late to a failed round is told at once.
-        """
-        self._finished.append(key)
-        while len(self._finished) > 2:
-            old = self._finished.pop(0)
-            for whose in ("all", *range(self.world_size)):
-                self._delete(f"{old}/answer/{whose}")
-            self._delete(f"{old}/decided")
-            self._delete(f"{old}/here")
-            self._store.delete_key(f"{old}/arrived")
-
-    def _delete(self, key: str) -> None:
-        if self._store.check([key]):
-            for number in range(int(self._store.get(key))):
-                self._store.delete_key(f"{key}/{number}")
-            self._store.delete_key(key)
-
-    def _lost(self, topic: Topic, error: BaseException) -> CoordinationError:
+    def _lost(self, what: str, line: Line) -> CoordinationError:
         return CoordinationError(
-            f"{topic.label}: the connection to rank 0 was lost, it probably died "
-            f"({describe(error)})",
+            f"{what}: the connection to rank 0 was lost, it probably died ({line.heard.lost})",
             kind=ErrorKind.PEER_ABSENT,
             ranks=LOST,
         )
+
+
+def _encoded(error: CheckpointError) -> bytes:
+    return msgspec.msgpack.encode(to_wire(error))
+
+
+def _too_long(data: bytes) -> ValueError:
+    return ValueError(
+        f"{len(data)} bytes are more than the {MESSAGE_LIMIT_BYTES} that one message may have"
+    )

@@ -344,7 +344,7 @@ class Job:
         self._hurried = True
 
     def leave(self) -> None:
-        """Say good-bye to the other ranks, so that rank 0's store outlives their last question."""
+        """Say good-bye to the other ranks, so that rank 0 does not end before they were told."""
         if "coordinators" in self.__dict__ and not self.is_parents and not self._left:
             # They are kept: joining once more, on this rank alone, would shift all later jobs.
             self._left = True

@@ -1,33 +1,37 @@
-"""Setting up the coordinators of a job: a TCP store of our own, beside the training's."""
+"""Setting up the coordinators of a job: a connection of each rank to rank 0."""
 
 from __future__ import annotations
 
+import hmac
 import itertools
-import json
 import os
-import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Self
 
+import msgspec
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not in its stubs
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store, _get_default_store
 
-from dist_ckpt.errors import CoordinationError, ErrorKind, describe
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.errors import CoordinationError, ErrorKind, describe, from_wire, to_wire
+from dist_ckpt.ranks.channels import framed, receive, set_options
+from dist_ckpt.ranks.coordinator import JobCoordinator, Line
+from dist_ckpt.ranks.hub import GREETING_LIMIT_BYTES, Hub, hello, proof
 from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.ranks.rounds import Coordinator, SoloCoordinator
 from dist_ckpt.ranks.waiting import ALIKE, Waiting
 
-_PROBE_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
+# Longer, as rank 0 may be greeting thousands.
+_GREETING_SECONDS = 20.0
 _RETRY_SECONDS = 0.2
 _FIRST_NAP_SECONDS = 0.005
-# Generous: while connecting, c10d looks the address up in the DNS by its number, for its log only,
-# and a resolver that drops one answer holds it up for 5 s.
-_CONNECT_SECONDS = 120.0
+# How often, at most, all ranks together ask the store of the training whether rank 0 is there.
+_QUESTIONS_PER_SECOND = 1000
+# So long a failure of rank 0 is not believed: one that was started anew replaces it.
+_DOUBT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Coordinators:
 
 @dataclass(slots=True)
 class _Connection:
-    """This process's client of the store of one group, which lasts as long as that group."""
+    """This process's link to the ranks of one group, which lasts as long as that group."""
 
     group: ProcessGroup
     # A store may outlive a process group, and with it the address that rank 0 published there.
@@ -48,7 +52,7 @@ class _Connection:
     # one name keeps addresses apart.
     number: int
     jobs: Iterator[int]
-    store: Store | None = None
+    link: Hub | Line | None = None
 
 
 _WORLD = "world"
@@ -58,16 +62,16 @@ _connections: dict[str, _Connection] = {}
 def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
     """Set up coordination with the other ranks of the job, if there are any.
 
-    For the first job of a process group its rank 0 opens a store on a free port and publishes
-    where, in the store of the default group, which is used for nothing else. One client per group
-    is enough for all jobs and threads, because rounds never block inside it.
+    For the first job of a process group its rank 0 opens a port and publishes where, in the store
+    of the default group, which is used for nothing else. One connection of each rank is enough for
+    all jobs and threads of a group.
 
     Args:
         timeout_seconds: how long to wait for rank 0 to appear.
         ranks: which ranks form the job; None for those of the default process group.
 
     Raises:
-        CoordinationError: rank 0 did not publish its store in time, or it cannot be reached.
+        CoordinationError: rank 0 did not open its port in time, or it cannot be reached.
     """
     ranks = ranks or JobRanks()
     group = ranks.group()
@@ -79,16 +83,12 @@ def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordi
     if known is None or known.group is not group:
         number = 0 if known is None else known.number + 1
         known = _connections[name] = _Connection(group, number, itertools.count())
-    if known.store is None:  # also when a try before this one failed
+    if known.link is None:  # also when a try before this one failed
         prefix = f"dist_ckpt/{known.number}" + ("" if name == _WORLD else f"/{name}")
-        known.store = _open(rank, prefix, timeout_seconds)
+        known.link = _open(rank, world_size, prefix, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
-    store = PrefixStore(f"job/{next(known.jobs)}", known.store)
-    absent: set[int] = set()
-    return Coordinators(
-        StoreCoordinator(store, rank, world_size, absent=absent),
-        StoreCoordinator(store, rank, world_size, absent=absent),
-    )
+    job = next(known.jobs)
+    return Coordinators(JobCoordinator(known.link, job), JobCoordinator(known.link, job))
 
 
 def _name(group: ProcessGroup) -> str:
@@ -100,90 +100,133 @@ def _name(group: ProcessGroup) -> str:
     return f"{group.group_name}/{members}"
 
 
-def _open(rank: int, prefix: str, timeout_seconds: float) -> Store:
+class Address(msgspec.Struct, frozen=True):
+    """What rank 0 publishes: where it may be reached and by whom, or why it cannot be."""
+
+    master: str = ""
+    hostname: str = ""
+    port: int = 0
+    secret: str = ""
+    failure: dict[str, object] = {}
+
+    @classmethod
+    def of(cls, hub: Hub) -> Self:
+        """Return the address of a hub of this process."""
+        master = os.environ.get("MASTER_ADDR", "")
+        return cls(master, socket.gethostname(), hub.port, hub.secret.hex())
+
+
+def _open(rank: int, world_size: int, prefix: str, timeout_seconds: float) -> Hub | Line:
     shared = PrefixStore(prefix, _get_default_store())
     if rank == 0:
-        return _serve(shared)
-    until = time.monotonic() + timeout_seconds
+        return _serve(shared, world_size)
+    begun = time.monotonic()
     while True:
+        address = _await_address(shared, world_size, timeout_seconds)
         try:
-            return _connect(_await_address(shared, timeout_seconds))
+            if address.failure:
+                raise from_wire(address.failure)
+            return connect(address, rank, world_size, until=begun + timeout_seconds)
         except CoordinationError:
             # A store that outlives a restart of the job may still hold the address of a dead rank
             # 0: the living one replaces it as soon as it gets here.
-            if time.monotonic() > until:
+            patience = min(timeout_seconds, _DOUBT_SECONDS) if address.failure else timeout_seconds
+            if time.monotonic() > begun + patience:
                 raise
             time.sleep(_RETRY_SECONDS)
 
 
-def _serve(shared: Store) -> Store:
-    # The port is the system's choice: nothing to configure, nothing to collide with.
-    server: Store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    nonce = secrets.token_hex(8)
-    server.set("nonce", nonce)
-    address = {
-        "master": os.environ.get("MASTER_ADDR", ""),
-        "hostname": socket.gethostname(),
-        "port": server.port,  # type: ignore[attr-defined]
-        "nonce": nonce,
-    }
-    shared.set("address", json.dumps(address))
-    return server
+def _serve(shared: Store, world_size: int) -> Hub:
+    try:
+        # Where torchrun has started all ranks on this host, nobody else has to reach the port.
+        everybody = os.environ.get("WORLD_SIZE", "")
+        hub = Hub(world_size, loopback=os.environ.get("LOCAL_WORLD_SIZE") == everybody != "")
+    except CoordinationError as error:
+        shared.set("address", msgspec.json.encode(Address(failure=to_wire(error))).decode())
+        raise
+    shared.set("address", msgspec.json.encode(Address.of(hub)).decode())
+    return hub
 
 
-def _await_address(shared: Store, timeout_seconds: float) -> dict[str, str | int]:
+def _await_address(shared: Store, world_size: int, timeout_seconds: float) -> Address:
     until = time.monotonic() + timeout_seconds
     # One word for all ranks that wait for rank 0: that of the first.
     first = shared.add("waiting", 1) == 1
     waiting = Waiting("the first save or load", timeout_seconds, lambda: (0,) if first else ())
-    nap = _FIRST_NAP_SECONDS
+    nap, longest = _FIRST_NAP_SECONDS, max(_RETRY_SECONDS, world_size / _QUESTIONS_PER_SECOND)
     try:
-        # Looked for and not waited for: c10d says nothing until the end, and then too much.
+        # Looked for and not waited for: the training may need the client of this store meanwhile,
+        # and c10d says nothing until the end, and then too much.
         while not shared.check(["address"]):
             if time.monotonic() > until:
                 raise TimeoutError("it has published no address")
-            waiting.in_vain()
+            waiting.say()
             time.sleep(nap)
-            nap = min(2 * nap, _RETRY_SECONDS)
-        address: dict[str, str | int] = json.loads(shared.get("address"))
+            nap = min(2 * nap, longest)
+        return msgspec.json.decode(shared.get("address"), type=Address)
     except (RuntimeError, TimeoutError) as error:  # of FileStore there is no finer class
         raise CoordinationError(
-            f"rank 0 did not open its coordination store within {timeout_seconds:g} s: {ALIKE}",
+            f"rank 0 did not open its coordination port within {timeout_seconds:g} s: {ALIKE}",
             kind=ErrorKind.PEER_ABSENT,
             ranks={0: describe(error)},
         ) from error
-    return address
 
 
-def _connect(address: Mapping[str, str | int]) -> Store:
-    """Connect to the first of rank 0's addresses that answers and is the right server."""
-    port = int(address["port"])
+def connect(address: Address, rank: int, world_size: int, *, until: float) -> Line:
+    """Connect `rank` to the first of rank 0's addresses that answers and is the right one.
+
+    Args:
+        address: what rank 0 has published.
+        rank: this one.
+        world_size: how many there are.
+        until: when to give up, on the monotonic clock; each address gets a few seconds at least.
+
+    Raises:
+        CoordinationError: none of them is.
+    """
     failures: list[str] = []
-    for host in _candidates(str(address["master"]), str(address["hostname"])):
+    for host in _candidates(address):
         try:
-            # A plain probe first: c10d would retry, and log, for as long as its timeout.
-            socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
-            store: Store = TCPStore(
-                host, port, is_master=False, timeout=timedelta(seconds=_CONNECT_SECONDS)
-            )
-            # Another host may listen on that port too: a loopback name is everybody's.
-            if store.check(["nonce"]) and store.get("nonce").decode() == address["nonce"]:
-                return store
-            failures.append(f"{host}: another server")
-        except (OSError, dist.DistError) as error:
+            return Line(_greeted(host, address, rank, until), rank, world_size)
+        except (OSError, ValueError) as error:
             failures.append(f"{host}: {describe(error)}")
     raise CoordinationError(
-        f"cannot reach the coordination store of rank 0 on port {port} ({'; '.join(failures)}): "
+        f"cannot reach the coordination port of rank 0, {address.port} ({'; '.join(failures)}): "
         "set MASTER_ADDR to an address of rank 0's host that every rank can reach",
         kind=ErrorKind.PEER_ABSENT,
         ranks={0: "not reachable"},
     )
 
 
-def _candidates(master: str, hostname: str) -> Iterator[str]:
+def _greeted(host: str, address: Address, rank: int, until: float) -> socket.socket:
+    """Return a connection on which both sides have proved that they are of one job."""
+    connection = socket.create_connection((host, address.port), timeout=_CONNECT_SECONDS)
+    try:
+        set_options(connection)
+        patience = min(_GREETING_SECONDS, max(until - time.monotonic(), _CONNECT_SECONDS))
+        connection.settimeout(patience)
+        secret = bytes.fromhex(address.secret)
+        asked = receive(connection, GREETING_LIMIT_BYTES)
+        said = hello(rank, secret, asked)
+        connection.sendall(framed(msgspec.msgpack.encode(said)))
+        # Another host may listen on that port too: a loopback name is everybody's.
+        answer = receive(connection, GREETING_LIMIT_BYTES)
+        if not hmac.compare_digest(answer, proof("hub", secret, asked, said)):
+            raise ValueError("another server")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _candidates(address: Address) -> Iterator[str]:
     """Names under which rank 0's host may be reached from here, the most likely first."""
-    if master:
-        yield master  # rank 0's host by the definition of the env:// rendezvous
-    if hostname == socket.gethostname():
-        yield "127.0.0.1"
-    yield hostname
+    if address.master:
+        yield address.master  # rank 0's host by the definition of the env:// rendezvous
+    if address.hostname == socket.gethostname():
+        yield from ("127.0.0.1", "::1")
+    yield address.hostname
+
+
+# The connections of the parent are closed in a forked child, which has to make its own.
+os.register_at_fork(after_in_child=_connections.clear)

@@ -110,11 +110,24 @@ class Coordinator(Protocol):
         ...
 
     def verdict(self, topic: Topic) -> CheckpointError | None:
-        """Return the error with which the round ended, if it ended with one; never waits."""
+        """Return the error with which the round ended, if it ended with one; never waits.
+
+        It is known to every rank as soon as it is to rank 0, also to one that has not come to the
+        round. On rank 0, while it decides, also the error of a rank that refuses the round.
+        """
+        ...
+
+    def refuse(self, topic: Topic, error: CheckpointError) -> None:
+        """End the round on every rank by `error`, unless it is decided; to be called at any time.
+
+        Once all messages are there it is for rank 0 to heed it: see `verdict`.
+        """
         ...
 
     def post(self, name: str, data: bytes) -> None:
         """Put a note up under `name`, in the place of the one that was there.
+
+        That of rank 0 is for all ranks, that of another is for rank 0 alone.
 
         Raises:
             CoordinationError: the connection to rank 0 was lost.
@@ -125,12 +138,20 @@ class Coordinator(Protocol):
         """Return the note under `name`, None when there is none; never waits.
 
         Raises:
-            CoordinationError: the connection to rank 0 was lost.
+            CoordinationError: there is none, and the connection to rank 0 was lost.
+        """
+        ...
+
+    def wait_for(self, look: Callable[[], ResultT], deadline: Deadline) -> ResultT:
+        """Call `look` now and whenever something was heard until it returns something true.
+
+        Returns:
+            That, or what it returned last when the deadline passed.
         """
         ...
 
     def leave(self, deadline: Deadline) -> None:
-        """Say that this rank sends nothing more; rank 0, which hosts the store, leaves last."""
+        """Say that this rank sends nothing more; rank 0, which tells the others, leaves last."""
         ...
 
 
@@ -160,6 +181,9 @@ class SoloCoordinator:
         """Nobody else could have decided."""
         return None
 
+    def refuse(self, topic: Topic, error: CheckpointError) -> None:
+        """Nobody else has to be told."""
+
     def post(self, name: str, data: bytes) -> None:
         """Put a note up; see `Coordinator.post`."""
         self._notes[name] = data
@@ -167,6 +191,10 @@ class SoloCoordinator:
     def look(self, name: str) -> bytes | None:
         """Return a note; see `Coordinator.look`."""
         return self._notes.get(name)
+
+    def wait_for(self, look: Callable[[], ResultT], deadline: Deadline) -> ResultT:
+        """Nobody else is heard."""
+        return look()
 
     def leave(self, deadline: Deadline) -> None:
         """Nobody else is there."""

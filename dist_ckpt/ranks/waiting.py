@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import msgspec
-from torch.distributed.distributed_c10d import Store
 
 from dist_ckpt.errors import (
     CheckpointError,
@@ -15,8 +15,10 @@ from dist_ckpt.errors import (
     ErrorKind,
     describe,
     from_wire,
-    to_wire,
 )
+from dist_ckpt.waiting import Bell
+
+_T = TypeVar("_T")
 
 _PATIENCE_SECONDS = 30.0
 
@@ -42,7 +44,6 @@ class Waiting:
         seconds: float,
         absent: Callable[[], Collection[int]],
         *,
-        over: Callable[[], bool] = lambda: False,
         says: bool = True,
     ) -> None:
         """Begin to wait.
@@ -51,23 +52,26 @@ class Waiting:
             label: what for.
             seconds: after which the waiting ends.
             absent: returns who is missing.
-            over: tells whether somebody who is waited for will never come.
             says: whether anything is said; only the first round of a call does.
         """
+        self._until = time.monotonic() + seconds
         # Well before the deadline, where that is near.
         self._seconds = min(_PATIENCE_SECONDS, seconds / 4)
         self._at = time.monotonic() + self._seconds
         self._label = label
         self._absent = absent
-        self._over = over
         self._said = not says
 
-    def in_vain(self) -> bool:
-        """Say it, if it is time and was not said yet; return whether waiting on is of no use."""
-        self._say()
-        return self._over()
+    def wait_for(self, bell: Bell, look: Callable[[], _T]) -> _T:
+        """Call `look` now and after each ring until it returns something true, and return that."""
+        found = bell.wait_for(look, max(0.0, self._at - time.monotonic()))
+        if found:
+            return found
+        self.say()
+        return bell.wait_for(look, max(0.0, self._until - time.monotonic()))
 
-    def _say(self) -> None:
+    def say(self) -> None:
+        """Say it, if it is time and was not said yet."""
         if self._said or time.monotonic() < self._at:
             return
         self._said = True
@@ -97,84 +101,50 @@ def ranks_as_text(ranks: Collection[int]) -> str:
     )
 
 
-# Who has left a job: whoever still waits for such a rank is told at once, not at the deadline.
-
-
-_ANY = "left/any"
-
-
-class Departures:
-    """What the ranks of one job say when they go: that they send nothing more.
-
-    A rank that ends by an exception says so too, and the others may be waiting for it then.
-    """
-
-    def __init__(self, store: Store, rank: int) -> None:
-        self._store = store
-        self._rank = rank
-
-    def announce(self) -> None:
-        """Say that this rank sends nothing more."""
-        self._store.set(f"left/{self._rank}", "")
-        # Set last: who finds it finds who it was.
-        self._store.set(_ANY, "")
-
-    def any(self) -> bool:
-        """Tell whether some rank has left: one question, however many ranks there are."""
-        return bool(self._store.check([_ANY]))
-
-    def leaves(self, ranks: Collection[int]) -> Callable[[], bool]:
-        """Return what tells whether one of `ranks` has left."""
-        return lambda: self.any() and bool(self.among(ranks))
-
-    def among(self, ranks: Iterable[int]) -> set[int]:
-        """Return those of `ranks` that have left."""
-        return {rank for rank in ranks if self._store.check([f"left/{rank}"])}
-
-
 def absence(
     label: str,
-    absent: Collection[int],
-    gone: Collection[int],
-    span_seconds: float,
     *,
+    silent: Collection[int] = (),
+    left: Collection[int] = (),
+    lost: Collection[int] = (),
+    span_seconds: float = 0.0,
     hint: str = "",
 ) -> CoordinationError:
     """Return the error of a round to which not all ranks came.
 
     Args:
         label: how messages call what the round is for.
-        absent: the ranks that did not come.
-        gone: those of them that never will, since they left.
-        span_seconds: how long was waited for them where none has left.
-        hint: what to do about it there.
+        silent: the ranks that did not come and still may.
+        left: those that never will, since they left.
+        lost: those that never will, since their connection broke.
+        span_seconds: how long was waited for the silent ones.
+        hint: what to do about these.
     """
-    why = f"within {span_seconds:g} s{hint}"
-    if gone:
-        why = (
-            f"and rank {ranks_as_text(gone)} never will: it closed its Checkpointer or ended by an "
+    why = []
+    if silent:
+        why.append(f"within {span_seconds:g} s{hint}")
+    if left:
+        why.append(
+            f"and rank {ranks_as_text(left)} never will: it closed its Checkpointer or ended by an "
             "error, and every rank must make the same calls in the same order"
         )
+    if lost:
+        why.append(
+            f"and rank {ranks_as_text(lost)} never will: its connection was lost, it probably died"
+        )
+    causes = {
+        **dict.fromkeys(silent, "did not arrive"),
+        **dict.fromkeys(left, "left before"),
+        **dict.fromkeys(lost, "connection lost"),
+    }
     return CoordinationError(
-        f"{label}: rank {ranks_as_text(absent)} did not arrive {why}",
+        f"{label}: rank {ranks_as_text(causes)} did not arrive {', '.join(why)}",
         kind=ErrorKind.PEER_ABSENT,
-        ranks={rank: "left before" if rank in gone else "did not arrive" for rank in absent},
+        ranks=causes,
     )
 
 
 # The words of a round, and how one rank's failure becomes the error of the whole job.
-
-
-def envelope(rank: int, message: bytes | BaseException) -> bytes:
-    """Return what a rank sends: who it is, and its message or its error."""
-    if isinstance(message, BaseException):
-        return msgspec.msgpack.encode((rank, b"", to_wire(message)))
-    return msgspec.msgpack.encode((rank, message, None))
-
-
-def opened(data: bytes) -> tuple[int, bytes, dict[str, object] | None]:
-    """Return what `envelope` put together: the rank, its message, and its error if it has one."""
-    return msgspec.msgpack.decode(data, type=tuple[int, bytes, dict[str, object] | None])
 
 
 def failure(label: str, rank: int, cause: BaseException) -> CheckpointError:

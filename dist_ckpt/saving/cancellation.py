@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
-from contextlib import suppress
 
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, describe
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 
-_LOOK_SECONDS = 0.25
-"""How often, at most, one rank asks whether another called the save off."""
-
 
 class CancelToken:
-    """What ends one save before its commit: a cancel on any rank, its deadline, a failure here.
+    """What ends one save before its commit: a cancel or a failure on any rank, or its deadline.
 
     Args:
         coordinator: the way to the other ranks; used from any thread.
@@ -24,18 +19,14 @@ class CancelToken:
     def __init__(self, coordinator: Coordinator, topic: Topic) -> None:
         self._coordinator = coordinator
         self._topic = topic
-        self._note = f"called_off/{topic.key}"
         self._reason: CheckpointError | None = None
         self._lock = threading.Lock()
-        self._look_at = time.monotonic()
 
     def cancel(self) -> None:
         """Give the save up on every rank, unless it is committed first."""
-        rank = self._coordinator.rank
-        self._end(_cancelled(self._topic, rank))
-        # Lost with the connection: then the round, too, ends without any of us.
-        with suppress(CoordinationError):
-            self._coordinator.post(self._note, str(rank).encode())
+        cancelled = _cancelled(self._topic, self._coordinator.rank)
+        self._end(cancelled)
+        self._coordinator.refuse(self._topic, cancelled)
 
     def give_up(self, error: CheckpointError) -> None:
         """End what this rank still does for the save: it has been told that it failed."""
@@ -56,10 +47,11 @@ class CancelToken:
         """Raise if the save is not wanted any more; cheap enough to be asked for every piece.
 
         Raises:
-            CoordinationError: of the kind `CANCELLED`, `TIMEOUT` or `PEER_FAILED`.
+            CoordinationError: it was cancelled, or it has failed, be it on another rank.
         """
-        if self._reason is None and self._is_time_to_look():
-            self._look()
+        error = None if self._reason else self._coordinator.verdict(self._topic)
+        if error is not None:
+            self.give_up(error)
         if self._reason is not None:
             raise self._reason
 
@@ -69,7 +61,6 @@ class CancelToken:
         Raises:
             CoordinationError: it was cancelled, or `deadline` has passed.
         """
-        self._look()
         # Never after the deadline: a rank that has reported a failure must not be proved wrong.
         if deadline.passed:
             raise CoordinationError(
@@ -78,20 +69,6 @@ class CancelToken:
                 ranks={self._coordinator.rank: "took too long"},
             )
         self.check()
-
-    def _look(self) -> None:
-        with suppress(CoordinationError):
-            rank = self._coordinator.look(self._note)
-            if rank is not None:
-                self._end(_cancelled(self._topic, int(rank)))
-
-    def _is_time_to_look(self) -> bool:
-        with self._lock:
-            now = time.monotonic()
-            if now < self._look_at:
-                return False
-            self._look_at = now + _LOOK_SECONDS
-            return True
 
     def _end(self, reason: CheckpointError) -> None:
         with self._lock:

@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import FrameType
 
@@ -154,7 +153,6 @@ _AHEAD_SECONDS = 0.5
 _AHEAD_CALLS = 256
 # After so many calls the ranks meet once, so that no entry of the decisions is kept for ever.
 _MEET_CALLS = 256
-_FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0001, 0.01
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -276,8 +274,7 @@ class SaveTrigger:
         training = self._job.training if self._shared and self._calls else None
         if training is not None and training.rank == 0:
             # Be it by an exception: the others must not wait for a word that never comes.
-            with suppress(CoordinationError):
-                training.post(_ENDED, b"")
+            training.post(_ENDED, b"")
 
     def _lead(self, moment: Moment, metrics: Metrics, *, saves: bool) -> _Entry:
         """Rank 0: decide what is to be decided now, and tell the others."""
@@ -350,19 +347,22 @@ class SaveTrigger:
         if name:
             arrival = _Arrival(self._calls, name)
             self._job.training.post(_SIGNAL, msgspec.msgpack.encode(arrival))
-        deadline = self._job.deadline()
-        nap = _FIRST_NAP_SECONDS
-        while self._decisions.horizon < self._calls:
-            posted = self._job.training.look(_WORD)
+        training, deadline = self._job.training, self._job.deadline()
+
+        def hear() -> bool:
+            posted = training.look(_WORD)
             if posted is not None:
                 self._decisions = msgspec.msgpack.decode(posted, type=_Decisions)
-            if self._decisions.horizon >= self._calls:
-                break
-            # Looked for after the word: what rank 0 decided before it ended holds.
-            if deadline.passed or self._job.training.look(_ENDED) is not None:
-                raise self._silence(deadline)
-            time.sleep(nap)
-            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
+            return self._decisions.horizon >= self._calls
+
+        def is_told() -> bool:
+            # The word once more after the end: what rank 0 decided before it ended holds.
+            return hear() or (training.look(_ENDED) is not None and (hear() or True))
+
+        if self._decisions.horizon < self._calls:
+            training.wait_for(is_told, deadline)
+        if self._decisions.horizon < self._calls:
+            raise self._silence(deadline)
         return self._decisions.entries.get(self._calls, _Entry())
 
     def _silence(self, deadline: Deadline) -> CoordinationError:

@@ -194,7 +194,7 @@ def never_joined() -> tuple[str, list[int]]:
 
 def test_without_rank_0_there_is_one_clear_error() -> None:
     message, ranks = run_ranks(2, never_joined)[1]
-    assert "rank 0 did not open its coordination store within 0.5 s" in message
+    assert "rank 0 did not open its coordination port within 0.5 s" in message
     assert ranks == [0]
 
 

@@ -109,10 +109,11 @@ def lose_a_rank(root: str) -> tuple[list[int], str]:
     store: Any = LocalStore(root)
     if dist.get_rank() == FAILING:
         store = Deadly(store)
-    ckpt = dist_ckpt.Checkpointer(store, {"n": {"w": torch.ones(300_000)}}, timeout_seconds=3)
+    ckpt = dist_ckpt.Checkpointer(store, {"n": {"w": torch.ones(300_000)}}, timeout_seconds=3600)
+    # At once: by the deadline this test would long have ended by its own.
     with pytest.raises(CheckpointError) as caught:
         ckpt.save(1).wait()
-    assert caught.value.kind in (ErrorKind.PEER_ABSENT, ErrorKind.TIMEOUT)
+    assert caught.value.kind is ErrorKind.PEER_ABSENT
     ckpt.close()
     return sorted(caught.value.ranks), str(caught.value)
 

@@ -16,6 +16,7 @@ from dist_ckpt.loading import reading
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.ranks.channels import running_loop
 from dist_ckpt.ranks.rendezvous import join_job
 from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
@@ -74,6 +75,7 @@ def held(box: Rectangle) -> Held:
 def outcome(place: str, by_rank: list[list[Rectangle]], options: dict[str, object]) -> ReadResult:
     """Read, compare every element, and see that nothing is left behind."""
     boxes = by_rank[dist.get_rank()]
+    running_loop()  # its thread stays
     threads = threading.active_count()
     groups = len(dist.distributed_c10d._world.pg_map)
     memory, result = read(place, boxes, **options)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
@@ -16,13 +16,13 @@ from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
-from tests.unit.ranks.rounds import hash_store, on_every_rank
+from tests.unit.ranks.rounds import links, on_every_rank
 
 WORLD = 4
 _names = itertools.count()
 
 
-class Counting(StoreCoordinator):
+class Counting(JobCoordinator):
     """Counts the bytes of what it sends and of what it is answered."""
 
     counts: dict[str, int]
@@ -40,14 +40,14 @@ class Counting(StoreCoordinator):
 def exchanged(tensors: int) -> tuple[dict[str, int], dict[str, int]]:
     """Save a state of so many tensors twice; return the bytes of each save, by phase of a round."""
     place = MemoryStore(f"unit-exchange-{next(_names)}")
-    shared = hash_store()
+    shared = links(WORLD)
     first: dict[str, int] = {}
     second: dict[str, int] = {}
     members = []
 
     def rank(number: int) -> Callable[[], None]:
         job = Job(place, timeout_seconds=120)
-        mine = [Counting(shared, number, WORLD) for _ in range(2)]
+        mine = [Counting(shared[number]) for _ in range(2)]
         for member in mine:
             member.counts = {}
         members.append(mine)

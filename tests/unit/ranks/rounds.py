@@ -1,4 +1,4 @@
-"""Ranks as threads: coordinators over one c10d store in this process."""
+"""Ranks as threads: coordinators over real connections within this process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in its stubs
-from torch.distributed.distributed_c10d import Store
-
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator, Line
+from dist_ckpt.ranks.hub import Hub
+from dist_ckpt.ranks.rendezvous import Address, connect
 from dist_ckpt.ranks.rounds import Deadline, Topic
 
 T = TypeVar("T")
@@ -26,12 +25,6 @@ def topic(key: str = "round") -> Topic:
 def long() -> Deadline:
     """Return a deadline that no test reaches."""
     return Deadline.after(LONG_SECONDS)
-
-
-def hash_store() -> Store:
-    """Return a store that lives in this process."""
-    store: Store = HashStore()
-    return store
 
 
 def on_every_rank(works: Sequence[Callable[[], T]]) -> list[T | BaseException]:
@@ -52,7 +45,23 @@ def on_every_rank(works: Sequence[Callable[[], T]]) -> list[T | BaseException]:
     return [results[number] for number in range(len(works))]
 
 
-def members(world_size: int, store: Store | None = None) -> list[StoreCoordinator]:
+def hub_of(world_size: int) -> Hub:
+    """Return what rank 0 of a job has."""
+    return Hub(world_size, loopback=True)
+
+
+def line_to(hub: Hub, rank: int) -> Line:
+    """Return what another rank has."""
+    address = Address(hostname="127.0.0.1", port=hub.port, secret=hub.secret.hex())
+    return connect(address, rank, hub.world_size, until=long().at)
+
+
+def links(world_size: int) -> list[Hub | Line]:
+    """Return what connects the ranks of one job, by rank."""
+    hub = hub_of(world_size)
+    return [hub, *(line_to(hub, rank) for rank in range(1, world_size))]
+
+
+def members(world_size: int) -> list[JobCoordinator]:
     """Return the coordinators of one job."""
-    shared = store or hash_store()
-    return [StoreCoordinator(shared, rank, world_size) for rank in range(world_size)]
+    return [JobCoordinator(link) for link in links(world_size)]

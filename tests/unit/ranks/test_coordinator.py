@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import cast
 
 import pytest
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import Store
 
 from dist_ckpt.errors import (
     CheckpointError,
@@ -23,9 +22,12 @@ from dist_ckpt.errors import (
     IntegrityError,
     StorageError,
 )
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks import coordinator as coordinator_module
+from dist_ckpt.ranks.board import JobBoard
+from dist_ckpt.ranks.coordinator import Heard, JobCoordinator, Line
+from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline, Decide, SoloCoordinator
-from tests.unit.ranks.rounds import hash_store, long, members, on_every_rank, topic
+from tests.unit.ranks.rounds import hub_of, line_to, links, long, members, on_every_rank, topic
 
 
 def concat(messages: Sequence[bytes]) -> bytes:
@@ -36,8 +38,28 @@ def never(messages: Sequence[bytes]) -> bytes:
     raise AssertionError("must not be asked")
 
 
+def board_of(member: JobCoordinator) -> JobBoard:
+    """Return what rank 0 knows of the job."""
+    return cast(Hub, member._link).board._jobs[0]
+
+
+def heard_by(member: JobCoordinator) -> Heard:
+    """Return what another rank has heard."""
+    return cast(Line, member._link).heard
+
+
+def heard(member: JobCoordinator, name: str, *, unlike: bytes = b"") -> bytes | None:
+    """Return a note when it has come; not an older one."""
+
+    def look() -> bytes | None:
+        found = member.look(name)
+        return None if found == unlike else found
+
+    return member.wait_for(look, long())
+
+
 def round_of(
-    job: Sequence[StoreCoordinator],
+    job: Sequence[JobCoordinator],
     messages: Sequence[bytes | BaseException],
     decide: Decide,
     *,
@@ -69,21 +91,9 @@ def test_each_may_have_an_answer_of_its_own() -> None:
     assert round_of(job, [b"a", b"b", b"c"], decide) == [b"\0a", b"\1b", b"\2c"]
 
 
-def test_an_answer_for_all_is_stored_once() -> None:
-    store = hash_store()
-    job = members(4, store)
-    before = store.num_keys()
-    round_of(job, [b""] * 4, lambda _: b"x" * 100)
-    assert store.check(["round/answer/all"])
-    assert store.num_keys() - before <= 6, "the count does not depend on the ranks"
-
-
-def test_messages_and_answers_above_8_mib_pass_a_tcp_store() -> None:
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=60))
-    job = [StoreCoordinator(server, 0, 2), StoreCoordinator(client, 1, 2)]
+def test_large_messages_and_answers_pass() -> None:
     large = bytes(range(256)) * ((9 << 20) // 256) + b"end"
-    assert round_of(job, [b"small", large], concat) == [b"small|" + large] * 2
+    assert round_of(members(2), [b"small", large], concat) == [b"small|" + large] * 2
 
 
 @given(st.integers(2, 5), st.data())
@@ -177,13 +187,6 @@ def test_who_does_not_arrive_is_named_on_every_rank() -> None:
         job[3].round(topic(), b"late", never, deadline=long())
 
 
-def test_who_died_between_number_and_message_does_not_hide_the_others() -> None:
-    store = hash_store()
-    store.add("round/arrived", 1)  # all that rank 2 of 3 did
-    for error in errors_of(round_of(members(3, store), [b"", b""], never, deadline=soon)):
-        assert error.ranks == {2: "did not arrive"}
-
-
 def test_without_rank_0_the_others_say_so() -> None:
     job = members(3)
     with pytest.raises(CoordinationError, match=r"rank 0 did not answer within 0\.3 s") as caught:
@@ -203,47 +206,53 @@ def test_a_verdict_is_the_error_of_a_round_and_never_waits() -> None:
     assert SoloCoordinator().verdict(topic()) is None
 
 
-def test_keys_of_old_rounds_are_forgotten() -> None:
-    store = hash_store()
-    job = members(3, store)
-    counts = []
-    for number in range(20):
+def test_what_a_round_left_is_forgotten_with_it() -> None:
+    job = members(3)
+    for number in range(100):
         each: Decide = lambda messages: list(messages)  # noqa: E731
         round_of(job, [b"x"] * 3, concat if number % 2 else each, key=f"round-{number}")
-        counts.append(store.num_keys())
-    assert max(counts[4:]) == max(counts[:4])
-    assert not store.check(["round-0/arrived"])
-    assert not store.check(["round-17/decided"])
+    board = board_of(job[0])
+    assert board.rounds == {}
+    assert len(board.decided) < 100
+    for member in job[1:]:
+        heard = heard_by(member)
+        assert (heard._answers, heard._awaited, heard._firsts) == ({}, set(), set())
 
 
 def test_failed_rounds_leave_their_error_and_no_messages() -> None:
-    store = hash_store()
-    job = members(2, store)
+    job = members(2)
     for number in range(5):
         round_of(job, [b"x" * 1000, StorageError("no")], never, key=f"round-{number}")
-    for number in range(5):
-        assert store.check([f"round-{number}/error"])
-        # The first to arrive may be the failing rank, which leaves the other one's message.
-        left = [n for n in (1, 2) if store.check([f"round-{number}/message/{n}"])]
-        assert len(left) <= 1
-
-
-class Broken:
-    """A store whose server is gone."""
-
-    def __getattr__(self, name: str) -> Any:
-        def fail(*args: object) -> None:
-            raise dist.DistNetworkError("connection reset by peer")
-
-        return fail
+    board = board_of(job[0])
+    assert sorted(board.errors) == [f"round-{number}" for number in range(5)]
+    # The first to arrive may be the failing rank, whose error ended the round already.
+    assert board.rounds == {}
 
 
 def test_a_lost_connection_is_the_loss_of_rank_0() -> None:
-    store: Any = Broken()
-    member = StoreCoordinator(store, 1, 2)
-    with pytest.raises(CoordinationError, match="connection to rank 0 was lost") as caught:
-        member.round(topic(), b"", never, deadline=long())
-    assert (caught.value.kind, list(caught.value.ranks)) == (ErrorKind.PEER_ABSENT, [0])
+    hub = hub_of(2)
+    member = JobCoordinator(line_to(hub, 1))
+    ends: list[BaseException] = []
+
+    def wait() -> None:
+        with pytest.raises(CoordinationError) as caught:
+            member.round(topic(), b"", never, deadline=long())
+        ends.append(caught.value)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    del hub  # nobody uses it any more: it closes
+    waiting.join()
+    (error,) = ends
+    assert isinstance(error, CoordinationError)
+    assert "connection to rank 0 was lost" in str(error)
+    assert (error.kind, list(error.ranks)) == (ErrorKind.PEER_ABSENT, [0])
+    with pytest.raises(CoordinationError, match="connection to rank 0 was lost"):
+        member.round(topic("next"), b"", never, deadline=long())
+    with pytest.raises(CoordinationError, match="connection to rank 0 was lost"):
+        member.post("note", b"")
+    with pytest.raises(CoordinationError, match="connection to rank 0 was lost"):
+        member.look("note")
     verdict = member.verdict(topic())
     assert verdict is not None
     assert verdict.kind == ErrorKind.PEER_ABSENT
@@ -251,8 +260,7 @@ def test_a_lost_connection_is_the_loss_of_rank_0() -> None:
 
 
 def test_rank_0_leaves_last() -> None:
-    store = hash_store()
-    job = members(3, store)
+    job = members(3)
     left: list[int] = []
 
     def leave(rank: int) -> None:
@@ -261,8 +269,9 @@ def test_rank_0_leaves_last() -> None:
 
     first = threading.Thread(target=leave, args=(0,))
     first.start()
-    while not store.check(["left/0"]):
-        pass
+    # It is told that rank 0 has left, and whoever waits for rank 0 hears of it.
+    with pytest.raises(CoordinationError, match="rank 0 never will"):
+        job[1].round(topic(), b"", never, deadline=long())
     leave(1)
     assert first.is_alive()
     leave(2)
@@ -271,15 +280,13 @@ def test_rank_0_leaves_last() -> None:
 
 
 def test_rank_0_does_not_wait_for_those_it_named_absent() -> None:
-    absent: set[int] = set()
-    store = hash_store()
-    training, writer = (StoreCoordinator(store, 0, 3, absent=absent) for _ in range(2))
-    StoreCoordinator(store, 1, 3).leave(long())
+    hub, *lines = links(3)
+    training, writer = (JobCoordinator(hub) for _ in range(2))
     with pytest.raises(CoordinationError, match="rank 1, 2 did not arrive"):
         writer.round(topic(), b"", lambda _: b"", deadline=Deadline.after(0.05))
     # Found absent by one thread, left without by the other; a deadline would come too late.
     training.leave(long())
-    assert absent == {1, 2}
+    del lines
 
 
 def test_a_rank_that_has_left_is_not_waited_for() -> None:
@@ -303,6 +310,25 @@ def test_what_a_rank_sent_before_it_left_counts() -> None:
     with pytest.raises(CoordinationError):  # sent, and then it did not wait for the answer
         job[2].round(topic(), b"c", never, deadline=Deadline.after(0.0))
     job[2].leave(long())
+    assert round_of(job, [b"a", b"b"], concat) == [b"a|b|c", b"a|b|c"]
+
+
+def test_a_rank_whose_connection_breaks_is_named_at_once() -> None:
+    hub, *lines = links(4)
+    job = [JobCoordinator(link) for link in (hub, *lines[:2])]
+    del lines[2]
+    # Rank 2 does not come either, but may well be on its way.
+    for error in errors_of(round_of(job[:2], [b"", b""], never)):
+        assert "rank 3 did not arrive and rank 3 never will: its connection was lost" in str(error)
+        assert (error.kind, error.ranks) == (ErrorKind.PEER_ABSENT, {3: "connection lost"})
+
+
+def test_what_a_rank_sent_before_it_died_counts() -> None:
+    hub, *lines = links(3)
+    job = [JobCoordinator(link) for link in (hub, *lines)]
+    with pytest.raises(CoordinationError):
+        job[2].round(topic(), b"c", never, deadline=Deadline.after(0.0))
+    del lines, job[2]
     assert round_of(job, [b"a", b"b"], concat) == [b"a|b|c", b"a|b|c"]
 
 
@@ -361,18 +387,120 @@ def test_a_deadline_passes() -> None:
     assert not long().passed
 
 
-def test_two_coordinators_of_a_rank_share_a_client() -> None:
-    server: Store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    job = [members(1, server)[0], members(1, server)[0]]
+def test_two_coordinators_of_a_rank_share_a_connection() -> None:
+    hub, line = links(2)
+    pairs = [(JobCoordinator(hub), JobCoordinator(line)) for _ in range(2)]
 
-    def rounds(member: StoreCoordinator, name: str) -> Callable[[], bool]:
+    def rounds(member: JobCoordinator, name: str) -> Callable[[], bool]:
         def run() -> bool:
             return all(
                 member.round(topic(f"{name}{n}"), name.encode(), concat, deadline=long())
-                == name.encode()
+                == b"|".join([name.encode()] * 2)
                 for n in range(50)
             )
 
         return run
 
-    assert on_every_rank([rounds(job[0], "training"), rounds(job[1], "writer")]) == [True, True]
+    works = [
+        rounds(member, name)
+        for name, pair in zip(("training", "writer"), pairs, strict=True)
+        for member in pair
+    ]
+    assert on_every_rank(works) == [True] * 4
+
+
+def test_jobs_on_one_connection_do_not_meet() -> None:
+    hub, line = links(2)
+    for job in range(3):
+        both = [JobCoordinator(hub, job), JobCoordinator(line, job)]
+        messages = [f"a{job}".encode(), f"b{job}".encode()]
+        assert round_of(both, messages, concat) == [f"a{job}|b{job}".encode()] * 2
+        both[0].post("note", f"{job}".encode())
+        assert heard(both[1], "note") == f"{job}".encode()
+        on_every_rank([partial(each.leave, long()) for each in both])
+    assert cast(Hub, hub).board._jobs == {}, "what is over is forgotten"
+
+
+def test_a_note_of_rank_0_is_for_all_and_that_of_another_for_rank_0() -> None:
+    job = members(3)
+    assert job[1].look("word") is None
+    job[0].post("word", b"1")
+    job[0].post("word", b"2")
+    for member in job[1:]:
+        assert heard(member, "word", unlike=b"1") == b"2"
+    job[1].post("signal", b"x")
+    assert heard(job[0], "signal") == b"x"
+    round_of(job, [b""] * 3, concat)
+    assert job[2].look("signal") is None
+
+
+def test_who_connects_late_hears_what_all_were_told() -> None:
+    hub, line = links(3)[:2]
+    early = [JobCoordinator(hub), JobCoordinator(line)]
+    early[0].post("word", b"1")
+    errors_of(round_of(early, [b"", StorageError("disk full")], never))
+    late = JobCoordinator(line_to(cast(Hub, hub), 2))
+    assert heard(late, "word") == b"1"
+    with pytest.raises(StorageError, match="disk full"):
+        late.round(topic(), b"", never, deadline=long())
+
+
+def test_a_round_may_be_refused_before_all_have_come() -> None:
+    job = members(3)
+    job[2].refuse(topic(), CoordinationError("stop", kind=ErrorKind.CANCELLED, ranks={2: "it"}))
+    # Also on those that have not come to it: they need not work for it any more.
+    verdict = job[1].wait_for(lambda: job[1].verdict(topic()), long())
+    assert verdict is not None
+    assert (verdict.kind, verdict.ranks) == (ErrorKind.CANCELLED, {2: "it"})
+    for error in errors_of(round_of(job, [b"", b""], never)):
+        assert error.ranks == {2: "it"}
+
+
+def test_once_all_have_come_a_refusal_is_for_rank_0_to_heed() -> None:
+    job = members(2)
+
+    def decide(messages: Sequence[bytes]) -> bytes:
+        job[1].refuse(topic(), CoordinationError("stop", ranks={1: "it"}))
+        heard = job[0].wait_for(lambda: job[0].verdict(topic()), long())
+        assert heard is not None
+        assert job[1].verdict(topic()) is None, "nobody else is told: rank 0 may be committing"
+        return b"done"
+
+    assert round_of(job, [b"", b""], decide) == [b"done"] * 2
+    # It came too late, and of what comes later still nothing is kept.
+    job[1].refuse(topic(), CoordinationError("stop", ranks={1: "it"}))
+    round_of(job, [b"", b""], concat, key="next")
+    assert job[0].verdict(topic()) is None
+    assert board_of(job[0]).rounds == {}
+
+
+def test_what_is_longer_than_a_frame_is_an_error_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinator_module, "MESSAGE_LIMIT_BYTES", 10)
+    for error in errors_of(round_of(members(2), [b"", b"x" * 11], never)):
+        assert "failed on rank 1: ValueError: 11 bytes are more than the 10" in str(error)
+    long_answer, other = round_of(members(2), [b"", b""], lambda _: b"x" * 11)
+    assert isinstance(long_answer, ValueError)
+    assert isinstance(other, CoordinationError)
+    assert list(other.ranks) == [0]
+
+
+def test_an_interrupt_while_a_rank_waits_breaks_nothing() -> None:
+    job = members(2)
+
+    def interrupt() -> None:
+        # When its message has come, so that it waits for nothing but the answer.
+        board = cast(Hub, job[0]._link).board
+        while 1 not in board.messages(0, "round"):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        job[1].round(topic(), b"b", never, deadline=long())
+    interrupting.join()
+    # It said what it had to say, and the next round is as if nothing had been.
+    assert job[0].round(topic(), b"a", concat, deadline=long()) == b"a|b"
+    assert round_of(job, [b"c", b"d"], concat, key="next") == [b"c|d"] * 2

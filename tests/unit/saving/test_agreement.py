@@ -19,18 +19,18 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.planning.owners import decide as decide_owners
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
 from dist_ckpt.saving.agreement import Agreed, Agreement, Asked, share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.state.train_state import PerRank, TrainState
-from tests.unit.ranks.rounds import hash_store, long, on_every_rank, topic
+from tests.unit.ranks.rounds import links, long, on_every_rank, topic
 
 URL = "memory://run"
 
 
-class Spy(StoreCoordinator):
+class Spy(JobCoordinator):
     """Notes the rounds it takes part in, and loses the answer of some of them."""
 
     topics: list[str]
@@ -50,8 +50,7 @@ class Ranks:
     """The planners of one job."""
 
     def __init__(self, world_size: int) -> None:
-        store = hash_store()
-        self.members = [Spy(store, rank, world_size) for rank in range(world_size)]
+        self.members = [Spy(link) for link in links(world_size)]
         for member in self.members:
             member.topics, member.lost = [], set()
         # Most tests look at the rounds of planning alone.

@@ -13,13 +13,13 @@ import pytest
 from dist_ckpt import policy
 from dist_ckpt.errors import CoordinationError, UsageError
 from dist_ckpt.policy import Moment, SavePolicy, Scope
-from dist_ckpt.ranks.coordinator import StoreCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.training import trigger as pace_module
 from dist_ckpt.training.trigger import Decision, SaveTrigger, SignalNote
-from tests.unit.ranks.rounds import members, on_every_rank
+from tests.unit.ranks.rounds import long, members, on_every_rank
 
 WORLD = 3
 LOSS = Criterion("loss")
@@ -29,7 +29,7 @@ def nothing(criteria: Sequence[Criterion]) -> Mapping[Criterion, float]:
     return {}
 
 
-def job_of(member: StoreCoordinator | None = None, *, seconds: float = 60.0) -> Job:
+def job_of(member: JobCoordinator | None = None, *, seconds: float = 60.0) -> Job:
     job = Job("memory://unit-pace", timeout_seconds=seconds)
     if member is not None:
         job.__dict__["coordinators"] = Coordinators(member, member)
@@ -153,6 +153,9 @@ def test_a_signal_to_any_rank_saves_on_all_once(monkeypatch: pytest.MonkeyPatch)
         gate.wait()
         if step == 8 and rank in (1, 2):
             job.paces[rank]._note._name = "SIGUSR1"
+        if step == 9 and rank == 0:  # sent at 8, and where it comes later it is heeded later
+            training = job.paces[0]._job.training
+            training.wait_for(lambda: training.look(pace_module._SIGNAL), long())
         return {}
 
     first, *others = job.run(metrics)
@@ -214,7 +217,7 @@ def test_a_policy_that_fails_is_everybodys_error_too() -> None:
 
 
 def test_a_rank_0_that_says_nothing_is_named() -> None:
-    member = members(2)[1]
+    _, member = members(2)
     pace = SaveTrigger(job_of(member, seconds=0.05), policy.better("loss"), best=nothing)
     with pytest.raises(CoordinationError, match="rank 0 did not say within") as caught:
         pace.at(1, None, {})

@@ -1,0 +1,245 @@
+"""What the ranks of a job have said to rank 0, and what each is told of it; without any connection.
+
+Ranks send what they have to say once, and are told once how a round ended: nobody asks. The board
+is changed on one thread alone, in the order in which things are heard; whoever decides on rank 0
+looks at it from a thread of its own, and is woken when it is worth a look.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from dist_ckpt.ranks.channels import Frame, packed
+from dist_ckpt.waiting import Bell
+
+
+@dataclass(slots=True)
+class Gathering:
+    """A round that is not over.
+
+    Attributes:
+        messages: what has come, by rank.
+        first: the first rank that came, where rank 0 was not there.
+        refused: the error of a rank that gave the round up after all had come; rank 0 may still
+            heed it before it decides.
+    """
+
+    messages: dict[int, bytes] = field(default_factory=dict)
+    first: int | None = None
+    refused: bytes | None = None
+
+
+# Rounds that ended well are remembered for a while: a word about one may still be under way.
+_REMEMBERED = 64
+
+
+@dataclass(slots=True)
+class JobBoard:
+    """What is known of one job.
+
+    Attributes:
+        rounds: those that are not over.
+        errors: of the rounds that failed.
+        decided: the last ones that ended well.
+        notes: of other ranks, for rank 0.
+        told: the notes of rank 0, for all.
+        left: the ranks that say nothing more.
+        absent: those that did not come, and need not be waited for.
+    """
+
+    rounds: dict[str, Gathering] = field(default_factory=dict)
+    errors: dict[str, bytes] = field(default_factory=dict)
+    decided: deque[str] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    notes: dict[str, bytes] = field(default_factory=dict)
+    told: dict[str, bytes] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+    absent: set[int] = field(default_factory=set)
+
+
+class Board:
+    """What the ranks have said, without any connection.
+
+    Args:
+        world_size: how many ranks there are.
+        tell: sends a frame to a rank; with a name, in the place of one that has not left yet.
+        bell: rung when whoever waits on rank 0 should look.
+
+    Attributes:
+        lost: the ranks whose connection broke.
+    """
+
+    def __init__(
+        self, world_size: int, tell: Callable[[int, bytes, str | None], None], bell: Bell
+    ) -> None:
+        self.lost: set[int] = set()
+        self._world_size = world_size
+        self._others = range(1, world_size)
+        self._tell = tell
+        self._bell = bell
+        self._jobs: dict[int, JobBoard] = {}
+        self._over: set[int] = set()
+
+    # Looked at by the threads of rank 0, each in operations that no other thread sees half done.
+
+    def error(self, job: int, name: str) -> bytes | None:
+        """Return the error of a round, be it one that rank 0 has not heeded yet."""
+        board = self._jobs.get(job)
+        if board is None:
+            return None
+        gathering = board.rounds.get(name)
+        return board.errors.get(name) or (None if gathering is None else gathering.refused)
+
+    def count(self, job: int, name: str) -> int:
+        """Return how many messages have come to a round."""
+        board = self._jobs.get(job)
+        gathering = None if board is None else board.rounds.get(name)
+        return 0 if gathering is None else len(gathering.messages)
+
+    def messages(self, job: int, name: str) -> dict[int, bytes]:
+        """Return what has come to a round."""
+        board = self._jobs.get(job)
+        gathering = None if board is None else board.rounds.get(name)
+        return {} if gathering is None else gathering.messages.copy()
+
+    def note(self, job: int, name: str) -> bytes | None:
+        """Return what another rank has put up for rank 0."""
+        board = self._jobs.get(job)
+        return None if board is None else board.notes.get(name)
+
+    def left(self, job: int) -> set[int]:
+        """Return the ranks that have left the job."""
+        board = self._jobs.get(job)
+        return set() if board is None else board.left.copy()
+
+    def is_over(self, job: int) -> bool:
+        """Whether nobody is left to wait for: all have gone, or were named absent."""
+        board = self._jobs.get(job)
+        if board is None:
+            return job in self._over
+        return 0 in board.left and self._all_gone(board, board.absent)
+
+    def _all_gone(self, board: JobBoard, absent: Collection[int] = ()) -> bool:
+        if len(board.left) == self._world_size:
+            return True
+        if not self.lost and not absent:
+            return False
+        return len(board.left | self.lost | set(absent)) == self._world_size
+
+    # What happens, on the thread of the loop.
+
+    def take(self, rank: int, frame: Frame) -> None:
+        """Take in what `rank` says.
+
+        Raises:
+            ValueError: no rank may say that.
+        """
+        if frame.job in self._over:
+            return
+        board = self._jobs.setdefault(frame.job, JobBoard())
+        if frame.kind == "report":
+            self._report(board, rank, frame)
+        elif frame.kind == "fail":
+            self._fail(board, rank, frame)
+        elif frame.kind == "leave":
+            self._leave(board, rank, frame)
+        elif frame.kind == "note" and rank == 0:
+            board.told[frame.name] = frame.data
+            self._tell_all(board, frame)
+        elif frame.kind == "note":
+            board.notes[frame.name] = frame.data
+            self._bell.ring()
+        else:
+            raise ValueError(f"no rank says {frame.kind}")
+
+    def end(self, job: int, name: str, outcome: Frame | Sequence[bytes]) -> None:
+        """End a round as rank 0 decided: by one frame for all, or by a packed one for each rank."""
+        board = self._jobs.setdefault(job, JobBoard())
+        if name in board.errors or name in board.decided:
+            return
+        if isinstance(outcome, Frame) and outcome.kind == "fail":
+            # First: who finds no round any more finds why.
+            board.errors[name] = outcome.data
+        else:
+            board.decided.append(name)
+        board.rounds.pop(name, None)
+        if isinstance(outcome, Frame):
+            self._tell_all(board, outcome)
+        else:
+            for rank in self._others:
+                self._tell(rank, outcome[rank], None)
+        self._bell.ring()
+
+    def name_absent(self, job: int, ranks: Collection[int]) -> None:
+        """Note that nobody has to wait for `ranks` any more, until they say something."""
+        self._jobs.setdefault(job, JobBoard()).absent.update(ranks)
+
+    def join(self, rank: int) -> None:
+        """Note that `rank` is connected, and tell it what all were told before."""
+        self.lost.discard(rank)
+        for job, board in self._jobs.items():
+            for name, error in board.errors.items():
+                self._tell(rank, packed(Frame("fail", job, name, error)), None)
+            for name, data in board.told.items():
+                self._tell(rank, packed(Frame("note", job, name, data)), name)
+            if 0 in board.left:  # last: what rank 0 said before holds
+                self._tell(rank, packed(Frame("leave", job)), None)
+
+    def lose(self, rank: int) -> None:
+        """Note that the connection of `rank` broke."""
+        self.lost.add(rank)
+        for job, board in list(self._jobs.items()):
+            self._forget_if_over(board, job)
+        self._bell.ring()
+
+    def _report(self, board: JobBoard, rank: int, frame: Frame) -> None:
+        board.absent.discard(rank)
+        if frame.name in board.errors:
+            return  # it was told, when that was or when it connected
+        gathering = board.rounds.setdefault(frame.name, Gathering())
+        gathering.messages[rank] = frame.data
+        if rank == 0:
+            if gathering.first is not None:
+                self._tell(gathering.first, packed(Frame("here", frame.job, frame.name)), None)
+        elif gathering.first is None and 0 not in gathering.messages:
+            gathering.first = rank
+            self._tell(rank, packed(Frame("first", frame.job, frame.name)), None)
+        # Rank 0 looks once more when it is there: what happened until now has rung for nobody.
+        if rank == 0 or len(gathering.messages) == self._world_size:
+            self._bell.ring()
+
+    def _fail(self, board: JobBoard, rank: int, frame: Frame) -> None:
+        board.absent.discard(rank)
+        if frame.name in board.errors or frame.name in board.decided:
+            return  # it was told, or the round was decided before
+        gathering = board.rounds.get(frame.name)
+        if gathering is not None and len(gathering.messages) == self._world_size:
+            # All have come, and rank 0 decides by itself from there on: it may be committing.
+            gathering.refused = gathering.refused or frame.data
+            self._bell.ring()
+            return
+        # The first error ends the round: waiting for more would only delay everybody.
+        self.end(frame.job, frame.name, frame)
+
+    def _leave(self, board: JobBoard, rank: int, frame: Frame) -> None:
+        board.left.add(rank)
+        if rank == 0:
+            self._tell_all(board, frame)
+        gone = self._all_gone(board, board.absent)
+        if gone or any(rank not in each.messages for each in board.rounds.values()):
+            self._bell.ring()
+        self._forget_if_over(board, frame.job)
+
+    def _forget_if_over(self, board: JobBoard, job: int) -> None:
+        if 0 in board.left and self._all_gone(board):
+            self._over.add(job)
+            self._jobs.pop(job, None)
+            self._bell.ring()
+
+    def _tell_all(self, board: JobBoard, frame: Frame) -> None:
+        # Once for all: an index times a thousand ranks would not fit into memory.
+        data, name = packed(frame), f"{frame.job}/{frame.name}" if frame.kind == "note" else None
+        for rank in self._others:
+            if rank not in board.left:
+                self._tell(rank, data, name)
