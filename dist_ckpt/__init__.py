@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dist_ckpt.functional import async_save, load, load_weights, save
     from dist_ckpt.loading.opened import open_checkpoint
     from dist_ckpt.repository import keep
+    from dist_ckpt.run import Run, runs_below
     from dist_ckpt.state.early_stopping import EarlyStopping
     from dist_ckpt.state.progress import Progress
     from dist_ckpt.state.registry import register as register_type
@@ -54,6 +55,8 @@ __all__ = [
     "import_",
     "average",
     "keep",
+    "Run",
+    "runs_below",
     "policy",
     "EarlyStopping",
     "Progress",
@@ -78,6 +81,8 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "import_": ("dist_ckpt.doors.importing", "import_"),
     "average": ("dist_ckpt.doors.average", "average"),
     "keep": ("dist_ckpt.repository.keep", None),
+    "Run": ("dist_ckpt.run", "Run"),
+    "runs_below": ("dist_ckpt.run", "runs_below"),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),
     "Progress": ("dist_ckpt.state.progress", "Progress"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from dist_ckpt.format.shard import header_nbytes, parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
 
 _SEGMENT_BYTES = 16 * BLOCK_BYTES
+
+Sample: TypeAlias = tuple[int, int]
+"""Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
+(0, 1) is none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +41,27 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(checkpoint: Checkpoint) -> VerifyReport:
+def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyReport:
     """Read all files of `checkpoint` in bounded memory and compare every block.
+
+    Args:
+        checkpoint: which.
+        sample: what to read of each file, in pieces of 16 MiB; all for None. Sizes are compared in
+            any case.
 
     Raises:
         StorageError: the backend failed, which says nothing about the checkpoint.
     """
     problems: list[str] = []
-    nbytes = 0
+    nbytes = seen = 0
     for number, entry in enumerate(checkpoint.index.files):
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
             for start in range(0, entry.nbytes, _SEGMENT_BYTES):
+                seen += 1
+                if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
+                    continue
                 stop = min(start + _SEGMENT_BYTES, entry.nbytes)
                 data = checkpoint.read_blocks(number, start, stop)
                 nbytes += stop - start

@@ -23,6 +23,8 @@ NAMES = [
     "import_",
     "average",
     "keep",
+    "Run",
+    "runs_below",
     "policy",
     "EarlyStopping",
     "Progress",

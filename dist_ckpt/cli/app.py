@@ -1,0 +1,68 @@
+"""The program: its commands, where they look, and what its exit codes mean."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from dist_ckpt.cli import looking, tidying
+from dist_ckpt.cli.output import escaped, write
+from dist_ckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
+
+ERROR, USAGE, NO_RUN, NO_CHECKPOINT, DAMAGED, REFUSED = 1, 2, 10, 11, 12, 13
+"""Exit codes, to which others may be added: 0 is fine, 1 any other failure."""
+
+app = typer.Typer(
+    name="dist-ckpt",
+    help="Look after the checkpoints of a training: on disk, NFS, S3.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog="Exit codes: 0 fine, 1 error, 2 usage, 10 no run, 11 no such checkpoint, 12 damaged, "
+    "13 refused for safety. Colours end where the output is no terminal, or by NO_COLOR.",
+)
+looking.register(app)
+tidying.register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, and end the process with its exit code.
+
+    Args:
+        arguments: those of the process for None.
+    """
+    command: Any = typer.main.get_command(app)
+    try:
+        command.main(arguments, prog_name="dist-ckpt")
+    except SystemExit as ended:
+        write("", flush=True)
+        raise ended from None
+    except CheckpointError as error:
+        write("", flush=True)
+        sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
+        sys.exit(code_of(error))
+
+
+def code_of(error: CheckpointError) -> int:
+    """Return the exit code that tells `error`."""
+    by_kind = {
+        ErrorKind.NO_RUN: NO_RUN,
+        ErrorKind.NO_CHECKPOINT: NO_CHECKPOINT,
+        ErrorKind.PROTECTED: REFUSED,
+    }
+    if error.kind in by_kind:
+        return by_kind[error.kind]
+    if isinstance(error, IntegrityError):
+        return DAMAGED
+    if isinstance(error, UsageError) and not isinstance(error, AlreadyExists | IncompatibleError):
+        return USAGE
+    return ERROR

@@ -1,0 +1,211 @@
+"""Commands that change a run, or make one: keep, rm, pin, unpin, sweep, cp."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import dist_ckpt
+from dist_ckpt.cli import places
+from dist_ckpt.cli.output import say, say_json, size, table
+from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.errors import UsageError, near
+
+if TYPE_CHECKING:
+    from dist_ckpt.repository.keep import KeepPolicy
+
+_POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (keep, rm, pin, unpin, sweep, cp):
+        app.command()(command)
+
+
+def keep(
+    url: Url,
+    policy: Annotated[str, typer.Argument(help="such as 'latest(3) | best(\"val/loss\", 2)'")],
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it nothing is done")] = False,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Say which checkpoints a policy keeps and why, and with --yes delete the others.
+
+    Safe beside a training: the newest, pinned ones, and the one it went on from stay.
+
+    Example: dist-ckpt keep runs/17 'latest(3) | best("val/loss")' --yes
+    """
+    wanted = parse_policy(policy)
+    run = places.open_run(url, storage_option)
+    decisions = run.keep(wanted) if yes else run.plan_keep(wanted)
+    gone = [each for each in decisions if not each.kept]
+    freed = sum(each.nbytes for each in gone)
+    if json:
+        rows = [
+            {
+                "step": each.step,
+                "kept": each.kept,
+                "reasons": list(each.reasons),
+                "nbytes": each.nbytes,
+            }
+            for each in decisions
+        ]
+        say_json({"url": run.url, "done": yes, "nbytes_freed": freed, "checkpoints": rows})
+        return
+    table(
+        [("step", "right"), ("size", "right"), ("", "left"), ("reasons", "left")],
+        [
+            [
+                f"{each.step}",
+                size(each.nbytes),
+                "keep" if each.kept else "deleted" if yes else "delete",
+                ", ".join(each.reasons),
+            ]
+            for each in decisions
+        ],
+    )
+    if yes:
+        say(f"deleted {len(gone)} checkpoints, {size(freed)}")
+    elif gone:
+        say(f"would free {size(freed)}; nothing was done: --yes deletes")
+
+
+def rm(
+    place: Annotated[str, typer.Argument(metavar="URL@STEP", help="the checkpoint to delete")],
+    force: Annotated[
+        bool, typer.Option("--force", help="also the newest, or a pinned one")
+    ] = False,
+    metric: Metric = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Delete one checkpoint; the newest, and pinned ones, only with --force (exit code 13).
+
+    Example: dist-ckpt rm runs/17@100
+    """
+    if places.split(place)[0] == place:
+        raise UsageError(f"name the checkpoint to delete: {place}@STEP")
+    run, step = places.open_step(place, storage_option, metric)
+    run.remove(step, force=force)
+    say_json({"url": run.url, "removed": step}) if json else say(f"step {step} was deleted")
+
+
+def pin(
+    place: Place,
+    reason: Annotated[str, typer.Option(help="for people")] = "",
+    metric: Metric = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Keep a checkpoint, whatever any policy says.
+
+    Example: dist-ckpt pin runs/17@best --metric val/loss --reason "submitted"
+    """
+    run, step = places.open_step(place, storage_option, metric)
+    run.pin(step, reason=reason)
+    say_json({"url": run.url, "pinned": step}) if json else say(f"step {step} is pinned")
+
+
+def unpin(
+    place: Place, metric: Metric = None, storage_option: Options = None, json: Json = False
+) -> None:
+    """Let policies decide about a checkpoint again.
+
+    Example: dist-ckpt unpin runs/17@100
+    """
+    run, step = places.open_step(place, storage_option, metric)
+    run.unpin(step)
+    say_json({"url": run.url, "unpinned": step}) if json else say(f"step {step} is not pinned")
+
+
+def sweep(url: Url, storage_option: Options = None, json: Json = False) -> None:
+    """Remove what killed jobs left: files without a manifest, abandoned uploads.
+
+    What the newest job of the run writes is never touched.
+
+    Example: dist-ckpt sweep s3://bucket/runs/17
+    """
+    run = places.open_run(url, storage_option)
+    gone = run.sweep()
+    if json:
+        say_json({"url": run.url, "removed": gone})
+        return
+    for each in gone:
+        say(each)
+    say(f"removed {len(gone)} folders")
+
+
+def cp(
+    source: Place,
+    destination: Annotated[str, typer.Argument(metavar="URL", help="the run to copy into")],
+    every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
+    metric: Metric = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Copy a checkpoint to another run, on any storage: verified, and committed last.
+
+    Run again after it was cut off, it goes on where it was.
+
+    Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss
+    """
+    if every:
+        run = places.open_run(places.split(source)[0], storage_option)
+        steps = [each.step for each in run.listed() if each.state == "committed"]
+    else:
+        run, step = places.open_step(source, storage_option, metric)
+        steps = [step]
+    target = places.open_run(destination, storage_option)
+    done = []
+    for step in steps:
+        copied = run.copy(step, target)
+        done.append(copied)
+        if not json:
+            kept = f", {copied.kept} were there" if copied.kept else ""
+            say(f"step {step}: {copied.files} files, {size(copied.nbytes)} copied{kept}")
+    if json:
+        rows = [
+            {"step": e.step, "files": e.files, "kept": e.kept, "nbytes": e.nbytes} for e in done
+        ]
+        say_json({"url": target.url, "checkpoints": rows})
+
+
+def parse_policy(text: str) -> KeepPolicy:
+    """Return the policy that `text` says: calls of `dist_ckpt.keep`, joined by `|`.
+
+    Nothing is evaluated: names, numbers and texts are all that there may be.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        # In a shell an exclamation mark or a newline comes in easily; spaces do no harm.
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(
+            f"{text!r} is no policy such as 'latest(3) | best(\"val/loss\")'"
+        ) from error
+    return _policy(tree, text)
+
+
+def _policy(node: ast.expr, text: str) -> KeepPolicy:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return dist_ckpt.keep.either(_policy(node.left, text), _policy(node.right, text))
+    if not isinstance(node, ast.Call):
+        raise UsageError(f"{text!r} is no policy such as 'latest(3) | best(\"val/loss\")'")
+    name = re.sub(r"^keep\.", "", ast.unparse(node.func))
+    if name not in _POLICIES:
+        raise UsageError(f"no policy is called {name!r}{near(name, _POLICIES)}")
+    try:
+        positional = [ast.literal_eval(each) for each in node.args]
+        named: dict[str, Any] = {
+            each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg
+        }
+        policy: KeepPolicy = getattr(dist_ckpt.keep, name)(*positional, **named)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{ast.unparse(node)} is no policy: {error}") from error
+    return policy

@@ -1,0 +1,203 @@
+"""One checkpoint against another place: copied there, or compared with what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
+from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, block_digests
+from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.names import INDEX, file_key, manifest_key
+from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.storage.base import Store, holds
+from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.storage.stream import Stream, put_stream
+
+_PIECE_BYTES = 16 * BLOCK_BYTES
+_AT_ONCE = 4
+
+Kind: TypeAlias = Literal["only here", "only there", "shape", "dtype", "values"]
+"""How two checkpoints differ in a tensor; `values`: in some byte, or in how they are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy did.
+
+    Attributes:
+        step: of the checkpoint.
+        files: how many files were copied.
+        kept: how many were there from a copy that was cut off.
+        nbytes: of the files that were copied.
+    """
+
+    step: int
+    files: int
+    kept: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor in which two checkpoints differ.
+
+    Attributes:
+        part: which part it is of.
+        name: what it is called there.
+        kind: how they differ.
+        here: dtype and shape in the first one, "" where it is not.
+        there: the same of the second one.
+    """
+
+    part: str
+    name: str
+    kind: Kind
+    here: str
+    there: str
+
+
+def copy(source: Checkpoint, target: Store) -> Copied:
+    """Copy `source` to the run at `target`; its manifest goes last.
+
+    Every block is compared with its digest on its way. A file that is there already is compared,
+    and only replaced when it is another one.
+
+    Raises:
+        AlreadyExists: another checkpoint of this step is committed there.
+        IntegrityError: the source is damaged, or the copy was deleted while it was made; nothing
+            is committed.
+    """
+    step, save_id = source.step, source.manifest.save_id
+    committed = manifest_key(step)
+    if holds(target, committed, source.manifest_bytes):
+        return Copied(step, 0, len(source.index.files), 0)
+    try:
+        target.size(committed)
+    except NotFound:
+        pass
+    else:
+        raise AlreadyExists(
+            f"step {step} is already committed in {target.url}, and is another checkpoint",
+            kind=ErrorKind.STEP_EXISTS,
+        )
+    copied: list[int] = []
+
+    def one(number: int) -> None:
+        entry = source.index.files[number]
+        key = file_key(step, save_id, entry.name)
+        if not _is_there(target, key, entry):
+            stream = Stream(entry.nbytes, partial(_verified, source, number))
+            put_stream(target, key, stream, mode="replace")
+            copied.append(entry.nbytes)
+
+    in_parallel(one, range(len(source.index.files)), threads=_AT_ONCE)
+    target.put(file_key(step, save_id, INDEX), [source.index_bytes], mode="replace")
+    _check_there(source, target)
+    target.put(committed, [source.manifest_bytes])
+    try:
+        # A job that owns the run there may have taken the copy for what a dead one left.
+        _check_there(source, target)
+    except IntegrityError:
+        target.delete([committed])
+        raise
+    return Copied(step, len(copied), len(source.index.files) - len(copied), sum(copied))
+
+
+def diff(here: Checkpoint, there: Checkpoint) -> list[Difference]:
+    """Return the tensors in which two checkpoints differ, by the digests of the blocks they are in.
+
+    A tensor without a difference is equal; one of `values` may yet be, where it shares a block with
+    another one, or was cut into other boxes.
+    """
+    ours, theirs = _tensors(here.index), _tensors(there.index)
+    found = []
+    for part, name in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get((part, name)), theirs.get((part, name))
+        if one is None or other is None:
+            kind: Kind = "only there" if one is None else "only here"
+        elif one[0].dtype != other[0].dtype:
+            kind = "dtype"
+        elif one[0].shape != other[0].shape:
+            kind = "shape"
+        elif _digests(here.index, one[1]) != _digests(there.index, other[1]):
+            kind = "values"
+        else:
+            continue
+        found.append(Difference(part, name, kind, _shown(one), _shown(other)))
+    return found
+
+
+_Numbered: TypeAlias = tuple[TensorEntry, int]
+
+
+def _tensors(index: Index) -> dict[tuple[str, str], _Numbered]:
+    return {(each.part, each.name): (each, number) for number, each in enumerate(index.tensors)}
+
+
+def _shown(tensor: _Numbered | None) -> str:
+    return "" if tensor is None else f"{tensor[0].dtype}{list(tensor[0].shape)}"
+
+
+def _digests(index: Index, tensor: int) -> list[tuple[object, ...]]:
+    """Return for each chunk of a tensor its box, and the digests of the blocks that it is in."""
+    rows = index.chunks_of(tensor)
+    itemsize = DTYPES[index.tensors[tensor].dtype][1]
+    found: list[tuple[object, ...]] = []
+    for row in range(len(rows.file)):
+        offset = int(rows.offset[row])
+        sizes = rows.sizes[row]
+        stop = offset + int(sizes.prod()) * itemsize
+        first, last = offset // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        blocks = index.files[int(rows.file[row])].blocks
+        found.append(
+            (
+                tuple(rows.starts[row].tolist()),
+                tuple(sizes.tolist()),
+                offset % BLOCK_BYTES,
+                blocks[DIGEST_BYTES * first : DIGEST_BYTES * last],
+            )
+        )
+    return sorted(found)
+
+
+def _verified(source: Checkpoint, number: int) -> Iterator[memoryview]:
+    nbytes = source.index.files[number].nbytes
+    for start in range(0, nbytes, _PIECE_BYTES):
+        yield source.read_blocks(number, start, min(start + _PIECE_BYTES, nbytes))
+
+
+def _is_there(target: Store, key: str, entry: FileEntry) -> bool:
+    """Whether `target` has the file already, whole."""
+    try:
+        if target.size(key) != entry.nbytes:
+            return False
+        for start in range(0, entry.nbytes, _PIECE_BYTES):
+            piece = bytearray(min(_PIECE_BYTES, entry.nbytes - start))
+            if target.read_into(key, start, memoryview(piece)) != len(piece):
+                return False
+            first = DIGEST_BYTES * (start // BLOCK_BYTES)
+            digests = block_digests(piece)
+            if digests != entry.blocks[first : first + len(digests)]:
+                return False
+    except NotFound:
+        return False
+    return True
+
+
+def _check_there(source: Checkpoint, target: Store) -> None:
+    step, save_id = source.step, source.manifest.save_id
+    sizes = {file_key(step, save_id, entry.name): entry.nbytes for entry in source.index.files}
+    sizes[file_key(step, save_id, INDEX)] = len(source.index_bytes)
+    folder = file_key(step, save_id, INDEX).removesuffix(INDEX)
+    there = {entry.key: entry.nbytes for entry in target.list_entries(folder)}
+    for key, nbytes in sizes.items():
+        if there.get(key) != nbytes:
+            raise IntegrityError(
+                f"{key} was not copied to {target.url}, or was deleted there meanwhile by the job "
+                "that owns that run: copy again, to a run in which nobody trains",
+                kind=ErrorKind.MISSING_FILE,
+            )

@@ -1,0 +1,415 @@
+"""A run as who operates it sees it: what is there, is it whole, what may go. Nothing needs torch.
+
+```python
+import dist_ckpt
+from dist_ckpt import keep
+
+dist_ckpt.save({"n": 1}, "runs/looked-at", step=10, metrics={"loss": 2.0})
+run = dist_ckpt.Run("runs/looked-at")
+assert run.latest() == run.best("loss") == 10
+assert run.verify(10).ok
+assert [each.kept for each in run.plan_keep(keep.latest(3))] == [True]
+```
+
+Reading claims nothing, and deleting does not take a run from the job that trains in it: what that
+job writes, its newest checkpoint, the one it went on from and pinned ones are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import check_step, parse_step_dir
+from dist_ckpt.repository import claim as claims
+from dist_ckpt.repository import copying, marks
+from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
+from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint, removable
+from dist_ckpt.repository.copying import Copied, Difference
+from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.ranking import Criterion, Mode
+from dist_ckpt.repository.repository import Repository
+from dist_ckpt.repository.verify import Sample, VerifyReport, verify
+from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.storage.resolve import resolve
+
+_AT_ONCE = 16
+_DEEP = 3
+
+State: TypeAlias = Literal["committed", "damaged", "newer format", "unreadable", "unfinished"]
+"""What is known of a step: `unfinished` has files and no manifest, as one that is being saved has,
+and what a killed job left."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One step of a run, as its manifest describes it.
+
+    Attributes:
+        step: the training step.
+        state: whether it is a checkpoint.
+        marks: of `latest`, `pinned` those that it has.
+        problem: why it is none, "" where it is.
+        manifest: what was committed, None where that cannot be read.
+        record: what policies decide by, None where there is no manifest.
+    """
+
+    step: int
+    state: State
+    marks: tuple[str, ...] = ()
+    problem: str = ""
+    manifest: Manifest | None = None
+    record: Record | None = None
+
+    @property
+    def nbytes(self) -> int | None:
+        """How many bytes its files hold, None where that is not known."""
+        return None if self.manifest is None else self.manifest.nbytes
+
+    @property
+    def created(self) -> datetime | None:
+        """When it was committed, by the clock of the host of rank 0."""
+        return None if self.record is None else self.record.created
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers by name, those noted after the save included."""
+        return {} if self.record is None else self.record.metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy says of one checkpoint.
+
+    Attributes:
+        step: which.
+        kept: whether it stays.
+        reasons: why it stays; of one that goes, which policy does not want it.
+        nbytes: how many bytes its files hold.
+    """
+
+    step: int
+    kept: bool
+    reasons: tuple[str, ...]
+    nbytes: int
+
+
+class Run:
+    """A run at a place. Every call looks anew: what is stored is the truth.
+
+    Attributes:
+        url: where it is, without secrets.
+    """
+
+    def __init__(
+        self, url: str | Store, *, storage_options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Name the run; nothing is contacted.
+
+        Args:
+            url: a path, a URL, or a `Store`.
+            storage_options: for the backend, see `dist_ckpt.storage.resolve`.
+
+        Raises:
+            UsageError: the url is malformed.
+        """
+        self._store = (
+            url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
+        )
+        self._repository = Repository(self._store)
+        self.url = self._store.url
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, ascending."""
+        return self._repository.steps()
+
+    def latest(self) -> int | None:
+        """Return the newest committed step, None where there is none."""
+        return self._repository.latest()
+
+    def best(self, metric: str, mode: Mode = "min") -> int | None:
+        """Return the step with the best value of `metric`, None where no checkpoint has one.
+
+        Raises:
+            UsageError: `mode` is neither "min" nor "max", or the metric has no name.
+        """
+        ranked = Criterion(metric, mode).ranked(self.records())
+        return ranked[0].step if ranked else None
+
+    def records(self) -> list[Record]:
+        """Return what the manifests say of the committed checkpoints, ascending."""
+        return [each.record for each in self.listed() if each.record is not None]
+
+    def listed(self) -> list[Listed]:
+        """Return every step that is there, ascending, damaged and unfinished ones too.
+
+        Raises:
+            NotFound: this is no run.
+            StorageError: the listing failed.
+        """
+        steps = sorted(self._repository.candidates())
+        if not steps:
+            raise self._repository.no_checkpoint()
+        found = _concurrently(self._look, steps)
+        whole = [each.step for each in found if each.state == "committed"]
+        return [
+            replace(each, marks=("latest", *each.marks)) if each.step in whole[-1:] else each
+            for each in found
+        ]
+
+    def manifest(self, step: int) -> Manifest:
+        """Return what was committed under `step`.
+
+        Raises:
+            NotFound: it is not committed; the nearest steps are named.
+            IntegrityError: the manifest is damaged.
+        """
+        return manifest_format.decode(self._manifest_bytes(step), step=check_step(step))
+
+    def open(self, step: int) -> Checkpoint:
+        """Open a committed checkpoint. See `manifest` for errors."""
+        self._manifest_bytes(step)
+        return self._repository.open(step)
+
+    def verify(self, step: int, *, sample: Sample | None = None) -> VerifyReport:
+        """Compare the bytes of a checkpoint with their digests.
+
+        Args:
+            step: which.
+            sample: (which, of how many) shares of its blocks to read; all of them for None. With
+                (0, 1) no data is read: only descriptions and sizes are compared.
+
+        Raises:
+            NotFound: it is not committed.
+            StorageError: the backend failed, which says nothing about the checkpoint.
+        """
+        self._manifest_bytes(step)
+        if sample is None:
+            return self._repository.verify(step)
+        try:
+            return verify(self._repository.open(step), sample=sample)
+        except CheckpointError as error:
+            if isinstance(error, StorageError | NotFound):
+                raise
+            return VerifyReport(step, 0, 0, (error.message,))
+
+    def pin(self, step: int, *, reason: str = "") -> None:
+        """Keep a checkpoint whatever any policy says, until `unpin`."""
+        self._manifest_bytes(step)
+        self._repository.pin(step, reason=reason)
+
+    def unpin(self, step: int) -> None:
+        """Let policies decide about `step` again."""
+        self._manifest_bytes(step)
+        self._repository.unpin(step)
+
+    def plan_keep(self, policy: KeepPolicy) -> list[Decision]:
+        """Return what `policy` says of every checkpoint, ascending; nothing is done.
+
+        Damaged ones are left for people to look at, and keep no other.
+        """
+        listed = self.listed()
+        good = {each.step: each for each in listed if each.record is not None}
+        records = [each.record for each in good.values() if each.record is not None]
+        reasons = policy.kept(records)
+        protected = self._protected(listed)
+        gone = {record.step for record in removable(records, policy, set(protected))}
+        decisions = []
+        for each in listed:
+            said = [protected.get(each.step, ""), reasons.get(each.step, "")]
+            why = tuple(filter(None, said))
+            if each.step in gone:
+                decisions.append(
+                    Decision(each.step, False, (f"not kept by {policy}",), each.nbytes or 0)
+                )
+            elif each.step in good:
+                decisions.append(Decision(each.step, True, why, each.nbytes or 0))
+            elif each.state != "unfinished":
+                decisions.append(Decision(each.step, True, (each.state,), 0))
+        return decisions
+
+    def keep(self, policy: KeepPolicy) -> list[Decision]:
+        """Delete what `policy` does not keep, the oldest first; return what `plan_keep` said.
+
+        Where this is cut off, the next call ends it.
+
+        Raises:
+            StorageError: a deletion failed.
+        """
+        decisions = self.plan_keep(policy)
+        for each in decisions:
+            if not each.kept:
+                self._delete(each.step, pinned_too=False)
+        self.sweep()
+        return decisions
+
+    def remove(self, step: int, *, force: bool = False) -> None:
+        """Delete one checkpoint.
+
+        Args:
+            step: which.
+            force: also where it is the newest, the one that the run went on from, or pinned.
+
+        Raises:
+            NotFound: it is not committed.
+            UsageError: it is protected, and `force` was not given (`ErrorKind.PROTECTED`).
+        """
+        self._manifest_bytes(step)
+        why = self._protected(self.listed()).get(step)
+        if why and not force:
+            raise UsageError(
+                f"step {step} in {self.url} is not removed: it is {why}; to mean it, force it",
+                kind=ErrorKind.PROTECTED,
+            )
+        self._delete(step, pinned_too=force)
+
+    def sweep(self) -> list[str]:
+        """Remove what killed jobs left; return the folders that went.
+
+        What the job that owns the run writes is not touched, as nobody else can tell it from what
+        that job gave up: that goes after its next commit.
+        """
+        older = claims.highest(self._store) - 1
+        return collect_garbage(self._store, claim=older, in_flight=())
+
+    def copy(self, step: int, to: str | Store | Run) -> Copied:
+        """Copy a checkpoint into another run, verified, and committed there last.
+
+        A copy that was cut off is gone on with: files that are there and whole stay.
+
+        Raises:
+            AlreadyExists: another checkpoint of this step is there.
+            IntegrityError: the source is damaged; nothing was committed.
+        """
+        self._manifest_bytes(step)
+        target = to if isinstance(to, Run) else Run(to)
+        return copying.copy(self._repository.open(step), target._store)  # noqa: SLF001 a run as well
+
+    def diff(self, step: int, other: int, *, of: Run | None = None) -> list[Difference]:
+        """Return the tensors that differ between two checkpoints by their digests; no data is read.
+
+        Args:
+            step: one of this run.
+            other: the other one.
+            of: its run; this one for None.
+        """
+        return copying.diff(self.open(step), (of or self).open(other))
+
+    def _look(self, step: int) -> Listed:
+        try:
+            data = read_manifest(self._store, step)
+        except NotFound:
+            problem = "no manifest: it is being saved, or was cut off"
+            return Listed(step, "unfinished", problem=problem)
+        except StorageError as error:
+            if error.kind is not ErrorKind.PERMISSION:
+                raise
+            return Listed(step, "unreadable", problem=error.message)
+        except CheckpointError as error:
+            return Listed(step, "damaged", problem=error.message)
+        try:
+            manifest = manifest_format.decode(data, step=step)
+            note = marks.read_epoch_note(self._store, step, manifest.save_id)
+        except IncompatibleError as error:
+            return Listed(step, "newer format", problem=error.message)
+        except CheckpointError as error:
+            return Listed(step, "damaged", problem=error.message)
+        pinned = marks.is_pinned(self._store, step, manifest.save_id)
+        record = Record.of(manifest, note)
+        return Listed(
+            step,
+            "committed",
+            marks=("pinned",) * pinned,
+            manifest=manifest,
+            record=record,
+        )
+
+    def _protected(self, listed: Sequence[Listed]) -> Mapping[int, str]:
+        """Return, by step, why a checkpoint is not deleted whatever a policy says."""
+        found = {each.step: "pinned" for each in listed if "pinned" in each.marks}
+        good = [each for each in listed if each.manifest is not None]
+        if good and (newest := good[-1]).manifest is not None:
+            parent = newest.manifest.parent_step
+            if parent is not None:
+                # By this a job tells which one it restored: it may go back to it.
+                found.setdefault(parent, "the one that the run went on from")
+            found[newest.step] = "the newest"
+        return found
+
+    def _delete(self, step: int, *, pinned_too: bool) -> None:
+        try:
+            save_id = self.manifest(step).save_id
+        except NotFound:
+            return  # the retention of the job was faster
+        except CheckpointError:
+            save_id = ""  # damaged: its files are left to `sweep`
+        if save_id:
+            if not pinned_too and marks.is_pinned(self._store, step, save_id):
+                return  # since the plan was made
+            marks.mark_removed(self._store, step, save_id)
+        delete_checkpoint(self._store, step)
+
+    def _manifest_bytes(self, step: int) -> bytes:
+        step = check_step(step)
+        try:
+            return read_manifest(self._store, step)
+        except NotFound:
+            pass
+        steps = self.steps()
+        if not steps:
+            raise self._repository.no_checkpoint()
+        near = sorted(sorted(steps, key=lambda each: abs(each - step))[:3])
+        raise NotFound(
+            f"no checkpoint of step {step} in {self.url}: the nearest are "
+            f"{', '.join(map(str, near))}",
+            kind=ErrorKind.NO_CHECKPOINT,
+        )
+
+
+def runs_below(
+    url: str | Store, *, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Yield the urls of the runs at or below a place, up to three folders below it.
+
+    Raises:
+        StorageError: a listing failed.
+    """
+    store = url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
+    folders = [""]
+    for depth in range(_DEEP + 1):
+        below: list[str] = []
+        for folder in folders:
+            names = [name[:-1] for name in store.list_children(folder) if name.endswith("/")]
+            if any(parse_step_dir(name) is not None for name in names):
+                yield f"{store.url}/{folder}".rstrip("/")
+            elif depth < _DEEP:
+                below += [f"{folder}{name}/" for name in names]
+        folders = below
+
+
+def _concurrently(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Return what `work` returns for each of `items`, in their order."""
+    results: dict[int, _R] = {}
+
+    def one(numbered: tuple[int, _T]) -> None:
+        results[numbered[0]] = work(numbered[1])
+
+    in_parallel(one, enumerate(items), threads=_AT_ONCE)
+    return [results[number] for number in range(len(items))]

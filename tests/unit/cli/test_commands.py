@@ -1,0 +1,228 @@
+"""Each command by its screen and by its JSON, on a disk and on S3; exit codes; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_ckpt import Checkpointer, Run, policy
+from dist_ckpt.cli import main
+from dist_ckpt.format.names import manifest_key
+from dist_ckpt.storage import resolve
+from dist_ckpt.storage.base import read_all
+from tests.services.s3 import S3Service
+
+LOSSES = {10: 3.0, 20: 1.0, 30: 2.0}
+
+
+def fill(url: str) -> str:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    with Checkpointer(
+        url, {"model": layers}, when=policy.never(), metadata={"notes": "a \x1b[31mred\x1b[0m one"}
+    ) as ckpt:
+        ckpt.restore()
+        for step, loss in LOSSES.items():
+            torch.nn.init.constant_(next(layers.parameters()), step)
+            ckpt.save(step, metrics={"val/loss": loss}).wait()
+    return url
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return fill(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def s3_url(s3_service: S3Service, s3_name: str) -> str:
+    return fill(s3_service.url(s3_name))
+
+
+class Shell:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def code(self, *arguments: str) -> tuple[int, str, str]:
+        """Return the exit code, standard output and standard error."""
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    def screen(self, *arguments: str) -> str:
+        code, out, err = self.code(*arguments)
+        assert (code, err) == (0, "")
+        return out
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.screen(*arguments, "--json"))
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    monkeypatch.setenv("COLUMNS", "100")
+    return Shell(capsys)
+
+
+def check_each_command(shell: Shell, url: str, copy: str) -> None:
+    """Use every command once on a run of steps 10, 20 and 30."""
+    rows = shell.json("ls", url)["checkpoints"]
+    assert [each["step"] for each in rows] == [10, 20, 30]
+    assert rows[1]["metrics"] == {"val/loss": 1.0}
+    assert rows[2]["marks"] == ["latest"]
+    screen = shell.screen("ls", url)
+    assert all(f"{step}" in screen for step in LOSSES)
+    assert "least val/loss" in screen
+    shown = shell.json("show", f"{url}@20")
+    assert (shown["step"], shown["world_size"], shown["slowest_rank"]) == (20, 1, 0)
+    assert "parts" in shell.screen("show", f"{url}@latest")
+    names = {each["name"] for each in shell.json("tensors", url, "--part", "model")["tensors"]}
+    assert names == {f"{n}.{kind}" for n in range(3) for kind in ("weight", "bias")}
+    assert "{0..2}.weight" in shell.screen("tensors", url)
+    assert shell.screen("latest", url) == f"{url}@30\n"
+    assert shell.screen("best", url, "--metric", "val/loss") == f"{url}@20\n"
+    assert shell.screen("best", url, "--metric", "val/loss:max") == f"{url}@10\n"
+    whole = shell.json("verify", url, "--all")["checkpoints"]
+    assert [each["ok"] for each in whole] == [True] * 3
+    assert "whole" in shell.screen("verify", f"{url}@10", "--quick")
+    assert shell.json("verify", url, "--sample", "1/2")["checkpoints"][0]["ok"]
+    differences = shell.json("diff", f"{url}@10", "20")
+    assert "0.weight" in {each["name"] for each in differences["tensors"]}
+    assert differences["facts"]["metrics"] == [{"val/loss": 3.0}, {"val/loss": 1.0}]
+    assert "values" in shell.screen("diff", f"{url}@10", f"{url}@20")
+    assert shell.json("compare", url)["metrics"]["val/loss"] == [[10, 3.0], [20, 1.0], [30, 2.0]]
+    assert "█" in shell.screen("compare", url)
+    assert shell.json("cp", f"{url}@best", copy, "--metric", "val/loss")["checkpoints"][0]["files"]
+    assert "2 were there" in shell.screen("cp", f"{url}@20", copy)
+    assert Run(copy).verify(20).ok
+    assert shell.json("pin", f"{url}@10", "--reason", "first") == {"url": url, "pinned": 10}
+    plan = shell.json("keep", url, "latest(1)")
+    assert [each["kept"] for each in plan["checkpoints"]] == [True, False, True]
+    assert not plan["done"]
+    assert "nothing was done" in shell.screen("keep", url, "keep.latest(1)")
+    assert Run(url).steps() == [10, 20, 30]
+    assert "deleted 1 checkpoints" in shell.screen("keep", url, "latest(1)", "--yes")
+    assert Run(url).steps() == [10, 30]
+    code, _, said = shell.code("rm", f"{url}@10")
+    assert (code, "it is pinned" in said) == (13, True)
+    shell.screen("unpin", f"{url}@10")
+    assert shell.json("rm", f"{url}@10") == {"url": url, "removed": 10}
+    code, _, said = shell.code("rm", f"{url}@30")
+    assert (code, "it is the newest" in said) == (13, True)
+    assert "removed 0 folders" in shell.screen("sweep", url)
+
+
+def test_each_command_on_a_disk(shell: Shell, url: str, tmp_path: Path) -> None:
+    check_each_command(shell, url, str(tmp_path / "copy"))
+
+
+def test_each_command_on_s3(shell: Shell, s3_url: str) -> None:
+    check_each_command(shell, s3_url, f"{s3_url}-copy")
+
+
+def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
+    store = resolve(url)
+    store.put(manifest_key(30), [read_all(store, manifest_key(30))[:-7]], mode="replace")
+    rows = {each["step"]: each["state"] for each in shell.json("ls", url)["checkpoints"]}
+    assert rows == {10: "committed", 20: "committed", 30: "damaged"}
+    code, out, said = shell.code("verify", url, "--all", "--json")
+    assert code == 12
+    assert [each["ok"] for each in json.loads(out)["checkpoints"]] == [True, True, False]
+    assert "step 30" in said
+    file = next(Path(url).rglob("step-0000000020/*/model.*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    code, out, _ = shell.code("verify", f"{url}@20")
+    assert (code, file.name in out) == (12, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["ls", "{}-not"], 10, "is no run"),
+        (["show", "{}@21"], 11, "the nearest are 10, 20, 30"),
+        (["verify", "{}@21"], 11, "no checkpoint of step 21"),
+        (["best", "{}", "--metric", "f1"], 11, "no checkpoint in"),
+        (["best", "{}"], 2, "--metric"),
+        (["rm", "{}"], 2, "name the checkpoint"),
+        (["ls", "{}", "--sort", "colour"], 2, "one of step, age, size"),
+        (["verify", "{}", "--sample", "often"], 2, "such as 5%"),
+        (["tensors", "{}", "--part", "modle"], 2, "there are those of model"),
+        (["keep", "{}", "lastest(3)"], 2, "did you mean 'latest'"),
+        (["keep", "{}", "__import__('os')"], 2, "no policy is called"),
+        (["keep", "{}", "latest(open('x'))"], 2, "is no policy"),
+        (["keep", "{}", "latest("], 2, "is no policy such as"),
+        (["keep", "{}", "latest(0)"], 2, "positive"),
+        (["ls", "{}", "--storage-option", "key"], 2, "KEY=VALUE"),
+        (["frobnicate"], 2, "No such command"),
+        (["cp", "{}@10", "{}-copy", "--storage-option", "a=1"], 2, "storage"),
+    ],
+)
+def test_what_is_wrong_is_said_with_a_code(
+    shell: Shell, url: str, arguments: list[str], code: int, says: str
+) -> None:
+    found, out, said = shell.code(*(each.format(url) for each in arguments))
+    assert (found, out) == (code, "")
+    assert says in said
+    assert "Traceback" not in said
+
+
+def test_runs_below_a_place_are_listed(shell: Shell, url: str) -> None:
+    parent = str(Path(url).parent)
+    assert shell.screen("ls", parent) == f"{url}\n"
+    assert shell.json("ls", parent)["runs"] == [url]
+
+
+def test_names_from_storage_cannot_command_the_terminal(shell: Shell, url: str) -> None:
+    screen = shell.screen("show", url)
+    assert "\x1b" not in screen
+    assert "\\x1b[31mred" in screen
+
+
+def test_the_place_may_come_from_the_environment(
+    shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_CKPT_URL", url)
+    assert shell.screen("latest") == f"{url}@30\n"
+
+
+def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ("ls", "show", "tensors", "compare"):
+        assert max(map(len, shell.screen(command, url).splitlines())) <= 60
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(url: str) -> None:
+    program = "from dist_ckpt.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, "tensors", url, "--flat"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout is not None
+    child.stdout.close()
+    _, said = child.communicate()
+    assert (child.returncode, said) == (0, b"")
+
+
+def test_each_command_has_an_example(shell: Shell) -> None:
+    listed = shell.screen("--help")
+    commands = [
+        *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best"),
+        *("keep", "rm", "pin", "unpin", "sweep", "cp"),
+    ]
+    for command in commands:
+        assert command in listed
+        example = " ".join(shell.screen(command, "--help").partition("Example:")[2].split())
+        assert example.startswith("dist-ckpt")
+        assert command in example

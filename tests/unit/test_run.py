@@ -1,0 +1,309 @@
+"""A run as an operator sees it: what is listed, what may go, what a copy is."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_ckpt
+from dist_ckpt import Checkpointer, Run, keep, policy, runs_below
+from dist_ckpt.errors import (
+    AlreadyExists,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    UsageError,
+)
+from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
+from dist_ckpt.repository import Repository
+from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
+
+LOSS = "loss"
+_names = itertools.count()
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(f"unit-run-{next(_names)}")
+
+
+def fill(store: Store, *losses: float, first: int = 1) -> None:
+    """Save a step for each of `losses`, with other values each."""
+    state = {"model": {"w": torch.zeros(1000), "still": torch.ones(300_000)}}
+    with Checkpointer(store, state, when=policy.never()) as ckpt:
+        ckpt.restore()
+        for step, loss in enumerate(losses, first):
+            state["model"]["w"].fill_(step)
+            ckpt.save(step, metrics={LOSS: loss}).wait()
+
+
+class CutOffError(Exception):
+    """What ends a call in the middle."""
+
+
+def cut_off(store: Store, *, at: int) -> FaultyStore:
+    """Return a store that ends whatever is done at its change number `at`, and all after that."""
+    rules = [Rule("put", Fail(CutOffError()), nth=nth) for nth in range(at, at + 9)]
+    return FaultyStore(store, rules)
+
+
+def damage(store: Store, step: int) -> None:
+    data = read_all(store, manifest_key(step))
+    store.put(manifest_key(step), [data[:-9]], mode="replace")
+
+
+def unfinished(store: Store, step: int, claim: int) -> str:
+    folder = f"step-{step:010}/c{claim:06}-{'0' * 16}"
+    store.put(f"{folder}/model.r00000.safetensors", [b"half"])
+    return f"{folder}/"
+
+
+def test_what_is_there_is_listed_with_what_it_is(store: MemoryStore) -> None:
+    fill(store, 3.0, 1.0, 2.0)
+    run = Run(store)
+    run.pin(1, reason="the first")
+    damage(store, 2)
+    unfinished(store, 9, 1)
+    found = run.listed()
+    assert [(each.step, each.state) for each in found] == [
+        (1, "committed"),
+        (2, "damaged"),
+        (3, "committed"),
+        (9, "unfinished"),
+    ]
+    assert [each.marks for each in found] == [("pinned",), (), ("latest",), ()]
+    assert found[0].metrics == {LOSS: 3.0}
+    assert found[0].nbytes == sum(
+        entry.nbytes
+        for entry in store.list_entries("step-0000000001/")
+        if not entry.key.endswith(("manifest.json", "pin.json"))
+    )
+    assert "cut short" in found[1].problem
+    assert (run.latest(), run.best(LOSS), run.best(LOSS, "max"), run.best("f1")) == (3, 3, 1, None)
+    assert [record.step for record in run.records()] == [1, 3]
+
+
+def test_reading_and_deleting_claim_nothing(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0, 3.0)
+    before = store.list_children("claims/")
+    run = Run(store)
+    run.keep(keep.latest(1))
+    run.verify(3)
+    run.sweep()
+    assert store.list_children("claims/") == before
+
+
+def test_a_plan_says_why_and_does_nothing(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0, 3.0, 4.0)
+    run = Run(store)
+    run.pin(2)
+    damage(store, 3)
+    plan = run.plan_keep(keep.best(LOSS))
+    assert [(each.step, each.kept, each.reasons) for each in plan] == [
+        (1, True, ("best loss #1",)),
+        (2, True, ("pinned",)),
+        (3, True, ("damaged",)),
+        (4, True, ("the newest",)),
+    ]
+    assert run.steps() == [1, 2, 3, 4]
+    (gone,) = [each for each in run.keep(keep.latest(1)) if not each.kept]
+    assert (gone.step, gone.reasons) == (1, ("not kept by keep.latest(1)",))
+    assert gone.nbytes > 1_200_000
+    assert run.steps() == [2, 3, 4]
+    assert list(store.list_entries("step-0000000001/")) == []
+
+
+def test_what_a_run_went_on_from_stays(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0)
+    fill(store, 3.0, first=3)
+    (first, second, third) = Run(store).plan_keep(keep.latest(1))
+    assert not first.kept
+    assert second.reasons == ("the one that the run went on from",)
+    assert third.kept
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_one_is_removed_unless_it_is_protected(store: MemoryStore, step: int) -> None:
+    fill(store, 1.0, 2.0, 3.0)
+    run = Run(store)
+    run.pin(2)
+    if step > 1:
+        with pytest.raises(
+            UsageError, match=r"is not removed: it is (pinned|the newest)"
+        ) as caught:
+            run.remove(step)
+        assert caught.value.kind is ErrorKind.PROTECTED
+        assert run.steps() == [1, 2, 3]
+    run.remove(step, force=step > 1)
+    assert run.steps() == [each for each in (1, 2, 3) if each != step]
+    with pytest.raises(NotFound, match=rf"no checkpoint of step {step} .*the nearest are"):
+        run.remove(step)
+
+
+def test_a_live_job_goes_on_beside_it_and_keeps_what_it_writes(store: MemoryStore) -> None:
+    state = {"n": torch.ones(10)}
+    run = Run(store)
+    with Checkpointer(store, state, when=policy.never(), keep=keep.latest(5)) as ckpt:
+        ckpt.restore()
+        ckpt.save(1).wait()
+        for step in range(2, 20):
+            ckpt.save(step)
+            run.keep(keep.latest(2))
+            run.sweep()
+            assert run.verify(run.steps()[-1]).ok
+        ckpt.wait()
+        assert run.latest() == 19
+    assert all(run.verify(step).ok for step in run.steps())
+
+
+def test_what_killed_jobs_left_goes_and_what_the_owner_writes_stays(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    fill(store, 2.0, first=2)
+    old, own = unfinished(store, 8, 1), unfinished(store, 9, 2)
+    assert Run(store).sweep() == [old]
+    assert [entry.key for entry in store.list_entries(own)]
+    assert Run(store).steps() == [1, 2]
+
+
+def test_no_place_no_step_no_number() -> None:
+    nowhere = Run(MemoryStore(f"unit-run-{next(_names)}"))
+    for look in (nowhere.listed, lambda: nowhere.verify(1), lambda: nowhere.plan_keep(keep.all())):
+        with pytest.raises(NotFound) as caught:
+            look()
+        assert caught.value.kind is ErrorKind.NO_RUN
+    with pytest.raises(UsageError):
+        nowhere.pin(-1)
+    with pytest.raises(UsageError):
+        Run("")
+
+
+def test_a_copy_is_whole_and_byte_by_byte_the_same(store: MemoryStore, tmp_path: Path) -> None:
+    fill(store, 1.0, 2.0)
+    copied = Run(store).copy(2, str(tmp_path / "copy"))
+    there = Run(str(tmp_path / "copy"))
+    assert (copied.step, copied.kept) == (2, 0)
+    assert there.verify(2).ok
+    assert there.verify(2).nbytes == copied.nbytes
+    state = {"model": {"w": torch.zeros(1000), "still": torch.zeros(300_000)}}
+    dist_ckpt.load(state, str(tmp_path / "copy"), skip="rng")
+    assert state["model"]["w"][0] == 2
+    again = Run(store).copy(2, there)
+    assert (again.files, again.nbytes, again.kept) == (0, 0, copied.files)
+
+
+def test_a_copy_that_was_cut_off_is_gone_on_with(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    for at in itertools.count(1):
+        target = MemoryStore(f"unit-run-{next(_names)}")
+        try:
+            Run(store).copy(1, cut_off(target, at=at))
+        except CutOffError:
+            assert Repository(target).steps() == []
+            kept = Run(store).copy(1, target).kept
+            assert kept in (min(at - 1, 2), 0)
+            assert Run(target).verify(1).ok
+        else:
+            break
+    assert at == 5, "two files, the index and the manifest"
+
+
+def test_what_is_not_copied(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    other = MemoryStore(f"unit-run-{next(_names)}")
+    fill(other, 2.0)
+    with pytest.raises(AlreadyExists, match="another checkpoint"):
+        Run(store).copy(1, other)
+    name = Repository(store).open(1).index.files[0].name
+    key = next(entry.key for entry in store.list_entries() if entry.key.endswith(name))
+    data = bytearray(read_all(store, key))
+    data[-1] ^= 1
+    store.put(key, [bytes(data)], mode="replace")
+    empty = MemoryStore(f"unit-run-{next(_names)}")
+    with pytest.raises(IntegrityError, match="differs from its digest"):
+        Run(store).copy(1, empty)
+    assert Repository(empty).steps() == []
+
+
+def test_a_deletion_that_was_cut_off_is_ended_by_the_next(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0)
+    keys = sorted(entry.key for entry in store.list_entries("step-0000000001/"))
+    data = {key: read_all(store, key) for key in keys}
+    for at in itertools.count(1):
+        for key, each in data.items():
+            store.put(key, [each], mode="replace")
+        faulty = FaultyStore(store, [Rule("delete", Fail(CutOffError()), nth=at)])
+        try:
+            Run(faulty).keep(keep.latest(1))
+        except CutOffError:
+            assert Run(store).verify(2).ok
+            Run(store).keep(keep.latest(1))
+        assert Run(store).steps() == [2]
+        assert [entry.key for entry in store.list_entries("step-0000000001/")] == [], at
+        if faulty.fired == [0]:
+            break
+    assert at > len(keys), "one by one, and the mark"
+
+
+def test_a_mark_of_removal_alone_changes_nothing(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0)
+    folder = f"step-0000000001/{Repository(store).open(1).save_id}"
+    store.put(f"{folder}/{REMOVED}", [b"{}"])
+    assert Run(store).sweep() == []
+    assert Run(store).steps() == [1, 2]
+    assert Run(store).verify(1).ok
+    assert f"{folder}/{INDEX}" in [entry.key for entry in store.list_entries()]
+
+
+def test_a_sample_reads_a_share_and_sizes_alone_read_nothing(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    run = Run(store)
+    whole = run.verify(1)
+    shares = [run.verify(1, sample=(share, 3)).nbytes for share in (1, 2, 3)]
+    assert sum(shares) == whole.nbytes
+    assert run.verify(1, sample=(0, 1)).nbytes == 0
+    key = next(e.key for e in store.list_entries() if e.key.endswith(".safetensors"))
+    store.put(key, [read_all(store, key)[:-1]], mode="replace")
+    assert not run.verify(1, sample=(0, 1)).ok
+
+
+def test_a_difference_is_found_without_reading_data(store: MemoryStore) -> None:
+    def save(step: int, **parts: torch.Tensor) -> None:
+        named = {part: {"w": tensor} for part, tensor in parts.items()}
+        dist_ckpt.save(named, store, step=step)
+
+    save(1, a=torch.zeros(1000), b=torch.ones(1000))
+    save(2, a=torch.zeros(1000), b=torch.zeros(1000))
+    save(3, a=torch.zeros(7), c=torch.zeros(2))
+    run = Run(store)
+    assert [(each.part, each.kind) for each in run.diff(1, 2)] == [("b", "values")]
+    found = {each.part: (each.kind, each.here, each.there) for each in run.diff(2, 3)}
+    assert found == {
+        "a": ("shape", "float32[1000]", "float32[7]"),
+        "b": ("only here", "float32[1000]", ""),
+        "c": ("only there", "", "float32[2]"),
+    }
+    assert run.diff(2, 2) == []
+
+
+def test_runs_below_a_place(tmp_path: Path) -> None:
+    for name in ("a", "deep/er/b"):
+        dist_ckpt.save({"n": 1}, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    assert list(runs_below(str(tmp_path))) == [f"{tmp_path}/a", f"{tmp_path}/deep/er/b"]
+    assert list(runs_below(str(tmp_path / "a"))) == [str(tmp_path / "a")]
+
+
+def test_nothing_of_it_needs_torch() -> None:
+    program = (
+        "import sys, dist_ckpt, dist_ckpt.cli\n"
+        "dist_ckpt.Run('memory://nothing').steps()\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
