@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dist_ckpt.functional import async_save, load, load_weights, save
     from dist_ckpt.loading.opened import open_checkpoint
     from dist_ckpt.repository import keep
-    from dist_ckpt.run import Run, runs_below
+    from dist_ckpt.run import Run
     from dist_ckpt.state.early_stopping import EarlyStopping
     from dist_ckpt.state.progress import Progress
     from dist_ckpt.state.registry import register as register_type
@@ -56,7 +56,6 @@ __all__ = [
     "average",
     "keep",
     "Run",
-    "runs_below",
     "policy",
     "EarlyStopping",
     "Progress",
@@ -82,7 +81,6 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "average": ("dist_ckpt.doors.average", "average"),
     "keep": ("dist_ckpt.repository.keep", None),
     "Run": ("dist_ckpt.run", "Run"),
-    "runs_below": ("dist_ckpt.run", "runs_below"),
     "policy": ("dist_ckpt.policy", None),
     "EarlyStopping": ("dist_ckpt.state.early_stopping", "EarlyStopping"),
     "Progress": ("dist_ckpt.state.progress", "Progress"),

@@ -17,45 +17,48 @@ job writes, its newest checkpoint, the one it went on from and pinned ones are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
     IncompatibleError,
+    IntegrityError,
     NotFound,
     StorageError,
     UsageError,
 )
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import check_step, parse_step_dir
+from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, marks
+from dist_ckpt.repository.below import runs_below
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
-from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint, removable
+from dist_ckpt.repository.collect import (
+    collect_garbage,
+    delete_attempt,
+    delete_checkpoint,
+    removable,
+)
 from dist_ckpt.repository.copying import Copied, Difference
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.repository import Repository
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
-from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.storage.base import Store, delete_exactly
+from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
 
 _AT_ONCE = 16
-_DEEP = 3
 
 State: TypeAlias = Literal["committed", "damaged", "newer format", "unreadable", "unfinished"]
 """What is known of a step: `unfinished` has files and no manifest, as one that is being saved has,
 and what a killed job left."""
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class KeepDecision:
     """What a policy says of one checkpoint.
 
     Attributes:
@@ -140,6 +143,10 @@ class Run:
         """Return the committed steps, ascending."""
         return self._repository.steps()
 
+    def runs_below(self) -> list[str]:
+        """Return the urls of the runs at or below this place, up to three folders below."""
+        return list(runs_below(self._store))
+
     def latest(self) -> int | None:
         """Return the newest committed step, None where there is none."""
         return self._repository.latest()
@@ -167,7 +174,7 @@ class Run:
         steps = sorted(self._repository.candidates())
         if not steps:
             raise self._repository.no_checkpoint()
-        found = _concurrently(self._look, steps)
+        found = map_in_parallel(self._look, steps, threads=_AT_ONCE)
         whole = [each.step for each in found if each.state == "committed"]
         return [
             replace(each, marks=("latest", *each.marks)) if each.step in whole[-1:] else each
@@ -220,7 +227,7 @@ class Run:
         self._manifest_bytes(step)
         self._repository.unpin(step)
 
-    def plan_keep(self, policy: KeepPolicy) -> list[Decision]:
+    def plan_keep(self, policy: KeepPolicy) -> list[KeepDecision]:
         """Return what `policy` says of every checkpoint, ascending; nothing is done.
 
         Damaged ones are left for people to look at, and keep no other.
@@ -237,15 +244,15 @@ class Run:
             why = tuple(filter(None, said))
             if each.step in gone:
                 decisions.append(
-                    Decision(each.step, False, (f"not kept by {policy}",), each.nbytes or 0)
+                    KeepDecision(each.step, False, (f"not kept by {policy}",), each.nbytes or 0)
                 )
             elif each.step in good:
-                decisions.append(Decision(each.step, True, why, each.nbytes or 0))
+                decisions.append(KeepDecision(each.step, True, why, each.nbytes or 0))
             elif each.state != "unfinished":
-                decisions.append(Decision(each.step, True, (each.state,), 0))
+                decisions.append(KeepDecision(each.step, True, (each.state,), 0))
         return decisions
 
-    def keep(self, policy: KeepPolicy) -> list[Decision]:
+    def keep(self, policy: KeepPolicy) -> list[KeepDecision]:
         """Delete what `policy` does not keep, the oldest first; return what `plan_keep` said.
 
         Where this is cut off, the next call ends it.
@@ -265,7 +272,8 @@ class Run:
 
         Args:
             step: which.
-            force: also where it is the newest, the one that the run went on from, or pinned.
+            force: also where it is the newest, the one that the run went on from, pinned or
+                damaged.
 
         Raises:
             NotFound: it is not committed.
@@ -341,9 +349,11 @@ class Run:
             record=record,
         )
 
-    def _protected(self, listed: Sequence[Listed]) -> Mapping[int, str]:
+    def _protected(self, listed: Sequence[Listed]) -> dict[int, str]:
         """Return, by step, why a checkpoint is not deleted whatever a policy says."""
-        found = {each.step: "pinned" for each in listed if "pinned" in each.marks}
+        bad = ("damaged", "newer format", "unreadable")
+        found: dict[int, str] = {e.step: e.state for e in listed if e.state in bad}
+        found |= {each.step: "pinned" for each in listed if "pinned" in each.marks}
         good = [each for each in listed if each.manifest is not None]
         if good and (newest := good[-1]).manifest is not None:
             parent = newest.manifest.parent_step
@@ -355,16 +365,19 @@ class Run:
 
     def _delete(self, step: int, *, pinned_too: bool) -> None:
         try:
-            save_id = self.manifest(step).save_id
+            data = read_manifest(self._store, step)
+            save_id = manifest_format.decode(data, step=step).save_id
         except NotFound:
             return  # the retention of the job was faster
-        except CheckpointError:
-            save_id = ""  # damaged: its files are left to `sweep`
-        if save_id:
-            if not pinned_too and marks.is_pinned(self._store, step, save_id):
-                return  # since the plan was made
-            marks.mark_removed(self._store, step, save_id)
-        delete_checkpoint(self._store, step)
+        except (IntegrityError, IncompatibleError):
+            delete_checkpoint(self._store, step)  # only asked for by name, and forced
+            return
+        if not pinned_too and marks.is_pinned(self._store, step, save_id):
+            return  # since the plan was made
+        marks.mark_removed(self._store, step, save_id)
+        # Itself alone: a job that went back may have saved the step anew since the look.
+        delete_exactly(self._store, manifest_key(step), data)
+        delete_attempt(self._store, step, save_id)
 
     def _manifest_bytes(self, step: int) -> bytes:
         step = check_step(step)
@@ -381,35 +394,3 @@ class Run:
             f"{', '.join(map(str, near))}",
             kind=ErrorKind.NO_CHECKPOINT,
         )
-
-
-def runs_below(
-    url: str | Store, *, storage_options: Mapping[str, Any] | None = None
-) -> Iterator[str]:
-    """Yield the urls of the runs at or below a place, up to three folders below it.
-
-    Raises:
-        StorageError: a listing failed.
-    """
-    store = url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
-    folders = [""]
-    for depth in range(_DEEP + 1):
-        below: list[str] = []
-        for folder in folders:
-            names = [name[:-1] for name in store.list_children(folder) if name.endswith("/")]
-            if any(parse_step_dir(name) is not None for name in names):
-                yield f"{store.url}/{folder}".rstrip("/")
-            elif depth < _DEEP:
-                below += [f"{folder}{name}/" for name in names]
-        folders = below
-
-
-def _concurrently(work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Return what `work` returns for each of `items`, in their order."""
-    results: dict[int, _R] = {}
-
-    def one(numbered: tuple[int, _T]) -> None:
-        results[numbered[0]] = work(numbered[1])
-
-    in_parallel(one, enumerate(items), threads=_AT_ONCE)
-    return [results[number] for number in range(len(items))]

@@ -7,8 +7,10 @@ from typing import Any
 
 import typer
 
-from dist_ckpt.cli import looking, tidying
+from dist_ckpt.cli.comparing import add_comparing
+from dist_ckpt.cli.looking import add_looking
 from dist_ckpt.cli.output import escaped, write
+from dist_ckpt.cli.tidying import add_tidying
 from dist_ckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -30,8 +32,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 fine, 1 error, 2 usage, 10 no run, 11 no such checkpoint, 12 damaged, "
     "13 refused for safety. Colours end where the output is no terminal, or by NO_COLOR.",
 )
-looking.register(app)
-tidying.register(app)
+# A group of commands is a module, which adds them.
+for _add in (add_looking, add_comparing, add_tidying):
+    _add(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,10 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except CheckpointError as error:
         write("", flush=True)
         sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
-        sys.exit(code_of(error))
+        sys.exit(exit_code(error))
 
 
-def code_of(error: CheckpointError) -> int:
+def exit_code(error: CheckpointError) -> int:
     """Return the exit code that tells `error`."""
     by_kind = {
         ErrorKind.NO_RUN: NO_RUN,

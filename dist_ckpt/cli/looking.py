@@ -1,35 +1,34 @@
-"""Commands that only look: ls, show, tensors, verify, diff, compare, latest, best."""
+"""Commands that look: ls, show, tensors, latest, best."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import dist_ckpt
 from dist_ckpt.cli import places
-from dist_ckpt.cli.output import age, number, plain, say, say_json, size, table
+from dist_ckpt.cli.output import age, finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.errors import IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from dist_ckpt.run import Listed, Run
+    from dist_ckpt.run import Listed
 
 _SORTS = ("step", "age", "size")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
-def register(app: typer.Typer) -> None:
+def add_looking(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (ls, show, tensors, verify, diff, compare, latest, best):
-        app.command()(command)
+    for command in (_ls, _show, _tensors, _latest, _best):
+        app.command(command.__name__[1:])(command)
 
 
-def ls(
+def _ls(
     url: Url,
+    *,
     sort: Annotated[str, typer.Option(metavar="step|age|size", help="order of the rows")] = "step",
     storage_option: Options = None,
     json: Json = False,
@@ -44,7 +43,7 @@ def ls(
     try:
         rows = run.listed()
     except NotFound:
-        below = _runs_below(url, storage_option)
+        below = run.runs_below()
         if not below:
             raise
         if json:
@@ -62,34 +61,11 @@ def ls(
     if json:
         say_json({"url": run.url, "checkpoints": [_as_json(each) for each in rows]})
         return
-    names = _metric_names(rows)
-    table(
-        [
-            ("step", "right"),
-            ("age", "right"),
-            ("size", "right"),
-            ("ranks", "right"),
-            *((name, "right") for name in names),
-            ("state", "left"),
-            ("marks", "left"),
-        ],
-        [
-            [
-                f"{each.step}",
-                age(each.created),
-                size(each.nbytes),
-                "?" if each.manifest is None else f"{each.manifest.world_size}",
-                *(number(each.metrics[name]) if name in each.metrics else "" for name in names),
-                each.state,
-                ", ".join((*each.marks, *_best_marks(rows, each, names))),
-            ]
-            for each in rows
-        ],
-    )
+    _print_rows(rows)
 
 
-def show(
-    place: Place, metric: Metric = None, storage_option: Options = None, json: Json = False
+def _show(
+    place: Place, *, metric: Metric = None, storage_option: Options = None, json: Json = False
 ) -> None:
     """Show what the manifest of a checkpoint says.
 
@@ -133,12 +109,13 @@ def show(
         shown["slowest_rank"] = (
             f"{rank}, {each.stage_seconds:.3f} s to stage and {each.write_seconds:.3f} s to write"
         )
-    rows = [[key.replace("_", " "), _in_words(value)] for key, value in shown.items()]
+    rows = [[key.replace("_", " "), in_words(value)] for key, value in shown.items()]
     table([("", "left"), ("", "left")], [row for row in rows if row[1]])
 
 
-def tensors(
+def _tensors(
     place: Place,
+    *,
     part: Annotated[str | None, typer.Option(help="of this part alone")] = None,
     flat: Annotated[bool, typer.Option("--flat", help="every name by itself")] = False,
     metric: Metric = None,
@@ -192,154 +169,59 @@ def tensors(
     )
 
 
-def verify(
-    place: Place,
-    every: Annotated[bool, typer.Option("--all", help="all checkpoints of the run")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="sizes alone, no data is read")] = False,
-    sample: Annotated[
-        str | None,
-        typer.Option(metavar="P%|I/N", help="a random share of the data, or the I-th of N shares"),
-    ] = None,
-    metric: Metric = None,
-    storage_option: Options = None,
-    json: Json = False,
-) -> None:
-    """Compare the bytes of a checkpoint with their digests; exit code 12 tells damage.
-
-    Example: dist-ckpt verify s3://bucket/runs/17 --all --sample 5%
-    """
-    share = (0, 1) if quick else _share(sample)
-    if every:
-        run = places.open_run(places.split(place)[0], storage_option)
-        steps = [each.step for each in run.listed() if each.state != "unfinished"]
-    else:
-        run, step = places.open_step(place, storage_option, metric)
-        steps = [step]
-    reports = [run.verify(step, sample=share) for step in steps]
-    if json:
-        found = [
-            {
-                "step": each.step,
-                "ok": each.ok,
-                "files": each.files,
-                "nbytes_read": each.nbytes,
-                "problems": list(each.problems),
-            }
-            for each in reports
-        ]
-        say_json({"url": run.url, "checkpoints": found})
-    else:
-        for each in reports:
-            read = f"{each.files} files, {size(each.nbytes)} read"
-            say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
-            for problem in each.problems:
-                say(f"  {problem}")
-    bad = [each.step for each in reports if not each.ok]
-    if bad:
-        raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
-
-
-def diff(
-    one: Annotated[str, typer.Argument(metavar="URL@STEP", help="a checkpoint")],
-    other: Annotated[str, typer.Argument(metavar="URL@STEP|STEP", help="another one")],
-    metric: Metric = None,
-    storage_option: Options = None,
-    json: Json = False,
-) -> None:
-    """Show in what two checkpoints differ, by their digests: no data is read.
-
-    Example: dist-ckpt diff runs/17@100 200
-    """
-    run, step = places.open_step(one, storage_option, metric)
-    if other.isdecimal():
-        there, second = run, int(other)
-    else:
-        there, second = places.open_step(other, storage_option, metric)
-    found = run.diff(step, second, of=there)
-    facts = _facts_that_differ(run, step, there, second)
-    if json:
-        rows = [
-            {"part": e.part, "name": e.name, "kind": e.kind, "here": e.here, "there": e.there}
-            for e in found
-        ]
-        say_json({"equal": not rows, "tensors": rows, "facts": facts})
-        return
-    for name, (mine, theirs) in facts.items():
-        say(f"{name}: {_in_words(mine) or 'nothing'} -> {_in_words(theirs) or 'nothing'}")
-    if not found:
-        say("all tensors are equal")
-        return
-    table(
-        [
-            ("part", "left"),
-            ("name", "left"),
-            ("differ in", "left"),
-            ("here", "left"),
-            ("there", "left"),
-        ],
-        [[e.part, e.name, e.kind, e.here, e.there] for e in found],
-    )
-
-
-def compare(url: Url, storage_option: Options = None, json: Json = False) -> None:
-    """Show how the metrics of a run went, checkpoint by checkpoint.
-
-    Example: dist-ckpt compare runs/17
-    """
-    run = places.open_run(url, storage_option)
-    rows = [each for each in run.listed() if each.record is not None]
-    names = _metric_names(rows)
-    if json:
-        series = {
-            name: [[each.step, each.metrics[name]] for each in rows if name in each.metrics]
-            for name in names
-        }
-        say_json({"url": run.url, "metrics": series})
-        return
-    cells = []
-    for name in names:
-        values = [each.metrics[name] for each in rows if name in each.metrics]
-        cells.append(
-            [name, _spark(values), *(number(f(values)) for f in (min, max)), number(values[-1])]
-        )
-    table(
-        [
-            ("metric", "left"),
-            ("", "left"),
-            ("least", "right"),
-            ("most", "right"),
-            ("last", "right"),
-        ],
-        cells,
-    )
-
-
-def latest(url: Url, storage_option: Options = None, json: Json = False) -> None:
+def _latest(url: Url, *, storage_option: Options = None, json: Json = False) -> None:
     """Print the newest checkpoint, as a place that other commands take.
 
     Example: dist-ckpt verify "$(dist-ckpt latest runs/17)"
     """
     run = places.open_run(url, storage_option)
-    _say_place(url, places.step_of(run, "latest", None), json=json)
+    _say_place(url, places.find_named(run, "latest", None), json=json)
 
 
-def best(
-    url: Url, metric: Metric = None, storage_option: Options = None, json: Json = False
+def _best(
+    url: Url, *, metric: Metric = None, storage_option: Options = None, json: Json = False
 ) -> None:
     """Print the best checkpoint, as a place that other commands take.
 
     Example: dist-ckpt best runs/17 --metric val/loss
     """
     run = places.open_run(url, storage_option)
-    _say_place(url, places.step_of(run, "best", metric), json=json)
+    _say_place(url, places.find_named(run, "best", metric), json=json)
 
 
 def _say_place(url: str, step: int, *, json: bool) -> None:
     say_json({"url": url, "step": step}) if json else say(f"{url}@{step}")
 
 
-def _runs_below(url: str, options: list[str] | None) -> list[str]:
-    return list(dist_ckpt.runs_below(url, storage_options=places.storage_options(options)))
+def _print_rows(rows: list[Listed]) -> None:
+    names = metric_names(rows)
+    least = _least(rows, names)
+    table(
+        [
+            ("step", "right"),
+            ("age", "right"),
+            ("size", "right"),
+            ("ranks", "right"),
+            *((name, "right") for name in names),
+            ("state", "left"),
+            ("marks", "left"),
+        ],
+        [
+            [
+                f"{each.step}",
+                age(each.created),
+                size(each.nbytes),
+                "?" if each.manifest is None else f"{each.manifest.world_size}",
+                *(
+                    show_number(each.metrics[name]) if name in each.metrics else ""
+                    for name in names
+                ),
+                each.state,
+                ", ".join((*each.marks, *least.get(each.step, ()))),
+            ]
+            for each in rows
+        ],
+    )
 
 
 def _as_json(each: Listed) -> dict[str, Any]:
@@ -356,25 +238,28 @@ def _as_json(each: Listed) -> dict[str, Any]:
     }
 
 
-def _metric_names(rows: list[Listed]) -> list[str]:
+def metric_names(rows: list[Listed]) -> list[str]:
+    """Return the names of all metrics, sorted."""
     return sorted({name for each in rows for name in each.metrics})
 
 
-def _best_marks(rows: list[Listed], one: Listed, names: list[str]) -> list[str]:
-    """Return the metrics that are smallest here: what is best the person knows."""
-    found = []
+def _least(rows: list[Listed], names: list[str]) -> dict[int, list[str]]:
+    """Return, by step, the metrics that are smallest there: what is best the person knows."""
+    found: dict[int, list[str]] = {}
     for name in names:
-        values = [each.metrics[name] for each in rows if name in each.metrics]
-        if len(values) > 1 and one.metrics.get(name) == min(values):
-            found.append(f"least {name}")
+        having = [each for each in rows if name in each.metrics]
+        if len(having) > 1:
+            least = min(having, key=lambda each: each.metrics[name])
+            found.setdefault(least.step, []).append(f"least {name}")
     return found
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """Return what JSON holds as a person reads it; "" for nothing."""
     if value is None or value in ({}, []):
         return ""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={plain(each)}" for key, each in value.items())
+        return ", ".join(f"{key}={finite(each)}" for key, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(value)
@@ -398,41 +283,3 @@ def _folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             name = pattern.replace("#", f"{{{text}}}", 1)
         folded.append({**members[0], "name": name})
     return folded
-
-
-def _share(sample: str | None) -> tuple[int, int] | None:
-    if sample is None:
-        return None
-    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", sample)
-    if percent and 0 < float(percent[1]) <= 100:
-        shares = max(round(100 / float(percent[1])), 1)
-        return random.randint(1, shares), shares
-    part = re.fullmatch(r"(\d+)/(\d+)", sample)
-    if part and 1 <= int(part[1]) <= int(part[2]):
-        return int(part[1]), int(part[2])
-    raise UsageError(
-        f"--sample takes a share such as 5%, or 2/10 for the second tenth, not {sample!r}"
-    )
-
-
-def _facts_that_differ(run: Run, step: int, there: Run, other: int) -> dict[str, list[Any]]:
-    mine, theirs = run.manifest(step), there.manifest(other)
-    names = ("epoch", "world_size", "parts", "metrics", "metadata", "versions")
-    return {
-        name: [plain(getattr(mine, name)), plain(getattr(theirs, name))]
-        for name in names
-        if plain(getattr(mine, name)) != plain(getattr(theirs, name))
-    }
-
-
-def _spark(values: list[float]) -> str:
-    """Return the course of some numbers as one line of blocks."""
-    marks = "▁▂▃▄▅▆▇█"
-    finite = [each for each in values if each - each == 0]
-    if not finite:
-        return ""
-    low, span = min(finite), max(finite) - min(finite) or 1.0
-    return "".join(
-        marks[min(int((each - low) / span * 8), 7)] if each - each == 0 else "?"
-        for each in values[-40:]
-    )

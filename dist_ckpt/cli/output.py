@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +19,8 @@ _WIDE = 200
 
 
 def console() -> Console:
-    """Return what is printed on: as wide as the terminal, or as wide as it takes in a file."""
-    width = shutil.get_terminal_size((_WIDE, 24)).columns if sys.stdout.isatty() else _WIDE
-    if os.environ.get("COLUMNS", "").isdecimal():
-        width = int(os.environ["COLUMNS"])
+    """Return what is printed on, as wide as the terminal."""
+    width = shutil.get_terminal_size((_WIDE, 24)).columns
     return Console(width=max(width, _NARROW), highlight=False, markup=False, emoji=False)
 
 
@@ -45,19 +43,19 @@ def say(text: str) -> None:
 
 def say_json(value: Any) -> None:
     """Print `value` as JSON, in which what is not finite is a text."""
-    write(f"{json.dumps(plain(value), indent=2, ensure_ascii=False)}\n")
+    write(f"{json.dumps(finite(value), indent=2, ensure_ascii=False)}\n")
 
 
-def plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return `value` as what JSON has: NaN and infinities are the texts that manifests have."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [finite(each) for each in value]
     return value
 
 
@@ -92,9 +90,9 @@ def age(created: datetime | None) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def number(value: float) -> str:
-    """Return a metric, short."""
-    return f"{value:.6g}"
+def show_number(value: float | None) -> str:
+    """Return a metric, short; "" for None."""
+    return "" if value is None else f"{value:.6g}"
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> None:
@@ -104,6 +102,10 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
         columns: the title of each, and "left" or "right".
         rows: the cells of each.
     """
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        # For programs one line each; and rich takes a second for a thousand of them.
+        write("".join(f"{line}\n" for line in _lines(columns, rows)))
+        return
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in columns:
         # What does not fit is folded: nothing of a name is ever left out.
@@ -114,3 +116,13 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
     with screen.capture() as printed:
         screen.print(shown)
     write("\n".join(line.rstrip() for line in printed.get().splitlines()) + "\n")
+
+
+def _lines(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    cells = [[title for title, _ in columns], *(list(map(escaped, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  ".join(
+            cell.rjust(width) if justify == "right" else cell.ljust(width)
+            for cell, width, (_, justify) in zip(row, widths, columns, strict=True)
+        ).rstrip()

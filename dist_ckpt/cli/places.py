@@ -79,10 +79,10 @@ def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> 
     run = open_run(url, options)
     if which.isdecimal():
         return run, int(which)
-    return run, step_of(run, which, metric)
+    return run, find_named(run, which, metric)
 
 
-def step_of(run: Run, which: str, metric: str | None) -> int:
+def find_named(run: Run, which: str, metric: str | None) -> int:
     """Return the latest or the best step of a run."""
     if which == "best":
         name, mode = criterion(metric)

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 _POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
 
 
-def register(app: typer.Typer) -> None:
+def add_tidying(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (keep, rm, pin, unpin, sweep, cp):
-        app.command()(command)
+    for command in (_keep, _rm, _pin, _unpin, _sweep, _cp):
+        app.command(command.__name__[1:])(command)
 
 
-def keep(
+def _keep(
     url: Url,
     policy: Annotated[str, typer.Argument(help="such as 'latest(3) | best(\"val/loss\", 2)'")],
+    *,
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it nothing is done")] = False,
     storage_option: Options = None,
     json: Json = False,
@@ -74,8 +75,9 @@ def keep(
         say(f"would free {size(freed)}; nothing was done: --yes deletes")
 
 
-def rm(
+def _rm(
     place: Annotated[str, typer.Argument(metavar="URL@STEP", help="the checkpoint to delete")],
+    *,
     force: Annotated[
         bool, typer.Option("--force", help="also the newest, or a pinned one")
     ] = False,
@@ -94,8 +96,9 @@ def rm(
     say_json({"url": run.url, "removed": step}) if json else say(f"step {step} was deleted")
 
 
-def pin(
+def _pin(
     place: Place,
+    *,
     reason: Annotated[str, typer.Option(help="for people")] = "",
     metric: Metric = None,
     storage_option: Options = None,
@@ -110,8 +113,8 @@ def pin(
     say_json({"url": run.url, "pinned": step}) if json else say(f"step {step} is pinned")
 
 
-def unpin(
-    place: Place, metric: Metric = None, storage_option: Options = None, json: Json = False
+def _unpin(
+    place: Place, *, metric: Metric = None, storage_option: Options = None, json: Json = False
 ) -> None:
     """Let policies decide about a checkpoint again.
 
@@ -122,7 +125,7 @@ def unpin(
     say_json({"url": run.url, "unpinned": step}) if json else say(f"step {step} is not pinned")
 
 
-def sweep(url: Url, storage_option: Options = None, json: Json = False) -> None:
+def _sweep(url: Url, *, storage_option: Options = None, json: Json = False) -> None:
     """Remove what killed jobs left: files without a manifest, abandoned uploads.
 
     What the newest job of the run writes is never touched.
@@ -139,9 +142,10 @@ def sweep(url: Url, storage_option: Options = None, json: Json = False) -> None:
     say(f"removed {len(gone)} folders")
 
 
-def cp(
+def _cp(
     source: Place,
     destination: Annotated[str, typer.Argument(metavar="URL", help="the run to copy into")],
+    *,
     every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
     metric: Metric = None,
     storage_option: Options = None,

@@ -12,6 +12,7 @@ from dist_ckpt.waiting import Bell, start
 
 ItemT = TypeVar("ItemT")
 HalfT = TypeVar("HalfT")
+ResultT = TypeVar("ResultT")
 
 
 def in_parallel(work: Callable[[ItemT], None], items: Iterable[ItemT], *, threads: int) -> None:
@@ -27,6 +28,19 @@ def in_parallel(work: Callable[[ItemT], None], items: Iterable[ItemT], *, thread
         BaseException: the first failure of any call; what was not begun by then is left out.
     """
     _run(_Items(work, items), threads)
+
+
+def map_in_parallel(
+    work: Callable[[ItemT], ResultT], items: Iterable[ItemT], *, threads: int
+) -> list[ResultT]:
+    """Return what `work` returns for each of `items`, in their order; see `in_parallel`."""
+    results: dict[int, ResultT] = {}
+
+    def one(numbered: tuple[int, ItemT]) -> None:
+        results[numbered[0]] = work(numbered[1])
+
+    in_parallel(one, enumerate(items), threads=threads)
+    return [results[number] for number in sorted(results)]
 
 
 def in_two_steps(

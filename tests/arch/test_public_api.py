@@ -24,7 +24,6 @@ NAMES = [
     "average",
     "keep",
     "Run",
-    "runs_below",
     "policy",
     "EarlyStopping",
     "Progress",

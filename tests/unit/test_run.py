@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt import Checkpointer, Run, keep, policy, runs_below
+from dist_ckpt import Checkpointer, Run, keep, policy
 from dist_ckpt.errors import (
     AlreadyExists,
     ErrorKind,
@@ -296,8 +296,8 @@ def test_runs_below_a_place(tmp_path: Path) -> None:
     for name in ("a", "deep/er/b"):
         dist_ckpt.save({"n": 1}, tmp_path / name)
     (tmp_path / "empty").mkdir()
-    assert list(runs_below(str(tmp_path))) == [f"{tmp_path}/a", f"{tmp_path}/deep/er/b"]
-    assert list(runs_below(str(tmp_path / "a"))) == [str(tmp_path / "a")]
+    assert Run(str(tmp_path)).runs_below() == [f"{tmp_path}/a", f"{tmp_path}/deep/er/b"]
+    assert Run(str(tmp_path / "a")).runs_below() == [str(tmp_path / "a")]
 
 
 def test_nothing_of_it_needs_torch() -> None:

@@ -1,0 +1,187 @@
+"""Commands that compare: verify, diff, compare."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dist_ckpt.cli import places
+from dist_ckpt.cli.looking import in_words, metric_names
+from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
+from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.errors import IntegrityError, UsageError
+
+if TYPE_CHECKING:
+    from dist_ckpt.run import Run
+
+
+def add_comparing(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (_verify, _diff, _compare):
+        app.command(command.__name__[1:])(command)
+
+
+def _verify(
+    place: Place,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="all checkpoints of the run")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="sizes alone, no data is read")] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(metavar="P%|I/N", help="a random share of the data, or the I-th of N shares"),
+    ] = None,
+    metric: Metric = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Compare the bytes of a checkpoint with their digests; exit code 12 tells damage.
+
+    Example: dist-ckpt verify s3://bucket/runs/17 --all --sample 5%
+    """
+    share = (0, 1) if quick else _share(sample)
+    if every:
+        run = places.open_run(places.split(place)[0], storage_option)
+        steps = [each.step for each in run.listed() if each.state != "unfinished"]
+    else:
+        run, step = places.open_step(place, storage_option, metric)
+        steps = [step]
+    reports = [run.verify(step, sample=share) for step in steps]
+    if json:
+        found = [
+            {
+                "step": each.step,
+                "ok": each.ok,
+                "files": each.files,
+                "nbytes_read": each.nbytes,
+                "problems": list(each.problems),
+            }
+            for each in reports
+        ]
+        say_json({"url": run.url, "checkpoints": found})
+    else:
+        for each in reports:
+            read = f"{each.files} files, {size(each.nbytes)} read"
+            say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
+            for problem in each.problems:
+                say(f"  {problem}")
+    bad = [each.step for each in reports if not each.ok]
+    if bad:
+        raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
+
+
+def _diff(
+    one: Annotated[str, typer.Argument(metavar="URL@STEP", help="a checkpoint")],
+    other: Annotated[str, typer.Argument(metavar="URL@STEP|STEP", help="another one")],
+    *,
+    metric: Metric = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Show in what two checkpoints differ, by their digests: no data is read.
+
+    Example: dist-ckpt diff runs/17@100 200
+    """
+    run, step = places.open_step(one, storage_option, metric)
+    if other.isdecimal():
+        there, second = run, int(other)
+    else:
+        there, second = places.open_step(other, storage_option, metric)
+    found = run.diff(step, second, of=there)
+    facts = _facts_that_differ(run, step, there, second)
+    if json:
+        rows = [
+            {"part": e.part, "name": e.name, "kind": e.kind, "here": e.here, "there": e.there}
+            for e in found
+        ]
+        say_json({"equal": not rows, "tensors": rows, "facts": facts})
+        return
+    for name, (mine, theirs) in facts.items():
+        say(f"{name}: {in_words(mine) or 'nothing'} -> {in_words(theirs) or 'nothing'}")
+    if not found:
+        say("all tensors are equal")
+        return
+    table(
+        [
+            ("part", "left"),
+            ("name", "left"),
+            ("differ in", "left"),
+            ("here", "left"),
+            ("there", "left"),
+        ],
+        [[e.part, e.name, e.kind, e.here, e.there] for e in found],
+    )
+
+
+def _compare(url: Url, *, storage_option: Options = None, json: Json = False) -> None:
+    """Show how the metrics of a run went, checkpoint by checkpoint.
+
+    Example: dist-ckpt compare runs/17
+    """
+    run = places.open_run(url, storage_option)
+    rows = [each for each in run.listed() if each.record is not None]
+    names = metric_names(rows)
+    if json:
+        series = {
+            name: [[each.step, each.metrics[name]] for each in rows if name in each.metrics]
+            for name in names
+        }
+        say_json({"url": run.url, "metrics": series})
+        return
+    cells = []
+    for name in names:
+        values = [each.metrics[name] for each in rows if name in each.metrics]
+        cells.append(
+            [name, _spark(values), *map(show_number, (min(values), max(values), values[-1]))]
+        )
+    table(
+        [
+            ("metric", "left"),
+            ("", "left"),
+            ("least", "right"),
+            ("most", "right"),
+            ("last", "right"),
+        ],
+        cells,
+    )
+
+
+def _share(sample: str | None) -> tuple[int, int] | None:
+    if sample is None:
+        return None
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", sample)
+    if percent and 0 < float(percent[1]) <= 100:
+        shares = max(round(100 / float(percent[1])), 1)
+        return random.randint(1, shares), shares
+    part = re.fullmatch(r"(\d+)/(\d+)", sample)
+    if part and 1 <= int(part[1]) <= int(part[2]):
+        return int(part[1]), int(part[2])
+    raise UsageError(
+        f"--sample takes a share such as 5%, or 2/10 for the second tenth, not {sample!r}"
+    )
+
+
+def _facts_that_differ(run: Run, step: int, there: Run, other: int) -> dict[str, list[Any]]:
+    mine, theirs = run.manifest(step), there.manifest(other)
+    names = ("epoch", "world_size", "parts", "metrics", "metadata", "versions")
+    return {
+        name: [finite(getattr(mine, name)), finite(getattr(theirs, name))]
+        for name in names
+        if finite(getattr(mine, name)) != finite(getattr(theirs, name))
+    }
+
+
+def _spark(values: list[float]) -> str:
+    """Return the course of some numbers as one line of blocks."""
+    marks = "▁▂▃▄▅▆▇█"
+    known = [each for each in values if math.isfinite(each)]
+    if not known:
+        return ""
+    low, span = min(known), max(known) - min(known) or 1.0
+    return "".join(
+        marks[min(int((each - low) / span * 8), 7)] if math.isfinite(each) else "?"
+        for each in values[-40:]
+    )
