@@ -4,8 +4,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
-# How many tests run at once. They are heavy on the processor, not on waiting.
-WORKERS ?= 2
+# How many tests run at once: one more than processors, as a third of the time goes by in waiting.
+WORKERS ?= 3
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 

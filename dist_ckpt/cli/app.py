@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from dist_ckpt.cli.comparing import add_comparing
+from dist_ckpt.cli.doors import add_doors
 from dist_ckpt.cli.looking import add_looking
 from dist_ckpt.cli.output import escaped, write
 from dist_ckpt.cli.tidying import add_tidying
@@ -33,7 +34,7 @@ app = typer.Typer(
     "13 refused for safety. Colours end where the output is no terminal, or by NO_COLOR.",
 )
 # A group of commands is a module, which adds them.
-for _add in (add_looking, add_comparing, add_tidying):
+for _add in (add_looking, add_comparing, add_tidying, add_doors):
     _add(app)
 
 

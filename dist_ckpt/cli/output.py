@@ -106,7 +106,8 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
         # For programs one line each; and rich takes a second for a thousand of them.
         write("".join(f"{line}\n" for line in _lines(columns, rows)))
         return
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    titled = any(title for title, _ in columns)
+    shown = Table(box=None, pad_edge=False, header_style="bold", show_header=titled)
     for title, justify in columns:
         # What does not fit is folded: nothing of a name is ever left out.
         shown.add_column(title, justify="right" if justify == "right" else "left", overflow="fold")
@@ -119,7 +120,8 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
 
 
 def _lines(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    cells = [[title for title, _ in columns], *(list(map(escaped, row)) for row in rows)]
+    titles = [title for title, _ in columns]
+    cells = [titles] * any(titles) + [list(map(escaped, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         yield "  ".join(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_ckpt import Checkpointer, Run, policy
 from dist_ckpt.cli import main
@@ -128,6 +129,32 @@ def test_each_command_on_s3(shell: Shell, s3_url: str) -> None:
     check_each_command(shell, s3_url, f"{s3_url}-copy")
 
 
+def test_out_in_and_the_average(shell: Shell, url: str, tmp_path: Path) -> None:
+    out, run = str(tmp_path / "w.safetensors"), str(tmp_path / "imported")
+    said = shell.json(
+        "export", f"{url}@best", out, "--metric", "val/loss", "--rename", "0.*=first.*"
+    )
+    assert (said["step"], said["tensors"]) == (20, 6)
+    assert "first.weight" in load_file(out)
+    assert shell.code("export", url, out)[0] == 1, "it is there already"
+    assert shell.json("import", out, run, "--step", "7", "--metric", "f1=0.5")["step"] == 7
+    assert Run(run).records()[0].metrics == {"f1": 0.5}
+    mean = str(tmp_path / "mean.safetensors")
+    said = shell.json(
+        *("average", f"{url}@10", f"{url}@20", "--weights", "1,3", "--format", "safetensors"),
+        *("--out", mean),
+    )
+    assert load_file(mean)["0.weight"][0, 0] == (10 + 3 * 20) / 4
+    for arguments, says in (
+        (("export", url, out, "--format", "onnx"), "one of safetensors"),
+        (("export", url, out, "--rename", "a"), "PATTERN=NAME"),
+        (("import", out, run, "--metric", "f1=x"), "a number"),
+        (("average", url, f"{url}@10", "--weights", "a", "--out", mean), "numbers such as"),
+    ):
+        code, _, error = shell.code(*arguments)
+        assert (code, says in error) == (2, True)
+
+
 def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
     store = resolve(url)
     store.put(manifest_key(30), [read_all(store, manifest_key(30))[:-7]], mode="replace")
@@ -219,7 +246,7 @@ def test_each_command_has_an_example(shell: Shell) -> None:
     listed = shell.screen("--help")
     commands = [
         *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best"),
-        *("keep", "rm", "pin", "unpin", "sweep", "cp"),
+        *("keep", "rm", "pin", "unpin", "sweep", "cp", "export", "import", "average"),
     ]
     for command in commands:
         assert command in listed

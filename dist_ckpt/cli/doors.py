@@ -1,0 +1,153 @@
+"""Commands that lead out and in: export, import, average. Alone of all they need torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+import dist_ckpt
+from dist_ckpt.cli import places
+from dist_ckpt.cli.output import say, say_json
+from dist_ckpt.cli.places import Json, Metric, Place
+from dist_ckpt.errors import UsageError
+
+_FORMATS = ("safetensors", "hf", "torch", "dcp")
+
+MaxShard = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="of hf: how large a file may be, such as 5GB")
+]
+Like = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER", help="of hf: where config.json and the tokenizer come from"),
+]
+
+
+def add_doors(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (_export, _import, _average):
+        app.command(command.__name__[1:])(command)
+
+
+def _export(
+    source: Place,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a path or URL, not there yet")],
+    *,
+    form: Annotated[
+        str, typer.Option("--format", metavar="|".join(_FORMATS), help="what is written")
+    ] = "safetensors",
+    part: Annotated[str, typer.Option(help="which part of the state")] = "model",
+    dtype: Annotated[str | None, typer.Option(help="what floats become, such as bfloat16")] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=NAME", help="names, with * for what stays; repeatable"),
+    ] = None,
+    max_shard: MaxShard = None,
+    like: Like = None,
+    metric: Metric = None,
+    json: Json = False,
+) -> None:
+    """Write weights for other programs: read back, verified, there as a whole or not at all.
+
+    Example: dist-ckpt export runs/17@best hf-model --format hf --metric val/loss --like gpt2
+    """
+    if form not in _FORMATS:
+        raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    chosen: dict[str, Any] = {"max_shard": max_shard, "like": like}
+    url, which = places.split(source)
+    if url != source:
+        chosen["step"] = int(which) if which.isdecimal() else which
+    if which == "best":
+        chosen["metric"], chosen["mode"] = places.criterion(metric)
+    names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
+    _tell(
+        dist_ckpt.export(
+            url,
+            out,
+            format=form,  # type: ignore[arg-type]  # looked at above
+            part=part,
+            dtype=dtype,
+            rename=names or None,
+            **{name: value for name, value in chosen.items() if value is not None},
+        ),
+        json=json,
+    )
+
+
+def _import(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="a file or folder of others")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="the run")],
+    *,
+    step: Annotated[int | None, typer.Option(help="under which step; by default its own")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="stored with it; repeatable")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a checkpoint of a run from another program's: torch.save, DCP, safetensors, HF.
+
+    Example: dist-ckpt import old.pt runs/18 --step 1000
+    """
+    metrics = {}
+    for each in metric or ():
+        name, value = _pair(each, "--metric takes NAME=VALUE")
+        try:
+            metrics[name] = float(value)
+        except ValueError as error:
+            raise UsageError(f"--metric takes a number, not {value!r}") from error
+    _tell(dist_ckpt.import_(source, url, step=step, metrics=metrics or None), json=json)
+
+
+def _average(
+    sources: Annotated[list[str], typer.Argument(metavar="URL[@STEP]...", help="two or more")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="a run, or a file")],
+    *,
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="of each; equal ones by default")
+    ] = None,
+    part: Annotated[str, typer.Option(help="which part of the state")] = "model",
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="|".join(_FORMATS), help="an export, not a checkpoint"),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="under which step of the run")] = None,
+    json: Json = False,
+) -> None:
+    """Average the weights of several checkpoints.
+
+    Example: dist-ckpt average runs/17@100 runs/17@200 --out runs/averaged
+    """
+    if form not in (None, *_FORMATS):
+        raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    named = [places.split(each) for each in sources]
+    wanted: list[Any] = [(url, int(which)) if which.isdecimal() else url for url, which in named]
+    try:
+        numbers = [float(each) for each in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise UsageError(f"--weights takes numbers such as 1,1,2, not {weights!r}") from error
+    _tell(
+        dist_ckpt.average(
+            wanted,
+            out,
+            weights=numbers,
+            part=part,
+            format=form,  # type: ignore[arg-type]  # looked at above
+            step=step,
+        ),
+        json=json,
+    )
+
+
+def _pair(text: str, says: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UsageError(f"{says}, not {text!r}")
+    return name, value
+
+
+def _tell(report: Any, *, json: bool) -> None:
+    if json:
+        say_json(asdict(report))
+    else:
+        say(str(report))
