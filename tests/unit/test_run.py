@@ -147,19 +147,22 @@ def test_one_is_removed_unless_it_is_protected(store: MemoryStore, step: int) ->
         run.remove(step)
 
 
-def test_a_live_job_goes_on_beside_it_and_keeps_what_it_writes(store: MemoryStore) -> None:
+@pytest.mark.parametrize("saves", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_a_live_job_goes_on_beside_it_and_keeps_what_it_writes(
+    store: MemoryStore, saves: int
+) -> None:
     state = {"n": torch.ones(10)}
     run = Run(store)
     with Checkpointer(store, state, when=policy.never(), keep=keep.latest(5)) as ckpt:
         ckpt.restore()
         ckpt.save(1).wait()
-        for step in range(2, 20):
+        for step in range(2, saves + 1):
             ckpt.save(step)
             run.keep(keep.latest(2))
             run.sweep()
             assert run.verify(run.steps()[-1]).ok
         ckpt.wait()
-        assert run.latest() == 19
+        assert run.latest() == saves
     assert all(run.verify(step).ok for step in run.steps())
 
 
