@@ -6,6 +6,8 @@ RUN := .venv/bin/python
 STORE ?=
 # How many tests run at once: one more than processors, as a third of the time goes by in waiting.
 WORKERS ?= 3
+# In the order of tests/conftest.py, which begins with what takes long.
+SHARED := --dist loadscope --no-loadscope-reorder
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
@@ -26,7 +28,7 @@ demo: venv ## train, kill a worker, resume at other world sizes, print the proof
 test: ## run all tests, on a real S3 server and network file system where that can be had
 	@$(PYTHON) tools/install_services.py & services=$$!; \
 	  $(MAKE) --no-print-directory venv && wait $$services
-	@$(RUN) -m pytest -q --durations=10 -n $(WORKERS) --dist loadscope tests
+	@$(RUN) -m pytest -q --durations=10 -n $(WORKERS) $(SHARED) tests
 
 soak: venv ## run the tests that take too long for every run
 	@$(RUN) -m pytest -q -m soak --timeout=3600 tests
@@ -36,7 +38,7 @@ test-matrix: ## run a part of the tests with other versions of Python and torch 
 	@$(PYTHON) tools/test_matrix.py --workers $(WORKERS) $(ARGS)
 
 coverage: venv ## run all tests, or those of ARGS, and say which modules they do not reach
-	@$(RUN) tools/coverage_report.py -n $(WORKERS) --dist loadscope $(or $(ARGS),tests)
+	@$(RUN) tools/coverage_report.py -n $(WORKERS) $(SHARED) $(or $(ARGS),tests)
 
 bench-storage: venv ## measure local disk and S3 against their limits and peers
 	@$(RUN) -m benchmarks.storage $(ARGS)

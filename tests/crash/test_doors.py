@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import dist_ckpt
 from dist_ckpt.repository import Repository
+from dist_ckpt.saving.exit import wait_for_threads
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import OPERATIONS, CrashStore, Operation
@@ -38,6 +39,7 @@ def export_with_crash(
 def import_with_crash(source: str, out: str, _: str, at: int | None) -> list[tuple[Operation, str]]:
     store = CrashStore(LocalStore(out), at=at, kinds=OPERATIONS)
     dist_ckpt.import_(source, store, step=5)
+    assert wait_for_threads(60.0), "what is tidied up after the commit is swept, too"
     return store.operations
 
 
