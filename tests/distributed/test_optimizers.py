@@ -34,10 +34,8 @@ from tests.unit.state.test_optimizer_faces import FACES
 SEVERAL = "torch.distributed.optim"
 
 # Some of those that torch's sharded tensors take; of most others a step fails.
-SHARDED = (
-    *("AdamW", "SGD momentum", "LBFGS", "Muon"),
-    *("po.ScheduleFreeAdamW", "po.ScheduleFreeWrapper", "free.Wrapper"),
-)
+# Each a kind of its own; all of them are in the soak.
+SHARDED = ("AdamW", "SGD momentum", "Muon", "po.ScheduleFreeAdamW", "free.Wrapper")
 WRAPPERS = (
     *("own counter", "lookahead around a counter", "sharpness", "two, told as a list"),
     "container",

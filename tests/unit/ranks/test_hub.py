@@ -319,7 +319,14 @@ def test_a_rank_that_cannot_be_let_in_for_want_of_files_is_let_in_later(
             self._inner.close()
 
     inner = port._listener
-    running_loop().call(lambda: setattr(port, "_listener", Full(inner)))
+    exchanged = Latch()
+
+    def exchange() -> None:
+        port._listener = Full(inner)  # type: ignore[assignment]  # it is one where it matters
+        exchanged.open()
+
+    running_loop().call(exchange)
+    exchanged.wait()  # else the rank may be let in before
     with caplog.at_level(logging.WARNING, logger="dist_ckpt"):
         agree(hub, [JobCoordinator(line_to(hub, 1))])
     assert refused.is_open
