@@ -37,7 +37,7 @@ from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, marks
 from dist_ckpt.repository.below import runs_below
-from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
+from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest, reread
 from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_attempt,
@@ -192,8 +192,9 @@ class Run:
 
     def open(self, step: int) -> Checkpoint:
         """Open a committed checkpoint. See `manifest` for errors."""
-        self._manifest_bytes(step)
-        return self._repository.open(step)
+        return reread(
+            lambda: Checkpoint.open(self._store, self._manifest_bytes(step), step=check_step(step))
+        )
 
     def verify(self, step: int, *, sample: Sample | None = None) -> VerifyReport:
         """Compare the bytes of a checkpoint with their digests.
@@ -207,11 +208,11 @@ class Run:
             NotFound: it is not committed.
             StorageError: the backend failed, which says nothing about the checkpoint.
         """
-        self._manifest_bytes(step)
         if sample is None:
+            self._manifest_bytes(step)
             return self._repository.verify(step)
         try:
-            return verify(self._repository.open(step), sample=sample)
+            return verify(self.open(step), sample=sample)
         except CheckpointError as error:
             if isinstance(error, StorageError | NotFound):
                 raise
@@ -306,9 +307,8 @@ class Run:
             AlreadyExists: another checkpoint of this step is there.
             IntegrityError: the source is damaged; nothing was committed.
         """
-        self._manifest_bytes(step)
         target = to if isinstance(to, Run) else Run(to)
-        return copying.copy(self._repository.open(step), target._store)  # noqa: SLF001 a run as well
+        return copying.copy(self.open(step), target._store)  # noqa: SLF001 a run as well
 
     def diff(self, step: int, other: int, *, of: Run | None = None) -> list[Difference]:
         """Return the tensors that differ between two checkpoints by their digests; no data is read.

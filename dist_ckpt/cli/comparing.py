@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -93,10 +94,7 @@ def _diff(
     found = run.diff(step, second, of=there)
     facts = _facts_that_differ(run, step, there, second)
     if json:
-        rows = [
-            {"part": e.part, "name": e.name, "kind": e.kind, "here": e.here, "there": e.there}
-            for e in found
-        ]
+        rows = [asdict(each) for each in found]
         say_json({"equal": not rows, "tensors": rows, "facts": facts})
         return
     for name, (mine, theirs) in facts.items():

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, block_digests
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES
+from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, file_key, manifest_key
 from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.repository.checkpoint import Checkpoint
@@ -84,12 +84,14 @@ def copy(source: Checkpoint, target: Store) -> Copied:
             f"step {step} is already committed in {target.url}, and is another checkpoint",
             kind=ErrorKind.STEP_EXISTS,
         )
+    # The same checkpoint, read from its new place.
+    there = Checkpoint(target, source.manifest_bytes, source.index_bytes, step=step)
     copied: list[int] = []
 
     def one(number: int) -> None:
         entry = source.index.files[number]
         key = file_key(step, save_id, entry.name)
-        if not _is_there(target, key, entry):
+        if not _is_there(there, number):
             stream = Stream(entry.nbytes, partial(_verified, source, number))
             put_stream(target, key, stream, mode="replace")
             copied.append(entry.nbytes)
@@ -170,20 +172,13 @@ def _verified(source: Checkpoint, number: int) -> Iterator[memoryview]:
         yield source.read_blocks(number, start, min(start + _PIECE_BYTES, nbytes))
 
 
-def _is_there(target: Store, key: str, entry: FileEntry) -> bool:
-    """Whether `target` has the file already, whole."""
+def _is_there(there: Checkpoint, number: int) -> bool:
+    """Whether the file of that number is at its new place already, whole."""
     try:
-        if target.size(key) != entry.nbytes:
-            return False
-        for start in range(0, entry.nbytes, _PIECE_BYTES):
-            piece = bytearray(min(_PIECE_BYTES, entry.nbytes - start))
-            if target.read_into(key, start, memoryview(piece)) != len(piece):
-                return False
-            first = DIGEST_BYTES * (start // BLOCK_BYTES)
-            digests = block_digests(piece)
-            if digests != entry.blocks[first : first + len(digests)]:
-                return False
-    except NotFound:
+        there.check_size(number)
+        for _ in _verified(there, number):
+            pass
+    except IntegrityError:
         return False
     return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,15 +32,7 @@ class EpochNote(msgspec.Struct, frozen=True):
 
 def pin(store: Store, step: int, save_id: str, reason: str) -> None:
     """Pin a checkpoint; one that is pinned stays as it is."""
-    record = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": _host(),
-        "reason": reason,
-    }
-    try:
-        store.put(file_key(step, save_id, PIN), [json.dumps(record, indent=2).encode()])
-    except AlreadyExists:
-        return
+    _put_once(store, file_key(step, save_id, PIN), reason=reason)
 
 
 def unpin(store: Store, step: int, save_id: str) -> None:
@@ -65,15 +58,15 @@ def mark_removed(store: Store, step: int, save_id: str) -> None:
 
     An attempt of the claim that owns the run is otherwise taken for one that is being written.
     """
-    record = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "host": _host()}
-    try:
-        store.put(file_key(step, save_id, REMOVED), [json.dumps(record, indent=2).encode()])
-    except AlreadyExists:
-        return
+    _put_once(store, file_key(step, save_id, REMOVED))
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _put_once(store: Store, key: str, **said: str) -> None:
+    """Put a mark of which only its being there counts; what it holds is for people."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"created": created, "host": socket.gethostname(), **said}
+    with suppress(AlreadyExists):
+        store.put(key, [json.dumps(record, indent=2).encode()])
 
 
 def put_epoch_note(store: Store, step: int, save_id: str, note: EpochNote) -> None:
