@@ -83,8 +83,8 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
             "torch.distributed.checkpoint with dist_ckpt.dcp.Writer",
             kind=ErrorKind.UNENCODABLE,
         )
-    strided = tensor.layout is torch.strided and not tensor.is_quantized
-    if type(tensor) in _PLAIN and strided and not tensor.is_meta:
+    dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+    if type(tensor) in _PLAIN and dense and not tensor.is_meta:
         return  # nearly all there are: what follows costs as much as describing them
     where = ".".join(path)
     if is_lazy(tensor) or (tensor.is_meta and not meta):
@@ -93,12 +93,21 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
             "for instance with to_empty(device=...) or one forward pass"
         )
     # Such a subclass is several tensors behind one face; its own bytes are not its value.
-    if is_wrapped(tensor) or not strided:
+    if is_wrapped(tensor) or not dense:
         raise UsageError(
-            f"cannot store {where}: a {type(tensor).__qualname__} of layout {tensor.layout} is "
-            "neither a dense tensor nor a DTensor; keep it as dense tensors in the state",
+            f"cannot store {where}: {_kind(tensor)} is neither a dense tensor nor a DTensor; keep "
+            "what it is made of as dense tensors in the state",
             kind=ErrorKind.UNENCODABLE,
         )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Return in words what makes `tensor` no dense one."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized:
+        return f"a quantized tensor ({dtype_name(tensor.dtype)})"
+    return f"a {type(tensor).__qualname__} of layout {tensor.layout}"
 
 
 def empty_beside(

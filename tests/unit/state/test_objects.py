@@ -8,8 +8,9 @@ import json
 import math
 import struct
 from collections import Counter, OrderedDict, UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from torch import nn
 
+import dist_ckpt
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.state.objects import decode, encode, references, register
 
@@ -289,6 +292,43 @@ def test_a_list_reached_twice_is_no_cycle() -> None:
 def test_a_meta_tensor_is_refused() -> None:
     with pytest.raises(UsageError, match=r"x\.w has no data"):
         encode({"w": torch.zeros(2, device="meta")}, path="x", tensors={})
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("odd", tensor)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch
+@pytest.mark.parametrize("wrap", [lambda odd: odd, lambda odd: {"a": [odd]}, with_buffer])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nested_tensor(layout=torch.strided), "a nested tensor is"),
+        (lambda: nested_tensor(layout=torch.jagged), "a nested tensor is"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            r"quantized tensor \(qint8",
+        ),
+        (lambda: torch.ones(3).to_mkldnn(), "layout torch._mkldnn"),
+        (lambda: torch.eye(2).to_sparse_csr(), "layout torch.sparse_csr"),
+    ],
+)
+def test_a_tensor_that_is_not_dense_is_refused_by_its_kind_wherever_it_stands(
+    make: Callable[[], torch.Tensor],
+    said: str,
+    wrap: Callable[[torch.Tensor], object],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        dist_ckpt.save({"stats": wrap(make())}, tmp_path)
+    assert caught.value.kind is ErrorKind.UNENCODABLE
+
+
+def nested_tensor(layout: torch.layout) -> torch.Tensor:
+    rows = [torch.ones(2), torch.ones(3)]
+    return torch.nested.nested_tensor(rows, layout=layout)
 
 
 # ------------------------------------------------------------------ strict decoding
