@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,14 +77,6 @@ def needed(request: str) -> tuple[str, str]:
     if key:
         return _OF_OBJECT[method, telling], f"arn:aws:s3:::{bucket}/{key}"
     return _OF_BUCKET[method, telling], f"arn:aws:s3:::{bucket}"
-
-
-@pytest.fixture
-def wire(s3_service: S3Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """All that goes to the server, written down."""
-    with FaultProxy(s3_service.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        yield proxy
 
 
 def train(store: str | Store, steps: int) -> None:

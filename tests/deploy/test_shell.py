@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import dist_ckpt
+from examples import train_gpt
 from tests.arch.source import ROOT
 from tests.deploy import commands
+from tests.services.ceph import wait_for
 
 DEPLOY = ROOT / "deploy"
 SBATCH = DEPLOY / "slurm" / "train.sbatch"
@@ -199,3 +203,36 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=False)
     about_it = [line for line in said.stderr.splitlines() if UNIT.name in line]
     assert (said.returncode, about_it) == (0, [])
+
+
+@pytest.mark.soak
+def test_a_training_that_is_asked_to_end_saves_and_goes_on(tmp_path: Path) -> None:
+    """By the script and the real torchrun, as systemd would end and start it."""
+    place = tmp_path / "run"
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    variables = {
+        **os.environ,
+        "TORCHRUN": str(torchrun),
+        "RDZV_ENDPOINT": "localhost:0",
+        "NPROC_PER_NODE": "2",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [str(START), str(ROOT / "examples" / "train_gpt.py"), "--parallel", "fsdp"]
+    command += ["--checkpoint-dir", str(place), "--auto-resume", "--checkpoint-interval", "4"]
+    command += ["--device", "cpu", "--losses", str(tmp_path / "losses.jsonl")]
+    run = dist_ckpt.Run(str(place))
+    first = subprocess.Popen(command, env=variables)
+    try:
+        wait_for(first, lambda: bool(run.steps()))
+        first.send_signal(signal.SIGTERM)
+        first.wait(300)
+    finally:
+        first.kill()
+    saved = run.latest()
+    assert saved is not None
+    assert "signal SIGTERM" in str(run.manifest(saved).origin)
+    subprocess.run(command, env=variables, check=True, timeout=600)
+    assert run.latest() == train_gpt.EPOCH_STEPS
+    lines = map(json.loads, (tmp_path / "losses.jsonl").read_text().splitlines())
+    assert [line["resumed"] for line in lines if "resumed" in line] == [0, saved]
