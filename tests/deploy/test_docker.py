@@ -128,5 +128,6 @@ def test_the_command_line_is_there_by_profile() -> None:
     assert set(once) == {"ls", "verify", "sweep"}
     for name, service in once.items():
         assert service["profiles"] == [name]
+        assert service["depends_on"] == {"s3": {"condition": "service_healthy"}}
         url = service["environment"]["DIST_CKPT_URL"]
         assert commands.dist_ckpt(["dist-ckpt", *service["command"], url]) == name
