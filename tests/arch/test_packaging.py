@@ -11,7 +11,9 @@ from typing import Any
 from tests.arch.source import ROOT, imports, modules
 
 IMPORT_NAMES = {
+    "check-jsonschema": "check_jsonschema",
     "import-linter": "importlinter",
+    "kubeflow-trainer-api": "kubeflow_trainer_api",
     "pytest-timeout": "pytest_timeout",
     "pytest-xdist": "xdist",
     "PyYAML": "yaml",
@@ -47,7 +49,8 @@ def test_dependencies_are_what_the_package_imports() -> None:
 def test_tests_and_examples_import_only_what_is_declared() -> None:
     project = _project()
     declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    declared += project["optional-dependencies"]["demo"]
+    for extra in ("demo", "yaml"):
+        declared += project["optional-dependencies"][extra]
     names = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in declared}
     used = set().union(*(_third_party(ROOT / each) for each in ("benchmarks", "examples", "tests")))
     assert used - names == set()

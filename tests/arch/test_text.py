@@ -10,8 +10,8 @@ import pytest
 
 from tests.arch.source import ROOT
 
-FOLDERS = (".ci", "benchmarks", "dist_ckpt", "docs", "examples", "tests", "tools")
-SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".cfg", ".yml", ""}
+FOLDERS = (".ci", "benchmarks", "deploy", "dist_ckpt", "docs", "examples", "tests", "tools")
+SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".cfg", ".yml", ".yaml", ""}
 
 # Written so that no pattern is found in its own text.
 FORBIDDEN = {

@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_ckpt import flags
@@ -27,6 +30,41 @@ def blocks(text: str, language: str) -> list[str]:
 def program(text: str) -> str:
     """Return all blocks of Python as one program."""
     return "\n".join(blocks(text, "python"))
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `dist-ckpt` as a guide shows it.
+
+    Attributes:
+        line: as it stands there.
+        words: what the program gets.
+        code: the exit code that a remark behind it names, else 0.
+        output: what it prints; `…` stands for anything.
+    """
+
+    line: str
+    words: list[str]
+    code: int
+    output: str
+
+    def prints(self, said: str) -> bool:
+        """Return whether `said` is the output, where columns may have other widths."""
+        # Columns are as wide as what is in them, which may be an age.
+        wanted, found = (re.sub(r"\s+", " ", text).strip() for text in (self.output, said))
+        pattern = ".*?".join(map(re.escape, wanted.split("…")))
+        return re.fullmatch(pattern, found, re.DOTALL) is not None
+
+
+def commands(text: str) -> Iterator[Command]:
+    """Yield the commands of all consoles in `text`, which all call `dist-ckpt`."""
+    for block in blocks(text, "console"):
+        for each in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, _, output = each.partition("\n")
+            program, *words = shlex.split(line, comments=True)
+            assert program == "dist-ckpt", line
+            named = re.search(r"# exit code (\d+)$", line)
+            yield Command(line, words, int(named[1]) if named else 0, output)
 
 
 def run(code: str, folder: Path) -> str:
