@@ -423,7 +423,12 @@ def test_the_model_file_of_deepspeed(tmp_path: Path) -> None:
     """As `engine.save_checkpoint` writes it: the model beside what the engine keeps."""
     saved, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
     shapes = [OrderedDict((name, each.shape) for name, each in saved.named_parameters())]
-    engine = {"optimizer": None, "param_shapes": shapes, "shared_params": {}, "skipped_steps": 0}
+    engine: dict[str, Any] = {
+        "optimizer": None,
+        "param_shapes": shapes,
+        "shared_params": {},
+        "skipped_steps": 0,
+    }
     engine |= {"sparse_tensor_module_names": set(), "global_steps": 5, "ds_version": "0.19.8"}
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": saved.state_dict(), "buffer_names": [], **engine, "epoch": 3}, path)
