@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -31,6 +32,7 @@ def _states(scale: float) -> Mapping[str, Callable[[], dict[str, Any]]]:
         },
         f"{values} values": lambda: {"values": {f"v{i}": i for i in range(values)}},
         f"a tuple of {100 * values} numbers": lambda: {"t": tuple(range(100 * values))},
+        "one BytesIO": lambda: {"b": BytesIO(bytes(int(scale * (50 << 20))))},
         f"{keys} top-level keys": lambda: {f"key{i}": {"w": torch.ones(8)} for i in range(keys)},
         "one large tensor": lambda: {"model": {"w": torch.ones(int(scale * (64 << 20)))}},
     }

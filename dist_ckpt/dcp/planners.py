@@ -72,8 +72,9 @@ def value_of(planner: SavePlanner, item: WriteItem) -> object:
             f"the planner gave a {kind} for value {item.index.fqn!r}: expected BytesIO"
         )
     data = given.getvalue()
-    # What it did not change is stored as what it is, whatever its type.
-    if lookup and data == _as_torch_saves(live):
+    # What it did not change is stored as what it is, whatever its type. Bytes that are the live
+    # value, as those of Megatron are, need no pickle of them to tell.
+    if lookup and given is not live and data == _as_torch_saves(live):
         return live
     try:
         return value_in(data)

@@ -26,6 +26,7 @@ from dist_ckpt.dcp.edge import (
 )
 from dist_ckpt.dcp.face_targets import face_targets, live_face
 from dist_ckpt.dcp.planners import is_unchanged, put_as_stock
+from dist_ckpt.dcp.turns import wait_for_all
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
 from dist_ckpt.format.digest import BLOCK_BYTES
@@ -72,13 +73,11 @@ class Reader(StorageReader):
 
     Every byte that reaches a tensor is verified, only the bytes that a rank wants are read, and
     nothing stored is executed. A tensor of another dtype than the stored one is refused, where
-    stock would convert it without a word; `cast=True` converts where no number becomes another
-    thing.
+    stock would convert it without a word; see `cast`. A load waits for the saves in flight.
 
     Checkpoints of `dist_ckpt.save` and of `Checkpointer` can be read too: their parts are the keys
     of the state dict. What they keep for each rank (random number generators) is left out. And so
-    can the directory of a stock checkpoint, of which nothing is executed either; it has no digests
-    to verify anything by.
+    can the directory of a stock checkpoint, which has no digests; nothing of it is executed either.
     """
 
     def __init__(
@@ -145,6 +144,7 @@ class Reader(StorageReader):
         which the other ranks would hear of it.
         """
         self._catalog = self._failure = None
+        wait_for_all()
         try:
             with plain_errors():
                 self._catalog = self._open()

@@ -148,3 +148,17 @@ def wait_for_those_before() -> None:
         last = _line.last
     if last is not None:
         last.wait()
+
+
+def wait_for_all() -> None:
+    """Let a load wait for all saves that were staged here, unless it is asked for by one of them.
+
+    They have threads of their own, and over one process group torch would give what is meant for
+    the one to the other: both would wait for ever.
+    """
+    if _line.here.end is not None:
+        return
+    with _line.lock:
+        last = _line.last
+    if last is not None:
+        last.wait()

@@ -17,6 +17,7 @@ from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.optimizer_faces import holds_optimizers
+from dist_ckpt.state.several import holds_modules
 from dist_ckpt.state.train_state import TrainState
 
 Role: TypeAlias = Literal["model", "optimizer", "scheduler", "other"]
@@ -117,7 +118,9 @@ def best_of(run: Repository, criterion: Criterion) -> int:
 
 @singledispatch
 def _role(value: object) -> Role:
-    # By what it looks like: a wrapper or a list of optimizers has no class to dispatch on.
+    # By what it looks like: a wrapper, or a list of modules or optimizers, has no class to go by.
+    if holds_modules(value):
+        return "model"
     return "optimizer" if holds_optimizers(value) else "other"
 
 

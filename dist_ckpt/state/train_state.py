@@ -26,10 +26,11 @@ from dist_ckpt.state.optimizer_faces import holds_optimizers
 from dist_ckpt.state.part import Part
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.scheduler import SchedulerPart
+from dist_ckpt.state.several import ModulesPart, holds_modules
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.snapshots import refuse_class, refuse_snapshots, refuse_state_dict
 from dist_ckpt.state.tensors import TensorsPart
-from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart
+from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart, keeps_state
 
 __all__ = ["GlobalRng", "PerRank", "TrainState", "goes_by_name"]
 
@@ -61,9 +62,10 @@ class TrainState:
     ```
 
     Modules and optimizers become parts whose tensors are shared out between ranks. Anything else
-    with `state_dict` and `load_state_dict` is asked for its state, and every other value is
-    stored as it is. Several modules and several optimizers are fine: an optimizer finds the names
-    of its parameters in all of them. Random number generators and loaders with a state of their
+    with `state_dict` and `load_state_dict`, or `get_state` and `set_state`, is asked for its state,
+    and every other value is stored as it is. Several modules and several optimizers are fine, as
+    parts or as a list or dict that is one part: an optimizer finds the names of its parameters in
+    all of them. Random number generators and loaders with a state of their
     own (torchdata's `StatefulDataLoader`) are kept per rank.
 
     A part is the object that was given, not the variable that it came from: `TrainState(n=n)`
@@ -114,6 +116,8 @@ class TrainState:
                 part.lies_in(home)
             if trainable_only and isinstance(value, nn.Module):
                 part = ModelPart(value, name=name, trainable_only=True)
+            elif trainable_only and holds_modules(value):
+                part = ModulesPart(value, name=name, trainable_only=True)
             self._parts[name] = part
             if isinstance(part, ModelPart):
                 models.append(part)
@@ -220,7 +224,9 @@ def _part_of(value: object, name: str, models: Sequence[ModelPart]) -> Part:
         return value
     if holds_optimizers(value):
         return OptimizerPart(value, models=models, name=name)
-    if isinstance(value, Stateful):
+    if holds_modules(value):
+        return ModulesPart(value, name=name)
+    if keeps_state(value):
         return StatefulPart(value, name=name)
     return ValuePart(value, name=name)
 
@@ -250,14 +256,15 @@ def _(value: PerRank, name: str, models: Sequence[ModelPart]) -> Part:
     # What is shared out between ranks has no copy of its own on each.
     inner = value.value
     refuse_class(name, inner)
-    if isinstance(inner, (nn.Module, Part, PerRank)) or holds_optimizers(inner):
+    shared = holds_modules(inner) or holds_optimizers(inner)
+    if shared or isinstance(inner, (nn.Module, Part, PerRank)):
         kind = type(inner).__qualname__
         raise UsageError(
             f"part {name!r}: a {kind} cannot be PerRank; give it as it is, or keep the values "
             "that differ between ranks in a dict of their own"
         )
     reshard = value.reshard or getattr(inner, "reshard", None)
-    if isinstance(inner, Stateful):
+    if keeps_state(inner):
         return StatefulPart(inner, name=name, per_rank=True, reshard=reshard)
     return ValuePart(inner, name=name, per_rank=True, reshard=reshard)
 
@@ -284,6 +291,8 @@ def _(
 
 @singledispatch
 def _turn(value: object) -> int:
+    if holds_modules(value):
+        return 0
     if holds_optimizers(value):
         return 1
     return 2  # schedulers, samplers, values

@@ -15,7 +15,7 @@ from collections.abc import (
 )
 from io import BytesIO
 from types import SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.merging import Merging, held_containers
 from dist_ckpt.state.objects import decode, encode, needs_classes, references
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
+from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
 from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
@@ -48,9 +49,32 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class Settable(Protocol):
+    """The same by other names."""
+
+    def get_state(self) -> Any:
+        """Return the state, made of plain values and tensors."""
+        ...
+
+    def set_state(self, state: Any, /) -> Any:
+        """Take a state that `get_state` returned."""
+        ...
+
+
+def keeps_state(value: object) -> TypeGuard[Stateful | Settable]:
+    """Tell whether `value` is to be asked for its state, and not stored as what it is."""
+    if isinstance(value, Stateful):
+        return True
+    # Of a registered type the program has said what it is made of.
+    return isinstance(value, Settable) and REGISTRY.by_type(type(value)) is None
+
+
 _log = logging.getLogger("dist_ckpt")
 # What None, and a dict or list without content, are when they are stored.
 _NOTHING = frozenset({b"null", b"{}", b"[]", b'{"!":"ordered_dict","v":[]}'})
+_STATE_DICT = ("state_dict", "load_state_dict")
+_STATE = ("get_state", "set_state")
 # Of these kinds a value stays itself and takes the content of the loaded one.
 _CHANGES = (
     *(MutableMapping, MutableSequence, MutableSet, np.ndarray, torch.Tensor),
@@ -255,15 +279,24 @@ class ValuePart:
 class StatefulPart(ValuePart):
     """Anything with `state_dict` and `load_state_dict`: what the one returns, the other gets.
 
+    So of `get_state` and `set_state`, where it has not the former.
+
     One that has `check_state_dict` is asked by that first, before anything of the state changes: it
     raises if it would refuse, and changes nothing.
     """
 
     def __init__(
-        self, value: Stateful, *, name: str, per_rank: bool = False, reshard: Reshard | None = None
+        self,
+        value: Stateful | Settable,
+        *,
+        name: str,
+        per_rank: bool = False,
+        reshard: Reshard | None = None,
     ) -> None:
         super().__init__(value, name=name, per_rank=per_rank, reshard=reshard)
         self._stateful = value
+        by_dict = isinstance(value, Stateful)
+        self._gives, self._takes = _STATE_DICT if by_dict else _STATE
         self._said_empty = False
 
     def capture(self) -> Captured:
@@ -274,9 +307,10 @@ class StatefulPart(ValuePart):
             self._said_empty = True
             kind = type(self._stateful).__qualname__
             _log.warning(
-                "part %r: %s.state_dict() returned nothing, so nothing is stored for it",
+                "part %r: %s.%s() returned nothing, so nothing is stored for it",
                 self.name,
                 kind,
+                self._gives,
             )
         return captured
 
@@ -310,10 +344,11 @@ class StatefulPart(ValuePart):
         return None  # only it knows what its state dict is made of
 
     def _read(self) -> object:
-        return self._stateful.state_dict()
+        found: object = getattr(self._stateful, self._gives)()
+        return found
 
     def _write(self, value: Any, held: Collection[int]) -> None:
-        self._ask(self._stateful.load_state_dict, value)
+        self._ask(getattr(self._stateful, self._takes), value)
 
     def _ask(self, method: Callable[[Any], Any], value: Any) -> None:
         try:
@@ -325,5 +360,5 @@ class StatefulPart(ValuePart):
                 raise
             kind = type(self._stateful).__qualname__
             raise IncompatibleError(
-                f"{self.name}: {kind}.load_state_dict refused what was saved: {describe(error)}"
+                f"{self.name}: {kind}.{self._takes} refused what was saved: {describe(error)}"
             ) from error

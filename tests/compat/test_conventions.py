@@ -11,6 +11,7 @@ import pickle  # noqa: TID251 - to write what must not be executed
 import random
 import warnings
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -416,3 +417,20 @@ def test_a_flat_optimizer_whose_rate_is_a_tensor(rate: Any, tmp_path: Path) -> N
     torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "last.pt")
     with pytest.raises(IncompatibleError, match=r"param_groups.weight\[bias\]"):
         dist_ckpt.load({"model": fresh, "optimizer": other, "rng": None}, tmp_path / "last.pt")
+
+
+def test_the_model_file_of_deepspeed(tmp_path: Path) -> None:
+    """As `engine.save_checkpoint` writes it: the model beside what the engine keeps."""
+    saved, loaded = nn.Linear(3, 2), nn.Linear(3, 2)
+    shapes = [OrderedDict((name, each.shape) for name, each in saved.named_parameters())]
+    engine: dict[str, Any] = {
+        "optimizer": None,
+        "param_shapes": shapes,
+        "shared_params": {},
+        "skipped_steps": 0,
+    }
+    engine |= {"sparse_tensor_module_names": set(), "global_steps": 5, "ds_version": "0.19.8"}
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": saved.state_dict(), "buffer_names": [], **engine, "epoch": 3}, path)
+    dist_ckpt.load_weights(loaded, path)
+    assert torch.equal(loaded.weight, saved.weight)

@@ -104,6 +104,23 @@ def test_each_of_several_in_flight_is_what_was_saved(rounds: int, tmp_path: Path
         assert steps == list(range(rounds * AT_ONCE))
 
 
+def loaded_meanwhile(root: str) -> list[int]:
+    """Load over the group on which saves are in flight; return what was the newest each time."""
+    writer, found = Writer(root), []
+    for first in (0, 3):
+        started = [begin(writer, step) for step in range(first, first + 3)]
+        live = state(-1)
+        load(live, storage_reader=Reader(root))
+        found.append(live["step"])
+        for each in started:
+            each.result()
+    return found
+
+
+def test_a_load_waits_for_the_saves_in_flight(tmp_path: Path) -> None:
+    assert run_ranks(2, loaded_meanwhile, str(tmp_path)) == [[2, 5], [2, 5]]
+
+
 def left(root: str) -> tuple[list[str], int]:
     """Return what saves that failed on rank 1 alone say, and what they leave when they are over."""
     writer, said = Writer(root), []

@@ -67,7 +67,7 @@ def commands(text: str) -> Iterator[Command]:
             yield Command(line, words, int(named[1]) if named else 0, output)
 
 
-def run(code: str, folder: Path) -> str:
+def run(code: str, folder: Path, *, limit_seconds: int = 120) -> str:
     """Run `code` in `folder`, in a process of its own that must succeed; return what it prints."""
     script, said, errors = folder / "guide.py", folder / "guide.out", folder / "guide.err"
     script.write_text(code)
@@ -77,7 +77,7 @@ def run(code: str, folder: Path) -> str:
     environment = dict(os.environ)  # that of the server is older
     program = context.Process(target=_program, args=(script, said, errors, environment))
     program.start()
-    program.join(120)
+    program.join(limit_seconds)
     ended = program.exitcode
     program.kill()
     assert ended == 0, errors.read_text()

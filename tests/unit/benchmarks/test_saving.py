@@ -45,7 +45,7 @@ def test_under_dcp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["dcp", "--place", str(tmp_path), "--repeats", "1", "--scale", "0.001"]
     assert saving.main(arguments) in (0, 1)
     text = capsys.readouterr().out
-    assert text.count("\nsave ") == text.count("\nload ") == 5
+    assert text.count("\nsave ") == text.count("\nload ") == 6
     assert list(tmp_path.iterdir()) == []
 
 
