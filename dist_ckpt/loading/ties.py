@@ -309,7 +309,7 @@ def prepare(
         part: materialise(tensors, device=options.device, made=made)
         for part, tensors in targets.items()
     }
-    tensors = source.index.tensors
+    tensors = source.tensors
     wanted = []
     for local in local_boxes(real):
         number = numbers[local.held.part, local.held.name]

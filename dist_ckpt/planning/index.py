@@ -11,7 +11,6 @@ import msgspec
 import torch
 
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import file_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import check_reported_sizes, extra_name, plan_extra, plan_files
@@ -29,11 +28,12 @@ def versions() -> dict[str, str]:
 
 
 class WrittenFile(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank reports of one file: its size and the digest of each block."""
+    """What a rank reports of one file: its size, and of each block the digest and the length."""
 
     name: str
     nbytes: int
     blocks: bytes
+    lengths: Sequence[int]
 
 
 class Document(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +81,7 @@ def build_index(
         sizes = {document.part: document.nbytes for document in share.documents}
         check_reported_sizes(rank, plans, sizes, {f.name: f.nbytes for f in share.files})
         numbers = {file.name: len(files) + i for i, file in enumerate(share.files)}
-        files += [FileEntry(f.name, f.nbytes, file_digest(f.blocks), f.blocks) for f in share.files]
+        files += [FileEntry.of(f.name, f.nbytes, f.blocks, f.lengths) for f in share.files]
         for plan in plans:
             for box, offset in zip(plan.owned, plan.layout.offsets, strict=True):
                 entry = share.held[box.held].tensor

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import TypeVar
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format import document
-from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
-from dist_ckpt.format.manifest import LIMIT_BYTES, Manifest
-from dist_ckpt.format.names import file_key, manifest_key, step_dir
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, bytes_digest, digest_blocks
+from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest
+from dist_ckpt.format.names import file_key, manifest_key, segment_name, step_dir
+from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.repository.described import described
 from dist_ckpt.repository.source import Source, read_file
 from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
@@ -88,7 +91,7 @@ class Checkpoint:
     Attributes:
         step: the training step.
         manifest: what was committed, decoded and checked.
-        index: the chunk table, decoded and checked.
+        files: name and size of each shard file.
     """
 
     def __init__(
@@ -104,10 +107,11 @@ class Checkpoint:
         self.step = step
         self.manifest_bytes = manifest_bytes
         self.index_bytes = index_bytes
-        self._kept: tuple[int, int, memoryview] = -1, 0, memoryview(b"")
+        self._kept: tuple[int, memoryview] = -1, memoryview(b"")
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         self._check_index_bytes()
-        self.index: Index = index_format.decode(index_bytes)
+        self._described = described(self.manifest, index_bytes, self._read_segment)
+        self.files = self._described.files
         self._check_files_agree()
         self._check_parts_agree()
 
@@ -141,6 +145,38 @@ class Checkpoint:
                 raise deleted_meanwhile(store, step) from error
             raise
 
+    @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Every tensor of every part."""
+        return self._described.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its shard files have."""
+        return self.manifest.files.nbytes
+
+    @property
+    def index(self) -> Index:
+        """Where every chunk lies; all that describes them is read for that.
+
+        Raises:
+            IntegrityError: some of it is damaged or missing.
+        """
+        return self._described.whole()
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return what of the index there must be to read boxes; see `Source.index_of`.
+
+        Raises:
+            IntegrityError: what describes them is damaged or missing.
+        """
+        return self._described.of(wanted)
+
+    @property
+    def beside(self) -> Mapping[str, int]:
+        """Name and size of each file besides the shard files and the index."""
+        return self._described.beside
+
     def still_there(self) -> bool:
         """Whether this very checkpoint is still committed: neither deleted nor saved anew.
 
@@ -155,7 +191,7 @@ class Checkpoint:
         Raises:
             IntegrityError: a file is missing, shorter or longer.
         """
-        for number in range(len(self.index.files)):
+        for number in range(len(self.files)):
             self.check_size(number)
 
     def check_size(self, file: int) -> None:
@@ -164,17 +200,17 @@ class Checkpoint:
         Raises:
             IntegrityError: it is missing, shorter or longer.
         """
-        entry = self.index.files[file]
-        key = self._key(entry)
+        name, committed = self.files[file]
+        key = self.key(name)
         try:
             nbytes = self.store.size(key)
         except NotFound as error:
             raise IntegrityError(
                 f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
             ) from error
-        if nbytes != entry.nbytes:
+        if nbytes != committed:
             raise IntegrityError(
-                f"{self.where}: file {key} holds {nbytes} bytes, committed were {entry.nbytes}",
+                f"{self.where}: file {key} holds {nbytes} bytes, committed were {committed}",
                 kind=ErrorKind.TRUNCATED,
             )
 
@@ -182,9 +218,9 @@ class Checkpoint:
         """Return the bytes `start:stop` of file number `file`, each one verified.
 
         Args:
-            file: position in `index.files`.
-            start: a multiple of the digest block size.
-            stop: a multiple of it too, or the end of the file.
+            file: position in `files`.
+            start: where a block begins.
+            stop: where one ends.
 
         Raises:
             IntegrityError: the file is missing, truncated, or a block differs from its digest.
@@ -201,8 +237,8 @@ class Checkpoint:
         Raises:
             IntegrityError: the file is missing or truncated.
         """
-        entry = self.index.files[file]
-        key = self._key(entry)
+        name, nbytes = self.files[file]
+        key = self.key(name)
         try:
             count = read_file(self.store, key, start, buffers)
         except NotFound as error:
@@ -211,8 +247,7 @@ class Checkpoint:
             ) from error
         if count != sum(map(len, buffers)):
             raise IntegrityError(
-                f"{self.where}: file {key} ends at byte {start + count}, "
-                f"{entry.nbytes} were committed",
+                f"{self.where}: file {key} ends at byte {start + count}, {nbytes} were committed",
                 kind=ErrorKind.TRUNCATED,
             )
 
@@ -222,18 +257,26 @@ class Checkpoint:
         Raises:
             IntegrityError: a block differs from its digest; names it.
         """
-        entry = self.index.files[file]
-        first = start // BLOCK_BYTES
-        found = block_digests(*buffers)
-        stored = entry.blocks[8 * first : 8 * first + len(found)]
+        entry = self.file(file)
+        first, last = entry.blocks_in(start, start + sum(map(len, buffers)))
+        edges = entry.edges[first : last + 1]
+        found = digest_blocks((edges[1:] - edges[:-1]).tolist(), *buffers)
+        stored = entry.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
         if found != stored:
-            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
-            block = first + bad // 8
+            bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
             raise IntegrityError(
-                f"{self.where}: file {self._key(entry)}, block {block} (bytes "
-                f"{block * BLOCK_BYTES} to {min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs "
-                "from its digest: the data was damaged after it was written"
+                f"{self.where}: file {self.key(entry.name)}, block {first + bad} (bytes "
+                f"{edges[bad]} to {edges[bad + 1]}) differs from its digest: the data was damaged "
+                "after it was written"
             )
+
+    def file(self, number: int) -> FileEntry:
+        """Return file number `number` with the digests of its blocks.
+
+        Raises:
+            IntegrityError: what describes it is damaged or missing.
+        """
+        return self._described.file(number)
 
     def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
         """Return the encoded Python values of `part` by name: shared ones and those of `rank`.
@@ -243,9 +286,7 @@ class Checkpoint:
         """
         where = f"part {part!r} of {self.where}"
         known: dict[str, bytes] = {}
-        for entry in self.index.objects:
-            if entry.part != part or entry.rank not in (None, rank):
-                continue
+        for entry in self._described.objects(part, rank=rank):
             found = document.decode(self.read_object(entry), where=where)
             twice = sorted(found.keys() & known.keys())
             if twice:
@@ -262,9 +303,9 @@ class Checkpoint:
             IntegrityError: see `read_blocks`.
         """
         stop = entry.offset + entry.nbytes
-        first = entry.offset // BLOCK_BYTES * BLOCK_BYTES
-        last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self.index.files[entry.file].nbytes)
-        data = bytes(self._blocks(entry.file, first, last)[entry.offset - first : stop - first])
+        first, last = self.file(entry.file).around(entry.offset, stop)
+        blocks = self._blocks(entry.file, first, last)
+        data = bytes(blocks[entry.offset - first : stop - first])
         if bytes_digest(data) != entry.digest:
             raise IntegrityError(
                 f"{self.where}: the values of part {entry.part!r} differ from their digest"
@@ -272,17 +313,20 @@ class Checkpoint:
         return data
 
     def _blocks(self, file: int, start: int, stop: int) -> memoryview:
-        """Do as `read_blocks`, and keep them for the next call if they are few.
+        """Do as `read_blocks`; a small file is read whole, and kept for the next call.
 
-        Thousands of values lie in one block, which is read and verified once for all in a row.
+        It has the values of all parts, which are asked for one after another.
         """
-        kept_file, kept_start, kept = self._kept  # one look: another thread may replace it
-        if kept_file == file and kept_start <= start and stop <= kept_start + len(kept):
-            return kept[start - kept_start : stop - kept_start]
-        data = self.read_blocks(file, start, stop)
-        if len(data) <= _KEPT_BYTES:
-            self._kept = file, start, data
-        return data
+        nbytes = self.files[file][1]
+        if nbytes > _KEPT_BYTES:
+            return self.read_blocks(file, start, stop)
+        kept_file, kept = self._kept  # one look: another thread may replace it
+        if kept_file != file:
+            kept = memoryview(bytearray(nbytes))
+            self.read_into(file, 0, kept)
+            self._kept = file, kept
+        self.compare(file, start, kept[start:stop])
+        return kept[start:stop]
 
     @property
     def where(self) -> str:
@@ -309,8 +353,42 @@ class Checkpoint:
         """Whether there are digests: always."""
         return True
 
-    def _key(self, entry: FileEntry) -> str:
-        return file_key(self.step, self.manifest.save_id, entry.name)
+    def key(self, name: str) -> str:
+        """Return the key of its file `name`."""
+        return file_key(self.step, self.manifest.save_id, name)
+
+    def at(self, store: Store) -> Checkpoint:
+        """Return the same checkpoint, its files being read from another store."""
+        moved = copy(self)
+        moved.store = store
+        return moved
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a file of `beside` as it is stored, not compared with anything but its size.
+
+        Raises:
+            IntegrityError: it is missing, shorter or longer.
+        """
+        key, nbytes = self.key(name), self.beside[name]
+        try:
+            data = read_all(self.store, key, likely_bytes=nbytes)
+        except NotFound as error:
+            raise IntegrityError(
+                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
+            ) from error
+        if len(data) != nbytes:
+            raise IntegrityError(
+                f"{self.where}: file {key} holds {len(data)} bytes, committed were {nbytes}",
+                kind=ErrorKind.TRUNCATED,
+            )
+        return data
+
+    def _read_segment(self, note: SegmentNote) -> bytes:
+        name = segment_name(note.rank)
+        data = self.read_beside(name)
+        if bytes_digest(data) != note.digest:
+            raise IntegrityError(f"{self.where}: file {self.key(name)} differs from its digest")
+        return data
 
     def _check_index_bytes(self) -> None:
         committed = self.manifest.index
@@ -324,9 +402,8 @@ class Checkpoint:
             raise IntegrityError(f"{self.where}: index {committed.key} differs from its digest")
 
     def _check_parts_agree(self) -> None:
-        described = {entry.part for entry in self.index.tensors}
-        described |= {entry.part for entry in self.index.objects}
-        unlisted = sorted(described - set(self.manifest.parts))
+        known = {entry.part for entry in self.tensors} | self._described.value_parts
+        unlisted = sorted(known - set(self.manifest.parts))
         if unlisted:
             raise IntegrityError(
                 f"{self.where}: the index has parts that the manifest does not list: "
@@ -335,8 +412,16 @@ class Checkpoint:
             )
 
     def _check_files_agree(self) -> None:
+        if self.manifest.listed is None:
+            if FilesTotal.of(nbytes for _, nbytes in self.files) != self.manifest.files:
+                raise IntegrityError(
+                    f"{self.where}: manifest and index disagree about how many files there are, or "
+                    "how large they are",
+                    kind=ErrorKind.MALFORMED,
+                )
+            return
         prefix = f"{self.manifest.save_id}/"
-        listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.files}
+        listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.listed}
         indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
         if listed != indexed:
             keys = sorted(key for key, _, _ in listed ^ indexed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from dist_ckpt.errors import CheckpointError, StorageError, describe
-from dist_ckpt.format.index import Index
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.storage.base import Store
 
@@ -50,8 +51,29 @@ class Source(Protocol):
         ...
 
     @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Every tensor, in the order of the index."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have."""
+        ...
+
+    @property
     def index(self) -> Index:
         """Which box of which tensor lies where; files have no digests where `verified` is False."""
+        ...
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return what of the index there must be to read boxes, each of a tensor by its number.
+
+        It has all tensors and all files, so that what is said by their numbers is the same as by
+        `index`; of chunks and digests it has at least those of the boxes.
+
+        Raises:
+            IntegrityError: what describes them is damaged or missing.
+        """
         ...
 
     @property
@@ -89,8 +111,8 @@ class Source(Protocol):
 
         Args:
             file: position in `index.files`.
-            start: where in the file they were read, a multiple of the digest block size.
-            buffers: the bytes; they end at a multiple of it too, or at the end of the file.
+            start: where in the file they were read: a block begins there.
+            buffers: the bytes; a block ends with them.
 
         Raises:
             IntegrityError: a block differs from its digest.

@@ -12,7 +12,7 @@ from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.shard import header_nbytes, parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
 
-_SEGMENT_BYTES = 16 * BLOCK_BYTES
+_PIECE_BYTES = 16 * BLOCK_BYTES
 
 Sample: TypeAlias = tuple[int, int]
 """Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
@@ -54,23 +54,22 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
     """
     problems: list[str] = []
     nbytes = seen = 0
-    for number, entry in enumerate(checkpoint.index.files):
+    for number, (name, _) in enumerate(checkpoint.files):
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
-            for start in range(0, entry.nbytes, _SEGMENT_BYTES):
+            for start, stop in checkpoint.file(number).spans(_PIECE_BYTES):
                 seen += 1
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
                     continue
-                stop = min(start + _SEGMENT_BYTES, entry.nbytes)
                 data = checkpoint.read_blocks(number, start, stop)
                 nbytes += stop - start
                 if start == 0:
                     _check_header(checkpoint, number, data)
         except IntegrityError as error:
-            named = entry.name in error.message
-            problems.append(error.message if named else f"{entry.name}: {error.message}")
-    return VerifyReport(checkpoint.step, len(checkpoint.index.files), nbytes, tuple(problems))
+            named = name in error.message
+            problems.append(error.message if named else f"{name}: {error.message}")
+    return VerifyReport(checkpoint.step, len(checkpoint.files), nbytes, tuple(problems))
 
 
 def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> None:
@@ -81,11 +80,10 @@ def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> Non
         number: which of its files.
         first: the beginning of the file, which most often has the whole header.
     """
-    entry = checkpoint.index.files[number]
+    entry = checkpoint.file(number)
     nbytes = header_nbytes(bytes(first[:8]), entry.nbytes)
     if nbytes > len(first):
-        stop = min(-(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, entry.nbytes)
-        first = checkpoint.read_blocks(number, 0, stop)
+        first = checkpoint.read_blocks(number, *entry.around(0, nbytes))
     header = parse_header(bytes(first[:nbytes]), entry.nbytes)
     chunks = checkpoint.index.chunks
     described = {int(offset) for offset in chunks.offset[chunks.file == np.uint32(number)]}

@@ -17,7 +17,7 @@ from dist_ckpt.errors import (
     as_ours,
     describe,
 )
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
+from dist_ckpt.format.digest import digest_blocks
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.index import Document, WrittenFile
 from dist_ckpt.ranks.coordinator import LOST
@@ -35,7 +35,7 @@ from dist_ckpt.storage.parallel import in_parallel
 # While one file is begun or made durable the other keeps the disk or the network busy. More would
 # gain nothing: each put has threads of its own.
 _FILES_AT_ONCE = 2
-_DIGESTED_BYTES = 8 * BLOCK_BYTES
+_DIGESTED_BLOCKS = 8
 
 
 class FileWriter:
@@ -97,7 +97,7 @@ class FileWriter:
             in_parallel(put, files, threads=_FILES_AT_ONCE)
 
         def digest_all() -> None:
-            digests.extend(self._digest(file.image) for file in files)
+            digests.extend(self._digest(file) for file in files)
 
         try:
             # In this order, should there be no second thread to be had.
@@ -110,7 +110,8 @@ class FileWriter:
         if failures:
             raise failures[0]  # of several the first, and with the cause that it has
         for file, blocks in zip(files, digests, strict=True):
-            self.written.append(WrittenFile(file.name, len(file.image), blocks))
+            written = WrittenFile(file.name, len(file.image), blocks, file.blocks)
+            self.written.append(written)
 
     def _put(self, file: StagedFile) -> None:
         self._stop.check()
@@ -137,12 +138,16 @@ class FileWriter:
             )
         )
 
-    def _digest(self, image: memoryview) -> bytes:
-        """Return the joined digests of the blocks of `image`."""
+    def _digest(self, file: StagedFile) -> bytes:
+        """Return the joined digests of the blocks of a file."""
         digests = []
-        for start in range(0, len(image), _DIGESTED_BYTES):
+        start = 0
+        for first in range(0, len(file.blocks), _DIGESTED_BLOCKS):
             self._stop.check()
-            digests.append(block_digests(image[start : start + _DIGESTED_BYTES]))
+            lengths = file.blocks[first : first + _DIGESTED_BLOCKS]
+            stop = start + sum(lengths)
+            digests.append(digest_blocks(lengths, file.image[start:stop]))
+            start = stop
             # A digest holds the interpreter lock: a training step that waits for it goes first.
             time.sleep(0)
         return b"".join(digests)

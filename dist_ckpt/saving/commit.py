@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dist_ckpt.format.index import Index
-from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
+from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
+from dist_ckpt.format.root import Spent
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import TensorKey
 from dist_ckpt.planning.index import RankShare, build_index, versions
@@ -63,17 +65,15 @@ class Commit:
         tell_differing(*where, reports, self.about.told)
         self.confirm()
         self.transaction.commit(
-            index,
-            lambda stored: self._manifest(index, stored, reports),
+            encode_whole(index, [Spent(r.stage_seconds, r.write_seconds) for r in reports]),
+            self._draft(index, reports),
             confirm=self.confirm,
             replaces=self.job.passed_over.manifest(self.transaction.step),
         )
         self.job.committed(self.transaction.step)
         return b""
 
-    def _manifest(
-        self, index: Index, stored_index: ManifestFile, reports: Sequence[Report]
-    ) -> Manifest:
+    def _draft(self, index: Index, reports: Sequence[Report]) -> Manifest:
         transaction = self.transaction
         return Manifest(
             step=transaction.step,
@@ -83,21 +83,19 @@ class Commit:
             world_size=len(reports),
             versions=versions(),
             parts=list(self.parts),
-            files=[
-                ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
-                for file in index.files
-            ],
-            index=stored_index,
+            files=FilesTotal.of(file.nbytes for file in index.files),
             metrics=dict(self.metrics),
             metadata=dict(self.metadata),
-            timings={
-                str(rank): RankTimings(
-                    stage_seconds=report.stage_seconds,
-                    write_seconds=report.write_seconds,
-                    nbytes=sum(file.nbytes for file in report.files),
-                )
-                for rank, report in enumerate(reports)
-            },
+            timings=longest(
+                [
+                    RankTimings(
+                        stage_seconds=report.stage_seconds,
+                        write_seconds=report.write_seconds,
+                        nbytes=sum(file.nbytes for file in report.files),
+                    )
+                    for report in reports
+                ]
+            ),
             parent_step=self.parent_step,
             epoch=self.about.epoch,
             origin=self.about.origin([report.host for report in reports]),
