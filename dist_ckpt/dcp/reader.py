@@ -30,7 +30,7 @@ from dist_ckpt.dcp.turns import wait_for_all
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
 from dist_ckpt.format.names import check_step
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES, SECTOR_BYTES, Fetcher
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.location import find_detached, find_foreign, locate
 from dist_ckpt.loading.matching import can_cast
@@ -347,12 +347,7 @@ class Reader(StorageReader):
     def _fetch(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
         index = source.index_of([(each.tensor, each.local.held.box) for each in wanted])
-        files = Files.of(
-            index,
-            sector_bytes=SECTOR_BYTES,
-            apart_bytes=MAX_GAP_BYTES,
-            verify=source.verified,
-        )
+        files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=source.verified)
         filling = ReadTargets(index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
             source, files, filling, verify=source.verified, in_flight_bytes=_IN_FLIGHT_BYTES

@@ -5,6 +5,7 @@ Chunks are columns, not objects: a checkpoint of thousands of ranks has millions
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES, file_digest
+from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, digest_blocks, file_digest
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ class FileEntry:
         if last >= len(self.edges) or self.edges[[first, last]].tolist() != [start, stop]:
             raise UsageError(f"bytes {start} to {stop} of file {self.name} are not whole blocks")
         return first, last
+
+    def find_damaged(self, start: int, *buffers: memoryview) -> tuple[int, int, int] | None:
+        """Compare whole blocks from `start` on; return the first that differs, and where it lies.
+
+        Raises:
+            UsageError: these are no whole blocks.
+        """
+        first, last = self.blocks_in(start, start + sum(map(len, buffers)))
+        edges = self.edges[first : last + 1].tolist()
+        lengths = (b - a for a, b in itertools.pairwise(edges))
+        found = digest_blocks(lengths, *buffers)
+        stored = self.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
+        if found == stored:
+            return None
+        bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
+        return first + bad, edges[bad], edges[bad + 1]
 
     def around(self, start: int, stop: int) -> tuple[int, int]:
         """Return where the blocks begin and end that hold the bytes `start:stop`."""

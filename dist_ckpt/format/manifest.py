@@ -101,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     parts: list[str]
     files: FilesTotal
+    index: ManifestFile = ManifestFile("", 0, "")
     metrics: dict[str, float]
     metadata: dict[str, Any]
     timings: dict[str, RankTimings]
@@ -108,7 +109,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     # Not in the first manifests of format 1, which stay readable.
     epoch: int | None = None
     origin: dict[str, Any] = {}
-    index: ManifestFile = ManifestFile("", 0, "")
     format: int = FORMAT
     listed: list[ManifestFile] | None = None
 

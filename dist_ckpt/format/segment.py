@@ -89,9 +89,10 @@ class _Table(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def encode(segment: Segment) -> bytes:
-    """Return the bytes of `segment`.
+    """Return the bytes of `segment`, having read back all that needs no root.
 
     Raises:
+        IntegrityError: `decode` would refuse them; the message says why.
         UsageError: there is too much of it.
     """
     lengths = [np.diff(file.edges) for file in segment.files]
@@ -110,7 +111,10 @@ def encode(segment: Segment) -> bytes:
         )
     )
     digests = b"".join(file.blocks for file in segment.files)
-    return encode_map(_Wire(FORMAT, segment.rank, table, digests))
+    data = encode_map(_Wire(FORMAT, segment.rank, table, digests))
+    # Nothing may be committed that no reader would take.
+    _read(data, segment.noted(data, inside=False))
+    return data
 
 
 def decode(data: bytes, root: Root, place: int) -> Segment:
@@ -123,7 +127,26 @@ def decode(data: bytes, root: Root, place: int) -> Segment:
         IncompatibleError: a newer release wrote it.
     """
     note = root.segments[place]
-    where = f"the segment of rank {note.rank}"
+    where = _where(note)
+    table, files, objects = _read(data, note)
+    file = read_column(table.file, most=len(files) - 1, where=f"a file in {where}")
+    offset = read_column(table.offset, where=f"an offset in {where}")
+    chunks = _chunks(table, root.structure, note.rank, where)
+    check_lengths(where, (len(file), len(chunks.tensor)), (len(offset), len(chunks.tensor)))
+    segment = Segment(note.rank, files, chunks, file, offset, objects)
+    _check_bytes(segment, root.structure)
+    return segment
+
+
+def _where(note: SegmentNote) -> str:
+    return f"the segment of rank {note.rank}"
+
+
+def _read(
+    data: bytes, note: SegmentNote
+) -> tuple[_Table, tuple[FileEntry, ...], tuple[ObjectEntry, ...]]:
+    """Read what is no chunk."""
+    where = _where(note)
     wire = decode_map(data, _Wire, where=where)
     if wire.format != FORMAT:
         raise IncompatibleError(
@@ -135,13 +158,7 @@ def decode(data: bytes, root: Root, place: int) -> Segment:
         raise malformed(f"{where} says that it is of rank {wire.rank}")
     table = unpack(wire.table, _Table, where=where)
     files = _files(table, wire.digests, note, where)
-    file = read_column(table.file, most=len(files) - 1, where=f"a file in {where}")
-    offset = read_column(table.offset, where=f"an offset in {where}")
-    chunks = _chunks(table, root.structure, note.rank, where)
-    check_lengths(where, (len(file), len(chunks.tensor)), (len(offset), len(chunks.tensor)))
-    segment = Segment(note.rank, files, chunks, file, offset, _objects(table, note, files, where))
-    _check_bytes(segment, root.structure)
-    return segment
+    return table, files, _objects(table, note, files, where)
 
 
 def _files(table: _Table, digests: bytes, note: SegmentNote, where: str) -> tuple[FileEntry, ...]:

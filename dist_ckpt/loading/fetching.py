@@ -13,7 +13,7 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.loading.filling import ReadTarget, ReadTargets
-from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut
+from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
 from dist_ckpt.storage.parallel import in_two_steps
@@ -163,9 +163,6 @@ class _Pace:
 _DISK = _Pace(8 << 20, reads=6, under_way=8)
 # Each is one request over a network, which many at a time fill; small ones cost processor time.
 _REMOTE = _Pace(16 << 20, reads=8, under_way=10)
-
-SECTOR_BYTES = 4096
-"""A disk reads whole ones of these, to memory that begins at a multiple of it."""
 
 # Of fewer bytes than this, a read goes through the page cache whatever it is aligned to.
 _DIRECT_BYTES = 1 << 20

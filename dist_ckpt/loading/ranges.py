@@ -3,13 +3,12 @@
 All files of a checkpoint are thought of as lying in one row, each from a multiple of `unit_bytes`
 on and never touching the one before it. A place in this row is an *address*: then a range is two
 numbers, and what is true of neighbours in one file needs no look at which file it is. Reads are
-made of *units*: the blocks that have a digest, or, unverified, runs of `unit_bytes`.
+made of *units*: blocks with a digest, or, unverified, runs of `unit_bytes`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,9 @@ from dist_ckpt.format.index_values import Index
 from dist_ckpt.format.shard import DTYPES
 
 Column = NDArray[np.int64]
+
+SECTOR_BYTES = 4096
+"""A disk reads whole ones of these, to memory that begins at a multiple of it."""
 
 _ADDRESS_LIMIT = 1 << 62
 
@@ -57,10 +59,8 @@ class Files:
     Args:
         sizes: bytes of each file, by its number.
         unit_bytes: what reads are made of where there are no blocks: sectors, or single bytes.
-        apart_bytes: how many addresses lie between two files besides: as many as the gaps have
-            that are to be bridged.
-        blocks: for each file where its blocks begin and end, from 0 to its size; None for one
-            whose blocks are not known, of which nothing is asked then.
+        apart_bytes: how many addresses lie between two files: as gaps have that are bridged.
+        blocks: where those of each file begin and end, from 0 to its size; None: not known.
 
     Raises:
         UsageError: a size or the unit is out of range, or there are more bytes than addresses.
@@ -88,27 +88,20 @@ class Files:
         self._base = np.concatenate([[0], np.cumsum(units * unit_bytes)]).astype(np.int64)
         self._edges: Column | None = None
         if blocks is not None:
-            known = [(n, each) for n, each in enumerate(blocks) if each is not None]
-            edges = [self._base[n] + each for n, each in known]
+            edges = [self._base[n] + each for n, each in enumerate(blocks) if each is not None]
             self._edges = np.concatenate([np.zeros(0, np.int64), *edges])
 
     @classmethod
-    def of(cls, index: Index, *, sector_bytes: int, apart_bytes: int, verify: bool) -> Files:
-        """Return the row of the files of `index`; reads are of whole blocks if they are verified.
-
-        Args:
-            index: has the digests of whatever is going to be read.
-            sector_bytes: each file begins at a multiple of it, and so do reads without blocks.
-            apart_bytes: see above.
-            verify: whether what is read is compared with digests.
-        """
+    def of(cls, index: Index, *, apart_bytes: int, verify: bool) -> Files:
+        """Return the row of the files of `index`, which has the digests of what is verified."""
+        # What is not verified is read by sectors, so that it can go past the page cache too.
         blocks = [file.edges if file.digest else None for file in index.files] if verify else None
         sizes = [file.nbytes for file in index.files]
-        return cls(sizes, unit_bytes=sector_bytes, apart_bytes=apart_bytes, blocks=blocks)
+        return cls(sizes, unit_bytes=SECTOR_BYTES, apart_bytes=apart_bytes, blocks=blocks)
 
     @property
     def largest_unit(self) -> int:
-        """How many bytes a unit has at the most."""
+        """The most bytes of a unit."""
         return self._unit_bytes if self._edges is None else BLOCK_BYTES
 
     def size(self, file: int) -> int:
@@ -145,14 +138,12 @@ class Files:
         found: Column = self._edges[np.searchsorted(self._edges, addresses, side="right") - 1]
         return found
 
-    def units(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the units that whole units from `start` up to `stop` are made of."""
-        if self._edges is None:
-            inner = np.arange(start, stop, self._unit_bytes)
-        else:
-            first, last = np.searchsorted(self._edges, (start, stop))
-            inner = self._edges[first:last]
-        return itertools.pairwise([*inner.tolist(), stop])
+    def units(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the units that a run of whole units is made of."""
+        found = [(start, start)]
+        while (at := found[-1][1]) < stop:
+            found += self.widen(Ranges(np.array([at]), np.array([at + 1]))).pairs()
+        return found[1:]
 
 
 def merge_ranges(ranges: Ranges) -> Ranges:
@@ -197,8 +188,7 @@ def cut(
     Args:
         ranges: sorted and disjoint.
         most_bytes: where to cut.
-        begin: where to cut in its place, if that must not be anywhere: `Files.begin`. Then a range
-            has less than a unit more.
+        begin: `Files.begin`, to cut where units begin: then a range may have a unit more.
     """
     first, stop = ranges.start // most_bytes, -(-ranges.stop // most_bytes)
     counts = stop - first

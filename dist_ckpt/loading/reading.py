@@ -23,13 +23,12 @@ from dist_ckpt.loading.exchange import (
 )
 from dist_ckpt.loading.fetching import (
     MAX_GAP_BYTES,
-    SECTOR_BYTES,
     BounceBuffers,
     BounceMemory,
     Fetcher,
 )
 from dist_ckpt.loading.filling import ReadTargets
-from dist_ckpt.loading.ranges import Files, Ranges, cut
+from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Source
@@ -210,8 +209,7 @@ class _Reading:
     def _plan(self, wanted: Sequence[Wanted]) -> _Plan:
         verify = self._options.verify and self._source.verified
         index = self._source.index_of([(each.tensor, each.local.held.box) for each in wanted])
-        # What is not verified is read by sectors, so that it can go past the page cache too.
-        files = Files.of(index, sector_bytes=SECTOR_BYTES, apart_bytes=MAX_GAP_BYTES, verify=verify)
+        files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=verify)
         filling = ReadTargets(
             index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else SECTOR_BYTES
         )

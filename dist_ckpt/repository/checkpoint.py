@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from typing import TypeVar
@@ -11,7 +11,7 @@ from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format import document
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, bytes_digest, digest_blocks
+from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest
 from dist_ckpt.format.names import file_key, manifest_key, segment_name, step_dir
@@ -82,6 +82,7 @@ def unless_deleted(source: Source) -> Iterator[None]:
         raise
 
 
+_PAGE_BYTES = 4096
 _KEPT_BYTES = 4 * BLOCK_BYTES
 
 
@@ -91,7 +92,10 @@ class Checkpoint:
     Attributes:
         step: the training step.
         manifest: what was committed, decoded and checked.
+        tensors: every tensor of every part.
         files: name and size of each shard file.
+        beside: the segments that are files of their own, by name.
+        nbytes: of all shard files together.
     """
 
     def __init__(
@@ -109,9 +113,13 @@ class Checkpoint:
         self.index_bytes = index_bytes
         self._kept: tuple[int, memoryview] = -1, memoryview(b"")
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
-        self._check_index_bytes()
+        index = self.manifest.index
+        self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
         self._described = described(self.manifest, index_bytes, self._read_segment)
-        self.files = self._described.files
+        self.tensors: tuple[TensorEntry, ...] = self._described.tensors
+        self.files: Sequence[tuple[str, int]] = self._described.files
+        self.beside: Mapping[str, SegmentNote] = self._described.beside
+        self.nbytes: int = self.manifest.files.nbytes
         self._check_files_agree()
         self._check_parts_agree()
 
@@ -146,16 +154,6 @@ class Checkpoint:
             raise
 
     @property
-    def tensors(self) -> tuple[TensorEntry, ...]:
-        """Every tensor of every part."""
-        return self._described.tensors
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes its shard files have."""
-        return self.manifest.files.nbytes
-
-    @property
     def index(self) -> Index:
         """Where every chunk lies; all that describes them is read for that.
 
@@ -172,16 +170,10 @@ class Checkpoint:
         """
         return self._described.of(wanted)
 
-    @property
-    def beside(self) -> Mapping[str, int]:
-        """Name and size of each file besides the shard files and the index."""
-        return self._described.beside
-
     def still_there(self) -> bool:
         """Whether this very checkpoint is still committed: neither deleted nor saved anew.
 
-        A reader who finds a file missing asks this, to tell damage from a retention that was
-        faster.
+        So damage is told from a retention that was faster.
         """
         return holds(self.store, manifest_key(self.step), self.manifest_bytes)
 
@@ -205,9 +197,7 @@ class Checkpoint:
         try:
             nbytes = self.store.size(key)
         except NotFound as error:
-            raise IntegrityError(
-                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-            ) from error
+            raise self._missing(key) from error
         if nbytes != committed:
             raise IntegrityError(
                 f"{self.where}: file {key} holds {nbytes} bytes, committed were {committed}",
@@ -225,11 +215,12 @@ class Checkpoint:
         Raises:
             IntegrityError: the file is missing, truncated, or a block differs from its digest.
         """
-        # On a page, so that a disk can read into it directly.
-        data = aligned_buffer(stop - start)
-        self.read_into(file, start, data)
-        self.compare(file, start, data)
-        return data
+        # A page of memory for each of the file, so that a disk can read into it directly.
+        skip = start % _PAGE_BYTES
+        data = aligned_buffer(skip + stop - start)
+        self.read_into(file, start - skip, data)
+        self.compare(file, start, data[skip:])
+        return data[skip:]
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
         """Fill `buffers` with bytes of file number `file`, not verified; see `Source.read_into`.
@@ -242,9 +233,7 @@ class Checkpoint:
         try:
             count = read_file(self.store, key, start, buffers)
         except NotFound as error:
-            raise IntegrityError(
-                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-            ) from error
+            raise self._missing(key) from error
         if count != sum(map(len, buffers)):
             raise IntegrityError(
                 f"{self.where}: file {key} ends at byte {start + count}, {nbytes} were committed",
@@ -258,16 +247,12 @@ class Checkpoint:
             IntegrityError: a block differs from its digest; names it.
         """
         entry = self.file(file)
-        first, last = entry.blocks_in(start, start + sum(map(len, buffers)))
-        edges = entry.edges[first : last + 1]
-        found = digest_blocks((edges[1:] - edges[:-1]).tolist(), *buffers)
-        stored = entry.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
-        if found != stored:
-            bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
+        damaged = entry.find_damaged(start, *buffers)
+        if damaged is not None:
+            block, begin, end = damaged
             raise IntegrityError(
-                f"{self.where}: file {self.key(entry.name)}, block {first + bad} (bytes "
-                f"{edges[bad]} to {edges[bad + 1]}) differs from its digest: the data was damaged "
-                "after it was written"
+                f"{self.where}: file {self.key(entry.name)}, block {block} (bytes {begin} to {end})"
+                " differs from its digest: the data was damaged after it was written"
             )
 
     def file(self, number: int) -> FileEntry:
@@ -364,42 +349,33 @@ class Checkpoint:
         return moved
 
     def read_beside(self, name: str) -> bytes:
-        """Return a file of `beside` as it is stored, not compared with anything but its size.
+        """Return a file of `beside`, compared with its digest.
 
         Raises:
-            IntegrityError: it is missing, shorter or longer.
+            IntegrityError: it is missing, or another one than was committed.
         """
-        key, nbytes = self.key(name), self.beside[name]
-        try:
-            data = read_all(self.store, key, likely_bytes=nbytes)
-        except NotFound as error:
-            raise IntegrityError(
-                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-            ) from error
-        if len(data) != nbytes:
-            raise IntegrityError(
-                f"{self.where}: file {key} holds {len(data)} bytes, committed were {nbytes}",
-                kind=ErrorKind.TRUNCATED,
-            )
-        return data
+        return self._read_segment(self.beside[name])
+
+    def _missing(self, key: str) -> IntegrityError:
+        return IntegrityError(f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE)
 
     def _read_segment(self, note: SegmentNote) -> bytes:
-        name = segment_name(note.rank)
-        data = self.read_beside(name)
-        if bytes_digest(data) != note.digest:
-            raise IntegrityError(f"{self.where}: file {self.key(name)} differs from its digest")
+        key = self.key(segment_name(note.rank))
+        try:
+            data = read_all(self.store, key, likely_bytes=note.nbytes)
+        except NotFound as error:
+            raise self._missing(key) from error
+        self._check_bytes(data, f"file {key}", note.nbytes, note.digest)
         return data
 
-    def _check_index_bytes(self) -> None:
-        committed = self.manifest.index
-        if len(self.index_bytes) != committed.nbytes:
+    def _check_bytes(self, data: bytes, what: str, nbytes: int, digest: str) -> None:
+        if len(data) != nbytes:
             raise IntegrityError(
-                f"{self.where}: index {committed.key} holds {len(self.index_bytes)} bytes, "
-                f"committed were {committed.nbytes}",
+                f"{self.where}: {what} holds {len(data)} bytes, committed were {nbytes}",
                 kind=ErrorKind.TRUNCATED,
             )
-        if bytes_digest(self.index_bytes) != committed.digest:
-            raise IntegrityError(f"{self.where}: index {committed.key} differs from its digest")
+        if bytes_digest(data) != digest:
+            raise IntegrityError(f"{self.where}: {what} differs from its digest")
 
     def _check_parts_agree(self) -> None:
         known = {entry.part for entry in self.tensors} | self._described.value_parts
@@ -412,20 +388,16 @@ class Checkpoint:
             )
 
     def _check_files_agree(self) -> None:
-        if self.manifest.listed is None:
-            if FilesTotal.of(nbytes for _, nbytes in self.files) != self.manifest.files:
-                raise IntegrityError(
-                    f"{self.where}: manifest and index disagree about how many files there are, or "
-                    "how large they are",
-                    kind=ErrorKind.MALFORMED,
-                )
-            return
-        prefix = f"{self.manifest.save_id}/"
-        listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.listed}
-        indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
-        if listed != indexed:
-            keys = sorted(key for key, _, _ in listed ^ indexed)
+        what = []
+        if self.manifest.listed is not None:
+            prefix = f"{self.manifest.save_id}/"
+            listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.listed}
+            indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
+            what = sorted(key for key, _, _ in listed ^ indexed)
+        elif FilesTotal.of(nbytes for _, nbytes in self.files) != self.manifest.files:
+            what = ["how many files there are, or how large they are"]
+        if what:
             raise IntegrityError(
-                f"{self.where}: manifest and index disagree about {', '.join(keys[:3])}",
+                f"{self.where}: manifest and index disagree about {', '.join(what[:3])}",
                 kind=ErrorKind.MALFORMED,
             )

@@ -189,7 +189,7 @@ def _is_there(there: Checkpoint, number: int) -> bool:
 
 def _check_there(source: Checkpoint, target: Store) -> None:
     step, save_id = source.step, source.manifest.save_id
-    names = {**dict(source.files), **source.beside}
+    names = {**dict(source.files), **{name: note.nbytes for name, note in source.beside.items()}}
     sizes = {file_key(step, save_id, name): nbytes for name, nbytes in names.items()}
     sizes[file_key(step, save_id, INDEX)] = len(source.index_bytes)
     folder = file_key(step, save_id, INDEX).removesuffix(INDEX)

@@ -45,8 +45,8 @@ class Described(Protocol):
         ...
 
     @property
-    def beside(self) -> Mapping[str, int]:
-        """Name and size of every other file that belongs to the checkpoint, the index excluded."""
+    def beside(self) -> Mapping[str, SegmentNote]:
+        """The segments that are files of their own, by name."""
         ...
 
     @property
@@ -95,7 +95,7 @@ class _OneIndex:
         self._index = index
         self.tensors = index.tensors
         self.files = [(file.name, file.nbytes) for file in index.files]
-        self.beside: Mapping[str, int] = {}
+        self.beside: Mapping[str, SegmentNote] = {}
         self.value_parts = {entry.part for entry in index.objects}
 
     def whole(self) -> Index:
@@ -122,7 +122,7 @@ class _Segments:
         self.tensors = root.structure.tensors
         self.files = [file for note in root.segments for file in note.files]
         outside = (note for note in root.segments if not note.inside)
-        self.beside = {segment_name(note.rank): note.nbytes for note in outside}
+        self.beside = {segment_name(note.rank): note for note in outside}
         self.value_parts = {part for note in root.segments for part, _ in note.objects}
 
     def whole(self) -> Index:

@@ -17,9 +17,13 @@ from dist_ckpt.errors import (
     as_ours,
     describe,
 )
+from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.names import segment_name
+from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.format.segment import Segment
 from dist_ckpt.planning.files import StagedFile
-from dist_ckpt.planning.index import Document, WrittenFile
+from dist_ckpt.planning.index import Document, WrittenFile, describe_share
 from dist_ckpt.ranks.coordinator import LOST
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
@@ -113,6 +117,22 @@ class FileWriter:
             written = WrittenFile(file.name, len(file.image), blocks, file.blocks)
             self.written.append(written)
 
+    def describe(self, segment: Segment) -> SegmentNote:
+        """Store what describes the files that were written; return what the root says of it.
+
+        That of rank 0 is not stored here but goes with the root, which rank 0 writes itself.
+
+        Raises:
+            CheckpointError: the failure of the put, or why the save is to stop.
+        """
+        begun = time.perf_counter()
+        self._stop.check()
+        data = segment_format.encode(segment)
+        if self._rank:
+            self._transaction.put_file(segment_name(self._rank), [data])
+        self.seconds += time.perf_counter() - begun
+        return segment.noted(data, inside=not self._rank)
+
     def _put(self, file: StagedFile) -> None:
         self._stop.check()
         begun = time.perf_counter()
@@ -160,11 +180,13 @@ class StagedShare:
     Attributes:
         staged: the images of its files, or the error that kept them from being made.
         documents: the encoded values among its files.
+        tensors: see `RankPlan.tensors`.
         stall_seconds: how long the training step waited for it.
     """
 
     staged: Staged | BaseException
     documents: Sequence[Document] = ()
+    tensors: Sequence[int] = ()
     stall_seconds: float = 0.0
 
 
@@ -270,10 +292,17 @@ class Attempt:
             self.meter.enter("writing")
             self.files.write(share.staged.files)
             self._stall_seconds = share.stall_seconds
+            segment, chunks = describe_share(
+                self.rank,
+                numbers=share.tensors,
+                plans=share.staged.plans,
+                files=self.files.written,
+                documents=share.documents,
+            )
             return pack(
                 Report(
-                    self.files.written,
-                    list(share.documents),
+                    None if segment is None else self.files.describe(segment),
+                    chunks,
                     share.stall_seconds,
                     self.files.seconds,
                     host=socket.gethostname(),

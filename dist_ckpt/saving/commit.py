@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_ckpt.format.index import Index
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format import root as root_format
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
 from dist_ckpt.format.root import Spent
-from dist_ckpt.format.whole import encode_whole
-from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.holdings import TensorKey
-from dist_ckpt.planning.index import RankShare, build_index, versions
-from dist_ckpt.planning.owners import Owned
+from dist_ckpt.planning.index import IndexPlan, versions
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.repository import Transaction
@@ -32,49 +29,54 @@ class Commit:
 
     transaction: Transaction
     job: Job
-    held_by_rank: Sequence[Sequence[Held]]
-    owned_by_rank: Sequence[Sequence[Owned]]
-    ties: Mapping[TensorKey, str]
+    index: IndexPlan
     parts: Sequence[str]
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
     parent_step: int | None
     confirm: Callable[[], None]
-    max_file_bytes: int | None = None
     about: SaveContext = field(default_factory=SaveContext)
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.
 
         Raises:
-            IntegrityError: a rank wrote other files than were planned.
+            IntegrityError: a rank wrote other boxes than were planned.
             FencedError: a newer claim owns the run.
             AlreadyExists: another attempt committed the step.
             CoordinationError: the save was cancelled, or it is too late.
             StorageError: the commit did not take effect.
         """
         reports = [unpack(data, Report) for data in messages]
-        shares = [
-            RankShare(held, owned, report.files, report.documents)
-            for held, owned, report in zip(
-                self.held_by_rank, self.owned_by_rank, reports, strict=True
-            )
-        ]
-        index = build_index(shares, ties=self.ties, max_file_bytes=self.max_file_bytes)
+        self._check(reports)
         where = (self.transaction.store.url, self.transaction.step)
         tell_differing(*where, reports, self.about.told)
         self.confirm()
         self.transaction.commit(
-            encode_whole(index, [Spent(r.stage_seconds, r.write_seconds) for r in reports]),
-            self._draft(index, reports),
+            root_format.encode(
+                self.index.structure,
+                [report.segment for report in reports if report.segment is not None],
+                [Spent(report.stage_seconds, report.write_seconds) for report in reports],
+            ),
+            self._draft(reports),
             confirm=self.confirm,
             replaces=self.job.passed_over.manifest(self.transaction.step),
         )
         self.job.committed(self.transaction.step)
         return b""
 
-    def _draft(self, index: Index, reports: Sequence[Report]) -> Manifest:
+    def _check(self, reports: Sequence[Report]) -> None:
+        for rank, report in enumerate(reports):
+            if report.chunks != self.index.chunks[rank]:
+                raise IntegrityError(
+                    f"rank {rank} wrote other boxes than were planned",
+                    kind=ErrorKind.COVERAGE,
+                    ranks={rank: "it wrote other boxes than were planned"},
+                )
+
+    def _draft(self, reports: Sequence[Report]) -> Manifest:
         transaction = self.transaction
+        sizes = [[nbytes for _, nbytes in _files(report)] for report in reports]
         return Manifest(
             step=transaction.step,
             save_id=transaction.save_id,
@@ -83,7 +85,7 @@ class Commit:
             world_size=len(reports),
             versions=versions(),
             parts=list(self.parts),
-            files=FilesTotal.of(file.nbytes for file in index.files),
+            files=FilesTotal.of(nbytes for mine in sizes for nbytes in mine),
             metrics=dict(self.metrics),
             metadata=dict(self.metadata),
             timings=longest(
@@ -91,12 +93,16 @@ class Commit:
                     RankTimings(
                         stage_seconds=report.stage_seconds,
                         write_seconds=report.write_seconds,
-                        nbytes=sum(file.nbytes for file in report.files),
+                        nbytes=sum(mine),
                     )
-                    for report in reports
+                    for report, mine in zip(reports, sizes, strict=True)
                 ]
             ),
             parent_step=self.parent_step,
             epoch=self.about.epoch,
             origin=self.about.origin([report.host for report in reports]),
         )
+
+
+def _files(report: Report) -> Sequence[tuple[str, int]]:
+    return () if report.segment is None else report.segment.files

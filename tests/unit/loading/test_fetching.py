@@ -12,7 +12,7 @@ from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading import fetching
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES, SECTOR_BYTES, Fetcher
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.wanted import Wanted
@@ -56,9 +56,7 @@ class Watched:
 
 def fetch(source: Any, target: torch.Tensor) -> None:
     box = Box((0,), (COUNT,))
-    files = Files.of(
-        source.index, sector_bytes=SECTOR_BYTES, apart_bytes=MAX_GAP_BYTES, verify=True
-    )
+    files = Files.of(source.index, apart_bytes=MAX_GAP_BYTES, verify=True)
     wanted = [Wanted(0, LocalBox(held("w", (COUNT,), box), target), torch.float32)]
     filling = ReadTargets(source.index, wanted, files, max_gap_bytes=BLOCK_BYTES)
     fetcher = Fetcher(source, files, filling, verify=True, in_flight_bytes=1 << 30)
