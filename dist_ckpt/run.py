@@ -37,7 +37,7 @@ from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, marks
 from dist_ckpt.repository.below import runs_below
-from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest, reread
+from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_attempt,
@@ -49,6 +49,7 @@ from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.repository import Repository
+from dist_ckpt.repository.source import reread
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store, delete_exactly
 from dist_ckpt.storage.parallel import map_in_parallel

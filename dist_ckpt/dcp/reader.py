@@ -41,7 +41,7 @@ from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.checkpoint import unless_deleted
+from dist_ckpt.repository.source import unless_deleted
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.state.wrapped import local_of
 
@@ -332,7 +332,7 @@ class Reader(StorageReader):
     def _fill(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
         ties = Ties(
-            source.index,
+            source.index_of,
             wanted,
             where=source.where,
             rule=self._ties,

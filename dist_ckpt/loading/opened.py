@@ -21,9 +21,8 @@ from dist_ckpt.options import TIMEOUT_SECONDS, check_known
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
-from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.ranking import Criterion, Mode
-from dist_ckpt.repository.source import Source
+from dist_ckpt.repository.source import Source, unless_deleted
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.roles import which_of

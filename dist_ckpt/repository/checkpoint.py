@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import TypeVar
+from functools import partial
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format import document
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest
-from dist_ckpt.format.names import file_key, manifest_key, segment_name, step_dir
+from dist_ckpt.format.names import INDEX, file_key, manifest_key, segment_name, step_dir
 from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.format.tables import Column
 from dist_ckpt.repository.described import described
-from dist_ckpt.repository.source import Source, read_file
+from dist_ckpt.repository.source import deleted_meanwhile, read_file, reread
+from dist_ckpt.repository.values import Values
 from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
-
-_LOOKS = 3
-
-CheckpointT = TypeVar("CheckpointT")
+from dist_ckpt.storage.parallel import in_parallel
 
 
 def read_manifest(store: Store, step: int) -> bytes:
@@ -42,48 +39,9 @@ def read_manifest(store: Store, step: int) -> bytes:
         ) from None
 
 
-class DeletedMeanwhile(NotFound):
-    """A checkpoint was deleted, or saved anew, while it was read: look again."""
-
-
-def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
-    """Return the error that says so of `step`."""
-    return DeletedMeanwhile(
-        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
-        "by the retention of the job that owns the run or by hand: read another one, or the "
-        "newest anew",
-        kind=ErrorKind.NO_CHECKPOINT,
-    )
-
-
-def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
-    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
-
-    Raises:
-        NotFound: it is gone.
-    """
-    for _ in range(_LOOKS - 1):
-        with suppress(DeletedMeanwhile):
-            return look()
-    return look()
-
-
-@contextmanager
-def unless_deleted(source: Source) -> Iterator[None]:
-    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
-
-    Retention beside a reader takes the files away under it; that is no damage.
-    """
-    try:
-        yield
-    except IntegrityError as error:
-        if not source.still_there():
-            raise deleted_meanwhile(source.store, source.step) from error
-        raise
-
-
 _PAGE_BYTES = 4096
-_KEPT_BYTES = 4 * BLOCK_BYTES
+_MANY_FILES = 64
+_THREADS = 16
 
 
 class Checkpoint:
@@ -111,7 +69,7 @@ class Checkpoint:
         self.step = step
         self.manifest_bytes = manifest_bytes
         self.index_bytes = index_bytes
-        self._kept: tuple[int, memoryview] = -1, memoryview(b"")
+        self._values = Values(self)
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         index = self.manifest.index
         self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
@@ -186,6 +144,34 @@ class Checkpoint:
         for number in range(len(self.files)):
             self.check_size(number)
 
+    def check_some(self, files: Sequence[int]) -> None:
+        """Compare the sizes of `files`, many at a time, and fetch what values there are meanwhile.
+
+        Raises:
+            IntegrityError: a file is missing, shorter or longer.
+        """
+        values = [
+            entry
+            for part in self._described.value_parts
+            for entry in self._described.objects(part, rank=0)
+            if entry.file in files
+        ]
+        work: list[Callable[[], None]] = [partial(self._values.fetch, values)]
+        if len(files) > _MANY_FILES:
+            work.append(partial(self._check_listed, files))
+        else:
+            work += [partial(self.check_size, file) for file in files]
+        in_parallel(lambda each: each(), work, threads=min(_THREADS, len(work)))
+
+    def _check_listed(self, files: Sequence[int]) -> None:
+        folder = self.key(INDEX).removesuffix(INDEX)
+        there = {entry.key: entry.nbytes for entry in self.store.list_entries(folder)}
+        for name, committed in (self.files[file] for file in files):
+            key = self.key(name)
+            if key not in there:
+                raise self._missing(key)
+            self._check_size(key, there[key], committed)
+
     def check_size(self, file: int) -> None:
         """Compare the size of file number `file` with what was committed.
 
@@ -198,6 +184,9 @@ class Checkpoint:
             nbytes = self.store.size(key)
         except NotFound as error:
             raise self._missing(key) from error
+        self._check_size(key, nbytes, committed)
+
+    def _check_size(self, key: str, nbytes: int, committed: int) -> None:
         if nbytes != committed:
             raise IntegrityError(
                 f"{self.where}: file {key} holds {nbytes} bytes, committed were {committed}",
@@ -263,23 +252,21 @@ class Checkpoint:
         """
         return self._described.file(number)
 
+    def offsets(self, file: int) -> Column:
+        """Return where in file number `file` chunks begin.
+
+        Raises:
+            IntegrityError: what describes it is damaged or missing.
+        """
+        return self._described.offsets(file)
+
     def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
         """Return the encoded Python values of `part` by name: shared ones and those of `rank`.
 
         Raises:
             IntegrityError: see `read_object`; or a value is stored twice.
         """
-        where = f"part {part!r} of {self.where}"
-        known: dict[str, bytes] = {}
-        for entry in self._described.objects(part, rank=rank):
-            found = document.decode(self.read_object(entry), where=where)
-            twice = sorted(found.keys() & known.keys())
-            if twice:
-                raise IntegrityError(
-                    f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
-                )
-            known.update(found)
-        return known
+        return self._values.read_all(self._described.objects(part, rank=rank), part=part)
 
     def read_object(self, entry: ObjectEntry) -> bytes:
         """Return the encoded Python values under `entry`, verified.
@@ -287,31 +274,7 @@ class Checkpoint:
         Raises:
             IntegrityError: see `read_blocks`.
         """
-        stop = entry.offset + entry.nbytes
-        first, last = self.file(entry.file).around(entry.offset, stop)
-        blocks = self._blocks(entry.file, first, last)
-        data = bytes(blocks[entry.offset - first : stop - first])
-        if bytes_digest(data) != entry.digest:
-            raise IntegrityError(
-                f"{self.where}: the values of part {entry.part!r} differ from their digest"
-            )
-        return data
-
-    def _blocks(self, file: int, start: int, stop: int) -> memoryview:
-        """Do as `read_blocks`; a small file is read whole, and kept for the next call.
-
-        It has the values of all parts, which are asked for one after another.
-        """
-        nbytes = self.files[file][1]
-        if nbytes > _KEPT_BYTES:
-            return self.read_blocks(file, start, stop)
-        kept_file, kept = self._kept  # one look: another thread may replace it
-        if kept_file != file:
-            kept = memoryview(bytearray(nbytes))
-            self.read_into(file, 0, kept)
-            self._kept = file, kept
-        self.compare(file, start, kept[start:stop])
-        return kept[start:stop]
+        return self._values.read(entry)
 
     @property
     def where(self) -> str:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from dist_ckpt.format import index as index_format
 from dist_ckpt.format import root as root_format
@@ -22,6 +23,7 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import segment_name
 from dist_ckpt.format.root import Root, SegmentNote
 from dist_ckpt.format.segment import Segment
+from dist_ckpt.format.tables import Column
 from dist_ckpt.format.whole import joined
 from dist_ckpt.storage.parallel import in_parallel
 
@@ -66,6 +68,10 @@ class Described(Protocol):
         """Return a file with its digests."""
         ...
 
+    def offsets(self, number: int) -> Column:
+        """Return where in a file its chunks begin, those of tied tensors perhaps several times."""
+        ...
+
     def objects(self, part: str, *, rank: int) -> list[ObjectEntry]:
         """Return the documents of `part`: those that all ranks share, and those of `rank`."""
         ...
@@ -107,6 +113,11 @@ class _OneIndex:
     def file(self, number: int) -> FileEntry:
         return self._index.files[number]
 
+    def offsets(self, number: int) -> Column:
+        chunks = self._index.chunks
+        offsets: Column = chunks.offset[chunks.file == number].astype(np.int64)
+        return offsets
+
     def objects(self, part: str, *, rank: int) -> list[ObjectEntry]:
         found = self._index.objects
         return [entry for entry in found if entry.part == part and entry.rank in (None, rank)]
@@ -119,6 +130,7 @@ class _Segments:
         self._root = root
         self._read = read
         self._known: dict[int, Segment] = {}
+        self._last: tuple[list[int], Index | None] = [], None
         self.tensors = root.structure.tensors
         self.files = [file for note in root.segments for file in note.files]
         outside = (note for note in root.segments if not note.inside)
@@ -133,14 +145,28 @@ class _Segments:
         return joined(self._root, self._take(range(len(self._root.segments))))
 
     def of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
-        ranks = self._root.structure.holders(wanted)
-        found = self._take(self._root.places_of(ranks))
-        # Who wants most of it has it all soon, and needs no second one.
-        return self._whole if len(found) == len(self._root.segments) else joined(self._root, found)
+        places = self._root.places_of(self._root.structure.holders(wanted))
+        if len(places) == len(self._root.segments):
+            return self._whole
+        last_places, last = self._last  # one look: another thread may replace it
+        if last is None or last_places != places:
+            last = joined(self._root, self._take(places))
+            self._last = places, last
+        return last
 
     def file(self, number: int) -> FileEntry:
+        segment, local = self._find(number)
+        return segment.files[local]
+
+    def offsets(self, number: int) -> Column:
+        segment, local = self._find(number)
+        offsets: Column = segment.offset[segment.file == local]
+        return offsets
+
+    def _find(self, number: int) -> tuple[Segment, int]:
+        """Return the segment that a file is in, and its position there."""
         place = bisect_right(self._root.first_files, number) - 1
-        return self._take([place])[place].files[number - self._root.first_files[place]]
+        return self._take([place])[place], number - self._root.first_files[place]
 
     def objects(self, part: str, *, rank: int) -> list[ObjectEntry]:
         places = self._root.places_of_part(part, rank=rank)

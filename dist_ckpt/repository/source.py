@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeVar, runtime_checkable
 
-from dist_ckpt.errors import CheckpointError, StorageError, describe
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    describe,
+)
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
@@ -143,3 +151,51 @@ def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview])
         raise
     except Exception as error:  # of a store of the program's own: for one handler all the same
         raise StorageError(f"cannot read {key} in {store.url}: {describe(error)}") from error
+
+
+# A checkpoint may be deleted, or saved anew, under whoever reads it.
+
+
+_LOOKS = 3
+
+CheckpointT = TypeVar("CheckpointT")
+
+
+class DeletedMeanwhile(NotFound):
+    """A checkpoint was deleted, or saved anew, while it was read: look again."""
+
+
+def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
+    """Return the error that says so of `step`."""
+    return DeletedMeanwhile(
+        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
+        "by the retention of the job that owns the run or by hand: read another one, or the "
+        "newest anew",
+        kind=ErrorKind.NO_CHECKPOINT,
+    )
+
+
+def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
+    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    for _ in range(_LOOKS - 1):
+        with suppress(DeletedMeanwhile):
+            return look()
+    return look()
+
+
+@contextmanager
+def unless_deleted(source: Source) -> Iterator[None]:
+    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
+
+    Retention beside a reader takes the files away under it; that is no damage.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        if not source.still_there():
+            raise deleted_meanwhile(source.store, source.step) from error
+        raise

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.shard import header_nbytes, parse_header
@@ -85,8 +83,7 @@ def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> Non
     if nbytes > len(first):
         first = checkpoint.read_blocks(number, *entry.around(0, nbytes))
     header = parse_header(bytes(first[:nbytes]), entry.nbytes)
-    chunks = checkpoint.index.chunks
-    described = {int(offset) for offset in chunks.offset[chunks.file == np.uint32(number)]}
+    described = set(checkpoint.offsets(number).tolist())
     if not described <= {stored.offset for stored in header.entries}:
         raise IntegrityError(
             f"{checkpoint.where}: the header of {entry.name} and the index disagree about where "
