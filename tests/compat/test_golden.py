@@ -60,4 +60,4 @@ def test_a_golden_checkpoint_verifies(root: Path) -> None:
 
 
 def test_there_is_one_for_each_version() -> None:
-    assert [path.name for path in GOLDEN] == ["format-1"]
+    assert [path.name for path in GOLDEN] == ["format-1", "format-2"]
