@@ -55,6 +55,7 @@ class FileWriter:
         written: the files that are durable and digested, in the order in which they were given.
         nbytes: how many bytes they have.
         seconds: how long it took to write and digest them.
+        inside: on rank 0, its segment, which goes with the root.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FileWriter:
         self._meter = meter
         self.written: list[WrittenFile] = []
         self.seconds = 0.0
+        self.inside = b""
 
     @property
     def nbytes(self) -> int:
@@ -130,8 +132,10 @@ class FileWriter:
         data = segment_format.encode(segment)
         if self._rank:
             self._transaction.put_file(segment_name(self._rank), [data])
+        else:
+            self.inside = data
         self.seconds += time.perf_counter() - begun
-        return segment.noted(data, inside=not self._rank)
+        return segment.noted(data, inside=False)
 
     def _put(self, file: StagedFile) -> None:
         self._stop.check()

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format import root as root_format
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
-from dist_ckpt.format.root import Spent
+from dist_ckpt.format.root import SegmentNote, Spent
 from dist_ckpt.planning.index import IndexPlan, versions
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import unpack
@@ -24,12 +26,14 @@ from dist_ckpt.saving.provenance import SaveContext
 class Commit:
     """Everything rank 0 knows of an attempt before the reports arrive.
 
-    `confirm` raises if the save may not be committed any more: other ranks may have given up.
+    `inside` returns the segment of rank 0. `confirm` raises if the save may not be committed any
+    more: other ranks may have given up.
     """
 
     transaction: Transaction
     job: Job
     index: IndexPlan
+    inside: Callable[[], bytes]
     parts: Sequence[str]
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
@@ -55,7 +59,7 @@ class Commit:
         self.transaction.commit(
             root_format.encode(
                 self.index.structure,
-                [report.segment for report in reports if report.segment is not None],
+                self._segments(reports),
                 [Spent(report.stage_seconds, report.write_seconds) for report in reports],
             ),
             self._draft(reports),
@@ -64,6 +68,12 @@ class Commit:
         )
         self.job.committed(self.transaction.step)
         return b""
+
+    def _segments(self, reports: Sequence[Report]) -> list[SegmentNote]:
+        found = [report.segment for report in reports if report.segment is not None]
+        if found and not found[0].rank:
+            found[0] = msgspec.structs.replace(found[0], inside=self.inside())
+        return found
 
     def _check(self, reports: Sequence[Report]) -> None:
         for rank, report in enumerate(reports):

@@ -343,6 +343,7 @@ class Saver:
             transaction=attempt.transaction,
             job=self._job,
             index=self._planner.index,
+            inside=lambda: attempt.files.inside,
             parts=list(self._state.parts),
             metrics=attempt.metrics,
             metadata={**self._metadata, **about.metadata},
