@@ -28,16 +28,16 @@ from dist_ckpt.format.tables import (
     LIMIT_BYTES,
     MOST_NAMES,
     Column,
+    bad_index,
     check_distinct,
     check_lengths,
     column,
     decode_map,
+    deflate,
     encode_map,
-    malformed,
-    pack,
+    inflate,
     positions,
     read_column,
-    unpack,
 )
 
 
@@ -154,7 +154,7 @@ def encode(structure: bytes, segments: Sequence[SegmentNote], spent: Sequence[Sp
     parts = list(dict.fromkeys(part for part, _ in objects))
     number_of = {name: number for number, name in enumerate(names)}
     part_of = {part: number for number, part in enumerate(parts)}
-    attempt = pack(
+    attempt = deflate(
         _Table(
             column([each.rank for each in segments]),
             column([each.nbytes for each in segments]),
@@ -185,7 +185,7 @@ def decode(data: bytes) -> Root:
     The caller has compared `data` with the digest in the manifest.
 
     Raises:
-        IntegrityError: cut short, malformed, or a rule of the format is broken.
+        IntegrityError: cut short, bad_index, or a rule of the format is broken.
         IncompatibleError: another format version.
     """
     version = _version(data)
@@ -202,7 +202,7 @@ def decode(data: bytes) -> Root:
     for layout in structure.layouts:
         lost = set(np.unique(layout.rank).tolist()) - ranks
         if lost:
-            raise malformed(f"rank {min(lost)} holds boxes, and has no segment")
+            raise bad_index(f"rank {min(lost)} holds boxes, and has no segment")
     return Root(structure, segments, spent)
 
 
@@ -211,16 +211,16 @@ def _version(data: bytes) -> int:
         return msgspec.msgpack.decode(data, type=_Version).format
     # RecursionError: how deep the bytes nest is chosen by whoever wrote them.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise malformed(f"the root cannot be decoded ({error})") from error
+        raise bad_index(f"the root cannot be decoded ({error})") from error
 
 
 def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple[Spent, ...]]:
-    table = unpack(data, _Table, where="the root")
+    table = inflate(data, _Table, where="the root")
     rank = read_column(table.rank, most=RANK_LIMIT - 1, where="the rank of a segment")
     nbytes = read_column(table.nbytes, most=LIMIT_BYTES, where="the size of a segment")
     within = read_column(table.inside, most=1, where="the place of a segment").tolist()
     if (rank[1:] <= rank[:-1]).any():
-        raise malformed("the segments are not sorted by rank, or two are of one")
+        raise bad_index("the segments are not sorted by rank, or two are of one")
     count = len(rank)
     check_lengths("segments", (len(nbytes), count), (len(within), count))
     check_lengths("segments", (len(table.digests), count * DIGEST_BYTES))
@@ -228,7 +228,7 @@ def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple
     objects = _objects(table, count)
     sizes = [size * flag for size, flag in zip(nbytes.tolist(), within, strict=True)]
     if sum(sizes) != len(inside) or sizes.count(0) != within.count(0):
-        raise malformed("the segments behind the root are not as long as it says")
+        raise bad_index("the segments behind the root are not as long as it says")
     ends = positions(np.array(sizes, np.int64)).tolist()
     segments = tuple(
         SegmentNote(
@@ -246,7 +246,7 @@ def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple
 
 def _files(table: _Table, rank: Column) -> list[list[tuple[str, int]]]:
     if not all(name == EXTRA or is_part(name) for name in table.names):
-        raise malformed("a file has a name that cannot be")
+        raise bad_index("a file has a name that cannot be")
     check_distinct(table.names, "the list of names")
     counts = read_column(table.files, where="the count of files")
     name = read_column(table.file_name, most=len(table.names) - 1, where="the name of a file")
@@ -256,9 +256,9 @@ def _files(table: _Table, rank: Column) -> list[list[tuple[str, int]]]:
     check_lengths("files", (len(number), len(name)), (len(nbytes), len(name)))
     owner = np.repeat(rank, counts)
     if len(np.unique(np.stack([owner, name, number]), axis=1).T) != len(name):
-        raise malformed("two files have the same name")
+        raise bad_index("two files have the same name")
     if sum(nbytes.tolist()) > structure_format.MOST_BYTES:
-        raise malformed("the files claim more bytes than there can be")
+        raise bad_index("the files claim more bytes than there can be")
     columns = zip(name.tolist(), owner.tolist(), number.tolist(), nbytes.tolist(), strict=True)
     found = [(shard_name(table.names[n], r, number=k), size) for n, r, k, size in columns]
     ends = positions(counts).tolist()
@@ -267,7 +267,7 @@ def _files(table: _Table, rank: Column) -> list[list[tuple[str, int]]]:
 
 def _objects(table: _Table, count: int) -> list[list[tuple[str, bool]]]:
     if not all(map(is_part, table.object_parts)):
-        raise malformed("values are of a part that cannot be")
+        raise bad_index("values are of a part that cannot be")
     check_distinct(table.object_parts, "the list of parts")
     counts = read_column(table.objects, where="the count of values")
     part = read_column(table.object_part, most=len(table.object_parts) - 1, where="a part")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, bytes_digest
-from dist_ckpt.format.index_values import FileEntry, ObjectEntry
+from dist_ckpt.format.index_values import ChunkTable, FileEntry, Index, ObjectEntry
 from dist_ckpt.format.root import Root, SegmentNote
 from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.format.structure import RankChunks, Structure
@@ -20,15 +20,15 @@ from dist_ckpt.format.tables import (
     FORMAT,
     MOST_NAMES,
     Column,
+    bad_index,
     check_lengths,
     column,
     decode_map,
+    deflate,
     encode_map,
-    malformed,
-    pack,
+    inflate,
     positions,
     read_column,
-    unpack,
 )
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -96,7 +96,7 @@ def encode(segment: Segment) -> bytes:
         UsageError: there is too much of it.
     """
     lengths = [np.diff(file.edges) for file in segment.files]
-    table = pack(
+    table = deflate(
         _Table(
             column([len(each) for each in lengths]),
             column(np.concatenate([np.zeros(0, np.int64), *lengths])),
@@ -123,7 +123,7 @@ def decode(data: bytes, root: Root, place: int) -> Segment:
     The caller has compared `data` with the digest in the root.
 
     Raises:
-        IntegrityError: malformed, or it does not describe what the root says that it does.
+        IntegrityError: bad_index, or it does not describe what the root says that it does.
         IncompatibleError: a newer release wrote it.
     """
     note = root.segments[place]
@@ -155,8 +155,8 @@ def _read(
             kind=ErrorKind.VERSION,
         )
     if wire.rank != note.rank:
-        raise malformed(f"{where} says that it is of rank {wire.rank}")
-    table = unpack(wire.table, _Table, where=where)
+        raise bad_index(f"{where} says that it is of rank {wire.rank}")
+    table = inflate(wire.table, _Table, where=where)
     files = _files(table, wire.digests, note, where)
     return table, files, _objects(table, note, files, where)
 
@@ -165,7 +165,7 @@ def _files(table: _Table, digests: bytes, note: SegmentNote, where: str) -> tupl
     counts = read_column(table.blocks, where=f"the count of blocks in {where}")
     lengths = read_column(table.length, most=BLOCK_BYTES, where=f"the length of a block in {where}")
     if len(lengths) and not int(lengths.min()):
-        raise malformed(f"{where} has a block without a byte")
+        raise bad_index(f"{where} has a block without a byte")
     check_lengths(where, (len(counts), len(note.files)), (len(lengths), sum(counts.tolist())))
     check_lengths(where, (len(digests), DIGEST_BYTES * len(lengths)))
     ends = positions(counts).tolist()
@@ -173,7 +173,7 @@ def _files(table: _Table, digests: bytes, note: SegmentNote, where: str) -> tupl
     for (name, nbytes), first, last in zip(note.files, ends, ends[1:], strict=False):
         mine = lengths[first:last]
         if int(mine.sum()) != nbytes:
-            raise malformed(f"the blocks of file {name} are not as long as it is")
+            raise bad_index(f"the blocks of file {name} are not as long as it is")
         blocks = digests[first * DIGEST_BYTES : last * DIGEST_BYTES]
         found.append(FileEntry.of(name, nbytes, blocks, mine))
     return tuple(found)
@@ -186,7 +186,7 @@ def _chunks(table: _Table, structure: Structure, rank: int, where: str) -> RankC
     chunks = structure.chunks_of(rank)
     boxes = read_column(table.box, where=f"a box in {where}")
     if not (np.array_equal(tensor, chunks.tensor) and np.array_equal(boxes, chunks.boxes)):
-        raise malformed(f"{where} has other chunks than the root says")
+        raise bad_index(f"{where} has other chunks than the root says")
     return chunks
 
 
@@ -194,16 +194,16 @@ def _objects(
     table: _Table, note: SegmentNote, files: Sequence[FileEntry], where: str
 ) -> tuple[ObjectEntry, ...]:
     if [(entry.part, entry.own) for entry in table.objects] != note.objects:
-        raise malformed(f"{where} has other values than the root says")
+        raise bad_index(f"{where} has other values than the root says")
     if len({(entry.part, entry.file) for entry in table.objects}) != len(table.objects):
-        raise malformed(f"{where} has values of a part twice in one file")
+        raise bad_index(f"{where} has values of a part twice in one file")
     found = []
     for entry in table.objects:
         if not 0 <= entry.file < len(files) or _DIGEST.fullmatch(entry.digest) is None:
-            raise malformed(f"the values of part {entry.part!r} in {where} are in no file")
+            raise bad_index(f"the values of part {entry.part!r} in {where} are in no file")
         nbytes = files[entry.file].nbytes
         if entry.offset < 0 or entry.nbytes < 0 or entry.offset + entry.nbytes > nbytes:
-            raise malformed(f"the values of part {entry.part!r} in {where} lie outside their file")
+            raise bad_index(f"the values of part {entry.part!r} in {where} lie outside their file")
         owner = note.rank if entry.own else None
         place = (entry.file, entry.offset, entry.nbytes)
         found.append(ObjectEntry(entry.part, owner, *place, entry.digest))
@@ -232,7 +232,65 @@ def _check_bytes(segment: Segment, structure: Structure) -> None:
         row = int(np.argmax(outside))
         tensor = structure.tensors[int(segment.chunks.tensor[row])]
         file = segment.files[int(segment.file[row])]
-        raise malformed(
+        raise bad_index(
             f"a chunk of tensor {tensor.name!r} takes {nbytes[row]} bytes at "
             f"{segment.offset[row]} of file {file.name}, which has {file.nbytes}"
         )
+
+
+def join_segments(root: Root, segments: Mapping[int, Segment]) -> Index:
+    """Return the index of what some segments describe, by their positions in `root`.
+
+    It has all tensors and all files, and the chunks, documents and blocks of these segments alone.
+    """
+    structure = root.structure
+    files = [FileEntry(*each, "", b"") for note in root.segments for each in note.files]
+    objects: list[ObjectEntry] = []
+    tensor, row, boxes, file, offset = ([np.zeros(0, np.int64)] for _ in range(5))
+    for place, segment in sorted(segments.items()):
+        first = root.first_files[place]
+        files[first : first + len(segment.files)] = segment.files
+        objects += [
+            msgspec.structs.replace(entry, file=first + entry.file) for entry in segment.objects
+        ]
+        tensor.append(segment.chunks.tensor)
+        row.append(segment.chunks.row)
+        boxes.append(segment.chunks.boxes)
+        file.append(segment.file + first)
+        offset.append(segment.offset)
+    columns = [np.concatenate(each) for each in (tensor, row, file, offset)]
+    table = _sorted(structure, columns, np.concatenate(boxes))
+    return Index(tuple(files), structure.tensors, tuple(objects), table)
+
+
+def _sorted(structure: Structure, columns: Sequence[Column], boxes: Column) -> ChunkTable:
+    """Sort chunks by tensor and row, with those that tied tensors share."""
+    tensor, row, _, _ = columns
+    order = np.lexsort((row, tensor))
+    # A tied tensor has the chunks of another one, which come once more under its own number.
+    heads = np.searchsorted(tensor[order], np.arange(len(structure.tensors) + 1))
+    tied = np.flatnonzero(structure.owner != np.arange(len(structure.owner)))
+    if len(tied):
+        owners = structure.owner.tolist()
+        runs = [order[heads[owner] : heads[owner + 1]] for owner in owners]
+        order = np.concatenate([np.zeros(0, np.int64), *runs])
+        numbers = np.repeat(np.arange(len(owners)), [len(run) for run in runs])
+    else:
+        numbers = tensor[order]
+    width = 2 * structure.ndim[tensor]
+    first = positions(width)[:-1]
+    flat = boxes[_runs(first[order], width[order])]
+    _, _, file, offset = columns
+    return ChunkTable(
+        numbers.astype(np.uint32),
+        file[order].astype(np.uint32),
+        offset[order].astype(np.uint64),
+        flat,
+    )
+
+
+def _runs(first: Column, count: Column) -> Column:
+    """Return the numbers `first[i]` up to `first[i] + count[i]`, for each i."""
+    ends = np.cumsum(count)
+    step = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count, count)
+    return np.repeat(first, count) + step

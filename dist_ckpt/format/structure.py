@@ -23,14 +23,14 @@ from dist_ckpt.format.names import RANK_LIMIT
 from dist_ckpt.format.tables import (
     MOST_NAMES,
     Column,
+    bad_index,
     check_distinct,
     check_lengths,
     column,
-    malformed,
-    pack,
+    deflate,
+    inflate,
     positions,
     read_column,
-    unpack,
 )
 
 MOST_CHUNKS = 1 << 31
@@ -179,7 +179,7 @@ def encode(structure: Structure) -> bytes:
     tensors, layouts = structure.tensors, structure.layouts
     parts = list(dict.fromkeys(tensor.part for tensor in tensors))
     dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
-    data = pack(
+    data = deflate(
         _Table(
             parts,
             dtypes,
@@ -205,10 +205,10 @@ def decode(data: bytes) -> Structure:
     """Read a structure, trusting nothing in it.
 
     Raises:
-        IntegrityError: malformed, or boxes that do not tile their tensor.
+        IntegrityError: bad_index, or boxes that do not tile their tensor.
         IncompatibleError: a newer release wrote it.
     """
-    table = unpack(data, _Table, where="the structure")
+    table = inflate(data, _Table, where="the structure")
     tensors = _tensors(table)
     check_tensors(tensors)
     count = len(tensors)
@@ -222,7 +222,7 @@ def decode(data: bytes) -> Structure:
     untied = np.bincount(layout[back == 0], minlength=len(rows)).tolist()
     # In Python integers: what is claimed may be more than int64 holds.
     if sum(a * b for a, b in zip(untied, rows.tolist(), strict=True)) > MOST_CHUNKS:
-        raise malformed(f"it claims more than {MOST_CHUNKS} chunks")
+        raise bad_index(f"it claims more than {MOST_CHUNKS} chunks")
     return found
 
 
@@ -276,9 +276,9 @@ def _shapes(tensors: Sequence[TensorEntry], layout: Column, count: int) -> list[
     found: dict[int, tuple[int, ...]] = {}
     for tensor, number in zip(tensors, layout.tolist(), strict=True):
         if found.setdefault(number, tensor.shape) != tensor.shape:
-            raise malformed(f"tensor {tensor.name!r} is cut as one of another shape")
+            raise bad_index(f"tensor {tensor.name!r} is cut as one of another shape")
     if len(found) != count:
-        raise malformed("a layout is of no tensor")
+        raise bad_index("a layout is of no tensor")
     return [found[number] for number in range(count)]
 
 
@@ -315,7 +315,7 @@ def _check_ties(structure: Structure) -> None:
         same = msgspec.structs.replace(tied, name=tensor.name) == tensor
         alike = structure.layout[number] == structure.layout[other]
         if not (same and alike and structure.owner[other] == other):
-            raise malformed(f"tensor {tied.name!r} cannot have the bytes of {tensor.name!r}")
+            raise bad_index(f"tensor {tied.name!r} cannot have the bytes of {tensor.name!r}")
 
 
 def _joined(many: Sequence[Column]) -> Column:

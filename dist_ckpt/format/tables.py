@@ -40,10 +40,10 @@ def read_column(data: bytes, *, most: int = 2**63 - 1, where: str) -> Column:
         IntegrityError: it is none, or a number is negative or above `most`.
     """
     if len(data) % 8:
-        raise malformed(f"{where} of {len(data)} bytes is no column")
+        raise bad_index(f"{where} of {len(data)} bytes is no column")
     numbers: Column = np.cumsum(np.frombuffer(data, "<i8"), dtype=np.int64)
     if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) > most):
-        raise malformed(f"{where} has a number that cannot be")
+        raise bad_index(f"{where} has a number that cannot be")
     return numbers
 
 
@@ -54,7 +54,7 @@ def check_lengths(where: str, *pairs: tuple[int, int]) -> None:
         IntegrityError: the two numbers of a pair differ.
     """
     if any(found != expected for found, expected in pairs):
-        raise malformed(f"the columns of {where} do not fit one another")
+        raise bad_index(f"the columns of {where} do not fit one another")
 
 
 def check_distinct(texts: Sequence[str], where: str) -> None:
@@ -64,7 +64,7 @@ def check_distinct(texts: Sequence[str], where: str) -> None:
         IntegrityError: one is.
     """
     if len(set(texts)) != len(texts):
-        raise malformed(f"{where} has a text twice")
+        raise bad_index(f"{where} has a text twice")
 
 
 def positions(first: Column) -> Column:
@@ -72,7 +72,7 @@ def positions(first: Column) -> Column:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(first)])
 
 
-def pack(table: msgspec.Struct) -> bytes:
+def deflate(table: msgspec.Struct) -> bytes:
     """Return the bytes of a table.
 
     Raises:
@@ -87,7 +87,7 @@ def pack(table: msgspec.Struct) -> bytes:
     return zlib.compress(raw)
 
 
-def unpack(data: bytes, kind: type[_T], *, where: str) -> _T:
+def inflate(data: bytes, kind: type[_T], *, where: str) -> _T:
     """Return the table in `data`, of which no more than `LIMIT_BYTES` are ever made.
 
     Raises:
@@ -98,9 +98,9 @@ def unpack(data: bytes, kind: type[_T], *, where: str) -> _T:
     try:
         raw = stream.decompress(data, LIMIT_BYTES)
     except zlib.error as error:
-        raise malformed(f"{where} cannot be inflated ({error})") from error
+        raise bad_index(f"{where} cannot be inflated ({error})") from error
     if not stream.eof or stream.unused_data:
-        raise malformed(f"{where} is cut short, too large, or followed by something")
+        raise bad_index(f"{where} is cut short, too large, or followed by something")
     return decode_map(raw, kind, where=where)
 
 
@@ -134,7 +134,7 @@ def decode_map(data: bytes, kind: type[_T], *, where: str) -> _T:
                 "wrote it or a newer one",
                 kind=ErrorKind.VERSION,
             ) from error
-        raise malformed(f"{where} cannot be decoded ({error})") from error
+        raise bad_index(f"{where} cannot be decoded ({error})") from error
 
 
 def _keys(data: bytes) -> Iterable[str]:
@@ -144,6 +144,6 @@ def _keys(data: bytes) -> Iterable[str]:
         return ()
 
 
-def malformed(problem: str) -> IntegrityError:
+def bad_index(problem: str) -> IntegrityError:
     """Return the error of an index that breaks a rule."""
     return IntegrityError(f"index: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED)

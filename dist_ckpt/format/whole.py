@@ -1,8 +1,8 @@
-"""From root and segments to one index, and from an index to root and segments."""
+"""An index that one process has whole, as a root with all segments behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -10,70 +10,12 @@ import numpy as np
 from dist_ckpt.format import root as root_format
 from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.index_values import ChunkTable, FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.index_values import FileEntry, Index, TensorEntry
 from dist_ckpt.format.names import parse_shard_name
-from dist_ckpt.format.root import Root, Spent
+from dist_ckpt.format.root import Spent
 from dist_ckpt.format.segment import Segment
 from dist_ckpt.format.structure import Cut, RankChunks, Structure, structure_of
-from dist_ckpt.format.tables import Column, malformed, positions
-
-
-def joined(root: Root, segments: Mapping[int, Segment]) -> Index:
-    """Return the index of what some segments describe, by their positions in `root`.
-
-    It has all tensors and all files, and the chunks, documents and blocks of these segments alone.
-    """
-    structure = root.structure
-    files = [FileEntry(*each, "", b"") for note in root.segments for each in note.files]
-    objects: list[ObjectEntry] = []
-    tensor, row, boxes, file, offset = ([np.zeros(0, np.int64)] for _ in range(5))
-    for place, segment in sorted(segments.items()):
-        first = root.first_files[place]
-        files[first : first + len(segment.files)] = segment.files
-        objects += [
-            msgspec.structs.replace(entry, file=first + entry.file) for entry in segment.objects
-        ]
-        tensor.append(segment.chunks.tensor)
-        row.append(segment.chunks.row)
-        boxes.append(segment.chunks.boxes)
-        file.append(segment.file + first)
-        offset.append(segment.offset)
-    columns = [np.concatenate(each) for each in (tensor, row, file, offset)]
-    table = _sorted(structure, columns, np.concatenate(boxes))
-    return Index(tuple(files), structure.tensors, tuple(objects), table)
-
-
-def _sorted(structure: Structure, columns: Sequence[Column], boxes: Column) -> ChunkTable:
-    """Sort chunks by tensor and row, with those that tied tensors share."""
-    tensor, row, _, _ = columns
-    order = np.lexsort((row, tensor))
-    # A tied tensor has the chunks of another one, which come once more under its own number.
-    heads = np.searchsorted(tensor[order], np.arange(len(structure.tensors) + 1))
-    tied = np.flatnonzero(structure.owner != np.arange(len(structure.owner)))
-    if len(tied):
-        owners = structure.owner.tolist()
-        runs = [order[heads[owner] : heads[owner + 1]] for owner in owners]
-        order = np.concatenate([np.zeros(0, np.int64), *runs])
-        numbers = np.repeat(np.arange(len(owners)), [len(run) for run in runs])
-    else:
-        numbers = tensor[order]
-    width = 2 * structure.ndim[tensor]
-    first = positions(width)[:-1]
-    flat = boxes[_runs(first[order], width[order])]
-    _, _, file, offset = columns
-    return ChunkTable(
-        numbers.astype(np.uint32),
-        file[order].astype(np.uint32),
-        offset[order].astype(np.uint64),
-        flat,
-    )
-
-
-def _runs(first: Column, count: Column) -> Column:
-    """Return the numbers `first[i]` up to `first[i] + count[i]`, for each i."""
-    ends = np.cumsum(count)
-    step = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count, count)
-    return np.repeat(first, count) + step
+from dist_ckpt.format.tables import Column, bad_index
 
 
 def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
@@ -85,7 +27,7 @@ def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
     """
     structure = structure_of(*_cuts(index))
     if len(structure.tensors) != len(index.tensors):
-        raise malformed("two tensors of one part have the same name")
+        raise bad_index("two tensors of one part have the same name")
     encoded = structure_format.encode(structure)
     segments = [_segment(index, structure, rank) for rank in _ranks(index.files)]
     notes = [each.noted(segment_format.encode(each), inside=True) for each in segments]
@@ -104,7 +46,7 @@ def _ranks(files: Iterable[FileEntry]) -> list[int]:
 def _rank_of(file: FileEntry) -> int:
     found = parse_shard_name(file.name)
     if found is None:
-        raise malformed(f"{file.name!r} is not the name of a shard file")
+        raise bad_index(f"{file.name!r} is not the name of a shard file")
     return found[1]
 
 
@@ -134,7 +76,7 @@ def _segment(index: Index, structure: Structure, rank: int) -> Segment:
     chunks = structure.chunks_of(rank)
     at = _rows_in(index, structure, chunks)
     if any(entry.rank not in (None, rank) for entry in index.objects if entry.file in local):
-        raise malformed(f"values of another rank are in a file of rank {rank}")
+        raise bad_index(f"values of another rank are in a file of rank {rank}")
     objects = [
         msgspec.structs.replace(entry, file=local[entry.file])
         for entry in index.objects

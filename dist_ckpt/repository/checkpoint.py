@@ -15,9 +15,8 @@ from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest
 from dist_ckpt.format.names import INDEX, file_key, manifest_key, segment_name, step_dir
 from dist_ckpt.format.root import SegmentNote
 from dist_ckpt.format.tables import Column
-from dist_ckpt.repository.described import described
+from dist_ckpt.repository.described import Values, open_description
 from dist_ckpt.repository.source import deleted_meanwhile, read_file, reread
-from dist_ckpt.repository.values import Values
 from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.storage.parallel import in_parallel
@@ -73,7 +72,7 @@ class Checkpoint:
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         index = self.manifest.index
         self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
-        self._described = described(self.manifest, index_bytes, self._read_segment)
+        self._described = open_description(self.manifest, index_bytes, self._read_segment)
         self.tensors: tuple[TensorEntry, ...] = self._described.tensors
         self.files: Sequence[tuple[str, int]] = self._described.files
         self.beside: Mapping[str, SegmentNote] = self._described.beside

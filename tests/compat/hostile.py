@@ -18,8 +18,9 @@ from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.digest import bytes_digest, digest_blocks
 from dist_ckpt.format.index import FileEntry, Index
 from dist_ckpt.format.manifest import FilesTotal, ManifestFile
+from dist_ckpt.format.segment import join_segments
 from dist_ckpt.format.shard import ShardEntry, layout
-from dist_ckpt.format.whole import encode_whole, joined
+from dist_ckpt.format.whole import encode_whole
 
 NUMBERS = (0, 1, 2**7, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 VALUES: tuple[Any, ...] = (
@@ -158,7 +159,7 @@ class Sealed:
         self.manifest = manifest_format.decode(files[self._manifest_key], step=step)
         root = root_format.decode(files[self._index_key])
         (segment,) = (segment_format.decode(each.inside, root, 0) for each in root.segments)
-        self.index = joined(root, {0: segment})
+        self.index = join_segments(root, {0: segment})
 
     def documents(self) -> dict[tuple[str, int | None], dict[str, bytes]]:
         """Return the encoded values by part and rank, then name."""

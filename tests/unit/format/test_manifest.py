@@ -196,7 +196,7 @@ def _drop(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 SHARD = "model.r00000.safetensors"
-LISTED = [
+LISTED: list[dict[str, Any]] = [
     {"key": f"{SAVE_ID}/model.r00000.safetensors", "nbytes": 8192, "digest": DIGEST},
     {"key": f"{SAVE_ID}/extra.r00001.safetensors", "nbytes": 4096, "digest": DIGEST},
 ]

@@ -21,10 +21,10 @@ from dist_ckpt.format.boxes import Box, split_rows
 from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest, cut_blocks, digest_blocks
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.root import Root, Spent
-from dist_ckpt.format.segment import Segment
+from dist_ckpt.format.segment import Segment, join_segments
 from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.format.tables import column
-from dist_ckpt.format.whole import encode_whole, joined
+from dist_ckpt.format.whole import encode_whole
 from tests.compat.hostile import mutated
 
 FILE_BYTES = 20000
@@ -92,12 +92,12 @@ def read(data: bytes) -> tuple[Root, dict[int, Segment]]:
 
 @given(indexes())
 def test_an_index_comes_back_from_its_segments(index: Index) -> None:
-    assert joined(*read(encode_whole(index))) == index
+    assert join_segments(*read(encode_whole(index))) == index
 
 
 def test_the_small_index_comes_back() -> None:
     root, segments = read(encode_whole(small(), [Spent(0.25, 1.5)]))
-    assert joined(root, segments) == small()
+    assert join_segments(root, segments) == small()
     assert root.spent == (Spent(0.25, 1.5),)
     assert root.structure.owner.tolist() == [0, 0, 2, 3]
     assert len(root.structure.layouts) == 3, "one for both matrices"
@@ -107,7 +107,7 @@ def test_the_small_index_comes_back() -> None:
 
 def test_one_segment_tells_of_its_own_chunks_alone() -> None:
     root, segments = read(encode_whole(small()))
-    part = joined(root, {1: segments[1]})
+    part = join_segments(root, {1: segments[1]})
     assert part.tensors == small().tensors
     assert [file.name for file in part.files] == [file.name for file in FILES]
     assert [file.digest != "" for file in part.files] == [False, False, True, True]

@@ -10,8 +10,9 @@ from dist_ckpt.format import root as root_format
 from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.segment import join_segments
 from dist_ckpt.format.shard import ShardLayout
-from dist_ckpt.format.whole import encode_whole, joined
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.files import plan_extra, plan_files
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
 from dist_ckpt.planning.owners import decide
@@ -55,7 +56,7 @@ def test_every_box_and_every_document_is_in_it() -> None:
     root = root_format.decode(encode_whole(index))
     places = range(len(root.segments))
     read = {n: segment_format.decode(root.segments[n].inside, root, n) for n in places}
-    assert joined(root, read) == index, "a reader takes it"
+    assert join_segments(root, read) == index, "a reader takes it"
 
 
 def test_a_report_that_lacks_a_file_is_refused() -> None:
