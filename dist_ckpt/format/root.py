@@ -199,10 +199,9 @@ def decode(data: bytes) -> Root:
     structure = structure_format.decode(wire.structure)
     segments, spent = _attempt(wire.attempt, wire.segments)
     ranks = {each.rank for each in segments}
-    for layout in structure.layouts:
-        lost = set(np.unique(layout.rank).tolist()) - ranks
-        if lost:
-            raise bad_index(f"rank {min(lost)} holds boxes, and has no segment")
+    lost = set(structure.ranks.tolist()) - ranks
+    if lost:
+        raise bad_index(f"rank {min(lost)} holds boxes, and has no segment")
     return Root(structure, segments, spent)
 
 

@@ -29,6 +29,7 @@ from dist_ckpt.format.tables import (
     inflate,
     positions,
     read_column,
+    runs,
 )
 
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -272,14 +273,14 @@ def _sorted(structure: Structure, columns: Sequence[Column], boxes: Column) -> C
     tied = np.flatnonzero(structure.owner != np.arange(len(structure.owner)))
     if len(tied):
         owners = structure.owner.tolist()
-        runs = [order[heads[owner] : heads[owner + 1]] for owner in owners]
-        order = np.concatenate([np.zeros(0, np.int64), *runs])
-        numbers = np.repeat(np.arange(len(owners)), [len(run) for run in runs])
+        shared = [order[heads[owner] : heads[owner + 1]] for owner in owners]
+        order = np.concatenate([np.zeros(0, np.int64), *shared])
+        numbers = np.repeat(np.arange(len(owners)), [len(rows) for rows in shared])
     else:
         numbers = tensor[order]
     width = 2 * structure.ndim[tensor]
     first = positions(width)[:-1]
-    flat = boxes[_runs(first[order], width[order])]
+    flat = boxes[runs(first[order], width[order])]
     _, _, file, offset = columns
     return ChunkTable(
         numbers.astype(np.uint32),
@@ -287,10 +288,3 @@ def _sorted(structure: Structure, columns: Sequence[Column], boxes: Column) -> C
         offset[order].astype(np.uint64),
         flat,
     )
-
-
-def _runs(first: Column, count: Column) -> Column:
-    """Return the numbers `first[i]` up to `first[i] + count[i]`, for each i."""
-    ends = np.cumsum(count)
-    step = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count, count)
-    return np.repeat(first, count) + step

@@ -31,6 +31,7 @@ from dist_ckpt.format.tables import (
     inflate,
     positions,
     read_column,
+    runs,
 )
 
 MOST_CHUNKS = 1 << 31
@@ -50,23 +51,6 @@ class Layout:
     rank: Column
     starts: Column
     sizes: Column
-
-    @cached_property
-    def _by_rank(self) -> tuple[Column, Column]:
-        order = np.argsort(self.rank, kind="stable")
-        return self.rank[order], order
-
-    def rows_of(self, rank: int) -> Column:
-        """Return the rows of the boxes that `rank` holds, ascending."""
-        ranks, order = self._by_rank
-        first, last = np.searchsorted(ranks, (rank, rank + 1))
-        rows: Column = order[first:last]
-        return rows
-
-    def flat(self, rows: Column) -> Column:
-        """Return starts and sizes of each of `rows`, one box after another."""
-        boxes: Column = np.concatenate([self.starts[rows], self.sizes[rows]], axis=1)
-        return boxes.reshape(-1)
 
     def holders(self, box: Box) -> Column:
         """Return the ranks that hold an element of `box`, some of them several times."""
@@ -93,6 +77,33 @@ class RankChunks:
 
 
 @dataclass(frozen=True, eq=False)
+class _Rows:
+    """The boxes of all layouts, sorted by rank.
+
+    Attributes:
+        rank: int64[n], who holds it.
+        layout: int64[n], of which layout it is.
+        row: int64[n], which row of it.
+        place: int64[n], where in `boxes` it begins.
+        boxes: flat int64, for each box `d` starts, then `d` sizes, layout by layout.
+        own: the tensors with chunks of their own, by layout.
+        first_own: int64[layouts + 1], where in `own` those of each layout begin.
+    """
+
+    rank: Column
+    layout: Column
+    row: Column
+    place: Column
+    boxes: Column
+    own: Column
+    first_own: Column
+
+    def slice_of(self, rank: int) -> slice:
+        first, last = np.searchsorted(self.rank, (rank, rank + 1)).tolist()
+        return slice(first, last)
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
     """All that is the same from save to save.
 
@@ -114,31 +125,47 @@ class Structure:
         return np.array([len(tensor.shape) for tensor in self.tensors], np.int64)
 
     @cached_property
-    def _by_layout(self) -> list[Column]:
-        """The tensors with chunks of their own, for each layout."""
+    def _rows(self) -> _Rows:
+        """The boxes of all layouts, by the rank that holds them."""
+        ndim = np.array([each.starts.shape[1] for each in self.layouts], np.int64)
+        counts = np.array([len(each.rank) for each in self.layouts], np.int64)
+        rank = _joined([each.rank for each in self.layouts])
+        order = np.argsort(rank, kind="stable")
         own = np.flatnonzero(self.owner == np.arange(len(self.owner)))
-        return [own[self.layout[own] == number] for number in range(len(self.layouts))]
+        return _Rows(
+            rank[order],
+            np.repeat(np.arange(len(counts)), counts)[order],
+            runs(np.zeros(len(counts), np.int64), counts)[order],
+            positions(np.repeat(2 * ndim, counts))[:-1][order],
+            _joined([np.concatenate([each.starts, each.sizes], axis=1) for each in self.layouts]),
+            own[np.argsort(self.layout[own], kind="stable")],
+            positions(np.bincount(self.layout[own], minlength=len(counts))),
+        )
+
+    @property
+    def ranks(self) -> Column:
+        """The ranks that hold a box, ascending."""
+        return np.unique(self._rows.rank)
 
     def count_of(self, rank: int) -> int:
         """Return how many chunks `rank` has; nothing is made of that length."""
-        pairs = zip(self.layouts, self._by_layout, strict=True)
-        return sum(len(layout.rows_of(rank)) * len(tensors) for layout, tensors in pairs)
+        table = self._rows
+        layout = table.layout[table.slice_of(rank)]
+        return int((table.first_own[layout + 1] - table.first_own[layout]).sum())
 
     def chunks_of(self, rank: int) -> RankChunks:
         """Return the chunks that `rank` has."""
-        found = [layout.rows_of(rank) for layout in self.layouts]
-        tensors = [np.repeat(t, len(r)) for t, r in zip(self._by_layout, found, strict=True)]
-        rows = [np.tile(r, len(t)) for t, r in zip(self._by_layout, found, strict=True)]
-        tensor = np.concatenate([np.zeros(0, np.int64), *tensors])
-        order = np.argsort(tensor, kind="stable")
-        flats = [each.flat(r) for each, r in zip(self.layouts, found, strict=True)]
-        heads = np.unique(tensor)
-        boxes = [flats[number] for number in self.layout[heads].tolist()]
-        return RankChunks(
-            tensor[order],
-            np.concatenate([np.zeros(0, np.int64), *rows])[order],
-            np.concatenate([np.zeros(0, np.int64), *boxes]),
-        )
+        table = self._rows
+        mine = table.slice_of(rank)
+        first = table.first_own[table.layout[mine]]
+        counts = table.first_own[table.layout[mine] + 1] - first
+        tensor = table.own[runs(first, counts)]
+        row = np.repeat(table.row[mine], counts)
+        place = np.repeat(table.place[mine], counts)
+        order = np.lexsort((row, tensor))
+        tensor = tensor[order]
+        boxes = table.boxes[runs(place[order], 2 * self.ndim[tensor])]
+        return RankChunks(tensor, row[order], boxes)
 
     def holders(self, wanted: Iterable[tuple[int, Box]]) -> Column:
         """Return the ranks that hold an element of boxes of tensors, ascending.

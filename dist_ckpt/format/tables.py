@@ -72,6 +72,13 @@ def positions(first: Column) -> Column:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(first)])
 
 
+def runs(first: Column, count: Column) -> Column:
+    """Return the numbers from each of `first` on, as many as its `count` says."""
+    ends = np.cumsum(count)
+    step = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count, count)
+    return np.repeat(first, count) + step
+
+
 def deflate(table: msgspec.Struct) -> bytes:
     """Return the bytes of a table.
 
