@@ -308,6 +308,7 @@ class Checkpoint:
         """Return the same checkpoint, its files being read from another store."""
         moved = copy(self)
         moved.store = store
+        moved._values = Values(moved)  # noqa: SLF001 a checkpoint as well
         return moved
 
     def read_beside(self, name: str) -> bytes:

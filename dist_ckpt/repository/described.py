@@ -184,7 +184,8 @@ class _Segments:
         """Return segments by their positions, having read those that were not asked for before."""
         wanted = list(places)
         missing = [place for place in wanted if place not in self._known]
-        in_parallel(self._decode, missing, threads=min(_THREADS, len(missing)))
+        if missing:
+            in_parallel(self._decode, missing, threads=min(_THREADS, len(missing)))
         return {place: self._known[place] for place in wanted}
 
     def _decode(self, place: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
@@ -90,6 +90,7 @@ def read(data: bytes) -> tuple[Root, dict[int, Segment]]:
     return root, {n: segment_format.decode(root.segments[n].inside, root, n) for n in places}
 
 
+@settings(max_examples=60)
 @given(indexes())
 def test_an_index_comes_back_from_its_segments(index: Index) -> None:
     assert join_segments(*read(encode_whole(index))) == index
@@ -297,7 +298,7 @@ def test_a_root_that_claims_more_chunks_than_there_are_is_refused() -> None:
         read(remade("root", put("structure", zlib.compress(msgspec.msgpack.encode(table)))))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_mutation_does_more_than_be_refused(seed: int) -> None:
     rng = random.Random(seed)
     whole = encode_whole(small())

@@ -18,8 +18,8 @@ from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from tests.compat.golden import shard
 
-WORLD = 4
-ROWS = 16
+WORLD = 3
+ROWS = 12
 
 
 class Watched(LocalStore):
@@ -65,12 +65,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def run(saved: str, tmp_path: Path) -> Path:
     """A copy, to be damaged."""
-    store, step = LocalStore(saved), Repository(LocalStore(saved))
+    store = LocalStore(saved)
     for entry in store.list_entries():
         path = tmp_path / entry.key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((Path(saved) / entry.key).read_bytes())
-    assert step.steps() == [1, 2]
     return tmp_path
 
 
@@ -95,7 +94,7 @@ def test_the_segment_of_rank_0_is_in_the_root(saved: str) -> None:
     store = Watched(saved)
     with dist_ckpt.open_checkpoint(store, step=2) as opened:
         assert torch.equal(opened["model/rows"][0], tensor()[0])
-        assert opened.read_values("notes") == {"a": 1} or opened.read_encoded("notes")
+        assert opened.read_encoded("notes")
     assert names(store, ".msgpack") == ["index.msgpack"]
 
 
@@ -132,9 +131,8 @@ def wanted_by(root: str, world: Sequence[int]) -> tuple[int, int]:
     return report.nbytes_read, report.nbytes_wanted
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_other_ranks_read_little_more_than_they_want(saved: str, ranks: int) -> None:
-    found = run_ranks(ranks, wanted_by, saved, ())
+def test_other_ranks_read_little_more_than_they_want(saved: str) -> None:
+    found = run_ranks(2, wanted_by, saved, ())
     assert sum(wanted for _, wanted in found) == tensor().nbytes
     assert sum(read for read, _ in found) <= 1.10 * tensor().nbytes
 
@@ -171,7 +169,7 @@ def test_a_damaged_segment_is_found(run: Path, how: str) -> None:
 
 
 def test_a_restore_passes_a_damaged_segment_over(run: Path) -> None:
-    segment_of(run, 2, 3).unlink()
+    segment_of(run, 2, 2).unlink()
     module = nn.Module()
     module.register_buffer("rows", torch.zeros(ROWS, 1024))
     with dist_ckpt.Checkpointer(str(run), {"model": module}) as ckpt:
@@ -183,7 +181,7 @@ def test_a_copy_has_the_segments(saved: str, tmp_path: Path) -> None:
     target = tmp_path / "copy"
     dist_ckpt.Run(saved).copy(2, str(target))
     assert Repository(LocalStore(str(target))).verify(2).ok
-    assert segment_of(target, 2, 3).exists()
+    assert segment_of(target, 2, 2).exists()
 
 
 def test_a_deleted_checkpoint_leaves_no_segment(run: Path) -> None:
