@@ -59,7 +59,8 @@ def _export(
     if url != source:
         chosen["step"] = int(which) if which.isdecimal() else which
     if which == "best":
-        chosen["metric"], chosen["mode"] = places.criterion(metric)
+        wanted = places.criterion(metric)
+        chosen["metric"], chosen["mode"] = wanted.metric, wanted.mode
     names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
     _tell(
         dist_ckpt.export(

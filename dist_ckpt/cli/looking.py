@@ -14,7 +14,7 @@ from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from dist_ckpt.run import Listed
+    from dist_ckpt.repository.listed import Listed
 
 _SORTS = ("step", "age", "size")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
