@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,7 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, marks
+from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.below import runs_below, similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.collect import (
@@ -70,11 +72,25 @@ class KeepDecision:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """What a mirroring did.
+
+    Attributes:
+        copied: the copies that were made.
+        removed: the steps that were deleted at the other place.
+    """
+
+    copied: tuple[Copied, ...]
+    removed: tuple[int, ...]
+
+
 class Run:
     """A run at a place. Every call looks anew: what is stored is the truth.
 
     Attributes:
         url: where it is, without secrets.
+        store: the place itself.
     """
 
     def __init__(
@@ -89,13 +105,13 @@ class Run:
         Raises:
             UsageError: the url is malformed.
         """
-        self._store = (
+        self.store = (
             url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
         )
-        self.url = self._store.url
+        self.url = self.store.url
         # Nearly always a place without a run is a mistyped one.
         beside = partial(similar_beside, self.url, storage_options)
-        self._repository = Repository(self._store, similar=beside)
+        self._repository = Repository(self.store, similar=beside)
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending."""
@@ -103,7 +119,7 @@ class Run:
 
     def runs_below(self) -> list[str]:
         """Return the urls of the runs at or below this place, up to three folders below."""
-        return list(runs_below(self._store))
+        return list(runs_below(self.store))
 
     def latest(self) -> int | None:
         """Return the newest committed step, None where there is none."""
@@ -132,7 +148,7 @@ class Run:
         steps = sorted(self._repository.candidates())
         if not steps:
             raise self._repository.no_checkpoint()
-        found = map_in_parallel(partial(look, self._store), steps, threads=_AT_ONCE)
+        found = map_in_parallel(partial(look, self.store), steps, threads=_AT_ONCE)
         whole = [each.step for each in found if each.state == "committed"]
         return [
             replace(each, marks=("latest", *each.marks)) if each.step in whole[-1:] else each
@@ -250,14 +266,14 @@ class Run:
         Raises:
             UsageError: this storage does not say when an object was put.
         """
-        older = claims.highest(self._store) - 1
+        older = claims.highest(self.store) - 1
         before = None if older_than is None else time.time() - older_than.total_seconds()
-        return collect_garbage(self._store, claim=older, in_flight=(), before=before)
+        return collect_garbage(self.store, claim=older, in_flight=(), before=before)
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""
-        older = claims.highest(self._store) - 1
-        return list(garbage(self._store, claim=older, in_flight=()))
+        older = claims.highest(self.store) - 1
+        return list(garbage(self.store, claim=older, in_flight=()))
 
     def copy(self, step: int, to: str | Store | Run) -> Copied:
         """Copy a checkpoint into another run, verified, and committed there last.
@@ -269,7 +285,39 @@ class Run:
             IntegrityError: the source is damaged; nothing was committed.
         """
         target = to if isinstance(to, Run) else Run(to)
-        return copying.copy(self.open(step), target._store)  # noqa: SLF001 a run as well
+        return copying.copy(self.open(step), target.store)
+
+    def mirror(
+        self, to: str | Store | Run, *, best: Criterion | None = None, keep: int | None = None
+    ) -> Mirrored:
+        """Copy the newest checkpoint, and the best, into another run, where they are not there yet.
+
+        One that is deleted here meanwhile is passed over: the next call finds what came after it.
+
+        Args:
+            to: the other run.
+            best: by what one is the best; None copies the newest alone.
+            keep: how many of the newest stay there beside the best; None deletes nothing.
+
+        Raises:
+            NotFound: there is no run to copy.
+            AlreadyExists: another checkpoint of such a step is there.
+        """
+        target = to if isinstance(to, Run) else Run(to)
+        policy = None if keep is None else _newest_or_best(keep, best)
+        listed = self.listed()
+        wanted = {each.step for each in listed if "latest" in each.marks}
+        records = [each.record for each in listed if each.record is not None]
+        wanted |= {each.step for each in (best.ranked(records) if best else [])[:1]}
+        copied = []
+        for step in sorted(wanted):
+            with suppress(NotFound):
+                copied.append(self.copy(step, target))
+        decided = target.keep(policy) if policy and target.latest() is not None else []
+        return Mirrored(
+            tuple(each for each in copied if each.files),
+            tuple(each.step for each in decided if not each.kept),
+        )
 
     def diff(self, step: int, other: int, *, of: Run | None = None) -> list[Difference]:
         """Return the tensors that differ between two checkpoints by their digests; no data is read.
@@ -283,22 +331,27 @@ class Run:
 
     def _delete(self, step: int, *, pinned_too: bool) -> None:
         try:
-            data = read_manifest(self._store, step)
+            data = read_manifest(self.store, step)
             save_id = manifest_format.decode(data, step=step).save_id
         except NotFound:
             return  # the retention of the job was faster
         except (IntegrityError, IncompatibleError):
-            delete_checkpoint(self._store, step)  # only asked for by name, and forced
+            delete_checkpoint(self.store, step)  # only asked for by name, and forced
             return
-        if not pinned_too and marks.is_pinned(self._store, step, save_id):
+        if not pinned_too and marks.is_pinned(self.store, step, save_id):
             return  # since the plan was made
-        marks.mark_removed(self._store, step, save_id)
+        marks.mark_removed(self.store, step, save_id)
         # Itself alone: a job that went back may have saved the step anew since the look.
-        delete_exactly(self._store, manifest_key(step), data)
-        delete_attempt(self._store, step, save_id)
+        delete_exactly(self.store, manifest_key(step), data)
+        delete_attempt(self.store, step, save_id)
 
     def _manifest_bytes(self, step: int) -> bytes:
         try:
-            return read_manifest(self._store, check_step(step))
+            return read_manifest(self.store, check_step(step))
         except NotFound:
             raise self._repository.not_found(step) from None
+
+
+def _newest_or_best(count: int, best: Criterion | None) -> KeepPolicy:
+    policy = keeping.latest(count)
+    return policy if best is None else policy | keeping.best(best.metric, mode=best.mode)

@@ -6,10 +6,12 @@ import math
 import random
 import re
 from dataclasses import asdict
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.looking import in_words, metric_names
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
@@ -78,40 +80,68 @@ def _diff(
     one: Annotated[str, typer.Argument(metavar="URL@STEP", help="a checkpoint")],
     other: Annotated[str, typer.Argument(metavar="URL@STEP|STEP", help="another one")],
     *,
+    values: Annotated[
+        bool, typer.Option("--values", help="read what differs, and say how far it is apart")
+    ] = False,
     metric: Metric = None,
     storage_option: Options = None,
     json: Json = False,
 ) -> None:
-    """Show in what two checkpoints differ, by their digests: no data is read.
+    """Show in what two checkpoints differ, by their digests: no data is read without --values.
 
-    Example: dist-ckpt diff runs/17@100 200
+    Example: dist-ckpt diff runs/17@100 200 --values
     """
     run, step = places.open_step(one, storage_option, metric)
     if other.isdecimal():
         there, second = run, int(other)
     else:
         there, second = places.open_step(other, storage_option, metric)
-    found = run.diff(step, second, of=there)
+    rows = [asdict(each) for each in run.diff(step, second, of=there)]
+    if values:
+        rows = _with_values(rows, (run, step), (there, second))
     facts = _facts_that_differ(run, step, there, second)
     if json:
-        rows = [asdict(each) for each in found]
         say_json({"equal": not rows, "tensors": rows, "facts": facts})
         return
     for name, (mine, theirs) in facts.items():
         say(f"{name}: {in_words(mine) or 'nothing'} -> {in_words(theirs) or 'nothing'}")
-    if not found:
+    if not rows:
         say("all tensors are equal")
         return
+    texts = {"part": "part", "name": "name", "kind": "differ in", "here": "here", "there": "there"}
+    numbers = {"differing": "elements", "absolute": "by", "relative": "share"} if values else {}
     table(
+        [*((title, "left") for title in texts.values()), *((t, "right") for t in numbers.values())],
         [
-            ("part", "left"),
-            ("name", "left"),
-            ("differ in", "left"),
-            ("here", "left"),
-            ("there", "left"),
+            [*(row[name] for name in texts), *(show_number(row.get(name)) for name in numbers)]
+            for row in rows
         ],
-        [[e.part, e.name, e.kind, e.here, e.there] for e in found],
     )
+
+
+def _with_values(
+    rows: list[dict[str, Any]], one: tuple[Run, int], other: tuple[Run, int]
+) -> list[dict[str, Any]]:
+    """Return `rows` with how far the values are apart, without those that are equal after all."""
+    module: Any = import_module("dist_ckpt.doors.numbers")  # which needs torch
+    names = [f"{row['part']}/{row['name']}" for row in rows if row["kind"] == "values"]
+    (run, step), (there, second) = one, other
+    with (
+        dist_ckpt.open_checkpoint(run.store, step=step) as here,
+        dist_ckpt.open_checkpoint(there.store, step=second) as beyond,
+    ):
+        found = {each.name: each for each in module.value_differences(here, beyond, names)}
+    return [
+        {
+            **row,
+            "differing": None if far is None else far.differing,
+            "absolute": None if far is None else far.absolute,
+            "relative": None if far is None else far.relative,
+        }
+        for row in rows
+        for far in [found.get(f"{row['part']}/{row['name']}")]
+        if far is None or far.differing
+    ]
 
 
 def _compare(url: Url, *, storage_option: Options = None, json: Json = False) -> None:

@@ -41,9 +41,14 @@ def say(text: str) -> None:
     write(f"{escaped(text)}\n")
 
 
-def say_json(value: Any) -> None:
-    """Print `value` as JSON, in which what is not finite is a text."""
-    write(f"{json.dumps(finite(value), indent=2, ensure_ascii=False)}\n")
+def say_json(value: Any, *, lines: bool = False) -> None:
+    """Print `value` as JSON, in which what is not finite is a text.
+
+    Args:
+        value: what to print.
+        lines: in one line, as one of many.
+    """
+    write(f"{json.dumps(finite(value), indent=None if lines else 2, ensure_ascii=False)}\n")
 
 
 def finite(value: Any) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import dist_ckpt
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
-from dist_ckpt.repository.ranking import Criterion
 
 if TYPE_CHECKING:
+    from dist_ckpt.repository.ranking import Criterion
     from dist_ckpt.run import Run
 
 _AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)", re.DOTALL)
@@ -70,7 +71,9 @@ def criterion(metric: str | None) -> Criterion:
     """
     if not metric:
         raise UsageError("say by which metric the best is chosen: --metric val/loss, or f1:max")
-    return Criterion.parse(metric)
+    # Imported by this very use, as the run is.
+    parsed: Criterion = import_module("dist_ckpt.repository.ranking").Criterion.parse(metric)
+    return parsed
 
 
 def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> tuple[Run, int]:

@@ -1,0 +1,57 @@
+"""Bytes and time left of long work, on standard error where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import dist_ckpt
+
+if TYPE_CHECKING:
+    from dist_ckpt.run import Run
+
+
+@contextmanager
+def shown(run: Run, doing: str, nbytes: int) -> Iterator[Run]:
+    """Give a run for the body whose reads are shown as they go.
+
+    Args:
+        run: what is read from.
+        doing: what the bytes are read for.
+        nbytes: how many will be, at a guess.
+    """
+    if not sys.stderr.isatty():
+        yield run
+        return
+    # Only here: who works without a terminal waits for neither of them.
+    rich: Any = import_module("rich.progress")
+    storage: Any = import_module("dist_ckpt.storage")
+    metered = isinstance(run.store, storage.MeterStore)
+    seen = run if metered else dist_ckpt.Run(storage.MeterStore(run.store))
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    console = import_module("rich.console").Console(stderr=True)
+    with rich.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(doing, total=nbytes)
+
+        def told(event: object) -> None:
+            if (
+                isinstance(event, dist_ckpt.events.StorageOperation)
+                and event.operation == "read_into"
+                and event.url == seen.url
+            ):
+                bar.advance(task, event.nbytes)
+
+        unsubscribe = dist_ckpt.events.subscribe(told)
+        try:
+            yield seen
+        finally:
+            unsubscribe()
