@@ -16,9 +16,12 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.looking import in_words, metric_names
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.errors import IntegrityError, UsageError
+from dist_ckpt.cli.progress import shown
+from dist_ckpt.errors import IncompatibleError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
+    from dist_ckpt.repository import VerifyReport
+    from dist_ckpt.repository.listed import Listed
     from dist_ckpt.run import Run
 
 
@@ -46,34 +49,57 @@ def _verify(
     Example: dist-ckpt verify s3://bucket/runs/17 --all --sample 5%
     """
     share = (0, 1) if quick else _share(sample)
+    unknown: list[Listed] = []
     if every:
         run = places.open_run(places.split(place)[0], storage_option)
-        steps = [each.step for each in run.listed() if each.state != "unfinished"]
+        listed = run.listed()
+        unknown = [each for each in listed if each.state in ("newer format", "unreadable")]
+        steps = [each.step for each in listed if each.state in ("committed", "damaged")]
     else:
         run, step = places.open_step(place, storage_option, metric)
         steps = [step]
-    reports = [run.verify(step, sample=share) for step in steps]
+    reports = []
+    for step in steps:
+        with shown(run, step, shares=1 if share is None else share[1]) as seen:
+            reports.append(seen.verify(step, sample=share))
     if json:
-        found = [
-            {
-                "step": each.step,
-                "ok": each.ok,
-                "files": each.files,
-                "nbytes_read": each.nbytes,
-                "problems": list(each.problems),
-            }
-            for each in reports
-        ]
-        say_json({"url": run.url, "checkpoints": found})
+        say_json({"url": run.url, "checkpoints": _as_json(reports, unknown)})
     else:
-        for each in reports:
-            read = f"{each.files} files, {size(each.nbytes)} read"
-            say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
-            for problem in each.problems:
-                say(f"  {problem}")
+        _say_reports(reports, unknown)
     bad = [each.step for each in reports if not each.ok]
     if bad:
         raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
+    if unknown:
+        steps = [each.step for each in unknown]
+        raise IncompatibleError(f"not verified in {run.url}: step {', '.join(map(str, steps))}")
+
+
+def _as_json(reports: list[VerifyReport], unknown: list[Listed]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {
+            "step": each.step,
+            "ok": each.ok,
+            "files": each.files,
+            "nbytes_read": each.nbytes,
+            "problems": list(each.problems),
+        }
+        for each in reports
+    ]
+    for each in unknown:
+        row = {"ok": None, "files": 0, "nbytes_read": 0, "problems": [each.problem]}
+        rows.append({"step": each.step, **row})
+    return sorted(rows, key=lambda row: int(row["step"]))
+
+
+def _say_reports(reports: list[VerifyReport], unknown: list[Listed]) -> None:
+    for each in reports:
+        read = f"{each.files} files, {size(each.nbytes)} read"
+        say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
+        for problem in each.problems:
+            say(f"  {problem}")
+    for one in unknown:
+        say(f"step {one.step}: NOT VERIFIED, {one.state}")
+        say(f"  {one.problem}")
 
 
 def _diff(
@@ -109,9 +135,9 @@ def _diff(
         say("all tensors are equal")
         return
     texts = {"part": "part", "name": "name", "kind": "differ in", "here": "here", "there": "there"}
-    numbers = {"differing": "elements", "absolute": "by", "relative": "share"} if values else {}
+    numbers = ("differing", "absolute", "relative") if values else ()
     table(
-        [*((title, "left") for title in texts.values()), *((t, "right") for t in numbers.values())],
+        [*((title, "left") for title in texts.values()), *((each, "right") for each in numbers)],
         [
             [*(row[name] for name in texts), *(show_number(row.get(name)) for name in numbers)]
             for row in rows
@@ -127,7 +153,8 @@ def _with_values(
     names = [f"{row['part']}/{row['name']}" for row in rows if row["kind"] == "values"]
     (run, step), (there, second) = one, other
     with (
-        dist_ckpt.open_checkpoint(run.store, step=step) as here,
+        shown(run, step) as seen,
+        dist_ckpt.open_checkpoint(seen.store, step=step) as here,
         dist_ckpt.open_checkpoint(there.store, step=second) as beyond,
     ):
         found = {each.name: each for each in module.value_differences(here, beyond, names)}

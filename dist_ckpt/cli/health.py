@@ -29,7 +29,7 @@ def add_health(app: typer.Typer) -> None:
 def _doctor(url: Place, *, storage_option: Options = None, json: Json = False) -> None:
     """Try what checkpoints need of a place, and say what to do about what fails (exit code 1).
 
-    Some 64 MB are put there, read, and removed; nothing else is changed.
+    Some 32 MB are put there, read, and removed; nothing else is changed.
 
     Example: dist-ckpt doctor s3://bucket/runs
     """

@@ -64,7 +64,7 @@ def _stats(
         wanted = numbers.matching(opened, names or ())
         nbytes = sum(opened.info[name].nbytes for name in wanted)
     with (
-        shown(run, f"step {step}", nbytes) as seen,
+        shown(run, step, nbytes=nbytes) as seen,
         dist_ckpt.open_checkpoint(seen.store, step=step) as opened,
     ):
         found = list(numbers.tensor_stats(opened, wanted))

@@ -36,6 +36,12 @@ def write(text: str, *, flush: bool = False) -> None:
         sys.exit(0)
 
 
+def clear() -> None:
+    """Let what follows be at the top of the screen, where there is one."""
+    if sys.stdout.isatty():
+        write("\x1b[H\x1b[2J")
+
+
 def say(text: str) -> None:
     """Print a line."""
     write(f"{escaped(text)}\n")

@@ -9,19 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import dist_ckpt
+from dist_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Run
 
 
 @contextmanager
-def shown(run: Run, doing: str, nbytes: int) -> Iterator[Run]:
+def shown(run: Run, step: int, *, nbytes: int | None = None, shares: int = 1) -> Iterator[Run]:
     """Give a run for the body whose reads are shown as they go.
 
     Args:
         run: what is read from.
-        doing: what the bytes are read for.
-        nbytes: how many will be, at a guess.
+        step: which checkpoint of it.
+        nbytes: how many bytes will be read; None for those of the whole checkpoint.
+        shares: of how many shares of them one is read.
     """
     if not sys.stderr.isatty():
         yield run
@@ -40,7 +42,8 @@ def shown(run: Run, doing: str, nbytes: int) -> Iterator[Run]:
     )
     console = import_module("rich.console").Console(stderr=True)
     with rich.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(doing, total=nbytes)
+        total = _nbytes(run, step) if nbytes is None else nbytes
+        task = bar.add_task(f"step {step}", total=total and total // shares)
 
         def told(event: object) -> None:
             if (
@@ -55,3 +58,10 @@ def shown(run: Run, doing: str, nbytes: int) -> Iterator[Run]:
             yield seen
         finally:
             unsubscribe()
+
+
+def _nbytes(run: Run, step: int) -> int | None:
+    try:
+        return run.manifest(step).nbytes
+    except CheckpointError:
+        return None  # which is what the work itself will tell

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
-_TRIAL_BYTES = 64 << 20
+_TRIAL_BYTES = 32 << 20
 _SKEW_SECONDS = 5.0
 _FEW_INODES = 10_000
 _LITTLE_BYTES = 10 * 10**9

@@ -36,8 +36,9 @@ def looks(*, watch: bool, every: float) -> Iterator[None]:
         raise UsageError(f"--every takes seconds, more than 0, not {every}")
     yield
     while watch:
-        write("", flush=True)
         try:
+            # Here already: who has read all of it may interrupt at once.
+            write("", flush=True)
             time.sleep(every)
         except KeyboardInterrupt:
             return

@@ -14,15 +14,16 @@ from dist_ckpt.cli import main
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0}
 
 
-def fill(url: str) -> str:
+def fill(url: str, *, first: int = 10) -> str:
+    """Save three checkpoints, ten steps from one to the next."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
     with Checkpointer(
         url, {"model": layers}, when=policy.never(), metadata={"notes": "a \x1b[31mred\x1b[0m one"}
     ) as ckpt:
         ckpt.restore()
-        for step, loss in LOSSES.items():
-            torch.nn.init.constant_(next(layers.parameters()), step)
-            ckpt.save(step, metrics={"val/loss": loss}).wait()
+        for step, loss in enumerate(LOSSES.values()):
+            torch.nn.init.constant_(next(layers.parameters()), first + 10 * step)
+            ckpt.save(first + 10 * step, metrics={"val/loss": loss}).wait()
     return url
 
 

@@ -55,6 +55,7 @@ def check_each_command(shell: Shell, url: str, copy: str) -> None:
     check_numbers(shell, url)
     check_health(shell, url)
     check_mirror(shell, url, f"{copy}-mirror")
+    check_parts(shell, url, f"{copy}-model")
     assert shell.json("cp", f"{url}@best", copy, "--metric", "val/loss")["checkpoints"][0]["files"]
     assert "2 were there" in shell.screen("cp", f"{url}@20", copy)
     assert Run(copy).verify(20).ok
@@ -112,6 +113,19 @@ def check_mirror(shell: Shell, url: str, place: str) -> None:
     assert Run(place).verify(30).ok
 
 
+def check_parts(shell: Shell, url: str, place: str) -> None:
+    done = shell.json("cp", f"{url}@20", place, "--parts", "model")["checkpoints"][0]
+    assert (done["parts"], done["tensors"], done["was_there"]) == (["model"], 6, False)
+    assert "was there already" in shell.screen("cp", f"{url}@20", place, "--parts", "model")
+    shown = shell.json("show", f"{place}@20")
+    assert (shown["parts"], shown["metrics"]) == (["model"], {"val/loss": 1.0})
+    assert shown["metadata"]["copied_from"]["parts"] == ["model", "rng"]
+    assert Run(place).verify(20).ok
+    assert shell.json("diff", f"{url}@20", place)["equal"], "every tensor"
+    code, _, said = shell.code("cp", f"{url}@20", place, "--parts", "rng")
+    assert (code, "each rank has values of its own" in said) == (2, True)
+
+
 def test_each_command_on_a_disk(shell: Shell, url: str, tmp_path: Path) -> None:
     check_each_command(shell, url, str(tmp_path / "copy"))
 
@@ -163,6 +177,19 @@ def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
     assert (code, file.name in out) == (12, True)
 
 
+def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, url: str) -> None:
+    resolve(url).put(manifest_key(20), [b'{"format": 999}'], mode="replace")
+    code, out, said = shell.code("verify", url, "--all")
+    assert (code, "step 20" in said) == (1, True)
+    assert [line.split("(")[0].strip() for line in out.splitlines()[:3]] == [
+        "step 10: whole",
+        "step 30: whole",
+        "step 20: NOT VERIFIED, newer format",
+    ]
+    code, out, _ = shell.code("verify", url, "--all", "--json")
+    assert [each["ok"] for each in json.loads(out)["checkpoints"]] == [True, None, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -182,6 +209,14 @@ def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
         (["keep", "{}", "latest(0)"], 2, "positive"),
         (["ls", "{}", "--storage-option", "key"], 2, "KEY=VALUE"),
         (["frobnicate"], 2, "No such command"),
+        (["stats", "{}", "0.wieght"], 2, "did you mean '0.weight'"),
+        (["plot", "{}", "val/los"], 2, "did you mean 'val/loss'"),
+        (["plot", "{}", "-o", "loss.txt"], 2, "ends in one of .png"),
+        (["cp", "{}", "{}-copy", "--parts", "modle"], 2, "did you mean 'model'"),
+        (["sweep", "{}", "--older-than", "2w"], 2, "such as 2d"),
+        (["ls", "{}", "--watch", "--every", "0"], 2, "more than 0"),
+        (["mirror", "{}-not", "{}-copy"], 10, "did you mean 'run'"),
+        (["bench", "{}", "--size", "0"], 2, "--size"),
         (["cp", "{}@10", "{}-copy", "--storage-option", "a=1"], 2, "storage"),
     ],
 )
@@ -215,7 +250,7 @@ def test_the_place_may_come_from_the_environment(
 
 def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    for command in ("ls", "show", "tensors", "compare"):
+    for command in ("ls", "show", "tensors", "compare", "stats", "plot", "doctor"):
         assert max(map(len, shell.screen(command, url).splitlines())) <= 60
 
 
@@ -236,8 +271,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(url: str) -> None:
 def test_each_command_has_an_example(shell: Shell) -> None:
     listed = shell.screen("--help")
     commands = [
-        *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best"),
-        *("keep", "rm", "pin", "unpin", "sweep", "cp", "export", "import", "average"),
+        *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best", "stats", "plot"),
+        *("keep", "rm", "pin", "unpin", "sweep", "cp", "mirror", "doctor", "bench"),
+        *("export", "import", "average"),
     ]
     for command in commands:
         assert command in listed

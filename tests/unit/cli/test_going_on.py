@@ -1,0 +1,92 @@
+"""What goes on while somebody looks: a list, a mirror, and the bytes of long work."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from dist_ckpt import Run
+from tests.unit.cli.shell import Shell, fill
+
+PROGRAM = "from dist_ckpt.cli import main; main()"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+
+
+def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_a_list_and_a_mirror_go_on_until_they_are_interrupted(url: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "mirror")
+    looking = start("ls", url, "--watch", "--every", "0.01", "--json")
+    copying = start("mirror", url, place, "--watch", "--every", "0.01", "--json")
+    with looking, copying:
+        assert looking.stdout is not None
+        assert copying.stdout is not None
+        for _ in range(3):
+            rows = json.loads(looking.stdout.readline())["checkpoints"]
+            assert [each["step"] for each in rows] == [10, 20, 30]
+        assert json.loads(copying.stdout.readline())["copied"][0]["step"] == 30
+        Run(url).copy(30, place)  # does nothing; and while it goes on there is one more step
+        fill(url, first=40)
+        assert json.loads(copying.stdout.readline())["copied"][0]["step"] >= 40
+        looking.send_signal(signal.SIGINT)
+        copying.send_signal(signal.SIGINT)
+        looking.communicate()
+        copying.communicate()
+    # In the middle of a look it is an interrupt as of any command.
+    assert looking.returncode in (0, 1, 130)
+    assert copying.returncode in (0, 1, 130)
+    assert all(Run(place).verify(step).ok for step in Run(place).steps())
+
+
+def test_an_interrupt_between_two_looks_is_no_error(url: str) -> None:
+    with start("ls", url, "--watch", "--every", "600") as looking:
+        assert looking.stdout is not None
+        while not looking.stdout.readline().startswith("  30"):
+            pass
+        looking.send_signal(signal.SIGINT)
+        _, said = looking.communicate()
+    assert (looking.returncode, said) == (0, "")
+
+
+def test_a_mirror_waits_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
+    url, place = str(tmp_path / "run"), str(tmp_path / "mirror")
+    with start("mirror", url, place, "--watch", "--every", "0.01") as copying:
+        assert copying.stdout is not None
+        assert copying.stderr is not None
+        assert "is no run" in copying.stderr.readline()
+        fill(url)
+        assert "files" in copying.stdout.readline()
+        copying.kill()
+        copying.communicate()
+
+
+def test_long_work_shows_its_bytes_on_a_terminal_alone(url: str, shell: Shell) -> None:
+    ours, theirs = pty.openpty()
+    with start("verify", url, "--all", stderr=theirs) as verifying:
+        out, _ = verifying.communicate()
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    except OSError:
+        pass  # so ends what nobody writes to any more
+    finally:
+        os.close(ours)
+    assert verifying.returncode == 0
+    assert out == shell.screen("verify", url, "--all")
+    assert b"step 30" in shown
+    assert b"bytes" in shown or b"kB" in shown
