@@ -16,7 +16,7 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.looking import in_words, metric_names
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.cli.progress import shown
+from dist_ckpt.cli.progress import showing_reads
 from dist_ckpt.errors import IncompatibleError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _verify(
         steps = [step]
     reports = []
     for step in steps:
-        with shown(run, step, shares=1 if share is None else share[1]) as seen:
+        with showing_reads(run, step, shares=1 if share is None else share[1]) as seen:
             reports.append(seen.verify(step, sample=share))
     if json:
         say_json({"url": run.url, "checkpoints": _as_json(reports, unknown)})
@@ -153,7 +153,7 @@ def _with_values(
     names = [f"{row['part']}/{row['name']}" for row in rows if row["kind"] == "values"]
     (run, step), (there, second) = one, other
     with (
-        shown(run, step) as seen,
+        showing_reads(run, step) as seen,
         dist_ckpt.open_checkpoint(seen.store, step=step) as here,
         dist_ckpt.open_checkpoint(there.store, step=second) as beyond,
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import age, clear, finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.cli.watching import Every, Watch, looks
+from dist_ckpt.cli.watching import Every, Watch, repeat
 from dist_ckpt.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def _ls(
     if sort not in _SORTS:
         raise UsageError(f"--sort is one of {', '.join(_SORTS)}, not {sort!r}")
     run = places.open_run(url, storage_option)
-    for _ in looks(watch=watch, every=every):
-        _list(run, sort, json=json, lines=watch)
+    repeat(partial(_list, run, sort, json=json, lines=watch), watch=watch, every=every)
 
 
 def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:

@@ -18,7 +18,7 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.looking import metric_names
 from dist_ckpt.cli.output import say, say_json, show_number, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.cli.progress import shown
+from dist_ckpt.cli.progress import showing_reads
 from dist_ckpt.errors import StorageError, UsageError, describe, near
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _stats(
         wanted = numbers.matching(opened, names or ())
         nbytes = sum(opened.info[name].nbytes for name in wanted)
     with (
-        shown(run, step, nbytes=nbytes) as seen,
+        showing_reads(run, step, nbytes=nbytes) as seen,
         dist_ckpt.open_checkpoint(seen.store, step=step) as opened,
     ):
         found = list(numbers.tensor_stats(opened, wanted))

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def shown(run: Run, step: int, *, nbytes: int | None = None, shares: int = 1) -> Iterator[Run]:
+def showing_reads(
+    run: Run, step: int, *, nbytes: int | None = None, shares: int = 1
+) -> Iterator[Run]:
     """Give a run for the body whose reads are shown as they go.
 
     Args:

@@ -1,10 +1,11 @@
-"""Commands that go on until they are stopped: the pause between two looks, and mirror."""
+"""Commands that go on until they are stopped: how they do, and mirror."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,23 +27,22 @@ def add_watching(app: typer.Typer) -> None:
     app.command("mirror")(_mirror)
 
 
-def looks(*, watch: bool, every: float) -> Iterator[None]:
-    """Yield for each look: one, or with `watch` as many as there are until an interrupt.
+def repeat(look: Callable[[], None], *, watch: bool, every: float) -> None:
+    """Call `look` once, or with `watch` until an interrupt, which is then no error.
 
     Raises:
-        UsageError: the time between them is none.
+        UsageError: the time between two looks is none.
     """
     if not 0 < every < 1e9:
         raise UsageError(f"--every takes seconds, more than 0, not {every}")
-    yield
-    while watch:
-        try:
-            # Here already: who has read all of it may interrupt at once.
+    if not watch:
+        look()
+        return
+    with suppress(KeyboardInterrupt):
+        while True:
+            look()
             write("", flush=True)
             time.sleep(every)
-        except KeyboardInterrupt:
-            return
-        yield
 
 
 def _mirror(
@@ -68,7 +68,8 @@ def _mirror(
     """
     run, target = (places.open_run(url, storage_option) for url in (source, destination))
     criterion = None if best is None else places.criterion(best)
-    for _ in looks(watch=watch, every=every):
+
+    def look() -> None:
         try:
             done = run.mirror(target, best=criterion, keep=keep)
         except (NotFound, StorageError) as error:
@@ -77,6 +78,8 @@ def _mirror(
             sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
         else:
             _tell(target, done, json=json, watch=watch)
+
+    repeat(look, watch=watch, every=every)
 
 
 def _tell(target: Run, done: Mirrored, *, json: bool, watch: bool) -> None:

@@ -83,7 +83,7 @@ _KEPT_BYTES = 4 * BLOCK_BYTES
 _PIECE_BYTES = 16 * BLOCK_BYTES
 
 
-def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+def file_pieces(nbytes: int) -> Iterator[tuple[int, int]]:
     """Yield the beginnings and ends of the pieces of 16 MiB in which a file is gone through."""
     for start in range(0, nbytes, _PIECE_BYTES):
         yield start, min(start + _PIECE_BYTES, nbytes)
@@ -203,8 +203,8 @@ class Checkpoint:
         return data
 
     def read_pieces(self, file: int) -> Iterator[memoryview]:
-        """Yield the bytes of file number `file` in `pieces`. See `read_blocks`."""
-        for start, stop in pieces(self.index.files[file].nbytes):
+        """Yield the bytes of file number `file` in `file_pieces`. See `read_blocks`."""
+        for start, stop in file_pieces(self.index.files[file].nbytes):
             yield self.read_blocks(file, start, stop)
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
