@@ -13,6 +13,7 @@ from dist_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Run
+    from dist_ckpt.storage import Store
 
 
 @contextmanager
@@ -60,6 +61,33 @@ def showing_reads(
             yield seen
         finally:
             unsubscribe()
+
+
+@contextmanager
+def showing_part(url: str, step: int | None, part: str) -> Iterator[str | Store]:
+    """Give the place `url` for the body, as one whose reads are shown where it is a run.
+
+    Args:
+        url: a run, or whatever else is opened.
+        step: which checkpoint of it; None for the newest.
+        part: what of it will be read.
+    """
+    run = _run_at(url) if sys.stderr.isatty() else None
+    if run is None:
+        yield url
+        return
+    with dist_ckpt.open_checkpoint(run.store, step=step) as opened:
+        nbytes = sum(info.nbytes for info in opened.info.values() if info.part == part)
+    with showing_reads(run, opened.step, nbytes=nbytes) as seen:
+        yield seen.store
+
+
+def _run_at(url: str) -> Run | None:
+    try:
+        run = dist_ckpt.Run(url)
+        return None if run.latest() is None else run
+    except CheckpointError:
+        return None  # a file, or what else another program wrote
 
 
 def _nbytes(run: Run, step: int) -> int | None:

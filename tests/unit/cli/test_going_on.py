@@ -61,10 +61,11 @@ def test_a_mirror_waits_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
         copying.communicate()
 
 
-def test_long_work_shows_its_bytes_on_a_terminal_alone(url: str, shell: Shell) -> None:
+def on_terminal(*arguments: str) -> tuple[str, bytes]:
+    """Return standard output, and what a terminal got on standard error."""
     ours, theirs = pty.openpty()
-    with start("verify", url, "--all", stderr=theirs) as verifying:
-        out, _ = verifying.communicate()
+    with start(*arguments, stderr=theirs) as working:
+        out, _ = working.communicate()
     os.close(theirs)
     shown = b""
     try:
@@ -74,7 +75,17 @@ def test_long_work_shows_its_bytes_on_a_terminal_alone(url: str, shell: Shell) -
         pass  # so ends what nobody writes to any more
     finally:
         os.close(ours)
-    assert verifying.returncode == 0
+    assert working.returncode == 0, shown
+    return out, shown
+
+
+def test_long_work_shows_its_bytes_on_a_terminal_alone(
+    url: str, shell: Shell, tmp_path: Path
+) -> None:
+    out, shown = on_terminal("verify", url, "--all")
     assert out == shell.screen("verify", url, "--all")
     assert b"step 30" in shown
     assert b"bytes" in shown or b"kB" in shown
+    out, shown = on_terminal("export", f"{url}@20", str(tmp_path / "w.safetensors"))
+    assert "exported step 20" in out
+    assert b"step 20" in shown
