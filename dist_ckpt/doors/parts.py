@@ -12,6 +12,8 @@ from dist_ckpt.errors import NotFound, UsageError, near
 from dist_ckpt.loading.location import place_name
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.listed import look
+from dist_ckpt.storage.base import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class PartsReport:
     was_there: bool
 
 
-def copy_parts(source: Place, url: Place, *, step: int, parts: Sequence[str]) -> PartsReport:
+def copy_parts(source: Store, url: Place, *, step: int, parts: Sequence[str]) -> PartsReport:
     """Commit some parts of a checkpoint to another run, as one that never had any others.
 
     It is a save of its own: by this process, with the step, the metrics and the metadata of the
@@ -61,14 +63,10 @@ def copy_parts(source: Place, url: Place, *, step: int, parts: Sequence[str]) ->
         was_there = _is_there(contents, objects, url, step)
         if not was_there:
             spooled = {part: SpooledPart(contents[part], objects[part]) for part in parts}
-            manifest = opened.manifest
-            save_parts(
-                spooled,
-                url,
-                step=step,
-                metrics={} if manifest is None else manifest.metrics,
-                metadata=_metadata(opened),
-            )
+            # As policies see it: with what became known after the save.
+            found = look(source, step)
+            metadata = _metadata(opened, None if found.record is None else found.record.epoch)
+            save_parts(spooled, url, step=step, metrics=found.metrics, metadata=metadata)
         items = [item for content in contents.values() for item in content.items.values()]
         nbytes = sum(item.nbytes for item in items)
         return PartsReport(step, tuple(parts), len(items), nbytes, was_there)
@@ -105,10 +103,10 @@ def _check_part(opened: OpenedCheckpoint, part: str) -> None:
         )
 
 
-def _metadata(opened: OpenedCheckpoint) -> Mapping[str, Any]:
+def _metadata(opened: OpenedCheckpoint, epoch: int | None) -> Mapping[str, Any]:
     manifest = opened.manifest
     said = {} if manifest is None else dict(manifest.metadata)
-    origin = {"checkpoint": opened.where, "parts": list(opened.parts)}
+    origin = {"checkpoint": opened.where, "epoch": epoch, "parts": list(opened.parts)}
     return {**said, "copied_from": said.get("copied_from", origin)}
 
 
