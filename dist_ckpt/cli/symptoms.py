@@ -95,7 +95,7 @@ def examine(run: Run, options: Mapping[str, Any]) -> list[Check]:
             for check in _tried(_INSIDE, place):
                 checks.append(check)
                 if check.name == "put" and check.state == "fail":
-                    break  # without an object there is nothing more to try
+                    return checks  # without an object there is nothing more to try
         checks += _tried(_AFTER, place)
     except CheckpointError as error:
         checks.append(Check("delete", "fail", error.message, "let this user delete what it put"))
