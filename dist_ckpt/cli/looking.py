@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dist_ckpt.cli import places
-from dist_ckpt.cli.output import age, finite, say, say_json, show_number, size, table
+from dist_ckpt.cli.output import age, clear, finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.cli.watching import Every, Watch, repeat
 from dist_ckpt.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from dist_ckpt.run import Listed
+    from dist_ckpt.repository.listed import Listed
+    from dist_ckpt.run import Run
 
 _SORTS = ("step", "age", "size")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -30,6 +33,8 @@ def _ls(
     url: Url,
     *,
     sort: Annotated[str, typer.Option(metavar="step|age|size", help="order of the rows")] = "step",
+    watch: Watch = False,
+    every: Every = 10.0,
     storage_option: Options = None,
     json: Json = False,
 ) -> None:
@@ -40,6 +45,11 @@ def _ls(
     if sort not in _SORTS:
         raise UsageError(f"--sort is one of {', '.join(_SORTS)}, not {sort!r}")
     run = places.open_run(url, storage_option)
+    repeat(partial(_list, run, sort, json=json, lines=watch), watch=watch, every=every)
+
+
+def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
+    """Print what is there, in a terminal that is looked at again in the place of the last look."""
     try:
         rows = run.listed()
     except NotFound:
@@ -47,7 +57,7 @@ def _ls(
         if not below:
             raise
         if json:
-            say_json({"url": run.url, "runs": below})
+            say_json({"url": run.url, "runs": below}, lines=lines)
             return
         for each in below:
             say(each)
@@ -59,8 +69,11 @@ def _ls(
     }
     rows.sort(key=keys[sort])
     if json:
-        say_json({"url": run.url, "checkpoints": [_as_json(each) for each in rows]})
+        found = {"url": run.url, "checkpoints": [_as_json(each) for each in rows]}
+        say_json(found, lines=lines)
         return
+    if lines:
+        clear()
     _print_rows(rows)
 
 

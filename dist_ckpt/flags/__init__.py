@@ -171,11 +171,10 @@ def parse(source: Source) -> Flags:
 
 def _under(given: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
     """Return what was given, and what the file says besides."""
-    if given.keys() & {"resume", "auto_resume", "pretrained_checkpoint"}:
-        # These say one thing together, how to begin, and may contradict one another.
-        for name in ("resume", "auto_resume", "pretrained_checkpoint"):
-            file.pop(name, None)
-    return {**file, **given}
+    # These say one thing together, how to begin, and may contradict one another.
+    begin = {"resume", "auto_resume", "pretrained_checkpoint"}
+    passed_over = begin if given.keys() & begin else set()
+    return {name: each for name, each in file.items() if name not in passed_over} | given
 
 
 def _of_file(path: Path) -> dict[str, Any]:

@@ -110,12 +110,7 @@ class Flags:
     @property
     def criterion(self) -> Criterion | None:
         """What `--best-metric` says."""
-        if self.best_metric is None:
-            return None
-        name, colon, mode = self.best_metric.rpartition(":")
-        if colon and mode in ("min", "max"):
-            return Criterion(name, "max" if mode == "max" else "min")
-        return Criterion(self.best_metric)
+        return None if self.best_metric is None else Criterion.parse(self.best_metric)
 
     @property
     def start(self) -> Start:

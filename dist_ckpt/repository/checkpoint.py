@@ -80,6 +80,13 @@ def unless_deleted(source: Source) -> Iterator[None]:
 
 
 _KEPT_BYTES = 4 * BLOCK_BYTES
+_PIECE_BYTES = 16 * BLOCK_BYTES
+
+
+def file_pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yield the beginnings and ends of the pieces of 16 MiB in which a file is gone through."""
+    for start in range(0, nbytes, _PIECE_BYTES):
+        yield start, min(start + _PIECE_BYTES, nbytes)
 
 
 class Checkpoint:
@@ -194,6 +201,11 @@ class Checkpoint:
         self.read_into(file, start, data)
         self.compare(file, start, data)
         return data
+
+    def read_pieces(self, file: int) -> Iterator[memoryview]:
+        """Yield the bytes of file number `file` in `file_pieces`. See `read_blocks`."""
+        for start, stop in file_pieces(self.index.files[file].nbytes):
+            yield self.read_blocks(file, start, stop)
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
         """Fill `buffers` with bytes of file number `file`, not verified; see `Source.read_into`.

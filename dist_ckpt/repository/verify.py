@@ -10,9 +10,7 @@ import numpy as np
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.shard import header_nbytes, parse_header
-from dist_ckpt.repository.checkpoint import Checkpoint
-
-_SEGMENT_BYTES = 16 * BLOCK_BYTES
+from dist_ckpt.repository.checkpoint import Checkpoint, file_pieces
 
 Sample: TypeAlias = tuple[int, int]
 """Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
@@ -58,11 +56,10 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
-            for start in range(0, entry.nbytes, _SEGMENT_BYTES):
+            for start, stop in file_pieces(entry.nbytes):
                 seen += 1
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
                     continue
-                stop = min(start + _SEGMENT_BYTES, entry.nbytes)
                 data = checkpoint.read_blocks(number, start, stop)
                 nbytes += stop - start
                 if start == 0:
