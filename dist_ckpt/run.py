@@ -30,7 +30,7 @@ from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository import copying, marks
+from dist_ckpt.repository import copying, marks, status
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.below import runs_below, similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
@@ -47,6 +47,7 @@ from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.listed import Listed, look, protected
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.repository import Repository
+from dist_ckpt.repository.status import JobStatus
 from dist_ckpt.repository.verify import Sample, VerifyReport
 from dist_ckpt.storage.base import Store, delete_exactly
 from dist_ckpt.storage.parallel import map_in_parallel
@@ -124,6 +125,10 @@ class Run:
     def latest(self) -> int | None:
         """Return the newest committed step, None where there is none."""
         return self._repository.latest()
+
+    def status(self) -> JobStatus | None:
+        """Return what the job that took the run over last said of itself, None for nothing."""
+        return status.newest(self.store)
 
     def best(self, metric: str, mode: Mode = "min") -> int | None:
         """Return the step with the best value of `metric`, None where no checkpoint has one.

@@ -50,18 +50,21 @@ def _ls(
 
 def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
     """Print what is there, in a terminal that is looked at again in the place of the last look."""
+    job = run.status()
     try:
         rows = run.listed()
     except NotFound:
         below = run.runs_below()
-        if not below:
+        if not below and job is None:
             raise
-        if json:
+        if below and json:
             say_json({"url": run.url, "runs": below}, lines=lines)
             return
         for each in below:
             say(each)
-        return
+        if below:
+            return
+        rows = []  # of a job that has not saved yet
     keys: dict[str, Any] = {
         "step": lambda each: each.step,
         "age": lambda each: -each.created.timestamp() if each.created else 0,
@@ -69,12 +72,15 @@ def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
     }
     rows.sort(key=keys[sort])
     if json:
-        found = {"url": run.url, "checkpoints": [_as_json(each) for each in rows]}
+        listed = [_as_json(each) for each in rows]
+        found = {"url": run.url, "checkpoints": listed, "job": job and job.as_json()}
         say_json(found, lines=lines)
         return
     if lines:
         clear()
     _print_rows(rows)
+    if job is not None:
+        say(f"job: {job.in_words()}")
 
 
 def _show(
@@ -85,7 +91,7 @@ def _show(
     Example: dist-ckpt show runs/17@latest
     """
     run, step = places.open_step(place, storage_option, metric)
-    found = run.manifest(step)
+    found, job = run.manifest(step), run.status()
     slowest = max(
         found.timings.items(),
         key=lambda item: item[1].stage_seconds + item[1].write_seconds,
@@ -111,11 +117,12 @@ def _show(
             for rank, each in found.timings.items()
         },
         "slowest_rank": None if slowest is None else int(slowest[0]),
+        "job": job and job.as_json(),
     }
     if json:
         say_json(facts)
         return
-    shown = {**facts, "nbytes": size(found.nbytes)}
+    shown = {**facts, "nbytes": size(found.nbytes), "job": job and job.in_words()}
     del shown["timings"]
     if slowest is not None:
         rank, each = slowest

@@ -28,6 +28,7 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
+from dist_ckpt.repository import status
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
@@ -91,6 +92,9 @@ def collect_garbage(
             if _is_old(store, folder, before):
                 _delete_attempt(store, folder)
                 removed.append(folder)
+    if before is None:
+        # What jobs before this one said of themselves.
+        store.delete(status.old_keys(store, claim))
     if isinstance(store, Sweeper):
         # Unfinished objects of killed writers.
         def may_go(key: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dist_ckpt import Run
+from dist_ckpt import Checkpointer, Run
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import read_all
@@ -280,3 +280,18 @@ def test_each_command_has_an_example(shell: Shell) -> None:
         example = " ".join(shell.screen(command, "--help").partition("Example:")[2].split())
         assert example.startswith("dist-ckpt")
         assert command in example
+
+
+def test_what_a_job_does_is_shown_before_its_first_checkpoint(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    with Checkpointer(url, {"n": 1}, every_steps=100, exclusive=True, status_seconds=60) as ckpt:
+        ckpt.restore()
+        while Run(url).status() is None:
+            pass
+        assert f"job: claim 1, process {os.getpid()} on " in shell.screen("ls", url)
+        assert shell.json("ls", url)["checkpoints"] == []
+        ckpt.save(1).wait()
+    job = shell.json("ls", url)["job"]
+    assert (job["phase"], job["step"], job["commit"], job["lag_steps"]) == ("ended", 1, 1, 0)
+    assert shell.json("show", url)["job"] == job
+    assert ", ended, step 1, newest checkpoint 1" in shell.screen("show", url)
