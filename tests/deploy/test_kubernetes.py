@@ -159,7 +159,7 @@ def test_command_lines_are_understood(overlay: str) -> None:
             assert program.checkpoint.auto_resume
         else:
             used.add(commands.dist_ckpt(words))
-    assert used == {"verify", "sweep", "cp"}
+    assert used == {"verify", "sweep", "mirror"}
 
 
 def test_the_week_of_verify_reads_all() -> None:
