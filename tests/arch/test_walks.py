@@ -16,7 +16,7 @@ from tests.arch.walk import Walk
 # One of each of the first two is whether a tensor is several behind one face.
 COMMANDS = "dist_ckpt.cli"
 MODULES_ENTERED = {"save": 71, "restore": 78, "slice": 33}
-SINGLE_IMPORTERS = 54
+SINGLE_IMPORTERS = 56
 
 SECTIONS = {"save": "## The way of a save", "restore": "## The way of a load"}
 _HOP = re.compile(r"^\d+\. `([\w/]+\.py)`: `([\w.]+)`", re.MULTILINE)
