@@ -11,10 +11,9 @@ from dist_ckpt.errors import UsageError
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.format.names import check_step, plain_step
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords, SaveKeywords, SaveOptions
+from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.ranks.job import Job, Place
-from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.exit import leave
@@ -24,7 +23,12 @@ from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.roles import stoppers_of
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.training.bests import SavePolicies
-from dist_ckpt.training.early import check_state, checked_metadata
+from dist_ckpt.training.early import (
+    TrainingKeywords,
+    TrainingOptions,
+    check_state,
+    checked_metadata,
+)
 from dist_ckpt.training.recorder import Recorder
 from dist_ckpt.training.resuming import Resumer
 from dist_ckpt.training.start import Named, Start
@@ -73,7 +77,7 @@ class Checkpointer:
         timeout_seconds: float = TIMEOUT_SECONDS,
         metadata: Mapping[str, Any] | None = None,
         save_last: bool = True,
-        **options: Unpack[SaveKeywords],
+        **options: Unpack[TrainingKeywords],
     ) -> None:
         """Describe the run; nothing is read or asked yet, host memory is prepared from here on.
 
@@ -88,34 +92,35 @@ class Checkpointer:
                 The best by a metric of `when` or of an early stopping is kept in any case.
             timeout_seconds: after this long a save or a restore fails on every rank.
             metadata: any JSON, stored in every manifest. By convention `config` is how the training
-                was configured, `phase` is "pretraining" or the like, `notes` are for people.
+                was configured, `phase` is "pretraining" or such, `notes` are for people.
             save_last: whether `close` saves the step told last, with the state as it is then, if
                 no save of it was due. Not after an exception, nor without `every_steps` and `when`.
-            **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`:
-                see `dist_ckpt.options.SaveOptions`; `ranks`, `process_group`: see
-                `dist_ckpt.ranks.job_ranks.JobRanks`.
+            **options: `when_failed`, `max_failures`, `exclusive`, `status_seconds`: see
+                `TrainingOptions`; `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`,
+                `command`: see `SaveOptions`; `ranks`, `process_group`: see `JobRanks`.
 
         Raises:
-            UsageError: an argument is malformed, this one process's state holds what cannot be
-                stored (several ranks hear of it together, at the restore or the first save), or
-                there are several ranks and no process group.
+            UsageError: an argument is malformed, the state of this one process cannot be stored
+                (several ranks hear of it together, later), or ranks have no process group.
         """
         train_state = TrainState.of(state)
         policies = SavePolicies.of(when, every_steps, keep, stoppers_of(train_state))
-        self._job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options))
+        chosen = TrainingOptions.of(options, besides=_ARGUMENTS)
+        self._job = Job(
+            url, timeout_seconds=timeout_seconds, ranks=chosen.ranks, exclusive=chosen.exclusive
+        )
         self._unfit = check_state(train_state, self._job.ranks)
-        chosen = SaveOptions.of(options, besides=_ARGUMENTS)
         self._saver = Saver(
             self._job,
             train_state,
             keep=policies.keep,
             metadata=checked_metadata(metadata),
-            options=chosen,
+            options=chosen.saves,
+            tolerance=chosen.tolerance,
         )
         self._resumer = Resumer(self._job, train_state, policies)
-        best = self._resumer.best_values
         self._recorder = Recorder(
-            self._job, self._saver, policies, best=best, save_last=save_last, command=chosen.command
+            self._job, self._saver, self._resumer, policies, save_last=save_last, options=chosen
         )
         self._flags: flags.Flags | None = None
         self._closed = False
@@ -132,7 +137,7 @@ class Checkpointer:
         keep: KeepPolicy | None = None,
         metadata: Mapping[str, Any] | None = None,
         save_last: bool = True,
-        **options: Unpack[SaveKeywords],
+        **options: Unpack[TrainingKeywords],
     ) -> Self:
         """Make one as the flags of `dist_ckpt.flags` say; `restore()` then begins as they say.
 
@@ -158,7 +163,7 @@ class Checkpointer:
             keep=keep if kept is None else both,
             metadata=metadata,
             save_last=save_last and not said.no_save_last,
-            **options,
+            **{**options, **said.options()},
         )
         made._flags = said
         made._recorder.waits = said.no_async
@@ -166,8 +171,20 @@ class Checkpointer:
 
     @property
     def signaled(self) -> str:
-        """The signal for which a save was made (`policy.on_signal`), "" for none: end the loop."""
+        """The signal that was heeded (`policy.on_signal`), "" for none: end the loop.
+
+        It is "notice" after one of `policy.on_notice`.
+        """
         return self._recorder.pace.signaled
+
+    @property
+    def exit_code(self) -> int:
+        """With which status to end the program, so that a scheduler starts it again; else 0.
+
+        After a signal that is 128 and its number, after a notice 143, or what the policy was given
+        as `exit_code`: `sys.exit(ckpt.exit_code)` is the last line of a program.
+        """
+        return self._recorder.pace.exit_code
 
     def restore(
         self,
@@ -218,10 +235,11 @@ class Checkpointer:
         start = Start(which=which, step=step, place=url, discard_newer=discard_newer)
         if self._flags is not None and start == Start() and not options:
             start = self._flags.start
-        failed = self._saver.settle() or self._unfit
+        self._recorder.begin()
+        failed = self._saver.settle(goes_on=True) or self._unfit
         with self._recorder.course.replaced():
             self.restored = self._resumer.restore(start, failed, options=options)
-        self._recorder.restored(self.restored, self._resumer, own=not start.begins)
+        self._recorder.restored(self.restored, own=not start.begins)
         return 0 if self.restored is None else self.restored.step
 
     def rollback(self) -> int:
@@ -236,7 +254,7 @@ class Checkpointer:
             CheckpointError: as for `restore`.
         """
         self._check_open()
-        failed = self._saver.settle()
+        failed = self._saver.settle(goes_on=True)
         with self._recorder.course.replaced():
             return self._resumer.rollback(failed).step
 
@@ -326,13 +344,18 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        well = False
         try:
-            self._recorder.finish()
-        except Exception:
+            try:
+                self._recorder.finish()
+            except Exception:
+                self._saver.close()
+                raise
+            # Not after an interrupt: it would be forgotten while the save is waited for.
             self._saver.close()
-            raise
-        # Not after an interrupt: it would be forgotten while the save is waited for.
-        self._saver.close()
+            well = True
+        finally:
+            self._recorder.close(well=well)
 
     def __enter__(self) -> Self:
         return self

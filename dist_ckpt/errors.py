@@ -67,6 +67,7 @@ class ErrorKind(StrEnum):
     FOREIGN = "foreign"
     NOT_RESTORED = "not_restored"
     PROTECTED = "protected"
+    IN_USE = "in_use"
 
 
 def without_secrets(text: str) -> str:
@@ -223,6 +224,16 @@ def from_wire(data: Mapping[str, object]) -> CheckpointError:
         kind=kinds.get(str(data.get("kind")), cls.default_kind),
         ranks=causes,
     )
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether another try may go well: storage, a peer, or something foreign failed.
+
+    All other errors of ours say that this job may not do it, or that the call is wrong.
+    """
+    if isinstance(error, CheckpointError):
+        return isinstance(error, StorageError | CoordinationError)
+    return isinstance(error, Exception)
 
 
 def is_refusal(error: Exception) -> bool:

@@ -373,6 +373,11 @@ class SaveOptions:
         if not isinstance(self.command, bool):
             raise UsageError(f"command must be True or False, not {self.command!r}")
 
+    def alike(self) -> dict[str, str]:
+        """Return what all ranks must have been given alike, as text that is equal where that is."""
+        names = ("when_busy", "staging", "memory_limit_bytes", "check_replicas")
+        return {name: str(getattr(self, name)) for name in names}
+
     @property
     def max_piece_bytes(self) -> int | None:
         """How large a box a rank may own, so that a file of it alone fits the memory limit."""

@@ -17,85 +17,43 @@ job writes, its newest checkpoint, the one it went on from and pinned ones are n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from datetime import timedelta
+from functools import partial
+from typing import Any
 
-from dist_ckpt.errors import (
-    CheckpointError,
-    ErrorKind,
-    IncompatibleError,
-    IntegrityError,
-    NotFound,
-    StorageError,
-    UsageError,
-)
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository import copying, marks
-from dist_ckpt.repository.below import runs_below
+from dist_ckpt.repository import copying, marks, status
+from dist_ckpt.repository import keep as keeping
+from dist_ckpt.repository.below import runs_below, similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_attempt,
     delete_checkpoint,
+    garbage,
     removable,
 )
 from dist_ckpt.repository.copying import Copied, Difference
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.listed import Listed, look, protected
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.repository import Repository
-from dist_ckpt.repository.source import reread
-from dist_ckpt.repository.verify import Sample, VerifyReport, verify
+from dist_ckpt.repository.status import JobStatus
+from dist_ckpt.repository.verify import Sample, VerifyReport
 from dist_ckpt.storage.base import Store, delete_exactly
 from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
 
 _AT_ONCE = 16
-
-State: TypeAlias = Literal["committed", "damaged", "newer format", "unreadable", "unfinished"]
-"""What is known of a step: `unfinished` has files and no manifest, as one that is being saved has,
-and what a killed job left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One step of a run, as its manifest describes it.
-
-    Attributes:
-        step: the training step.
-        state: whether it is a checkpoint.
-        marks: of `latest`, `pinned` those that it has.
-        problem: why it is none, "" where it is.
-        manifest: what was committed, None where that cannot be read.
-        record: what policies decide by, None where there is no manifest.
-    """
-
-    step: int
-    state: State
-    marks: tuple[str, ...] = ()
-    problem: str = ""
-    manifest: Manifest | None = None
-    record: Record | None = None
-
-    @property
-    def nbytes(self) -> int | None:
-        """How many bytes its files hold, None where that is not known."""
-        return None if self.manifest is None else self.manifest.nbytes
-
-    @property
-    def created(self) -> datetime | None:
-        """When it was committed, by the clock of the host of rank 0."""
-        return None if self.record is None else self.record.created
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Numbers by name, those noted after the save included."""
-        return {} if self.record is None else self.record.metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +73,25 @@ class KeepDecision:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mirrored:
+    """What a mirroring did.
+
+    Attributes:
+        copied: the copies that were made.
+        removed: the steps that were deleted at the other place.
+    """
+
+    copied: tuple[Copied, ...]
+    removed: tuple[int, ...]
+
+
 class Run:
     """A run at a place. Every call looks anew: what is stored is the truth.
 
     Attributes:
         url: where it is, without secrets.
+        store: the place itself.
     """
 
     def __init__(
@@ -134,11 +106,13 @@ class Run:
         Raises:
             UsageError: the url is malformed.
         """
-        self._store = (
+        self.store = (
             url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
         )
-        self._repository = Repository(self._store)
-        self.url = self._store.url
+        self.url = self.store.url
+        # Nearly always a place without a run is a mistyped one.
+        beside = partial(similar_beside, self.url, storage_options)
+        self._repository = Repository(self.store, similar=beside)
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending."""
@@ -146,11 +120,15 @@ class Run:
 
     def runs_below(self) -> list[str]:
         """Return the urls of the runs at or below this place, up to three folders below."""
-        return list(runs_below(self._store))
+        return list(runs_below(self.store))
 
     def latest(self) -> int | None:
         """Return the newest committed step, None where there is none."""
         return self._repository.latest()
+
+    def status(self) -> JobStatus | None:
+        """Return what the job that took the run over last said of itself, None for nothing."""
+        return status.newest(self.store)
 
     def best(self, metric: str, mode: Mode = "min") -> int | None:
         """Return the step with the best value of `metric`, None where no checkpoint has one.
@@ -175,7 +153,7 @@ class Run:
         steps = sorted(self._repository.candidates())
         if not steps:
             raise self._repository.no_checkpoint()
-        found = map_in_parallel(self._look, steps, threads=_AT_ONCE)
+        found = map_in_parallel(partial(look, self.store), steps, threads=_AT_ONCE)
         whole = [each.step for each in found if each.state == "committed"]
         return [
             replace(each, marks=("latest", *each.marks)) if each.step in whole[-1:] else each
@@ -193,9 +171,7 @@ class Run:
 
     def open(self, step: int) -> Checkpoint:
         """Open a committed checkpoint. See `manifest` for errors."""
-        return reread(
-            lambda: Checkpoint.open(self._store, self._manifest_bytes(step), step=check_step(step))
-        )
+        return self._repository.open(step)
 
     def verify(self, step: int, *, sample: Sample | None = None) -> VerifyReport:
         """Compare the bytes of a checkpoint with their digests.
@@ -207,17 +183,10 @@ class Run:
 
         Raises:
             NotFound: it is not committed.
+            IncompatibleError: it was written by a newer format.
             StorageError: the backend failed, which says nothing about the checkpoint.
         """
-        if sample is None:
-            self._manifest_bytes(step)
-            return self._repository.verify(step)
-        try:
-            return verify(self.open(step), sample=sample)
-        except CheckpointError as error:
-            if isinstance(error, StorageError | NotFound):
-                raise
-            return VerifyReport(step, 0, 0, (error.message,))
+        return self._repository.verify(step, sample=sample)
 
     def pin(self, step: int, *, reason: str = "") -> None:
         """Keep a checkpoint whatever any policy says, until `unpin`."""
@@ -238,11 +207,11 @@ class Run:
         good = {each.step: each for each in listed if each.record is not None}
         records = [each.record for each in good.values() if each.record is not None]
         reasons = policy.kept(records)
-        protected = self._protected(listed)
-        gone = {record.step for record in removable(records, policy, set(protected))}
+        kept = protected(listed)
+        gone = {record.step for record in removable(records, policy, set(kept))}
         decisions = []
         for each in listed:
-            said = [protected.get(each.step, ""), reasons.get(each.step, "")]
+            said = [kept.get(each.step, ""), reasons.get(each.step, "")]
             why = tuple(filter(None, said))
             if each.step in gone:
                 decisions.append(
@@ -282,7 +251,7 @@ class Run:
             UsageError: it is protected, and `force` was not given (`ErrorKind.PROTECTED`).
         """
         self._manifest_bytes(step)
-        why = self._protected(self.listed()).get(step)
+        why = protected(self.listed()).get(step)
         if why and not force:
             raise UsageError(
                 f"step {step} in {self.url} is not removed: it is {why}; to mean it, force it",
@@ -290,14 +259,26 @@ class Run:
             )
         self._delete(step, pinned_too=force)
 
-    def sweep(self) -> list[str]:
+    def sweep(self, *, older_than: timedelta | None = None) -> list[str]:
         """Remove what killed jobs left; return the folders that went.
 
         What the job that owns the run writes is not touched, as nobody else can tell it from what
         that job gave up: that goes after its next commit.
+
+        Args:
+            older_than: only where nothing was put for so long, by the clock of this host.
+
+        Raises:
+            UsageError: this storage does not say when an object was put.
         """
-        older = claims.highest(self._store) - 1
-        return collect_garbage(self._store, claim=older, in_flight=())
+        older = claims.highest(self.store) - 1
+        before = None if older_than is None else time.time() - older_than.total_seconds()
+        return collect_garbage(self.store, claim=older, in_flight=(), before=before)
+
+    def leftovers(self) -> list[str]:
+        """Return the folders that `sweep` would remove; nothing is done."""
+        older = claims.highest(self.store) - 1
+        return list(garbage(self.store, claim=older, in_flight=()))
 
     def copy(self, step: int, to: str | Store | Run) -> Copied:
         """Copy a checkpoint into another run, verified, and committed there last.
@@ -309,7 +290,39 @@ class Run:
             IntegrityError: the source is damaged; nothing was committed.
         """
         target = to if isinstance(to, Run) else Run(to)
-        return copying.copy(self.open(step), target._store)  # noqa: SLF001 a run as well
+        return copying.copy(self.open(step), target.store)
+
+    def mirror(
+        self, to: str | Store | Run, *, best: Criterion | None = None, keep: int | None = None
+    ) -> Mirrored:
+        """Copy the newest checkpoint, and the best, into another run, where they are not there yet.
+
+        One that is deleted here meanwhile is passed over: the next call finds what came after it.
+
+        Args:
+            to: the other run.
+            best: by what one is the best; None copies the newest alone.
+            keep: how many of the newest stay there beside the best; None deletes nothing.
+
+        Raises:
+            NotFound: there is no run to copy.
+            AlreadyExists: another checkpoint of such a step is there.
+        """
+        target = to if isinstance(to, Run) else Run(to)
+        policy = None if keep is None else _newest_or_best(keep, best)
+        listed = self.listed()
+        wanted = {each.step for each in listed if "latest" in each.marks}
+        records = [each.record for each in listed if each.record is not None]
+        wanted |= {each.step for each in (best.ranked(records) if best else [])[:1]}
+        copied = []
+        for step in sorted(wanted):
+            with suppress(NotFound):
+                copied.append(self.copy(step, target))
+        decided = target.keep(policy) if policy and target.latest() is not None else []
+        return Mirrored(
+            tuple(each for each in copied if each.files),
+            tuple(each.step for each in decided if not each.kept),
+        )
 
     def diff(self, step: int, other: int, *, of: Run | None = None) -> list[Difference]:
         """Return the tensors that differ between two checkpoints by their digests; no data is read.
@@ -321,77 +334,29 @@ class Run:
         """
         return copying.diff(self.open(step), (of or self).open(other))
 
-    def _look(self, step: int) -> Listed:
-        try:
-            data = read_manifest(self._store, step)
-        except NotFound:
-            problem = "no manifest: it is being saved, or was cut off"
-            return Listed(step, "unfinished", problem=problem)
-        except StorageError as error:
-            if error.kind is not ErrorKind.PERMISSION:
-                raise
-            return Listed(step, "unreadable", problem=error.message)
-        except CheckpointError as error:
-            return Listed(step, "damaged", problem=error.message)
-        try:
-            manifest = manifest_format.decode(data, step=step)
-            note = marks.read_epoch_note(self._store, step, manifest.save_id)
-        except IncompatibleError as error:
-            return Listed(step, "newer format", problem=error.message)
-        except CheckpointError as error:
-            return Listed(step, "damaged", problem=error.message)
-        pinned = marks.is_pinned(self._store, step, manifest.save_id)
-        record = Record.of(manifest, note)
-        return Listed(
-            step,
-            "committed",
-            marks=("pinned",) * pinned,
-            manifest=manifest,
-            record=record,
-        )
-
-    def _protected(self, listed: Sequence[Listed]) -> dict[int, str]:
-        """Return, by step, why a checkpoint is not deleted whatever a policy says."""
-        bad = ("damaged", "newer format", "unreadable")
-        found: dict[int, str] = {e.step: e.state for e in listed if e.state in bad}
-        found |= {each.step: "pinned" for each in listed if "pinned" in each.marks}
-        good = [each for each in listed if each.manifest is not None]
-        if good and (newest := good[-1]).manifest is not None:
-            parent = newest.manifest.parent_step
-            if parent is not None:
-                # By this a job tells which one it restored: it may go back to it.
-                found.setdefault(parent, "the one that the run went on from")
-            found[newest.step] = "the newest"
-        return found
-
     def _delete(self, step: int, *, pinned_too: bool) -> None:
         try:
-            data = read_manifest(self._store, step)
+            data = read_manifest(self.store, step)
             save_id = manifest_format.decode(data, step=step).save_id
         except NotFound:
             return  # the retention of the job was faster
         except (IntegrityError, IncompatibleError):
-            delete_checkpoint(self._store, step)  # only asked for by name, and forced
+            delete_checkpoint(self.store, step)  # only asked for by name, and forced
             return
-        if not pinned_too and marks.is_pinned(self._store, step, save_id):
+        if not pinned_too and marks.is_pinned(self.store, step, save_id):
             return  # since the plan was made
-        marks.mark_removed(self._store, step, save_id)
+        marks.mark_removed(self.store, step, save_id)
         # Itself alone: a job that went back may have saved the step anew since the look.
-        delete_exactly(self._store, manifest_key(step), data)
-        delete_attempt(self._store, step, save_id)
+        delete_exactly(self.store, manifest_key(step), data)
+        delete_attempt(self.store, step, save_id)
 
     def _manifest_bytes(self, step: int) -> bytes:
-        step = check_step(step)
         try:
-            return read_manifest(self._store, step)
+            return read_manifest(self.store, check_step(step))
         except NotFound:
-            pass
-        steps = self.steps()
-        if not steps:
-            raise self._repository.no_checkpoint()
-        near = sorted(sorted(steps, key=lambda each: abs(each - step))[:3])
-        raise NotFound(
-            f"no checkpoint of step {step} in {self.url}: the nearest are "
-            f"{', '.join(map(str, near))}",
-            kind=ErrorKind.NO_CHECKPOINT,
-        )
+            raise self._repository.not_found(step) from None
+
+
+def _newest_or_best(count: int, best: Criterion | None) -> KeepPolicy:
+    policy = keeping.latest(count)
+    return policy if best is None else policy | keeping.best(best.metric, mode=best.mode)

@@ -9,9 +9,12 @@ import typer
 
 from dist_ckpt.cli.comparing import add_comparing
 from dist_ckpt.cli.doors import add_doors
+from dist_ckpt.cli.health import add_health
 from dist_ckpt.cli.looking import add_looking
+from dist_ckpt.cli.numbers import add_numbers
 from dist_ckpt.cli.output import escaped, write
 from dist_ckpt.cli.tidying import add_tidying
+from dist_ckpt.cli.watching import add_watching
 from dist_ckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -34,7 +37,10 @@ app = typer.Typer(
     "13 refused for safety. Colours end where the output is no terminal, or by NO_COLOR.",
 )
 # A group of commands is a module, which adds them.
-for _add in (add_looking, add_comparing, add_tidying, add_doors):
+for _add in (
+    *(add_looking, add_comparing, add_numbers, add_tidying),
+    *(add_watching, add_doors, add_health),
+):
     _add(app)
 
 

@@ -6,17 +6,22 @@ import math
 import random
 import re
 from dataclasses import asdict
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.looking import in_words, metric_names
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.errors import IntegrityError, UsageError
+from dist_ckpt.cli.progress import showing_reads
+from dist_ckpt.errors import IncompatibleError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
+    from dist_ckpt.repository import VerifyReport
+    from dist_ckpt.repository.listed import Listed
     from dist_ckpt.run import Run
 
 
@@ -44,74 +49,126 @@ def _verify(
     Example: dist-ckpt verify s3://bucket/runs/17 --all --sample 5%
     """
     share = (0, 1) if quick else _share(sample)
+    unknown: list[Listed] = []
     if every:
         run = places.open_run(places.split(place)[0], storage_option)
-        steps = [each.step for each in run.listed() if each.state != "unfinished"]
+        listed = run.listed()
+        unknown = [each for each in listed if each.state in ("newer format", "unreadable")]
+        steps = [each.step for each in listed if each.state in ("committed", "damaged")]
     else:
         run, step = places.open_step(place, storage_option, metric)
         steps = [step]
-    reports = [run.verify(step, sample=share) for step in steps]
+    reports = []
+    for step in steps:
+        with showing_reads(run, step, shares=1 if share is None else share[1]) as seen:
+            reports.append(seen.verify(step, sample=share))
     if json:
-        found = [
-            {
-                "step": each.step,
-                "ok": each.ok,
-                "files": each.files,
-                "nbytes_read": each.nbytes,
-                "problems": list(each.problems),
-            }
-            for each in reports
-        ]
-        say_json({"url": run.url, "checkpoints": found})
+        say_json({"url": run.url, "checkpoints": _as_json(reports, unknown)})
     else:
-        for each in reports:
-            read = f"{each.files} files, {size(each.nbytes)} read"
-            say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
-            for problem in each.problems:
-                say(f"  {problem}")
+        _say_reports(reports, unknown)
     bad = [each.step for each in reports if not each.ok]
     if bad:
         raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
+    if unknown:
+        steps = [each.step for each in unknown]
+        raise IncompatibleError(f"not verified in {run.url}: step {', '.join(map(str, steps))}")
+
+
+def _as_json(reports: list[VerifyReport], unknown: list[Listed]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {
+            "step": each.step,
+            "ok": each.ok,
+            "files": each.files,
+            "nbytes_read": each.nbytes,
+            "problems": list(each.problems),
+        }
+        for each in reports
+    ]
+    for each in unknown:
+        row = {"ok": None, "files": 0, "nbytes_read": 0, "problems": [each.problem]}
+        rows.append({"step": each.step, **row})
+    return sorted(rows, key=lambda row: int(row["step"]))
+
+
+def _say_reports(reports: list[VerifyReport], unknown: list[Listed]) -> None:
+    for each in reports:
+        read = f"{each.files} files, {size(each.nbytes)} read"
+        say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
+        for problem in each.problems:
+            say(f"  {problem}")
+    for one in unknown:
+        say(f"step {one.step}: NOT VERIFIED, {one.state}")
+        say(f"  {one.problem}")
 
 
 def _diff(
     one: Annotated[str, typer.Argument(metavar="URL@STEP", help="a checkpoint")],
     other: Annotated[str, typer.Argument(metavar="URL@STEP|STEP", help="another one")],
     *,
+    values: Annotated[
+        bool, typer.Option("--values", help="read what differs, and say how far it is apart")
+    ] = False,
     metric: Metric = None,
     storage_option: Options = None,
     json: Json = False,
 ) -> None:
-    """Show in what two checkpoints differ, by their digests: no data is read.
+    """Show in what two checkpoints differ, by their digests: no data is read without --values.
 
-    Example: dist-ckpt diff runs/17@100 200
+    Example: dist-ckpt diff runs/17@100 200 --values
     """
     run, step = places.open_step(one, storage_option, metric)
     if other.isdecimal():
         there, second = run, int(other)
     else:
         there, second = places.open_step(other, storage_option, metric)
-    found = run.diff(step, second, of=there)
+    rows = [asdict(each) for each in run.diff(step, second, of=there)]
+    if values:
+        rows = _with_values(rows, (run, step), (there, second))
     facts = _facts_that_differ(run, step, there, second)
     if json:
-        rows = [asdict(each) for each in found]
         say_json({"equal": not rows, "tensors": rows, "facts": facts})
         return
     for name, (mine, theirs) in facts.items():
         say(f"{name}: {in_words(mine) or 'nothing'} -> {in_words(theirs) or 'nothing'}")
-    if not found:
+    if not rows:
         say("all tensors are equal")
         return
+    texts = {"part": "part", "name": "name", "kind": "differ in", "here": "here", "there": "there"}
+    numbers = ("differing", "absolute", "relative") if values else ()
     table(
+        [*((title, "left") for title in texts.values()), *((each, "right") for each in numbers)],
         [
-            ("part", "left"),
-            ("name", "left"),
-            ("differ in", "left"),
-            ("here", "left"),
-            ("there", "left"),
+            [*(row[name] for name in texts), *(show_number(row.get(name)) for name in numbers)]
+            for row in rows
         ],
-        [[e.part, e.name, e.kind, e.here, e.there] for e in found],
     )
+
+
+def _with_values(
+    rows: list[dict[str, Any]], one: tuple[Run, int], other: tuple[Run, int]
+) -> list[dict[str, Any]]:
+    """Return `rows` with how far the values are apart, without those that are equal after all."""
+    module: Any = import_module("dist_ckpt.doors.numbers")  # which needs torch
+    names = [f"{row['part']}/{row['name']}" for row in rows if row["kind"] == "values"]
+    (run, step), (there, second) = one, other
+    with (
+        showing_reads(run, step) as seen,
+        dist_ckpt.open_checkpoint(seen.store, step=step) as here,
+        dist_ckpt.open_checkpoint(there.store, step=second) as beyond,
+    ):
+        found = {each.name: each for each in module.value_differences(here, beyond, names)}
+    return [
+        {
+            **row,
+            "differing": None if far is None else far.differing,
+            "absolute": None if far is None else far.absolute,
+            "relative": None if far is None else far.relative,
+        }
+        for row in rows
+        for far in [found.get(f"{row['part']}/{row['name']}")]
+        if far is None or far.differing
+    ]
 
 
 def _compare(url: Url, *, storage_option: Options = None, json: Json = False) -> None:

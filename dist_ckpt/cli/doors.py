@@ -11,6 +11,7 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json
 from dist_ckpt.cli.places import Json, Metric, Place
+from dist_ckpt.cli.progress import showing_part
 from dist_ckpt.errors import UsageError
 
 _FORMATS = ("safetensors", "hf", "torch", "dcp")
@@ -56,23 +57,23 @@ def _export(
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
     chosen: dict[str, Any] = {"max_shard": max_shard, "like": like}
     url, which = places.split(source)
+    if which == "best":
+        # Found before anything is shown of it.
+        which = f"{places.find_named(places.open_run(url, None), which, metric)}"
     if url != source:
         chosen["step"] = int(which) if which.isdecimal() else which
-    if which == "best":
-        chosen["metric"], chosen["mode"] = places.criterion(metric)
     names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
-    _tell(
-        dist_ckpt.export(
-            url,
+    with showing_part(url, int(which) if which.isdecimal() else None, part) as place:
+        report = dist_ckpt.export(
+            place,
             out,
             format=form,  # type: ignore[arg-type]  # looked at above
             part=part,
             dtype=dtype,
             rename=names or None,
             **{name: value for name, value in chosen.items() if value is not None},
-        ),
-        json=json,
-    )
+        )
+    _tell(report, json=json)
 
 
 def _import(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dist_ckpt.cli import places
-from dist_ckpt.cli.output import age, finite, say, say_json, show_number, size, table
+from dist_ckpt.cli.output import age, clear, finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.cli.watching import Every, Watch, repeat
 from dist_ckpt.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from dist_ckpt.run import Listed
+    from dist_ckpt.repository.listed import Listed
+    from dist_ckpt.run import Run
 
 _SORTS = ("step", "age", "size")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -30,6 +33,8 @@ def _ls(
     url: Url,
     *,
     sort: Annotated[str, typer.Option(metavar="step|age|size", help="order of the rows")] = "step",
+    watch: Watch = False,
+    every: Every = 10.0,
     storage_option: Options = None,
     json: Json = False,
 ) -> None:
@@ -40,18 +45,26 @@ def _ls(
     if sort not in _SORTS:
         raise UsageError(f"--sort is one of {', '.join(_SORTS)}, not {sort!r}")
     run = places.open_run(url, storage_option)
+    repeat(partial(_list, run, sort, json=json, lines=watch), watch=watch, every=every)
+
+
+def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
+    """Print what is there, in a terminal that is looked at again in the place of the last look."""
+    job = run.status()
     try:
         rows = run.listed()
     except NotFound:
         below = run.runs_below()
-        if not below:
+        if not below and job is None:
             raise
-        if json:
-            say_json({"url": run.url, "runs": below})
+        if below and json:
+            say_json({"url": run.url, "runs": below}, lines=lines)
             return
         for each in below:
             say(each)
-        return
+        if below:
+            return
+        rows = []  # of a job that has not saved yet
     keys: dict[str, Any] = {
         "step": lambda each: each.step,
         "age": lambda each: -each.created.timestamp() if each.created else 0,
@@ -59,9 +72,15 @@ def _ls(
     }
     rows.sort(key=keys[sort])
     if json:
-        say_json({"url": run.url, "checkpoints": [_as_json(each) for each in rows]})
+        listed = [_as_json(each) for each in rows]
+        found = {"url": run.url, "checkpoints": listed, "job": job and job.as_json()}
+        say_json(found, lines=lines)
         return
+    if lines:
+        clear()
     _print_rows(rows)
+    if job is not None:
+        say(f"job: {job.in_words()}")
 
 
 def _show(
@@ -72,7 +91,7 @@ def _show(
     Example: dist-ckpt show runs/17@latest
     """
     run, step = places.open_step(place, storage_option, metric)
-    found = run.manifest(step)
+    found, job = run.manifest(step), run.status()
     slowest = max(
         found.timings.items(),
         key=lambda item: item[1].stage_seconds + item[1].write_seconds,
@@ -98,11 +117,12 @@ def _show(
             for rank, each in found.timings.items()
         },
         "slowest_rank": None if slowest is None else int(slowest[0]),
+        "job": job and job.as_json(),
     }
     if json:
         say_json(facts)
         return
-    shown = {**facts, "nbytes": size(found.nbytes)}
+    shown = {**facts, "nbytes": size(found.nbytes), "job": job and job.in_words()}
     del shown["timings"]
     if slowest is not None:
         rank, each = slowest

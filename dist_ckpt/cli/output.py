@@ -36,14 +36,25 @@ def write(text: str, *, flush: bool = False) -> None:
         sys.exit(0)
 
 
+def clear() -> None:
+    """Let what follows be at the top of the screen, where there is one."""
+    if sys.stdout.isatty():
+        write("\x1b[H\x1b[2J")
+
+
 def say(text: str) -> None:
     """Print a line."""
     write(f"{escaped(text)}\n")
 
 
-def say_json(value: Any) -> None:
-    """Print `value` as JSON, in which what is not finite is a text."""
-    write(f"{json.dumps(finite(value), indent=2, ensure_ascii=False)}\n")
+def say_json(value: Any, *, lines: bool = False) -> None:
+    """Print `value` as JSON, in which what is not finite is a text.
+
+    Args:
+        value: what to print.
+        lines: in one line, as one of many.
+    """
+    write(f"{json.dumps(finite(value), indent=None if lines else 2, ensure_ascii=False)}\n")
 
 
 def finite(value: Any) -> Any:

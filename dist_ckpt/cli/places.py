@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ import dist_ckpt
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 
 if TYPE_CHECKING:
+    from dist_ckpt.repository.ranking import Criterion
     from dist_ckpt.run import Run
 
 _AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)", re.DOTALL)
@@ -61,12 +63,17 @@ def split(place: str) -> tuple[str, str]:
     return (found["url"], found["which"]) if found else (place, "latest")
 
 
-def criterion(metric: str | None) -> tuple[str, str]:
-    """Return the name of a metric, and "min" or "max"."""
+def criterion(metric: str | None) -> Criterion:
+    """Return what `--metric` says.
+
+    Raises:
+        UsageError: it was not given.
+    """
     if not metric:
         raise UsageError("say by which metric the best is chosen: --metric val/loss, or f1:max")
-    name, colon, mode = metric.rpartition(":")
-    return (name, mode) if colon and mode in ("min", "max") else (metric, "min")
+    # Imported by this very use, as the run is.
+    parsed: Criterion = import_module("dist_ckpt.repository.ranking").Criterion.parse(metric)
+    return parsed
 
 
 def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> tuple[Run, int]:
@@ -85,11 +92,12 @@ def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> 
 def find_named(run: Run, which: str, metric: str | None) -> int:
     """Return the latest or the best step of a run."""
     if which == "best":
-        name, mode = criterion(metric)
-        step = run.best(name, "max" if mode == "max" else "min")
+        wanted = criterion(metric)
+        step = run.best(wanted.metric, wanted.mode)
         if step is None:
             raise NotFound(
-                f"no checkpoint in {run.url} has the metric {name!r}", kind=ErrorKind.NO_CHECKPOINT
+                f"no checkpoint in {run.url} has the metric {wanted.metric!r}",
+                kind=ErrorKind.NO_CHECKPOINT,
             )
         return step
     step = run.latest()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import asdict
+from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,11 +15,14 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.cli.progress import showing_reads
 from dist_ckpt.errors import UsageError, near
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.keep import KeepPolicy
+    from dist_ckpt.run import Run
 
+_SECONDS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
 _POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
 
 
@@ -125,15 +131,25 @@ def _unpin(
     say_json({"url": run.url, "unpinned": step}) if json else say(f"step {step} is not pinned")
 
 
-def _sweep(url: Url, *, storage_option: Options = None, json: Json = False) -> None:
+def _sweep(
+    url: Url,
+    *,
+    older_than: Annotated[
+        str | None,
+        typer.Option(metavar="AGE", help="only where nothing was put for so long: 2d, 12h, 30min"),
+    ] = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
     """Remove what killed jobs left: files without a manifest, abandoned uploads.
 
     What the newest job of the run writes is never touched.
 
-    Example: dist-ckpt sweep s3://bucket/runs/17
+    Example: dist-ckpt sweep s3://bucket/runs/17 --older-than 2d
     """
+    age = None if older_than is None else parse_age(older_than)
     run = places.open_run(url, storage_option)
-    gone = run.sweep()
+    gone = run.sweep(older_than=age)
     if json:
         say_json({"url": run.url, "removed": gone})
         return
@@ -147,6 +163,10 @@ def _cp(
     destination: Annotated[str, typer.Argument(metavar="URL", help="the run to copy into")],
     *,
     every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
+    parts: Annotated[
+        str | None,
+        typer.Option(metavar="PART,...", help="these alone, as a checkpoint that has no others"),
+    ] = None,
     metric: Metric = None,
     storage_option: Options = None,
     json: Json = False,
@@ -155,7 +175,7 @@ def _cp(
 
     Run again after it was cut off, it goes on where it was.
 
-    Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss
+    Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss --parts model
     """
     if every:
         run = places.open_run(places.split(source)[0], storage_option)
@@ -166,16 +186,44 @@ def _cp(
     target = places.open_run(destination, storage_option)
     done = []
     for step in steps:
-        copied = run.copy(step, target)
+        with showing_reads(run, step) as seen:
+            copied, words = (
+                _whole(seen, step, target) if parts is None else _parts(seen, step, target, parts)
+            )
         done.append(copied)
         if not json:
-            kept = f", {copied.kept} were there" if copied.kept else ""
-            say(f"step {step}: {copied.files} files, {size(copied.nbytes)} copied{kept}")
+            say(f"step {step}: {words}")
     if json:
-        rows = [
-            {"step": e.step, "files": e.files, "kept": e.kept, "nbytes": e.nbytes} for e in done
-        ]
-        say_json({"url": target.url, "checkpoints": rows})
+        say_json({"url": target.url, "checkpoints": [asdict(each) for each in done]})
+
+
+def _whole(run: Run, step: int, target: Run) -> tuple[Any, str]:
+    """Copy a checkpoint; return the report, and what to say of it."""
+    done = run.copy(step, target)
+    kept = f", {done.kept} were there" if done.kept else ""
+    return done, f"{done.files} files, {size(done.nbytes)} copied{kept}"
+
+
+def _parts(run: Run, step: int, target: Run, parts: str) -> tuple[Any, str]:
+    # Of all copies this one needs torch: it saves anew.
+    module: Any = import_module("dist_ckpt.doors.parts")
+    names = list(dict.fromkeys(filter(None, parts.split(","))))
+    done = module.copy_parts(run.store, target.store, step=step, parts=names)
+    how = "was there already" if done.was_there else f"{size(done.nbytes)} copied"
+    return done, f"{', '.join(names)}, {done.tensors} tensors, {how}"
+
+
+def parse_age(text: str) -> timedelta:
+    """Return how long `2d`, `12h`, `30min` or `90s` is.
+
+    Raises:
+        UsageError: it is no such text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(d|h|min|s)", text)
+    seconds = float(found[1]) * _SECONDS[found[2]] if found else -1.0
+    if not 0 <= seconds < timedelta.max.total_seconds():
+        raise UsageError(f"--older-than takes an age such as 2d, 12h, 30min or 90s, not {text!r}")
+    return timedelta(seconds=seconds)
 
 
 def parse_policy(text: str) -> KeepPolicy:

@@ -21,12 +21,13 @@ from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.storage.stream import Stream
 from dist_ckpt.waiting import Worker
 
-_AHEAD = 3
+_AHEAD = 2
 """How many windows are read while others are stored."""
 
-WINDOW_BYTES = 8 << 20
-"""How much of a file is made at a time. Every element begins and ends in one window: a tensor lies
-at a multiple of its item, and so do windows."""
+WINDOW_BYTES = 16 << 20
+"""How much of a file is made at a time: of a source that lies otherwise, two windows read the block
+between them. Every element begins and ends in one window: a tensor lies at a multiple of its item,
+and so do windows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -18,10 +19,12 @@ from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.storage.base import Store, Sweeper, read_all
 from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.stream import Stream, put_stream
 
 NOTE = "unfinished-export.json"
 _NOTE_LIMIT_BYTES = 1 << 26
+_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +129,26 @@ def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]
     Raises:
         IntegrityError: they differ; the file is removed.
     """
-    buffer = aligned_buffer(WINDOW_BYTES)
-    start = 0
-    for nbytes, digest in digests:
+    buffers = [aligned_buffer(WINDOW_BYTES) for _ in range(min(_AT_ONCE, len(digests)))]
+    starts = accumulate((nbytes for nbytes, _ in digests), initial=0)
+
+    def compare(part: tuple[int, tuple[int, bytes]]) -> None:
+        start, (nbytes, digest) = part
+        buffer = buffers.pop()  # there is one for each thread
         count = store.read_into(file.key, start, buffer[:nbytes])
         if block_digests(buffer[:count]) != digest:
-            store.delete([file.key])
             raise IntegrityError(
                 f"{file.key} in {store.url} reads otherwise than it was written, around byte "
                 f"{start}: it was removed. Check the disk or the server"
             )
-        start += nbytes
+        buffers.append(buffer)
+
+    try:
+        # A disk and a server are only as fast as they are asked for several parts at once.
+        in_parallel(compare, zip(starts, digests, strict=False), threads=len(buffers))
+    except IntegrityError:
+        store.delete([file.key])
+        raise
 
 
 def _is_stored(store: Store, file: OutFile) -> bool:

@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -59,7 +60,12 @@ class SpooledPart:
 
 
 def save_parts(
-    parts: Mapping[str, SpooledPart], url: Place, *, step: int, metrics: Mapping[str, float]
+    parts: Mapping[str, SpooledPart],
+    url: Place,
+    *,
+    step: int,
+    metrics: Mapping[str, float],
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Save `parts` as the checkpoint `step` of the run at `url`, by this process alone.
 
@@ -72,6 +78,7 @@ def save_parts(
         url,
         step=step,
         metrics=metrics,
+        metadata=metadata,
         ranks="alone",
         memory_limit_bytes=_SAVE_BYTES,
         command=False,

@@ -54,6 +54,30 @@ _HELP: Mapping[str, tuple[dict[str, Any], str]] = {
         {"metavar": "SIGNALS", "nargs": "?", "const": "SIGTERM"},
         "save at the next step when a signal arrives: SIGTERM, or those named, joined by commas",
     ),
+    "checkpoint_on_notice": (
+        {"metavar": "PLACE"},
+        "save at the next step when PLACE, a file or a URL of a cloud, says that this machine goes",
+    ),
+    "checkpoint_grace_seconds": (
+        {"metavar": "SECONDS", "type": float},
+        "how long after the signal or notice the job is ended by force",
+    ),
+    "checkpoint_exit_code": (
+        {"metavar": "STATUS", "type": int},
+        "ckpt.exit_code after a signal or notice, in place of 128 and the number of the signal",
+    ),
+    "checkpoint_when_failed": (
+        {"metavar": "raise|warn", "choices": ["raise", "warn"]},
+        "whether a save that failed ends the training, or is warned of",
+    ),
+    "checkpoint_max_failures": (
+        {"metavar": "N", "type": int},
+        "with --checkpoint-when-failed warn: how many failures in a row end it all the same",
+    ),
+    "checkpoint_exclusive": (
+        {"action": "store_true"},
+        "start only where no other job is at work on the run",
+    ),
     "checkpoint_preset": (
         {"metavar": "NAME", "choices": list(PRESETS)},
         "when to save and what to keep, where no other flag says it",
@@ -171,11 +195,10 @@ def parse(source: Source) -> Flags:
 
 def _under(given: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
     """Return what was given, and what the file says besides."""
-    if given.keys() & {"resume", "auto_resume", "pretrained_checkpoint"}:
-        # These say one thing together, how to begin, and may contradict one another.
-        for name in ("resume", "auto_resume", "pretrained_checkpoint"):
-            file.pop(name, None)
-    return {**file, **given}
+    # These say one thing together, how to begin, and may contradict one another.
+    begin = {"resume", "auto_resume", "pretrained_checkpoint"}
+    passed_over = begin if given.keys() & begin else set()
+    return {name: each for name, each in file.items() if name not in passed_over} | given
 
 
 def _of_file(path: Path) -> dict[str, Any]:

@@ -40,12 +40,27 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What `--checkpoint-preset` stands for; a flag that is given itself counts instead."""
 
-_SWITCHES = ("auto_resume", "reset_optimizer", "discard_newer", "no_save_last", "no_async")
+_SWITCHES = (
+    "auto_resume",
+    "reset_optimizer",
+    "discard_newer",
+    "no_save_last",
+    "no_async",
+    "checkpoint_exclusive",
+)
+# What a Checkpointer is given as an option, by the flag.
+_OPTIONS = {
+    "checkpoint_when_failed": "when_failed",
+    "checkpoint_max_failures": "max_failures",
+    "checkpoint_exclusive": "exclusive",
+}
 _TEXTS = (
     "checkpoint_dir",
     "pretrained_checkpoint",
     "best_metric",
     "checkpoint_on_signal",
+    "checkpoint_on_notice",
+    "checkpoint_when_failed",
     "checkpoint_preset",
 )
 
@@ -64,6 +79,12 @@ class Flags:
     checkpoint_every_epochs: int | None = None
     checkpoint_last_step: int | None = None
     checkpoint_on_signal: str | None = None
+    checkpoint_on_notice: str | None = None
+    checkpoint_grace_seconds: float | None = None
+    checkpoint_exit_code: int | None = None
+    checkpoint_when_failed: str | None = None
+    checkpoint_max_failures: int | None = None
+    checkpoint_exclusive: bool = False
     checkpoint_preset: str | None = None
     keep_last: int | None = None
     keep_best: int | None = None
@@ -110,12 +131,7 @@ class Flags:
     @property
     def criterion(self) -> Criterion | None:
         """What `--best-metric` says."""
-        if self.best_metric is None:
-            return None
-        name, colon, mode = self.best_metric.rpartition(":")
-        if colon and mode in ("min", "max"):
-            return Criterion(name, "max" if mode == "max" else "min")
-        return Criterion(self.best_metric)
+        return None if self.best_metric is None else Criterion.parse(self.best_metric)
 
     @property
     def start(self) -> Start:
@@ -159,12 +175,17 @@ class Flags:
 
     def when(self) -> SavePolicy:
         """Return when to save."""
+        ending: dict[str, Any] = {
+            "grace_seconds": self.checkpoint_grace_seconds,
+            "exit_code": self.checkpoint_exit_code,
+        }
         makers: dict[str, Callable[[Any], SavePolicy]] = {
             "checkpoint_interval": policy.every,
             "checkpoint_every_seconds": lambda seconds: policy.every(seconds=seconds),
             "checkpoint_every_epochs": lambda epochs: policy.every(epochs=epochs),
             "checkpoint_last_step": policy.last,
-            "checkpoint_on_signal": lambda names: policy.on_signal(*_signals(names)),
+            "checkpoint_on_signal": lambda names: policy.on_signal(*_signals(names), **ending),
+            "checkpoint_on_notice": lambda place: policy.on_notice(place, **ending),
         }
         policies = [policy.never()]
         for name, make in makers.items():
@@ -174,6 +195,11 @@ class Flags:
         if self.criterion is not None:
             policies.append(policy.better(self.criterion.metric, mode=self.criterion.mode))
         return reduce(or_, policies)
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of a Checkpointer that a flag names, and no others."""
+        given = {option: getattr(self, name) for name, option in _OPTIONS.items()}
+        return {option: value for option, value in given.items() if value not in (None, False)}
 
     def keep(self) -> KeepPolicy | None:
         """Return what to keep, None for everything."""
@@ -240,6 +266,17 @@ def _contradictions(flags: Flags) -> Iterator[str]:
             "newer than the newest: give --resume STEP with it, or neither --resume nor "
             "--auto-resume to begin anew"
         )
+    says_end = (flags.checkpoint_grace_seconds, flags.checkpoint_exit_code) != (None, None)
+    preset = PRESETS.get(flags.checkpoint_preset or "", {})
+    if says_end and not (
+        flags.checkpoint_on_signal or flags.checkpoint_on_notice or "checkpoint_on_signal" in preset
+    ):
+        yield (
+            "--checkpoint-grace-seconds and --checkpoint-exit-code say what follows a signal or a "
+            "notice: give --checkpoint-on-signal or --checkpoint-on-notice with them"
+        )
+    if flags.checkpoint_max_failures is not None and flags.checkpoint_when_failed != "warn":
+        yield "--checkpoint-max-failures does nothing without --checkpoint-when-failed warn"
     if flags.keep_best is not None and flags.best_metric is None:
         yield "--keep-best needs --best-metric: say by which metric the best is chosen"
 

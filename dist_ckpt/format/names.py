@@ -30,6 +30,7 @@ FILES_LIMIT = 10**5
 # A spelled-out 0-9 where \d would also take digits of other scripts.
 _STEP = re.compile(r"step-([0-9]{10})")
 _CLAIM = re.compile(r"([0-9]{6})\.json")
+_STATUS = re.compile(r"([0-9]{6})\.status\.json")
 _SAVE_ID = re.compile(r"c([0-9]{6})-[0-9a-f]{16}")
 _PART = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _SEGMENT = re.compile(r"index\.r[0-9]{5}\.msgpack")
@@ -131,6 +132,21 @@ def discard_key(claim: int) -> str:
 def parse_claim(name: str) -> int | None:
     """Return the number of the claim whose file in `claims/` is called `name`, or None."""
     found = _CLAIM.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def status_key(claim: int) -> str:
+    """Return the key of what the job of `claim` says of itself: `claims/000003.status.json`.
+
+    Raises:
+        UsageError: a number outside [0, 1000000).
+    """
+    return f"claims/{_check_count('claim', claim, CLAIM_LIMIT):06d}.status.json"
+
+
+def parse_status(name: str) -> int | None:
+    """Return the claim of the job that says what is in the file `name` in `claims/`, or None."""
+    found = _STATUS.fullmatch(name)
     return int(found[1]) if found else None
 
 

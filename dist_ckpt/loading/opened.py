@@ -194,6 +194,11 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
                 places.setdefault(place, []).append(entry.name)
         return [tuple(names) for names in places.values() if len(names) > 1]
 
+    def differs_by_rank(self, part: str) -> bool:
+        """Whether each rank has Python values of its own in a part."""
+        found = (entry.rank for entry in self._source.index.objects if entry.part == part)
+        return any(rank is not None for rank in found)
+
     def read_encoded(self, part: str) -> dict[str, bytes]:
         """Return the Python values of a part that all ranks share, encoded, by name."""
         with unless_deleted(self._source):

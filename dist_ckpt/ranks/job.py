@@ -17,6 +17,7 @@ from dist_ckpt.ranks.rendezvous import Coordinators, join_job
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.same_place import check_same_place
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.resolve import resolve
 
@@ -145,6 +146,7 @@ class Job:
         ranks: JobRanks | None = None,
         commits: bool = True,
         joins: bool = False,
+        exclusive: bool = False,
     ) -> None:
         """Resolve the place; other ranks are contacted at the first save or load only.
 
@@ -154,6 +156,7 @@ class Job:
             ranks: which ranks form the job; None for all.
             commits: whether the job may take the run over; else it only looks.
             joins: whether it adds to a run whatever is there, and need not go on from anything.
+            exclusive: whether it takes the run over only where no other job is at work on it.
 
         Raises:
             UsageError: the place is malformed, the timeout is not a positive number of seconds, or
@@ -177,6 +180,7 @@ class Job:
         self.restore_asked = False
         self.has_committed = False
         self._joins = joins
+        self._exclusive = exclusive
         # Where training began: the step restored, -1 for the beginning; None until it is said.
         self._origin: int | None = None
         self.passed_over = PassedOver()
@@ -229,7 +233,14 @@ class Job:
     def claim(self) -> int:
         """Rank 0: return this job's claim on the run, taken at the first call."""
         if self._claim is None:
+            if self._exclusive:
+                check_alone(self.repository.store, most_seconds=self.timeout_seconds / 2)
             self._claim = self.repository.claim()
+        return self._claim
+
+    @property
+    def claimed(self) -> int | None:
+        """Rank 0: the claim of this job, None as long as it has none."""
         return self._claim
 
     def check_same_place(self, topic: Topic) -> None:

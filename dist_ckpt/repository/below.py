@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dist_ckpt.errors import CheckpointError, near
 from dist_ckpt.format.names import parse_step_dir
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -31,3 +32,20 @@ def runs_below(
             elif depth < _DEEP:
                 below += [f"{folder}{name}/" for name in names]
         folders = below
+
+
+def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
+    """Return the names beside `url` that are like its own, as the end of a message; "" for none.
+
+    Where nobody may look there is nothing to say.
+    """
+    parent, _, name = url.rstrip("/").rpartition("/")
+    try:
+        store = resolve(parent, storage_options=storage_options)
+        try:
+            children = store.list_children()
+        finally:
+            store.close()
+    except CheckpointError:
+        return ""
+    return near(name, [child[:-1] for child in children if child.endswith("/")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 
@@ -41,6 +41,9 @@ def read_manifest(store: Store, step: int) -> bytes:
 _PAGE_BYTES = 4096
 _MANY_FILES = 64
 _THREADS = 16
+
+PIECE_BYTES = 16 << 20
+"""About how much of a file is read at once by who goes through all of it."""
 
 
 class Checkpoint:
@@ -209,6 +212,11 @@ class Checkpoint:
         self.read_into(file, start - skip, data)
         self.compare(file, start, data[skip:])
         return data[skip:]
+
+    def read_pieces(self, file: int) -> Iterator[memoryview]:
+        """Yield the bytes of file number `file`, verified, in pieces. See `read_blocks`."""
+        for start, stop in self.file(file).spans(PIECE_BYTES):
+            yield self.read_blocks(file, start, stop)
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
         """Fill `buffers` with bytes of file number `file`, not verified; see `Source.read_into`.

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
 from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import (
@@ -22,6 +28,7 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
+from dist_ckpt.repository import status
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
@@ -59,7 +66,9 @@ def delete_attempt(store: Store, step: int, save_id: str) -> None:
     _delete_attempt(store, f"{step_dir(step)}/{save_id}/")
 
 
-def collect_garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> list[str]:
+def collect_garbage(
+    store: Store, *, claim: int, in_flight: Collection[str], before: float | None = None
+) -> list[str]:
     """Remove the files of attempts that can no longer commit; return their folders.
 
     An attempt is dead when its claim is not newer than `claim`, no manifest names it, and it is
@@ -71,20 +80,55 @@ def collect_garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> 
         claim: the claim of the caller, which owns the run.
         in_flight: save_ids that the caller is writing now; looked at whenever that matters, so it
             may change meanwhile.
+        before: only of folders in which nothing was put since, in seconds since 1970.
 
     Raises:
         StorageError: a listing or a deletion failed.
+        UsageError: `before` was given, and the store does not say when an object was put.
     """
     removed: list[str] = []
+    for folder in garbage(store, claim=claim, in_flight=in_flight):
+        with passing_by(store, folder):
+            if _is_old(store, folder, before):
+                _delete_attempt(store, folder)
+                removed.append(folder)
+    if before is None:
+        # What jobs before this one said of themselves.
+        store.delete(status.old_keys(store, claim))
+    if isinstance(store, Sweeper):
+        # Unfinished objects of killed writers.
+        def may_go(key: str) -> bool:
+            if not _may_go(key, claim=claim, in_flight=in_flight):
+                return False
+            folder, _, name = key.rpartition("/")
+            return not name or _is_old(store, f"{folder}/", before)
+
+        with passing_by(store, "what killed writers left"):
+            store.sweep(may_go=may_go)
+    return removed
+
+
+def garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> Iterator[str]:
+    """Yield the folders of dead attempts, as they are found. See `collect_garbage`."""
     for child in store.list_children():
         if child.endswith("/") and parse_step_dir(child[:-1]) is not None:
             with passing_by(store, child):
-                removed += _collect_step(store, child, claim=claim, in_flight=in_flight)
-    if isinstance(store, Sweeper):
-        # Unfinished objects of killed writers.
-        with passing_by(store, "what killed writers left"):
-            store.sweep(may_go=partial(_may_go, claim=claim, in_flight=in_flight))
-    return removed
+                yield from _dead_in(store, child, claim=claim, in_flight=in_flight)
+
+
+def _is_old(store: Store, folder: str, before: float | None) -> bool:
+    """Whether nothing was put into `folder` since; what holds nothing has no age, and stays."""
+    if before is None:
+        return True
+    newest: float | None = None
+    for entry in store.list_entries(folder):
+        if entry.modified is None:
+            raise UsageError(
+                f"{store.url} does not say when an object was put there, so nothing is known to be "
+                "older than that: sweep without an age"
+            )
+        newest = max(newest or 0.0, entry.modified)
+    return newest is not None and newest < before
 
 
 @contextmanager
@@ -119,9 +163,7 @@ def _may_go(key: str, *, claim: int, in_flight: Collection[str]) -> bool:
     return not name or is_attempt_file(name) or is_temporary(name)
 
 
-def _collect_step(
-    store: Store, folder: str, *, claim: int, in_flight: Collection[str]
-) -> list[str]:
+def _dead_in(store: Store, folder: str, *, claim: int, in_flight: Collection[str]) -> Iterator[str]:
     step = parse_step_dir(folder[:-1])
     assert step is not None
     names = store.list_children(folder)
@@ -133,14 +175,11 @@ def _collect_step(
         and save_id not in in_flight
         and (owner <= claim or REMOVED in store.list_children(f"{folder}{save_id}/"))
     }
-    removed = []
     if candidates:
         # The manifest is read only after the listing: an attempt that committed in between is
         # named by it, so it cannot be taken for garbage.
         for save_id in sorted(candidates - _named(store, step, candidates)):
-            _delete_attempt(store, f"{folder}{save_id}/")
-            removed.append(f"{folder}{save_id}/")
-    return removed
+            yield f"{folder}{save_id}/"
 
 
 def _named(store: Store, step: int, candidates: set[str]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -10,16 +10,16 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES
+from dist_ckpt.format.digest import DIGEST_BYTES
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, file_key, manifest_key
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.storage.base import Store, holds
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.stream import Stream, put_stream
 
-_PIECE_BYTES = 16 * BLOCK_BYTES
 _AT_ONCE = 4
 
 Kind: TypeAlias = Literal["only here", "only there", "shape", "dtype", "values"]
@@ -76,6 +76,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     step, save_id = source.step, source.manifest.save_id
     committed = manifest_key(step)
     if holds(target, committed, source.manifest_bytes):
+        _copy_note(source, target)
         return Copied(step, 0, len(source.files), 0)
     try:
         target.size(committed)
@@ -93,7 +94,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     def one(number: int) -> None:
         name, nbytes = source.files[number]
         if not _is_there(there, number):
-            stream = Stream(nbytes, partial(_verified, source, number))
+            stream = Stream(nbytes, partial(source.read_pieces, number))
             put_stream(target, file_key(step, save_id, name), stream, mode="replace")
             copied.append(nbytes)
 
@@ -109,6 +110,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     except IntegrityError:
         target.delete([committed])
         raise
+    _copy_note(source, target)
     return Copied(step, len(copied), len(source.files) - len(copied), sum(copied))
 
 
@@ -171,16 +173,19 @@ def _digests(index: Index, tensor: int) -> list[tuple[object, ...]]:
     return sorted(found)
 
 
-def _verified(source: Checkpoint, number: int) -> Iterator[memoryview]:
-    for start, stop in source.file(number).spans(_PIECE_BYTES):
-        yield source.read_blocks(number, start, stop)
+def _copy_note(source: Checkpoint, target: Store) -> None:
+    """Say of the copy, too, what became known after the save: policies decide by it."""
+    note = marks.read_epoch_note(source.store, source.step, source.save_id)
+    if note is not None:
+        with suppress(AlreadyExists):
+            marks.put_epoch_note(target, source.step, source.save_id, note)
 
 
 def _is_there(there: Checkpoint, number: int) -> bool:
     """Whether the file of that number is at its new place already, whole."""
     try:
         there.check_size(number)
-        for _ in _verified(there, number):
+        for _ in there.read_pieces(number):
             pass
     except IntegrityError:
         return False

@@ -50,6 +50,18 @@ class Criterion:
         if self.mode not in ("min", "max"):
             raise UsageError(f"mode is 'min' or 'max', not {self.mode!r}")
 
+    @classmethod
+    def parse(cls, text: str) -> Criterion:
+        """Return what `NAME`, `NAME:min` or `NAME:max` says.
+
+        Raises:
+            UsageError: there is no name.
+        """
+        name, colon, mode = text.rpartition(":")
+        if colon and mode in ("min", "max"):
+            return cls(name, "max" if mode == "max" else "min")
+        return cls(text)
+
     def __str__(self) -> str:
         return f"{'lowest' if self.mode == 'min' else 'highest'} {self.metric}"
 

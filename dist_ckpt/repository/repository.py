@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
@@ -26,15 +26,22 @@ from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
-from dist_ckpt.repository.verify import VerifyReport, verify
+from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store
 
 
 class Repository:
     """One run in one store. Holds no state of its own: what is stored is the truth."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, similar: Callable[[], str] = str) -> None:
+        """Name the run.
+
+        Args:
+            store: where it is.
+            similar: says, where there is none, what else may be meant.
+        """
         self.store = store
+        self._similar = similar
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending, without those that this user may not look at.
@@ -129,7 +136,7 @@ class Repository:
         try:
             return Checkpoint.read(self.store, step)
         except NotFound:
-            raise self._not_found(step) from None
+            raise self.not_found(step) from None
 
     def open_latest(self) -> Checkpoint:
         """Open the newest committed checkpoint; it is never exchanged for an older one.
@@ -142,7 +149,7 @@ class Repository:
             with suppress(NotFound):  # deleted since the look
                 if self._is_committed(step):
                     return Checkpoint.read(self.store, step)
-        raise self._not_found(None)
+        raise self.no_checkpoint()
 
     def claim(self) -> int:
         """Take the run over: return the number of a new claim, higher than all before it."""
@@ -195,18 +202,23 @@ class Repository:
             )
         return newest
 
-    def verify(self, step: int) -> VerifyReport:
-        """Read every byte of a committed checkpoint and compare it with its digests.
+    def verify(self, step: int, *, sample: Sample | None = None) -> VerifyReport:
+        """Read a committed checkpoint and compare its bytes with their digests.
+
+        Args:
+            step: which.
+            sample: a share of it; every byte for None. See `dist_ckpt.repository.verify`.
 
         Raises:
             NotFound: the step is not committed, or was deleted meanwhile.
+            IncompatibleError: it was written by a newer format.
             StorageError: the backend failed.
         """
         try:
             checkpoint = self.open(step)
         except IntegrityError as error:
             return VerifyReport(step, 0, 0, (error.message,))
-        report = verify(checkpoint)
+        report = verify(checkpoint, sample=sample)
         if report.problems and not checkpoint.still_there():
             raise deleted_meanwhile(self.store, step)
         return report
@@ -276,7 +288,7 @@ class Repository:
         # Retention may have looked for a pin just before and gone on to delete.
         if not self._is_committed(step):
             marks.unpin(self.store, step, save_id)
-            raise self._not_found(step)
+            raise self.not_found(step)
 
     def unpin(self, step: int) -> None:
         """Let retention decide about `step` again; without a pin nothing happens.
@@ -325,15 +337,17 @@ class Repository:
             return False
         return True
 
-    def _not_found(self, step: int | None) -> NotFound:
+    def not_found(self, step: int) -> NotFound:
+        """Return the error of a step that is not committed; it names the nearest that are."""
         steps = self.steps()
-        if steps:
-            shown = ", ".join(map(str, steps[-5:]))
-            return NotFound(
-                f"no checkpoint of step {step} in {self.store.url}: the newest there are {shown}",
-                kind=ErrorKind.NO_CHECKPOINT,
-            )
-        return self.no_checkpoint()
+        if not steps:
+            return self.no_checkpoint()
+        nearest = sorted(sorted(steps, key=lambda each: abs(each - step))[:3])
+        return NotFound(
+            f"no checkpoint of step {step} in {self.store.url}: the nearest are "
+            f"{', '.join(map(str, nearest))}",
+            kind=ErrorKind.NO_CHECKPOINT,
+        )
 
     def no_checkpoint(self, looked_for: str = "") -> NotFound:
         """Return the error of a place without a committed checkpoint: an empty one, or another.
@@ -349,6 +363,6 @@ class Repository:
             )
         return NotFound(
             f"{self.store.url} is no run: there is nothing there, no committed checkpoint either; "
-            "check the path",
+            f"check the path{self._similar()}",
             kind=ErrorKind.NO_RUN,
         )

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.shard import header_nbytes, parse_header
-from dist_ckpt.repository.checkpoint import Checkpoint
-
-_PIECE_BYTES = 16 * BLOCK_BYTES
+from dist_ckpt.repository.checkpoint import PIECE_BYTES, Checkpoint
 
 Sample: TypeAlias = tuple[int, int]
 """Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
@@ -56,7 +53,7 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
-            for start, stop in checkpoint.file(number).spans(_PIECE_BYTES):
+            for start, stop in checkpoint.file(number).spans(PIECE_BYTES):
                 seen += 1
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
                     continue

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, from_wire, to_wire
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    from_wire,
+    may_pass,
+    to_wire,
+)
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import IndexPlan, plan_index
@@ -53,11 +60,13 @@ class Agreed:
         plan: what this rank writes; None when the save is skipped.
         earlier: the failure of a save before this one that all ranks tell now, or, when this one
             is skipped, that this rank still has to tell.
+        told: the same, but equal on all ranks: of several failures the one that weighs the most.
     """
 
     save_id: str
     plan: RankPlan | None
     earlier: Exception | None = None
+    told: CheckpointError | None = None
 
     @property
     def skipped(self) -> bool:
@@ -147,8 +156,8 @@ class Agreement:
             self._compare(snapshot, plan, topic, deadline)
             # Only now: ranks that differ are told so at every save until they are made equal.
             self._checked = plan.number
-        earlier = asked.earlier or (from_wire(answer.earlier) if answer.earlier else None)
-        return Agreed(answer.save_id, plan, earlier)
+        told = from_wire(answer.earlier) if answer.earlier else None
+        return Agreed(answer.save_id, plan, asked.earlier or told, told)
 
     def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
         number, digests, samples = None, {}, {}
@@ -189,7 +198,9 @@ class Agreement:
         holds = holds and _groups_agree(requests)
         suspicious = holds and samples_differ(request.replicas for request in requests)
         # Told by all ranks if one of them has it to tell, so that all of them take the same way.
-        earlier = next((request.earlier for request in requests if request.earlier), {})
+        failures = [request.earlier for request in requests if request.earlier]
+        grave = [each for each in failures if not may_pass(from_wire(each))]
+        earlier = next(iter(grave or failures), {})
         save_id = begin(requests[0].step)
         return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier))
 

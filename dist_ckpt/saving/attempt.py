@@ -250,6 +250,19 @@ class Attempt:
             ranks={self.rank: "its writer did not finish"},
         )
 
+    def tell_staged(self, share: StagedShare) -> None:
+        """Tell the listeners of this process that the training step goes on."""
+        events.emit(
+            events.SaveStaged(
+                self.transaction.store.url,
+                self.transaction.step,
+                self.rank,
+                save_id=self.transaction.save_id,
+                nbytes=0 if isinstance(share.staged, BaseException) else share.staged.nbytes,
+                stall_seconds=share.stall_seconds,
+            )
+        )
+
     def run(self, share: StagedShare, decide: Decide) -> None:
         """Write, report, and learn the outcome. Ends the handle; never raises."""
         error: Exception | None = None

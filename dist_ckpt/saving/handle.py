@@ -167,6 +167,14 @@ class SaveHandle:
         return cls._ended(step, save_id, "committed")
 
     @classmethod
+    def not_begun(cls, step: int, error: Exception) -> SaveHandle:
+        """Return the handle of a save that could not begin, which was told already."""
+        handle = cls(step, "", Deadline.after(0), _NO_HOOKS)
+        handle.finish(error)
+        handle.take_error()
+        return handle
+
+    @classmethod
     def _ended(cls, step: int, save_id: str, outcome: SaveOutcome) -> SaveHandle:
         handle = cls(step, save_id, Deadline.after(0), _NO_HOOKS)
         handle._outcome = outcome
@@ -265,6 +273,11 @@ class SaveHandle:
     def cancelled(self) -> bool:
         """Whether the save ends, or has ended, because somebody gave it up."""
         return self._outcome == "cancelled"
+
+    @property
+    def error(self) -> Exception | None:
+        """What the save failed with; who asks here does not count as told."""
+        return self._error if self._over.is_open else None
 
     @property
     def failed(self) -> bool:

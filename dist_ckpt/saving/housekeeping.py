@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 
 from dist_ckpt import events
-from dist_ckpt.errors import as_ours
+from dist_ckpt.errors import UsageError, as_ours
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository.history import History
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.marks import EpochNote, put_epoch_note
 from dist_ckpt.saving.exit import WriterThread
+from dist_ckpt.saving.metrics import Metrics, as_numbers
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -48,10 +49,6 @@ class Housekeeping:
         """Tidy up in the background after the commit of `step`."""
         self._thread.submit(lambda: self.run(step))
 
-    def submit_job(self, job: Callable[[], None]) -> None:
-        """Run `job` in the background, after the tidying that was submitted; it must not raise."""
-        self._thread.submit(job)
-
     def run(self, step: int) -> None:
         """Tidy up after the commit of `step`. A failure here never undoes the commit."""
         repository, url = self._job.repository, self._job.url
@@ -71,6 +68,30 @@ class Housekeeping:
             _log.warning(
                 "tidying %s after step %d failed, the step is committed: %s", url, step, failure
             )
+
+    def note_late(
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Metrics,
+        *,
+        after: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """Have said of `step`, once it is committed, what is known only now.
+
+        Args:
+            step: which checkpoint.
+            epoch: which epoch ended with it.
+            metrics: what was given with that.
+            after: runs a job when the saves before are over.
+        """
+        try:
+            note = EpochNote(epoch, as_numbers(metrics))
+        except UsageError as error:
+            # Not raised: the other ranks have nothing to convert, and would go on alone.
+            self.tell_failed(step, error)
+            return
+        after(lambda: self._thread.submit(lambda: self.note_epoch(step, note)))
 
     def note_epoch(self, step: int, note: EpochNote) -> None:
         """Say of the committed `step` what is known only now, then delete what need not be kept.

@@ -293,6 +293,7 @@ class SaveContext:
         elapsed_seconds: how long the run had trained when the save began.
         told: metrics of which was said already that they differ between ranks.
         metadata: what the manifest holds of this save besides what all of the run's hold.
+        failed_saves: how many saves of this job failed since the checkpoint before.
     """
 
     reason: str = ""
@@ -301,12 +302,15 @@ class SaveContext:
     elapsed_seconds: float | None = None
     told: set[str] = field(default_factory=set)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    failed_saves: int = 0
 
     def origin(self, hosts: Sequence[str]) -> dict[str, Any]:
         """Return what the manifest says of it, given the host of each rank."""
         found = few_hosts(list(dict.fromkeys(hosts)))
         if self.reason:
             found["reason"] = self.reason
+        if self.failed_saves:
+            found["failed_saves"] = self.failed_saves
         if self.elapsed_seconds is not None:
             found["elapsed_seconds"] = round(self.elapsed_seconds, 3)
         if self.program is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,15 @@ from multiprocessing.util import is_exiting
 from typing import Any
 
 from dist_ckpt import events
-from dist_ckpt.errors import CheckpointError, UsageError, describe
+from dist_ckpt.errors import CheckpointError, StorageError, describe
 from dist_ckpt.format.names import check_step
 from dist_ckpt.options import SaveOptions
 from dist_ckpt.planning.describe import Describer
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.repository.marks import EpochNote
 from dist_ckpt.saving.agreement import Agreement, Asked
 from dist_ckpt.saving.attempt import Attempt, StagedShare
 from dist_ckpt.saving.commit import Commit
@@ -27,6 +28,7 @@ from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.metrics import Metrics, as_numbers
+from dist_ckpt.saving.outcomes import Outcomes, Tolerance
 from dist_ckpt.saving.provenance import Provenance, SaveContext
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.saving.stager import Stager
@@ -37,7 +39,11 @@ _GIVE_UP_SECONDS = 10.0
 
 
 class Saver:
-    """Saves the state of one job, one save in flight at a time."""
+    """Saves the state of one job, one save in flight at a time.
+
+    Attributes:
+        outcomes: how the saves went.
+    """
 
     def __init__(
         self,
@@ -47,12 +53,17 @@ class Saver:
         keep: KeepPolicy | None,
         metadata: Mapping[str, Any],
         options: SaveOptions | None = None,
+        tolerance: Tolerance | None = None,
     ) -> None:
         self._job = job
         self._state = state
         self._metadata = dict(metadata)
         self._options = options = options or SaveOptions()
-        self._asked = _as_text(options, keep)
+        tolerance = tolerance or Tolerance()
+        self.outcomes = Outcomes(job.url, tolerance)
+        # Without addresses, which differ between processes.
+        kept = re.sub(r" at 0x[0-9a-f]+", "", repr(keep))
+        self._asked = {"keep": kept, **options.alike(), **tolerance.alike()}
         self._program = Provenance(command=True) if options.command else None
         self._planner: Agreement | None = None
         self._describer = Describer()
@@ -70,17 +81,29 @@ class Saver:
         """Begin to take the memory that the first save will need, in the background."""
         self._stager.prewarm(self._state, world_size=self._job.ranks.world_size())
 
-    def start(self, step: int, metrics: Metrics, about: SaveContext | None = None) -> SaveHandle:
-        """Begin to save; return when the state may change again.
+    def start(
+        self,
+        step: int,
+        metrics: Metrics,
+        about: SaveContext | None = None,
+        *,
+        within_seconds: float = math.inf,
+    ) -> SaveHandle:
+        """Begin to save, what is before it included within so long; return when all is staged.
 
         Raises:
             CheckpointError: the ranks could not agree; the same on every rank.
             UsageError: the save is not this process's to make; see `Job.coordinators`.
             Exception: what the state of this rank raised, on this rank.
         """
+        about = about or SaveContext(program=self._program)
         try:
-            handle = self._start(step, metrics, about or SaveContext(program=self._program))
+            handle = self._start(step, metrics, about, Deadline.after(within_seconds))
         except BaseException as error:
+            # Every rank was told of this one: whether another one answers each finds out alone.
+            alike = error if isinstance(error, StorageError) else None
+            if alike and self.outcomes.not_begun(step, alike, rank=self._job.training.rank):
+                return SaveHandle.not_begun(step, alike)
             if self._earlier is not None:
                 error.add_note(f"besides, the save before failed: {describe(self._earlier)}")
                 self._earlier = None
@@ -97,10 +120,10 @@ class Saver:
         """
         error, self._earlier = self._earlier, None
         if error is not None:
-            error.add_note(f"step {step} is being saved all the same")
+            error.add_note(f"step {step} is being saved all the same{self.outcomes.row()}")
             raise error
 
-    def _start(self, step: int, metrics: Metrics, about: SaveContext) -> SaveHandle:
+    def _start(self, step: int, metrics: Metrics, about: SaveContext, last: Deadline) -> SaveHandle:
         self._job.check_process()
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
@@ -112,24 +135,26 @@ class Saver:
         end_with(self)  # again: this may be a child that was forked since
         busy = self._is_in_the_way()
         if not busy:
-            self._finish_pending()
+            self.finish_pending()
         # Only now: the time that the save before took is not taken from this one.
-        deadline = self._job.deadline()
+        deadline = min(self._job.deadline(), last, key=lambda each: each.at)
+        earlier = self.outcomes.failure if self.outcomes.warns else self._earlier
         topic = self._job.topic("save", f"save of step {step}")
         with no_collection():
             # A failure goes where a snapshot would: the other ranks wait for this one in the round.
             snapshot = self._snapshot(step, metrics)
             agreed = planner.agree(
-                Asked(step, self._job.url, self._asked, busy, self._earlier),
+                Asked(step, self._job.url, self._asked, busy, earlier),
                 snapshot,
                 self._housekeeping.begin,
                 topic=topic,
                 deadline=deadline,
             )
-            self._earlier = agreed.earlier
             if agreed.plan is None:
                 events.emit(events.SaveSkipped(self._job.url, step, self._job.training.rank))
                 return SaveHandle.skipped(step)
+            self._earlier = None if self.outcomes.heard(agreed.told) else agreed.earlier
+            about = replace(about, failed_saves=self.outcomes.in_a_row)
             # Before a file is written: what is written to several places can never be loaded.
             self._job.check_same_place(topic)
             assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
@@ -142,6 +167,7 @@ class Saver:
                 overdue=self._overdue,
             )
             commit = self._commit(attempt, about)
+            self.outcomes.begun()
             share = self._stage(attempt, snapshot, agreed.plan)
         self._hand_over(attempt, share, commit, begun)
         return attempt.handle
@@ -163,18 +189,8 @@ class Saver:
     def note_late(self, step: int, epoch: int | None, metrics: Metrics) -> None:
         """Say of the checkpoint of `step`, once it is committed, what is known only now."""
         if self._job.training.rank == 0:
-            try:
-                note = EpochNote(epoch, as_numbers(metrics))
-            except UsageError as error:
-                # Not raised: the other ranks have nothing to convert, and would go on alone.
-                self._housekeeping.tell_failed(step, error)
-                return
             # After the commit on the writer's thread, and after the tidying that follows it.
-            self._writer.submit(
-                lambda: self._housekeeping.submit_job(
-                    lambda: self._housekeeping.note_epoch(step, note)
-                )
-            )
+            self._housekeeping.note_late(step, epoch, metrics, after=self._writer.submit)
 
     def drain(self) -> None:
         """Wait until the save in flight and the retention after it are over.
@@ -186,11 +202,17 @@ class Saver:
         if error is not None:
             raise error
 
-    def settle(self) -> Exception | None:
-        """Do as `drain`, but return the failure, so that all ranks hear of it in the next round."""
+    def settle(self, *, goes_on: bool = False) -> Exception | None:
+        """Do as `drain`, but return the failure, so that all ranks hear of it in the next round.
+
+        Args:
+            goes_on: whether other saves may follow: what `when_failed` bears is none then.
+        """
         self._job.check_process()  # what its threads are to finish, no thread of a child will
-        self._finish_pending()
+        self.finish_pending()
         error, self._earlier = self._earlier, None
+        if goes_on and error is not None and self.outcomes.bears(error):
+            error = None
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
@@ -253,13 +275,14 @@ class Saver:
             pending.cancel()  # should it be committed all the same, it counts
         return pending is not None and self._options.when_busy == "skip"
 
-    def _finish_pending(self) -> None:
+    def finish_pending(self) -> None:
         """Wait until the save in flight is over; keep its failure if nobody was told of it."""
         handle = self._pending
         if handle is None:
             return
         handle.settle()
         self._stager.settle()
+        self.outcomes.ended(handle, rank=self._job.training.rank)
         # Last: when an interrupt ends the waiting, the writer may still be reading the arena.
         self._pending = None
         self._earlier = handle.take_error() or self._earlier
@@ -318,16 +341,7 @@ class Saver:
     ) -> None:
         """Tell the writer thread that all is staged, or why it is not."""
         share = replace(share, stall_seconds=time.perf_counter() - begun)
-        events.emit(
-            events.SaveStaged(
-                self._job.url,
-                attempt.transaction.step,
-                attempt.rank,
-                save_id=attempt.transaction.save_id,
-                nbytes=0 if isinstance(share.staged, BaseException) else share.staged.nbytes,
-                stall_seconds=share.stall_seconds,
-            )
-        )
+        attempt.tell_staged(share)
         # Known before it is submitted: from then on somebody has to wait for it.
         self._pending = attempt.handle
         self._writer.submit(lambda: self._run(attempt, share, commit))
@@ -355,6 +369,7 @@ class Saver:
     def _run(self, attempt: Attempt, share: StagedShare, commit: Commit) -> None:
         """The background job: write and commit, then have it tidied up."""
         attempt.run(share, commit.decide)
+        self.outcomes.ended(attempt.handle, rank=attempt.rank)
         if attempt.handle.outcome != "committed":
             self._housekeeping.litter = True
         elif self._last and attempt.rank == 0:
@@ -381,16 +396,3 @@ class Saver:
         self._writer.abandon()
         self._stager.abandon()
         self._housekeeping.litter = True
-
-
-def _as_text(options: SaveOptions, keep: KeepPolicy | None) -> dict[str, str]:
-    """Return what all ranks must have been given alike, as text that is equal where that is."""
-    # Without addresses, which differ between processes.
-    policy = re.sub(r" at 0x[0-9a-f]+", "", repr(keep))
-    return {
-        "keep": policy,
-        "when_busy": options.when_busy,
-        "staging": options.staging,
-        "memory_limit_bytes": str(options.memory_limit_bytes),
-        "check_replicas": str(options.check_replicas),
-    }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
@@ -57,10 +57,17 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One object in a listing: its key and its size in bytes."""
+    """One object in a listing.
+
+    Attributes:
+        key: its name.
+        nbytes: its size.
+        modified: when it was put, in seconds since 1970 by the clock there; None if not known.
+    """
 
     key: str
     nbytes: int
+    modified: float | None = field(default=None, compare=False)
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import fsspec
@@ -253,7 +254,7 @@ class FsspecStore:
         start = len(self._root) + 1
         keys = {path[start:]: info for path, info in found.items()}
         return [
-            Entry(key, int(keys[key]["size"]))
+            Entry(key, int(keys[key]["size"]), _modified(keys[key]))
             for key in sorted(keys)
             if is_key(key) and key.startswith(prefix)
         ]
@@ -282,3 +283,14 @@ class FsspecStore:
             late = isinstance(error, TimeoutError)
             kind = ErrorKind.STORAGE_FULL if full else ErrorKind.TIMEOUT if late else None
             raise StorageError(f"{where}: {describe(error)}", kind=kind) from error
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """Return when a file was written, which file systems tell under several names, or not."""
+    for name in ("mtime", "LastModified", "last_modified", "modified", "created"):
+        value = info.get(name)
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

@@ -282,10 +282,10 @@ class LocalStore:
                 continue
             with self._mapped(f"look at {entry.path}", entry.path):
                 try:
-                    nbytes = entry.stat().st_size
+                    status = entry.stat()
                 except FileNotFoundError:
                     continue  # deleted since, or a link into nothing
-            yield Entry(prefix + name, nbytes)
+            yield Entry(prefix + name, status.st_size, status.st_mtime)
 
     def _leads_back(self, prefix: str, link: str) -> bool:
         """Whether `link` points to a folder on the way to it: following it would never end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -30,6 +31,7 @@ from dist_ckpt.storage.stream import Stream
 class _Space:
     lock: threading.Lock = field(default_factory=threading.Lock)
     objects: dict[str, bytes] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
 
 
 # Shared by the whole process on purpose: equal names are one place, as equal paths are.
@@ -87,6 +89,7 @@ class MemoryStore:
             if mode == "create" and key in self._space.objects:
                 raise AlreadyExists(f"{key} already exists in {self.url}")
             self._space.objects[key] = data
+            self._space.times[key] = time.time()
 
     def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
         """Store a copy of what `stream` makes. See `Streamer.put_stream`."""
@@ -121,6 +124,7 @@ class MemoryStore:
             # Taken for each key, since `keys` may be a listing of this very space.
             with self._space.lock:
                 self._space.objects.pop(key, None)
+                self._space.times.pop(key, None)
 
     def delete_exactly(self, key: str, data: bytes) -> bool:
         """Remove `key` if it holds `data`. See `ExactDeleter.delete_exactly`."""
@@ -128,7 +132,7 @@ class MemoryStore:
         with self._space.lock:
             if self._space.objects.get(key) != data:
                 return False
-            del self._space.objects[key]
+            del self._space.objects[key], self._space.times[key]
             return True
 
     def close(self) -> None:
@@ -147,5 +151,7 @@ class MemoryStore:
         with self._space.lock:
             objects = self._space.objects
             return [
-                Entry(key, len(objects[key])) for key in sorted(objects) if key.startswith(prefix)
+                Entry(key, len(objects[key]), self._space.times[key])
+                for key in sorted(objects)
+                if key.startswith(prefix)
             ]

@@ -322,7 +322,7 @@ class S3Store:
                 key = found["Key"][start:]
                 # What somebody else put there, such as the marker of a folder, is no key.
                 if is_key(key):
-                    yield Entry(key, found["Size"])
+                    yield Entry(key, found["Size"], found["LastModified"].timestamp())
 
     def _pages(self, name: str, prefix: str, **parameters: Any) -> Iterator[Answer]:
         wanted = {"Bucket": self._bucket, "Prefix": self._root + prefix, **parameters}

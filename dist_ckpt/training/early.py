@@ -3,16 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.format.manifest import plain_metadata
+from dist_ckpt.options import SaveKeywords, SaveOptions
+from dist_ckpt.policy.moment import checked_seconds
 from dist_ckpt.ranks.job_ranks import JobRanks
+from dist_ckpt.saving.outcomes import Tolerance, WhenFailed
 from dist_ckpt.staging.gc_pause import no_collection
 from dist_ckpt.state.generators import GeneratorPart
 from dist_ckpt.state.part import Captured, dry_capture
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
+
+
+class TrainingKeywords(SaveKeywords, total=False):
+    """The keywords of `TrainingOptions` and of saves, for the signatures that take them."""
+
+    when_failed: WhenFailed
+    max_failures: int
+    exclusive: bool
+    status_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """What a training wants of its saves, and single saves do not. The same on every rank.
+
+    Attributes:
+        when_failed: "raise": the next call raises what a save in the background failed with.
+            "warn": where storage or another rank failed, that is a warning, training goes on, and
+            the next save is made when it is due. That this job was replaced, and calls that are
+            wrong, are raised all the same, and so is a failure of the last save.
+        max_failures: with "warn", how many saves in a row fail until the last of them is raised.
+        exclusive: take the run over only where no other job is at work on it: one that gave a sign
+            of life while it was looked for. Else the job that comes later owns the run.
+        status_seconds: how often rank 0 says that the job is alive (`Run.status`, `dist-ckpt ls`),
+            for the first time after so long; None for never.
+        saves: how each of them is made.
+        ranks: which ranks train together.
+
+    Raises:
+        UsageError: an option has a value that it cannot have.
+    """
+
+    when_failed: WhenFailed = "raise"
+    max_failures: int = 3
+    exclusive: bool = False
+    status_seconds: float | None = 15.0
+    saves: SaveOptions = field(default_factory=SaveOptions)
+    ranks: JobRanks = field(default_factory=JobRanks)
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any], *, besides: Iterable[str]) -> TrainingOptions:
+        """Return what the keywords of a call mean.
+
+        Args:
+            keywords: as they were given.
+            besides: what else the call knows by name, for the hint at a mistyped one.
+
+        Raises:
+            UsageError: an unknown keyword, or a value that is none of its option's; names it.
+        """
+        names = TrainingKeywords.__annotations__.keys() - SaveKeywords.__annotations__.keys()
+        own = {name: keywords[name] for name in names if name in keywords}
+        others = {name: value for name, value in keywords.items() if name not in own}
+        saves = SaveOptions.of(others, besides=(*besides, *sorted(names)))
+        return cls(**own, saves=saves, ranks=JobRanks.of(others))
+
+    def __post_init__(self) -> None:
+        """Check every value, so that a bad one is not found when it matters."""
+        Tolerance(when_failed=self.when_failed, max_failures=self.max_failures)
+        if not isinstance(self.exclusive, bool):
+            raise UsageError(f"exclusive is True or False, not {self.exclusive!r}")
+        if self.status_seconds is not None:
+            checked_seconds(self.status_seconds, "status_seconds")
+        elif self.exclusive:
+            raise UsageError(
+                "exclusive=True with status_seconds=None: a job that gives no sign of life cannot "
+                "be told from none, give a number of seconds"
+            )
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """Whether training goes on when a save failed."""
+        return Tolerance(when_failed=self.when_failed, max_failures=self.max_failures)
 
 
 def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:

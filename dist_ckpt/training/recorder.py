@@ -3,213 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
-from dist_ckpt.errors import IncompatibleError, NotFound, UsageError
+from dist_ckpt.errors import UsageError
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.policy import SavePolicy, counted, passed_over
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.metrics import Metrics
 from dist_ckpt.saving.provenance import Provenance, SaveContext
 from dist_ckpt.saving.saver import Saver
-from dist_ckpt.training.bests import SavePolicies, WatchedMetrics
+from dist_ckpt.training.bests import SavePolicies
+from dist_ckpt.training.course import Course, ToldStep, WatchedMetrics
+from dist_ckpt.training.early import TrainingOptions
+from dist_ckpt.training.heartbeat import Heartbeat
 from dist_ckpt.training.resuming import Resumer
-from dist_ckpt.training.trigger import SaveTrigger
-
-# What a Checkpointer was told of the training so far, and what of it is stored.
-
+from dist_ckpt.training.trigger import Decision, SaveTrigger
 
 _log = logging.getLogger("dist_ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class ToldStep:
-    """The last thing that was told.
-
-    Attributes:
-        step: which step the state stood after.
-        epoch: which epoch ended with it, None in the middle of one.
-        metrics: what was given with it.
-    """
-
-    step: int
-    epoch: int | None
-    metrics: Metrics = field(default_factory=dict)
-
-
-class Course:
-    """Knows which steps are done, and which one would be lost if the training ended here.
-
-    All of it follows from calls that every rank makes alike, so all ranks know the same.
-
-    Attributes:
-        leads: whether this rank is the one to say something.
-    """
-
-    def __init__(self, url: str, when: SavePolicy, watched: WatchedMetrics) -> None:
-        self._url = url
-        self._when = when
-        self._watched = watched
-        self._last: ToldStep | None = None
-        # Whether the state is still the one that the last call told of.
-        self._live = False
-        self._done: dict[int, SaveHandle] = {}
-        self._saved: int | None = None
-        self._newest = -1
-        self._kinds: set[str] = set()
-        self._told_step: int | None = None
-        self._said: set[str] = set()
-        self.leads = False
-        self._refusal: UsageError | None = None
-
-    @property
-    def told_step(self) -> int | None:
-        """The step that was told last; None where only ends of epochs were."""
-        return self._told_step
-
-    @property
-    def saved_step(self) -> int | None:
-        """The step that was saved last."""
-        return self._saved
-
-    @property
-    def unsaved(self) -> ToldStep | None:
-        """What was told last, if no save of it was begun and the state is still that."""
-        last = self._last
-        return None if last is None or not self._live or last.step in self._done else last
-
-    def tell(self, step: int, epoch: int | None, metrics: Metrics, *, kind: str) -> None:
-        """Take note that the state stands after `step`; see `Checkpointer.step`.
-
-        Args:
-            step: which.
-            epoch: which epoch ended with it.
-            metrics: what was given with it.
-            kind: what told it: "steps", "epochs" or "saves".
-
-        Raises:
-            UsageError: training may not go on from here.
-        """
-        if self._refusal is not None:
-            raise self._refusal
-        # What is no step at all is refused by the save of it, on all ranks together.
-        if isinstance(step, int) and step < self._newest and step not in self._done:
-            self._say(
-                "backwards",
-                f"step {step} was told to the Checkpointer of {self._url} after step "
-                f"{self._newest} was stored: steps that were saved are not saved again, and older "
-                "ones are refused. Restore an earlier step, or go on from the last one",
-            )
-        if kind == "epochs" and "steps" not in self._kinds and "steps" in counted(self._when):
-            self._say(
-                "steps",
-                f"{self._when} of {self._url} counts steps, and only the end of an epoch was told: "
-                "call step() after each step, or save by when=policy.every(epochs=1)",
-            )
-        self._kinds.add(kind)
-        last = self._told_step
-        # Asked of integers alone: whatever else was told as a step is refused elsewhere.
-        if kind == "steps" and isinstance(last, int) and isinstance(step, int) and step > last + 1:
-            missed = passed_over(self._when, previous=last, step=step)
-            if missed is not None:
-                self._say(
-                    "passed over",
-                    f"{missed} of {self._url} saves at its multiples, and none of the steps from "
-                    f"{last} to {step} that were told is one: tell each step, or choose a number "
-                    "that the steps told come to",
-                )
-        if self.leads:
-            self._watched.tell(step, metrics.keys(), epoch_over=epoch is not None)
-        if kind != "epochs":
-            self._told_step = step
-        self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
-
-    def save_begun(self, step: int, handle: SaveHandle) -> None:
-        """Take note of a save."""
-        self._done[step] = handle
-        self._saved = step
-        self._newest = max(self._newest, step)
-
-    def restored(self, report: LoadReport | None, *, own: bool, refusal: UsageError | None) -> None:
-        """Take note that the state is another one.
-
-        Args:
-            report: where it comes from.
-            own: whether from the run itself.
-            refusal: why training may not go on from it.
-        """
-        self._live = False
-        self._refusal = refusal
-        self._done.clear()
-        self._saved, self._newest = None, -1
-        if report is not None and own:
-            self._done[report.step] = SaveHandle.committed(report.step, report.save_id)
-            self._newest = report.step
-
-    @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """Put another state in the place of the one after the last step, in a `with` block."""
-        try:
-            yield
-        except (UsageError, NotFound, IncompatibleError):
-            raise  # found out before anything was changed
-        except BaseException:
-            self._live = False
-            raise
-        self._live = False
-
-    def let_go(self) -> None:
-        """Take note that the last step is not to be saved: its save failed, and that was told."""
-        self._live = False
-
-    def is_done(self, step: int) -> bool:
-        """Whether a save of `step` was begun, or it was restored; the handle tells its end."""
-        return step in self._done
-
-    def done(self, step: int) -> SaveHandle | None:
-        """Return the handle of the checkpoint of `step` that was saved or restored, if there is.
-
-        Waits until that save is over: only then do all ranks know how it ended.
-        """
-        # `True` and `1.0` are no steps, though they are found where 1 is.
-        handle = self._done.get(step) if type(step) is int else None
-        if handle is None:
-            return None
-        handle.settle()
-        return handle if handle.outcome == "committed" else None
-
-    def close(self) -> None:
-        """Say what the end of the training shows to have been a mistake."""
-        if "epochs" in counted(self._when) and self._kinds == {"steps"}:
-            self._say(
-                "epochs",
-                f"{self._when} of {self._url} counts the ends of epochs, and none was told: call "
-                "epoch_end() after each epoch",
-            )
-        if self.leads:
-            self._watched.close()
-
-    def _say(self, what: str, text: str) -> None:
-        """Say it once; the other ranks would say the same."""
-        if self.leads and what not in self._said:
-            self._said.add(what)
-            _log.warning("%s", text)
-
-
-def _let_go(metrics: Metrics) -> Metrics:
-    """Return the metrics without what tensors in them hold on to: the graph of a loss is large."""
-    return {
-        name: value.detach() if isinstance(value, torch.Tensor) else value
-        for name, value in metrics.items()
-    }
+# Of a save that has all the time there is.
+_NO_URGENCY = Decision(None)
 
 
 class Recorder:
@@ -219,6 +34,7 @@ class Recorder:
         pace: decides when a save is due.
         course: what was told, and what of it is stored.
         program: what the manifests say of the program.
+        heartbeat: says that the job is alive.
         interrupted: whether training ends by an exception.
         waits: whether a save is waited for.
     """
@@ -227,35 +43,47 @@ class Recorder:
         self,
         job: Job,
         saver: Saver,
+        resumer: Resumer,
         policies: SavePolicies,
         *,
-        best: Callable[[Sequence[Criterion]], Mapping[Criterion, float]],
         save_last: bool,
-        command: bool = False,
+        options: TrainingOptions,
     ) -> None:
         """Take what it works with.
 
         Args:
             job: the ranks.
             saver: of the state.
+            resumer: what restores it.
             policies: by what it decides; where nobody said when to save, telling is an error.
-            best: see `SaveTrigger`.
             save_last: whether `finish` saves the step told last, if anything is ever due.
-            command: whether manifests have the whole command line.
+            options: what manifests say of the program, and how signs of life are given.
 
         Raises:
             UsageError: `save_last` is neither True nor False.
         """
         if not isinstance(save_last, bool):
             raise UsageError(f"save_last is True or False, not {save_last!r}")
-        self.pace = SaveTrigger(job, policies.when, best=best)
+        self.pace = SaveTrigger(
+            job,
+            policies.when,
+            best=resumer.best_values,
+            outlook=lambda: saver.outcomes.outlook(saver.in_flight),
+        )
         watched = WatchedMetrics(policies.criteria, job.url)
         self.course = Course(job.url, policies.when, watched)
-        self.program = Provenance(command=command)
+        self.program = Provenance(command=options.saves.command)
+        self.heartbeat = Heartbeat(
+            job,
+            saver.outcomes,
+            every_seconds=options.status_seconds,
+            at_once=options.exclusive,
+        )
         self.interrupted = False
         self.waits = False
         self._job = job
         self._saver = saver
+        self._resumer = resumer
         self._can_save = policies.said
         self._save_last = save_last and policies.saves
         self._stoppers = policies.stoppers
@@ -276,38 +104,40 @@ class Recorder:
                 "when=policy.never() if save() alone is to save"
             )
         # The ranks find one another here at the latest: should one of them fail, the others hear.
-        self.course.leads = self._job.training.rank == 0
+        self.begin()
         verdict = self.pace.at(step, epoch, metrics)
         for stopper in self._stoppers:
             # Before the save: what is stored has seen this value.
             if stopper.criterion.metric in verdict.metrics:
                 stopper.update(step, verdict.metrics[stopper.criterion.metric])
         self.course.tell(step, epoch, metrics, kind="steps" if epoch is None else "epochs")
+        self.heartbeat.pulse.tell(step)
         if self.course.is_done(step):
             if epoch is not None and step == self.course.saved_step:
                 self._saver.note_late(step, epoch, metrics)
             return None
         if verdict.reason:
-            return self._save(step, epoch, metrics, verdict.reason)
+            return self._save(step, epoch, metrics, verdict.reason, urgency=verdict)
         if not self._stepped:
             self._stepped = True
             self._saver.prewarm()  # some optimizers show only after a step what they keep
         return None
 
-    def restored(self, report: LoadReport | None, resumer: Resumer, *, own: bool) -> None:
+    def restored(self, report: LoadReport | None, *, own: bool) -> None:
         """Take note of what training goes on from.
 
         Args:
             report: what was restored, None for a new run.
-            resumer: what restored it.
             own: whether it is of the run itself.
         """
-        self.course.restored(report, own=own, refusal=resumer.refusal)
+        self.course.restored(report, own=own, refusal=self._resumer.refusal)
+        if self.course.leads:
+            self.heartbeat.restored(report if own else None)
         self._saver.look_around()
         self._saver.prewarm()  # optimizers may have their state only now
         if report is None:
             return
-        if self._job.training.rank == 0 and (record := resumer.record(report.step)):
+        if self._job.training.rank == 0 and (record := self._resumer.record(report.step)):
             self.program.go_on(record.started, record.elapsed_seconds)
 
     def save(self, step: int, metrics: Metrics, metadata: Mapping[str, Any]) -> SaveHandle:
@@ -324,9 +154,16 @@ class Recorder:
             if metrics and step == self.course.saved_step:
                 self._saver.note_late(step, None, metrics)
             return done
-        self.course.leads = self._job.training.rank == 0
+        self.begin()
         self.course.tell(step, None, metrics, kind="saves")
+        self.heartbeat.pulse.tell(step)
         return self._save(step, None, metrics, "asked for", metadata)
+
+    def begin(self) -> None:
+        """Take note, at the beginning of a call of all ranks, which of them is to say something."""
+        self.course.leads = self._job.training.rank == 0
+        if self.course.leads:
+            self.heartbeat.begin()
 
     def finish(self) -> None:
         """Save the step told last, if it was not; nothing more is told.
@@ -335,19 +172,33 @@ class Recorder:
             CheckpointError: see `Checkpointer.save`.
         """
         # After an exception the state may be in the middle of a step.
-        wanted = self._save_last and not self.interrupted
+        wanted = self._save_last and not self.interrupted and not self.pace.out_of_time
         last = self.course.unsaved if wanted else None
         try:
-            if last is not None:
+            if last is not None or (wanted and self._saver.outcomes.warns):
                 # Over before the last one begins, which must be neither skipped nor given up.
                 failed = self._saver.settle()
-                self._save(last.step, last.epoch, last.metrics, "the last step")
+                if self._saver.outcomes.bears(failed):
+                    # Its step may be the last one: this is the last time that it can be tried.
+                    last, failed = last or self.course.lost, None
+                if last is not None:
+                    self._save_the_last(last)
                 if failed is not None:
                     raise failed
         finally:
             if not self.interrupted:
                 self.course.close()
-            self.pace.close()
+            self.pace.end()
+
+    def close(self, *, well: bool) -> None:
+        """Let go of signals and say how it ended, when no save is in flight any more."""
+        self.heartbeat.end("ended" if well and not self.interrupted else "failed")
+        self.pace.close()
+
+    def _save_the_last(self, last: ToldStep) -> None:
+        handle = self._save(last.step, last.epoch, last.metrics, "the last step")
+        if handle.failed and handle.error is not None:
+            raise handle.error  # there is no next one that it could be left to
 
     def _save(
         self,
@@ -356,23 +207,35 @@ class Recorder:
         metrics: Metrics,
         reason: str,
         metadata: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        urgency: Decision = _NO_URGENCY,
     ) -> SaveHandle:
         if self._job.training.rank == 0:
             self.program.look()
         about = SaveContext(
             reason, epoch, self.program, self.program.elapsed_seconds(), self._differing, metadata
         )
+        until = Deadline.after(urgency.within_seconds)
+        if urgency.urgent:
+            # Over first: this one must be neither skipped nor take the other's place.
+            self._saver.finish_pending()
         try:
-            handle = self._saver.start(step, metrics, about)
+            handle = self._saver.start(step, metrics, about, within_seconds=until.remaining_seconds)
         except BaseException:
             self.course.let_go()  # told by this very error: the end need not try again
             raise
         if handle.outcome == "skipped":
             return handle
+        begun = bool(handle.save_id)
+        self.pace.saved(lost=self._saver.outcomes.lost, begun=begun)
+        if not begun:
+            return handle
         self.course.save_begun(step, handle)
-        self.pace.saved()
+        self.heartbeat.pulse.begun(handle)
         if self.waits:
-            handle.wait()
+            handle.settle()
+            if not self._saver.outcomes.bears(handle.error):
+                handle.wait()
         # Last: who is told of the save before has this one all the same.
         self._saver.tell_earlier(step)
         return handle

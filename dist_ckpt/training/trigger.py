@@ -7,14 +7,11 @@ only when it has come to a call that the note it knows does not cover.
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import FrameType
 
 import msgspec
 
@@ -22,130 +19,20 @@ from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
     ErrorKind,
-    UsageError,
     from_wire,
     to_wire,
 )
-from dist_ckpt.policy import Better, Moment, OnSignal, SavePolicy, Scope, members
+from dist_ckpt.policy import Better, Moment, SavePolicy, Scope, members
+from dist_ckpt.policy.ending import OnEnding, OnNotice, OnSignal
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.metrics import Metrics, as_numbers
+from dist_ckpt.saving.outcomes import Outlook
+from dist_ckpt.training.notices import NoticeWatch, SignalNote, is_first_of_host
 
-# Signals as notes: the handler writes one down, and everything else happens at a step's end.
-
-
-class SignalNote:
-    """Listens for signals until it is closed.
-
-    A child that was forked does not: there the signals do what they did before. It has no step at
-    whose end anything would be done about them, and a pool whose processes swallow the SIGTERM that
-    is to end them is waited for for ever.
-
-    Attributes:
-        wanted: the signals that it listens for.
-    """
-
-    def __init__(self, wanted: Iterable[signal.Signals]) -> None:
-        """Begin to listen.
-
-        Raises:
-            UsageError: Python takes signals on the main thread only, and this is another.
-        """
-        self.wanted = frozenset(wanted)
-        if self.wanted and threading.current_thread() is not threading.main_thread():
-            raise UsageError(
-                "policy.on_signal: make the Checkpointer on the main thread, the only one where "
-                "Python takes signals"
-            )
-        self._name = ""
-        self._closed = False
-        # The bound method is kept, as each access would make another object.
-        self._ours = self._on_signal
-        self._listen()
-
-    def take(self) -> str:
-        """Return the name of the signal that arrived last, "" for none, and forget it."""
-        if self._pid != os.getpid() and threading.current_thread() is threading.main_thread():
-            # Asked for in a child: the training itself was moved there, as a daemon's is.
-            self._listen()
-        name, self._name = self._name, ""
-        return name
-
-    def close(self) -> None:
-        """Put the handlers back that were there before, where nobody else took our place."""
-        self._closed = True
-        # Changed on the main thread only. Off it ours stays, and does what those before it did.
-        if threading.current_thread() is threading.main_thread():
-            self._put_back()
-            if self._put_back in _undo_in_child:
-                _undo_in_child.remove(self._put_back)
-
-    def _listen(self) -> None:
-        self._pid = os.getpid()
-        self._before = {each: signal.signal(each, self._ours) for each in self.wanted}
-        _undo_in_child.append(self._put_back)
-
-    def _put_back(self) -> None:
-        for each, before in self._before.items():
-            if signal.getsignal(each) == self._ours:
-                signal.signal(each, signal.SIG_DFL if before is None else before)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Nothing but this in a handler: it may interrupt any line of the training.
-        before = self._before.get(signal.Signals(number))
-        if self._closed or self._pid != os.getpid():
-            _act_as(before, number, frame)
-            return
-        again = bool(self._name)
-        self._name = signal.Signals(number).name
-        # Ctrl-C is Python's own handler: the first one asks for a save, the second one means it.
-        if callable(before) and (before is not signal.default_int_handler or again):
-            before(number, frame)
-
-
-def _act_as(before: object, number: int, frame: FrameType | None) -> None:
-    """Do what the handler `before` ours would have done."""
-    if callable(before):
-        before(number, frame)
-    elif before != signal.SIG_IGN:
-        # None is a handler of a library, which only the system could call: nobody here can.
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-
-
-# In the order in which they began: each puts back what it had found, beginning with the last.
-_undo_in_child: list[Callable[[], None]] = []
-
-
-# What was blocked on the thread that forks, before it began to.
-_mask = threading.local()
-
-
-def _hold_back() -> None:
-    """Let no signal come while there are two processes and one set of handlers.
-
-    One that came to the child before its handlers are put back would be written down by ours, and
-    swallowed: whoever sent it waits for an end that does not come.
-    """
-    held = signal.valid_signals() if _undo_in_child else set()
-    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
-
-
-def _let_through() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
-
-
-def _stop_in_child() -> None:
-    while _undo_in_child:
-        _undo_in_child.pop()()
-    _let_through()
-
-
-# Runs in the child before any of its own code. The thread that forked is the main one there.
-os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_stop_in_child)
-
+_log = logging.getLogger("dist_ckpt")
 
 _WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
 # How much time the decisions told cover ahead: how late a signal or the clock may be heeded.
@@ -160,6 +47,8 @@ class _Entry(msgspec.Struct, frozen=True):
 
     reason: str = ""
     signal: str = ""
+    held: str = ""
+    within: float | None = None
     metrics: dict[str, float] = {}
     error: dict[str, object] = {}
 
@@ -172,10 +61,11 @@ class _Decisions(msgspec.Struct, frozen=True):
 
 
 class _Arrival(msgspec.Struct, frozen=True):
-    """A signal that arrived at another rank before its call number `call`."""
+    """A signal that arrived at another rank, so long before its call number `call`."""
 
     call: int
     signal: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +75,23 @@ class Decision:
     Attributes:
         reason: why to save now, None when nothing is due.
         metrics: those that somebody watches, as rank 0 gave them.
+        within_seconds: how much time there is for the save; infinite for the usual.
+        urgent: whether the training is about to be ended from outside.
     """
 
     reason: str | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    within_seconds: float = math.inf
+    urgent: bool = False
 
 
 class SaveTrigger:
     """Decides when to save, the same on every rank.
 
     Attributes:
-        signaled: the name of the signal that all ranks have agreed to heed, "" for none.
+        signaled: the name of the signal that all ranks have agreed to heed, "notice" for a notice,
+            "" for none.
+        out_of_time: whether no save was begun for it, because there was no time left for one.
     """
 
     def __init__(
@@ -204,6 +100,7 @@ class SaveTrigger:
         policy: SavePolicy,
         *,
         best: Callable[[Sequence[Criterion]], Mapping[Criterion, float]],
+        outlook: Callable[[], Outlook] = Outlook,
     ) -> None:
         """Made with the Checkpointer; other ranks are not contacted yet.
 
@@ -211,6 +108,7 @@ class SaveTrigger:
             job: the ranks.
             policy: when to save. The metrics of its `better` are those that all ranks hear.
             best: called once on rank 0: the best values among the checkpoints that exist.
+            outlook: called on rank 0 when a signal arrived.
         """
         self._job = job
         parts = members(policy)
@@ -218,20 +116,36 @@ class SaveTrigger:
         self._shared = [each for each in parts if each.scope is not Scope.LOCAL]
         self._criteria = [each.criterion for each in parts if isinstance(each, Better)]
         self._at_once = any(each.scope is Scope.AT_ONCE for each in parts)
+        self._endings = [each for each in parts if isinstance(each, OnEnding)]
         self._note = SignalNote(
             [each for one in parts if isinstance(one, OnSignal) for each in one.signals]
         )
+        self._notices = NoticeWatch([each for each in parts if isinstance(each, OnNotice)])
+        self._outlook = outlook
         self._find_best = best
+        # Rank 0: the best so far; of what is stored for certain; of the save that was begun last.
         self._best: dict[Criterion, float] | None = None
+        self._stored: dict[Criterion, float] = {}
+        self._begun: dict[Criterion, float] = {}
+        self._told_values: dict[Criterion, float] = {}
         self._calls = 0
         # Rank 0: what kept it from deciding, by call; there it is raised as it is.
         self._mistakes: dict[int, Exception] = {}
         self._saved_at = self._told_at = time.monotonic()
         self._told_call = 0
+        self._usual_seconds = math.inf
         self._heeded_call = 0
         # Nothing was said of the first call, so nothing can be due there that needs to be said.
         self._decisions = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
+        self.out_of_time = False
+
+    @property
+    def exit_code(self) -> int:
+        """With which status the program should end: 0 where nothing asked it to."""
+        heeding = [each for each in self._endings if each.heeds(self.signaled)]
+        codes = [each.status(self.signaled) for each in heeding if each.exit_code is not None]
+        return (codes or [each.status(self.signaled) for each in heeding] or [0])[0]
 
     def at(self, step: int, epoch: int | None, metrics: Metrics) -> Decision:
         """Return what holds after `step`; every rank asks at the same steps.
@@ -250,31 +164,60 @@ class SaveTrigger:
         reasons = [reason for each in self._local if (reason := each.due(moment))]
         if not self._shared:
             return Decision(", ".join(reasons) or None)
-        leads = self._job.training.rank == 0
+        rank = self._job.training.rank
+        leads = rank == 0
+        if self._endings and is_first_of_host(rank):
+            self._notices.begin(self._note)
         entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
         if entry.error:
             raise self._mistakes.pop(self._calls, None) or from_wire(entry.error)
         if entry.reason:
             reasons.append(entry.reason)
         if entry.signal:
-            self.signaled = entry.signal
-            self._note.take()  # one that came here too is heeded by this very save
+            self._heed(entry)
         if self._calls % _MEET_CALLS == 0:
             self._meet(step)
-        return Decision(", ".join(reasons) or None, entry.metrics)
+        reason = None if entry.held else ", ".join(reasons) or None
+        within = math.inf if entry.within is None else entry.within
+        return Decision(reason, entry.metrics, within, urgent=bool(entry.signal))
 
-    def saved(self) -> None:
-        """Take note that all ranks have begun a save together."""
+    def saved(self, *, lost: bool = False, begun: bool = True) -> None:
+        """Take note that all ranks have begun a save together.
+
+        Args:
+            lost: whether the one before failed: what was best in it is not stored.
+            begun: whether this one was: else it counts as made, so that the next one is when due.
+        """
+        if self._best is not None:
+            self._stored = self._stored if lost else self._better(self._stored, self._begun)
+            self._begun = self._told_values if begun else {}
+            self._best = self._better(self._stored, self._begun)
         self._saved_at = time.monotonic()
+        self.out_of_time = False
         self._forget()
 
-    def close(self) -> None:
-        """Stop listening for signals; rank 0 says that it decides nothing more."""
-        self._note.close()
+    def end(self) -> None:
+        """Take note that nothing more is told; rank 0 says that it decides nothing more."""
+        self._note.end()
         training = self._job.training if self._shared and self._calls else None
         if training is not None and training.rank == 0:
             # Be it by an exception: the others must not wait for a word that never comes.
             training.post(_ENDED, b"")
+
+    def close(self) -> None:
+        """Stop listening: only now, since a second signal must not end the last save."""
+        self._notices.close()
+        self._note.close()
+        # It came too late for a step, and the caller has to know of it.
+        self.signaled = self.signaled or self._note.take()
+
+    def _heed(self, entry: _Entry) -> None:
+        """All ranks: take note of the signal that was decided about."""
+        self.signaled = entry.signal
+        self.out_of_time = bool(entry.held)
+        self._note.take()  # one that came here too is heeded by this very save
+        if entry.held and self._job.training.rank == 0:
+            _log.warning("%s in %s: %s", entry.signal, self._job.url, entry.held)
 
     def _lead(self, moment: Moment, metrics: Metrics, *, saves: bool) -> _Entry:
         """Rank 0: decide what is to be decided now, and tell the others."""
@@ -303,49 +246,77 @@ class SaveTrigger:
         names = {criterion.metric for criterion in self._criteria}
         watched = as_numbers({n: value for n, value in metrics.items() if n in names})
         if self._best is None:
-            self._best = dict(self._find_best(self._criteria)) if self._criteria else {}
+            self._stored = dict(self._find_best(self._criteria)) if self._criteria else {}
+            self._best = self._stored
         known = replace(
             moment,
             metrics=watched,
             seconds=time.monotonic() - self._saved_at,
             best=self._best,
-            signal=self._arrived(call),
         )
+        known = self._with_signal(known, call)
         reasons = [reason for each in self._shared if (reason := each.due(known))]
-        for criterion in self._criteria:
-            value = watched.get(criterion.metric, math.nan)
-            if criterion.beats(value, self._best.get(criterion)):
-                self._best[criterion] = value
-        return _Entry(", ".join(reasons), known.signal, watched)
+        self._told_values = {
+            each: watched[each.metric] for each in self._criteria if each.metric in watched
+        }
+        self._best = self._better(self._best, self._told_values)
+        heeding = [each for each in self._endings if each.heeds(known.signal)]
+        held = next(filter(None, (each.lacks_time(known) for each in heeding)), "")
+        left = [each.left_seconds(known) for each in heeding]
+        within = min((each for each in left if each is not None), default=None)
+        return _Entry(", ".join(reasons), known.signal, held, within, watched)
 
-    def _arrived(self, call: int) -> str:
-        """Return the signal that arrived at any rank and was not heeded yet."""
-        name = self._note.take()
-        posted = self._job.training.look(_SIGNAL) if self._note.wanted else None
+    def _better(
+        self, best: Mapping[Criterion, float], values: Mapping[Criterion, float]
+    ) -> dict[Criterion, float]:
+        """Return the better one of two values by each criterion."""
+        beating = {each: v for each, v in values.items() if each.beats(v, best.get(each))}
+        return {**best, **beating}
+
+    def _with_signal(self, moment: Moment, call: int) -> Moment:
+        """Return `moment` with the signal that arrived at any rank and was not heeded yet."""
+        name, waited = self._note.take(), self._note.age_seconds
+        posted = self._job.training.look(_SIGNAL) if self._endings else None
         if not name and posted is not None:
             arrival = msgspec.msgpack.decode(posted, type=_Arrival)
             # One signal is often sent to all ranks: what came before the last save was heeded.
             name = arrival.signal if arrival.call > self._heeded_call else ""
-        if name:
-            self._heeded_call = call
-        return name
+            # Rank 0, which is about as far as that rank, has come from that call to this one.
+            waited = arrival.seconds + (self._calls - arrival.call) * self._call_seconds()
+        if not name:
+            return moment
+        self._heeded_call = call
+        outlook = self._outlook()
+        # An evaluation may lie between the last two calls: the next step is as long as usual.
+        step_seconds = min(self._usual_seconds, self._call_seconds())
+        return replace(
+            moment,
+            signal=name,
+            waited_seconds=max(waited, 0.0) + (call - self._calls) * step_seconds,
+            save_seconds=outlook.seconds,
+            in_flight=outlook.in_flight,
+        )
 
     def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
         self._decisions = _Decisions(horizon, {**self._decisions.entries, **entries})
+        self._usual_seconds = self._call_seconds()
         self._told_at, self._told_call = time.monotonic(), self._calls
         if self._job.training.world_size > 1:
             self._job.training.post(_WORD, msgspec.msgpack.encode(self._decisions))
 
     def _span(self) -> int:
         """Return how many calls `_AHEAD_SECONDS` are, as fast as they come now."""
-        seconds = (time.monotonic() - self._told_at) / max(1, self._calls - self._told_call)
-        return max(1, min(_AHEAD_CALLS, int(_AHEAD_SECONDS / max(seconds, 1e-6))))
+        return max(1, min(_AHEAD_CALLS, int(_AHEAD_SECONDS / max(self._call_seconds(), 1e-6))))
+
+    def _call_seconds(self) -> float:
+        """Return how long it takes from one call to the next, as fast as they come now."""
+        return (time.monotonic() - self._told_at) / max(1, self._calls - self._told_call)
 
     def _follow(self) -> _Entry:
         """Any other rank: hear what rank 0 decided for this call."""
         name = self._note.take()
         if name:
-            arrival = _Arrival(self._calls, name)
+            arrival = _Arrival(self._calls, name, self._note.age_seconds)
             self._job.training.post(_SIGNAL, msgspec.msgpack.encode(arrival))
         training, deadline = self._job.training, self._job.deadline()
 

@@ -137,6 +137,8 @@ def test_a_training_has_time_for_its_last_save(overlay: str) -> None:
     (container,) = pod["spec"]["containers"]
     variables = {each["name"]: each["value"] for each in container["env"]}
     for_workers = int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    (for_save,) = (each for each in container["args"] if "grace-seconds" in each)
+    assert int(for_save.partition("=")[2]) + 10 <= for_workers
     # What is left is torchrun's, to end itself.
     assert for_workers + 20 <= pod["spec"]["terminationGracePeriodSeconds"]
     assert variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
@@ -159,7 +161,7 @@ def test_command_lines_are_understood(overlay: str) -> None:
             assert program.checkpoint.auto_resume
         else:
             used.add(commands.dist_ckpt(words))
-    assert used == {"verify", "sweep", "cp"}
+    assert used == {"verify", "sweep", "mirror"}
 
 
 def test_the_week_of_verify_reads_all() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -95,22 +94,48 @@ def save(root: str) -> None:
     dist_ckpt.save({"model": model, "rng": None}, root, step=7)
 
 
-def test_a_sharded_gpt2_is_one_of_transformers(tmp_path: Path) -> None:
-    run_ranks(4, save, str(tmp_path / "run"))
-    wanted = GPT2().state_dict()
-    config = tmp_path / "config"
+def saved(folder: Path) -> tuple[Path, Path]:
+    """Return a run that four ranks saved, and a folder with a configuration."""
+    run_ranks(4, save, str(folder / "run"))
+    config = folder / "config"
     config.mkdir()
     (config / "config.json").write_text(json.dumps(CONFIG))
+    return folder / "run", config
+
+
+def test_a_sharded_gpt2_is_one_of_transformers(tmp_path: Path) -> None:
+    run, config = saved(tmp_path)
+    wanted = GPT2().state_dict()
     out = tmp_path / "out"
-    report = dist_ckpt.export(
-        tmp_path / "run", out, format="hf", like=config, max_shard="8KB", step=7
-    )
+    report = dist_ckpt.export(run, out, format="hf", like=config, max_shard="8KB", step=7)
     assert report.aliases == {"lm_head.weight": "transformer.wte.weight"}
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 2
     found = {name: each for path in shards for name, each in load_file(path).items()}
     check_equal(found, {name: wanted[name] for name in wanted if name != "lm_head.weight"})
     assert json.loads((out / "config.json").read_text()) == CONFIG
-    if find_spec("transformers") is not None:
-        loaded = import_module("transformers").GPT2LMHeadModel.from_pretrained(out)
-        check_equal({name: loaded.state_dict()[name] for name in wanted}, wanted)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"max_shard": "8KB"}, torch.float32),
+        ({}, torch.float32),
+        ({"dtype": "bf16"}, torch.bfloat16),
+    ],
+    ids=["shards", "one file", "bfloat16"],
+)
+def test_transformers_reads_it(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    run, config = saved(tmp_path)
+    dist_ckpt.export(run, tmp_path / "out", format="hf", like=config, **options)
+    loaded, told = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert {name: list(names) for name, names in told.items() if names} == {}, "none is missing"
+    wanted = {name: each.to(dtype) for name, each in GPT2().state_dict().items()}
+    check_equal({name: loaded.state_dict()[name] for name in wanted}, wanted)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    words = torch.arange(PLACES)[None]
+    assert loaded(words).logits.isfinite().all()

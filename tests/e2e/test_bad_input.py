@@ -86,7 +86,7 @@ def test_an_empty_run_is_a_new_one_for_restore_and_an_error_for_load(tmp_path: P
 
 def test_a_step_that_does_not_exist(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
-    with pytest.raises(NotFound, match=r"no checkpoint of step 4 .* newest there are 3"):
+    with pytest.raises(NotFound, match=r"no checkpoint of step 4 .* nearest are 3"):
         dist_ckpt.load(parts(), tmp_path, step=4)
     with dist_ckpt.Checkpointer(tmp_path, parts()) as ckpt, pytest.raises(NotFound, match="step 4"):
         ckpt.restore(step=4)

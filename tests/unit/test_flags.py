@@ -208,6 +208,44 @@ def test_when_to_save_by_epochs_signals_and_the_last_step() -> None:
     assert only.when() == policy.never() | policy.on_signal()
 
 
+def test_the_end_from_outside_and_saves_that_fail() -> None:
+    said = parse(
+        "--checkpoint-dir=a",
+        "--checkpoint-on-signal=USR1",
+        "--checkpoint-on-notice=/run/notice",
+        "--checkpoint-grace-seconds=90",
+        "--checkpoint-exit-code=75",
+        "--checkpoint-when-failed=warn",
+        "--checkpoint-max-failures=5",
+        "--checkpoint-exclusive",
+    )
+    signals = policy.on_signal(signal.SIGUSR1, grace_seconds=90, exit_code=75)
+    notice = policy.on_notice("/run/notice", grace_seconds=90, exit_code=75)
+    assert said.when() == policy.never() | signals | notice
+    assert said.options() == {"when_failed": "warn", "max_failures": 5, "exclusive": True}
+    assert parse("--checkpoint-dir=a").options() == {}
+    preset = parse(
+        "--checkpoint-dir=a", "--checkpoint-preset=preemptible", "--checkpoint-grace-seconds=25"
+    )
+    clock = policy.never() | policy.every(seconds=600)
+    assert preset.when() == clock | policy.on_signal(grace_seconds=25)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint_grace_seconds": 5}, "give --checkpoint-on-signal"),
+        ({"checkpoint_exit_code": 5}, "give --checkpoint-on-signal"),
+        ({"checkpoint_max_failures": 5}, "does nothing without"),
+        ({"checkpoint_exclusive": "yes"}, "is on or off"),
+        ({"checkpoint_on_signal": "TERM", "checkpoint_exit_code": 999}, "from 0 to 255"),
+    ],
+)
+def test_flags_that_say_nothing_alone(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        flags.parse({"checkpoint_dir": "a", **given})
+
+
 def test_a_preset_says_what_no_flag_says() -> None:
     said = parse("--checkpoint-dir=a", "--checkpoint-preset=preemptible")
     by_clock = policy.never() | policy.every(seconds=600)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -86,6 +87,21 @@ def test_signals_by_name() -> None:
     assert policy.on_signal() == policy.on_signal(signal.SIGTERM)
 
 
+def test_notices_are_heeded_as_signals_are() -> None:
+    when = policy.on_notice(Path("/run/notice"), grace_seconds=30) | policy.on_signal()
+    assert when.due(Moment(1, signal="notice")) == "notice"
+    assert when.due(Moment(1, signal="SIGTERM")) == "signal SIGTERM"
+    assert when.due(Moment(1)) is None
+    # Of the two only the notice says how much time there is.
+    late = {"waited_seconds": 20.0, "save_seconds": 11.0}
+    assert when.due(Moment(1, signal="notice", **late)) is None  # type: ignore[arg-type]
+    assert when.due(Moment(1, signal="SIGTERM", **late)) == "signal SIGTERM"  # type: ignore[arg-type]
+    assert str(policy.on_notice("http://u:p@host/x?key=1", exit_code=3)) == (
+        "policy.on_notice('http://***@host/x?***', every=5, exit_code=3)"
+    )
+    assert str(policy.on_signal(grace_seconds=90)) == "policy.on_signal(SIGTERM, grace_seconds=90)"
+
+
 def test_all_reasons_are_told() -> None:
     when = policy.every(5) | policy.every(seconds=1) | policy.every(3)
     assert when.due(Moment(15, seconds=2.0)) == "every 5 steps, every 1 s, every 3 steps"
@@ -129,6 +145,12 @@ def test_what_is_no_number_of_steps(steps: object) -> None:
         (lambda: policy.better("loss", mode="lower"), "'min' or 'max'"),  # type: ignore[arg-type]
         (lambda: policy.on_signal(signal.SIGKILL), "nobody can catch"),
         (lambda: policy.on_signal(9999), "takes signals"),
+        (lambda: policy.on_signal(grace_seconds=0), "grace_seconds must be"),
+        (lambda: policy.on_signal(exit_code=256), "exit_code must be an integer from 0 to 255"),
+        (lambda: policy.on_signal(exit_code=True), "exit_code must be"),
+        (lambda: policy.on_notice(""), "a path, or a URL of HTTP"),
+        (lambda: policy.on_notice("s3://bucket/notice"), "a path, or a URL of HTTP"),
+        (lambda: policy.on_notice("/run/notice", every=-1), "every must be"),
     ],
 )
 def test_bad_policies(make: Callable[[], SavePolicy], message: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,15 +19,17 @@ from dist_ckpt import Checkpointer, Run, keep, policy
 from dist_ckpt.errors import (
     AlreadyExists,
     ErrorKind,
+    IncompatibleError,
     IntegrityError,
     NotFound,
     UsageError,
 )
 from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
-from dist_ckpt.repository import Repository
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.repository import Repository, marks
+from dist_ckpt.storage.base import Entry, Store, read_all
+from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
-from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
+from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
 
 LOSS = "loss"
 _names = itertools.count()
@@ -293,6 +299,73 @@ def test_a_difference_is_found_without_reading_data(store: MemoryStore) -> None:
         "c": ("only there", "", "float32[2]"),
     }
     assert run.diff(2, 2) == []
+
+
+def test_a_newer_format_is_no_damage_whatever_share_is_read(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    store.put(manifest_key(1), [b'{"format": 999}'], mode="replace")
+    assert Run(store).listed()[0].state == "newer format"
+    for sample in (None, (0, 1), (1, 2)):
+        with pytest.raises(IncompatibleError):
+            Run(store).verify(1, sample=sample)
+
+
+def test_what_was_noted_after_the_save_goes_with_a_copy(store: MemoryStore) -> None:
+    fill(store, 1.0)
+    other = MemoryStore(f"unit-run-{next(_names)}")
+    Run(store).copy(1, other)
+    note = marks.EpochNote(3, {"f1": 0.5})
+    marks.put_epoch_note(store, 1, Run(store).manifest(1).save_id, note)
+    for _ in range(2):
+        Run(store).copy(1, other)
+        (record,) = Run(other).records()
+        assert (record.epoch, record.metrics) == (3, {LOSS: 1.0, "f1": 0.5})
+
+
+def test_only_what_is_old_is_swept_where_storage_tells_its_age(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    fill(store, 1.0)
+    fill(store, 2.0, first=2)
+    old, young = unfinished(store, 7, 1), unfinished(store, 8, 1)
+    for path in (tmp_path / "run" / old).iterdir():
+        os.utime(path, (0, 0))
+    run = Run(store)
+    assert run.leftovers() == [old, young]
+    assert run.sweep(older_than=timedelta(days=2)) == [old]
+    assert run.leftovers() == [young]
+    assert run.sweep(older_than=timedelta()) == [young]
+
+
+def test_nothing_is_swept_by_age_where_storage_tells_none(store: MemoryStore) -> None:
+    class Ageless(FaultyStore):
+        def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+            return (Entry(each.key, each.nbytes) for each in super().list_entries(prefix))
+
+    fill(store, 1.0)
+    fill(store, 2.0, first=2)
+    left = unfinished(store, 7, 1)
+    with pytest.raises(UsageError, match="sweep without an age"):
+        Run(Ageless(store, [])).sweep(older_than=timedelta(days=2))
+    assert Run(store).leftovers() == [left]
+
+
+def test_a_listing_costs_two_looks_a_checkpoint(tmp_path: Path) -> None:
+    inner = LocalStore(tmp_path / "run")
+    fill(inner, *map(float, range(20)))
+    store = CrashStore(inner)
+    assert len(Run(store).listed()) == 20
+    counts = Counter(operation for operation, _ in store.operations)
+    assert counts == {"list_children": 21, "read_into": 20}
+
+
+def test_names_like_a_mistyped_one_are_told(tmp_path: Path) -> None:
+    dist_ckpt.save({"n": 1}, tmp_path / "pretrain-17")
+    with pytest.raises(NotFound, match=r"is no run.*did you mean 'pretrain-17'\?") as caught:
+        Run(str(tmp_path / "pretrian-17")).listed()
+    assert caught.value.kind is ErrorKind.NO_RUN
+    with pytest.raises(NotFound) as caught:
+        Run(str(tmp_path / "nowhere" / "near")).listed()
+    assert "mean" not in caught.value.message
 
 
 def test_runs_below_a_place(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_weights_alone_begin_a_run_and_a_restart_goes_on(run: str) -> None:
     [
         ((), {"resume": "newest"}, NotFound, "--auto-resume to begin"),
         ((), {"resume": 5}, NotFound, "no committed checkpoint"),
-        ((5,), {"resume": 6}, NotFound, "newest there are 5"),
+        ((5,), {"resume": 6}, NotFound, "nearest are 5"),
         ((5,), {}, UsageError, "up to step 5: give --auto-resume or --resume"),
         ((), {"resume": "memory://nowhere-at-all"}, NotFound, "nowhere-at-all"),
         ((), {"pretrained_checkpoint": "memory://nowhere-at-all"}, NotFound, "nowhere-at-all"),

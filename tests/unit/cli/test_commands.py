@@ -7,70 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from dist_ckpt import Checkpointer, Run, policy
-from dist_ckpt.cli import main
+from dist_ckpt import Checkpointer, Run
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import read_all
 from tests.services.s3 import S3Service
-
-LOSSES = {10: 3.0, 20: 1.0, 30: 2.0}
-
-
-def fill(url: str) -> str:
-    layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
-    with Checkpointer(
-        url, {"model": layers}, when=policy.never(), metadata={"notes": "a \x1b[31mred\x1b[0m one"}
-    ) as ckpt:
-        ckpt.restore()
-        for step, loss in LOSSES.items():
-            torch.nn.init.constant_(next(layers.parameters()), step)
-            ckpt.save(step, metrics={"val/loss": loss}).wait()
-    return url
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return fill(str(tmp_path / "run"))
+from tests.unit.cli.shell import LOSSES, Shell, fill
 
 
 @pytest.fixture
 def s3_url(s3_service: S3Service, s3_name: str) -> str:
     return fill(s3_service.url(s3_name))
-
-
-class Shell:
-    """Runs commands in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def code(self, *arguments: str) -> tuple[int, str, str]:
-        """Return the exit code, standard output and standard error."""
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    def screen(self, *arguments: str) -> str:
-        code, out, err = self.code(*arguments)
-        assert (code, err) == (0, "")
-        return out
-
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.screen(*arguments, "--json"))
-
-
-@pytest.fixture
-def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.setenv("COLUMNS", "100")
-    return Shell(capsys)
 
 
 def check_each_command(shell: Shell, url: str, copy: str) -> None:
@@ -101,6 +52,10 @@ def check_each_command(shell: Shell, url: str, copy: str) -> None:
     assert "values" in shell.screen("diff", f"{url}@10", f"{url}@20")
     assert shell.json("compare", url)["metrics"]["val/loss"] == [[10, 3.0], [20, 1.0], [30, 2.0]]
     assert "█" in shell.screen("compare", url)
+    check_numbers(shell, url)
+    check_health(shell, url)
+    check_mirror(shell, url, f"{copy}-mirror")
+    check_parts(shell, url, f"{copy}-model")
     assert shell.json("cp", f"{url}@best", copy, "--metric", "val/loss")["checkpoints"][0]["files"]
     assert "2 were there" in shell.screen("cp", f"{url}@20", copy)
     assert Run(copy).verify(20).ok
@@ -119,6 +74,56 @@ def check_each_command(shell: Shell, url: str, copy: str) -> None:
     code, _, said = shell.code("rm", f"{url}@30")
     assert (code, "it is the newest" in said) == (13, True)
     assert "removed 0 folders" in shell.screen("sweep", url)
+
+
+def check_numbers(shell: Shell, url: str) -> None:
+    rows = {each["name"]: each for each in shell.json("stats", f"{url}@20", "*.weight")["tensors"]}
+    assert list(rows) == [f"model/{n}.weight" for n in range(3)]
+    first = rows["model/0.weight"]
+    assert (first["least"], first["most"], first["mean"]) == (20, 20, 20)
+    assert (first["nans"], first["infs"], first["shape"]) == (0, 0, [4, 4])
+    assert "model/0.weight" in shell.screen("stats", url, "model/0.*")
+    assert shell.json("plot", url, "val/loss")["metrics"]["val/loss"][0] == [10, 3.0]
+    assert "val/loss (3 values)" in shell.screen("plot", url)
+    differing = shell.json("diff", f"{url}@10", "20", "--values")["tensors"]
+    assert [(each["name"], each["absolute"]) for each in differing if each["part"] == "model"] == [
+        ("0.weight", 10.0)
+    ]
+    assert "0.5" in shell.screen("diff", f"{url}@10", "20", "--values")
+
+
+def check_health(shell: Shell, url: str) -> None:
+    before = [entry.key for entry in resolve(url).list_entries()]
+    checks = {each["name"]: each["state"] for each in shell.json("doctor", url)["checks"]}
+    assert checks.keys() >= {"list", "put", "create-only", "read after write", "delete", "clock"}
+    assert "fail" not in checks.values()
+    assert "throughput" in shell.screen("doctor", url)
+    found = shell.json("bench", url, "--size", "8", "--files", "2", "--repeat", "2")
+    assert len(found["write_bytes_per_second"]) == len(found["read_bytes_per_second"]) == 2
+    assert "medians of 1" in shell.screen("bench", url, "--size", "1", "--repeat", "1")
+    assert [entry.key for entry in resolve(url).list_entries()] == before, "nothing is left"
+
+
+def check_mirror(shell: Shell, url: str, place: str) -> None:
+    done = shell.json("mirror", url, place, "--best", "val/loss")
+    assert [each["step"] for each in done["copied"]] == [20, 30]
+    assert "all of it was there" in shell.screen("mirror", url, place)
+    assert "step 20: deleted there" in shell.screen("mirror", url, place, "--keep", "1")
+    assert Run(place).steps() == [30]
+    assert Run(place).verify(30).ok
+
+
+def check_parts(shell: Shell, url: str, place: str) -> None:
+    done = shell.json("cp", f"{url}@20", place, "--parts", "model")["checkpoints"][0]
+    assert (done["parts"], done["tensors"], done["was_there"]) == (["model"], 6, False)
+    assert "was there already" in shell.screen("cp", f"{url}@20", place, "--parts", "model")
+    shown = shell.json("show", f"{place}@20")
+    assert (shown["parts"], shown["metrics"]) == (["model"], {"val/loss": 1.0})
+    assert shown["metadata"]["copied_from"]["parts"] == ["model", "rng"]
+    assert Run(place).verify(20).ok
+    assert shell.json("diff", f"{url}@20", place)["equal"], "every tensor"
+    code, _, said = shell.code("cp", f"{url}@20", place, "--parts", "rng")
+    assert (code, "each rank has values of its own" in said) == (2, True)
 
 
 def test_each_command_on_a_disk(shell: Shell, url: str, tmp_path: Path) -> None:
@@ -172,6 +177,19 @@ def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
     assert (code, file.name in out) == (12, True)
 
 
+def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, url: str) -> None:
+    resolve(url).put(manifest_key(20), [b'{"format": 999}'], mode="replace")
+    code, out, said = shell.code("verify", url, "--all")
+    assert (code, "step 20" in said) == (1, True)
+    assert [line.split("(")[0].strip() for line in out.splitlines()[:3]] == [
+        "step 10: whole",
+        "step 30: whole",
+        "step 20: NOT VERIFIED, newer format",
+    ]
+    code, out, _ = shell.code("verify", url, "--all", "--json")
+    assert [each["ok"] for each in json.loads(out)["checkpoints"]] == [True, None, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -191,6 +209,14 @@ def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
         (["keep", "{}", "latest(0)"], 2, "positive"),
         (["ls", "{}", "--storage-option", "key"], 2, "KEY=VALUE"),
         (["frobnicate"], 2, "No such command"),
+        (["stats", "{}", "0.wieght"], 2, "did you mean '0.weight'"),
+        (["plot", "{}", "val/los"], 2, "did you mean 'val/loss'"),
+        (["plot", "{}", "-o", "loss.txt"], 2, "ends in one of .png"),
+        (["cp", "{}", "{}-copy", "--parts", "modle"], 2, "did you mean 'model'"),
+        (["sweep", "{}", "--older-than", "2w"], 2, "such as 2d"),
+        (["ls", "{}", "--watch", "--every", "0"], 2, "more than 0"),
+        (["mirror", "{}-not", "{}-copy"], 10, "did you mean 'run'"),
+        (["bench", "{}", "--size", "0"], 2, "--size"),
         (["cp", "{}@10", "{}-copy", "--storage-option", "a=1"], 2, "storage"),
     ],
 )
@@ -224,7 +250,7 @@ def test_the_place_may_come_from_the_environment(
 
 def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    for command in ("ls", "show", "tensors", "compare"):
+    for command in ("ls", "show", "tensors", "compare", "stats", "plot", "doctor"):
         assert max(map(len, shell.screen(command, url).splitlines())) <= 60
 
 
@@ -245,11 +271,27 @@ def test_a_reader_that_has_seen_enough_is_no_error(url: str) -> None:
 def test_each_command_has_an_example(shell: Shell) -> None:
     listed = shell.screen("--help")
     commands = [
-        *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best"),
-        *("keep", "rm", "pin", "unpin", "sweep", "cp", "export", "import", "average"),
+        *("ls", "show", "tensors", "verify", "diff", "compare", "latest", "best", "stats", "plot"),
+        *("keep", "rm", "pin", "unpin", "sweep", "cp", "mirror", "doctor", "bench"),
+        *("export", "import", "average"),
     ]
     for command in commands:
         assert command in listed
         example = " ".join(shell.screen(command, "--help").partition("Example:")[2].split())
         assert example.startswith("dist-ckpt")
         assert command in example
+
+
+def test_what_a_job_does_is_shown_before_its_first_checkpoint(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    with Checkpointer(url, {"n": 1}, every_steps=100, exclusive=True, status_seconds=60) as ckpt:
+        ckpt.restore()
+        while Run(url).status() is None:
+            pass
+        assert f"job: claim 1, process {os.getpid()} on " in shell.screen("ls", url)
+        assert shell.json("ls", url)["checkpoints"] == []
+        ckpt.save(1).wait()
+    job = shell.json("ls", url)["job"]
+    assert (job["phase"], job["step"], job["commit"], job["lag_steps"]) == ("ended", 1, 1, 0)
+    assert shell.json("show", url)["job"] == job
+    assert ", ended, step 1, newest checkpoint 1" in shell.screen("show", url)

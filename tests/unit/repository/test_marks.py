@@ -39,7 +39,7 @@ def _read(store: object, key: str) -> bytes:
 def test_what_is_not_there_cannot_be_pinned() -> None:
     store = new_store()
     save(store, 1)
-    with pytest.raises(NotFound, match="newest there are 1"):
+    with pytest.raises(NotFound, match="nearest are 1"):
         Repository(store).pin(2)
 
 

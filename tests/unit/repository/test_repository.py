@@ -87,7 +87,7 @@ def test_opening_what_is_not_there_says_what_is() -> None:
     with pytest.raises(NotFound, match="no committed checkpoint"):
         repository.open_latest()
     save(store, *range(10, 17))
-    with pytest.raises(NotFound, match=r"step 9 .* newest there are 12, 13, 14, 15, 16") as caught:
+    with pytest.raises(NotFound, match=r"step 9 .* nearest are 10, 11, 12") as caught:
         repository.open(9)
     assert caught.value.kind == ErrorKind.NO_CHECKPOINT
     with pytest.raises(UsageError, match="bad step"):

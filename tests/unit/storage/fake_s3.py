@@ -161,7 +161,10 @@ class FakeS3:
         found = sorted(key for key in self.objects if key.startswith(asked["Prefix"]))
         begin = asked.get("ContinuationToken", "")
         page = [key for key in found if key > begin][:2]
-        answer: Answer = {"Contents": [{"Key": k, "Size": len(self.data(k))} for k in page]}
+        time = datetime(2020, 1, 1, tzinfo=UTC)
+        answer: Answer = {
+            "Contents": [{"Key": k, "Size": len(self.data(k)), "LastModified": time} for k in page]
+        }
         if page and page[-1] != found[-1]:
             answer |= {"IsTruncated": True, "NextContinuationToken": page[-1]}
         return answer

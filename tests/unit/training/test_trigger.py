@@ -17,8 +17,10 @@ from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.saving.outcomes import Outlook
 from dist_ckpt.training import trigger as pace_module
-from dist_ckpt.training.trigger import Decision, SaveTrigger, SignalNote
+from dist_ckpt.training.notices import SignalNote
+from dist_ckpt.training.trigger import Decision, SaveTrigger
 from tests.unit.ranks.rounds import long, members, on_every_rank
 
 WORLD = 3
@@ -253,3 +255,99 @@ def test_signals_are_taken_on_the_main_thread_only() -> None:
     assert "main thread" in str(error)
     (pace,) = on_every_rank([lambda: SignalNote([])])
     assert isinstance(pace, SignalNote)
+
+
+def ending(pace: SaveTrigger, name: str = "SIGTERM") -> Decision:
+    """Return what is decided when a signal arrives before the next step."""
+    pace._note.write(name)
+    return pace.at(1, None, {})
+
+
+@pytest.mark.parametrize(
+    ("outlook", "waits", "saves", "said"),
+    [
+        (Outlook(), 10, True, ""),
+        (Outlook(19.0), 10, True, ""),
+        (Outlook(20.5), 10, False, "20.0 of 30 s of grace are left, a save takes 20.5 s"),
+        (Outlook(19.0), 31, False, "0.0 of 30 s of grace are left"),
+        (Outlook(), 31, False, "0.0 of 30 s of grace are left: none is begun at step 1"),
+        (Outlook(25.0, 7), 10, False, "the save of step 7 is waited for instead"),
+    ],
+)
+def test_what_cannot_be_done_in_time_is_not_begun(
+    outlook: Outlook,
+    waits: float,
+    saves: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = Clock(monkeypatch)
+    # Another policy wants a save at this very step: there is no time for that one either.
+    when = policy.on_signal(grace_seconds=30) | policy.every(1)
+    pace = SaveTrigger(job_of(), when, best=nothing, outlook=lambda: outlook)
+    pace._note.write("SIGTERM")
+    clock.now += waits
+    decision = pace.at(1, None, {})
+    assert decision.urgent
+    assert (decision.reason is not None) is saves
+    assert pace.out_of_time is not saves
+    assert (pace.signaled, pace.exit_code) == ("SIGTERM", 143)
+    assert said in caplog.text
+    if saves:
+        assert decision.within_seconds == 30 - waits
+        assert caplog.messages == []
+    # What is due later is saved: the job was not ended after all.
+    assert pace.at(2, None, {}).reason == "every 1 steps"
+    pace.close()
+
+
+def test_the_time_runs_from_the_first_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = SaveTrigger(job_of(), policy.on_signal(grace_seconds=30), best=nothing)
+    pace._note.write("SIGTERM")
+    clock.now += 20
+    assert ending(pace).within_seconds == 10
+    pace.close()
+
+
+def test_the_exit_code_is_that_of_what_was_heeded() -> None:
+    when = policy.on_signal(signal.SIGUSR1) | policy.on_signal(exit_code=75)
+    pace = SaveTrigger(job_of(), when | policy.on_notice("/nowhere/notice"), best=nothing)
+    assert pace.exit_code == 0
+    for name, code in {"SIGUSR1": 138, "SIGTERM": 75, "notice": 143}.items():
+        assert ending(pace, name).reason in (name, f"signal {name}")
+        assert (pace.signaled, pace.exit_code) == (name, code)
+    pace.close()
+
+
+def test_a_signal_after_the_last_step_is_known_when_all_is_over() -> None:
+    pace = SaveTrigger(job_of(), policy.on_signal(), best=nothing)
+    pace.at(1, None, {})
+    pace.end()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert pace.signaled == ""
+    pace.close()
+    assert (pace.signaled, pace.exit_code) == ("SIGTERM", 143)
+
+
+def test_ctrl_c_at_the_end_does_not_wait_for_a_step() -> None:
+    pace = SaveTrigger(job_of(), policy.on_signal(signal.SIGINT), best=nothing)
+    pace.end()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    pace.close()
+
+
+def test_what_was_best_in_a_save_that_failed_is_no_best() -> None:
+    pace = alone(policy.better("loss"), best={LOSS: 5.0})
+    due = []
+    # The save of 2.0 is lost, as the next one, of 1.9, is told.
+    for value, lost in [(3.0, False), (2.0, False), (1.9, True), (2.5, False), (1.0, False)]:
+        if pace.at(1, None, {"loss": value}).reason:
+            due.append(value)
+            pace.saved(lost=lost)
+    assert due == [3.0, 2.0, 1.9, 1.0]
+    # That of 1.0 is lost, too, and one that was asked for meanwhile could not begin.
+    pace.saved(lost=True, begun=False)
+    assert pace.at(1, None, {"loss": 1.5}).reason == "better loss: 1.5, before 1.9"

@@ -16,108 +16,44 @@ said at `Scope`.
 from __future__ import annotations
 
 import math
-import signal as signals
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.limits import as_integer
+from dist_ckpt.policy.ending import on_notice, on_signal
+from dist_ckpt.policy.moment import (
+    AnyOf,
+    Composable,
+    Moment,
+    SavePolicy,
+    Scope,
+    checked_seconds,
+    members,
+)
 from dist_ckpt.repository.ranking import Criterion, Mode
 
-
-class Scope(Enum):
-    """Who decides whether a save is due, and what it costs.
-
-    Attributes:
-        LOCAL: each rank, from what all know. Nothing is exchanged.
-        AHEAD: rank 0, for steps to come: at its own step it says for the next ones, about half a
-            second of them, whether one is to be saved. The others look once in that time, and do
-            not wait as long as they are not ahead of rank 0. A save comes up to half a second, or
-            one step, after it is due. Measured: 0.04 ms per step.
-        AT_ONCE: rank 0, for this very step, since the metrics are those of this step. At each step
-            it sends one small message, and the others wait until it is there: as long as they are
-            ahead of rank 0. Measured: 0.15 ms per step (2 and 4 ranks on two cores, 2026-11-29).
-    """
-
-    LOCAL = "local"
-    AHEAD = "ahead"
-    AT_ONCE = "at once"
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What a decision is made from.
-
-    Attributes:
-        step: the training step that is done.
-        epoch: the epoch that ends with it, None in the middle of one.
-        metrics: the numbers given with the step.
-        seconds: since the last save began, or since the start.
-        best: the best value so far by criterion, of those that were saved.
-        signal: the name of a signal that arrived, "" for none.
-    """
-
-    step: int
-    epoch: int | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    best: Mapping[Criterion, float] = field(default_factory=dict)
-    signal: str = ""
-
-
-class SavePolicy(Protocol):
-    """Decides whether a save is due."""
-
-    @property
-    def scope(self) -> Scope:
-        """Who can decide it."""
-        ...
-
-    def due(self, moment: Moment) -> str | None:
-        """Return the reason to save, None when there is none."""
-        ...
-
-    def __or__(self, other: SavePolicy) -> SavePolicy:
-        """Return the policy that saves when either does."""
-        ...
-
-
-class _Composable:
-    """What `|` makes of two policies."""
-
-    __slots__ = ()
-    scope: ClassVar[Scope] = Scope.LOCAL
-
-    def __or__(self: SavePolicy, other: SavePolicy) -> SavePolicy:
-        return _AnyOf((*members(self), *members(other)))
+__all__ = [
+    "Better",
+    "Moment",
+    "SavePolicy",
+    "Scope",
+    "at",
+    "better",
+    "checked_when",
+    "counted",
+    "every",
+    "last",
+    "members",
+    "never",
+    "on_notice",
+    "on_signal",
+    "passed_over",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class _AnyOf:
-    policies: tuple[SavePolicy, ...]
-
-    def __str__(self) -> str:
-        return " | ".join(map(str, self.policies)) or "policy.never()"
-
-    def __or__(self, other: SavePolicy) -> SavePolicy:
-        return _AnyOf((*self.policies, *members(other)))
-
-    @property
-    def scope(self) -> Scope:
-        """The scope of the member that needs the most."""
-        order = list(Scope)
-        return max((each.scope for each in self.policies), key=order.index, default=Scope.LOCAL)
-
-    def due(self, moment: Moment) -> str | None:
-        """Return the reasons of all members that have one."""
-        reasons = [reason for each in self.policies if (reason := each.due(moment))]
-        return ", ".join(reasons) or None
-
-
-@dataclass(frozen=True, slots=True)
-class _EverySteps(_Composable):
+class _EverySteps(Composable):
     steps: int
 
     def __str__(self) -> str:
@@ -130,7 +66,7 @@ class _EverySteps(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class _EveryEpochs(_Composable):
+class _EveryEpochs(Composable):
     epochs: int
 
     def __str__(self) -> str:
@@ -142,7 +78,7 @@ class _EveryEpochs(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class _EverySeconds(_Composable):
+class _EverySeconds(Composable):
     seconds: float
     scope: ClassVar[Scope] = Scope.AHEAD
 
@@ -154,7 +90,7 @@ class _EverySeconds(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class _At(_Composable):
+class _At(Composable):
     steps: frozenset[int]
     reason: str
 
@@ -168,7 +104,7 @@ class _At(_Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class Better(_Composable):
+class Better(Composable):
     """Made by `better`; the criterion is read by whoever looks for the best checkpoint."""
 
     criterion: Criterion
@@ -185,22 +121,6 @@ class Better(_Composable):
             return None
         before = "the first" if best is None else f"before {best:g}"
         return f"better {self.criterion.metric}: {value:g}, {before}"
-
-
-@dataclass(frozen=True, slots=True)
-class OnSignal(_Composable):
-    """Made by `on_signal`; whoever asks the policy listens for these signals."""
-
-    signals: tuple[signals.Signals, ...]
-    scope: ClassVar[Scope] = Scope.AHEAD
-
-    def __str__(self) -> str:
-        return f"policy.on_signal({', '.join(each.name for each in self.signals)})"
-
-    def due(self, moment: Moment) -> str | None:
-        """Return the name of the signal that arrived, if it is one of these."""
-        known = {each.name for each in self.signals}
-        return f"signal {moment.signal}" if moment.signal in known else None
 
 
 def every(
@@ -224,10 +144,7 @@ def every(
         return _EverySteps(_positive(steps, "steps"))
     if epochs is not None:
         return _EveryEpochs(_positive(epochs, "epochs"))
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if seconds is None or not is_number or not 0 < seconds < math.inf:
-        raise UsageError(f"seconds must be a finite number above 0, not {seconds!r}")
-    return _EverySeconds(float(seconds))
+    return _EverySeconds(checked_seconds(seconds, "seconds"))
 
 
 def at(*steps: int) -> SavePolicy:
@@ -263,30 +180,9 @@ def better(metric: str, *, mode: Mode = "min") -> SavePolicy:
     return Better(Criterion(metric, mode))
 
 
-def on_signal(*wanted: int) -> SavePolicy:
-    """Save at the next step when one of these signals arrived at any rank.
-
-    `Checkpointer` listens for them: its handler only takes a note, and calls the handler that was
-    there before. `Checkpointer.signaled` then tells the loop to end.
-
-    Args:
-        wanted: such as `signal.SIGTERM`; none stands for SIGTERM.
-
-    Raises:
-        UsageError: not a signal that can be caught.
-    """
-    try:
-        chosen = tuple(signals.Signals(each) for each in wanted or (signals.SIGTERM,))
-    except ValueError as error:
-        raise UsageError(f"policy.on_signal takes signals such as SIGTERM: {error}") from error
-    if {signals.SIGKILL, signals.SIGSTOP} & set(chosen):
-        raise UsageError("policy.on_signal: nobody can catch SIGKILL or SIGSTOP")
-    return OnSignal(chosen)
-
-
 def never() -> SavePolicy:
     """Save only when `Checkpointer.save` is called."""
-    return _AnyOf(())
+    return AnyOf(())
 
 
 def checked_when(policy: object) -> SavePolicy:
@@ -307,11 +203,6 @@ def checked_when(policy: object) -> SavePolicy:
                 f"when= takes a policy of dist_ckpt.policy such as {hint}, not {each!r}{called}"
             )
     return policy  # type: ignore[return-value]  # each member was looked at
-
-
-def members(policy: SavePolicy) -> tuple[SavePolicy, ...]:
-    """Return the policies that `policy` is composed of."""
-    return policy.policies if isinstance(policy, _AnyOf) else (policy,)
 
 
 def counted(policy: SavePolicy) -> set[str]:

@@ -1,0 +1,96 @@
+"""How fast a place is, by the stores that checkpoints go through."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dist_ckpt.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from dist_ckpt.storage import Store
+
+_RANDOM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Bytes per second, of all files together."""
+
+    write: float
+    read: float
+
+
+@contextmanager
+def scratch(store: Store) -> Iterator[str]:
+    """Give the body a folder of the store that nobody else uses, and remove all of it at the end.
+
+    The folders of a disk that were made for it go, too.
+    """
+    root = store.url if "://" not in store.url else ""
+    above = _missing(root) if root else []
+    folder = f"dist-ckpt-scratch-{secrets.token_hex(8)}/"
+    try:
+        yield folder
+    finally:
+        store.delete([entry.key for entry in store.list_entries(folder)])
+        for path in above:
+            # Somebody else may have begun a run there meanwhile.
+            if os.path.isdir(path) and not os.listdir(path):
+                os.rmdir(path)
+
+
+def _missing(path: str) -> list[str]:
+    """Return the folders on the way to `path` that are not there, the deepest first."""
+    found = []
+    while path and not os.path.lexists(path):
+        found.append(path)
+        path = os.path.dirname(path)
+    return found
+
+
+def measure(store: Store, folder: str, *, nbytes: int, files: int) -> Speed:
+    """Write files below `folder`, all at once, and read them back.
+
+    Args:
+        store: the place.
+        folder: below which of its folders.
+        nbytes: of all files together.
+        files: how many.
+
+    Raises:
+        IntegrityError: what was read is not what was written.
+        StorageError: the backend failed.
+    """
+    direct: Any = import_module("dist_ckpt.storage.direct")
+    parallel: Any = import_module("dist_ckpt.storage.parallel")
+    data = direct.aligned_buffer(max(nbytes // files, 1))
+    # Not zeros, which a file system may leave out, and no more of it than takes a moment to make.
+    noise = os.urandom(_RANDOM_BYTES)
+    for start in range(0, data.nbytes, _RANDOM_BYTES):
+        piece = data[start : start + _RANDOM_BYTES]
+        piece[:] = noise[: piece.nbytes]
+    buffers = [direct.aligned_buffer(data.nbytes) for _ in range(files)]
+    keys = [f"{folder}{number}" for number in range(files)]
+
+    def put(key: str) -> None:
+        store.put(key, [data], mode="replace")
+
+    def read(number: int) -> None:
+        store.read_into(keys[number], 0, buffers[number])
+
+    began = time.perf_counter()
+    parallel.in_parallel(put, keys, threads=files)
+    written = time.perf_counter()
+    parallel.in_parallel(read, range(files), threads=files)
+    ended = time.perf_counter()
+    if any(buffer != data for buffer in buffers):
+        raise IntegrityError(f"{store.url} does not read what was written there")
+    total = data.nbytes * files
+    return Speed(total / (written - began), total / (ended - written))

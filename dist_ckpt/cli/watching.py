@@ -1,0 +1,98 @@
+"""Commands that go on until they are stopped: how they do, and mirror."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dist_ckpt.cli import places
+from dist_ckpt.cli.output import escaped, say, say_json, size, write
+from dist_ckpt.cli.places import Json, Options
+from dist_ckpt.errors import NotFound, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from dist_ckpt.run import Mirrored, Run
+
+Watch = Annotated[bool, typer.Option("--watch", help="go on until it is stopped, by Ctrl-C")]
+Every = Annotated[float, typer.Option(metavar="SECONDS", help="with --watch: between two looks")]
+
+
+def add_watching(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("mirror")(_mirror)
+
+
+def repeat(look: Callable[[], None], *, watch: bool, every: float) -> None:
+    """Call `look` once, or with `watch` until an interrupt, which is then no error.
+
+    Raises:
+        UsageError: the time between two looks is none.
+    """
+    if not 0 < every < 1e9:
+        raise UsageError(f"--every takes seconds, more than 0, not {every}")
+    if not watch:
+        look()
+        return
+    with suppress(KeyboardInterrupt):
+        while True:
+            look()
+            write("", flush=True)
+            time.sleep(every)
+
+
+def _mirror(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="the run")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="the run to copy into")],
+    *,
+    watch: Watch = False,
+    every: Every = 60.0,
+    best: Annotated[
+        str | None, typer.Option(metavar="METRIC[:max]", help="copy the best by it, too")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="delete there all but the newest N and the best")
+    ] = None,
+    storage_option: Options = None,
+    json: Json = False,
+) -> None:
+    """Keep the newest checkpoint of a run, and the best, copied to another place.
+
+    With --watch as the training goes on: what fails then is told, and tried again at the next look.
+
+    Example: dist-ckpt mirror runs/17 s3://bucket/kept/17 --watch --best val/loss --keep 3
+    """
+    run, target = (places.open_run(url, storage_option) for url in (source, destination))
+    criterion = None if best is None else places.criterion(best)
+
+    def look() -> None:
+        try:
+            done = run.mirror(target, best=criterion, keep=keep)
+        except (NotFound, StorageError) as error:
+            if not watch:
+                raise
+            sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
+        else:
+            _tell(target, done, json=json, watch=watch)
+
+    repeat(look, watch=watch, every=every)
+
+
+def _tell(target: Run, done: Mirrored, *, json: bool, watch: bool) -> None:
+    if json:
+        rows = [{"step": e.step, "files": e.files, "nbytes": e.nbytes} for e in done.copied]
+        found: dict[str, Any] = {"url": target.url, "copied": rows, "removed": list(done.removed)}
+        if rows or done.removed or not watch:
+            # While it goes on, one line each: what reads it need not find out where one ends.
+            say_json(found, lines=watch)
+        return
+    for each in done.copied:
+        say(f"step {each.step}: {each.files} files, {size(each.nbytes)} copied")
+    for step in done.removed:
+        say(f"step {step}: deleted there")
+    if not watch and not (done.copied or done.removed):
+        say("all of it was there")

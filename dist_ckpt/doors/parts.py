@@ -1,0 +1,134 @@
+"""Some parts of a checkpoint, as a checkpoint of another run: the model without its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_ckpt.doors.content import Item, Outgoing
+from dist_ckpt.doors.spool import SpooledPart, is_same, other_step, save_parts
+from dist_ckpt.errors import NotFound, UsageError, near
+from dist_ckpt.loading.location import place_name
+from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
+from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.listed import look
+from dist_ckpt.storage.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class PartsReport:
+    """What was copied.
+
+    Attributes:
+        step: under which step it is committed, that of the source.
+        parts: which parts.
+        tensors: how many names there are.
+        nbytes: of their elements.
+        was_there: whether it had been committed before, bit for bit the same.
+    """
+
+    step: int
+    parts: tuple[str, ...]
+    tensors: int
+    nbytes: int
+    was_there: bool
+
+
+def copy_parts(source: Store, url: Place, *, step: int, parts: Sequence[str]) -> PartsReport:
+    """Commit some parts of a checkpoint to another run, as one that never had any others.
+
+    It is a save of its own: by this process, with the step, the metrics and the metadata of the
+    source, in which `copied_from` says where the rest is. The call takes the run over.
+
+    Args:
+        source: the run.
+        url: the run to copy into.
+        step: which checkpoint.
+        parts: their names.
+
+    Raises:
+        NotFound: there is no such checkpoint.
+        AlreadyExists: another checkpoint of this step is there.
+        IntegrityError: the source is damaged; nothing was committed.
+        UsageError: there is no such part, or each rank has its own values in it.
+    """
+    if not parts:
+        raise UsageError("name the parts to copy, such as model")
+    with open_checkpoint(source, step=step) as opened:
+        for part in parts:
+            _check_part(opened, part)
+        contents = {part: _Content(opened, part) for part in parts}
+        objects = {part: opened.read_encoded(part) for part in parts}
+        was_there = _is_there(contents, objects, url, step)
+        if not was_there:
+            spooled = {part: SpooledPart(contents[part], objects[part]) for part in parts}
+            # As policies see it: with what became known after the save.
+            found = look(source, step)
+            metadata = _metadata(opened, None if found.record is None else found.record.epoch)
+            save_parts(spooled, url, step=step, metrics=found.metrics, metadata=metadata)
+        items = [item for content in contents.values() for item in content.items.values()]
+        nbytes = sum(item.nbytes for item in items)
+        return PartsReport(step, tuple(parts), len(items), nbytes, was_there)
+
+
+class _Content:
+    """The tensors of one part under the names that they have, to which its values may refer."""
+
+    def __init__(self, opened: OpenedCheckpoint, part: str) -> None:
+        self._opened = opened
+        self._part = part
+        infos = (info for info in opened.info.values() if info.part == part)
+        self.items: Mapping[str, Item] = {
+            info.name: Item(info.name, info.dtype, tuple(info.shape)) for info in infos
+        }
+        self.ties: Sequence[tuple[str, ...]] = opened.ties(part)
+
+    def fill(self, boxes: Sequence[BoxTarget]) -> None:
+        """Fill memory with boxes of the tensors. See `Outgoing.fill`."""
+        self._opened.read_boxes((f"{self._part}/{name}", at, box) for name, at, box in boxes)
+
+
+def _check_part(opened: OpenedCheckpoint, part: str) -> None:
+    if part not in opened.parts:
+        raise UsageError(
+            f"{opened.where} has no part {part!r}{near(part, opened.parts)}; there are "
+            f"{', '.join(opened.parts)}"
+        )
+    if opened.differs_by_rank(part):
+        raise UsageError(
+            f"each rank has values of its own in part {part!r} of {opened.where}, and the one "
+            "process that copies cannot commit those of all: copy the whole checkpoint, or other "
+            "parts"
+        )
+
+
+def _metadata(opened: OpenedCheckpoint, epoch: int | None) -> Mapping[str, Any]:
+    manifest = opened.manifest
+    said = {} if manifest is None else dict(manifest.metadata)
+    origin = {"checkpoint": opened.where, "epoch": epoch, "parts": list(opened.parts)}
+    return {**said, "copied_from": said.get("copied_from", origin)}
+
+
+def _is_there(
+    contents: Mapping[str, Outgoing],
+    objects: Mapping[str, Mapping[str, bytes]],
+    url: Place,
+    step: int,
+) -> bool:
+    """Tell whether that is committed already, as after a call that was cut off.
+
+    Raises:
+        AlreadyExists: the step is something else.
+    """
+    try:
+        there = open_checkpoint(url, step=step)
+    except NotFound:
+        return False
+    with there:
+        if set(there.parts) != set(contents) or not all(
+            there.read_encoded(part) == objects[part] and is_same(content, _Content(there, part))
+            for part, content in contents.items()
+        ):
+            raise other_step(place_name(url), step)
+    return True

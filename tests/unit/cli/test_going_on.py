@@ -1,0 +1,91 @@
+"""What goes on while somebody looks: a list, a mirror, and the bytes of long work."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from dist_ckpt import Run
+from tests.unit.cli.shell import Shell, fill
+
+PROGRAM = "from dist_ckpt.cli import main; main()"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+
+
+def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_a_list_and_a_mirror_go_on_until_they_are_interrupted(url: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "mirror")
+    looking = start("ls", url, "--watch", "--every", "0.01", "--json")
+    copying = start("mirror", url, place, "--watch", "--every", "0.01", "--json")
+    with looking, copying:
+        assert looking.stdout is not None
+        assert copying.stdout is not None
+        for _ in range(3):
+            rows = json.loads(looking.stdout.readline())["checkpoints"]
+            assert [each["step"] for each in rows] == [10, 20, 30]
+        assert json.loads(copying.stdout.readline())["copied"][0]["step"] == 30
+        Run(url).copy(30, place)  # does nothing; and while it goes on there is one more step
+        fill(url, first=40)
+        assert json.loads(copying.stdout.readline())["copied"][0]["step"] >= 40
+        looking.send_signal(signal.SIGINT)
+        copying.send_signal(signal.SIGINT)
+        looking.communicate()
+        copying.communicate()
+    assert (looking.returncode, copying.returncode) == (0, 0), "so they are meant to end"
+    assert all(Run(place).verify(step).ok for step in Run(place).steps())
+
+
+def test_a_mirror_waits_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
+    url, place = str(tmp_path / "run"), str(tmp_path / "mirror")
+    with start("mirror", url, place, "--watch", "--every", "0.01") as copying:
+        assert copying.stdout is not None
+        assert copying.stderr is not None
+        assert "is no run" in copying.stderr.readline()
+        fill(url)
+        assert "files" in copying.stdout.readline()
+        copying.kill()
+        copying.communicate()
+
+
+def on_terminal(*arguments: str) -> tuple[str, bytes]:
+    """Return standard output, and what a terminal got on standard error."""
+    ours, theirs = pty.openpty()
+    with start(*arguments, stderr=theirs) as working:
+        out, _ = working.communicate()
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    except OSError:
+        pass  # so ends what nobody writes to any more
+    finally:
+        os.close(ours)
+    assert working.returncode == 0, shown
+    return out, shown
+
+
+def test_long_work_shows_its_bytes_on_a_terminal_alone(
+    url: str, shell: Shell, tmp_path: Path
+) -> None:
+    out, shown = on_terminal("verify", url, "--all")
+    assert out == shell.screen("verify", url, "--all")
+    assert b"step 30" in shown
+    assert b"bytes" in shown or b"kB" in shown
+    out, shown = on_terminal("export", f"{url}@20", str(tmp_path / "w.safetensors"))
+    assert "exported step 20" in out
+    assert b"step 20" in shown
