@@ -1,0 +1,443 @@
+"""Lightning: a plugin for one process and DDP, and strategies by which every rank saves its share.
+
+```python
+from lightning.pytorch import Trainer
+
+from dist_ckpt.integrations.lightning import DistCkptIO
+
+trainer = Trainer(plugins=[DistCkptIO()], max_epochs=3)
+```
+
+The folder of a `ModelCheckpoint` is a run, and a `.ckpt` in it the name of one of its steps
+(`dist_ckpt.integrations.names`). Needs `lightning`; loaded by nobody else.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from fsspec.core import url_to_fs
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.integrations.lightning_content import Content, Rest, asked_for, optimizers_of
+from dist_ckpt.integrations.named_run import (
+    Found,
+    NamedRun,
+    find,
+    of_all_ranks,
+    rank_and_size,
+)
+from dist_ckpt.integrations.versions import warn_if_untested
+from dist_ckpt.options import TIMEOUT_SECONDS
+from dist_ckpt.repository.repository import Repository
+from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.optimizer import OptimizerPart
+from dist_ckpt.state.part import Captured, Stored
+from dist_ckpt.state.rng import RngPart
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.resolve import resolve
+
+_log = logging.getLogger("dist_ckpt")
+
+Path: TypeAlias = str | os.PathLike[str]
+
+_PARTS = ["model", "optimizer", "lightning"]
+
+TESTED = "2.6"
+"""The releases of Lightning that this was tried with."""
+
+NEWEST = "last"
+"""How the names begin that mean the newest checkpoint; as `ModelCheckpoint` has it."""
+
+
+def newest(run: Path) -> str | None:
+    """Return `run` if it has a checkpoint, and None if it has not: for `fit(ckpt_path=...)`.
+
+    Args:
+        run: the folder of the `ModelCheckpoint`, a path or a URL.
+
+    Raises:
+        StorageError: it could not be looked at.
+    """
+    return os.fspath(run) if Repository(resolve(run)).candidates() else None
+
+
+def as_file(path: Path) -> io.BytesIO:
+    """Return a checkpoint as the file that Lightning itself writes, in memory.
+
+    For `MyModule.load_from_checkpoint(as_file(trainer.checkpoint_callback.best_model_path))`, and
+    for whoever has no dist_ckpt.
+
+    Args:
+        path: what `fit(ckpt_path=...)` takes.
+
+    Raises:
+        CheckpointError: see `DistCkptIO.load_checkpoint`.
+    """
+    file = io.BytesIO()
+    torch.save(DistCkptIO().load_checkpoint(path), file)
+    file.seek(0)
+    return file
+
+
+class RandomState(Callback):
+    """Keeps the random number generators of every rank in the checkpoints, beside `DistCkptIO`.
+
+    The strategies of this module keep them by themselves. At another number of ranks each rank
+    gets streams of its own, the same each time.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every generator, of every rank."""
+        return {"by_rank": of_all_ranks(RngPart().capture().objects)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the generators."""
+        saved = state_dict["by_rank"]
+        rank, world_size = rank_and_size()
+        own = saved[rank if len(saved) == world_size else 0]
+        RngPart().restore(Stored({}, own, rank, world_size, len(saved)), {})
+
+
+class DistCkptIO(CheckpointIO):
+    """Saves the checkpoints of a `Trainer` into runs, in the background; for one process and DDP.
+
+    Rank 0 alone saves, as Lightning has it; every rank reads. What is in flight is finished before
+    `fit` returns, also by an exception. A checkpoint that Lightning wrote itself is read by
+    Lightning.
+
+    Args:
+        discard_newer: whether checkpoints may be given up that are newer than the one that
+            training goes on from; else training refuses to leave them behind.
+        timeout_seconds: after this long a save or a load fails.
+    """
+
+    def __init__(
+        self, *, discard_newer: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
+        warn_if_untested("lightning", first=TESTED, last=TESTED)
+        self._discard_newer = discard_newer
+        self._timeout_seconds = timeout_seconds
+        self._model = Content("model")
+        self._optimizer = Content("optimizer")
+        self._rest = Rest()
+        self._runs: dict[str, NamedRun] = {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None
+    ) -> None:
+        """Begin to save; return when the state may change again.
+
+        Raises:
+            UsageError: there are `storage_options`, or a value that no checkpoint can hold.
+            CheckpointError: see `Checkpointer.save`; the failure of the save before, too.
+        """
+        _refuse_options(storage_options)
+        place, key = _split(path)
+        asked = asked_for(
+            checkpoint, key, tensors=(checkpoint["state_dict"], optimizers_of(checkpoint))
+        )
+
+        def put() -> None:
+            self._model.value = checkpoint["state_dict"]
+            self._optimizer.value = optimizers_of(checkpoint)
+            self._rest.values = dict(asked.values)
+
+        self._run(place).save(key, asked, put)
+        _forget_listing(path)
+
+    def load_checkpoint(
+        self, path: Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Return the checkpoint as Lightning knows it, in host memory.
+
+        Args:
+            path: a name, a run (its newest checkpoint that is whole), `run@step`, a step directory,
+                or what Lightning itself wrote. A name that begins with `last` means the newest.
+            map_location: a device for the tensors; None for host memory.
+            weights_only: of what Lightning wrote, see there; nothing of ours is ever executed.
+
+        Raises:
+            NotFound: there is no checkpoint.
+            IntegrityError: it is damaged, and another one was not asked for.
+        """
+        found = find(path, newest=NEWEST)
+        if found is None:
+            return _read_lightnings(path, map_location, weights_only)
+        run = self._run(found.place)
+        report = run.look(found, self._state(), only=_PARTS)
+        run.go_on_from(report)
+        loaded = {**self._rest.of(found, report), "state_dict": self._model.value}
+        optimizer, self._model.value, self._optimizer.value = self._optimizer.value, None, None
+        if optimizer is not None and not (found.name and found.name.weights_only):
+            loaded["optimizer_states"] = optimizer if isinstance(optimizer, list) else [optimizer]
+        if isinstance(map_location, str | torch.device):
+            loaded = move_data_to_device(loaded, torch.device(map_location))
+        return loaded
+
+    def remove_checkpoint(self, path: Path) -> None:
+        """Remove a name, and its checkpoint when nothing else names it and it may go.
+
+        See `dist_ckpt.Run.remove` for what is protected.
+        """
+        place, key = _split(path)
+        self._run(place).remove(key)
+        _forget_listing(path)
+
+    def teardown(self) -> None:
+        """Finish what is in flight.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        for run in self._runs.values():
+            run.close()
+
+    def _state(self) -> TrainState:
+        return TrainState(
+            rng=None,
+            model=self._model,
+            optimizer=self._optimizer,
+            lightning=PerRank(self._rest),
+        )
+
+    def _run(self, place: str) -> NamedRun:
+        return self._runs.setdefault(
+            place,
+            NamedRun(
+                place,
+                self._state,
+                ranks="alone",
+                discard_newer=self._discard_newer,
+                timeout_seconds=self._timeout_seconds,
+            ),
+        )
+
+
+class _Switched(OptimizerPart):
+    """Optimizers that are left out where the model alone is asked for."""
+
+    full = True
+
+    def capture(self) -> Captured:
+        return super().capture() if self.full else Captured({}, {})
+
+
+class DistCkptStrategy:
+    """To be mixed into a strategy: every rank saves and reads its share, in the background.
+
+    ```python
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from dist_ckpt.integrations.lightning import DistCkptStrategy
+
+    class Sharded(DistCkptStrategy, ModelParallelStrategy):
+        pass
+    ```
+
+    What is saved by one strategy is loaded by any other, at any number of ranks, and so is what
+    `DistCkptIO` saved. The random number generators of each rank are part of it. Hooks that change
+    `checkpoint["state_dict"]` have nothing to change: the model is saved where it lies.
+
+    Args:
+        *args: of the strategy.
+        trainable_only: whether only parameters that require gradients are saved.
+        discard_newer: see `DistCkptIO`.
+        timeout_seconds: after this long a save or a load fails on every rank.
+        **kwargs: of the strategy.
+    """
+
+    # Of the strategy that this is mixed into.
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    lightning_module: Any
+    broadcast: Callable[[Any], Any]
+    global_rank: int
+    world_size: int
+
+    def __init__(
+        self,
+        *args: Any,
+        trainable_only: bool = False,
+        discard_newer: bool = False,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        **kwargs: Any,
+    ) -> None:
+        warn_if_untested("lightning", first=TESTED, last=TESTED)
+        super().__init__(*args, **kwargs)
+        self._trainable_only = trainable_only
+        self._options: dict[str, Any] = {
+            "discard_newer": discard_newer,
+            "timeout_seconds": timeout_seconds,
+        }
+        self._rest = Rest()
+        self._switched: _Switched | None = None
+        self._runs: dict[str, NamedRun] = {}
+        self._error: BaseException | None = None
+        self._is_ours = False
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether the model is set up first: what is loaded is filled where it lies."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning restores the optimizers."""
+        return not self._is_ours and bool(getattr(super(), "lightning_restore_optimizer", True))
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return nothing: no copy of the model is made or gathered for a save."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return nothing, as for the model."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Path, storage_options: Any | None = None
+    ) -> None:
+        """Begin to save; return when the state may change again. See `DistCkptIO`."""
+        _refuse_options(storage_options)
+        path = self.broadcast(os.fspath(filepath))
+        place, key = _split(path)
+        states = [optimizer.state for optimizer in self.optimizers]
+        live = [*self.model.parameters(), *self.model.buffers()]
+        asked = asked_for(
+            checkpoint, key, tensors=(live, [list(state.values()) for state in states])
+        )
+
+        def put() -> None:
+            self._rest.values = dict(asked.values)
+            if self._switched is not None:
+                self._switched.full = asked.full
+
+        self._run(place).save(key, asked, put)
+        _forget_listing(path)
+
+    def load_checkpoint(
+        self, checkpoint_path: Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Fill the model and, in `fit`, the optimizers; return the rest. See `DistCkptIO`."""
+        path = self.broadcast(os.fspath(checkpoint_path))
+        found: Found | None = self.broadcast(find(path, newest=NEWEST))
+        self._is_ours = found is not None
+        if found is None:
+            _log.warning("%s", _IMPORTED.format(path=path))
+            loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
+            return loaded
+        run = self._run(found.place)
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            report = run.look(found, self._state(without=True), only=["model", "lightning"])
+        else:
+            report = run.restore(found)
+            if found.name is not None and found.name.random and found.name.step == report.step:
+                run.random_of(found.name, rank=self.global_rank, world_size=self.world_size)
+        return {"state_dict": {}, **self._rest.of(found, report)}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Do nothing, as the model is filled already, unless Lightning itself wrote it."""
+        if not self._is_ours:
+            super().load_model_state_dict(checkpoint, strict)  # type: ignore[misc]
+
+    def remove_checkpoint(self, filepath: Path) -> None:
+        """Remove a name, and its checkpoint when it may go. See `DistCkptIO`."""
+        place, key = _split(filepath)
+        self._run(place).remove(key)
+        _forget_listing(filepath)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Take note that training ends so: other ranks may not come to the end."""
+        self._error = exception
+        super().on_exception(exception)  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        """Finish what is in flight.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        error, self._error = self._error, None
+        try:
+            for run in self._runs.values():
+                run.close(error)
+        finally:
+            super().teardown()  # type: ignore[misc]
+
+    def _state(self, *, without: bool = False) -> TrainState:
+        """Return what is live; `without` optimizers, which may be of another model."""
+        model = ModelPart(self.model, name="model", trainable_only=self._trainable_only)
+        parts: dict[str, Any] = {"model": model, "lightning": PerRank(self._rest)}
+        self._switched = None
+        if self.optimizers and not without:
+            live = self.optimizers[0] if len(self.optimizers) == 1 else list(self.optimizers)
+            self._switched = _Switched(live, models=[model], name="optimizer")
+            parts["optimizer"] = self._switched
+        return TrainState(**parts)
+
+    def _run(self, place: str) -> NamedRun:
+        made = NamedRun(place, self._state, with_random=True, **self._options)
+        return self._runs.setdefault(place, made)
+
+
+class DistCkptSingleDeviceStrategy(DistCkptStrategy, SingleDeviceStrategy):
+    """One process: what several ranks saved goes on here."""
+
+
+class DistCkptDDPStrategy(DistCkptStrategy, DDPStrategy):
+    """DDP, where each rank writes its share of what all of them have."""
+
+
+class DistCkptModelParallelStrategy(DistCkptStrategy, ModelParallelStrategy):
+    """FSDP2 and tensor parallelism."""
+
+
+_IMPORTED = (
+    "{path} was written by Lightning itself and is read by Lightning, this once: the next save "
+    "goes into a run"
+)
+
+
+def _read_lightnings(
+    path: Path, map_location: Any | None, weights_only: bool | None
+) -> dict[str, Any]:
+    how = {} if map_location is None else {"map_location": map_location}
+    found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
+        path, weights_only=weights_only, **how
+    )
+    _log.warning("%s", _IMPORTED.format(path=path))
+    return found
+
+
+def _split(path: Path) -> tuple[str, str]:
+    place, key = os.path.split(os.fspath(path))
+    return place or ".", key
+
+
+def _refuse_options(storage_options: Any | None) -> None:
+    if storage_options is not None:
+        raise UsageError(
+            "save_checkpoint takes no storage_options: credentials and endpoints are those of the "
+            "environment, or of a store that is registered"
+        )
+
+
+def _forget_listing(path: Path) -> None:
+    """Let the file system by which Lightning looks for names see what was written past it."""
+    url_to_fs(os.fspath(path))[0].invalidate_cache()

@@ -1,0 +1,174 @@
+"""The file names under which a trainer of others knows the checkpoints of a run.
+
+Such a trainer takes a checkpoint for a file, and calls it as it likes (`epoch=3-val_loss=0.2.ckpt`,
+`last.ckpt`). In a run of ours that file is a few bytes, which say what step is meant: it can be
+looked for, replaced and deleted as the trainer does that, and two names of one step cost one save.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.keep import Keep
+from dist_ckpt.run import Run
+from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.storage.base import Store, delete_exactly, read_all
+
+_BEGINS = b'{"kind":"dist_ckpt name"'
+
+
+class Name(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in the file.
+
+    Attributes:
+        kind: tells it from the files of others.
+        step: which checkpoint of the run that the file lies in.
+        save_id: which save of that step.
+        weights_only: whether the trainer asked for the model alone, and another name of the step
+            has the rest.
+        values: encoded Python values by rank, where they are others than those of the checkpoint:
+            it was given this name later, when no tensor had changed since. Empty for the same.
+        random: states of the random number generators by rank, as `values`.
+    """
+
+    kind: Literal["dist_ckpt name"] = "dist_ckpt name"
+    step: int
+    save_id: str
+    weights_only: bool = False
+    values: list[str] = []
+    random: list[dict[str, str]] = []
+
+
+class Names(Keep):
+    """The names in one run, and what is kept because of them. Rank 0's; used by two threads.
+
+    As a policy it keeps what a trainer has a name for, and whatever never had one. A name is
+    replaced when its checkpoint is committed, so that until then it means the one before; a new
+    name is there at once, since a trainer looks which names are taken.
+    """
+
+    __slots__ = ("_coming", "_lock", "_named", "_once", "_store")
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.RLock()
+        self._named: dict[str, Name] | None = None
+        self._coming: dict[str, tuple[Name, SaveHandle]] = {}
+        # Steps that had a name: only these are ever given up.
+        self._once: set[int] = set()
+
+    def __repr__(self) -> str:
+        return "the names that the trainer gave"  # the same on all ranks
+
+    def kept(self, records: Sequence[Record]) -> Mapping[int, str]:
+        """Return the reason to keep for each of `records`; see `KeepPolicy.kept`.
+
+        Asked on the thread that deletes, after a commit: names are moved to what was committed
+        before anything they meant until now goes.
+        """
+        with self._lock:
+            self.settle()
+            why = {each.step: "no trainer named it" for each in records}
+            for step in why.keys() & self._once:
+                del why[step]
+            return why | {step: f"named {key}" for key, step in self._meant()}
+
+    def find(self, key: str) -> Name | None:
+        """Return what `key` means; None where there is no such file, or it is none of ours."""
+        try:
+            data = read_all(self._store, key, likely_bytes=4096, begins=_BEGINS)
+        except (NotFound, IntegrityError, UsageError):
+            return None
+        if not data.startswith(_BEGINS):
+            return None
+        try:
+            return msgspec.json.decode(data, type=Name)
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(
+                f"{key} in {self._store.url} is the damaged name of a checkpoint: {error}. The "
+                "checkpoints are beside it: give the run itself, or one of its steps",
+                kind=ErrorKind.MALFORMED,
+            ) from error
+
+    def point(self, key: str, name: Name, handle: SaveHandle) -> None:
+        """Let `key` mean `name` as soon as its save is committed.
+
+        Raises:
+            StorageError: the name could not be written.
+        """
+        with self._lock:
+            named = self._all()
+            self._coming[key] = name, handle
+            self._once.add(name.step)
+            if key not in named:
+                self._put(key, name)
+            self.settle()
+
+    def drop(self, key: str) -> None:
+        """Forget `key`; what it meant may go after the next commit, if nothing else means it."""
+        with self._lock:
+            meant = self._all().pop(key, None)
+            came = self._coming.pop(key, None)
+            self._once |= {each.step for each in (meant, came and came[0]) if each is not None}
+            if meant is not None or came is not None:
+                self._store.delete([key])
+
+    def settle(self) -> None:
+        """Move the names whose save is over: to its checkpoint, or nowhere where it failed."""
+        with self._lock:
+            named = self._all()
+            for key, (name, handle) in list(self._coming.items()):
+                if handle.outcome == "committed":
+                    del self._coming[key]
+                    if key in named:  # a new one is there already
+                        self._put(key, name)
+                    named[key] = name
+                elif handle.done():
+                    del self._coming[key]
+                    if key not in named:
+                        delete_exactly(self._store, key, msgspec.json.encode(name))
+
+    def unnamed(self) -> list[int]:
+        """Return the steps that had a name and have none any more."""
+        with self._lock:
+            self._all()
+            return sorted(self._once - {step for _, step in self._meant()})
+
+    def forget_before(self, steps: Sequence[int]) -> None:
+        """Take note of steps that lost their names in an earlier start, when they had to stay."""
+        with self._lock:
+            self._once.update(steps)
+
+    def remove_unnamed(self) -> None:
+        """Delete what has no name any more, but what is protected: see `Run.remove`."""
+        run = Run(self._store)
+        for step in self.unnamed():
+            try:
+                run.remove(step)
+            except NotFound:
+                pass
+            except UsageError as error:
+                if error.kind is not ErrorKind.PROTECTED:
+                    raise
+
+    def _meant(self) -> list[tuple[str, int]]:
+        found = [(key, name.step) for key, name in (self._named or {}).items()]
+        return found + [(key, name.step) for key, (name, _) in self._coming.items()]
+
+    def _all(self) -> dict[str, Name]:
+        """Return the names that are stored; looked up once, as nobody else gives any."""
+        if self._named is None:
+            keys = [key for key in self._store.list_children() if not key.endswith("/")]
+            found = {key: self.find(key) for key in keys}
+            self._named = {key: name for key, name in found.items() if name is not None}
+            self._once |= {name.step for name in self._named.values()}
+        return self._named
+
+    def _put(self, key: str, name: Name) -> None:
+        self._store.put(key, [msgspec.json.encode(name)], mode="replace")
