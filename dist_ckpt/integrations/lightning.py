@@ -21,37 +21,44 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from fsspec.core import url_to_fs
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.integrations.lightning_content import Content, Rest, asked_for, optimizers_of
-from dist_ckpt.integrations.named_run import (
-    Found,
-    NamedRun,
-    find,
-    of_all_ranks,
-    rank_and_size,
+from dist_ckpt.integrations.lightning_content import (
+    IMPORTED,
+    Content,
+    OptimizersIfFull,
+    RandomState,
+    Rest,
+    asked_for,
+    optimizers_of,
+    read_as_lightning,
 )
+from dist_ckpt.integrations.named_run import Found, NamedRun, find
+from dist_ckpt.integrations.names import forget_listing, split
 from dist_ckpt.integrations.versions import warn_if_untested
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.repository.repository import Repository
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.optimizer import OptimizerPart
-from dist_ckpt.state.part import Captured, Stored
-from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.resolve import resolve
+
+__all__ = [
+    "NEWEST",
+    "DistCkptDDPStrategy",
+    "DistCkptIO",
+    "DistCkptModelParallelStrategy",
+    "DistCkptSingleDeviceStrategy",
+    "DistCkptStrategy",
+    "RandomState",
+    "as_file",
+    "newest",
+]
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -96,25 +103,6 @@ def as_file(path: Path) -> io.BytesIO:
     return file
 
 
-class RandomState(Callback):
-    """Keeps the random number generators of every rank in the checkpoints, beside `DistCkptIO`.
-
-    The strategies of this module keep them by themselves. At another number of ranks each rank
-    gets streams of its own, the same each time.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of every generator, of every rank."""
-        return {"by_rank": of_all_ranks(RngPart().capture().objects)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the generators."""
-        saved = state_dict["by_rank"]
-        rank, world_size = rank_and_size()
-        own = saved[rank if len(saved) == world_size else 0]
-        RngPart().restore(Stored({}, own, rank, world_size, len(saved)), {})
-
-
 class DistCkptIO(CheckpointIO):
     """Saves the checkpoints of a `Trainer` into runs, in the background; for one process and DDP.
 
@@ -149,7 +137,7 @@ class DistCkptIO(CheckpointIO):
             CheckpointError: see `Checkpointer.save`; the failure of the save before, too.
         """
         _refuse_options(storage_options)
-        place, key = _split(path)
+        place, key = split(path)
         asked = asked_for(
             checkpoint, key, tensors=(checkpoint["state_dict"], optimizers_of(checkpoint))
         )
@@ -160,7 +148,7 @@ class DistCkptIO(CheckpointIO):
             self._rest.values = dict(asked.values)
 
         self._run(place).save(key, asked, put)
-        _forget_listing(path)
+        forget_listing(path)
 
     def load_checkpoint(
         self, path: Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -179,7 +167,7 @@ class DistCkptIO(CheckpointIO):
         """
         found = find(path, newest=NEWEST)
         if found is None:
-            return _read_lightnings(path, map_location, weights_only)
+            return read_as_lightning(path, map_location, weights_only)
         run = self._run(found.place)
         report = run.look(found, self._state(), only=_PARTS)
         run.go_on_from(report)
@@ -196,9 +184,9 @@ class DistCkptIO(CheckpointIO):
 
         See `dist_ckpt.Run.remove` for what is protected.
         """
-        place, key = _split(path)
+        place, key = split(path)
         self._run(place).remove(key)
-        _forget_listing(path)
+        forget_listing(path)
 
     def teardown(self) -> None:
         """Finish what is in flight.
@@ -228,15 +216,6 @@ class DistCkptIO(CheckpointIO):
                 timeout_seconds=self._timeout_seconds,
             ),
         )
-
-
-class _Switched(OptimizerPart):
-    """Optimizers that are left out where the model alone is asked for."""
-
-    full = True
-
-    def capture(self) -> Captured:
-        return super().capture() if self.full else Captured({}, {})
 
 
 class DistCkptStrategy:
@@ -287,7 +266,7 @@ class DistCkptStrategy:
             "timeout_seconds": timeout_seconds,
         }
         self._rest = Rest()
-        self._switched: _Switched | None = None
+        self._switched: OptimizersIfFull | None = None
         self._runs: dict[str, NamedRun] = {}
         self._error: BaseException | None = None
         self._is_ours = False
@@ -316,7 +295,7 @@ class DistCkptStrategy:
         """Begin to save; return when the state may change again. See `DistCkptIO`."""
         _refuse_options(storage_options)
         path = self.broadcast(os.fspath(filepath))
-        place, key = _split(path)
+        place, key = split(path)
         states = [optimizer.state for optimizer in self.optimizers]
         live = [*self.model.parameters(), *self.model.buffers()]
         asked = asked_for(
@@ -329,7 +308,7 @@ class DistCkptStrategy:
                 self._switched.full = asked.full
 
         self._run(place).save(key, asked, put)
-        _forget_listing(path)
+        forget_listing(path)
 
     def load_checkpoint(
         self, checkpoint_path: Path, weights_only: bool | None = None
@@ -339,7 +318,7 @@ class DistCkptStrategy:
         found: Found | None = self.broadcast(find(path, newest=NEWEST))
         self._is_ours = found is not None
         if found is None:
-            _log.warning("%s", _IMPORTED.format(path=path))
+            _log.warning("%s", IMPORTED.format(path=path))
             loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
             return loaded
         run = self._run(found.place)
@@ -358,9 +337,9 @@ class DistCkptStrategy:
 
     def remove_checkpoint(self, filepath: Path) -> None:
         """Remove a name, and its checkpoint when it may go. See `DistCkptIO`."""
-        place, key = _split(filepath)
+        place, key = split(filepath)
         self._run(place).remove(key)
-        _forget_listing(filepath)
+        forget_listing(filepath)
 
     def on_exception(self, exception: BaseException) -> None:
         """Take note that training ends so: other ranks may not come to the end."""
@@ -387,7 +366,7 @@ class DistCkptStrategy:
         self._switched = None
         if self.optimizers and not without:
             live = self.optimizers[0] if len(self.optimizers) == 1 else list(self.optimizers)
-            self._switched = _Switched(live, models=[model], name="optimizer")
+            self._switched = OptimizersIfFull(live, models=[model], name="optimizer")
             parts["optimizer"] = self._switched
         return TrainState(**parts)
 
@@ -408,36 +387,9 @@ class DistCkptModelParallelStrategy(DistCkptStrategy, ModelParallelStrategy):
     """FSDP2 and tensor parallelism."""
 
 
-_IMPORTED = (
-    "{path} was written by Lightning itself and is read by Lightning, this once: the next save "
-    "goes into a run"
-)
-
-
-def _read_lightnings(
-    path: Path, map_location: Any | None, weights_only: bool | None
-) -> dict[str, Any]:
-    how = {} if map_location is None else {"map_location": map_location}
-    found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
-        path, weights_only=weights_only, **how
-    )
-    _log.warning("%s", _IMPORTED.format(path=path))
-    return found
-
-
-def _split(path: Path) -> tuple[str, str]:
-    place, key = os.path.split(os.fspath(path))
-    return place or ".", key
-
-
 def _refuse_options(storage_options: Any | None) -> None:
     if storage_options is not None:
         raise UsageError(
             "save_checkpoint takes no storage_options: credentials and endpoints are those of the "
             "environment, or of a store that is registered"
         )
-
-
-def _forget_listing(path: Path) -> None:
-    """Let the file system by which Lightning looks for names see what was written past it."""
-    url_to_fs(os.fspath(path))[0].invalidate_cache()

@@ -9,13 +9,17 @@ from functools import cache
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.integrations.named_run import Asked, Found, rank_and_size
+from dist_ckpt.integrations.named_run import Asked, Found, of_all_ranks, rank_and_size
 from dist_ckpt.loading.report import LoadReport
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Captured, Stored, Targets
+from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.values import VALUE, ValuePart
 
@@ -177,3 +181,54 @@ def _scores(checkpoint: Mapping[str, Any], key: str) -> dict[str, float]:
             if key in scores:
                 found[str(state["monitor"])] = float(scores[key])
     return found
+
+
+IMPORTED = (
+    "{path} was written by Lightning itself and is read by Lightning, this once: the next save "
+    "goes into a run"
+)
+
+
+def read_as_lightning(
+    path: str | os.PathLike[str], map_location: Any | None, weights_only: bool | None
+) -> dict[str, Any]:
+    """Return what Lightning itself wrote, read by Lightning. See `CheckpointIO.load_checkpoint`."""
+    how = {} if map_location is None else {"map_location": map_location}
+    found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
+        path, weights_only=weights_only, **how
+    )
+    _log.warning("%s", IMPORTED.format(path=path))
+    return found
+
+
+class RandomState(Callback):
+    """Keeps the random number generators of every rank in the checkpoints, beside `DistCkptIO`.
+
+    The strategies of this module keep them by themselves. At another number of ranks each rank
+    gets streams of its own, the same each time.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every generator, of every rank."""
+        return {"by_rank": of_all_ranks(RngPart().capture().objects)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the generators."""
+        saved = state_dict["by_rank"]
+        rank, world_size = rank_and_size()
+        own = saved[rank if len(saved) == world_size else 0]
+        RngPart().restore(Stored({}, own, rank, world_size, len(saved)), {})
+
+
+class OptimizersIfFull(OptimizerPart):
+    """Optimizers that are left out where the model alone is asked for.
+
+    Attributes:
+        full: whether they are saved.
+    """
+
+    full = True
+
+    def capture(self) -> Captured:
+        """Return what they hold, or nothing."""
+        return super().capture() if self.full else Captured({}, {})

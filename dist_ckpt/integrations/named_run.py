@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 from dist_ckpt.format.names import parse_step_dir
-from dist_ckpt.integrations.names import Name, Names
+from dist_ckpt.integrations.names import Name, Names, split
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
@@ -88,8 +88,7 @@ def find(path: str | os.PathLike[str], *, newest: str) -> Found | None:
     text = os.fspath(path).rstrip("/")
     if (at := _AT.fullmatch(text)) is not None:
         return Found(at["url"], int(at["step"]))
-    place, key = os.path.split(text)
-    place = place or "."
+    place, key = split(text)
     if (step := parse_step_dir(key)) is not None:
         return Found(place, step)
     name = Names(resolve(place)).find(key)

@@ -7,11 +7,13 @@ looked for, replaced and deleted as the trainer does that, and two names of one 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
+from fsspec.core import url_to_fs
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.repository.history import Record
@@ -172,3 +174,14 @@ class Names(Keep):
 
     def _put(self, key: str, name: Name) -> None:
         self._store.put(key, [msgspec.json.encode(name)], mode="replace")
+
+
+def split(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the run and the name that `path` is made of."""
+    place, key = os.path.split(os.fspath(path))
+    return place or ".", key
+
+
+def forget_listing(path: str | os.PathLike[str]) -> None:
+    """Let the file system by which a trainer looks for names see what was written past it."""
+    url_to_fs(os.fspath(path))[0].invalidate_cache()
