@@ -55,13 +55,14 @@ class Names(Keep):
     name is there at once, since a trainer looks which names are taken.
     """
 
-    __slots__ = ("_coming", "_lock", "_named", "_once", "_store")
+    __slots__ = ("_coming", "_leaving", "_lock", "_named", "_once", "_store")
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.RLock()
         self._named: dict[str, Name] | None = None
         self._coming: dict[str, tuple[Name, SaveHandle]] = {}
+        self._leaving: dict[str, SaveHandle] = {}
         # Steps that had a name: only these are ever given up.
         self._once: set[int] = set()
 
@@ -107,19 +108,24 @@ class Names(Keep):
         with self._lock:
             named = self._all()
             self._coming[key] = name, handle
+            self._leaving.pop(key, None)
             self._once.add(name.step)
             if key not in named:
                 self._put(key, name)
             self.settle()
 
     def drop(self, key: str) -> None:
-        """Forget `key`; what it meant may go after the next commit, if nothing else means it."""
+        """Forget `key`; what it meant may go after a commit, if nothing else means it.
+
+        A trainer drops what is not wanted any more when it has begun to save what is better: so
+        long as that is not committed, it stays.
+        """
         with self._lock:
-            meant = self._all().pop(key, None)
-            came = self._coming.pop(key, None)
-            self._once |= {each.step for each in (meant, came and came[0]) if each is not None}
-            if meant is not None or came is not None:
-                self._store.delete([key])
+            self.settle()
+            if self._coming:
+                *_, (_, self._leaving[key]) = self._coming.values()
+            else:
+                self._forget(key)
 
     def settle(self) -> None:
         """Move the names whose save is over: to its checkpoint, or nowhere where it failed."""
@@ -135,6 +141,9 @@ class Names(Keep):
                     del self._coming[key]
                     if key not in named:
                         delete_exactly(self._store, key, msgspec.json.encode(name))
+            for key in [key for key, handle in self._leaving.items() if handle.done()]:
+                del self._leaving[key]
+                self._forget(key)
 
     def unnamed(self) -> list[int]:
         """Return the steps that had a name and have none any more."""
@@ -158,6 +167,10 @@ class Names(Keep):
             except UsageError as error:
                 if error.kind is not ErrorKind.PROTECTED:
                     raise
+
+    def _forget(self, key: str) -> None:
+        if self._all().pop(key, None) is not None:
+            self._store.delete([key])
 
     def _meant(self) -> list[tuple[str, int]]:
         found = [(key, name.step) for key, name in (self._named or {}).items()]
