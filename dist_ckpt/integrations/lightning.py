@@ -38,8 +38,8 @@ from dist_ckpt.integrations.lightning_content import (
     optimizers_of,
     read_as_lightning,
 )
-from dist_ckpt.integrations.named_run import Found, NamedRun, find
-from dist_ckpt.integrations.names import forget_listing, split
+from dist_ckpt.integrations.named_run import NamedRun, random_of
+from dist_ckpt.integrations.names import Found, find, forget_listing, split
 from dist_ckpt.integrations.versions import warn_if_untested
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.repository.repository import Repository
@@ -171,9 +171,10 @@ class DistCkptIO(CheckpointIO):
         run = self._run(found.place)
         report = run.look(found, self._state(), only=_PARTS)
         run.go_on_from(report)
-        loaded = {**self._rest.of(found, report), "state_dict": self._model.value}
+        name = run.name_of(found, report)
+        loaded = {**self._rest.of(name), "state_dict": self._model.value}
         optimizer, self._model.value, self._optimizer.value = self._optimizer.value, None, None
-        if optimizer is not None and not (found.name and found.name.weights_only):
+        if optimizer is not None and (name is None or name.full):
             loaded["optimizer_states"] = optimizer if isinstance(optimizer, list) else [optimizer]
         if isinstance(map_location, str | torch.device):
             loaded = move_data_to_device(loaded, torch.device(map_location))
@@ -322,13 +323,15 @@ class DistCkptStrategy:
             loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
             return loaded
         run = self._run(found.place)
-        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if not fits:
             report = run.look(found, self._state(without=True), only=["model", "lightning"])
         else:
             report = run.restore(found)
-            if found.name is not None and found.name.random and found.name.step == report.step:
-                run.random_of(found.name, rank=self.global_rank, world_size=self.world_size)
-        return {"state_dict": {}, **self._rest.of(found, report)}
+        name = run.name_of(found, report)
+        if fits and name is not None and name.random:
+            random_of(name, rank=self.global_rank, world_size=self.world_size)
+        return {"state_dict": {}, **self._rest.of(name)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing, as the model is filled already, unless Lightning itself wrote it."""

@@ -13,8 +13,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.integrations.named_run import Asked, Found, of_all_ranks, rank_and_size
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.integrations.named_run import Asked, of_all_ranks, rank_and_size
+from dist_ckpt.integrations.names import Name
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.optimizer import OptimizerPart
@@ -90,10 +90,9 @@ class Rest:
         """Return those of rank 0 for a rank that did not save, as Lightning does."""
         return saved[0]
 
-    def of(self, found: Found, report: LoadReport) -> dict[str, Any]:
-        """Return what belongs to the name that was loaded, which may be later than the save."""
-        name = found.name
-        if name is None or not name.values or name.save_id != report.save_id:
+    def of(self, name: Name | None) -> dict[str, Any]:
+        """Return the values of what was loaded by `name`, which may be later than the save."""
+        if name is None or not name.values:
             return self.values
         rank, world_size = rank_and_size()
         own = name.values[rank if len(name.values) == world_size else 0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -15,14 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
-from dist_ckpt.format.names import parse_step_dir
-from dist_ckpt.integrations.names import Name, Names, split
+from dist_ckpt.integrations.names import Found, Name, Names
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.job_ranks import JobRanks, Ranks
-from dist_ckpt.repository.repository import Repository
 from dist_ckpt.run import Run
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.state.layout import address
@@ -34,8 +30,6 @@ from dist_ckpt.storage.resolve import resolve
 
 Gather: TypeAlias = Callable[[Any], list[Any]]
 """Returns what every rank gave, by rank; all of them call it."""
-
-_AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
 
 
 def alone(value: Any) -> list[Any]:
@@ -58,43 +52,6 @@ def of_all_ranks(value: Any) -> list[Any]:
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, value)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The checkpoint that somebody points at.
-
-    Attributes:
-        place: its run.
-        step: which one; None for the newest that is whole.
-        name: what the file says that was pointed at, None for no such file.
-    """
-
-    place: str
-    step: int | None
-    name: Name | None = None
-
-
-def find(path: str | os.PathLike[str], *, newest: str) -> Found | None:
-    """Return what `path` is: a name, `run@step`, a step directory, or a run.
-
-    Args:
-        path: a path or a URL.
-        newest: how names begin that mean the newest checkpoint, whatever that is by now.
-
-    Returns:
-        None where there is nothing of ours.
-    """
-    text = os.fspath(path).rstrip("/")
-    if (at := _AT.fullmatch(text)) is not None:
-        return Found(at["url"], int(at["step"]))
-    place, key = split(text)
-    if (step := parse_step_dir(key)) is not None:
-        return Found(place, step)
-    name = Names(resolve(place)).find(key)
-    if name is not None:
-        return Found(place, None if key.startswith(newest) else name.step, name)
-    return Found(text, None) if Repository(resolve(text)).candidates() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +168,7 @@ class NamedRun:
             new = _Last(asked.step, number, prints, asked.full, values, random, handle)
             # What was restored is not saved again, and its values may be others by now.
             self._last = last = replace(new, values=b"") if number == self._origin else new
-        name = Name(step=number, save_id=handle.save_id, weights_only=not asked.full)
+        name = Name(step=number, save_id=handle.save_id, full=asked.full)
         if any(self._gather((values, random) != (last.values, last.random))):
             said = [each.decode() for each in self._gather(values)]
             name = structs.replace(name, values=said, random=self._gather(random))
@@ -234,7 +191,7 @@ class NamedRun:
         if ckpt.restored is None:
             raise NotFound(f"no checkpoint in {self.place}", kind=ErrorKind.NO_CHECKPOINT)
         self._origin = ckpt.restored.step
-        self._hear_of_unnamed()
+        self._tidy_names()
         return _checked(found, ckpt.restored)
 
     def look(self, found: Found, state: TrainState, *, only: list[str]) -> LoadReport:
@@ -261,6 +218,14 @@ class NamedRun:
             job.leave()
         assert report is not None  # `own=False` raises instead
         return _checked(found, report)
+
+    def name_of(self, found: Found, report: LoadReport) -> Name | None:
+        """Return the name of what was loaded: the one asked for, else the one that is latest."""
+        name = found.name
+        if self._leads and (name is None or name.save_id != report.save_id):
+            name = self._names.latest_of(report.save_id)
+        first: Name | None = self._gather(name)[0]
+        return first
 
     def remove(self, key: str) -> None:
         """Forget a name; what nothing names any more is deleted after the next commit.
@@ -292,12 +257,6 @@ class NamedRun:
             if self._leads:
                 self._names.settle()
                 self._names.remove_unnamed()
-
-    def random_of(self, name: Name, *, rank: int, world_size: int) -> None:
-        """Set the random number generators as they were when `name` was given."""
-        own = name.random[rank if len(name.random) == world_size else 0]
-        objects = {kind: data.encode() for kind, data in own.items()}
-        RngPart().restore(Stored({}, objects, rank, world_size, len(name.random)), {})
 
     def _random(self) -> dict[str, str]:
         if not self._with_random:
@@ -343,16 +302,28 @@ class NamedRun:
                 ckpt.restore(step=self._origin, skip=parts, discard_newer=self._discard_newer)
             elif self._discard_newer:
                 ckpt.restore("none", discard_newer=True)
-            self._hear_of_unnamed()
+            self._tidy_names()
         return self._ckpt
 
     def _unnamed(self) -> list[int]:
         return self._names.unnamed() if self._leads else []
 
-    def _hear_of_unnamed(self) -> None:
-        if self._leads and self._origin is not None:
+    def _tidy_names(self) -> None:
+        """Hear which steps lost their names before, and take them from those that were given up."""
+        if not self._leads:
+            return
+        if self._discard_newer:
+            self._names.forget_after(-1 if self._origin is None else self._origin)
+        if self._origin is not None:
             said = Run(resolve(self.place)).manifest(self._origin).metadata.get("trainer", {})
             self._names.forget_before(said.get("unnamed", []))
+
+
+def random_of(name: Name, *, rank: int, world_size: int) -> None:
+    """Set the random number generators as they were when `name` was given."""
+    own = name.random[rank if len(name.random) == world_size else 0]
+    objects = {kind: data.encode() for kind, data in own.items()}
+    RngPart().restore(Stored({}, objects, rank, world_size, len(name.random)), {})
 
 
 def _prints(value: Any) -> object:

@@ -8,20 +8,26 @@ looked for, replaced and deleted as the trainer does that, and two names of one 
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 from fsspec.core import url_to_fs
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.format.names import parse_step_dir
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import Keep
+from dist_ckpt.repository.repository import Repository
 from dist_ckpt.run import Run
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage.base import Store, delete_exactly, read_all
+from dist_ckpt.storage.resolve import resolve
 
+_AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
 _BEGINS = b'{"kind":"dist_ckpt name"'
 
 
@@ -32,8 +38,7 @@ class Name(msgspec.Struct, frozen=True, kw_only=True):
         kind: tells it from the files of others.
         step: which checkpoint of the run that the file lies in.
         save_id: which save of that step.
-        weights_only: whether the trainer asked for the model alone, and another name of the step
-            has the rest.
+        full: whether the trainer asked for all of it, and not for the model alone.
         values: encoded Python values by rank, where they are others than those of the checkpoint:
             it was given this name later, when no tensor had changed since. Empty for the same.
         random: states of the random number generators by rank, as `values`.
@@ -42,7 +47,7 @@ class Name(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["dist_ckpt name"] = "dist_ckpt name"
     step: int
     save_id: str
-    weights_only: bool = False
+    full: bool = True
     values: list[str] = []
     random: list[dict[str, str]] = []
 
@@ -98,6 +103,12 @@ class Names(Keep):
                 "checkpoints are beside it: give the run itself, or one of its steps",
                 kind=ErrorKind.MALFORMED,
             ) from error
+
+    def latest_of(self, save_id: str) -> Name | None:
+        """Return a name that a save was given later, None where all were given with it."""
+        keys = [key for key in self._store.list_children() if not key.endswith("/")]
+        found = filter(None, map(self.find, keys))
+        return next((e for e in found if e.save_id == save_id and e.values and e.full), None)
 
     def point(self, key: str, name: Name, handle: SaveHandle) -> None:
         """Let `key` mean `name` as soon as its save is committed.
@@ -156,6 +167,12 @@ class Names(Keep):
         with self._lock:
             self._once.update(steps)
 
+    def forget_after(self, step: int) -> None:
+        """Forget the names of steps newer than `step`, all of which were given up."""
+        with self._lock:
+            for key in [key for key, name in self._all().items() if name.step > step]:
+                self._forget(key)
+
     def remove_unnamed(self) -> None:
         """Delete what has no name any more, but what is protected: see `Run.remove`."""
         run = Run(self._store)
@@ -198,3 +215,43 @@ def split(path: str | os.PathLike[str]) -> tuple[str, str]:
 def forget_listing(path: str | os.PathLike[str]) -> None:
     """Let the file system by which a trainer looks for names see what was written past it."""
     url_to_fs(os.fspath(path))[0].invalidate_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The checkpoint that somebody points at.
+
+    Attributes:
+        place: its run.
+        step: which one; None for the newest that is whole.
+        name: what the file says that was pointed at, None for no such file.
+    """
+
+    place: str
+    step: int | None
+    name: Name | None = None
+
+
+def find(path: str | os.PathLike[str], *, newest: str) -> Found | None:
+    """Return what `path` is: a name, `run@step`, a step directory, or a run.
+
+    Args:
+        path: a path or a URL.
+        newest: how names begin that mean the newest checkpoint, whatever that is by now.
+
+    Returns:
+        None where there is nothing of ours.
+    """
+    text = os.fspath(path).rstrip("/")
+    if (at := _AT.fullmatch(text)) is not None:
+        return Found(at["url"], int(at["step"]))
+    place, key = split(text)
+    if (step := parse_step_dir(key)) is not None:
+        return Found(place, step)
+    name = Names(resolve(place)).find(key)
+    if name is not None:
+        return Found(place, None if key.startswith(newest) else name.step, name)
+    try:
+        return Found(text, None) if Repository(resolve(text)).candidates() else None
+    except UsageError:  # a file
+        return None

@@ -28,6 +28,7 @@ with warnings.catch_warnings():
         DistCkptIO,
         DistCkptModelParallelStrategy,
         DistCkptSingleDeviceStrategy,
+        RandomState,
         as_file,
         newest,
     )
@@ -99,7 +100,7 @@ def die_in_a_save(run: str, strategy: str) -> None:
     fit(trainer(run, 4, strategy=chosen))
 
 
-@pytest.mark.parametrize("strategy", ["", "strategy"])
+@pytest.mark.parametrize("strategy", [pytest.param("", marks=pytest.mark.soak), "strategy"])
 def test_a_run_killed_in_a_save_goes_on_as_if_it_had_not_stopped(
     strategy: str, tmp_path: Path
 ) -> None:
@@ -115,3 +116,180 @@ def test_a_run_killed_in_a_save_goes_on_as_if_it_had_not_stopped(
 
 def of(strategy: str) -> Any:
     return DistCkptSingleDeviceStrategy() if strategy else "auto"
+
+
+def cut(run: Path, step: int) -> None:
+    (shard,) = run.glob(f"step-{step:010d}/*/model.r00000.safetensors")
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("strategy", ["", "strategy"])
+def test_last_falls_back_where_the_newest_is_cut_in_half(
+    strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    first = fit(trainer(run, 3, strategy=of(strategy)))
+    cut(run, 24)
+    with pytest.raises(dist_ckpt.errors.IntegrityError):
+        fit(trainer(run, 4, strategy=of(strategy)), resume=run / "epoch=2-step=24.ckpt")
+    again = fit(trainer(run, 3, strategy=of(strategy)), resume="last", seed=7)
+    assert again.losses == first.losses[16:], "it went on from step 16"
+    assert steps(run) == [16, 24]
+    assert dist_ckpt.Run(str(run)).verify(24).ok
+
+
+def test_a_used_folder_is_not_begun_anew_unless_that_is_meant(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert newest(run) is None
+    fit(trainer(run, 2))
+    with pytest.raises(UsageError, match="restore"):
+        fit(trainer(run, 1))
+    old = run / "epoch=0-step=8.ckpt"
+    with pytest.raises(UsageError, match="discard_newer"):
+        fit(trainer(run, 2), resume=old)
+    assert steps(run) == [8, 16]
+    by = trainer(run, 2, plugin=DistCkptIO(discard_newer=True))
+    fit(by, resume=old)
+    assert steps(run) == [8, 16]
+    fit(trainer(run, 3), resume=newest(run))
+    fit(trainer(run, 4), resume=f"{run}@24")
+    assert steps(run) == [24, 32], "two are the best, and the newest is one of them"
+    with pytest.raises(NotFound):
+        fit(trainer(run, 4), resume=f"{run}@7")
+
+
+def test_weights_alone_are_for_looking_and_not_for_going_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = fit(trainer(run, 1, save_weights_only=True, save_last=False))
+    with dist_ckpt.open_checkpoint(run) as opened:
+        assert not [name for name in opened.names if name.startswith("optimizer/")]
+    for strategy in "", "strategy":
+        with pytest.raises(KeyError, match="save_weights_only"):
+            fit(trainer(run, 2, strategy=of(strategy)), resume=run / "epoch=0-step=8.ckpt")
+    other = Small()
+    trainer(run, 1).validate(
+        other, torch.utils.data.DataLoader(runs.data()), ckpt_path=str(run), verbose=False
+    )
+    assert equal(state_of(other), state_of(model))
+
+
+def test_two_names_of_one_step_have_each_its_own_values(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    by = trainer(run, 1, strategy=DistCkptSingleDeviceStrategy(), save_last=None)
+    fit(by)
+    by.save_checkpoint(run / "asked.ckpt")
+    by.save_checkpoint(run / "weights.ckpt", weights_only=True)
+    assert steps(run) == [8], "nothing was saved twice"
+    first, asked = (
+        DistCkptIO().load_checkpoint(run / name) for name in ("epoch=0-step=8.ckpt", "asked.ckpt")
+    )
+    of_epoch = [each["loops"]["fit_loop"]["epoch_progress"] for each in (first, asked)]
+    assert of_epoch[0]["total"]["completed"] == 0
+    assert of_epoch[1]["total"]["completed"] == 1
+    assert "callbacks" not in DistCkptIO().load_checkpoint(run / "weights.ckpt")
+    by.strategy.remove_checkpoint(run / "asked.ckpt")
+    by.strategy.remove_checkpoint(run / "weights.ckpt")
+    by.strategy.remove_checkpoint(run / "epoch=0-step=8.ckpt")
+    assert steps(run) == [8], "the newest is protected"
+    assert names(run) == set()
+
+
+def test_a_state_that_changed_without_a_step_is_saved_beside_the_other(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    by = trainer(run, 1, save_last=None)
+    model = fit(by)
+    with torch.no_grad():
+        model.get_parameter("net.0.bias").add_(1.0)
+    by.save_checkpoint(run / "changed.ckpt")
+    by.strategy.teardown()
+    assert steps(run) == [8, 9]
+    loaded = DistCkptIO().load_checkpoint(run / "changed.ckpt")
+    assert torch.equal(loaded["state_dict"]["net.0.bias"], model.get_parameter("net.0.bias"))
+    assert loaded["global_step"] == 8
+
+
+def test_what_lightning_wrote_is_read_by_lightning_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = fit(trainer(tmp_path / "whole", 3))
+    theirs = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[
+            ModelCheckpoint(dirpath=tmp_path / "theirs", save_last=True),
+            RandomState(),
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    fit(theirs)
+    for strategy in "", "strategy":
+        by = trainer(tmp_path / f"ours{strategy}", 3, strategy=of(strategy))
+        went_on = fit(by, resume=tmp_path / "theirs" / "last.ckpt")
+        if not strategy:
+            assert went_on.losses == whole.losses[16:]
+        assert "written by Lightning itself" in caplog.text
+        caplog.clear()
+        assert steps(tmp_path / f"ours{strategy}") == [24]
+
+
+def test_a_save_is_finished_though_training_ends_by_an_exception(tmp_path: Path) -> None:
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 12:
+                raise RuntimeError("the loss is no number")
+
+    for strategy in "", "strategy":
+        run = tmp_path / f"run{strategy}"
+        by = trainer(run, 3, strategy=of(strategy), callbacks=[Fail()], save_on_exception=True)
+        with pytest.raises(RuntimeError, match="no number"):
+            fit(by)
+        assert steps(run) == [8, 12]
+        assert dist_ckpt.Run(str(run)).verify(12).ok
+
+
+def sharded(run: str, epochs: int, shards: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:
+    """Train with FSDP2, go on where there is something to go on from; no random numbers."""
+    warnings.simplefilter("ignore")
+    strategy = DistCkptModelParallelStrategy(data_parallel_size=shards, tensor_parallel_size=1)
+    by = trainer(run, epochs, strategy=strategy, devices=shards)
+    model = fit(by, resume=newest(run), shuffle=False, make=lambda: Sharded(dropout=0.0))
+    return model.losses, {
+        name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone()
+        for name, each in model.state_dict().items()
+    }
+
+
+def data_parallel(run: str, epochs: int, ranks: int) -> tuple[list[tuple[int, float]], str]:
+    warnings.simplefilter("ignore")
+    by = trainer(run, epochs, strategy=DistCkptDDPStrategy(), devices=ranks)
+    model = fit(by, resume=newest(run))
+    return model.losses, str(by.strategy.model is not None)
+
+
+@pytest.mark.soak
+def test_ranks_come_and_go(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    (_, weights), _ = run_ranks(2, sharded, run, 1, 2, timeout_seconds=240.0)
+    with dist_ckpt.open_checkpoint(run) as opened:
+        assert opened.manifest is not None
+        assert opened.manifest.world_size == 2
+    model = Small()
+    dist_ckpt.load_weights(model, run)
+    stored = state_of(model)
+    assert all(torch.equal(stored[name], weights[name]) for name in stored if "running" not in name)
+    one = fit(trainer(run, 2, strategy=of("strategy")), resume=newest(run), shuffle=False)
+    assert one.losses[0][0] == 4
+    run_ranks(4, sharded, run, 4, 4, timeout_seconds=240.0)
+    assert max(steps(Path(run))) == 16
+
+
+@pytest.mark.soak
+def test_ddp_goes_on_bit_for_bit_at_the_same_size(tmp_path: Path) -> None:
+    whole = run_ranks(2, data_parallel, str(tmp_path / "whole"), 3, 2, timeout_seconds=240.0)
+    run_ranks(2, data_parallel, str(tmp_path / "run"), 2, 2, timeout_seconds=240.0)
+    again = run_ranks(2, data_parallel, str(tmp_path / "run"), 3, 2, timeout_seconds=240.0)
+    for rank in range(2):
+        assert again[rank][0] == whole[rank][0][-len(again[rank][0]) :]
+        assert again[rank][0]
