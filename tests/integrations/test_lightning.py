@@ -106,7 +106,7 @@ def test_a_run_killed_in_a_save_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     run = tmp_path / "run"
     whole = fit(trainer(tmp_path / "whole", 4, strategy=of(strategy)))
-    run_ranks(1, die_in_a_save, str(run), strategy, expect_killed=[0])
+    run_ranks(1, die_in_a_save, str(run), strategy, expect_killed=[0], timeout_seconds=300.0)
     assert steps(run) == [8, 16]
     again = fit(trainer(run, 4, strategy=of(strategy)), resume="last", seed=7)
     assert again.losses == whole.losses[-len(again.losses) :]
