@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -91,8 +91,9 @@ def merged_loaders(saved: Sequence[Any], rank: int, world_size: int) -> dict[str
 class DistCkptManager(BaseCheckpointManager):
     """Saves the training of torchtitan's trainer into a run, in the background.
 
-    All of it is in each checkpoint, the random number generators of every rank included. A folder
-    in which torchtitan itself has saved is read by torchtitan, once.
+    All of it is in each checkpoint. So are the random number generators of every rank, but after a
+    restore torchtitan makes the iterator of its loader, which draws a number. A folder in which
+    torchtitan itself has saved is read by torchtitan, once.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -147,7 +148,7 @@ class DistCkptManager(BaseCheckpointManager):
             "model_parts": model_parts,
             "optimizers": optimizers,
             "lr_schedulers": lr_schedulers,
-            "states": states,
+            "states": dict(states),
             "sd_adapter": sd_adapter,
             "base_folder": base_folder,
         }
@@ -197,11 +198,8 @@ class DistCkptManager(BaseCheckpointManager):
             alone = ["model"] if self._config.initial_load_model_only else []
             load(self._state, place, only=alone, timeout_seconds=self._config.timeout_seconds)
             return True
-        fields = {
-            name: getattr(self._config, name)
-            for name in BaseCheckpointManager.Config.__dataclass_fields__
-        }
-        theirs = CheckpointManager.Config(**{**fields, "keep_latest_k": 0})
+        said = {e.name: getattr(self._config, e.name) for e in fields(BaseCheckpointManager.Config)}
+        theirs = CheckpointManager.Config(**{**said, "keep_latest_k": 0})
         manager = theirs.build(**self._theirs)
         try:
             found: bool = manager.load(step)
