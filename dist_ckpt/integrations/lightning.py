@@ -30,7 +30,7 @@ from torch import nn
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.lightning_content import (
     IMPORTED,
-    Content,
+    AnyContent,
     OptimizersIfFull,
     RandomState,
     Rest,
@@ -39,7 +39,7 @@ from dist_ckpt.integrations.lightning_content import (
     read_as_lightning,
 )
 from dist_ckpt.integrations.named_run import NamedRun, random_of
-from dist_ckpt.integrations.names import Found, find, forget_listing, split
+from dist_ckpt.integrations.names import PointedAt, find, forget_listing, place_and_key
 from dist_ckpt.integrations.versions import warn_if_untested
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.repository.repository import Repository
@@ -122,8 +122,8 @@ class DistCkptIO(CheckpointIO):
         warn_if_untested("lightning", first=TESTED, last=TESTED)
         self._discard_newer = discard_newer
         self._timeout_seconds = timeout_seconds
-        self._model = Content("model")
-        self._optimizer = Content("optimizer")
+        self._model = AnyContent("model")
+        self._optimizer = AnyContent("optimizer")
         self._rest = Rest()
         self._runs: dict[str, NamedRun] = {}
 
@@ -137,7 +137,7 @@ class DistCkptIO(CheckpointIO):
             CheckpointError: see `Checkpointer.save`; the failure of the save before, too.
         """
         _refuse_options(storage_options)
-        place, key = split(path)
+        place, key = place_and_key(path)
         asked = asked_for(
             checkpoint, key, tensors=(checkpoint["state_dict"], optimizers_of(checkpoint))
         )
@@ -185,7 +185,7 @@ class DistCkptIO(CheckpointIO):
 
         See `dist_ckpt.Run.remove` for what is protected.
         """
-        place, key = split(path)
+        place, key = place_and_key(path)
         self._run(place).remove(key)
         forget_listing(path)
 
@@ -296,7 +296,7 @@ class DistCkptStrategy:
         """Begin to save; return when the state may change again. See `DistCkptIO`."""
         _refuse_options(storage_options)
         path = self.broadcast(os.fspath(filepath))
-        place, key = split(path)
+        place, key = place_and_key(path)
         states = [optimizer.state for optimizer in self.optimizers]
         live = [*self.model.parameters(), *self.model.buffers()]
         asked = asked_for(
@@ -316,7 +316,7 @@ class DistCkptStrategy:
     ) -> dict[str, Any]:
         """Fill the model and, in `fit`, the optimizers; return the rest. See `DistCkptIO`."""
         path = self.broadcast(os.fspath(checkpoint_path))
-        found: Found | None = self.broadcast(find(path, newest=NEWEST))
+        found: PointedAt | None = self.broadcast(find(path, newest=NEWEST))
         self._is_ours = found is not None
         if found is None:
             _log.warning("%s", IMPORTED.format(path=path))
@@ -340,7 +340,7 @@ class DistCkptStrategy:
 
     def remove_checkpoint(self, filepath: Path) -> None:
         """Remove a name, and its checkpoint when it may go. See `DistCkptIO`."""
-        place, key = split(filepath)
+        place, key = place_and_key(filepath)
         self._run(place).remove(key)
         forget_listing(filepath)
 

@@ -13,8 +13,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.integrations.named_run import Asked, of_all_ranks, rank_and_size
-from dist_ckpt.integrations.names import Name
+from dist_ckpt.integrations.named_run import AskedSave, of_all_ranks, rank_and_size
+from dist_ckpt.integrations.names import StepName
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.optimizer import OptimizerPart
@@ -29,7 +29,7 @@ _log = logging.getLogger("dist_ckpt")
 _DESCRIBING = {"hyper_parameters", "datamodule_hyper_parameters", "hparams_type"}
 
 
-class Content:
+class AnyContent:
     """A part that is whatever it holds at a save, and takes whatever is stored.
 
     Lightning hands over dicts of tensors, new ones each time, and wants such back.
@@ -90,7 +90,7 @@ class Rest:
         """Return those of rank 0 for a rank that did not save, as Lightning does."""
         return saved[0]
 
-    def of(self, name: Name | None) -> dict[str, Any]:
+    def of(self, name: StepName | None) -> dict[str, Any]:
         """Return the values of what was loaded by `name`, which may be later than the save."""
         if name is None or not name.values:
             return self.values
@@ -106,13 +106,13 @@ def optimizers_of(checkpoint: Mapping[str, Any]) -> Any:
     return states[0] if states is not None and len(states) == 1 else states
 
 
-def asked_for(checkpoint: Mapping[str, Any], key: str, *, tensors: Any) -> Asked:
+def asked_for(checkpoint: Mapping[str, Any], key: str, *, tensors: Any) -> AskedSave:
     """Return what Lightning asks for when it saves `checkpoint` as `key`.
 
     Args:
         checkpoint: as a `Trainer` made it.
         key: the name of the file.
-        tensors: see `Asked`.
+        tensors: see `AskedSave`.
 
     Raises:
         UsageError: it was made by something else.
@@ -122,7 +122,7 @@ def asked_for(checkpoint: Mapping[str, Any], key: str, *, tensors: Any) -> Asked
             "this is no checkpoint of a Trainer: in a loop of Fabric use "
             "dist_ckpt.Checkpointer, as docs/guides/lightning.md shows"
         )
-    return Asked(
+    return AskedSave(
         step=int(checkpoint["global_step"]),
         tensors=tensors,
         values=_values(checkpoint),

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
-from dist_ckpt.integrations.names import Found, Name, Names
+from dist_ckpt.integrations.names import Names, PointedAt, StepName
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
@@ -55,7 +55,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedSave:
     """What a trainer asks to have saved.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Last:
     random: dict[str, str]
     handle: SaveHandle
 
-    def holds(self, asked: Asked, prints: object) -> bool:
+    def holds(self, asked: AskedSave, prints: object) -> bool:
         """Tell whether what is asked for is what was saved, on this rank, but for values."""
         same = (self.asked_step, self.prints) == (asked.step, prints)
         return same and self.full >= asked.full
@@ -108,7 +108,7 @@ class NamedRun:
         discard_newer: bool = False,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        """Name the run; nothing is read yet.
+        """StepName the run; nothing is read yet.
 
         Args:
             place: a path or a URL.
@@ -142,7 +142,7 @@ class NamedRun:
             self._origin, self._last = report.step, None
             self._fell_back = bool(report.refused)
 
-    def save(self, key: str, asked: Asked, put: Callable[[], None]) -> None:
+    def save(self, key: str, asked: AskedSave, put: Callable[[], None]) -> None:
         """Save what is asked for as `key`; return when the state may change again.
 
         Args:
@@ -168,14 +168,14 @@ class NamedRun:
             new = _Last(asked.step, number, prints, asked.full, values, random, handle)
             # What was restored is not saved again, and its values may be others by now.
             self._last = last = replace(new, values=b"") if number == self._origin else new
-        name = Name(step=number, save_id=handle.save_id, full=asked.full)
+        name = StepName(step=number, save_id=handle.save_id, full=asked.full)
         if any(self._gather((values, random) != (last.values, last.random))):
             said = [each.decode() for each in self._gather(values)]
             name = structs.replace(name, values=said, random=self._gather(random))
         if self._leads:
             self._names.point(key, name, handle)
 
-    def restore(self, found: Found) -> LoadReport:
+    def restore(self, found: PointedAt) -> LoadReport:
         """Restore the state in place, to go on from there.
 
         Raises:
@@ -194,7 +194,7 @@ class NamedRun:
         self._tidy_names()
         return _checked(found, ckpt.restored)
 
-    def look(self, found: Found, state: TrainState, *, only: list[str]) -> LoadReport:
+    def look(self, found: PointedAt, state: TrainState, *, only: list[str]) -> LoadReport:
         """Fill `state`; the run is not taken over, and whoever trains in it is not disturbed."""
         if self._ckpt is not None:
             self._ckpt.wait()
@@ -219,12 +219,12 @@ class NamedRun:
         assert report is not None  # `own=False` raises instead
         return _checked(found, report)
 
-    def name_of(self, found: Found, report: LoadReport) -> Name | None:
+    def name_of(self, found: PointedAt, report: LoadReport) -> StepName | None:
         """Return the name of what was loaded: the one asked for, else the one that is latest."""
         name = found.name
         if self._leads and (name is None or name.save_id != report.save_id):
             name = self._names.latest_of(report.save_id)
-        first: Name | None = self._gather(name)[0]
+        first: StepName | None = self._gather(name)[0]
         return first
 
     def remove(self, key: str) -> None:
@@ -275,7 +275,7 @@ class NamedRun:
         )
         return made, list(state)
 
-    def _not_in(self, found: Found, parts: list[str]) -> list[str]:
+    def _not_in(self, found: PointedAt, parts: list[str]) -> list[str]:
         """Return those of `parts` that were not saved."""
 
         def look() -> list[str]:
@@ -319,7 +319,7 @@ class NamedRun:
             self._names.forget_before(said.get("unnamed", []))
 
 
-def random_of(name: Name, *, rank: int, world_size: int) -> None:
+def random_of(name: StepName, *, rank: int, world_size: int) -> None:
     """Set the random number generators as they were when `name` was given."""
     own = name.random[rank if len(name.random) == world_size else 0]
     objects = {kind: data.encode() for kind, data in own.items()}
@@ -345,7 +345,7 @@ def _writes(tensor: torch.Tensor) -> int:
     return -1 if local.is_inference() else local._version  # noqa: SLF001
 
 
-def _checked(found: Found, report: LoadReport) -> LoadReport:
+def _checked(found: PointedAt, report: LoadReport) -> LoadReport:
     """Return `report` unless a name meant another save of that step."""
     name = found.name
     if found.step is not None and name is not None and name.save_id != report.save_id:
@@ -356,7 +356,7 @@ def _checked(found: Found, report: LoadReport) -> LoadReport:
     return report
 
 
-def _cut_off(found: Found, error: NotFound) -> NotFound:
+def _cut_off(found: PointedAt, error: NotFound) -> NotFound:
     if found.name is None:
         return error
     newest = Run(resolve(found.place)).latest()

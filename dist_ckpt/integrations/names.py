@@ -31,7 +31,7 @@ _AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
 _BEGINS = b'{"kind":"dist_ckpt name"'
 
 
-class Name(msgspec.Struct, frozen=True, kw_only=True):
+class StepName(msgspec.Struct, frozen=True, kw_only=True):
     """What is in the file.
 
     Attributes:
@@ -65,8 +65,8 @@ class Names(Keep):
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.RLock()
-        self._named: dict[str, Name] | None = None
-        self._coming: dict[str, tuple[Name, SaveHandle]] = {}
+        self._named: dict[str, StepName] | None = None
+        self._coming: dict[str, tuple[StepName, SaveHandle]] = {}
         self._leaving: dict[str, SaveHandle] = {}
         # Steps that had a name: only these are ever given up.
         self._once: set[int] = set()
@@ -77,7 +77,7 @@ class Names(Keep):
     def kept(self, records: Sequence[Record]) -> Mapping[int, str]:
         """Return the reason to keep for each of `records`; see `KeepPolicy.kept`.
 
-        Asked on the thread that deletes, after a commit: names are moved to what was committed
+        AskedSave on the thread that deletes, after a commit: names are moved to what was committed
         before anything they meant until now goes.
         """
         with self._lock:
@@ -87,7 +87,7 @@ class Names(Keep):
                 del why[step]
             return why | {step: f"named {key}" for key, step in self._meant()}
 
-    def find(self, key: str) -> Name | None:
+    def find(self, key: str) -> StepName | None:
         """Return what `key` means; None where there is no such file, or it is none of ours."""
         try:
             data = read_all(self._store, key, likely_bytes=4096, begins=_BEGINS)
@@ -96,7 +96,7 @@ class Names(Keep):
         if not data.startswith(_BEGINS):
             return None
         try:
-            return msgspec.json.decode(data, type=Name)
+            return msgspec.json.decode(data, type=StepName)
         except msgspec.MsgspecError as error:
             raise IntegrityError(
                 f"{key} in {self._store.url} is the damaged name of a checkpoint: {error}. The "
@@ -104,13 +104,13 @@ class Names(Keep):
                 kind=ErrorKind.MALFORMED,
             ) from error
 
-    def latest_of(self, save_id: str) -> Name | None:
+    def latest_of(self, save_id: str) -> StepName | None:
         """Return a name that a save was given later, None where all were given with it."""
         keys = [key for key in self._store.list_children() if not key.endswith("/")]
         found = filter(None, map(self.find, keys))
         return next((e for e in found if e.save_id == save_id and e.values and e.full), None)
 
-    def point(self, key: str, name: Name, handle: SaveHandle) -> None:
+    def point(self, key: str, name: StepName, handle: SaveHandle) -> None:
         """Let `key` mean `name` as soon as its save is committed.
 
         Raises:
@@ -193,7 +193,7 @@ class Names(Keep):
         found = [(key, name.step) for key, name in (self._named or {}).items()]
         return found + [(key, name.step) for key, (name, _) in self._coming.items()]
 
-    def _all(self) -> dict[str, Name]:
+    def _all(self) -> dict[str, StepName]:
         """Return the names that are stored; looked up once, as nobody else gives any."""
         if self._named is None:
             keys = [key for key in self._store.list_children() if not key.endswith("/")]
@@ -202,14 +202,19 @@ class Names(Keep):
             self._once |= {name.step for name in self._named.values()}
         return self._named
 
-    def _put(self, key: str, name: Name) -> None:
+    def _put(self, key: str, name: StepName) -> None:
         self._store.put(key, [msgspec.json.encode(name)], mode="replace")
 
 
-def split(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return the run and the name that `path` is made of."""
+def place_and_key(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the run and the name that `path` is made of; one run is always spelled alike."""
     place, key = os.path.split(os.fspath(path))
-    return place or ".", key
+    return spelled(place or "."), key
+
+
+def spelled(place: str) -> str:
+    """Return a path without links and relative parts, and a URL as it is."""
+    return place if "://" in place else os.path.realpath(os.path.expanduser(place))
 
 
 def forget_listing(path: str | os.PathLike[str]) -> None:
@@ -218,7 +223,7 @@ def forget_listing(path: str | os.PathLike[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PointedAt:
     """The checkpoint that somebody points at.
 
     Attributes:
@@ -229,10 +234,10 @@ class Found:
 
     place: str
     step: int | None
-    name: Name | None = None
+    name: StepName | None = None
 
 
-def find(path: str | os.PathLike[str], *, newest: str) -> Found | None:
+def find(path: str | os.PathLike[str], *, newest: str) -> PointedAt | None:
     """Return what `path` is: a name, `run@step`, a step directory, or a run.
 
     Args:
@@ -244,14 +249,14 @@ def find(path: str | os.PathLike[str], *, newest: str) -> Found | None:
     """
     text = os.fspath(path).rstrip("/")
     if (at := _AT.fullmatch(text)) is not None:
-        return Found(at["url"], int(at["step"]))
-    place, key = split(text)
+        return PointedAt(spelled(at["url"]), int(at["step"]))
+    place, key = place_and_key(text)
     if (step := parse_step_dir(key)) is not None:
-        return Found(place, step)
+        return PointedAt(place, step)
     name = Names(resolve(place)).find(key)
     if name is not None:
-        return Found(place, None if key.startswith(newest) else name.step, name)
+        return PointedAt(place, None if key.startswith(newest) else name.step, name)
     try:
-        return Found(text, None) if Repository(resolve(text)).candidates() else None
+        return PointedAt(spelled(text), None) if Repository(resolve(text)).candidates() else None
     except UsageError:  # a file
         return None

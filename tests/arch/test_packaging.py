@@ -10,6 +10,8 @@ from typing import Any
 
 from tests.arch.source import ROOT, imports, modules
 
+INTEGRATIONS = ROOT / "dist_ckpt" / "integrations"
+
 IMPORT_NAMES = {
     "check-jsonschema": "check_jsonschema",
     "import-linter": "importlinter",
@@ -43,13 +45,26 @@ def _third_party(folder: Path) -> set[str]:
 def test_dependencies_are_what_the_package_imports() -> None:
     wanted = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in _project()["dependencies"]}
     # What it ships for tests needs pytest, which whoever uses it has.
-    assert _third_party(ROOT / "dist_ckpt") - {"pytest"} == wanted
+    assert _third_party(ROOT / "dist_ckpt") - {"pytest"} - _frameworks() == wanted
+
+
+def test_each_integration_imports_what_its_extra_declares() -> None:
+    extras = _project()["optional-dependencies"]
+    declared = {_bare(each) for name in _frameworks() for each in extras[name]}
+    needed = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in _project()["dependencies"]}
+    assert _third_party(INTEGRATIONS) - needed == declared
+
+
+def _frameworks() -> set[str]:
+    """Return what is named by modules of the integrations, and is an extra."""
+    extras = _project()["optional-dependencies"]
+    return {path.stem for path in INTEGRATIONS.glob("*.py")} & set(extras)
 
 
 def test_tests_and_examples_import_only_what_is_declared() -> None:
     project = _project()
     declared = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    for extra in ("demo", "yaml"):
+    for extra in ("demo", "yaml", *_frameworks()):
         declared += project["optional-dependencies"][extra]
     names = {IMPORT_NAMES.get(_bare(each), _bare(each)) for each in declared}
     used = set().union(*(_third_party(ROOT / each) for each in ("benchmarks", "examples", "tests")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import warnings
@@ -16,6 +17,7 @@ import dist_ckpt
 from dist_ckpt import events
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
+from tests.e2e import guides
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -293,3 +295,30 @@ def test_ddp_goes_on_bit_for_bit_at_the_same_size(tmp_path: Path) -> None:
     for rank in range(2):
         assert again[rank][0] == whole[rank][0][-len(again[rank][0]) :]
         assert again[rank][0]
+
+
+def test_the_guide_and_the_readme_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(guides.program(guides.guide("lightning")), "lightning.md", "exec"), {})  # noqa: S102
+    assert steps(Path("runs/fabric")) == [2, 4]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = [e for e in guides.blocks(readme, "python") if "integrations.lightning" in e]
+    model = Small()
+    loader = torch.utils.data.DataLoader(runs.data(), batch_size=4)
+    monkeypatch.setattr(model, "train_dataloader", lambda: loader)
+    known = {
+        "model": model,
+        "ModelCheckpoint": ModelCheckpoint,
+        "Trainer": functools.partial(
+            Trainer,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ),
+    }
+    for _ in range(2):
+        exec(compile(block, "README.md", "exec"), dict(known))  # noqa: S102
+    assert steps(Path("runs/18")) == [24]

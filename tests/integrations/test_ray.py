@@ -43,7 +43,12 @@ def work(config: dict[str, Any]) -> None:
                 os._exit(1)
 
 
-def test_what_was_committed_is_reported_and_gone_on_from(tmp_path: Path) -> None:
+def test_what_was_committed_is_reported_and_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Workers import torch and this package first, which a busy machine takes its time for.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    monkeypatch.setenv("PYTHONPATH", str(Path(dist_ckpt.__file__).parents[1]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         losses = []
