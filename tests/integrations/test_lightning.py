@@ -18,6 +18,7 @@ from dist_ckpt import events
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 from tests.e2e import guides
+from tests.services.s3 import S3Service
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -322,3 +323,33 @@ def test_the_guide_and_the_readme_do_what_they_say(
     for _ in range(2):
         exec(compile(block, "README.md", "exec"), dict(known))  # noqa: S102
     assert steps(Path("runs/18")) == [24]
+
+
+@pytest.mark.soak
+def test_a_folder_on_s3_is_one_as_any_other(s3_service: S3Service, s3_name: str) -> None:
+    run = s3_service.url(s3_name)
+    whole = fit(trainer(run, 2, filename="{epoch}", every_n_epochs=1))
+    for strategy in "", "strategy":
+        assert newest(run) == run
+        epochs = 4 if strategy else 3
+        again = fit(
+            trainer(run, epochs, strategy=of(strategy), filename="{epoch}"),
+            resume=newest(run),
+            seed=7,
+        )
+        assert again.losses[0][0] == (24 if strategy else 16)
+    assert whole.losses
+    assert dist_ckpt.Run(run).steps() == [24, 32]
+    keys = {key for key in s3_service.keys(s3_name) if key.endswith(".ckpt")}
+    assert keys == {"epoch=2.ckpt", "epoch=3.ckpt", "last.ckpt"}
+    by = trainer(run, 4, filename="{epoch}")
+    other = Small()
+    by.validate(
+        other,
+        torch.utils.data.DataLoader(runs.data()),
+        ckpt_path=f"{run}/epoch=2.ckpt",
+        verbose=False,
+    )
+    model = Small()
+    dist_ckpt.load_weights(model, run, step=24)
+    assert equal(state_of(other), state_of(model))
