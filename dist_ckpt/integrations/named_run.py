@@ -137,9 +137,12 @@ class NamedRun:
         return self._ranks == "alone" or rank_and_size()[0] == 0
 
     def go_on_from(self, report: LoadReport) -> None:
-        """Take note that training goes on from what was loaded by `look`."""
-        if self._ckpt is None:
-            self._origin, self._last = report.step, None
+        """Take note that training goes on from what was loaded by `look`.
+
+        Who has saved here already only looked at it: its own saves are what it goes on from.
+        """
+        if self._ckpt is None and self._last is None:
+            self._origin = report.step
             self._fell_back = bool(report.refused)
 
     def save(self, key: str, asked: AskedSave, put: Callable[[], None]) -> None:

@@ -89,6 +89,10 @@ def test_top_k_best_and_last_are_those_of_lightning(tmp_path: Path) -> None:
     assert equal(state_of(model), at[16])
     loaded = Small.load_from_checkpoint(as_file(run / "last.ckpt"), weights_only=False)
     assert equal(state_of(loaded), at[24])
+    by.save_checkpoint(run / "best.ckpt")
+    by.strategy.teardown()
+    loaded = Small.load_from_checkpoint(as_file(run / "best.ckpt"), weights_only=False)
+    assert equal(state_of(loaded), at[16]), "what was looked at can be saved again"
 
 
 def die_in_a_save(run: str, strategy: str) -> None:
