@@ -12,7 +12,7 @@ from msgspec import structs
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.checkpointer import Checkpointer
-from dist_ckpt.errors import ErrorKind, NotFound, UsageError
+from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.integrations.names import Names, PointedAt, StepName
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
@@ -108,7 +108,7 @@ class NamedRun:
         discard_newer: bool = False,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        """StepName the run; nothing is read yet.
+        """Name the run; nothing is read yet.
 
         Args:
             place: a path or a URL.
@@ -175,8 +175,7 @@ class NamedRun:
         if any(self._gather((values, random) != (last.values, last.random))):
             said = [each.decode() for each in self._gather(values)]
             name = structs.replace(name, values=said, random=self._gather(random))
-        if self._leads:
-            self._names.point(key, name, handle)
+        self._point(key, name, handle)
 
     def restore(self, found: PointedAt) -> LoadReport:
         """Restore the state in place, to go on from there.
@@ -261,6 +260,18 @@ class NamedRun:
                 self._names.settle()
                 self._names.remove_unnamed()
 
+    def _point(self, key: str, name: StepName, handle: SaveHandle) -> None:
+        """Have rank 0 write the name; what keeps it from that, all ranks hear."""
+        failed = ""
+        if self._leads:
+            try:
+                self._names.point(key, name, handle)
+            except CheckpointError as error:
+                failed = error.message
+        failed = self._gather(failed)[0]
+        if failed:
+            raise StorageError(f"{key} could not be written in {self.place}: {failed}")
+
     def _random(self) -> dict[str, str]:
         if not self._with_random:
             return {}
@@ -286,7 +297,10 @@ class NamedRun:
             step = run.latest() if found.step is None else found.step
             if step is None:
                 return []
-            manifest = run.manifest(step)
+            try:
+                manifest = run.manifest(step)
+            except CheckpointError:
+                return []  # the restore finds it too, on all ranks together
             alone = not manifest.metadata.get("trainer", {}).get("full", True)
             without = {"optimizer", "rng"} if alone else set()
             return [part for part in parts if part not in manifest.parts or part in without]
@@ -318,8 +332,8 @@ class NamedRun:
         if self._discard_newer:
             self._names.forget_after(-1 if self._origin is None else self._origin)
         if self._origin is not None:
-            said = Run(resolve(self.place)).manifest(self._origin).metadata.get("trainer", {})
-            self._names.forget_before(said.get("unnamed", []))
+            manifest = Run(resolve(self.place)).manifest(self._origin)
+            self._names.forget_before(manifest.metadata.get("trainer", {}).get("unnamed", []))
 
 
 def random_of(name: StepName, *, rank: int, world_size: int) -> None:

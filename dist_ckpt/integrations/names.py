@@ -77,7 +77,7 @@ class Names(Keep):
     def kept(self, records: Sequence[Record]) -> Mapping[int, str]:
         """Return the reason to keep for each of `records`; see `KeepPolicy.kept`.
 
-        AskedSave on the thread that deletes, after a commit: names are moved to what was committed
+        Asked on the thread that deletes, after a commit: names are moved to what was committed
         before anything they meant until now goes.
         """
         with self._lock:
