@@ -207,16 +207,15 @@ class DistCkptIO(CheckpointIO):
         )
 
     def _run(self, place: str) -> NamedRun:
-        return self._runs.setdefault(
-            place,
-            NamedRun(
+        if place not in self._runs:
+            self._runs[place] = NamedRun(
                 place,
                 self._state,
                 ranks="alone",
                 discard_newer=self._discard_newer,
                 timeout_seconds=self._timeout_seconds,
-            ),
-        )
+            )
+        return self._runs[place]
 
 
 class DistCkptStrategy:
@@ -374,8 +373,9 @@ class DistCkptStrategy:
         return TrainState(**parts)
 
     def _run(self, place: str) -> NamedRun:
-        made = NamedRun(place, self._state, with_random=True, **self._options)
-        return self._runs.setdefault(place, made)
+        if place not in self._runs:
+            self._runs[place] = NamedRun(place, self._state, with_random=True, **self._options)
+        return self._runs[place]
 
 
 class DistCkptSingleDeviceStrategy(DistCkptStrategy, SingleDeviceStrategy):
