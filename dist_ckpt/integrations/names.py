@@ -186,7 +186,8 @@ class Names(Keep):
                     raise
 
     def _forget(self, key: str) -> None:
-        if self._all().pop(key, None) is not None:
+        # A link that the trainer made itself (`save_last="link"`) is a name, too.
+        if self._all().pop(key, None) is not None or self.find(key) is not None:
             self._store.delete([key])
 
     def _meant(self) -> list[tuple[str, int]]:

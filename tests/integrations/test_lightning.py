@@ -107,6 +107,17 @@ def die_in_a_save(run: str, strategy: str) -> None:
     fit(trainer(run, 4, strategy=chosen))
 
 
+def test_last_may_be_a_link(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    by = trainer(run, 2, save_last="link", save_top_k=1)
+    checkpoints(by).CHECKPOINT_NAME_LAST = "last-{epoch}"
+    fit(by)
+    assert names(run) == {"epoch=1-step=16.ckpt", "last-epoch=1.ckpt"}
+    assert steps(run) == [16]
+    fit(trainer(run, 3), resume=run / "last-epoch=1.ckpt")
+    assert max(steps(run)) == 24
+
+
 @pytest.mark.parametrize("strategy", [pytest.param("", marks=pytest.mark.soak), "strategy"])
 def test_a_run_killed_in_a_save_goes_on_as_if_it_had_not_stopped(
     strategy: str, tmp_path: Path
