@@ -133,6 +133,8 @@ class Names(Keep):
         """
         with self._lock:
             self.settle()
+            if self._is_others(key):
+                return  # nothing is deleted that dist_ckpt did not write
             if self._coming:
                 *_, (_, self._leaving[key]) = self._coming.values()
             else:
@@ -186,9 +188,19 @@ class Names(Keep):
                     raise
 
     def _forget(self, key: str) -> None:
-        # A link that the trainer made itself (`save_last="link"`) is a name, too.
-        if self._all().pop(key, None) is not None or self.find(key) is not None:
-            self._store.delete([key])
+        self._all().pop(key, None)
+        self._store.delete([key])
+
+    def _is_others(self, key: str) -> bool:
+        """Whether there is a file of this name that is none of ours.
+
+        A link that the trainer made (`save_last="link"`) is ours, also when it leads nowhere.
+        """
+        try:
+            self._store.size(key)
+        except NotFound:
+            return False
+        return key not in self._all() and self.find(key) is None
 
     def _meant(self) -> list[tuple[str, int]]:
         found = [(key, name.step) for key, name in (self._named or {}).items()]
