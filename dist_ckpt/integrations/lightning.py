@@ -57,7 +57,7 @@ __all__ = [
     "DistCkptStrategy",
     "RandomState",
     "as_file",
-    "newest",
+    "newest_in",
 ]
 
 _log = logging.getLogger("dist_ckpt")
@@ -73,7 +73,7 @@ NEWEST = "last"
 """How the names begin that mean the newest checkpoint; as `ModelCheckpoint` has it."""
 
 
-def newest(run: Path) -> str | None:
+def newest_in(run: Path) -> str | None:
     """Return `run` if it has a checkpoint, and None if it has not: for `fit(ckpt_path=...)`.
 
     Args:

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
         DistCkptSingleDeviceStrategy,
         RandomState,
         as_file,
-        newest,
+        newest_in,
     )
     from tests.integrations import lightning_runs as runs
     from tests.integrations.lightning_runs import Sharded, Small, equal, fit, state_of, trainer
@@ -158,7 +158,7 @@ def test_last_falls_back_where_the_newest_is_cut_in_half(
 
 def test_a_used_folder_is_not_begun_anew_unless_that_is_meant(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert newest(run) is None
+    assert newest_in(run) is None
     fit(trainer(run, 2))
     with pytest.raises(UsageError, match="restore"):
         fit(trainer(run, 1))
@@ -169,7 +169,7 @@ def test_a_used_folder_is_not_begun_anew_unless_that_is_meant(tmp_path: Path) ->
     by = trainer(run, 2, plugin=DistCkptIO(discard_newer=True))
     fit(by, resume=old)
     assert steps(run) == [8, 16]
-    fit(trainer(run, 3), resume=newest(run))
+    fit(trainer(run, 3), resume=newest_in(run))
     fit(trainer(run, 4), resume=f"{run}@24")
     assert steps(run) == [24, 32], "two are the best, and the newest is one of them"
     with pytest.raises(NotFound):
@@ -272,7 +272,7 @@ def sharded(run: str, epochs: int, shards: int) -> tuple[list[tuple[int, float]]
     warnings.simplefilter("ignore")
     strategy = DistCkptModelParallelStrategy(data_parallel_size=shards, tensor_parallel_size=1)
     by = trainer(run, epochs, strategy=strategy, devices=shards)
-    model = fit(by, resume=newest(run), shuffle=False, make=lambda: Sharded(dropout=0.0))
+    model = fit(by, resume=newest_in(run), shuffle=False, make=lambda: Sharded(dropout=0.0))
     return model.losses, {
         name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone()
         for name, each in model.state_dict().items()
@@ -282,7 +282,7 @@ def sharded(run: str, epochs: int, shards: int) -> tuple[list[tuple[int, float]]
 def data_parallel(run: str, epochs: int, ranks: int) -> tuple[list[tuple[int, float]], str]:
     warnings.simplefilter("ignore")
     by = trainer(run, epochs, strategy=DistCkptDDPStrategy(), devices=ranks)
-    model = fit(by, resume=newest(run))
+    model = fit(by, resume=newest_in(run))
     return model.losses, str(by.strategy.model is not None)
 
 
@@ -297,7 +297,7 @@ def test_ranks_come_and_go(tmp_path: Path) -> None:
     dist_ckpt.load_weights(model, run)
     stored = state_of(model)
     assert all(torch.equal(stored[name], weights[name]) for name in stored if "running" not in name)
-    one = fit(trainer(run, 2, strategy=of("strategy")), resume=newest(run), shuffle=False)
+    one = fit(trainer(run, 2, strategy=of("strategy")), resume=newest_in(run), shuffle=False)
     assert one.losses[0][0] == 4
     run_ranks(4, sharded, run, 4, 4, timeout_seconds=240.0)
     assert max(steps(Path(run))) == 16
@@ -345,11 +345,11 @@ def test_a_folder_on_s3_is_one_as_any_other(s3_service: S3Service, s3_name: str)
     run = s3_service.url(s3_name)
     whole = fit(trainer(run, 2, filename="{epoch}", every_n_epochs=1))
     for strategy in "", "strategy":
-        assert newest(run) == run
+        assert newest_in(run) == run
         epochs = 4 if strategy else 3
         again = fit(
             trainer(run, epochs, strategy=of(strategy), filename="{epoch}"),
-            resume=newest(run),
+            resume=newest_in(run),
             seed=7,
         )
         assert again.losses[0][0] == (24 if strategy else 16)
