@@ -11,7 +11,7 @@ SHARED := --dist loadscope --no-loadscope-reorder
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-.PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading bench-doors docs check venv clean
+.PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading bench-doors bench-trainers docs check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ bench-loading: venv ## measure loads against the disk, S3, and other libraries
 
 bench-doors: venv ## measure copies and exports against plain copies of the same bytes
 	@$(RUN) -m benchmarks.doors $(ARGS)
+
+bench-trainers: venv ## measure the checkpoints of trainers against ours in their place
+	@$(RUN) -m benchmarks.trainers $(ARGS)
 
 docs: venv ## build the site, guides and reference, into build/site
 	@$(SITE)
