@@ -4,6 +4,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 # Where the demo puts its checkpoints: a local folder; `s3`, a server started for it; or any URL.
 STORE ?=
+# On how many hosts the demo runs; 2: network namespaces, of which one is lost.
+NODES ?= 1
+DEMO := $(if $(filter 2,$(NODES)),examples/demo_nodes.py,examples/demo.py)
 # How many tests run at once: one more than processors, as a third of the time goes by in waiting.
 WORKERS ?= 3
 # In the order of tests/conftest.py, which begins with what takes long.
@@ -16,12 +19,12 @@ SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-demo: venv ## train, kill a worker, resume at other world sizes, print the proof (STORE=s3: on S3)
+demo: venv ## train, kill a worker, resume at other world sizes, print the proof (STORE=s3, NODES=2)
 	@case "$(STORE)" in \
-	  "") $(RUN) examples/demo.py ;; \
+	  "") $(RUN) $(DEMO) ;; \
 	  s3) $(PYTHON) tools/install_services.py && $(RUN) -m tests.services \
-	      sh -c '$(RUN) examples/demo.py --store "$$DIST_CKPT_TEST_S3_URL"' ;; \
-	  *) $(RUN) examples/demo.py --store "$(STORE)" ;; \
+	      sh -c '$(RUN) $(DEMO) --store "$$DIST_CKPT_TEST_S3_URL"' ;; \
+	  *) $(RUN) $(DEMO) --store "$(STORE)" ;; \
 	esac
 
 # The services are installed while the environment is built: neither waits for the other.

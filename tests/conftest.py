@@ -17,6 +17,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.services.ceph import FILE_SYSTEM_PROGRAMS, CephCluster, ServiceFailed
+from tests.services.hosts import Hosts, two_hosts
 from tests.services.linkless import linkless_mount
 from tests.services.s3 import (
     S3Service,
@@ -102,6 +103,21 @@ def s3_service(request: pytest.FixtureRequest) -> Iterator[S3Service]:
         for name, value in service.environment.items():
             environment.setenv(name, value)
         yield service
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """Two hosts, with cables between them; loopback addresses where there can be none."""
+    with two_hosts() as found:
+        yield found
+
+
+@pytest.fixture
+def cables(hosts: Hosts) -> Hosts:
+    """Two hosts whose cables can be pulled."""
+    if not hosts.is_real:
+        pytest.skip("network namespaces are not allowed here")
+    return hosts
 
 
 @pytest.fixture

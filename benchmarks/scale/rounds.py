@@ -21,11 +21,12 @@ from statistics import median
 
 from benchmarks.measure import say
 from dist_ckpt.ranks.board import Board
-from dist_ckpt.ranks.channels import Channel, Frame, packed
+from dist_ckpt.ranks.channels import Channel, Frame, framed, packed
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rendezvous import Address, connect
 from dist_ckpt.ranks.rounds import Deadline, Topic
+from dist_ckpt.ranks.seals import SEAL_BYTES, Packed
 
 RANKS = 1024
 WAITING_RANKS = 4096
@@ -87,15 +88,15 @@ class Count:
         """Count while this lasts."""
         send, take = Channel.send, Board.take
 
-        def counted_send(channel: Channel, frame: bytes) -> None:
+        def counted_send(channel: Channel, frame: Packed) -> None:
             self.frames += 1
-            self.nbytes += len(frame)
+            self.nbytes += _on_the_wire(frame)
             send(channel, frame)
 
         def counted_take(board: Board, rank: int, frame: Frame) -> None:
             if rank:
                 self.frames += 1
-                self.nbytes += len(packed(frame))
+                self.nbytes += _on_the_wire(packed(frame))
             take(board, rank, frame)
 
         Channel.send = counted_send  # type: ignore[method-assign, assignment]
@@ -105,6 +106,10 @@ class Count:
         finally:
             Channel.send = send  # type: ignore[method-assign]
             Board.take = take  # type: ignore[method-assign]
+
+
+def _on_the_wire(frame: Packed) -> int:
+    return len(framed(frame.body, bytes(SEAL_BYTES)))
 
 
 class Others:

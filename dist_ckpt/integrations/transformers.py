@@ -95,7 +95,7 @@ class DistCkptMixin(_Base):
 
     def train(
         self,
-        resume_from_checkpoint: str | os.PathLike[str] | int | bool | None = None,  # noqa: FBT001
+        resume_from_checkpoint: str | os.PathLike[str] | int | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
         *,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from dist_ckpt.ranks.channels import Frame, packed
+from dist_ckpt.ranks.seals import Packed
 from dist_ckpt.waiting import Bell
 
 
@@ -71,7 +72,7 @@ class Board:
     """
 
     def __init__(
-        self, world_size: int, tell: Callable[[int, bytes, str | None], None], bell: Bell
+        self, world_size: int, tell: Callable[[int, Packed, str | None], None], bell: Bell
     ) -> None:
         self.lost: set[int] = set()
         self._world_size = world_size
@@ -153,7 +154,7 @@ class Board:
         else:
             raise ValueError(f"no rank says {frame.kind}")
 
-    def end(self, job: int, name: str, outcome: Frame | Sequence[bytes]) -> None:
+    def end(self, job: int, name: str, outcome: Frame | Sequence[Packed]) -> None:
         """End a round as rank 0 decided: by one frame for all, or by a packed one for each rank."""
         board = self._jobs.setdefault(job, JobBoard())
         if name in board.errors or name in board.decided:

@@ -23,12 +23,15 @@ from typing import Literal
 import msgspec
 
 from dist_ckpt.errors import describe
+from dist_ckpt.ranks.seals import SEAL_BYTES, Packed, Seals, with_digest
 from dist_ckpt.waiting import start
 
 _log = logging.getLogger("dist_ckpt")
 
-# A frame is its length in four bytes, and so much.
+# A frame is its length in four bytes, its seal once the ends have greeted, and so much.
 _LENGTH_BYTES = 4
+# So short, a frame is copied behind its length and its seal, to leave at once with them.
+_JOINED_BYTES = 1 << 12
 FRAME_LIMIT_BYTES = (1 << 32) - 1
 """How long a frame may be. Memory for one is taken as its bytes arrive, and not before."""
 
@@ -40,9 +43,12 @@ FrameKind = Literal["report", "fail", "note", "leave", "answer", "first", "here"
 # So much of one connection at a time, so that those with little to say get their turn.
 _TURN_BYTES = 1 << 18
 
-# A host that has gone without a word is found within five minutes, and what forgets idle
-# connections is reminded of this one. The kernel does this by itself.
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 12}
+SILENCE_SECONDS = 300.0
+"""How long a host may say nothing, at most, until it counts as gone."""
+
+# The kernel asks idle connections for a sign of life by itself, so that one is missed, and what
+# forgets idle connections is reminded of this one.
+_PROBES = 9
 
 
 class Frame(msgspec.Struct, array_like=True, frozen=True):
@@ -67,14 +73,14 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
 _decoder = msgspec.msgpack.Decoder(Frame)
 
 
-def packed(frame: Frame) -> bytes:
-    """Return the bytes of `frame` as they are sent."""
-    return framed(msgspec.msgpack.encode(frame))
+def packed(frame: Frame) -> Packed:
+    """Return `frame` as channels send it."""
+    return with_digest(msgspec.msgpack.encode(frame))
 
 
-def framed(body: bytes) -> bytes:
-    """Return `body` with its length before it."""
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+def framed(body: bytes, seal: bytes = b"") -> bytes:
+    """Return `body` with its length and its seal before it."""
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + seal + body
 
 
 def unpacked(body: bytes) -> Frame:
@@ -108,11 +114,20 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
     return found
 
 
-def set_options(connection: socket.socket) -> None:
-    """Have small frames leave at once, and a host that has gone be noticed."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def set_options(connection: socket.socket, silence_seconds: float) -> None:
+    """Have small frames leave at once, and a host that has gone without a word be noticed."""
+    first = max(1, round(silence_seconds / 4))
+    every = max(1, round((silence_seconds - first) / _PROBES))
+    options = {
+        "TCP_NODELAY": 1,
+        "TCP_KEEPIDLE": first,
+        "TCP_KEEPINTVL": every,
+        "TCP_KEEPCNT": _PROBES,
+        # The same for what was sent to it and is not acknowledged.
+        "TCP_USER_TIMEOUT": round(1000 * silence_seconds),
+    }
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
+    for name, value in options.items():
         if hasattr(socket, name):  # not everywhere
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -193,6 +208,7 @@ class Channel:
         on_body: called with each frame that arrives, without its length.
         on_lost: called once with the reason when the connection breaks; not after `close`.
         limit_bytes: how long a frame may be.
+        seals: of all frames that follow; None for as long as the ends greet each other.
         is_open: whether it was neither closed nor lost.
     """
 
@@ -204,6 +220,7 @@ class Channel:
         on_body: Callable[[bytes], None],
         on_lost: Callable[[str], None],
         limit_bytes: int = FRAME_LIMIT_BYTES,
+        seals: Seals | None = None,
     ) -> None:
         """Begin to listen.
 
@@ -213,30 +230,32 @@ class Channel:
             on_body: see the attributes, as for what follows.
             on_lost: when it breaks.
             limit_bytes: for each frame.
+            seals: of the frames.
         """
         connection.setblocking(False)
         self.on_body = on_body
         self.on_lost = on_lost
         self.limit_bytes = limit_bytes
+        self.seals = seals
         self.is_open = True
         self._loop = loop
         self._socket = connection
         self._received = bytearray()
         self._queue: deque[memoryview] = deque()
-        self._newest: dict[str, bytes] = {}
+        self._newest: dict[str, Packed] = {}
         self._when_sent: list[Callable[[], None]] = []
         self._events = 0
         # What the peer has no ear for any more; what it said before is still to be heard.
         self._is_deaf = False
         self._watch()
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame as `framed` returned it; many channels may share one."""
+    def send(self, frame: Packed) -> None:
+        """Send a frame; many channels may share one."""
         if self.is_open and not self._is_deaf:
-            self._queue.append(memoryview(frame))
+            self._put(frame)
             self._flush()
 
-    def send_newest(self, name: str, frame: bytes) -> None:
+    def send_newest(self, name: str, frame: Packed) -> None:
         """Send a frame in the place of the one of that name which has not left yet."""
         if self.is_open and not self._is_deaf:
             self._newest[name] = frame
@@ -261,6 +280,15 @@ class Channel:
             self.close()
             self.on_lost(reason)
 
+    def _put(self, frame: Packed) -> None:
+        # Sealed here and not before: frames leave in this order.
+        seal = self.seals.next(frame.digest) if self.seals else b""
+        if len(frame.body) <= _JOINED_BYTES:
+            self._queue.append(memoryview(framed(frame.body, seal)))
+        else:
+            head = len(frame.body).to_bytes(_LENGTH_BYTES, "big") + seal
+            self._queue.extend((memoryview(head), memoryview(frame.body)))
+
     def _forget_queue(self) -> None:
         self._queue.clear()
         self._newest.clear()
@@ -282,7 +310,7 @@ class Channel:
     def _flush(self) -> None:
         while self.is_open and (self._queue or self._newest):
             if not self._queue:
-                self._queue.append(memoryview(self._newest.pop(next(iter(self._newest)))))
+                self._put(self._newest.pop(next(iter(self._newest))))
             waiting = self._queue[0]
             try:
                 sent = self._socket.send(waiting[:_TURN_BYTES])
@@ -325,14 +353,18 @@ class Channel:
         taken = 0
         with memoryview(self._received) as view:
             while self.is_open and len(view) - taken >= _LENGTH_BYTES:
-                begin = taken + _LENGTH_BYTES
-                size = int.from_bytes(view[taken:begin], "big")
+                sealed = taken + _LENGTH_BYTES
+                begin = sealed + (SEAL_BYTES if self.seals else 0)
+                size = int.from_bytes(view[taken:sealed], "big")
                 if size > self.limit_bytes:
                     raise ValueError(f"a frame of {size} bytes")
                 if len(view) - begin < size:
                     break
                 taken = begin + size
-                self.on_body(bytes(view[begin:taken]))
+                body = bytes(view[begin:taken])
+                if self.seals:
+                    self.seals.check(bytes(view[sealed:begin]), body)
+                self.on_body(body)
         del self._received[:taken]
 
 

@@ -28,6 +28,7 @@ from dist_ckpt.ranks.channels import (
 )
 from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
+from dist_ckpt.ranks.seals import Packed, Seals
 from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, failure, noted
 from dist_ckpt.waiting import Bell, Latch
 
@@ -49,11 +50,12 @@ class Line:
         bell: rung when something was heard.
     """
 
-    def __init__(self, connection: socket.socket, rank: int, world_size: int) -> None:
+    def __init__(self, connection: socket.socket, seals: Seals, rank: int, world_size: int) -> None:
         """Begin to listen.
 
         Args:
             connection: to rank 0, which has let this rank in.
+            seals: of what is said on it.
             rank: this one.
             world_size: how many there are.
         """
@@ -64,7 +66,7 @@ class Line:
         self._loop = running_loop()
         self._channel: list[Channel] = []
         # Neither knows this object: the connection ends with the last that uses it.
-        self._loop.call(partial(_listen, connection, self.heard, self._channel))
+        self._loop.call(partial(_listen, connection, seals, self.heard, self._channel))
         weakref.finalize(self, self._loop.call, partial(_hang_up, self._channel)).atexit = False
 
     def send(self, frame: Frame) -> None:
@@ -79,8 +81,10 @@ class Line:
         sent.wait(seconds)
 
 
-def _listen(connection: socket.socket, heard: Heard, channel: list[Channel]) -> None:
-    channel.append(Channel(running_loop(), connection, on_body=heard.take, on_lost=heard.lose))
+def _listen(connection: socket.socket, seals: Seals, heard: Heard, channel: list[Channel]) -> None:
+    channel.append(
+        Channel(running_loop(), connection, on_body=heard.take, on_lost=heard.lose, seals=seals)
+    )
 
 
 def _hang_up(channel: Sequence[Channel]) -> None:
@@ -347,7 +351,7 @@ class JobCoordinator:
             return self._failed(topic, message)
         return self._frame("report", topic, message)
 
-    def _answer(self, topic: Topic, answer: bytes | Sequence[bytes]) -> Frame | list[bytes]:
+    def _answer(self, topic: Topic, answer: bytes | Sequence[bytes]) -> Frame | list[Packed]:
         for data in [answer] if isinstance(answer, bytes) else answer:
             if len(data) > MESSAGE_LIMIT_BYTES:
                 raise _too_long(data)

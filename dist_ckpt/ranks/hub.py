@@ -9,8 +9,9 @@ import os
 import resource
 import secrets
 import socket
+import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from selectors import EVENT_READ
@@ -18,74 +19,40 @@ from selectors import EVENT_READ
 import msgspec
 
 from dist_ckpt.errors import CoordinationError, ErrorKind
+from dist_ckpt.ranks.addresses import listening
 from dist_ckpt.ranks.board import Board
 from dist_ckpt.ranks.channels import (
     FRAME_LIMIT_BYTES,
+    SILENCE_SECONDS,
     Channel,
     Frame,
-    framed,
     running_loop,
     set_options,
     unpacked,
 )
+from dist_ckpt.ranks.greeting import (
+    GREETING_LIMIT_BYTES,
+    NONCE_BYTES,
+    Hello,
+    challenge,
+    proof,
+    seals,
+)
+from dist_ckpt.ranks.seals import Packed, with_digest
 from dist_ckpt.waiting import Bell
 
 _log = logging.getLogger("dist_ckpt")
 
-GREETING_LIMIT_BYTES = 256
-"""How long a frame may be before either side knows whom it speaks to."""
-
-_MAGIC = b"dist_ckpt rounds 1\n"
-_NONCE_BYTES = 32
 _GREETING_SECONDS = 30.0
-# How many may be connected that have not said yet who they are, besides one for each rank.
+# How many may be connected that have not said yet who they are, besides one for each rank that is
+# not there yet.
 _STRANGERS = 64
+# How many are looked at in a second, besides one for each rank: each costs a part of a millisecond.
+_STRANGERS_PER_SECOND = 500
 _PAUSE_SECONDS = 0.5
+_SWEEP_SECONDS = 1.0
 # What this process may open besides while the job runs.
 _SPARE_FILES = 256
-
-
-# Who greets proves that it has read the secret, which rank 0 publishes in the training's own store,
-# and hears the same proof. It keeps strangers out who merely find the port; frames that follow are
-# neither signed nor hidden, as those of the training itself are not.
-
-
-class Hello(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank says first: who it is, something new, and the proof that it is one of the job."""
-
-    rank: int
-    nonce: bytes
-    proof: bytes
-
-
-def challenge() -> bytes:
-    """Return what rank 0 says first on a connection, never the same twice."""
-    return _MAGIC + secrets.token_bytes(_NONCE_BYTES)
-
-
-def hello(rank: int, secret: bytes, heard: bytes) -> Hello:
-    """Return the answer of `rank` to a challenge.
-
-    Raises:
-        ValueError: what was heard is no challenge: it is some other server.
-    """
-    if not heard.startswith(_MAGIC) or len(heard) != len(_MAGIC) + _NONCE_BYTES:
-        raise ValueError("another server")
-    said = Hello(rank, secrets.token_bytes(_NONCE_BYTES), b"")
-    return msgspec.structs.replace(said, proof=proof("rank", secret, heard, said))
-
-
-def proof(who: str, secret: bytes, heard: bytes, said: Hello) -> bytes:
-    """Return what only a member of the job can say after this challenge and what a rank said.
-
-    Args:
-        who: "rank" or "hub", so that neither's word can be taken for the other's.
-        secret: of the job.
-        heard: the challenge.
-        said: the answer, whose own proof does not count.
-    """
-    words = msgspec.msgpack.encode((who, heard, said.rank, said.nonce))
-    return hmac.digest(secret, words, "sha256")
 
 
 class Hub:
@@ -98,16 +65,24 @@ class Hub:
         bell: rung when it is worth a look.
         secret: what a rank has to know to be let in.
         port: where it listens; the system's choice.
+        silence_seconds: how long a host may say nothing until it counts as gone.
     """
 
     rank = 0
 
-    def __init__(self, world_size: int, *, loopback: bool = False) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        loopback: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
+    ) -> None:
         """Listen.
 
         Args:
             world_size: how many ranks there are.
             loopback: whether all of them are on this host, so that no other need reach the port.
+            silence_seconds: how long a host may say nothing until it counts as gone.
 
         Raises:
             CoordinationError: this process may not open as many connections.
@@ -115,8 +90,9 @@ class Hub:
         allow_files(world_size)
         self.world_size = world_size
         self.bell = Bell()
-        self.secret = secrets.token_bytes(_NONCE_BYTES)
-        port = _Port(world_size, self.secret, self.bell, listening(loopback=loopback))
+        self.secret = secrets.token_bytes(NONCE_BYTES)
+        self.silence_seconds = silence_seconds
+        port = _Port(self, listening(loopback=loopback))
         self.board = port.board
         self.port = port.number
         self._loop = running_loop()
@@ -127,7 +103,7 @@ class Hub:
         """Say something as rank 0."""
         self._loop.call(partial(self.board.take, 0, frame))
 
-    def end(self, job: int, name: str, outcome: Frame | Sequence[bytes]) -> None:
+    def end(self, job: int, name: str, outcome: Frame | Sequence[Packed]) -> None:
         """End a round; see `Board.end`."""
         self._loop.call(partial(self.board.end, job, name, outcome))
 
@@ -136,30 +112,89 @@ class Hub:
         self._loop.call(partial(self.board.name_absent, job, ranks))
 
 
-class _Port:
-    """The listening socket, and the connection of each rank."""
+class Strangers:
+    """Who has not greeted yet, by where it comes from."""
 
-    def __init__(self, world_size: int, secret: bytes, bell: Bell, listener: socket.socket) -> None:
-        self.board = Board(world_size, self._tell, bell)
-        self.number: int = listener.getsockname()[1]
-        self._world_size = world_size
-        self._secret = secret
-        self._listener = listener
+    def __init__(self) -> None:
+        self._addresses: dict[Channel, str] = {}
+        # Each with the time at which patience with it ends; in the order in which they came.
+        self._by_address: dict[str, dict[Channel, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def __iter__(self) -> Iterator[Channel]:
+        return iter(tuple(self._addresses))
+
+    def __contains__(self, stranger: object) -> bool:
+        return stranger in self._addresses
+
+    def add(self, stranger: Channel, address: str, patience_seconds: float) -> None:
+        """Note that one has come."""
+        self._addresses[stranger] = address
+        until = time.monotonic() + patience_seconds
+        self._by_address.setdefault(address, {})[stranger] = until
+
+    def remove(self, stranger: Channel) -> None:
+        """Note that it is none any more."""
+        address = self._addresses.pop(stranger)
+        others = self._by_address[address]
+        del others[stranger]
+        if not others:
+            del self._by_address[address]
+
+    def in_the_way(self) -> Channel:
+        """Return who has to make room for others.
+
+        It is the oldest of those from where most come: a crowd pushes out its own, and no rank of
+        another host that is about to greet.
+        """
+        most = max(self._by_address, key=lambda address: len(self._by_address[address]))
+        return next(iter(self._by_address[most]))
+
+    def too_late(self) -> list[Channel]:
+        """Return those with whom patience has ended."""
+        now = time.monotonic()
+        return [
+            stranger
+            for others in self._by_address.values()
+            for stranger, until in others.items()
+            if until <= now
+        ]
+
+
+class _Port:
+    """The listening sockets, and the connection of each rank. It does not know the hub itself."""
+
+    def __init__(self, hub: Hub, listeners: Sequence[socket.socket]) -> None:
+        self.board = Board(hub.world_size, self._tell, hub.bell)
+        self.number: int = listeners[0].getsockname()[1]
+        self._world_size = hub.world_size
+        self._secret = hub.secret
+        self._silence_seconds = hub.silence_seconds
+        self._listeners = list(listeners)
         self._channels: dict[int, Channel] = {}
-        self._strangers: dict[Channel, None] = {}
+        # Whoever has said anything never comes again: it would be a rank of another start.
+        self._spoken: set[int] = set()
+        self._strangers = Strangers()
+        self._sweeps = False
+        # How many came since when.
+        self._came, self._since = 0, 0.0
         self._loop = running_loop()
-        self._has_warned = False
+        self._warned: set[str] = set()
 
     def open(self) -> None:
-        self._loop.watch(self._listener, EVENT_READ, self._accept)
+        for each in self._listeners:
+            self._loop.watch(each, EVENT_READ, partial(self._accept, each))
 
     def close(self) -> None:
-        self._loop.watch(self._listener, 0, self._accept)
-        self._listener.close()
+        self._rest()
+        for each in self._listeners:
+            each.close()
         for channel in (*self._channels.values(), *self._strangers):
             channel.close()
 
-    def _tell(self, rank: int, data: bytes, name: str | None) -> None:
+    def _tell(self, rank: int, data: Packed, name: str | None) -> None:
         channel = self._channels.get(rank)
         if channel is None:
             return
@@ -168,15 +203,16 @@ class _Port:
         else:
             channel.send_newest(name, data)
 
-    def _accept(self, _: int) -> None:
+    def _accept(self, listener: socket.socket, _: int) -> None:
         try:
-            connection, _address = self._listener.accept()
-            set_options(connection)
+            connection, address = listener.accept()
+            set_options(connection, self._silence_seconds)
         except BlockingIOError:
             return
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._pause()
+                self._warn("ranks cannot connect to rank 0: %s", _too_few_files(self._world_size))
+                self._pause(_PAUSE_SECONDS)
             return  # else it was gone before it was there
         asked = challenge()
         channel = Channel(
@@ -186,74 +222,91 @@ class _Port:
             on_lost=lambda _: self._turn_away(channel),
             limit_bytes=GREETING_LIMIT_BYTES,
         )
-        self._strangers[channel] = None
-        self._loop.later(_GREETING_SECONDS, lambda: self._turn_away(channel))
-        if len(self._strangers) > self._world_size + _STRANGERS:
-            self._turn_away(next(iter(self._strangers)))
-        channel.send(framed(asked))
+        self._strangers.add(channel, address[0], _GREETING_SECONDS)
+        awaited = self._world_size - 1 - len(self._channels)
+        if len(self._strangers) > awaited + _STRANGERS:
+            self._turn_away(self._strangers.in_the_way())
+        if not self._sweeps:
+            self._sweeps = True
+            self._loop.later(_GREETING_SECONDS, self._sweep)
+        channel.send(with_digest(asked))
+        self._count(address[0])
 
-    def _pause(self) -> None:
+    def _count(self, address: str) -> None:
+        """Rest until the second is over once too many have come within it."""
+        now = time.monotonic()
+        if now - self._since > 1.0:
+            self._came, self._since = 0, now
+        self._came += 1
+        if self._came > self._world_size + _STRANGERS_PER_SECOND:
+            self._warn(
+                "%d connections within a second to the coordination port %d of rank 0, the last "
+                "from %s: it looks at no more of them in a second; let only the hosts of the job "
+                "reach that port",
+                *(self._came, self.number, address),
+            )
+            # Ranks that are there already have this thread to themselves meanwhile.
+            self._pause(self._since + 1.0 - now)
+
+    def _sweep(self) -> None:
+        """Turn away who takes too long to say who it is."""
+        for each in self._strangers.too_late():
+            self._turn_away(each)
+        self._sweeps = len(self._strangers) > 0
+        if self._sweeps:
+            self._loop.later(min(_SWEEP_SECONDS, _GREETING_SECONDS), self._sweep)
+
+    def _pause(self, seconds: float) -> None:
         """Accept nobody for a moment: who waits to be would keep this thread awake."""
-        if not self._has_warned:
-            self._has_warned = True
-            _log.warning("ranks cannot connect to rank 0: %s", _too_few_files(self._world_size))
-        self._loop.watch(self._listener, 0, self._accept)
-        self._loop.later(_PAUSE_SECONDS, self._resume)
+        self._rest()
+        self._loop.later(seconds, self._resume)
+
+    def _rest(self) -> None:
+        for each in self._listeners:
+            self._loop.watch(each, 0, partial(self._accept, each))
 
     def _resume(self) -> None:
-        if self._listener.fileno() >= 0:
+        if self._listeners[0].fileno() >= 0:
             self.open()
 
-    def _turn_away(self, channel: Channel) -> None:
-        if channel in self._strangers:
-            del self._strangers[channel]
-            channel.close()
+    def _warn(self, text: str, *values: object) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning(text, *values)
+
+    def _turn_away(self, stranger: Channel) -> None:
+        if stranger in self._strangers:
+            self._strangers.remove(stranger)
+            stranger.close()
 
     def _greet(self, channel: Channel, asked: bytes, body: bytes) -> None:
         said = msgspec.msgpack.decode(body, type=Hello)
         if not hmac.compare_digest(said.proof, proof("rank", self._secret, asked, said)):
             raise ValueError("it is none of the job")
         rank = said.rank
-        if not 0 < rank < self._world_size:
-            raise ValueError(f"rank {rank} of a job of {self._world_size}")
-        del self._strangers[channel]
+        if not 0 < rank < self._world_size or said.world_size != self._world_size:
+            raise ValueError(f"rank {rank} of {said.world_size} in a job of {self._world_size}")
+        if rank in self._spoken:
+            raise ValueError(f"rank {rank} of another start of the job")
+        self._strangers.remove(channel)
         earlier = self._channels.pop(rank, None)
         if earlier is not None:
             earlier.close()  # it gave that one up: it did not hear in time that it was welcome
         self._channels[rank] = channel
-        channel.on_body = lambda body: self.board.take(rank, unpacked(body))
+        channel.on_body = partial(self._take, rank)
         channel.on_lost = lambda _: self._lose(rank)
         channel.limit_bytes = FRAME_LIMIT_BYTES
-        channel.send(framed(proof("hub", self._secret, asked, said)))
+        channel.send(with_digest(proof("hub", self._secret, asked, said)))
+        channel.seals = seals("hub", self._secret, asked, said)
         self.board.join(rank)
+
+    def _take(self, rank: int, body: bytes) -> None:
+        self._spoken.add(rank)
+        self.board.take(rank, unpacked(body))
 
     def _lose(self, rank: int) -> None:
         del self._channels[rank]
         self.board.lose(rank)
-
-
-def listening(*, loopback: bool) -> socket.socket:
-    """Return a socket that listens on a free port, on no more addresses than must be."""
-    # Names that rank 0 has for itself may mean loopback here and an address elsewhere, so where
-    # others have to come in every address is listened to.
-    tries = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")] if loopback else []
-    tries += [(socket.AF_INET6, "::"), (socket.AF_INET, "")]
-    for family, address in tries:
-        try:
-            found = socket.create_server(
-                (address, 0),
-                family=family,
-                backlog=socket.SOMAXCONN,
-                dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6(),
-            )
-        except OSError:  # a host without that kind of address
-            continue
-        found.setblocking(False)
-        return found
-    raise CoordinationError(
-        "rank 0 cannot listen on any address of its host, so no rank can reach it",
-        ranks={0: "cannot listen"},
-    )
 
 
 def allow_files(world_size: int) -> None:

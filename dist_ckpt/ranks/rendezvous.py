@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import itertools
+import logging
 import os
 import socket
 import time
@@ -16,13 +18,20 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store, _get_default_store
 
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe, from_wire, to_wire
-from dist_ckpt.ranks.channels import framed, receive, set_options
+from dist_ckpt.ranks.addresses import host_addresses
+from dist_ckpt.ranks.channels import SILENCE_SECONDS, framed, receive, set_options
 from dist_ckpt.ranks.coordinator import JobCoordinator, Line
-from dist_ckpt.ranks.hub import GREETING_LIMIT_BYTES, Hub, hello, proof
+from dist_ckpt.ranks.greeting import GREETING_LIMIT_BYTES, hello, proof, seals
+from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.ranks.rounds import Coordinator, SoloCoordinator
+from dist_ckpt.ranks.seals import Seals
 from dist_ckpt.ranks.waiting import ALIKE, Waiting
 
+_log = logging.getLogger("dist_ckpt")
+
+# Most addresses answer at once or not at all; only when none does is one waited for longer.
+_QUICK_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
 # Longer, as rank 0 may be greeting thousands.
 _GREETING_SECONDS = 20.0
@@ -32,6 +41,8 @@ _FIRST_NAP_SECONDS = 0.005
 _QUESTIONS_PER_SECOND = 1000
 # So long a failure of rank 0 is not believed: one that was started anew replaces it.
 _DOUBT_SECONDS = 5.0
+# Even where the deadline of a save is near, a host may be out of reach for a moment.
+_LEAST_SILENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +112,20 @@ def _name(group: ProcessGroup) -> str:
 
 
 class Address(msgspec.Struct, frozen=True):
-    """What rank 0 publishes: where it may be reached and by whom, or why it cannot be."""
+    """What rank 0 publishes: where it may be reached and by whom, or why it cannot be.
+
+    Attributes:
+        master: what the training calls the host of its store, which most often is rank 0's.
+        hostname: of rank 0, as it calls itself.
+        hosts: its addresses.
+        port: where it listens.
+        secret: what a rank has to know to be let in, in hexadecimal.
+        failure: why it does not listen, as `errors.to_wire` puts it.
+    """
 
     master: str = ""
     hostname: str = ""
+    hosts: tuple[str, ...] = ()
     port: int = 0
     secret: str = ""
     failure: dict[str, object] = {}
@@ -113,20 +134,23 @@ class Address(msgspec.Struct, frozen=True):
     def of(cls, hub: Hub) -> Self:
         """Return the address of a hub of this process."""
         master = os.environ.get("MASTER_ADDR", "")
-        return cls(master, socket.gethostname(), hub.port, hub.secret.hex())
+        hosts = tuple(host_addresses())
+        return cls(master, socket.gethostname(), hosts, hub.port, hub.secret.hex())
 
 
 def _open(rank: int, world_size: int, prefix: str, timeout_seconds: float) -> Hub | Line:
     shared = PrefixStore(prefix, _get_default_store())
     if rank == 0:
-        return _serve(shared, world_size)
+        _warn_of_old_store()
+        return _serve(shared, world_size, silence_seconds=_silence(timeout_seconds))
     begun = time.monotonic()
     while True:
         address = _await_address(shared, world_size, timeout_seconds)
         try:
             if address.failure:
                 raise from_wire(address.failure)
-            return connect(address, rank, world_size, until=begun + timeout_seconds)
+            until, silence = begun + timeout_seconds, _silence(timeout_seconds)
+            return connect(address, rank, world_size, until=until, silence_seconds=silence)
         except CoordinationError:
             # A store that outlives a restart of the job may still hold the address of a dead rank
             # 0: the living one replaces it as soon as it gets here.
@@ -136,11 +160,29 @@ def _open(rank: int, world_size: int, prefix: str, timeout_seconds: float) -> Hu
             time.sleep(_RETRY_SECONDS)
 
 
-def _serve(shared: Store, world_size: int) -> Hub:
+def _silence(timeout_seconds: float) -> float:
+    """Return how long a host may say nothing: so that it is known to be gone by the deadline."""
+    return min(SILENCE_SECONDS, max(_LEAST_SILENCE_SECONDS, timeout_seconds / 2))
+
+
+def _warn_of_old_store() -> None:
+    """Say it before the first restart, which may end before anything of ours is called."""
+    # "True" where torchrun shares its own store with the workers.
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        _log.warning(
+            "torchrun will hand restarted workers the store of those before them, where they find "
+            "the addresses of dead processes and may fail to join: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started"
+        )
+
+
+def _serve(shared: Store, world_size: int, *, silence_seconds: float) -> Hub:
     try:
         # Where torchrun has started all ranks on this host, nobody else has to reach the port.
         everybody = os.environ.get("WORLD_SIZE", "")
-        hub = Hub(world_size, loopback=os.environ.get("LOCAL_WORLD_SIZE") == everybody != "")
+        loopback = os.environ.get("LOCAL_WORLD_SIZE") == everybody != ""
+        hub = Hub(world_size, loopback=loopback, silence_seconds=silence_seconds)
     except CoordinationError as error:
         shared.set("address", msgspec.json.encode(Address(failure=to_wire(error))).decode())
         raise
@@ -172,7 +214,14 @@ def _await_address(shared: Store, world_size: int, timeout_seconds: float) -> Ad
         ) from error
 
 
-def connect(address: Address, rank: int, world_size: int, *, until: float) -> Line:
+def connect(
+    address: Address,
+    rank: int,
+    world_size: int,
+    *,
+    until: float,
+    silence_seconds: float = SILENCE_SECONDS,
+) -> Line:
     """Connect `rank` to the first of rank 0's addresses that answers and is the right one.
 
     Args:
@@ -180,52 +229,78 @@ def connect(address: Address, rank: int, world_size: int, *, until: float) -> Li
         rank: this one.
         world_size: how many there are.
         until: when to give up, on the monotonic clock; each address gets a few seconds at least.
+        silence_seconds: how long rank 0's host may say nothing until it counts as gone.
 
     Raises:
         CoordinationError: none of them is.
     """
-    failures: list[str] = []
-    for host in _candidates(address):
-        try:
-            return Line(_greeted(host, address, rank, until), rank, world_size)
-        except (OSError, ValueError) as error:
-            failures.append(f"{host}: {describe(error)}")
+    failures: dict[str, str] = {}
+    hosts = _hosts(address)
+    for patience in (_QUICK_SECONDS, _CONNECT_SECONDS):
+        silent: list[str] = []
+        for host in hosts:
+            try:
+                connection = socket.create_connection((host, address.port), timeout=patience)
+            except OSError as error:
+                failures[host] = describe(error)
+                if isinstance(error, TimeoutError):
+                    silent.append(host)
+                continue
+            try:
+                greeted = _greet(connection, address, rank, world_size, until)
+                set_options(connection, silence_seconds)
+                return Line(connection, greeted, rank, world_size)
+            except (OSError, ValueError) as error:
+                failures[host] = describe(error)
+        hosts = silent
+    tried = "; ".join(f"{host}: {why}" for host, why in failures.items())
     raise CoordinationError(
-        f"cannot reach the coordination port of rank 0, {address.port} ({'; '.join(failures)}): "
+        f"cannot reach the coordination port of rank 0, {address.port} ({tried}): "
         "set MASTER_ADDR to an address of rank 0's host that every rank can reach",
         kind=ErrorKind.PEER_ABSENT,
         ranks={0: "not reachable"},
     )
 
 
-def _greeted(host: str, address: Address, rank: int, until: float) -> socket.socket:
-    """Return a connection on which both sides have proved that they are of one job."""
-    connection = socket.create_connection((host, address.port), timeout=_CONNECT_SECONDS)
+def _greet(
+    connection: socket.socket, address: Address, rank: int, world_size: int, until: float
+) -> Seals:
+    """Prove to each other that both sides are of one job; return the seals of what follows."""
     try:
-        set_options(connection)
         patience = min(_GREETING_SECONDS, max(until - time.monotonic(), _CONNECT_SECONDS))
         connection.settimeout(patience)
         secret = bytes.fromhex(address.secret)
         asked = receive(connection, GREETING_LIMIT_BYTES)
-        said = hello(rank, secret, asked)
+        said = hello(rank, world_size, secret, asked)
         connection.sendall(framed(msgspec.msgpack.encode(said)))
         # Another host may listen on that port too: a loopback name is everybody's.
         answer = receive(connection, GREETING_LIMIT_BYTES)
         if not hmac.compare_digest(answer, proof("hub", secret, asked, said)):
             raise ValueError("another server")
+        return seals("rank", secret, asked, said)
     except BaseException:
         connection.close()
         raise
-    return connection
 
 
-def _candidates(address: Address) -> Iterator[str]:
-    """Names under which rank 0's host may be reached from here, the most likely first."""
-    if address.master:
-        yield address.master  # rank 0's host by the definition of the env:// rendezvous
-    if address.hostname == socket.gethostname():
-        yield from ("127.0.0.1", "::1")
-    yield address.hostname
+def _hosts(address: Address) -> list[str]:
+    """Return where rank 0's host may be reached from here, the likeliest first.
+
+    Names come last: to ask for one that this host does not know may take many seconds.
+    """
+    here = ("127.0.0.1", "::1") if address.hostname == socket.gethostname() else ()
+    masters = (address.master,) if address.master else ()
+    first = masters if masters and _is_literal(address.master) else ()
+    # The host of the store is rank 0's by the definition of env://, and need not be in fact.
+    return list(dict.fromkeys((*here, *first, *address.hosts, *masters, address.hostname)))
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # The connections of the parent are closed in a forked child, which has to make its own.

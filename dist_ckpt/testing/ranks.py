@@ -39,6 +39,7 @@ _PRELOAD = (
     "numpy",
     "pytest",
     "torch",
+    "torch._dynamo",  # which the first optimizer of a process imports: half a second for each rank
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",

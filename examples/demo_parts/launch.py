@@ -22,7 +22,7 @@ DEADLINE_SECONDS = 900.0
 # Asked to end, torchrun gives its workers 30 s before it kills them itself.
 GRACE_SECONDS = 40.0
 _POLL_SECONDS = 0.1
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # All workers are on this machine: no other interface is needed, nor a host name.
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
@@ -123,7 +123,7 @@ class RunningPhase:
             self.process = subprocess.Popen(
                 phase.command(training),
                 cwd=ROOT,
-                env={**_ENVIRONMENT, **os.environ},
+                env={**ENVIRONMENT, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -62,15 +62,26 @@ class Assassin:
     be committed, because rank 0 still waits for this rank's report.
     """
 
-    def __init__(self, url: str, step: int, diary: Diary) -> None:
-        self.url, self.step, self.diary = url, step, diary
+    def __init__(self, url: str, step: int, diary: Diary, *, whole_host: bool = False) -> None:
+        self.url, self.step, self.diary, self.whole_host = url, step, diary, whole_host
 
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.FileWritten) and event.step == self.step:
             try:
                 self.diary.note("killed", step=self.step, listed=listed_steps(self.url))
             finally:
+                if self.whole_host:
+                    kill_others_of_host()
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_others_of_host() -> None:
+    """Kill torchrun, which would start the workers again, and all that it has started but this."""
+    agent = os.getppid()
+    tasks = Path(f"/proc/{agent}/task").glob("*/children")
+    workers = {int(pid) for task in tasks for pid in task.read_text().split()}
+    for pid in (agent, *(workers - {os.getpid()})):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Watcher:
@@ -117,14 +128,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--diary", type=Path, required=True)
     parser.add_argument("--kill-at", type=int, default=None)
+    parser.add_argument("--victim", type=int, default=VICTIM_RANK)
+    parser.add_argument("--whole-host", action="store_true")
     parser.add_argument("training", nargs="+")
     arguments = parser.parse_args()
     options = train_gpt.parse_options(arguments.training)
     run = options.checkpoint.checkpoint_dir
     diary = Diary(arguments.diary)
     events.subscribe(diary.note_event)
-    if arguments.kill_at and diary.rank == VICTIM_RANK and diary.attempt == 0:
-        events.subscribe(Assassin(run, arguments.kill_at, diary))
+    if arguments.kill_at and diary.rank == arguments.victim and diary.attempt == 0:
+        whole = arguments.whole_host
+        events.subscribe(Assassin(run, arguments.kill_at, diary, whole_host=whole))
     diary.note(
         "start",
         listed=listed_steps(run),

@@ -70,8 +70,9 @@ class FaultProxy:
         fired: how often the fault happened since then.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
         parts = urlsplit(upstream)
+        self._host = host
         self._upstream = (parts.hostname or "", parts.port or 80)
         self._loop = asyncio.new_event_loop()
         self._serving: set[asyncio.Task[None] | None] = set()
@@ -103,9 +104,9 @@ class FaultProxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._server = self._call(asyncio.start_server(self._accept, "127.0.0.1", 0))
+        self._server = self._call(asyncio.start_server(self._accept, self._host, 0))
         port = self._server.sockets[0].getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{port}"
+        self.endpoint = f"http://{self._host}:{port}"
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt.ranks.board import Board
 from dist_ckpt.ranks.channels import Frame, unpacked
+from dist_ckpt.ranks.seals import Packed
 from dist_ckpt.waiting import Bell
 
 JOB = 3
@@ -23,8 +24,8 @@ class Told:
         self.frames: dict[int, list[Frame]] = defaultdict(list)
         self.board = Board(world_size, self.tell, Bell())
 
-    def tell(self, rank: int, data: bytes, name: str | None) -> None:
-        self.frames[rank].append(unpacked(data[4:]))
+    def tell(self, rank: int, data: Packed, name: str | None) -> None:
+        self.frames[rank].append(unpacked(data.body))
 
     def say(self, rank: int, kind: str, name: str = ROUND, data: bytes = b"") -> None:
         self.board.take(rank, Frame(kind, JOB, name, data))  # type: ignore[arg-type]

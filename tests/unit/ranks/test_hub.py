@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -19,9 +19,18 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.ranks import hub as hub_module
+from dist_ckpt.ranks.addresses import listening
 from dist_ckpt.ranks.channels import Channel, Frame, framed, packed, receive, running_loop
 from dist_ckpt.ranks.coordinator import JobCoordinator
-from dist_ckpt.ranks.hub import GREETING_LIMIT_BYTES, Hub, allow_files, hello, listening
+from dist_ckpt.ranks.greeting import (
+    GREETING_LIMIT_BYTES,
+    Hello,
+    challenge,
+    hello,
+    proof,
+    seals,
+)
+from dist_ckpt.ranks.hub import Hub, allow_files
 from dist_ckpt.ranks.rendezvous import Address, connect
 from dist_ckpt.ranks.rounds import Decide
 from dist_ckpt.waiting import Latch
@@ -83,12 +92,23 @@ def test_a_stranger_is_turned_away_and_nobody_else_notices(said: bytes) -> None:
         assert mute.recv(1 << 16), "it is asked who it is"
 
 
-@pytest.mark.parametrize(("rank", "secret"), [(1, bytes(32)), (0, None), (WORLD, None), (-1, None)])
-def test_who_is_none_of_the_job_is_turned_away(rank: int, secret: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("rank", "world_size", "secret"),
+    [
+        (1, WORLD, bytes(32)),
+        (0, WORLD, None),
+        (WORLD, WORLD, None),
+        (-1, WORLD, None),
+        (1, 2, None),
+    ],
+)
+def test_who_is_none_of_the_job_is_turned_away(
+    rank: int, world_size: int, secret: bytes | None
+) -> None:
     hub = hub_of(WORLD)
     with closing(plain(hub)) as connection:
         asked = receive(connection, GREETING_LIMIT_BYTES)
-        said = hello(rank, secret or hub.secret, asked)
+        said = hello(rank, world_size, secret or hub.secret, asked)
         connection.sendall(framed(msgspec.msgpack.encode(said)))
         assert is_turned_away(connection)
 
@@ -96,7 +116,7 @@ def test_who_is_none_of_the_job_is_turned_away(rank: int, secret: bytes | None) 
 def test_a_greeting_that_was_overheard_opens_no_second_connection() -> None:
     hub = hub_of(WORLD)
     with closing(plain(hub)) as first, closing(plain(hub)) as second:
-        said = hello(1, hub.secret, receive(first, GREETING_LIMIT_BYTES))
+        said = hello(1, WORLD, hub.secret, receive(first, GREETING_LIMIT_BYTES))
         receive(second, GREETING_LIMIT_BYTES)
         second.sendall(framed(msgspec.msgpack.encode(said)))
         assert is_turned_away(second)
@@ -111,6 +131,32 @@ def test_strangers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
         agree(hub, [JobCoordinator(line_to(hub, rank)) for rank in (1, 2)])
         for each in others:
             each.close()
+
+
+def test_a_crowd_is_looked_at_for_a_bounded_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "_STRANGERS_PER_SECOND", 5)
+    hub = hub_of(WORLD)
+    members = [JobCoordinator(line_to(hub, rank)) for rank in (1, 2)]
+    with caplog.at_level(logging.WARNING, logger="dist_ckpt"):
+        crowd = [plain(hub) for _ in range(10)]
+        agree(hub, members)
+        assert crowd[-1].recv(1 << 16), "whoever waits long enough is asked who it is"
+    for each in crowd:
+        each.close()
+    (record,) = [each for each in caplog.records if "within a second" in each.message]
+    assert f"the coordination port {hub.port} of rank 0, the last from 127.0.0.1" in record.message
+
+
+def test_strangers_take_no_file_that_the_training_may_need() -> None:
+    hub = hub_of(WORLD)
+    lines = [line_to(hub, rank) for rank in (1, 2)]
+    crowd = [plain(hub) for _ in range(hub_module._STRANGERS + 5)]
+    assert is_turned_away(crowd[0]), "room is kept for ranks that are still to come, and no other"
+    agree(hub, [JobCoordinator(line) for line in lines])
+    for each in crowd:
+        each.close()
 
 
 def test_who_says_nothing_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +182,25 @@ def _serve_another(server: socket.socket) -> None:
         connection.sendall(framed(b"another protocol"))
 
 
-def _raw_rank(hub: Hub, rank: int) -> socket.socket:
-    """Return a connection of `rank` that was let in, and that nobody reads."""
-    connection = plain(hub)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    said = hello(rank, hub.secret, receive(connection, GREETING_LIMIT_BYTES))
-    connection.sendall(framed(msgspec.msgpack.encode(said)))
-    receive(connection, GREETING_LIMIT_BYTES)
-    return connection
+class RawRank:
+    """A rank that was let in, of which each byte is ours; it reads nothing by itself."""
+
+    def __init__(self, hub: Hub, rank: int) -> None:
+        self.socket = plain(hub)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asked = receive(self.socket, GREETING_LIMIT_BYTES)
+        said = hello(rank, hub.world_size, hub.secret, asked)
+        self.socket.sendall(framed(msgspec.msgpack.encode(said)))
+        receive(self.socket, GREETING_LIMIT_BYTES)
+        self._seals = seals("rank", hub.secret, asked, said)
+
+    def sealed(self, frame: Frame) -> bytes:
+        """Return the bytes of the frame that this rank sends next."""
+        body, digest = packed(frame)
+        return framed(body, self._seals.next(digest))
+
+    def close(self) -> None:
+        self.socket.close()
 
 
 def test_a_rank_that_accepts_nothing_holds_nobody_up() -> None:
@@ -151,9 +208,9 @@ def test_a_rank_that_accepts_nothing_holds_nobody_up() -> None:
     line = line_to(hub, 1)
     first, second = JobCoordinator(hub), JobCoordinator(line)
     large = bytes(8 << 20)
-    with closing(_raw_rank(hub, 2)) as deaf:
+    with closing(RawRank(hub, 2)) as deaf:
         for number in range(3):
-            deaf.sendall(packed(Frame("report", 0, f"round-{number}", b"x")))
+            deaf.socket.sendall(deaf.sealed(Frame("report", 0, f"round-{number}", b"x")))
             assert agreed([first, second], f"round-{number}", lambda _: large) == [large] * 2
         for number in range(1000):
             first.post("word", b"%d" % number)
@@ -170,33 +227,103 @@ def _channels(hub: Hub) -> dict[int, Channel]:
 def test_a_message_that_comes_slowly_holds_nobody_up() -> None:
     hub = hub_of(WORLD)
     line = line_to(hub, 1)
-    large = packed(Frame("report", 0, "large", bytes(1 << 20)))
-    with closing(_raw_rank(hub, 2)) as slow:
-        slow.sendall(large[:-1])
+    with closing(RawRank(hub, 2)) as slow:
+        large = slow.sealed(Frame("report", 0, "large", bytes(1 << 20)))
+        slow.socket.sendall(large[:-1])
         other = JobCoordinator(line)
         JobCoordinator(hub).post("word", b"1")
         assert other.wait_for(lambda: other.look("word"), long()) == b"1"
-        slow.sendall(large[-1:])
+        slow.socket.sendall(large[-1:])
         job = [JobCoordinator(hub), other]
         found = agreed(job, "large", lambda messages: str(len(messages[2])).encode())
     assert found == [b"1048576"] * 2
 
 
-def test_a_rank_that_sends_garbage_is_lost_and_named() -> None:
+def _made_up(rank: RawRank) -> bytes:
+    return framed(packed(Frame("report", 0, "round", b"x")).body, bytes(16))
+
+
+def _changed(rank: RawRank) -> bytes:
+    said = rank.sealed(Frame("report", 0, "round", b"x"))
+    return said[:-1] + b"y"
+
+
+def _repeated(rank: RawRank) -> bytes:
+    return 2 * rank.sealed(Frame("note", 0, "note", b"x"))
+
+
+def _left_out(rank: RawRank) -> bytes:
+    rank.sealed(Frame("note", 0, "note", b"x"))
+    return rank.sealed(Frame("report", 0, "round", b"x"))
+
+
+def _swapped(rank: RawRank) -> bytes:
+    first = rank.sealed(Frame("note", 0, "note", b"x"))
+    return rank.sealed(Frame("report", 0, "round", b"x")) + first
+
+
+def _garbage(rank: RawRank) -> bytes:
+    return framed(b"garbage") + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [_made_up, _changed, _repeated, _left_out, _swapped, _garbage],
+    ids=lambda f: f.__name__,
+)
+def test_what_a_rank_did_not_say_or_not_now_is_not_heard(
+    words: Callable[[RawRank], bytes],
+) -> None:
     hub = hub_of(2)
-    with closing(_raw_rank(hub, 1)) as broken:
-        broken.sendall(framed(b"garbage"))
+    with closing(RawRank(hub, 1)) as broken:
+        broken.socket.sendall(words(broken))
         with pytest.raises(CoordinationError, match="rank 1 never will: its connection") as caught:
             JobCoordinator(hub).round(topic(), b"", total, deadline=long())
     assert caught.value.ranks == {1: "connection lost"}
 
 
+def test_a_frame_of_another_connection_is_not_heard() -> None:
+    hub = hub_of(WORLD)
+    with closing(RawRank(hub, 1)) as one, closing(RawRank(hub, 2)) as other:
+        overheard = one.sealed(Frame("report", 0, "round", b"x"))
+        other.socket.sendall(overheard)
+        assert is_turned_away(other.socket)
+        one.socket.sendall(overheard)
+        JobCoordinator(hub).post("here", b"")
+        assert JobCoordinator(hub).wait_for(lambda: hub.board.count(0, "round") == 1, long())
+
+
+def test_a_rank_believes_nothing_that_rank_0_did_not_say() -> None:
+    secret, ours = bytes(32), socket.create_server(("127.0.0.1", 0))
+    with closing(ours):
+        served = threading.Thread(target=_serve_forged, args=(ours, secret))
+        served.start()
+        address = Address(hostname="127.0.0.1", port=ours.getsockname()[1], secret=secret.hex())
+        member = JobCoordinator(connect(address, 1, 2, until=long().at))
+        with pytest.raises(CoordinationError, match=r"cannot be understood.*without its seal"):
+            member.round(topic(), b"x", total, deadline=long())
+        served.join()
+
+
+def _serve_forged(server: socket.socket, secret: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        asked = challenge()
+        connection.sendall(framed(asked))
+        said = msgspec.msgpack.decode(receive(connection, GREETING_LIMIT_BYTES), type=Hello)
+        connection.sendall(framed(proof("hub", secret, asked, said)))
+        # From here on somebody on the way, who knows what is said and not the secret.
+        answer = packed(Frame("answer", 0, "round", b"forged"))
+        connection.sendall(framed(answer.body, bytes(16)))
+        is_turned_away(connection)
+
+
 def test_what_a_rank_says_before_it_goes_is_heard() -> None:
     hub = hub_of(2)
-    with closing(_raw_rank(hub, 1)) as going:
+    with closing(RawRank(hub, 1)) as going:
         for number in range(100):  # which it never reads: its end of the connection is reset
             JobCoordinator(hub).post(f"note {number}", bytes(1000))
-        going.sendall(packed(Frame("leave", 0)))
+        going.socket.sendall(going.sealed(Frame("leave", 0)))
     with pytest.raises(CoordinationError, match="it closed its Checkpointer") as caught:
         JobCoordinator(hub).round(topic(), b"", total, deadline=long())
     assert caught.value.ranks == {1: "left before"}
@@ -204,10 +331,22 @@ def test_what_a_rank_says_before_it_goes_is_heard() -> None:
 
 def test_a_second_connection_of_a_rank_takes_the_place_of_the_first() -> None:
     hub = hub_of(2)
-    with closing(_raw_rank(hub, 1)) as first:
+    with closing(RawRank(hub, 1)) as first:
         line = line_to(hub, 1)
-        assert is_turned_away(first)
+        assert is_turned_away(first.socket)
         agree(hub, [JobCoordinator(line)])
+
+
+def test_who_has_spoken_comes_no_second_time() -> None:
+    """A rank of another start of the job, that finds the address of this one in an old store."""
+    hub = hub_of(2)
+    line = line_to(hub, 1)
+    agree(hub, [JobCoordinator(line)])
+    with closing(plain(hub)) as late:
+        said = hello(1, 2, hub.secret, receive(late, GREETING_LIMIT_BYTES))
+        late.sendall(framed(msgspec.msgpack.encode(said)))
+        assert is_turned_away(late)
+    agree(hub, [JobCoordinator(line)], "next")
 
 
 def test_a_forked_child_does_not_keep_the_connections_of_its_parent() -> None:
@@ -245,14 +384,31 @@ def test_a_forked_child_has_a_loop_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("loopback", [True, False])
-def test_no_more_is_listened_to_than_must_be(loopback: bool) -> None:
-    with listening(loopback=loopback) as found:
+def test_no_more_is_listened_to_than_must_be(
+    loopback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    (found,) = listening(loopback=loopback)
+    with found:
         address = found.getsockname()[0]
         assert (address == "127.0.0.1") is loopback
         if not loopback:
             assert address in ("::", "0.0.0.0")
             port = found.getsockname()[1]
             socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_where_the_training_has_a_loopback_interface_no_other_is_listened_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", loopback_name())
+    (found,) = listening(loopback=False)
+    with found:
+        assert found.getsockname()[0] == "127.0.0.1"
+
+
+def loopback_name() -> str:
+    return next(name for _, name in socket.if_nameindex() if name in ("lo", "lo0"))
 
 
 def test_ranks_come_by_ipv6() -> None:
@@ -318,11 +474,13 @@ def test_a_rank_that_cannot_be_let_in_for_want_of_files_is_let_in_later(
         def close(self) -> None:
             self._inner.close()
 
-    inner = port._listener
+    (inner,) = port._listeners
     exchanged = Latch()
 
     def exchange() -> None:
-        port._listener = Full(inner)  # type: ignore[assignment]  # it is one where it matters
+        port._rest()
+        port._listeners[:] = [Full(inner)]  # type: ignore[list-item]  # one where it matters
+        port.open()
         exchanged.open()
 
     running_loop().call(exchange)

@@ -7,22 +7,26 @@ import socket
 from functools import partial
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not in its stubs
+from torch.distributed import (  # type: ignore[attr-defined]  # public, not in its stubs
+    HashStore,
+    PrefixStore,
+)
 
 from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.ranks import rendezvous
-from dist_ckpt.ranks.coordinator import JobCoordinator
+from dist_ckpt.ranks.coordinator import JobCoordinator, Line
 from dist_ckpt.ranks.hub import Hub
 from tests.unit.ranks.rounds import long, on_every_rank, topic
 
 
 @pytest.fixture(autouse=True)
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(monkeypatch: pytest.MonkeyPatch) -> HashStore:
     """Give the ranks of this process a store of a training."""
     store = HashStore()
     monkeypatch.setattr(rendezvous, "_get_default_store", lambda: store)
     for name in ("MASTER_ADDR", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    return store
 
 
 def joined(world_size: int) -> list[JobCoordinator]:
@@ -49,7 +53,7 @@ def test_where_all_ranks_are_on_one_host_nobody_else_can_connect(
     hub = rendezvous._open(0, 2, "here", 60.0)
     assert isinstance(hub, Hub)
     port = hub.board._tell.__self__  # type: ignore[attr-defined]
-    found = port._listener.getsockname()[0]
+    found = port._listeners[0].getsockname()[0]
     assert found == (address or found)
     assert (found in ("::", "0.0.0.0")) is (address is None)
 
@@ -61,9 +65,7 @@ def test_another_server_at_a_name_of_rank_0_is_passed_by(monkeypatch: pytest.Mon
     assert isinstance(hub, Hub)
     # A loopback name is everybody's: on this host it leads to some other program.
     with socket.create_server(("127.0.0.2", hub.port)) as other:
-        monkeypatch.setattr(
-            rendezvous, "_candidates", lambda address: iter(["127.0.0.2", "127.0.0.1"])
-        )
+        monkeypatch.setattr(rendezvous, "_hosts", lambda address: ["127.0.0.2", "127.0.0.1"])
         monkeypatch.setattr(rendezvous, "_CONNECT_SECONDS", 0.2)
         monkeypatch.setattr(rendezvous, "_GREETING_SECONDS", 0.2)
         assert other.fileno() >= 0  # it accepts in the kernel, and never says a word
@@ -91,3 +93,46 @@ def test_a_dead_rank_0_of_an_earlier_start_is_replaced() -> None:
     dead = rendezvous._open(0, 2, "here", 60.0)
     del dead
     joined(2)
+
+
+@pytest.mark.parametrize(
+    ("agents", "restarts", "says"),
+    [("True", "3", True), ("True", "0", False), ("False", "3", False), ("", "", False)],
+)
+def test_rank_0_says_that_restarted_workers_will_get_an_old_store(
+    *,
+    agents: str,
+    restarts: str,
+    says: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts or "0")
+    rendezvous._open(0, 2, "here", 60.0)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) is says
+
+
+def test_a_rank_of_another_start_does_not_join_one_that_still_lives(shared: HashStore) -> None:
+    """The store outlived a restart, and so did rank 0 of the start before it, on a lost host."""
+    old = joined(2)
+    works = [partial(each.round, topic(), b"x", b"".join, deadline=long()) for each in old]
+    assert on_every_rank(works) == [b"xx"] * 2
+    # The new rank 1 is there before the new rank 0, and finds the address of the old one.
+    asked = PrefixStore("here", shared)
+    before = asked.add("waiting", 0)
+
+    def be_rank_0() -> Hub | Line:
+        while asked.add("waiting", 0) == before:
+            pass
+        return rendezvous._open(0, 2, "here", 60.0)
+
+    def be_rank_1() -> Hub | Line:
+        return rendezvous._open(1, 2, "here", 60.0)
+
+    hub, line = on_every_rank([be_rank_0, be_rank_1])
+    assert isinstance(hub, Hub)
+    assert not isinstance(line, BaseException)
+    new = [JobCoordinator(hub), JobCoordinator(line)]
+    works = [partial(each.round, topic(), b"y", b"".join, deadline=long()) for each in new]
+    assert on_every_rank(works) == [b"yy"] * 2

@@ -1,0 +1,398 @@
+"""Lightning: a plugin for one process and DDP, and strategies by which every rank saves its share.
+
+```python
+from lightning.pytorch import Trainer
+
+from dist_ckpt.integrations.lightning import DistCkptIO
+
+trainer = Trainer(plugins=[DistCkptIO()], max_epochs=3)
+```
+
+The folder of a `ModelCheckpoint` is a run, and a `.ckpt` in it the name of one of its steps
+(`dist_ckpt.integrations.names`). Needs `lightning`; loaded by nobody else.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from dist_ckpt.errors import UsageError
+from dist_ckpt.integrations.lightning_content import (
+    IMPORTED,
+    AnyContent,
+    OptimizersIfFull,
+    RandomState,
+    Rest,
+    asked_for,
+    optimizers_of,
+    read_as_lightning,
+)
+from dist_ckpt.integrations.named_run import NamedRun, random_of
+from dist_ckpt.integrations.names import PointedAt, find, forget_listing, place_and_key
+from dist_ckpt.integrations.versions import warn_if_untested
+from dist_ckpt.options import TIMEOUT_SECONDS
+from dist_ckpt.repository.repository import Repository
+from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.resolve import resolve
+
+__all__ = [
+    "NEWEST",
+    "DistCkptDDPStrategy",
+    "DistCkptIO",
+    "DistCkptModelParallelStrategy",
+    "DistCkptSingleDeviceStrategy",
+    "DistCkptStrategy",
+    "RandomState",
+    "as_file",
+    "newest_in",
+]
+
+_log = logging.getLogger("dist_ckpt")
+
+Path: TypeAlias = str | os.PathLike[str]
+
+_PARTS = ["model", "optimizer", "lightning"]
+
+TESTED = "2.6"
+"""The releases of Lightning that this was tried with."""
+
+NEWEST = "last"
+"""How the names begin that mean the newest checkpoint; as `ModelCheckpoint` has it."""
+
+
+def newest_in(run: Path) -> str | None:
+    """Return `run` if it has a checkpoint, and None if it has not: for `fit(ckpt_path=...)`.
+
+    Args:
+        run: the folder of the `ModelCheckpoint`, a path or a URL.
+
+    Raises:
+        StorageError: it could not be looked at.
+    """
+    return os.fspath(run) if Repository(resolve(run)).candidates() else None
+
+
+def as_file(path: Path) -> io.BytesIO:
+    """Return a checkpoint as the file that Lightning itself writes, in memory.
+
+    For `MyModule.load_from_checkpoint(as_file(trainer.checkpoint_callback.best_model_path))`, and
+    for whoever has no dist_ckpt.
+
+    Args:
+        path: what `fit(ckpt_path=...)` takes.
+
+    Raises:
+        CheckpointError: see `DistCkptIO.load_checkpoint`.
+    """
+    file = io.BytesIO()
+    torch.save(DistCkptIO().load_checkpoint(path), file)
+    file.seek(0)
+    return file
+
+
+class DistCkptIO(CheckpointIO):
+    """Saves the checkpoints of a `Trainer` into runs, in the background; for one process and DDP.
+
+    Rank 0 alone saves, as Lightning has it; every rank reads. What is in flight is finished before
+    `fit` returns, also by an exception. A checkpoint that Lightning wrote itself is read by
+    Lightning.
+
+    Args:
+        discard_newer: whether checkpoints may be given up that are newer than the one that
+            training goes on from; else training refuses to leave them behind.
+        timeout_seconds: after this long a save or a load fails.
+    """
+
+    def __init__(
+        self, *, discard_newer: bool = False, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
+        warn_if_untested("lightning", first=TESTED, last=TESTED)
+        self._discard_newer = discard_newer
+        self._timeout_seconds = timeout_seconds
+        self._model = AnyContent("model")
+        self._optimizer = AnyContent("optimizer")
+        self._rest = Rest()
+        self._runs: dict[str, NamedRun] = {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None = None
+    ) -> None:
+        """Begin to save; return when the state may change again.
+
+        Raises:
+            UsageError: there are `storage_options`, or a value that no checkpoint can hold.
+            CheckpointError: see `Checkpointer.save`; the failure of the save before, too.
+        """
+        _refuse_options(storage_options)
+        place, key = place_and_key(path)
+        asked = asked_for(
+            checkpoint, key, tensors=(checkpoint["state_dict"], optimizers_of(checkpoint))
+        )
+
+        def put() -> None:
+            self._model.value = checkpoint["state_dict"]
+            self._optimizer.value = optimizers_of(checkpoint)
+            self._rest.values = dict(asked.values)
+
+        self._run(place).save(key, asked, put)
+        forget_listing(path)
+
+    def load_checkpoint(
+        self, path: Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Return the checkpoint as Lightning knows it, in host memory.
+
+        Args:
+            path: a name, a run (its newest checkpoint that is whole), `run@step`, a step directory,
+                or what Lightning itself wrote. A name that begins with `last` means the newest.
+            map_location: a device for the tensors; None for host memory.
+            weights_only: of what Lightning wrote, see there; nothing of ours is ever executed.
+
+        Raises:
+            NotFound: there is no checkpoint.
+            IntegrityError: it is damaged, and another one was not asked for.
+        """
+        found = find(path, newest=NEWEST)
+        if found is None:
+            return read_as_lightning(path, map_location, weights_only)
+        run = self._run(found.place)
+        report = run.look(found, self._state(), only=_PARTS)
+        run.go_on_from(report)
+        name = run.name_of(found, report)
+        loaded = {**self._rest.of(name), "state_dict": self._model.value}
+        optimizer, self._model.value, self._optimizer.value = self._optimizer.value, None, None
+        if optimizer is not None and (name is None or name.full):
+            loaded["optimizer_states"] = optimizer if isinstance(optimizer, list) else [optimizer]
+        if isinstance(map_location, str | torch.device):
+            loaded = move_data_to_device(loaded, torch.device(map_location))
+        return loaded
+
+    def remove_checkpoint(self, path: Path) -> None:
+        """Remove a name, and its checkpoint when nothing else names it and it may go.
+
+        See `dist_ckpt.Run.remove` for what is protected.
+        """
+        place, key = place_and_key(path)
+        self._run(place).remove(key)
+        forget_listing(path)
+
+    def teardown(self) -> None:
+        """Finish what is in flight.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        for run in self._runs.values():
+            run.close()
+
+    def _state(self) -> TrainState:
+        return TrainState(
+            rng=None,
+            model=self._model,
+            optimizer=self._optimizer,
+            lightning=PerRank(self._rest),
+        )
+
+    def _run(self, place: str) -> NamedRun:
+        if place not in self._runs:
+            self._runs[place] = NamedRun(
+                place,
+                self._state,
+                ranks="alone",
+                discard_newer=self._discard_newer,
+                timeout_seconds=self._timeout_seconds,
+            )
+        return self._runs[place]
+
+
+class DistCkptStrategy:
+    """To be mixed into a strategy: every rank saves and reads its share, in the background.
+
+    ```python
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from dist_ckpt.integrations.lightning import DistCkptStrategy
+
+    class Sharded(DistCkptStrategy, ModelParallelStrategy):
+        pass
+    ```
+
+    What is saved by one strategy is loaded by any other, at any number of ranks, and so is what
+    `DistCkptIO` saved. The random number generators of each rank are part of it. Hooks that change
+    `checkpoint["state_dict"]` have nothing to change: the model is saved where it lies.
+
+    Args:
+        *args: of the strategy.
+        trainable_only: whether only parameters that require gradients are saved.
+        discard_newer: see `DistCkptIO`.
+        timeout_seconds: after this long a save or a load fails on every rank.
+        **kwargs: of the strategy.
+    """
+
+    # Of the strategy that this is mixed into.
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    lightning_module: Any
+    broadcast: Callable[[Any], Any]
+    global_rank: int
+    world_size: int
+
+    def __init__(
+        self,
+        *args: Any,
+        trainable_only: bool = False,
+        discard_newer: bool = False,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        **kwargs: Any,
+    ) -> None:
+        warn_if_untested("lightning", first=TESTED, last=TESTED)
+        super().__init__(*args, **kwargs)
+        self._trainable_only = trainable_only
+        self._options: dict[str, Any] = {
+            "discard_newer": discard_newer,
+            "timeout_seconds": timeout_seconds,
+        }
+        self._rest = Rest()
+        self._switched: OptimizersIfFull | None = None
+        self._runs: dict[str, NamedRun] = {}
+        self._error: BaseException | None = None
+        self._is_ours = False
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether the model is set up first: what is loaded is filled where it lies."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning restores the optimizers."""
+        return not self._is_ours and bool(getattr(super(), "lightning_restore_optimizer", True))
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return nothing: no copy of the model is made or gathered for a save."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return nothing, as for the model."""
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Path, storage_options: Any | None = None
+    ) -> None:
+        """Begin to save; return when the state may change again. See `DistCkptIO`."""
+        _refuse_options(storage_options)
+        path = self.broadcast(os.fspath(filepath))
+        place, key = place_and_key(path)
+        states = [optimizer.state for optimizer in self.optimizers]
+        live = [*self.model.parameters(), *self.model.buffers()]
+        asked = asked_for(
+            checkpoint, key, tensors=(live, [list(state.values()) for state in states])
+        )
+
+        def put() -> None:
+            self._rest.values = dict(asked.values)
+            if self._switched is not None:
+                self._switched.full = asked.full
+
+        self._run(place).save(key, asked, put)
+        forget_listing(path)
+
+    def load_checkpoint(
+        self, checkpoint_path: Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Fill the model and, in `fit`, the optimizers; return the rest. See `DistCkptIO`."""
+        path = self.broadcast(os.fspath(checkpoint_path))
+        found: PointedAt | None = self.broadcast(find(path, newest=NEWEST))
+        self._is_ours = found is not None
+        if found is None:
+            _log.warning("%s", IMPORTED.format(path=path))
+            loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
+            return loaded
+        run = self._run(found.place)
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if not fits:
+            report = run.look(found, self._state(without=True), only=["model", "lightning"])
+        else:
+            report = run.restore(found)
+        name = run.name_of(found, report)
+        if fits and name is not None and name.random:
+            random_of(name, rank=self.global_rank, world_size=self.world_size)
+        return {"state_dict": {}, **self._rest.of(name)}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Do nothing, as the model is filled already, unless Lightning itself wrote it."""
+        if not self._is_ours:
+            super().load_model_state_dict(checkpoint, strict)  # type: ignore[misc]
+
+    def remove_checkpoint(self, filepath: Path) -> None:
+        """Remove a name, and its checkpoint when it may go. See `DistCkptIO`."""
+        place, key = place_and_key(filepath)
+        self._run(place).remove(key)
+        forget_listing(filepath)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Take note that training ends so: other ranks may not come to the end."""
+        self._error = exception
+        super().on_exception(exception)  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        """Finish what is in flight.
+
+        Raises:
+            CheckpointError: a save failed.
+        """
+        error, self._error = self._error, None
+        try:
+            for run in self._runs.values():
+                run.close(error)
+        finally:
+            super().teardown()  # type: ignore[misc]
+
+    def _state(self, *, without: bool = False) -> TrainState:
+        """Return what is live; `without` optimizers, which may be of another model."""
+        model = ModelPart(self.model, name="model", trainable_only=self._trainable_only)
+        parts: dict[str, Any] = {"model": model, "lightning": PerRank(self._rest)}
+        self._switched = None
+        if self.optimizers and not without:
+            live = self.optimizers[0] if len(self.optimizers) == 1 else list(self.optimizers)
+            self._switched = OptimizersIfFull(live, models=[model], name="optimizer")
+            parts["optimizer"] = self._switched
+        return TrainState(**parts)
+
+    def _run(self, place: str) -> NamedRun:
+        if place not in self._runs:
+            self._runs[place] = NamedRun(place, self._state, with_random=True, **self._options)
+        return self._runs[place]
+
+
+class DistCkptSingleDeviceStrategy(DistCkptStrategy, SingleDeviceStrategy):
+    """One process: what several ranks saved goes on here."""
+
+
+class DistCkptDDPStrategy(DistCkptStrategy, DDPStrategy):
+    """DDP, where each rank writes its share of what all of them have."""
+
+
+class DistCkptModelParallelStrategy(DistCkptStrategy, ModelParallelStrategy):
+    """FSDP2 and tensor parallelism."""
+
+
+def _refuse_options(storage_options: Any | None) -> None:
+    if storage_options is not None:
+        raise UsageError(
+            "save_checkpoint takes no storage_options: credentials and endpoints are those of the "
+            "environment, or of a store that is registered"
+        )
