@@ -103,7 +103,7 @@ class Catalog:
         inner = [fqn + suffix for suffix in Building(noted, fqn).suffixes()]
         if not isinstance(noted.get("dtype"), torch.dtype):
             return  # of before it was noted: its tensors are entries of their own
-        stored = [self.source.index.tensors[self.tensors[n]] for n in inner if n in self.tensors]
+        stored = [self.source.tensors[self.tensors[n]] for n in inner if n in self.tensors]
         most = sum(math.prod(each.shape) for each in stored) * _MOST_PER_ELEMENT
         if math.prod(noted["shape"]) > most:  # whoever makes room for it would be made to run out
             raise IntegrityError(
@@ -138,7 +138,7 @@ class Catalog:
         number = self.tensors.get(fqn)
         if number is None:
             return BytesStorageMetadata()
-        tensor = self.source.index.tensors[number]
+        tensor = self.source.tensors[number]
         rows = self.source.index.chunks_of(number)
         return TensorStorageMetadata(
             TensorProperties(dtype=dtype_of(tensor.dtype)),
@@ -167,7 +167,7 @@ def catalog(source: Source) -> Catalog:
             kind=ErrorKind.VERSION,
         )
     found = Catalog(source, tree=read_tree(source))
-    for number, tensor in enumerate(source.index.tensors):
+    for number, tensor in enumerate(source.tensors):
         found.add_tensor(path_of(tensor.part, tensor.name), number)
     for part, name, data in _objects(source):
         path = path_of(part, name)
@@ -204,7 +204,7 @@ def stock_catalog(store: Store) -> Catalog:
 
     source = ForeignSource.of(store, read_stock(store, place=place))
     found = Catalog(source)
-    numbers = {tensor.name: number for number, tensor in enumerate(source.index.tensors)}
+    numbers = {tensor.name: number for number, tensor in enumerate(source.tensors)}
     values = source.read_objects(REST, rank=0)
     for fqn, path in paths.items():
         if fqn in numbers:
@@ -221,9 +221,9 @@ def _of_parts(source: Source) -> Catalog:
     the tree that stock has, and a part that is one value is taken apart as the stock planner does.
     """
     found = Catalog(source)
-    numbers = {(t.part, t.name): number for number, t in enumerate(source.index.tensors)}
+    numbers = {(t.part, t.name): number for number, t in enumerate(source.tensors)}
     objects = list(_objects(source))
-    stored_groups = list(_groups(objects, source.index.tensors))
+    stored_groups = list(_groups(objects, source.tensors))
     parameters: dict[str, set[str]] = {}
     for part, group in stored_groups:
         parameters.setdefault(part, set()).update(map(str, group["params"]))
@@ -276,7 +276,7 @@ def _path(part: str, name: str, parameters: Mapping[str, set[str]]) -> Path:
 def _add_nested(
     found: Catalog, path: Path, data: bytes, numbers: Mapping[str, int], *, is_group: bool
 ) -> None:
-    tensors = found.source.index.tensors
+    tensors = found.source.tensors
     blanks = {name: _blank(tensors[number]) for name, number in numbers.items()}
     try:
         value = decode(data, tensors=blanks, path=_joined(path))

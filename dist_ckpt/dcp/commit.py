@@ -17,7 +17,9 @@ from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION
-from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
+from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
+from dist_ckpt.format.root import Spent
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index, versions
 from dist_ckpt.repository import Transaction
@@ -121,27 +123,23 @@ class StockAttempt:
         parts = [tensor.part for tensor in index.tensors]
         parts += [entry.part for entry in index.objects]
 
-        def manifest(stored_index: ManifestFile) -> Manifest:
-            return Manifest(
-                step=transaction.step,
-                save_id=transaction.save_id,
-                claim=transaction.claim,
-                created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                world_size=len(reports),
-                versions=versions() | {NAMING: NAMING_VERSION},
-                parts=list(dict.fromkeys(parts)),
-                files=[
-                    ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
-                    for file in index.files
-                ],
-                index=stored_index,
-                metrics=dict(metrics),
-                metadata=dict(metadata),
-                timings={str(rank): _timings(report) for rank, report in enumerate(reports)},
-                parent_step=None,
-            )
+        draft = Manifest(
+            step=transaction.step,
+            save_id=transaction.save_id,
+            claim=transaction.claim,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            world_size=len(reports),
+            versions=versions() | {NAMING: NAMING_VERSION},
+            parts=list(dict.fromkeys(parts)),
+            files=FilesTotal.of(file.nbytes for file in index.files),
+            metrics=dict(metrics),
+            metadata=dict(metadata),
+            timings=longest([_timings(report) for report in reports]),
+            parent_step=None,
+        )
 
-        transaction.commit(index, manifest)
+        spent = [Spent(each.stage_seconds, each.write_seconds) for each in reports]
+        transaction.commit(encode_whole(index, spent), draft)
 
 
 def _boxes(report: StockReport) -> dict[int, Sequence[Held]]:

@@ -42,7 +42,7 @@ def face_targets(
     Raises:
         IncompatibleError: they do not fit; nothing was changed.
     """
-    fqn, stored = item.storage_index.fqn, found.source.index.tensors
+    fqn, stored = item.storage_index.fqn, found.source.tensors
     if not is_wrapped(live):
         _refuse(found, fqn, live, "give a tensor of that class: none is converted")
     here = local_of(live)

@@ -29,7 +29,6 @@ from dist_ckpt.dcp.planners import is_unchanged, put_as_stock
 from dist_ckpt.dcp.turns import wait_for_all
 from dist_ckpt.errors import CheckpointError, IncompatibleError, NotFound, UsageError
 from dist_ckpt.foreign.dcp_files import is_stock
-from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
@@ -42,7 +41,7 @@ from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.checkpoint import unless_deleted
+from dist_ckpt.repository.source import unless_deleted
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.state.wrapped import local_of
 
@@ -294,20 +293,20 @@ class Reader(StorageReader):
         number = self._opened.tensors.get(item.storage_index.fqn)
         if number is None:
             return 0
-        dtype = dtype_of(self._opened.source.index.tensors[number].dtype)
+        dtype = dtype_of(self._opened.source.tensors[number].dtype)
         return math.prod(item.lengths) * dtype.itemsize
 
     def _staged(self, item: ReadItem) -> Wanted:
         """Return memory of our own for what `item` wants."""
         number = self._opened.tensors[item.storage_index.fqn]
-        dtype = dtype_of(self._opened.source.index.tensors[number].dtype)
+        dtype = dtype_of(self._opened.source.tensors[number].dtype)
         return self._target(item, torch.empty(tuple(item.lengths), dtype=dtype))
 
     def _target(self, item: ReadItem, tensor: torch.Tensor) -> Wanted:
         fqn = item.storage_index.fqn
         number = self._opened.tensors[fqn]
         source = self._opened.source
-        stored = source.index.tensors[number]
+        stored = source.tensors[number]
         dtype = dtype_of(stored.dtype)
         memory = tensor.detach()
         fits = memory.dtype == dtype or (self._cast and can_cast(dtype, memory.dtype))
@@ -333,7 +332,7 @@ class Reader(StorageReader):
     def _fill(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
         ties = Ties(
-            source.index,
+            source.index_of,
             wanted,
             where=source.where,
             rule=self._ties,
@@ -347,9 +346,9 @@ class Reader(StorageReader):
 
     def _fetch(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
-        sizes = [file.nbytes for file in source.index.files]
-        files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=MAX_GAP_BYTES)
-        filling = ReadTargets(source.index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
+        index = source.index_of([(each.tensor, each.local.held.box) for each in wanted])
+        files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=source.verified)
+        filling = ReadTargets(index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
             source, files, filling, verify=source.verified, in_flight_bytes=_IN_FLIGHT_BYTES
         ).fetch_all()

@@ -18,7 +18,7 @@ from dist_ckpt.format import document
 from dist_ckpt.format.boxes import volume
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.planning.describe import Held, LocalBox
-from dist_ckpt.planning.files import extra_name, plan_extra, plan_files
+from dist_ckpt.planning.files import StagedFile, plan_files, stage_documents
 from dist_ckpt.planning.index import Document
 from dist_ckpt.planning.owners import Owned
 from dist_ckpt.planning.placing import check_as_stock
@@ -82,8 +82,8 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
     return StockShare(planner, sources, *boxes, documents, faces)
 
 
-def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]]:
-    """Yield name and image of each file that `rank` writes, one in memory at a time.
+def file_images(rank: int, share: StockShare) -> Iterator[StagedFile]:
+    """Yield each file that `rank` writes, one in memory at a time.
 
     Raises:
         UsageError: a tensor has no data, is sparse or quantized, or is not what was planned.
@@ -94,15 +94,10 @@ def file_images(rank: int, share: StockShare) -> Iterator[tuple[str, memoryview]
         for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
             if volume(owned.box):
                 _copy(share, owned.held, image, offset)
-        yield plan.name, image
+        yield StagedFile(plan.name, image, plan.layout.blocks)
         del image  # before the next one is made
     if share.documents:
-        layout = plan_extra({part: len(data) for part, data in share.documents.items()})
-        image = aligned_buffer(layout.nbytes)
-        image[: len(layout.header)] = layout.header
-        for data, offset in zip(share.documents.values(), layout.offsets, strict=True):
-            image[offset : offset + len(data)] = data
-        yield extra_name(rank), image
+        yield stage_documents(rank, share.documents)
 
 
 def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> None:

@@ -10,16 +10,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.foreign.dcp_runs import path_of
-from dist_ckpt.foreign.dcp_tree import FACES, TREE, encode_faces, encode_tree
-from dist_ckpt.format.digest import file_digest
+from dist_ckpt.foreign.dcp_tree import FACES, TREE, TREE_FILE, encode_faces, encode_tree
 from dist_ckpt.format.index import FileEntry, Index
-from dist_ckpt.planning.files import plan_extra
+from dist_ckpt.planning.files import StagedFile, stage_documents
 from dist_ckpt.planning.index import WrittenFile
-from dist_ckpt.storage.direct import aligned_buffer
 
 
-def tree_image(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> memoryview | None:
-    """Return the image of the file that keeps the tree, None if the names alone tell it.
+def tree_file(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> StagedFile | None:
+    """Return the file that keeps the tree, None if the names alone tell it.
 
     Args:
         metadata: what the planner said.
@@ -36,17 +34,12 @@ def tree_image(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> me
     kept = {TREE: encode_tree(data)}
     if faces:
         kept[FACES] = encode_faces(faces)
-    layout = plan_extra({name: len(encoded) for name, encoded in kept.items()})
-    image = aligned_buffer(layout.nbytes)
-    image[: len(layout.header)] = layout.header
-    for encoded, offset in zip(kept.values(), layout.offsets, strict=True):
-        image[offset : offset + len(encoded)] = encoded
-    return image
+    return replace(stage_documents(0, kept), name=TREE_FILE)
 
 
 def with_tree(index: Index, tree: WrittenFile | None) -> Index:
     """Return `index` with the file of the tree, if there is one: nothing in it is an entry."""
     if tree is None:
         return index
-    entry = FileEntry(tree.name, tree.nbytes, file_digest(tree.blocks), tree.blocks)
+    entry = FileEntry.of(tree.name, tree.nbytes, tree.blocks, tree.lengths)
     return replace(index, files=(*index.files, entry))

@@ -39,11 +39,11 @@ from dist_ckpt.dcp.in_flight import (
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.share import file_images, resolve_share
-from dist_ckpt.dcp.tree import tree_image
+from dist_ckpt.dcp.tree import tree_file
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
-from dist_ckpt.foreign.dcp_tree import TREE_FILE
-from dist_ckpt.format.digest import block_digests
+from dist_ckpt.format.digest import digest_blocks
 from dist_ckpt.format.names import check_step
+from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.index import WrittenFile
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.parallel import in_parallel
@@ -259,9 +259,9 @@ class Writer(StorageWriter, AsyncStager):
                 raise mixed_up()
             begun = time.perf_counter()
             try:
-                image = tree_image(metadata, attempt.faces(reports))
-                if image is not None:
-                    tree = _put(attempt.transaction, 0, TREE_FILE, image)
+                file = tree_file(metadata, attempt.faces(reports))
+                if file is not None:
+                    tree = _put(attempt.transaction, 0, file)
                     reports[0] = msgspec.structs.replace(reports[0], tree=tree)
                 attempt.commit(reports, metrics=self._metrics, metadata=self._metadata)
             finally:
@@ -292,9 +292,9 @@ class Writer(StorageWriter, AsyncStager):
             share = resolve_share(plan, planner)
             staging = time.perf_counter() - begun
             files: list[WrittenFile] = []
-            for name, image in file_images(assigned.rank, share):
-                files.append(_put(transaction, assigned.rank, name, image))
-                del image  # before the next one is made: memory for one is all that this takes
+            for file in file_images(assigned.rank, share):
+                files.append(_put(transaction, assigned.rank, file))
+                del file  # before the next one is made: memory for one is all that this takes
         except BaseException as error:
             # At once: there may be no room for another save, and none commits without this rank.
             with suppress(Exception):
@@ -339,15 +339,16 @@ class Writer(StorageWriter, AsyncStager):
             )
 
 
-def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> WrittenFile:
+def _put(transaction: Transaction, rank: int, file: StagedFile) -> WrittenFile:
     """Store one file, durably, and tell the listeners of it."""
+    image = file.image
     begun = time.perf_counter()
     blocks: list[bytes] = []
     keys: list[str] = []
     # Both at once, of bytes that no store can change: the disk need not wait for the digests.
     work = [
-        lambda: keys.append(transaction.put_file(name, [image.toreadonly()])),
-        lambda: blocks.append(block_digests(image)),
+        lambda: keys.append(transaction.put_file(file.name, [image.toreadonly()])),
+        lambda: blocks.append(digest_blocks(file.blocks, image)),
     ]
     in_parallel(lambda part: part(), work, threads=len(work))
     (key,) = keys
@@ -362,4 +363,4 @@ def _put(transaction: Transaction, rank: int, name: str, image: memoryview) -> W
             seconds=time.perf_counter() - begun,
         )
     )
-    return WrittenFile(name, len(image), blocks[0])
+    return WrittenFile(file.name, len(image), blocks[0], file.blocks)

@@ -8,7 +8,7 @@ go to the checkpoint as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,8 @@ from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.format import document
-from dist_ckpt.format.index import Index
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
@@ -94,6 +95,20 @@ class DcpRun:
     def index(self) -> Index:
         """Where every byte lies."""
         return self._look()[1]
+
+    @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Every tensor, under its name in a part."""
+        return self.index.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have."""
+        return self._checkpoint.nbytes
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return what there must be to read boxes. See `Source.index_of`."""
+        return replace(self._checkpoint.index_of(wanted), tensors=self.tensors)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -52,11 +52,11 @@ def read_tree(checkpoint: Checkpoint) -> Tree | None:
         IncompatibleError: it holds a type that is not registered in this program.
     """
     # Before trees were kept this may have been the name of a part.
-    a_part = any(tensor.part == TREE for tensor in checkpoint.index.tensors)
-    for number, file in enumerate(checkpoint.index.files):
-        if file.name == TREE_FILE and not a_part:
-            image = bytes(checkpoint.read_blocks(number, 0, file.nbytes))
-            entries = parse_header(image, file.nbytes).entries
+    a_part = any(tensor.part == TREE for tensor in checkpoint.tensors)
+    for number, (name, nbytes) in enumerate(checkpoint.files):
+        if name == TREE_FILE and not a_part:
+            image = bytes(checkpoint.read_blocks(number, 0, nbytes))
+            entries = parse_header(image, nbytes).entries
             kept = {each.name: image[each.offset : each.offset + each.nbytes] for each in entries}
             where = f"{TREE} of {checkpoint.where}"
             if TREE not in kept:

@@ -205,6 +205,20 @@ class ForeignSource:
         return cls(store, msgspec.msgpack.encode(message))
 
     @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Every tensor."""
+        return self.index.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have."""
+        return sum(file.nbytes for file in self.index.files)
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return all of the index: it is here already. See `Source.index_of`."""
+        return self.index
+
+    @property
     def where(self) -> str:
         """How messages name this checkpoint."""
         return f"the {self.format} checkpoint in {self.store.url}"

@@ -1,1 +1,1 @@
-"""Format 1: bytes to values and back, without I/O; the normative text is docs/spec/format-v1.md."""
+"""The stored formats, bytes to values and back, without I/O; the texts are in docs/spec."""

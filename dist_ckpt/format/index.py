@@ -1,9 +1,9 @@
-"""The index: what it holds (`Index`), its bytes (`encode`), and their strict reading (`decode`)."""
+"""The one index of format 1: its bytes (`encode`), and their strict reading (`decode`)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -48,9 +48,16 @@ class _Version(msgspec.Struct):
     format: int
 
 
+class _WireFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    name: str
+    nbytes: int
+    digest: str
+    blocks: bytes
+
+
 class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     format: int
-    files: tuple[FileEntry, ...]
+    files: tuple[_WireFile, ...]
     tensors: tuple[TensorEntry, ...]
     objects: tuple[ObjectEntry, ...]
     chunk_tensor: bytes
@@ -69,7 +76,7 @@ def encode(index: Index) -> bytes:
     chunks = index.chunks
     wire = _Wire(
         FORMAT,
-        index.files,
+        tuple(_WireFile(f.name, f.nbytes, f.digest, f.blocks) for f in index.files),
         index.tensors,
         index.objects,
         chunks.tensor.astype("<u4").tobytes(),
@@ -108,20 +115,21 @@ def decode(data: bytes) -> Index:
     # RecursionError: how deep the bytes nest is chosen by whoever wrote them.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _malformed(f"it cannot be decoded ({error})") from error
-    _check_files(wire.files)
-    _check_tensors(wire.tensors)
-    _check_objects(wire.objects, wire.files)
+    files = tuple(FileEntry(f.name, f.nbytes, f.digest, f.blocks) for f in wire.files)
+    _check_files(files)
+    check_tensors(wire.tensors)
+    _check_objects(wire.objects, files)
     chunks = ChunkTable(
         _column(wire.chunk_tensor, np.uint32),
         _column(wire.chunk_file, np.uint32),
         _column(wire.chunk_offset, np.uint64),
         _column(wire.chunk_box, np.int64),
     )
-    _check_columns(chunks, wire.files, wire.tensors)
+    _check_columns(chunks, files, wire.tensors)
     for number, starts, sizes in _by_ndim(chunks, wire.tensors):
         _check_tiles(wire.tensors, chunks.tensor[number], starts, sizes)
-        _check_bytes(wire, chunks, number, sizes)
-    return Index(wire.files, wire.tensors, wire.objects, chunks)
+        _check_bytes(files, wire.tensors, chunks, (number, sizes))
+    return Index(files, wire.tensors, wire.objects, chunks)
 
 
 def _check_files(files: tuple[FileEntry, ...]) -> None:
@@ -144,7 +152,12 @@ def _check_files(files: tuple[FileEntry, ...]) -> None:
             )
 
 
-def _check_tensors(tensors: tuple[TensorEntry, ...]) -> None:
+def check_tensors(tensors: Sequence[TensorEntry]) -> None:
+    """Check names, types and shapes of tensors.
+
+    Raises:
+        IntegrityError: one cannot be, or two of one part have the same name.
+    """
     if len({(tensor.part, tensor.name) for tensor in tensors}) != len(tensors):
         raise _malformed("two tensors of one part have the same name")
     for tensor in tensors:
@@ -237,19 +250,23 @@ def _check_tiles(
 
 
 def _check_bytes(
-    wire: _Wire, chunks: ChunkTable, number: NDArray[np.intp], sizes: NDArray[np.int64]
+    files: Sequence[FileEntry],
+    tensors: Sequence[TensorEntry],
+    chunks: ChunkTable,
+    boxes: tuple[NDArray[np.intp], NDArray[np.int64]],
 ) -> None:
-    items = np.array([DTYPES[tensor.dtype][1] for tensor in wire.tensors], np.int64)
+    number, sizes = boxes
+    items = np.array([DTYPES[tensor.dtype][1] for tensor in tensors], np.int64)
     # The boxes lie inside their tensors, whose bytes int64 holds: the product cannot overflow.
     nbytes = (sizes.prod(axis=1) * items[chunks.tensor[number]]).astype(np.uint64)
-    ends = np.array([file.nbytes for file in wire.files], np.uint64)[chunks.file[number]]
+    ends = np.array([file.nbytes for file in files], np.uint64)[chunks.file[number]]
     offset = chunks.offset[number]
     # `ends - offset` may wrap only where `offset > ends` has already condemned the row.
     outside = (offset > ends) | (nbytes > ends - offset)
     if outside.any():
         row = int(np.argmax(outside))
-        tensor = wire.tensors[chunks.tensor[number[row]]]
-        file = wire.files[chunks.file[number[row]]]
+        tensor = tensors[chunks.tensor[number[row]]]
+        file = files[chunks.file[number[row]]]
         raise _malformed(
             f"a chunk of tensor {tensor.name!r} takes {nbytes[row]} bytes at {offset[row]} "
             f"of file {file.name}, which has {file.nbytes}"

@@ -5,8 +5,10 @@ Chunks are columns, not objects: a checkpoint of thousands of ranks has millions
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -14,22 +16,83 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, digest_blocks, file_digest
 
 
-class FileEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class FileEntry:
     """One file of the attempt.
 
     Attributes:
         name: inside the directory of the save id.
         nbytes: its size.
-        digest: of the file, 16 hex digits.
-        blocks: digest of each 1 MiB block, 8 bytes each.
+        digest: of the file, 16 hex digits; empty where its blocks are not known here.
+        blocks: digest of each block, 8 bytes each.
+        lengths: of the blocks, uint32 each; empty where each has 1 MiB and the last one the rest.
     """
 
     name: str
     nbytes: int
     digest: str
     blocks: bytes
+    lengths: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def of(
+        cls, name: str, nbytes: int, blocks: bytes, lengths: Sequence[int] | NDArray[np.int64] = ()
+    ) -> FileEntry:
+        """Return the entry of a file, given the digests and the lengths of its blocks."""
+        return cls(name, nbytes, file_digest(blocks), blocks, np.array(lengths, "<u4").tobytes())
+
+    @cached_property
+    def edges(self) -> NDArray[np.int64]:
+        """Where its blocks begin and end: int64[blocks + 1], from 0 to its size."""
+        if not self.lengths:
+            grid = np.arange(0, self.nbytes, BLOCK_BYTES, dtype=np.int64)
+            return np.append(grid, self.nbytes)
+        lengths = np.frombuffer(self.lengths, "<u4")
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+    def blocks_in(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the number of the block that begins at `start`, and that of the one at `stop`.
+
+        Raises:
+            UsageError: none does.
+        """
+        first, last = np.searchsorted(self.edges, (start, stop)).tolist()
+        if last >= len(self.edges) or self.edges[[first, last]].tolist() != [start, stop]:
+            raise UsageError(f"bytes {start} to {stop} of file {self.name} are not whole blocks")
+        return first, last
+
+    def find_damaged(self, start: int, *buffers: memoryview) -> tuple[int, int, int] | None:
+        """Compare whole blocks from `start` on; return the first that differs, and where it lies.
+
+        Raises:
+            UsageError: these are no whole blocks.
+        """
+        first, last = self.blocks_in(start, start + sum(map(len, buffers)))
+        edges = self.edges[first : last + 1].tolist()
+        lengths = (b - a for a, b in itertools.pairwise(edges))
+        found = digest_blocks(lengths, *buffers)
+        stored = self.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
+        if found == stored:
+            return None
+        bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
+        return first + bad, edges[bad], edges[bad + 1]
+
+    def around(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where the blocks begin and end that hold the bytes `start:stop`."""
+        first = int(np.searchsorted(self.edges, start, side="right")) - 1
+        return int(self.edges[first]), int(self.edges[np.searchsorted(self.edges, stop)])
+
+    def spans(self, most_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the file in pieces of whole blocks, of at most so many bytes or of one block."""
+        first, edges = 0, self.edges
+        while first + 1 < len(edges):
+            last = int(np.searchsorted(edges, edges[first] + most_bytes, side="right")) - 1
+            last = max(last, first + 1)
+            yield int(edges[first]), int(edges[last])
+            first = last
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,11 +24,14 @@ from dist_ckpt.format.names import (
     parse_shard_name,
 )
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)
 LIMIT_BYTES = 1 << 28
 """How large a manifest may be: a hundred times what a hundred thousand ranks have to say."""
 
 _INT64_MAX = 2**63 - 1
+# A manifest is for people: of thousands of ranks they look at those that were slow.
+_MOST_TIMINGS = 64
 _MAX_DEPTH = 64
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"0|[1-9][0-9]{0,4}")
@@ -46,6 +49,19 @@ class ManifestFile(msgspec.Struct, frozen=True):
     digest: str
 
 
+class FilesTotal(msgspec.Struct, frozen=True):
+    """How many shard files there are, and how many bytes they have together."""
+
+    count: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, sizes: Iterable[int]) -> FilesTotal:
+        """Return the total of files of `sizes` bytes."""
+        found = list(sizes)
+        return cls(len(found), sum(found))
+
+
 class RankTimings(msgspec.Struct, frozen=True):
     """What one rank spent on the save: seconds to stage, seconds to write, bytes it wrote."""
 
@@ -55,7 +71,7 @@ class RankTimings(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is said of a checkpoint before its index is read.
+    """All that is said of a checkpoint before its index is read. What is encoded is of format 2.
 
     Attributes:
         step: the training step.
@@ -65,15 +81,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         world_size: number of ranks that saved.
         versions: releases of dist_ckpt, torch and Python, by name.
         parts: names of the parts of the state.
-        files: every file of the attempt but the index.
-        index: the chunk table.
+        files: the shard files, in sum.
+        index: the root; in format 1 the one index. A draft has none.
         metrics: numbers by name; any of them may be infinite or not a number.
         metadata: JSON of the user.
-        timings: by rank, in decimal.
+        timings: by rank, in decimal, of those ranks that took the longest.
         parent_step: the step that the run had restored, if any.
         epoch: the epoch that ended with this step, None in the middle of one.
         origin: what made it, as far as that is known: hosts, command line, commit of the program.
         format: version of the format.
+        listed: every shard file, in format 1; None in others, whose root lists them.
     """
 
     step: int
@@ -83,8 +100,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     versions: dict[str, str]
     parts: list[str]
-    files: list[ManifestFile]
-    index: ManifestFile
+    files: FilesTotal
+    index: ManifestFile = ManifestFile("", 0, "")
     metrics: dict[str, float]
     metadata: dict[str, Any]
     timings: dict[str, RankTimings]
@@ -93,11 +110,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int | None = None
     origin: dict[str, Any] = {}
     format: int = FORMAT
+    listed: list[ManifestFile] | None = None
 
     @property
     def nbytes(self) -> int:
-        """How many bytes all its files hold."""
-        return sum(file.nbytes for file in self.files) + self.index.nbytes
+        """How many bytes its shard files and its index hold."""
+        return self.files.nbytes + self.index.nbytes
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -109,6 +127,7 @@ def encode(manifest: Manifest) -> bytes:
     """
     fields: dict[str, Any] = {"format": manifest.format}
     fields |= {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+    del fields["listed"]
     fields["metrics"] = write_metrics(manifest.metrics)
     fields["metadata"] = plain_metadata(manifest.metadata)
     fields["origin"] = _plain(manifest.origin, "origin", 0)
@@ -149,22 +168,30 @@ def decode(data: bytes, *, step: int) -> Manifest:
     version = fields.get("format")
     if isinstance(version, bool) or not isinstance(version, int):
         raise _malformed(step, "it has no format version")
-    if version != FORMAT:
+    if version not in _READ:
         raise IncompatibleError(
-            f"manifest of step {step} has format version {version}, this program reads version "
-            f"{FORMAT}: use the release that wrote it or a newer one",
+            f"manifest of step {step} has format version {version}, this program reads versions "
+            f"up to {FORMAT}: use the release that wrote it or a newer one",
             kind=ErrorKind.VERSION,
         )
     if tail is None:
         raise _malformed(step, "it does not end in its digest: it was cut short or edited")
     try:
         fields["metrics"] = read_metrics(fields.get("metrics"))
+        fields |= _listed(fields) if version == 1 else {"listed": None}
         manifest = msgspec.convert(fields, Manifest)
     # OverflowError: a metric of four hundred digits.
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
         raise _malformed(step, str(error)) from error
     _check(manifest, step)
     return manifest
+
+
+def _listed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of format 1 that are others by now."""
+    listed = msgspec.convert(fields.get("files"), list[ManifestFile])
+    total = FilesTotal.of(file.nbytes for file in listed)
+    return {"listed": listed, "files": total}
 
 
 def _fields(data: bytes, step: int) -> dict[str, Any]:
@@ -199,9 +226,12 @@ def _check_files(manifest: Manifest, step: int) -> None:
     prefix = f"{manifest.save_id}/"
     if manifest.index.key != prefix + INDEX:
         raise _malformed(step, f"its index is {manifest.index.key!r}, not {prefix + INDEX!r}")
-    if len({file.key for file in manifest.files}) != len(manifest.files):
+    if manifest.files.count < 0 or not 0 <= manifest.files.nbytes <= _INT64_MAX:
+        raise _malformed(step, "its files cannot be so many, or so large")
+    listed = manifest.listed or []
+    if len({file.key for file in listed}) != len(listed):
         raise _malformed(step, "two files have the same key")
-    for file in (*manifest.files, manifest.index):
+    for file in (*listed, manifest.index):
         # Exactly one directory and one pattern: no key can leave the directory of the save id.
         name = file.key.removeprefix(prefix)
         shard = parse_shard_name(name)
@@ -220,6 +250,15 @@ def _check_timings(manifest: Manifest, step: int) -> None:
         seconds = (timing.stage_seconds, timing.write_seconds)
         if min(seconds) < 0 or not 0 <= timing.nbytes <= _INT64_MAX:
             raise _malformed(step, f"the timings of rank {rank} are negative")
+
+
+def longest(timings: Sequence[RankTimings]) -> dict[str, RankTimings]:
+    """Return what a manifest says of the times that ranks took, given those of all by rank."""
+    ranks = list(range(len(timings)))
+    if len(timings) > _MOST_TIMINGS:
+        seconds = [each.stage_seconds + each.write_seconds for each in timings]
+        ranks = sorted(sorted(ranks, key=lambda rank: -seconds[rank])[:_MOST_TIMINGS])
+    return {str(rank): timings[rank] for rank in ranks}
 
 
 def _is_utc(text: str) -> bool:

@@ -33,6 +33,7 @@ _CLAIM = re.compile(r"([0-9]{6})\.json")
 _STATUS = re.compile(r"([0-9]{6})\.status\.json")
 _SAVE_ID = re.compile(r"c([0-9]{6})-[0-9a-f]{16}")
 _PART = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_SEGMENT = re.compile(r"index\.r[0-9]{5}\.msgpack")
 _SHARD = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,63})\.r([0-9]{5})(?:-([0-9]{5}))?\.safetensors")
 
 
@@ -99,6 +100,15 @@ def parse_shard_name(name: str) -> tuple[str, int, int] | None:
     if found is None or (found[3] and not int(found[3])):
         return None
     return found[1], int(found[2]), int(found[3] or 0)
+
+
+def segment_name(rank: int) -> str:
+    """Return the name of the file with the segment of `rank`: `index.r00001.msgpack`.
+
+    Raises:
+        UsageError: a rank outside [0, 100000).
+    """
+    return f"index.r{_check_count('rank', rank, RANK_LIMIT):05d}.msgpack"
 
 
 def claim_key(claim: int) -> str:
@@ -229,7 +239,9 @@ def check_tensor_name(name: str) -> str:
 
 def is_attempt_file(name: str) -> bool:
     """Tell whether `name` is one that dist_ckpt itself writes inside a save id's directory."""
-    return name in (INDEX, PIN, EPOCH_NOTE, REMOVED) or parse_shard_name(name) is not None
+    if name in (INDEX, PIN, EPOCH_NOTE, REMOVED) or _SEGMENT.fullmatch(name) is not None:
+        return True
+    return parse_shard_name(name) is not None
 
 
 def _check_count(what: str, value: SupportsIndex, limit: int) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.format.digest import cut_blocks
 
 ALIGN_BYTES = 4096
 HEADER_LIMIT_BYTES = 100_000_000
@@ -68,11 +69,13 @@ class ShardLayout:
         header: the first bytes of the file, length prefix and padding included.
         offsets: for each entry, in the order given, its absolute byte offset in the file.
         nbytes: size of the file, header and data.
+        blocks: lengths of the blocks that have a digest each.
     """
 
     header: bytes
     offsets: tuple[int, ...]
     nbytes: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ def layout(entries: Sequence[ShardEntry], metadata: Mapping[str, str]) -> ShardL
         }
     header = _frame(_encode(fields))
     offsets = tuple(len(header) + start for start in starts)
-    return ShardLayout(header, offsets, len(header) + position)
+    blocks = cut_blocks(len(header), (sizes[i] for i in order))
+    return ShardLayout(header, offsets, len(header) + position, tuple(blocks))
 
 
 def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
@@ -181,8 +185,8 @@ def parse_header(data: bytes, file_nbytes: int, *, ours: bool = True) -> ShardHe
     Args:
         data: the first bytes of the file, at least `header_nbytes` of them.
         file_nbytes: size of the whole file.
-        ours: whether the rules of format 1 hold too: data on a page boundary, entries in the order
-            of their bytes. Files of other programs are any safetensors.
+        ours: whether the rules of the format hold too: data on a page boundary, entries in the
+            order of their bytes. Files of other programs are any safetensors.
 
     Raises:
         IntegrityError: not safetensors, not aligned, or entries that do not fill the data
@@ -274,5 +278,5 @@ def _check_entry(name: str, wire: _WireEntry, position: int, base: int) -> Store
 
 def _malformed(problem: str) -> IntegrityError:
     return IntegrityError(
-        f"not a shard of format 1: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED
+        f"not a shard file: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED
     )

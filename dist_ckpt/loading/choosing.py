@@ -12,7 +12,6 @@ import numpy as np
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign.source import ForeignSource
-from dist_ckpt.format.index import Index
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.location import (
     Location,
@@ -26,13 +25,12 @@ from dist_ckpt.options import LoadOptions
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
-from dist_ckpt.repository.checkpoint import read_manifest, reread, unless_deleted
+from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.source import Source
+from dist_ckpt.repository.source import Source, reread, unless_deleted
 from dist_ckpt.state.roles import best_of
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.resolve import resolve
 
 Which: TypeAlias = int | Criterion | None
@@ -287,9 +285,6 @@ class Chooser:
 # Which checkpoint to load: rank 0 decides, and sends what it read to the others.
 
 
-_THREADS = 16
-
-
 @dataclass(frozen=True)
 class Choice:
     """A checkpoint, as rank 0 opened it.
@@ -380,14 +375,16 @@ def _look(
 
 def _checked(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Checkpoint:
     # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
-    files = _files_of(checkpoint.index, selects_part)
     with unless_deleted(checkpoint):
-        in_parallel(checkpoint.check_size, files, threads=min(_THREADS, len(files)))
+        checkpoint.check_some(_files_of(checkpoint, selects_part))
     return checkpoint
 
 
-def _files_of(index: Index, selects_part: Callable[[str], bool]) -> list[int]:
+def _files_of(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Sequence[int]:
     """Return the numbers of the files in which the selected parts lie, ascending."""
+    if all(map(selects_part, checkpoint.parts)):
+        return range(len(checkpoint.files))
+    index = checkpoint.index
     chosen = {part: selects_part(part) for part in {tensor.part for tensor in index.tensors}}
     selected = np.array([chosen[tensor.part] for tensor in index.tensors], bool)
     files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from dist_ckpt.ranks.rounds import Deadline
 
 
 PAGE_BYTES = 4096
-"""Each extent begins on a page of a window's memory, where a disk can read into it directly."""
+"""Each extent has pages of a window's memory to itself, where a disk can read into it directly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +78,15 @@ def cost(needs: Sequence[Ranges], group_of: Sequence[int]) -> tuple[int, int]:
     return apart, merge_ranges(Ranges(start, stop)).nbytes
 
 
-def share(
-    needs: Sequence[Ranges], group_of: Sequence[int], *, extent_bytes: int, window_bytes: int
-) -> ReadSchedule:
+def share(needs: Sequence[Ranges], group_of: Sequence[int], *, window_bytes: int) -> ReadSchedule:
     """Decide who reads what.
 
     Each rank reads about the same number of bytes, as far as it needs any that others need too.
 
     Args:
-        needs: of each group, sorted and disjoint, whole units.
+        needs: of each group, sorted and disjoint, whole units, and cut into what an extent may
+            have: at the same places by all that need what lies there.
         group_of: for each rank, the number of its group.
-        extent_bytes: the most that an extent has, a multiple of the unit.
         window_bytes: the most that a rank holds in a window, if an extent is no more.
     """
     members: list[list[int]] = [[] for _ in needs]
@@ -101,7 +98,7 @@ def share(
         if len(groups) == 1 and len(members[groups[0]]) == 1:
             private[groups[0]].append((start, stop))
         else:
-            common += [(*each, groups) for each in _extents(start, stop, extent_bytes)]
+            common.append((start, stop, groups))
     alone = tuple(_ranges(private[group]) for group in group_of)
     readers = _Readers(members, [each.nbytes for each in alone])
     windows = _Windows(len(needs), window_bytes)
@@ -114,19 +111,27 @@ def share(
 
 def place_extents(extents: Sequence[Extent]) -> list[int]:
     """Return where in the memory of a window each of `extents` begins, and behind them its end."""
-    places = [0]
+    places, page = [], 0
     for extent in extents:
-        places.append(places[-1] + -(-extent.nbytes // PAGE_BYTES) * PAGE_BYTES)
-    return places
+        # As far into its page as its address is: so whole sectors around it can be read there.
+        places.append(page + extent.start % PAGE_BYTES)
+        page += pages_of(extent.start, extent.stop)
+    return [*places, page]
+
+
+def pages_of(start: int, stop: int) -> int:
+    """Return how many bytes the pages have that the addresses from `start` to `stop` are in."""
+    return -(-stop // PAGE_BYTES) * PAGE_BYTES - start // PAGE_BYTES * PAGE_BYTES
 
 
 def _overlay(needs: Sequence[Ranges]) -> list[tuple[int, int, tuple[int, ...]]]:
     """Return the ranges that the same groups need, with those groups, in order."""
     counts = [len(each) for each in needs]
     group = np.repeat(np.arange(len(needs)), counts)
-    address = np.concatenate([each.start for each in needs] + [each.stop for each in needs])
+    # Ends first: where a range of a group touches the next one, the group is there again.
+    address = np.concatenate([each.stop for each in needs] + [each.start for each in needs])
     who = np.concatenate([group, group])
-    begins = np.arange(len(address)) < len(group)
+    begins = np.arange(len(address)) >= len(group)
     order = np.argsort(address, kind="stable")
     found: list[tuple[int, int, tuple[int, ...]]] = []
     active: set[int] = set()
@@ -136,15 +141,8 @@ def _overlay(needs: Sequence[Ranges]) -> list[tuple[int, int, tuple[int, ...]]]:
         if active and at > before:
             found.append((before, at, tuple(sorted(active))))
         before = at
-        # Ranges of one group never touch, so none begins where another of it ends.
         (active.add if begin else active.discard)(number)
     return found
-
-
-def _extents(start: int, stop: int, most: int) -> list[tuple[int, int]]:
-    """Cut at multiples of `most`, wherever the range begins."""
-    edges = [start, *range((start // most + 1) * most, stop, most), stop]
-    return list(itertools.pairwise(edges))
 
 
 def _ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:

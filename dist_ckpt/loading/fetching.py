@@ -13,7 +13,7 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.loading.filling import ReadTarget, ReadTargets
-from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut
+from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
 from dist_ckpt.storage.parallel import in_two_steps
@@ -164,6 +164,9 @@ _DISK = _Pace(8 << 20, reads=6, under_way=8)
 # Each is one request over a network, which many at a time fill; small ones cost processor time.
 _REMOTE = _Pace(16 << 20, reads=8, under_way=10)
 
+# Of fewer bytes than this, a read goes through the page cache whatever it is aligned to.
+_DIRECT_BYTES = 1 << 20
+
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
 
@@ -184,8 +187,7 @@ def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
     if not source.store.capabilities.direct_io:
         return BounceMemory()  # most goes straight to the targets
     pace = _pace(source, in_flight_bytes)
-    nbytes = sum(file.nbytes for file in source.index.files)
-    return BounceMemory(min(pace.under_way * pace.nbytes, nbytes))
+    return BounceMemory(min(pace.under_way * pace.nbytes, source.nbytes))
 
 
 class Fetcher:
@@ -193,8 +195,8 @@ class Fetcher:
 
     Args:
         source: the checkpoint.
-        files: gives the addresses; its unit is the digest block where bytes are verified, and
-            its files lie apart by `MAX_GAP_BYTES`.
+        files: gives the addresses; its units are the blocks where bytes are verified, its files
+            begin at a multiple of `SECTOR_BYTES` and lie apart by `MAX_GAP_BYTES`.
         filling: takes the bytes.
         verify: whether to compare them with their digests.
         in_flight_bytes: the most memory for bytes that are under way.
@@ -218,8 +220,8 @@ class Fetcher:
         self._in_flight_bytes = in_flight_bytes
         self._memory = memory
         self._pace = _pace(source, in_flight_bytes)
-        # Never less than a unit, which is what can be verified.
-        self._read_bytes = max(self._pace.nbytes // files.unit_bytes, 1) * files.unit_bytes
+        # Reads have less than a unit more, and never less than one, which is what can be verified.
+        self._read_bytes = max(self._pace.nbytes - files.largest_unit, files.largest_unit)
 
     def fetch_all(self) -> int:
         """Read all that the filling needs and check that it is filled; return the bytes read."""
@@ -230,10 +232,10 @@ class Fetcher:
     def fetch(self, ranges: Ranges) -> int:
         """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
         bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)
-        reads = cut(bridged, most_bytes=self._read_bytes)
+        reads = cut(bridged, most_bytes=self._read_bytes, begin=self._files.begin)
         if not len(reads):
             return 0
-        largest = int((reads.stop - reads.start).max())
+        largest = int((reads.stop - reads.start).max()) + 2 * SECTOR_BYTES
         at_once, under_way = self._share_out(reads.nbytes, len(reads), largest=largest)
         devices = self._filling.devices
         buffers = BounceBuffers(under_way, largest, devices=devices, memory=self._memory)
@@ -241,8 +243,9 @@ class Fetcher:
         def read(span: tuple[int, int]) -> tuple[BounceBuffer, list[ReadTarget]]:
             start, stop = span
             buffer = buffers.take()
-            landings = self._land(start, buffer.memory[: stop - start])
-            self._read(start, [landing.view for landing in landings])
+            skip = start % SECTOR_BYTES
+            landings = self._land(start, buffer.memory[skip : skip + stop - start])
+            self._read(start, [landing.view for landing in landings], pages=buffer.memory)
             return buffer, landings
 
         def finish(done: tuple[BounceBuffer, list[ReadTarget]]) -> None:
@@ -262,17 +265,23 @@ class Fetcher:
         )
         return bridged.nbytes
 
-    def fetch_into(self, reads: Sequence[tuple[int, memoryview]]) -> int:
-        """Fill each buffer from its address on, whole units; return the bytes read."""
-        nbytes = sum(len(data) for _, data in reads)
+    def fetch_into(self, reads: Sequence[tuple[int, int, memoryview]]) -> int:
+        """Read whole units, each to pages of its own; return the bytes read.
+
+        Args:
+            reads: address, bytes, and the pages: as far into the first one as the address is.
+        """
+        nbytes = sum(count for _, count, _ in reads)
         if not reads:
             return 0
         at_once, under_way = self._share_out(nbytes, len(reads), largest=0)
 
-        def read(each: tuple[int, memoryview]) -> tuple[int, memoryview]:
-            address, view = each
-            self._read(address, [view])
-            return each
+        def read(each: tuple[int, int, memoryview]) -> tuple[int, memoryview]:
+            address, count, pages = each
+            skip = address % SECTOR_BYTES
+            view = pages[skip : skip + count]
+            self._read(address, [view], pages=pages)
+            return address, view
 
         in_two_steps(
             read,
@@ -297,7 +306,8 @@ class Fetcher:
             reads = max(reads, _SMALL_READS)
             under_way = max(under_way, reads + _computing())
         # No more memory than was made ready, and is kept, for reads of full size.
-        most_bytes = min(self._in_flight_bytes, self._pace.under_way * self._read_bytes)
+        full_bytes = self._read_bytes + self._files.largest_unit + 2 * SECTOR_BYTES
+        most_bytes = min(self._in_flight_bytes, self._pace.under_way * full_bytes)
         fitting = most_bytes // max(largest, 1)
         return reads, max(1, min(under_way, fitting, count))
 
@@ -307,10 +317,17 @@ class Fetcher:
             return [ReadTarget(start, bounce)]
         return self._filling.land(start, bounce)
 
-    def _read(self, address: int, views: Sequence[memoryview]) -> None:
+    def _read(self, address: int, views: Sequence[memoryview], *, pages: memoryview) -> None:
+        """Fill `views`, or `pages` that the one view lies in, where whole sectors are faster."""
         file, offset = self._files.place(address)
         with self._naming(address, views):
-            self._source.read_into(file, offset, *views)
+            nbytes = sum(map(len, views))
+            if nbytes < _DIRECT_BYTES or not self._source.store.capabilities.direct_io:
+                self._source.read_into(file, offset, *views)
+                return
+            skip = offset % SECTOR_BYTES
+            end = min(offset + nbytes + -(offset + nbytes) % SECTOR_BYTES, self._files.size(file))
+            self._source.read_into(file, offset - skip, pages[: end - offset + skip])
 
     def _compare(self, address: int, views: Sequence[memoryview]) -> None:
         if self._verify:
@@ -335,9 +352,8 @@ class Fetcher:
     def _damaged(self, address: int, into: Scatter) -> list[str]:
         """Return the names of the tensors in the first unit that cannot be read."""
         file, offset = self._files.place(address)
-        unit = self._files.unit_bytes
-        for start in range(0, into.nbytes, unit):
-            stop = min(start + unit, into.nbytes)
+        for begin, end in self._files.units(address, address + into.nbytes):
+            start, stop = begin - address, end - address
             views = into.cut(start, stop)
             try:
                 self._source.read_into(file, offset + start, *views)

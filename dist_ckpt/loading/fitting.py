@@ -93,7 +93,7 @@ class _Gathering:
 
     def take_tensor(self, number: int) -> None:
         """Gather one stored tensor."""
-        entry = self.source.index.tensors[number]
+        entry = self.source.tensors[number]
         key = (entry.part, entry.name)
         if key in self.owned:
             owner = self.owned[key]
@@ -107,7 +107,7 @@ class _Gathering:
                     self._keep(number, home, new)
 
     def _keep(self, number: int, home: str, name: str) -> None:
-        entry = self.source.index.tensors[number]
+        entry = self.source.tensors[number]
         spec = TensorSpec(entry.dtype, entry.shape)
         self.parts.setdefault(home, _Part()).tensors[name] = spec
         self.numbers[home, name] = number
@@ -173,14 +173,14 @@ def gather(
     homes: set[str] = set()
     unread: set[str] = set()
     for part, mine in _numbers_by_part(source).items():
-        names = (source.index.tensors[number].name for number in mine)
+        names = (source.tensors[number].name for number in mine)
         possible = _homes(part, names, options)
         homes |= possible
         if any(home in live and options.selects_part(home) for home in possible):
             found.take_objects(part, has_tensors=bool(mine))
         else:
             unread.add(part)
-    for number in range(len(source.index.tensors)):
+    for number in range(len(source.tensors)):
         found.take_tensor(number)
     for part in homes:
         found.parts.setdefault(part, _Part())
@@ -217,7 +217,7 @@ def _stored(part: str, found: _Gathering, kept: Mapping[str, Any]) -> Stored:
 
 def _numbers_by_part(source: Source) -> dict[str, list[int]]:
     numbers: dict[str, list[int]] = {part: [] for part in source.parts}
-    for number, entry in enumerate(source.index.tensors):
+    for number, entry in enumerate(source.tensors):
         numbers.setdefault(entry.part, []).append(number)
     return numbers
 

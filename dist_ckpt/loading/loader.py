@@ -28,8 +28,7 @@ from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
-from dist_ckpt.repository.checkpoint import deleted_meanwhile
-from dist_ckpt.repository.source import Source
+from dist_ckpt.repository.source import Source, deleted_meanwhile
 from dist_ckpt.staging.gc_pause import no_collection
 from dist_ckpt.state.train_state import TrainState
 

@@ -21,9 +21,8 @@ from dist_ckpt.options import TIMEOUT_SECONDS, check_known
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
-from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.ranking import Criterion, Mode
-from dist_ckpt.repository.source import Source
+from dist_ckpt.repository.source import Source, unless_deleted
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.roles import which_of
@@ -71,7 +70,7 @@ class StoredTensor:
         self._source = source
         self.number = number
         self._options = options
-        self.info = _info(source.index.tensors[number])
+        self.info = _info(source.tensors[number])
 
     @property
     def shape(self) -> torch.Size:
@@ -150,13 +149,13 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         self._source = source
         self._store = store
         self._options = ReadOptions(verify=verify, exchange="never")
-        self._numbers = {f"{t.part}/{t.name}": i for i, t in enumerate(source.index.tensors)}
+        self._numbers = {f"{t.part}/{t.name}": i for i, t in enumerate(source.tensors)}
         self.step: int = source.step
         self.manifest: Manifest | None = source.manifest
         self.parts: tuple[str, ...] = tuple(source.parts)
         self.verified: bool = verify and source.verified
         self.info: Mapping[str, TensorInfo] = {
-            name: _info(source.index.tensors[number]) for name, number in self._numbers.items()
+            name: _info(source.tensors[number]) for name, number in self._numbers.items()
         }
 
     @property
@@ -326,7 +325,7 @@ def _read_boxes(
 ) -> None:
     wanted = []
     for number, offsets, memory in boxes:
-        entry = source.index.tensors[number]
+        entry = source.tensors[number]
         held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, tuple(memory.shape))
         wanted.append(Wanted(number, LocalBox(held, memory), dtype_of(entry.dtype)))
     with unless_deleted(source):

@@ -34,7 +34,7 @@ def peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
 
 
 def _wanted(source: Source, number: int) -> Wanted:
-    entry = source.index.tensors[number]
+    entry = source.tensors[number]
     memory = torch.empty(entry.shape, dtype=dtype_of(entry.dtype))
     start = (0,) * len(entry.shape)
     held = Held(entry.part, entry.name, entry.dtype, entry.shape, start, entry.shape)

@@ -2,12 +2,13 @@
 
 All files of a checkpoint are thought of as lying in one row, each from a multiple of `unit_bytes`
 on and never touching the one before it. A place in this row is an *address*: then a range is two
-numbers, and what is true of neighbours in one file needs no look at which file it is.
+numbers, and what is true of neighbours in one file needs no look at which file it is. Reads are
+made of *units*: blocks with a digest, or, unverified, runs of `unit_bytes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.index_values import Index
 from dist_ckpt.format.shard import DTYPES
 
 Column = NDArray[np.int64]
+
+SECTOR_BYTES = 4096
+"""A disk reads whole ones of these, to memory that begins at a multiple of it."""
 
 _ADDRESS_LIMIT = 1 << 62
 
@@ -53,27 +58,55 @@ class Files:
 
     Args:
         sizes: bytes of each file, by its number.
-        unit_bytes: what reads are made of: digest blocks, sectors, or single bytes.
-        apart_bytes: how many addresses lie between two files besides: as many as the gaps have
-            that are to be bridged.
+        unit_bytes: what reads are made of where there are no blocks: sectors, or single bytes.
+        apart_bytes: how many addresses lie between two files: as gaps have that are bridged.
+        blocks: where those of each file begin and end, from 0 to its size; None: not known.
 
     Raises:
         UsageError: a size or the unit is out of range, or there are more bytes than addresses.
     """
 
-    def __init__(self, sizes: Sequence[int], *, unit_bytes: int, apart_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        unit_bytes: int,
+        apart_bytes: int = 0,
+        blocks: Sequence[Column | None] | None = None,
+    ) -> None:
         if unit_bytes < 1 or apart_bytes < 0 or any(size < 0 for size in sizes):
             raise UsageError(f"bad sizes: unit_bytes={unit_bytes}, files of {min(sizes)} bytes")
         # In Python integers: what an index claims may be more than int64 holds.
         apart = 1 + -(-apart_bytes // unit_bytes)
         if sum(sizes) + (1 + apart) * unit_bytes * (len(sizes) + 1) > _ADDRESS_LIMIT:
             raise UsageError(f"{len(sizes)} files claim more bytes than a load can address")
-        self.unit_bytes = unit_bytes
+        self._unit_bytes = unit_bytes
         self._sizes = np.array(sizes, np.int64)
         # More units than it has, so that the end of a file never touches the next one, and no read
         # that goes on over a gap leaves its file.
         units = -(-self._sizes // unit_bytes) + apart
         self._base = np.concatenate([[0], np.cumsum(units * unit_bytes)]).astype(np.int64)
+        self._edges: Column | None = None
+        if blocks is not None:
+            edges = [self._base[n] + each for n, each in enumerate(blocks) if each is not None]
+            self._edges = np.concatenate([np.zeros(0, np.int64), *edges])
+
+    @classmethod
+    def of(cls, index: Index, *, apart_bytes: int, verify: bool) -> Files:
+        """Return the row of the files of `index`, which has the digests of what is verified."""
+        # What is not verified is read by sectors, so that it can go past the page cache too.
+        blocks = [file.edges if file.digest else None for file in index.files] if verify else None
+        sizes = [file.nbytes for file in index.files]
+        return cls(sizes, unit_bytes=SECTOR_BYTES, apart_bytes=apart_bytes, blocks=blocks)
+
+    @property
+    def largest_unit(self) -> int:
+        """The most bytes of a unit."""
+        return self._unit_bytes if self._edges is None else BLOCK_BYTES
+
+    def size(self, file: int) -> int:
+        """Return the bytes of file number `file`."""
+        return int(self._sizes[file])
 
     def address(self, file: NDArray[np.integer], offset: Column) -> Column:
         """Return the addresses of the bytes at `offset` of the files of numbers `file`."""
@@ -90,10 +123,27 @@ class Files:
 
         None of `ranges` is empty or leaves its file.
         """
-        unit = self.unit_bytes
+        if self._edges is not None:
+            stop = self._edges[np.searchsorted(self._edges, ranges.stop)]
+            return Ranges(self.begin(ranges.start), stop)
+        unit = self._unit_bytes
         file = np.searchsorted(self._base, ranges.start, side="right") - 1
         end = self._base[file] + self._sizes[file]
-        return Ranges(ranges.start // unit * unit, np.minimum(-(-ranges.stop // unit) * unit, end))
+        return Ranges(self.begin(ranges.start), np.minimum(-(-ranges.stop // unit) * unit, end))
+
+    def begin(self, addresses: Column) -> Column:
+        """Return where the unit begins that each address is in."""
+        if self._edges is None:
+            return addresses // self._unit_bytes * self._unit_bytes
+        found: Column = self._edges[np.searchsorted(self._edges, addresses, side="right") - 1]
+        return found
+
+    def units(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the units that a run of whole units is made of."""
+        found = [(start, start)]
+        while (at := found[-1][1]) < stop:
+            found += self.widen(Ranges(np.array([at]), np.array([at + 1]))).pairs()
+        return found[1:]
 
 
 def merge_ranges(ranges: Ranges) -> Ranges:
@@ -127,20 +177,29 @@ def bridge(ranges: Ranges, *, max_gap_bytes: int) -> Ranges:
     return Ranges(ranges.start[heads], ranges.stop[tails])
 
 
-def cut(ranges: Ranges, *, most_bytes: int) -> Ranges:
+def cut(
+    ranges: Ranges, *, most_bytes: int, begin: Callable[[Column], Column] = lambda at: at
+) -> Ranges:
     """Cut the ranges at every multiple of `most_bytes`, so that none has more.
 
     The places do not depend on where a range begins: two ranks that cut what they have in common
     do it at the same places.
+
+    Args:
+        ranges: sorted and disjoint.
+        most_bytes: where to cut.
+        begin: `Files.begin`, to cut where units begin: then a range may have a unit more.
     """
-    first = ranges.start // most_bytes
-    counts = -(-ranges.stop // most_bytes) - first
+    first, stop = ranges.start // most_bytes, -(-ranges.stop // most_bytes)
+    counts = stop - first
     owner = np.repeat(np.arange(len(ranges)), counts)
     step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + first[owner]
-    return Ranges(
-        np.maximum(ranges.start[owner], step * most_bytes),
-        np.minimum(ranges.stop[owner], (step + 1) * most_bytes),
-    )
+    edge, next_edge = begin(step * most_bytes), begin((step + 1) * most_bytes)
+    # Only what lies inside of a range is sure to be in a unit.
+    starts = np.where(step == first[owner], ranges.start[owner], edge)
+    stops = np.where(step + 1 == stop[owner], ranges.stop[owner], next_edge)
+    some = starts < stops
+    return Ranges(np.maximum(starts, ranges.start[owner])[some], stops[some])
 
 
 # Which stored chunks hold wanted boxes, and in which bytes of them. Pure, and near-linear.

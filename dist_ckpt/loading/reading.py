@@ -12,11 +12,23 @@ import msgspec
 import numpy as np
 import torch.distributed as dist
 
-from dist_ckpt.format.digest import BLOCK_BYTES
-from dist_ckpt.loading.exchange import Extent, cost, place_extents, private_group, share, swap
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceBuffers, BounceMemory, Fetcher
+from dist_ckpt.loading.exchange import (
+    PAGE_BYTES,
+    Extent,
+    cost,
+    place_extents,
+    private_group,
+    share,
+    swap,
+)
+from dist_ckpt.loading.fetching import (
+    MAX_GAP_BYTES,
+    BounceBuffers,
+    BounceMemory,
+    Fetcher,
+)
 from dist_ckpt.loading.filling import ReadTargets
-from dist_ckpt.loading.ranges import Files, Ranges
+from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, cut
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Source
@@ -25,7 +37,6 @@ Exchange = Literal["auto", "always", "never"]
 
 ResultT = TypeVar("ResultT")
 
-_SECTOR_BYTES = 4096
 # What one rank reads for several at a time: small enough to even out what ranks read.
 _EXTENT_BYTES = 4 << 20
 # Bytes that nobody wants, inside of a chunk, above which they are stepped over.
@@ -176,7 +187,7 @@ class _Reading:
             plan, data = self._together(
                 "plan",
                 lambda: self._plan(wanted),
-                message=lambda plan: _encode(plan.filling.needs, self._options.exchange),
+                message=lambda plan: _encode(self._needs(plan), self._options.exchange),
                 decide=_decide,
             )
         answer = msgspec.msgpack.decode(data, type=_Answer)
@@ -197,13 +208,10 @@ class _Reading:
 
     def _plan(self, wanted: Sequence[Wanted]) -> _Plan:
         verify = self._options.verify and self._source.verified
-        index = self._source.index
-        # What is not verified is read by sectors, so that it can go past the page cache too.
-        unit = BLOCK_BYTES if verify else _SECTOR_BYTES
-        sizes = [file.nbytes for file in index.files]
-        files = Files(sizes, unit_bytes=unit, apart_bytes=MAX_GAP_BYTES)
+        index = self._source.index_of([(each.tensor, each.local.held.box) for each in wanted])
+        files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=verify)
         filling = ReadTargets(
-            index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else unit
+            index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else SECTOR_BYTES
         )
         fetcher = Fetcher(
             self._source,
@@ -215,16 +223,19 @@ class _Reading:
         )
         return _Plan(files, filling, fetcher)
 
+    def _needs(self, plan: _Plan) -> Ranges:
+        """Return what this rank needs, cut into what one rank may read for several at a time."""
+        # Of what a window holds, each rank should have a share to read.
+        share_bytes = self._options.in_flight_bytes // max(2, self._coordinator.world_size)
+        extent_bytes = min(_EXTENT_BYTES, max(share_bytes, plan.files.largest_unit))
+        return cut(plan.filling.needs, most_bytes=extent_bytes, begin=plan.files.begin)
+
     def _exchange(self, plan: _Plan, answer: _Answer) -> None:
         """Read what falls to this rank, and get the rest from the others, window by window."""
         rank, limit = self._coordinator.rank, self._options.in_flight_bytes
-        unit = plan.files.unit_bytes
-        # Of what a window holds, each rank should have a share to read.
-        share_bytes = limit // max(2, len(answer.group_of)) // unit * unit
         sharing = share(
             [each.ranges for each in answer.needs],
             answer.group_of,
-            extent_bytes=min(max(share_bytes, unit), _EXTENT_BYTES),
             window_bytes=limit,
         )
         mine = [[each for each in window if rank in each.ranks] for window in sharing.windows]
@@ -259,13 +270,11 @@ class _Reading:
     ) -> None:
         extents, memory = window
         rank = self._coordinator.rank
-        views = [
-            memory[start : start + extent.nbytes]
-            for start, extent in zip(place_extents(extents), extents, strict=False)
-        ]
+        placed = list(zip(place_extents(extents), extents, strict=False))
+        views = [memory[start : start + extent.nbytes] for start, extent in placed]
         own = [
-            (extent.start, view)
-            for extent, view in zip(extents, views, strict=True)
+            (extent.start, extent.nbytes, memory[start - start % PAGE_BYTES :])
+            for start, extent in placed
             if extent.reader == rank
         ]
 

@@ -51,10 +51,11 @@ class FilePlan:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """The image of one file, ready to be written."""
+    """The image of one file, ready to be written, and the lengths of its blocks."""
 
     name: str
     image: memoryview
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def lay_out(arena: Arena, plans: Sequence[FilePlan]) -> list[StagedFile]:
     for plan in plans:
         image = arena.take(plan.layout.nbytes)
         image[: len(plan.layout.header)] = plan.layout.header
-        staged.append(StagedFile(plan.name, image))
+        staged.append(StagedFile(plan.name, image, plan.layout.blocks))
     return staged
 
 
@@ -177,7 +178,7 @@ def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:
     image[: len(extra.header)] = extra.header
     for data, offset in zip(documents.values(), extra.offsets, strict=True):
         image[offset : offset + len(data)] = data
-    return StagedFile(extra_name(rank), image)
+    return StagedFile(extra_name(rank), image, extra.blocks)
 
 
 def check_reported_sizes(

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import file_digest
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.segment import Segment
+from dist_ckpt.format.structure import Cut, RankChunks, structure_of
 from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.files import check_reported_sizes, extra_name, plan_extra, plan_files
+from dist_ckpt.planning.files import (
+    FilePlan,
+    check_reported_sizes,
+    extra_name,
+    plan_extra,
+    plan_files,
+)
 from dist_ckpt.planning.holdings import TensorKey
 from dist_ckpt.planning.owners import Owned
 
@@ -29,11 +40,12 @@ def versions() -> dict[str, str]:
 
 
 class WrittenFile(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank reports of one file: its size and the digest of each block."""
+    """What a rank reports of one file: its size, and of each block the digest and the length."""
 
     name: str
     nbytes: int
     blocks: bytes
+    lengths: Sequence[int]
 
 
 class Document(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +93,7 @@ def build_index(
         sizes = {document.part: document.nbytes for document in share.documents}
         check_reported_sizes(rank, plans, sizes, {f.name: f.nbytes for f in share.files})
         numbers = {file.name: len(files) + i for i, file in enumerate(share.files)}
-        files += [FileEntry(f.name, f.nbytes, file_digest(f.blocks), f.blocks) for f in share.files]
+        files += [FileEntry.of(f.name, f.nbytes, f.blocks, f.lengths) for f in share.files]
         for plan in plans:
             for box, offset in zip(plan.owned, plan.layout.offsets, strict=True):
                 entry = share.held[box.held].tensor
@@ -92,6 +104,117 @@ def build_index(
                     rows.append((tensor, numbers[plan.name], offset, box.box))
         objects += _objects(rank, share.documents, numbers)
     return Index.build(files, list(tensors), objects, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexPlan:
+    """What is known of the index before anything is written: it holds as long as the plan does.
+
+    Attributes:
+        structure: of the checkpoint, encoded.
+        numbers: by rank, for each box that it holds, the number of its tensor.
+        chunks: by rank, a digest of the boxes that it writes.
+    """
+
+    structure: bytes
+    numbers: Sequence[Sequence[int]]
+    chunks: Sequence[str]
+
+
+def plan_index(
+    held_by_rank: Sequence[Sequence[Held]],
+    owned_by_rank: Sequence[Sequence[Owned]],
+    ties: Mapping[TensorKey, str],
+) -> IndexPlan:
+    """Describe who writes what, on the one rank that knows it of all.
+
+    Args:
+        held_by_rank: for each rank the boxes it holds.
+        owned_by_rank: what it writes of them.
+        ties: by tensor, the one in its part whose bytes are its bytes too.
+
+    Raises:
+        UsageError: a name is not Unicode text, or there is too much of it.
+    """
+    cuts: dict[TensorEntry, list[Cut]] = {}
+    for held in held_by_rank:
+        for each in held:
+            cuts.setdefault(each.tensor, [])
+    numbers_of = {tensor: number for number, tensor in enumerate(cuts)}
+    numbers = [[numbers_of[each.tensor] for each in held] for held in held_by_rank]
+    for rank, owned in enumerate(owned_by_rank):
+        for box in owned:
+            tensor = held_by_rank[rank][box.held].tensor
+            cuts[tensor].append((rank, box.offsets, box.sizes))
+    by_key = {(tensor.part, tensor.name): tensor for tensor in cuts}
+    owners = {by_key[part, name]: by_key[part, owner] for (part, name), owner in ties.items()}
+    chunks = [
+        _digest_chunks(_rows((mine[box.held], box) for box in owned))
+        for mine, owned in zip(numbers, owned_by_rank, strict=True)
+    ]
+    return IndexPlan(structure_format.encode(structure_of(cuts, owners)), numbers, chunks)
+
+
+def describe_share(
+    rank: int,
+    *,
+    numbers: Sequence[int],
+    plans: Sequence[FilePlan],
+    files: Sequence[WrittenFile],
+    documents: Sequence[Document],
+) -> tuple[Segment | None, str]:
+    """Describe what `rank` wrote, and return with it the digest of the boxes that it wrote.
+
+    Args:
+        rank: who wrote it.
+        numbers: for each box that it holds, the number of its tensor.
+        plans: its files without that of the documents.
+        files: those that were written, that of the documents included.
+        documents: the encoded values in them.
+
+    Returns:
+        None where it wrote no file.
+
+    Raises:
+        IntegrityError: it wrote other files than were planned.
+    """
+    sizes = {document.part: document.nbytes for document in documents}
+    check_reported_sizes(rank, plans, sizes, {file.name: file.nbytes for file in files})
+    places = {file.name: place for place, file in enumerate(files)}
+    where = {
+        (box.held, box.offsets): (places[plan.name], offset)
+        for plan in plans
+        for box, offset in zip(plan.owned, plan.layout.offsets, strict=True)
+    }
+    rows = _rows((numbers[box.held], box) for plan in plans for box in plan.owned)
+    tensor, boxes = _columns(rows)
+    found = [where[box.held, box.offsets] for _, box in rows]
+    segment = Segment(
+        rank,
+        tuple(FileEntry.of(f.name, f.nbytes, f.blocks, f.lengths) for f in files),
+        RankChunks(tensor, np.zeros(len(tensor), np.int64), boxes),
+        np.array([file for file, _ in found], np.int64),
+        np.array([offset for _, offset in found], np.int64),
+        tuple(_objects(rank, documents, places)),
+    )
+    return (segment if files else None), _digest_chunks(rows)
+
+
+_Row = tuple[int, Owned]
+
+
+def _rows(boxes: Iterable[_Row]) -> list[_Row]:
+    """Sort boxes, each with the number of its tensor, as a segment has them."""
+    return sorted(boxes, key=lambda row: (row[0], row[1].offsets))
+
+
+def _columns(rows: Sequence[_Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    flat = [number for _, box in rows for number in (*box.offsets, *box.sizes)]
+    return np.array([number for number, _ in rows], np.int64), np.array(flat, np.int64)
+
+
+def _digest_chunks(rows: Sequence[_Row]) -> str:
+    return bytes_digest(b"".join(column.tobytes() for column in _columns(rows)))
 
 
 def _tied(ties: Mapping[TensorKey, str]) -> dict[TensorKey, list[str]]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import partial
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format import document
-from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, bytes_digest
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry
-from dist_ckpt.format.manifest import LIMIT_BYTES, Manifest
-from dist_ckpt.format.names import file_key, manifest_key, step_dir
-from dist_ckpt.repository.source import Source, read_file
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest
+from dist_ckpt.format.names import INDEX, file_key, manifest_key, segment_name, step_dir
+from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.format.tables import Column
+from dist_ckpt.repository.described import Values, open_description
+from dist_ckpt.repository.source import deleted_meanwhile, read_file, reread
 from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
-
-_LOOKS = 3
-
-CheckpointT = TypeVar("CheckpointT")
+from dist_ckpt.storage.parallel import in_parallel
 
 
 def read_manifest(store: Store, step: int) -> bytes:
@@ -39,54 +38,12 @@ def read_manifest(store: Store, step: int) -> bytes:
         ) from None
 
 
-class DeletedMeanwhile(NotFound):
-    """A checkpoint was deleted, or saved anew, while it was read: look again."""
+_PAGE_BYTES = 4096
+_MANY_FILES = 64
+_THREADS = 16
 
-
-def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
-    """Return the error that says so of `step`."""
-    return DeletedMeanwhile(
-        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
-        "by the retention of the job that owns the run or by hand: read another one, or the "
-        "newest anew",
-        kind=ErrorKind.NO_CHECKPOINT,
-    )
-
-
-def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
-    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
-
-    Raises:
-        NotFound: it is gone.
-    """
-    for _ in range(_LOOKS - 1):
-        with suppress(DeletedMeanwhile):
-            return look()
-    return look()
-
-
-@contextmanager
-def unless_deleted(source: Source) -> Iterator[None]:
-    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
-
-    Retention beside a reader takes the files away under it; that is no damage.
-    """
-    try:
-        yield
-    except IntegrityError as error:
-        if not source.still_there():
-            raise deleted_meanwhile(source.store, source.step) from error
-        raise
-
-
-_KEPT_BYTES = 4 * BLOCK_BYTES
-_PIECE_BYTES = 16 * BLOCK_BYTES
-
-
-def file_pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the beginnings and ends of the pieces of 16 MiB in which a file is gone through."""
-    for start in range(0, nbytes, _PIECE_BYTES):
-        yield start, min(start + _PIECE_BYTES, nbytes)
+PIECE_BYTES = 16 << 20
+"""About how much of a file is read at once by who goes through all of it."""
 
 
 class Checkpoint:
@@ -95,7 +52,10 @@ class Checkpoint:
     Attributes:
         step: the training step.
         manifest: what was committed, decoded and checked.
-        index: the chunk table, decoded and checked.
+        tensors: every tensor of every part.
+        files: name and size of each shard file.
+        beside: the segments that are files of their own, by name.
+        nbytes: of all shard files together.
     """
 
     def __init__(
@@ -111,10 +71,15 @@ class Checkpoint:
         self.step = step
         self.manifest_bytes = manifest_bytes
         self.index_bytes = index_bytes
-        self._kept: tuple[int, int, memoryview] = -1, 0, memoryview(b"")
+        self._values = Values(self)
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
-        self._check_index_bytes()
-        self.index: Index = index_format.decode(index_bytes)
+        index = self.manifest.index
+        self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
+        self._described = open_description(self.manifest, index_bytes, self._read_segment)
+        self.tensors: tuple[TensorEntry, ...] = self._described.tensors
+        self.files: Sequence[tuple[str, int]] = self._described.files
+        self.beside: Mapping[str, SegmentNote] = self._described.beside
+        self.nbytes: int = self.manifest.files.nbytes
         self._check_files_agree()
         self._check_parts_agree()
 
@@ -148,11 +113,27 @@ class Checkpoint:
                 raise deleted_meanwhile(store, step) from error
             raise
 
+    @property
+    def index(self) -> Index:
+        """Where every chunk lies; all that describes them is read for that.
+
+        Raises:
+            IntegrityError: some of it is damaged or missing.
+        """
+        return self._described.whole()
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return what of the index there must be to read boxes; see `Source.index_of`.
+
+        Raises:
+            IntegrityError: what describes them is damaged or missing.
+        """
+        return self._described.of(wanted)
+
     def still_there(self) -> bool:
         """Whether this very checkpoint is still committed: neither deleted nor saved anew.
 
-        A reader who finds a file missing asks this, to tell damage from a retention that was
-        faster.
+        So damage is told from a retention that was faster.
         """
         return holds(self.store, manifest_key(self.step), self.manifest_bytes)
 
@@ -162,8 +143,36 @@ class Checkpoint:
         Raises:
             IntegrityError: a file is missing, shorter or longer.
         """
-        for number in range(len(self.index.files)):
+        for number in range(len(self.files)):
             self.check_size(number)
+
+    def check_some(self, files: Sequence[int]) -> None:
+        """Compare the sizes of `files`, many at a time, and fetch what values there are meanwhile.
+
+        Raises:
+            IntegrityError: a file is missing, shorter or longer.
+        """
+        values = [
+            entry
+            for part in self._described.value_parts
+            for entry in self._described.objects(part, rank=0)
+            if entry.file in files
+        ]
+        work: list[Callable[[], None]] = [partial(self._values.fetch, values)]
+        if len(files) > _MANY_FILES:
+            work.append(partial(self._check_listed, files))
+        else:
+            work += [partial(self.check_size, file) for file in files]
+        in_parallel(lambda each: each(), work, threads=min(_THREADS, len(work)))
+
+    def _check_listed(self, files: Sequence[int]) -> None:
+        folder = self.key(INDEX).removesuffix(INDEX)
+        there = {entry.key: entry.nbytes for entry in self.store.list_entries(folder)}
+        for name, committed in (self.files[file] for file in files):
+            key = self.key(name)
+            if key not in there:
+                raise self._missing(key)
+            self._check_size(key, there[key], committed)
 
     def check_size(self, file: int) -> None:
         """Compare the size of file number `file` with what was committed.
@@ -171,17 +180,18 @@ class Checkpoint:
         Raises:
             IntegrityError: it is missing, shorter or longer.
         """
-        entry = self.index.files[file]
-        key = self._key(entry)
+        name, committed = self.files[file]
+        key = self.key(name)
         try:
             nbytes = self.store.size(key)
         except NotFound as error:
+            raise self._missing(key) from error
+        self._check_size(key, nbytes, committed)
+
+    def _check_size(self, key: str, nbytes: int, committed: int) -> None:
+        if nbytes != committed:
             raise IntegrityError(
-                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-            ) from error
-        if nbytes != entry.nbytes:
-            raise IntegrityError(
-                f"{self.where}: file {key} holds {nbytes} bytes, committed were {entry.nbytes}",
+                f"{self.where}: file {key} holds {nbytes} bytes, committed were {committed}",
                 kind=ErrorKind.TRUNCATED,
             )
 
@@ -189,22 +199,23 @@ class Checkpoint:
         """Return the bytes `start:stop` of file number `file`, each one verified.
 
         Args:
-            file: position in `index.files`.
-            start: a multiple of the digest block size.
-            stop: a multiple of it too, or the end of the file.
+            file: position in `files`.
+            start: where a block begins.
+            stop: where one ends.
 
         Raises:
             IntegrityError: the file is missing, truncated, or a block differs from its digest.
         """
-        # On a page, so that a disk can read into it directly.
-        data = aligned_buffer(stop - start)
-        self.read_into(file, start, data)
-        self.compare(file, start, data)
-        return data
+        # A page of memory for each of the file, so that a disk can read into it directly.
+        skip = start % _PAGE_BYTES
+        data = aligned_buffer(skip + stop - start)
+        self.read_into(file, start - skip, data)
+        self.compare(file, start, data[skip:])
+        return data[skip:]
 
     def read_pieces(self, file: int) -> Iterator[memoryview]:
-        """Yield the bytes of file number `file` in `file_pieces`. See `read_blocks`."""
-        for start, stop in file_pieces(self.index.files[file].nbytes):
+        """Yield the bytes of file number `file`, verified, in pieces. See `read_blocks`."""
+        for start, stop in self.file(file).spans(PIECE_BYTES):
             yield self.read_blocks(file, start, stop)
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
@@ -213,18 +224,15 @@ class Checkpoint:
         Raises:
             IntegrityError: the file is missing or truncated.
         """
-        entry = self.index.files[file]
-        key = self._key(entry)
+        name, nbytes = self.files[file]
+        key = self.key(name)
         try:
             count = read_file(self.store, key, start, buffers)
         except NotFound as error:
-            raise IntegrityError(
-                f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE
-            ) from error
+            raise self._missing(key) from error
         if count != sum(map(len, buffers)):
             raise IntegrityError(
-                f"{self.where}: file {key} ends at byte {start + count}, "
-                f"{entry.nbytes} were committed",
+                f"{self.where}: file {key} ends at byte {start + count}, {nbytes} were committed",
                 kind=ErrorKind.TRUNCATED,
             )
 
@@ -234,18 +242,30 @@ class Checkpoint:
         Raises:
             IntegrityError: a block differs from its digest; names it.
         """
-        entry = self.index.files[file]
-        first = start // BLOCK_BYTES
-        found = block_digests(*buffers)
-        stored = entry.blocks[8 * first : 8 * first + len(found)]
-        if found != stored:
-            bad = next(i for i in range(0, len(found), 8) if found[i : i + 8] != stored[i : i + 8])
-            block = first + bad // 8
+        entry = self.file(file)
+        damaged = entry.find_damaged(start, *buffers)
+        if damaged is not None:
+            block, begin, end = damaged
             raise IntegrityError(
-                f"{self.where}: file {self._key(entry)}, block {block} (bytes "
-                f"{block * BLOCK_BYTES} to {min((block + 1) * BLOCK_BYTES, entry.nbytes)}) differs "
-                "from its digest: the data was damaged after it was written"
+                f"{self.where}: file {self.key(entry.name)}, block {block} (bytes {begin} to {end})"
+                " differs from its digest: the data was damaged after it was written"
             )
+
+    def file(self, number: int) -> FileEntry:
+        """Return file number `number` with the digests of its blocks.
+
+        Raises:
+            IntegrityError: what describes it is damaged or missing.
+        """
+        return self._described.file(number)
+
+    def offsets(self, file: int) -> Column:
+        """Return where in file number `file` chunks begin.
+
+        Raises:
+            IntegrityError: what describes it is damaged or missing.
+        """
+        return self._described.offsets(file)
 
     def read_objects(self, part: str, *, rank: int) -> dict[str, bytes]:
         """Return the encoded Python values of `part` by name: shared ones and those of `rank`.
@@ -253,19 +273,7 @@ class Checkpoint:
         Raises:
             IntegrityError: see `read_object`; or a value is stored twice.
         """
-        where = f"part {part!r} of {self.where}"
-        known: dict[str, bytes] = {}
-        for entry in self.index.objects:
-            if entry.part != part or entry.rank not in (None, rank):
-                continue
-            found = document.decode(self.read_object(entry), where=where)
-            twice = sorted(found.keys() & known.keys())
-            if twice:
-                raise IntegrityError(
-                    f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
-                )
-            known.update(found)
-        return known
+        return self._values.read_all(self._described.objects(part, rank=rank), part=part)
 
     def read_object(self, entry: ObjectEntry) -> bytes:
         """Return the encoded Python values under `entry`, verified.
@@ -273,28 +281,7 @@ class Checkpoint:
         Raises:
             IntegrityError: see `read_blocks`.
         """
-        stop = entry.offset + entry.nbytes
-        first = entry.offset // BLOCK_BYTES * BLOCK_BYTES
-        last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self.index.files[entry.file].nbytes)
-        data = bytes(self._blocks(entry.file, first, last)[entry.offset - first : stop - first])
-        if bytes_digest(data) != entry.digest:
-            raise IntegrityError(
-                f"{self.where}: the values of part {entry.part!r} differ from their digest"
-            )
-        return data
-
-    def _blocks(self, file: int, start: int, stop: int) -> memoryview:
-        """Do as `read_blocks`, and keep them for the next call if they are few.
-
-        Thousands of values lie in one block, which is read and verified once for all in a row.
-        """
-        kept_file, kept_start, kept = self._kept  # one look: another thread may replace it
-        if kept_file == file and kept_start <= start and stop <= kept_start + len(kept):
-            return kept[start - kept_start : stop - kept_start]
-        data = self.read_blocks(file, start, stop)
-        if len(data) <= _KEPT_BYTES:
-            self._kept = file, start, data
-        return data
+        return self._values.read(entry)
 
     @property
     def where(self) -> str:
@@ -321,24 +308,49 @@ class Checkpoint:
         """Whether there are digests: always."""
         return True
 
-    def _key(self, entry: FileEntry) -> str:
-        return file_key(self.step, self.manifest.save_id, entry.name)
+    def key(self, name: str) -> str:
+        """Return the key of its file `name`."""
+        return file_key(self.step, self.manifest.save_id, name)
 
-    def _check_index_bytes(self) -> None:
-        committed = self.manifest.index
-        if len(self.index_bytes) != committed.nbytes:
+    def at(self, store: Store) -> Checkpoint:
+        """Return the same checkpoint, its files being read from another store."""
+        moved = copy(self)
+        moved.store = store
+        moved._values = Values(moved)  # noqa: SLF001 a checkpoint as well
+        return moved
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a file of `beside`, compared with its digest.
+
+        Raises:
+            IntegrityError: it is missing, or another one than was committed.
+        """
+        return self._read_segment(self.beside[name])
+
+    def _missing(self, key: str) -> IntegrityError:
+        return IntegrityError(f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE)
+
+    def _read_segment(self, note: SegmentNote) -> bytes:
+        key = self.key(segment_name(note.rank))
+        try:
+            data = read_all(self.store, key, likely_bytes=note.nbytes)
+        except NotFound as error:
+            raise self._missing(key) from error
+        self._check_bytes(data, f"file {key}", note.nbytes, note.digest)
+        return data
+
+    def _check_bytes(self, data: bytes, what: str, nbytes: int, digest: str) -> None:
+        if len(data) != nbytes:
             raise IntegrityError(
-                f"{self.where}: index {committed.key} holds {len(self.index_bytes)} bytes, "
-                f"committed were {committed.nbytes}",
+                f"{self.where}: {what} holds {len(data)} bytes, committed were {nbytes}",
                 kind=ErrorKind.TRUNCATED,
             )
-        if bytes_digest(self.index_bytes) != committed.digest:
-            raise IntegrityError(f"{self.where}: index {committed.key} differs from its digest")
+        if bytes_digest(data) != digest:
+            raise IntegrityError(f"{self.where}: {what} differs from its digest")
 
     def _check_parts_agree(self) -> None:
-        described = {entry.part for entry in self.index.tensors}
-        described |= {entry.part for entry in self.index.objects}
-        unlisted = sorted(described - set(self.manifest.parts))
+        known = {entry.part for entry in self.tensors} | self._described.value_parts
+        unlisted = sorted(known - set(self.manifest.parts))
         if unlisted:
             raise IntegrityError(
                 f"{self.where}: the index has parts that the manifest does not list: "
@@ -347,12 +359,16 @@ class Checkpoint:
             )
 
     def _check_files_agree(self) -> None:
-        prefix = f"{self.manifest.save_id}/"
-        listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.files}
-        indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
-        if listed != indexed:
-            keys = sorted(key for key, _, _ in listed ^ indexed)
+        what = []
+        if self.manifest.listed is not None:
+            prefix = f"{self.manifest.save_id}/"
+            listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.listed}
+            indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
+            what = sorted(key for key, _, _ in listed ^ indexed)
+        elif FilesTotal.of(nbytes for _, nbytes in self.files) != self.manifest.files:
+            what = ["how many files there are, or how large they are"]
+        if what:
             raise IntegrityError(
-                f"{self.where}: manifest and index disagree about {', '.join(keys[:3])}",
+                f"{self.where}: manifest and index disagree about {', '.join(what[:3])}",
                 kind=ErrorKind.MALFORMED,
             )

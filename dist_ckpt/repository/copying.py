@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES
+from dist_ckpt.format.digest import DIGEST_BYTES
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, file_key, manifest_key
 from dist_ckpt.format.shard import DTYPES
@@ -75,7 +77,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     committed = manifest_key(step)
     if holds(target, committed, source.manifest_bytes):
         _copy_note(source, target)
-        return Copied(step, 0, len(source.index.files), 0)
+        return Copied(step, 0, len(source.files), 0)
     try:
         target.size(committed)
     except NotFound:
@@ -86,18 +88,19 @@ def copy(source: Checkpoint, target: Store) -> Copied:
             kind=ErrorKind.STEP_EXISTS,
         )
     # The same checkpoint, read from its new place.
-    there = Checkpoint(target, source.manifest_bytes, source.index_bytes, step=step)
+    there = source.at(target)
     copied: list[int] = []
 
     def one(number: int) -> None:
-        entry = source.index.files[number]
-        key = file_key(step, save_id, entry.name)
+        name, nbytes = source.files[number]
         if not _is_there(there, number):
-            stream = Stream(entry.nbytes, partial(source.read_pieces, number))
-            put_stream(target, key, stream, mode="replace")
-            copied.append(entry.nbytes)
+            stream = Stream(nbytes, partial(source.read_pieces, number))
+            put_stream(target, file_key(step, save_id, name), stream, mode="replace")
+            copied.append(nbytes)
 
-    in_parallel(one, range(len(source.index.files)), threads=_AT_ONCE)
+    in_parallel(one, range(len(source.files)), threads=_AT_ONCE)
+    for name in source.beside:
+        target.put(file_key(step, save_id, name), [source.read_beside(name)], mode="replace")
     target.put(file_key(step, save_id, INDEX), [source.index_bytes], mode="replace")
     _check_there(source, target)
     target.put(committed, [source.manifest_bytes])
@@ -108,14 +111,14 @@ def copy(source: Checkpoint, target: Store) -> Copied:
         target.delete([committed])
         raise
     _copy_note(source, target)
-    return Copied(step, len(copied), len(source.index.files) - len(copied), sum(copied))
+    return Copied(step, len(copied), len(source.files) - len(copied), sum(copied))
 
 
 def diff(here: Checkpoint, there: Checkpoint) -> list[Difference]:
     """Return the tensors in which two checkpoints differ, by the digests of the blocks they are in.
 
     A tensor without a difference is equal; one of `values` may yet be, where it shares a block with
-    another one, or was cut into other boxes.
+    another one, or was cut into other boxes, or where one of the two is of format 1.
     """
     ours, theirs = _tensors(here.index), _tensors(there.index)
     found = []
@@ -155,14 +158,16 @@ def _digests(index: Index, tensor: int) -> list[tuple[object, ...]]:
         offset = int(rows.offset[row])
         sizes = rows.sizes[row]
         stop = offset + int(sizes.prod()) * itemsize
-        first, last = offset // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-        blocks = index.files[int(rows.file[row])].blocks
+        file = index.files[int(rows.file[row])]
+        start, end = file.around(offset, stop)
+        first, last = file.blocks_in(start, end)
         found.append(
             (
                 tuple(rows.starts[row].tolist()),
                 tuple(sizes.tolist()),
-                offset % BLOCK_BYTES,
-                blocks[DIGEST_BYTES * first : DIGEST_BYTES * last],
+                offset - start,
+                np.diff(file.edges[first : last + 1]).tobytes(),
+                file.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last],
             )
         )
     return sorted(found)
@@ -189,7 +194,8 @@ def _is_there(there: Checkpoint, number: int) -> bool:
 
 def _check_there(source: Checkpoint, target: Store) -> None:
     step, save_id = source.step, source.manifest.save_id
-    sizes = {file_key(step, save_id, entry.name): entry.nbytes for entry in source.index.files}
+    names = {**dict(source.files), **{name: note.nbytes for name, note in source.beside.items()}}
+    sizes = {file_key(step, save_id, name): nbytes for name, nbytes in names.items()}
     sizes[file_key(step, save_id, INDEX)] = len(source.index_bytes)
     folder = file_key(step, save_id, INDEX).removesuffix(INDEX)
     there = {entry.key: entry.nbytes for entry in target.list_entries(folder)}

@@ -15,7 +15,7 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import discard, marks
-from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
+from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_checkpoint,
@@ -24,6 +24,7 @@ from dist_ckpt.repository.collect import (
 )
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store

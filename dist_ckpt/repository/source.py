@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeVar, runtime_checkable
 
-from dist_ckpt.errors import CheckpointError, StorageError, describe
-from dist_ckpt.format.index import Index
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    describe,
+)
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.storage.base import Store
 
@@ -50,8 +59,29 @@ class Source(Protocol):
         ...
 
     @property
+    def tensors(self) -> tuple[TensorEntry, ...]:
+        """Every tensor, in the order of the index."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its files have."""
+        ...
+
+    @property
     def index(self) -> Index:
         """Which box of which tensor lies where; files have no digests where `verified` is False."""
+        ...
+
+    def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
+        """Return what of the index there must be to read boxes, each of a tensor by its number.
+
+        It has all tensors and all files, so that what is said by their numbers is the same as by
+        `index`; of chunks and digests it has at least those of the boxes.
+
+        Raises:
+            IntegrityError: what describes them is damaged or missing.
+        """
         ...
 
     @property
@@ -89,8 +119,8 @@ class Source(Protocol):
 
         Args:
             file: position in `index.files`.
-            start: where in the file they were read, a multiple of the digest block size.
-            buffers: the bytes; they end at a multiple of it too, or at the end of the file.
+            start: where in the file they were read: a block begins there.
+            buffers: the bytes; a block ends with them.
 
         Raises:
             IntegrityError: a block differs from its digest.
@@ -121,3 +151,51 @@ def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview])
         raise
     except Exception as error:  # of a store of the program's own: for one handler all the same
         raise StorageError(f"cannot read {key} in {store.url}: {describe(error)}") from error
+
+
+# A checkpoint may be deleted, or saved anew, under whoever reads it.
+
+
+_LOOKS = 3
+
+CheckpointT = TypeVar("CheckpointT")
+
+
+class DeletedMeanwhile(NotFound):
+    """A checkpoint was deleted, or saved anew, while it was read: look again."""
+
+
+def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
+    """Return the error that says so of `step`."""
+    return DeletedMeanwhile(
+        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
+        "by the retention of the job that owns the run or by hand: read another one, or the "
+        "newest anew",
+        kind=ErrorKind.NO_CHECKPOINT,
+    )
+
+
+def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
+    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    for _ in range(_LOOKS - 1):
+        with suppress(DeletedMeanwhile):
+            return look()
+    return look()
+
+
+@contextmanager
+def unless_deleted(source: Source) -> Iterator[None]:
+    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
+
+    Retention beside a reader takes the files away under it; that is no damage.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        if not source.still_there():
+            raise deleted_meanwhile(source.store, source.step) from error
+        raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from dist_ckpt.errors import (
     AlreadyExists,
     CheckpointError,
@@ -14,10 +16,8 @@ from dist_ckpt.errors import (
     UsageError,
     describe,
 )
-from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import Manifest, ManifestFile
 from dist_ckpt.format.names import file_key, index_key, manifest_key, parse_save_id, step_dir
 from dist_ckpt.repository.claim import check_owner
@@ -79,8 +79,8 @@ class Transaction:
 
     def commit(
         self,
-        index: Index,
-        describe: Callable[[ManifestFile], Manifest],
+        root: bytes,
+        draft: Manifest,
         *,
         confirm: Callable[[], None] = lambda: None,
         replaces: bytes | None = None,
@@ -88,8 +88,8 @@ class Transaction:
         """Make the checkpoint exist.
 
         Args:
-            index: the chunk table of all files put by all ranks.
-            describe: returns the manifest, given the entry of the stored index.
+            root: describes all files put by all ranks, encoded.
+            draft: the manifest, all of it but what it says of the root.
             confirm: asked last, right before the manifest is put; raises to call the commit off.
             replaces: the manifest of this step that this very job found damaged and passed over,
                 as it was then; it goes first, if it still is the one that is there.
@@ -100,11 +100,11 @@ class Transaction:
             StorageError: the commit did not take effect, or, with the kind `IN_DOUBT`, nobody can
                 tell yet whether it did.
         """
-        encoded = index_format.encode(index)
         key = index_key(self.step, self.save_id)
-        self._put(key, [encoded], None)
+        self._put(key, [root], None)
         relative = key.removeprefix(f"{step_dir(self.step)}/")
-        manifest = describe(ManifestFile(relative, len(encoded), bytes_digest(encoded)))
+        stored = ManifestFile(relative, len(root), bytes_digest(root))
+        manifest = msgspec.structs.replace(draft, index=stored)
         data = manifest_format.encode(manifest)
         # Looked at last: what happens between this line and the put is the protocol's only window.
         check_owner(self.store, self.claim)

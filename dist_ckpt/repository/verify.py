@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.format.shard import header_nbytes, parse_header
-from dist_ckpt.repository.checkpoint import Checkpoint, file_pieces
+from dist_ckpt.repository.checkpoint import PIECE_BYTES, Checkpoint
 
 Sample: TypeAlias = tuple[int, int]
 """Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
@@ -52,11 +49,11 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
     """
     problems: list[str] = []
     nbytes = seen = 0
-    for number, entry in enumerate(checkpoint.index.files):
+    for number, (name, _) in enumerate(checkpoint.files):
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
-            for start, stop in file_pieces(entry.nbytes):
+            for start, stop in checkpoint.file(number).spans(PIECE_BYTES):
                 seen += 1
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
                     continue
@@ -65,9 +62,9 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
                 if start == 0:
                     _check_header(checkpoint, number, data)
         except IntegrityError as error:
-            named = entry.name in error.message
-            problems.append(error.message if named else f"{entry.name}: {error.message}")
-    return VerifyReport(checkpoint.step, len(checkpoint.index.files), nbytes, tuple(problems))
+            named = name in error.message
+            problems.append(error.message if named else f"{name}: {error.message}")
+    return VerifyReport(checkpoint.step, len(checkpoint.files), nbytes, tuple(problems))
 
 
 def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> None:
@@ -78,14 +75,12 @@ def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> Non
         number: which of its files.
         first: the beginning of the file, which most often has the whole header.
     """
-    entry = checkpoint.index.files[number]
+    entry = checkpoint.file(number)
     nbytes = header_nbytes(bytes(first[:8]), entry.nbytes)
     if nbytes > len(first):
-        stop = min(-(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, entry.nbytes)
-        first = checkpoint.read_blocks(number, 0, stop)
+        first = checkpoint.read_blocks(number, *entry.around(0, nbytes))
     header = parse_header(bytes(first[:nbytes]), entry.nbytes)
-    chunks = checkpoint.index.chunks
-    described = {int(offset) for offset in chunks.offset[chunks.file == np.uint32(number)]}
+    described = set(checkpoint.offsets(number).tolist())
     if not described <= {stored.offset for stored in header.entries}:
         raise IntegrityError(
             f"{checkpoint.where}: the header of {entry.name} and the index disagree about where "

@@ -14,7 +14,8 @@ from dist_ckpt.errors import (
     to_wire,
 )
 from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.holdings import Holdings, TensorKey
+from dist_ckpt.planning.holdings import Holdings
+from dist_ckpt.planning.index import IndexPlan, plan_index
 from dist_ckpt.planning.owners import Owned, share_out
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
 from dist_ckpt.saving.messages import Description, ObjectName, PlanAnswer, PlanRequest, RankPlan
@@ -103,7 +104,7 @@ class Agreement:
         self._number = 0
         self.held_by_rank: list[list[Held]] = []
         self.owned_by_rank: list[list[Owned]] = []
-        self.ties: Mapping[TensorKey, str] = {}
+        self.index = IndexPlan(b"", (), ())
         self._replicas: list[dict[int, list[int]]] = []
 
     def agree(
@@ -225,7 +226,7 @@ class Agreement:
         self.held_by_rank = [each.held for each in descriptions]
         holdings = Holdings.of(self.held_by_rank)
         self.owned_by_rank = share_out(holdings, max_piece_bytes=self._max_piece_bytes)
-        self.ties = holdings.ties
+        self.index = plan_index(self.held_by_rank, self.owned_by_rank, holdings.ties)
         self._replicas = shared = holdings.replicas()
         return [
             pack(
@@ -237,6 +238,7 @@ class Agreement:
                     shared[rank],
                     any(shared),
                     {part: dict(named) for part, named in versions[rank].items()},
+                    list(self.index.numbers[rank]),
                 )
             )
             for rank, owned in enumerate(self.owned_by_rank)

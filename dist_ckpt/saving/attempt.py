@@ -17,9 +17,13 @@ from dist_ckpt.errors import (
     as_ours,
     describe,
 )
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
+from dist_ckpt.format import segment as segment_format
+from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.names import segment_name
+from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.format.segment import Segment
 from dist_ckpt.planning.files import StagedFile
-from dist_ckpt.planning.index import Document, WrittenFile
+from dist_ckpt.planning.index import Document, WrittenFile, describe_share
 from dist_ckpt.ranks.coordinator import LOST
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
@@ -35,7 +39,7 @@ from dist_ckpt.storage.parallel import in_parallel
 # While one file is begun or made durable the other keeps the disk or the network busy. More would
 # gain nothing: each put has threads of its own.
 _FILES_AT_ONCE = 2
-_DIGESTED_BYTES = 8 * BLOCK_BYTES
+_DIGESTED_BLOCKS = 8
 
 
 class FileWriter:
@@ -51,6 +55,7 @@ class FileWriter:
         written: the files that are durable and digested, in the order in which they were given.
         nbytes: how many bytes they have.
         seconds: how long it took to write and digest them.
+        inside: on rank 0, its segment, which goes with the root.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class FileWriter:
         self._meter = meter
         self.written: list[WrittenFile] = []
         self.seconds = 0.0
+        self.inside = b""
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +103,7 @@ class FileWriter:
             in_parallel(put, files, threads=_FILES_AT_ONCE)
 
         def digest_all() -> None:
-            digests.extend(self._digest(file.image) for file in files)
+            digests.extend(self._digest(file) for file in files)
 
         try:
             # In this order, should there be no second thread to be had.
@@ -110,7 +116,26 @@ class FileWriter:
         if failures:
             raise failures[0]  # of several the first, and with the cause that it has
         for file, blocks in zip(files, digests, strict=True):
-            self.written.append(WrittenFile(file.name, len(file.image), blocks))
+            written = WrittenFile(file.name, len(file.image), blocks, file.blocks)
+            self.written.append(written)
+
+    def describe(self, segment: Segment) -> SegmentNote:
+        """Store what describes the files that were written; return what the root says of it.
+
+        That of rank 0 is not stored here but goes with the root, which rank 0 writes itself.
+
+        Raises:
+            CheckpointError: the failure of the put, or why the save is to stop.
+        """
+        begun = time.perf_counter()
+        self._stop.check()
+        data = segment_format.encode(segment)
+        if self._rank:
+            self._transaction.put_file(segment_name(self._rank), [data])
+        else:
+            self.inside = data
+        self.seconds += time.perf_counter() - begun
+        return segment.noted(data, inside=False)
 
     def _put(self, file: StagedFile) -> None:
         self._stop.check()
@@ -137,12 +162,16 @@ class FileWriter:
             )
         )
 
-    def _digest(self, image: memoryview) -> bytes:
-        """Return the joined digests of the blocks of `image`."""
+    def _digest(self, file: StagedFile) -> bytes:
+        """Return the joined digests of the blocks of a file."""
         digests = []
-        for start in range(0, len(image), _DIGESTED_BYTES):
+        start = 0
+        for first in range(0, len(file.blocks), _DIGESTED_BLOCKS):
             self._stop.check()
-            digests.append(block_digests(image[start : start + _DIGESTED_BYTES]))
+            lengths = file.blocks[first : first + _DIGESTED_BLOCKS]
+            stop = start + sum(lengths)
+            digests.append(digest_blocks(lengths, file.image[start:stop]))
+            start = stop
             # A digest holds the interpreter lock: a training step that waits for it goes first.
             time.sleep(0)
         return b"".join(digests)
@@ -155,11 +184,13 @@ class StagedShare:
     Attributes:
         staged: the images of its files, or the error that kept them from being made.
         documents: the encoded values among its files.
+        tensors: see `RankPlan.tensors`.
         stall_seconds: how long the training step waited for it.
     """
 
     staged: Staged | BaseException
     documents: Sequence[Document] = ()
+    tensors: Sequence[int] = ()
     stall_seconds: float = 0.0
 
 
@@ -278,10 +309,17 @@ class Attempt:
             self.meter.enter("writing")
             self.files.write(share.staged.files)
             self._stall_seconds = share.stall_seconds
+            segment, chunks = describe_share(
+                self.rank,
+                numbers=share.tensors,
+                plans=share.staged.plans,
+                files=self.files.written,
+                documents=share.documents,
+            )
             return pack(
                 Report(
-                    self.files.written,
-                    list(share.documents),
+                    None if segment is None else self.files.describe(segment),
+                    chunks,
                     share.stall_seconds,
                     self.files.seconds,
                     host=socket.gethostname(),

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from dist_ckpt.format.index import Index
-from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings
-from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.holdings import TensorKey
-from dist_ckpt.planning.index import RankShare, build_index, versions
-from dist_ckpt.planning.owners import Owned
+import msgspec
+
+from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format import root as root_format
+from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
+from dist_ckpt.format.root import SegmentNote, Spent
+from dist_ckpt.planning.index import IndexPlan, versions
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.repository import Transaction
@@ -25,56 +26,67 @@ from dist_ckpt.saving.provenance import SaveContext
 class Commit:
     """Everything rank 0 knows of an attempt before the reports arrive.
 
-    `confirm` raises if the save may not be committed any more: other ranks may have given up.
+    `inside` returns the segment of rank 0. `confirm` raises if the save may not be committed any
+    more: other ranks may have given up.
     """
 
     transaction: Transaction
     job: Job
-    held_by_rank: Sequence[Sequence[Held]]
-    owned_by_rank: Sequence[Sequence[Owned]]
-    ties: Mapping[TensorKey, str]
+    index: IndexPlan
+    inside: Callable[[], bytes]
     parts: Sequence[str]
     metrics: Mapping[str, float]
     metadata: Mapping[str, Any]
     parent_step: int | None
     confirm: Callable[[], None]
-    max_file_bytes: int | None = None
     about: SaveContext = field(default_factory=SaveContext)
 
     def decide(self, messages: Sequence[bytes]) -> bytes:
         """Commit, given the report of each rank; the answer to all ranks is empty.
 
         Raises:
-            IntegrityError: a rank wrote other files than were planned.
+            IntegrityError: a rank wrote other boxes than were planned.
             FencedError: a newer claim owns the run.
             AlreadyExists: another attempt committed the step.
             CoordinationError: the save was cancelled, or it is too late.
             StorageError: the commit did not take effect.
         """
         reports = [unpack(data, Report) for data in messages]
-        shares = [
-            RankShare(held, owned, report.files, report.documents)
-            for held, owned, report in zip(
-                self.held_by_rank, self.owned_by_rank, reports, strict=True
-            )
-        ]
-        index = build_index(shares, ties=self.ties, max_file_bytes=self.max_file_bytes)
+        self._check(reports)
         where = (self.transaction.store.url, self.transaction.step)
         tell_differing(*where, reports, self.about.told)
         self.confirm()
         self.transaction.commit(
-            index,
-            lambda stored: self._manifest(index, stored, reports),
+            root_format.encode(
+                self.index.structure,
+                self._segments(reports),
+                [Spent(report.stage_seconds, report.write_seconds) for report in reports],
+            ),
+            self._draft(reports),
             confirm=self.confirm,
             replaces=self.job.passed_over.manifest(self.transaction.step),
         )
         self.job.committed(self.transaction.step)
         return b""
 
-    def _manifest(
-        self, index: Index, stored_index: ManifestFile, reports: Sequence[Report]
-    ) -> Manifest:
+    def _segments(self, reports: Sequence[Report]) -> list[SegmentNote]:
+        found = [report.segment for report in reports if report.segment is not None]
+        if found and not found[0].rank:
+            found[0] = msgspec.structs.replace(found[0], inside=self.inside())
+        return found
+
+    def _check(self, reports: Sequence[Report]) -> None:
+        for rank, report in enumerate(reports):
+            if report.chunks != self.index.chunks[rank]:
+                raise IntegrityError(
+                    f"rank {rank} wrote other boxes than were planned",
+                    kind=ErrorKind.COVERAGE,
+                    ranks={rank: "it wrote other boxes than were planned"},
+                )
+
+    def _draft(self, reports: Sequence[Report]) -> Manifest:
         transaction = self.transaction
+        sizes = [[nbytes for _, nbytes in _files(report)] for report in reports]
         return Manifest(
             step=transaction.step,
             save_id=transaction.save_id,
@@ -83,22 +95,24 @@ class Commit:
             world_size=len(reports),
             versions=versions(),
             parts=list(self.parts),
-            files=[
-                ManifestFile(f"{transaction.save_id}/{file.name}", file.nbytes, file.digest)
-                for file in index.files
-            ],
-            index=stored_index,
+            files=FilesTotal.of(nbytes for mine in sizes for nbytes in mine),
             metrics=dict(self.metrics),
             metadata=dict(self.metadata),
-            timings={
-                str(rank): RankTimings(
-                    stage_seconds=report.stage_seconds,
-                    write_seconds=report.write_seconds,
-                    nbytes=sum(file.nbytes for file in report.files),
-                )
-                for rank, report in enumerate(reports)
-            },
+            timings=longest(
+                [
+                    RankTimings(
+                        stage_seconds=report.stage_seconds,
+                        write_seconds=report.write_seconds,
+                        nbytes=sum(mine),
+                    )
+                    for report, mine in zip(reports, sizes, strict=True)
+                ]
+            ),
             parent_step=self.parent_step,
             epoch=self.about.epoch,
             origin=self.about.origin([report.host for report in reports]),
         )
+
+
+def _files(report: Report) -> Sequence[tuple[str, int]]:
+    return () if report.segment is None else report.segment.files

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from dist_ckpt.format.root import SegmentNote
 from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.index import Document, WrittenFile
 from dist_ckpt.planning.owners import Owned
 
 ObjectName = tuple[str, str]
@@ -85,6 +85,7 @@ class RankPlan(msgspec.Struct, frozen=True):
         replicated: whether any rank has such boxes.
         versions: by part and name in `objects` and `groups`, what this rank itself calls a value
             that is stored under another name.
+        tensors: for each box that it holds, the number of its tensor in the checkpoint.
     """
 
     number: int
@@ -94,6 +95,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     replicas: dict[int, list[int]] = {}
     replicated: bool = False
     versions: dict[str, dict[str, str]] = {}
+    tensors: list[int] = []
 
 
 class ReplicaDigests(msgspec.Struct, frozen=True):
@@ -109,10 +111,19 @@ class ReplicaDigests(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a rank wrote, how long it took, where it runs, and what metrics it was given."""
+    """What a rank wrote, how long it took, where it runs, and what metrics it was given.
 
-    files: list[WrittenFile]
-    documents: list[Document]
+    Attributes:
+        segment: what the root has to say of its segment; None where it wrote no file.
+        chunks: a digest of the boxes that it wrote.
+        stage_seconds: how long its training waited.
+        write_seconds: how long it wrote.
+        host: where it runs.
+        metrics: what it was given.
+    """
+
+    segment: SegmentNote | None
+    chunks: str
     stage_seconds: float
     write_seconds: float
     host: str = ""

@@ -28,6 +28,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # No part of it begins with a dot, so it leads nowhere else.
 _REF = re.compile(r"refs(?:/[A-Za-z0-9_@+=#%{}~,-][A-Za-z0-9_@+=#%{}~,.-]*)+")
 _MAX_LINKS = 5
+# A manifest is for people, and stays small however many hosts there were.
+_MOST_HOSTS = 64
 
 
 def commit_of(folder: Path) -> str | None:
@@ -304,7 +306,7 @@ class SaveContext:
 
     def origin(self, hosts: Sequence[str]) -> dict[str, Any]:
         """Return what the manifest says of it, given the host of each rank."""
-        found: dict[str, Any] = {"hosts": list(dict.fromkeys(hosts))}
+        found = few_hosts(list(dict.fromkeys(hosts)))
         if self.reason:
             found["reason"] = self.reason
         if self.failed_saves:
@@ -314,3 +316,10 @@ class SaveContext:
         if self.program is not None:
             found |= self.program.describe()
         return found
+
+
+def few_hosts(hosts: Sequence[str]) -> dict[str, Any]:
+    """Return what a manifest says of the hosts: the first ones, and how many there were if more."""
+    if len(hosts) <= _MOST_HOSTS:
+        return {"hosts": list(hosts)}
+    return {"hosts": list(hosts[:_MOST_HOSTS]), "host_count": len(hosts)}

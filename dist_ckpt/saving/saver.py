@@ -312,7 +312,7 @@ class Saver:
                 write_out=lambda files: self._write_out(attempt, files),
             )
             attempt.meter.staged(staged.nbytes)
-            return StagedShare(staged, snapshot.describe_documents(documents))
+            return StagedShare(staged, snapshot.describe_documents(documents), plan.tensors)
         except BaseException as error:
             # Returned even when it is an interrupt: the others wait to hear how it went here.
             return StagedShare(error)
@@ -356,15 +356,13 @@ class Saver:
         return Commit(
             transaction=attempt.transaction,
             job=self._job,
-            held_by_rank=self._planner.held_by_rank,
-            owned_by_rank=self._planner.owned_by_rank,
-            ties=self._planner.ties,
+            index=self._planner.index,
+            inside=lambda: attempt.files.inside,
             parts=list(self._state.parts),
             metrics=attempt.metrics,
             metadata={**self._metadata, **about.metadata},
             parent_step=self._job.restored_step,
             confirm=lambda: attempt.stop.confirm(deadline),
-            max_file_bytes=self._options.memory_limit_bytes,
             about=about,
         )
 

@@ -46,13 +46,19 @@ class Staged:
     Attributes:
         files: images in the arena; their bytes are right once `wait` returned.
         nbytes: size of all files of this save, those that were written out already included.
+        plans: of all files but that of the values.
     """
 
     def __init__(
-        self, files: Sequence[StagedFile], nbytes: int, in_flight: Sequence[InFlight] = ()
+        self,
+        files: Sequence[StagedFile],
+        nbytes: int,
+        plans: Sequence[FilePlan] = (),
+        in_flight: Sequence[InFlight] = (),
     ) -> None:
         self.files = files
         self.nbytes = nbytes
+        self.plans = plans
         self._in_flight = in_flight
 
     def wait(self) -> None:
@@ -85,9 +91,14 @@ class _Layout:
     copies: Sequence[BoxCopy] = ()
 
     @property
+    def plans(self) -> list[FilePlan]:
+        """All files, in their order."""
+        return [plan for turn in self.turns for plan in turn.plans]
+
+    @property
     def nbytes(self) -> int:
         """Size of all files."""
-        return sum(plan.layout.nbytes for turn in self.turns for plan in turn.plans)
+        return sum(plan.layout.nbytes for plan in self.plans)
 
     @property
     def arena_bytes(self) -> int:
@@ -171,7 +182,7 @@ class Stager:
             now = [copy for copy in copies if not self._waits_for_step(local[copy.held])]
             self._copy(now, local)
         nbytes = layout.nbytes + sum(len(file.image) for file in extra)
-        return Staged([*extra, *files], nbytes, self._in_flight)
+        return Staged([*extra, *files], nbytes, layout.plans, self._in_flight)
 
     def settle(self) -> None:
         """Wait until no copy reads the state or fills the arena any more, however it ended."""

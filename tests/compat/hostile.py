@@ -12,12 +12,15 @@ from typing import Any
 import msgspec
 
 from dist_ckpt.format import document
-from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import block_digests, bytes_digest, file_digest
+from dist_ckpt.format import root as root_format
+from dist_ckpt.format import segment as segment_format
+from dist_ckpt.format.digest import bytes_digest, digest_blocks
 from dist_ckpt.format.index import FileEntry, Index
-from dist_ckpt.format.manifest import ManifestFile
+from dist_ckpt.format.manifest import FilesTotal, ManifestFile
+from dist_ckpt.format.segment import join_segments
 from dist_ckpt.format.shard import ShardEntry, layout
+from dist_ckpt.format.whole import encode_whole
 
 NUMBERS = (0, 1, 2**7, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 VALUES: tuple[Any, ...] = (
@@ -154,7 +157,9 @@ class Sealed:
         (self._index_key,) = (key for key in files if key.endswith("/index.msgpack"))
         self._folder = self._index_key.rpartition("/")[0]
         self.manifest = manifest_format.decode(files[self._manifest_key], step=step)
-        self.index = index_format.decode(files[self._index_key])
+        root = root_format.decode(files[self._index_key])
+        (segment,) = (segment_format.decode(each.inside, root, 0) for each in root.segments)
+        self.index = join_segments(root, {0: segment})
 
     def documents(self) -> dict[tuple[str, int | None], dict[str, bytes]]:
         """Return the encoded values by part and rank, then name."""
@@ -182,12 +187,12 @@ class Sealed:
                     old, offset=offset, nbytes=len(data), digest=bytes_digest(data)
                 )
             )
-        blocks = block_digests(bytes(image))
         name = self.index.files[number].name
+        blocks = digest_blocks(plan.blocks, bytes(image))
         files = list(self.index.files)
-        files[number] = FileEntry(name, len(image), file_digest(blocks), blocks)
+        files[number] = FileEntry.of(name, len(image), blocks, plan.blocks)
         index = replace(self.index, files=tuple(files), objects=tuple(objects))
-        return self.with_index(index_format.encode(index), {name: bytes(image)}, index)
+        return self.with_index(encode_whole(index), {name: bytes(image)}, index)
 
     def with_index(
         self, data: bytes, others: Mapping[str, bytes] | None = None, index: Index | None = None
@@ -196,10 +201,9 @@ class Sealed:
         files = {**self._files, self._index_key: data}
         files |= {f"{self._folder}/{name}": each for name, each in (others or {}).items()}
         listed = (index or self.index).files
-        prefix = f"{self.manifest.save_id}/"
         manifest = msgspec.structs.replace(
             self.manifest,
-            files=[ManifestFile(prefix + f.name, f.nbytes, f.digest) for f in listed],
+            files=FilesTotal.of(file.nbytes for file in listed),
             index=ManifestFile(self.manifest.index.key, len(data), bytes_digest(data)),
         )
         return {**files, self._manifest_key: manifest_format.encode(manifest)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,5 +60,32 @@ def test_a_golden_checkpoint_verifies(root: Path) -> None:
     assert math.isnan(manifest.metrics["worst"])
 
 
+def go_on(root: str) -> None:
+    """Restore the newest checkpoint of the run, and save two more."""
+    state = dist_ckpt.TrainState(
+        model=net(filled=False, sharded=True),
+        values=values(filled=False),
+        own=dist_ckpt.PerRank({"rank": -1}),
+        rng=None,
+    )
+    with dist_ckpt.Checkpointer(root, state, keep=dist_ckpt.keep.latest(2)) as ckpt:
+        assert ckpt.restore() == STEP
+        ckpt.save(STEP + 1).wait()
+        ckpt.save(STEP + 2).wait()
+
+
+def test_a_run_of_format_1_goes_on_in_the_newest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "format-1", run)
+    run_ranks(2, go_on, str(run))
+    repository = Repository(LocalStore(run))
+    assert [record.step for record in repository.records()] == [STEP, STEP + 1, STEP + 2]
+    assert [repository.open(step).manifest.format for step in repository.steps()] == [1, 2, 2]
+    assert all(repository.verify(step).ok for step in repository.steps())
+    repository.retain(dist_ckpt.keep.latest(1), claim=repository.claim())
+    assert repository.steps() == [STEP + 2]
+    assert not (run / f"step-{STEP:010d}").exists()
+
+
 def test_there_is_one_for_each_version() -> None:
-    assert [path.name for path in GOLDEN] == ["format-1"]
+    assert [path.name for path in GOLDEN] == ["format-1", "format-2"]

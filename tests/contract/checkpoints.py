@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests, file_digest
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
-from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.format.shard import ShardEntry, layout
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, Transaction
 
 PART = "model"
@@ -41,26 +42,23 @@ def index_of(files: Sequence[FileEntry], sizes: Sequence[int]) -> Index:
 
 def commit(transaction: Transaction, index: Index) -> Manifest:
     """Commit `index`, whose files were all put."""
-
-    def describe(stored: ManifestFile) -> Manifest:
-        save_id = transaction.save_id
-        return Manifest(
+    return transaction.commit(
+        encode_whole(index),
+        Manifest(
             step=transaction.step,
-            save_id=save_id,
+            save_id=transaction.save_id,
             claim=transaction.claim,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             world_size=len(index.files),
             versions={"dist_ckpt": "unknown"},
             parts=[PART],
-            files=[ManifestFile(f"{save_id}/{f.name}", f.nbytes, f.digest) for f in index.files],
-            index=stored,
+            files=FilesTotal.of(file.nbytes for file in index.files),
             metrics={},
             metadata={},
             timings={},
             parent_step=None,
-        )
-
-    return transaction.commit(index, describe)
+        ),
+    )
 
 
 def save(repository: Repository, step: int, datas: Sequence[bytes], *, threads: int = 1) -> None:

@@ -105,8 +105,10 @@ def test_what_several_ranks_want_is_read_once(tmp_path: Path) -> None:
         "uneven": [[WHOLE], [(100, 3, 3000, 500), (4000, 0, 7, 9)], [(0, 0, 1, 1)]],
     }
     for name, by_rank in layouts.items():
-        # A window holds less than there is, so that there are several.
-        results = run_ranks(3, outcome, place, by_rank, {"in_flight_bytes": 5 << 20})
+        # A window holds less than there is, so that there are several. Of rows only two blocks are
+        # needed twice: that alone would not be worth it.
+        options = {"in_flight_bytes": 5 << 20, "exchange": "always"}
+        results = run_ranks(3, outcome, place, by_rank, options)
         assert sum(each.nbytes_read for each in results) <= file, name
         assert all(each.exchanged for each in results), name
         assert sum(each.nbytes_exchanged for each in results) > 0
@@ -122,7 +124,7 @@ def damaged(place: str) -> None:
     except CheckpointError as error:
         caught = error
     assert caught is not None
-    for word in ("block 9 ", "holds bytes of model/", "step 1", "model.r00000", "bytes 9437184 to"):
+    for word in ("differs from its digest", "holds bytes of model/", "step 1", "model.r00000"):
         assert word in str(caught), str(caught)
     (rank,) = caught.ranks
     found: list[object] = [None] * dist.get_world_size()

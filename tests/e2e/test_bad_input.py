@@ -25,6 +25,7 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
+from dist_ckpt.format.shard import ALIGN_BYTES
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
@@ -114,7 +115,7 @@ def test_a_manifest_of_another_version_stops_a_restore(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["../../outside", "/etc/passwd", "c000001-0/../../x"])
 def test_a_manifest_with_a_key_that_leaves_the_checkpoint(key: str, tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
-    edit_manifest(tmp_path, 1, lambda manifest: manifest["files"][0].update(key=key))
+    edit_manifest(tmp_path, 1, lambda manifest: manifest["index"].update(key=key))
     with pytest.raises(IntegrityError):
         dist_ckpt.load(parts(), tmp_path)
 
@@ -135,7 +136,8 @@ def test_one_flipped_bit(
 ) -> None:
     save_steps(tmp_path, 1, 2)
     path = only_file(tmp_path, 2, name)
-    flip(path, {"first": 0, "middle": path.stat().st_size // 2, "last": -1}[where])
+    # Of the data: no load looks at the header of a shard file, only `verify` does.
+    flip(path, {"first": ALIGN_BYTES, "middle": path.stat().st_size // 2, "last": -1}[where])
     with pytest.raises(IntegrityError, match=name):
         dist_ckpt.load(parts(), tmp_path)
     assert not Repository(LocalStore(tmp_path)).verify(2).ok

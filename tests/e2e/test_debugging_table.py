@@ -73,7 +73,7 @@ def lose_all(run: Path) -> None:
 
 def write_as_later(run: Path) -> None:
     manifest = run / NEWEST / "manifest.json"
-    body = manifest.read_bytes()[:-35].replace(b'"format": 1', b'"format": 2')
+    body = manifest.read_bytes()[:-35].replace(b'"format": 2', b'"format": 3')
     digest = xxhash.xxh3_64_hexdigest(body).encode()
     manifest.write_bytes(body + b',\n  "digest": "' + digest + b'"\n}\n')
     with dist_ckpt.Checkpointer(run, training(), every_steps=10) as ckpt:

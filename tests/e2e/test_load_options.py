@@ -18,7 +18,7 @@ from dist_ckpt.errors import (
     NotFound,
     UsageError,
 )
-from dist_ckpt.format import index as index_format
+from dist_ckpt.format import root as root_format
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
@@ -301,12 +301,12 @@ def test_what_a_damaged_checkpoint_filled_by_half_is_not_kept(tmp_path: Path) ->
 
 def test_the_index_is_decoded_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    original = index_format.decode
+    original = root_format.decode
 
-    def decode(data: bytes) -> index_format.Index:
+    def decode(data: bytes) -> root_format.Root:
         decoded.append(data)
         return original(data)
 
-    monkeypatch.setattr(index_format, "decode", decode)
+    monkeypatch.setattr(root_format, "decode", decode)
     dist_ckpt.load(fresh(), run)
     assert len(decoded) == 1

@@ -35,7 +35,7 @@ def test_python_runs(tmp_path: Path) -> None:
         "('model/3.bias', 'model/3.weight')\n",
         "model/0.weight: stored float32[64, 16], wanted bfloat16[64, 16]",
         "16 tensors of model, optimizer, rng: 15.8 KiB, verified\n",
-        "  23.8 KiB read, 0 B received (no byte is needed by more than one rank)\n",
+        "  15.8 KiB read, 0 B received (no byte is needed by more than one rank)\n",
         "100 {}\n",
     ):
         assert expected in said

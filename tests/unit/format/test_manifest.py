@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.format.manifest import Manifest, ManifestFile, RankTimings, decode, encode
+from dist_ckpt.format.manifest import (
+    FilesTotal,
+    Manifest,
+    ManifestFile,
+    RankTimings,
+    decode,
+    encode,
+    longest,
+)
 
 SAVE_ID = "c000003-0123456789abcdef"
 DIGEST = "0123456789abcdef"
@@ -32,10 +40,7 @@ def manifest(**changes: Any) -> Manifest:
         world_size=2,
         versions={"dist_ckpt": "0.1.0", "torch": "2.13.0"},
         parts=["model", "rng"],
-        files=[
-            ManifestFile(f"{SAVE_ID}/model.r00000.safetensors", 8192, DIGEST),
-            ManifestFile(f"{SAVE_ID}/extra.r00001.safetensors", 4096, DIGEST),
-        ],
+        files=FilesTotal(2, 12288),
         index=ManifestFile(f"{SAVE_ID}/index.msgpack", 300, DIGEST),
         metrics={"loss": 0.5},
         metadata={"commit": "abc", "config": {"lr": 0.1, "layers": [1, 2]}},
@@ -98,7 +103,7 @@ def test_what_is_encoded_is_decoded(
 
 def test_the_text_is_readable_and_ends_in_a_newline() -> None:
     text = encode(manifest()).decode()
-    assert text.startswith('{\n  "format": 1,\n  "step": 1000,\n  "save_id": "c000003-')
+    assert text.startswith('{\n  "format": 2,\n  "step": 1000,\n  "save_id": "c000003-')
     assert text.endswith('"\n}\n')
     assert json.loads(text)["metadata"]["config"] == {"lr": 0.1, "layers": [1, 2]}
 
@@ -191,22 +196,44 @@ def _drop(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 SHARD = "model.r00000.safetensors"
+LISTED: list[dict[str, Any]] = [
+    {"key": f"{SAVE_ID}/model.r00000.safetensors", "nbytes": 8192, "digest": DIGEST},
+    {"key": f"{SAVE_ID}/extra.r00001.safetensors", "nbytes": 4096, "digest": DIGEST},
+]
+
+
+def first(change: Callable[[dict[str, Any]], Any] = lambda fields: None) -> bytes:
+    """The same of format 1, after `change`."""
+
+    def as_first(fields: dict[str, Any]) -> None:
+        fields |= {"format": 1, "files": json.loads(json.dumps(LISTED))}
+        change(fields)
+
+    return sealed(as_first)
+
+
+def test_the_files_of_format_1_are_listed_and_added_up() -> None:
+    found = decode(first(), step=STEP)
+    assert found.format == 1
+    assert found.listed == [ManifestFile(**each) for each in LISTED]
+    assert found.files == FilesTotal(2, 12288)
+    # In another format such a field would be one that nobody knows.
+    assert decode(sealed(_set("listed", to=LISTED)), step=STEP).listed is None
+
+
+def test_of_many_ranks_the_slowest_are_named() -> None:
+    timings = [RankTimings(0.0, float(rank % 1000), 1) for rank in range(16_384)]
+    named = longest(timings)
+    assert len(named) == 64
+    assert min(each.write_seconds for each in named.values()) >= 995
+    assert longest(timings[:2]) == {"0": timings[0], "1": timings[1]}
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (_set("files", 0, "key", to=f"../{SAVE_ID}/{SHARD}"), "is not a shard in"),
-        (_set("files", 0, "key", to=f"{SAVE_ID}/../{SHARD}"), "is not a shard in"),
-        (_set("files", 0, "key", to=f"/{SAVE_ID}/{SHARD}"), "is not a shard in"),
-        (_set("files", 0, "key", to=SHARD), "is not a shard in"),
-        (_set("files", 0, "key", to=f"c000003-fedcba9876543210/{SHARD}"), "is not a shard in"),
-        (_set("files", 0, "key", to=f"{SAVE_ID}/index.msgpack"), "is not a shard in"),
-        (_set("files", 0, "key", to=f"{SAVE_ID}/model.r00002.safetensors"), "beyond 2 ranks"),
-        (_set("files", 1, "key", to=f"{SAVE_ID}/{SHARD}"), "same key"),
-        (_set("files", 0, "nbytes", to=-1), "impossible size"),
-        (_set("files", 0, "nbytes", to=2**63), "impossible size"),
-        (_set("files", 0, "digest", to="0"), "impossible size or digest"),
+        (_set("files", to={"count": -1, "nbytes": 1}), "so many"),
+        (_set("files", to={"count": 1, "nbytes": 2**63}), "so large"),
         (_set("index", "key", to=f"../{SAVE_ID}/index.msgpack"), "its index is"),
         (_set("index", "nbytes", to=-5), "impossible size"),
         (_set("step", to=1001), "it is of step 1001"),
@@ -234,13 +261,38 @@ SHARD = "model.r00000.safetensors"
         (_set("step", to=True), "int"),
         (_set("format", to="1"), "no format version"),
         (_drop("format"), "no format version"),
-        (_drop("index"), "missing required field"),
+        (_drop("index"), "its index is"),
+        (_drop("files"), "missing required field"),
         (_drop("metrics"), "metrics are missing"),
     ],
 )
 def test_a_broken_rule_is_named(change: Callable[[dict[str, Any]], None], problem: str) -> None:
     with pytest.raises(IntegrityError, match=problem) as caught:
         decode(sealed(change), step=STEP)
+    assert caught.value.kind is ErrorKind.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_set("files", 0, "key", to=f"../{SAVE_ID}/{SHARD}"), "is not a shard in"),
+        (_set("files", 0, "key", to=f"{SAVE_ID}/../{SHARD}"), "is not a shard in"),
+        (_set("files", 0, "key", to=f"/{SAVE_ID}/{SHARD}"), "is not a shard in"),
+        (_set("files", 0, "key", to=SHARD), "is not a shard in"),
+        (_set("files", 0, "key", to=f"c000003-fedcba9876543210/{SHARD}"), "is not a shard in"),
+        (_set("files", 0, "key", to=f"{SAVE_ID}/index.msgpack"), "is not a shard in"),
+        (_set("files", 0, "key", to=f"{SAVE_ID}/model.r00002.safetensors"), "beyond 2 ranks"),
+        (_set("files", 1, "key", to=f"{SAVE_ID}/{SHARD}"), "same key"),
+        (_set("files", 0, "nbytes", to=-1), "impossible size"),
+        (_set("files", 0, "nbytes", to=2**63), "so large"),
+        (_set("files", 0, "digest", to="0"), "impossible size or digest"),
+    ],
+)
+def test_a_broken_rule_of_format_1_is_named(
+    change: Callable[[dict[str, Any]], None], problem: str
+) -> None:
+    with pytest.raises(IntegrityError, match=problem) as caught:
+        decode(first(change), step=STEP)
     assert caught.value.kind is ErrorKind.MALFORMED
 
 
@@ -252,13 +304,13 @@ def test_a_manifest_in_the_wrong_directory_is_refused() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        sealed(_set("format", to=2)),
-        b'{"format": 2}',
-        json.dumps({"format": 2, "unheard": ["of"]}, indent=2).encode(),
+        sealed(_set("format", to=3)),
+        b'{"format": 3}',
+        json.dumps({"format": 3, "unheard": ["of"]}, indent=2).encode(),
     ],
 )
 def test_another_version_is_not_damage(data: bytes) -> None:
-    with pytest.raises(IncompatibleError, match=r"version 2, .* version 1") as caught:
+    with pytest.raises(IncompatibleError, match=r"version 3, .* up to 2") as caught:
         decode(data, step=STEP)
     assert caught.value.kind is ErrorKind.VERSION
 
@@ -289,11 +341,19 @@ def test_every_changed_byte_is_refused(mask: int) -> None:
 
 
 def test_the_example_of_the_specification_is_a_manifest() -> None:
-    spec = Path(__file__).parents[3] / "docs" / "spec" / "format-v1.md"
+    spec = Path(__file__).parents[3] / "docs" / "spec" / "format-2.md"
     example = spec.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
     found = decode(example.encode(), step=STEP)
     assert encode(found).decode() == example
     assert math.isnan(found.metrics["val/loss"])
+
+
+def test_the_example_of_format_1_is_still_read() -> None:
+    spec = Path(__file__).parents[3] / "docs" / "spec" / "format-v1.md"
+    example = spec.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
+    found = decode(example.encode(), step=STEP)
+    assert found.listed is not None
+    assert found.files == FilesTotal(3, 8206336)
 
 
 @given(st.binary(max_size=64))

@@ -85,6 +85,6 @@ def test_a_steady_save_says_the_same_of_many_tensors_as_of_few() -> None:
     assert {key.split()[0] for key in first_few} == phases
     assert sum(first_many.values()) > 5 * sum(first_few.values())
     assert {key.split()[0] for key in few} == {key.split()[0] for key in many} == {"plan", "commit"}
-    # A few digits more: a file's size, and 8 bytes for each MiB of it.
+    # A few digits more: of the sizes of a file and of a segment.
     assert sum(many.values()) <= sum(few.values()) + 32 * WORLD
     assert max(many.values()) < 1024

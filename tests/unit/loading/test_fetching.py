@@ -12,7 +12,7 @@ from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading import fetching
-from dist_ckpt.loading.fetching import Fetcher
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.wanted import Wanted
@@ -32,7 +32,7 @@ class Watched:
         self.opened = opened
         self.store, self.index = opened.store, opened.index
         self.most = self.under_way = self.begun = 0
-        self.went_on = False
+        self.went_on = self.compared = False
         self._lock = threading.Lock()
         self._second = threading.Event()
 
@@ -48,14 +48,15 @@ class Watched:
             self.under_way -= 1
 
     def compare(self, file: int, start: int, *buffers: memoryview) -> None:
-        if start == 0:
+        if not self.compared:
+            self.compared = True
             self.went_on = self._second.wait(WAIT_SECONDS)
         self.opened.compare(file, start, *buffers)
 
 
 def fetch(source: Any, target: torch.Tensor) -> None:
     box = Box((0,), (COUNT,))
-    files = Files([file.nbytes for file in source.index.files], unit_bytes=BLOCK_BYTES)
+    files = Files.of(source.index, apart_bytes=MAX_GAP_BYTES, verify=True)
     wanted = [Wanted(0, LocalBox(held("w", (COUNT,), box), target), torch.float32)]
     filling = ReadTargets(source.index, wanted, files, max_gap_bytes=BLOCK_BYTES)
     fetcher = Fetcher(source, files, filling, verify=True, in_flight_bytes=1 << 30)
@@ -94,5 +95,5 @@ def test_damage_is_named_wherever_the_bytes_were_read_to(
     opened.store.put(key, [data], mode="replace")
     if not landing:
         monkeypatch.setattr("dist_ckpt.loading.filling._STRAIGHT_BYTES", 1 << 60)
-    with pytest.raises(IntegrityError, match=r"block 2 .*It holds bytes of \w+/w"):
+    with pytest.raises(IntegrityError, match=r"differs from its digest.*It holds bytes of \w+/w"):
         fetch(opened, torch.zeros(COUNT))

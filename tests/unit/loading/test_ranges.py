@@ -60,6 +60,38 @@ def test_bridges_are_over_small_gaps_only(whole: Ranges, gap: int) -> None:
         assert start - stop <= 20 * gap or not set(range(stop, start)) & set(added)
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=3),
+    st.integers(1, 20),
+    st.data(),
+)
+def test_blocks_are_never_cut(lengths: list[list[int]], most: int, data: st.DataObject) -> None:
+    blocks = [np.cumsum([0, *each], dtype=np.int64) for each in lengths]
+    sizes = [int(each[-1]) for each in blocks]
+    files = Files(sizes, unit_bytes=4, apart_bytes=3, blocks=blocks)
+    number = data.draw(st.sampled_from(range(len(sizes))))
+    if not sizes[number]:
+        return
+    start = data.draw(st.integers(0, sizes[number] - 1))
+    stop = data.draw(st.integers(start + 1, sizes[number]))
+    (low, high) = files.address(np.array([number]), np.array([start, stop])[:, None])[:, 0].tolist()
+    wide = files.widen(ranges([(low, high)]))
+    ((begin, end),) = wide.pairs()
+    units = files.units(begin, end)
+    assert [unit[0] for unit in units] == [begin, *(unit[1] for unit in units[:-1])]
+    assert units[0][0] <= low < units[0][1]
+    assert units[-1][0] < high <= units[-1][1] == end
+    pieces = cut(wide, most_bytes=most, begin=files.begin)
+    assert held(pieces) == held(wide)
+    assert {at for pair in pieces.pairs() for at in pair} <= {at for unit in units for at in unit}
+    assert all(stop - start < most + max(lengths[number]) for start, stop in pieces.pairs())
+    # Whoever wants all of the file cuts it at the same places.
+    whole = files.address(np.array([number]), np.array([0, sizes[number]])[:, None])[:, 0].tolist()
+    other = cut(ranges([(whole[0], whole[1])]), most_bytes=most, begin=files.begin)
+    inside = {start for start, _ in other.pairs() if begin < start < end}
+    assert inside == {start for start, _ in pieces.pairs()} - {begin}
+
+
 def test_a_gap_is_bridged_where_a_request_would_cost_more() -> None:
     two = ranges([(0, 64), (68, 132)])
     assert bridge(two, max_gap_bytes=4).pairs() == [(0, 132)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.loading.exchange import ReadSchedule, cost, place_extents, share
-from dist_ckpt.loading.ranges import Ranges, merge_ranges
+from dist_ckpt.loading.ranges import Ranges, cut, merge_ranges
 from dist_ckpt.loading.reading import decide_exchange
 
 PAGE = 4096
@@ -23,6 +23,11 @@ def needs_of(*pairs: tuple[int, int]) -> Ranges:
 
 def held(ranges: Ranges) -> list[int]:
     return [at for start, stop in ranges.pairs() for at in range(start, stop)]
+
+
+def pieces(needs: Sequence[Ranges], extent_bytes: int) -> list[Ranges]:
+    """Cut what each group needs, at the same places."""
+    return [cut(each, most_bytes=extent_bytes) for each in needs]
 
 
 @st.composite
@@ -48,7 +53,7 @@ def test_every_byte_is_read_once_and_reaches_everyone(
     job: tuple[list[Ranges], list[int]], extent_bytes: int, pages: int
 ) -> None:
     needs, group_of = job
-    sharing = share(needs, group_of, extent_bytes=extent_bytes, window_bytes=pages * PAGE)
+    sharing = share(pieces(needs, extent_bytes), group_of, window_bytes=pages * PAGE)
     reads = readers(sharing)
     present = [needs[group] for group in group_of]
     every = sorted({at for each in present for at in held(each)})
@@ -68,9 +73,8 @@ def test_every_byte_is_read_once_and_reaches_everyone(
 @given(st.integers(1, 6), st.integers(1, 400), st.integers(1, 9))
 def test_replicas_read_about_the_same(world_size: int, nbytes: int, extent_bytes: int) -> None:
     sharing = share(
-        [needs_of((0, nbytes))],
+        pieces([needs_of((0, nbytes))], extent_bytes),
         [0] * world_size,
-        extent_bytes=extent_bytes,
         window_bytes=8 * PAGE,
     )
     loads = [len(each) for each in readers(sharing)]
@@ -79,13 +83,13 @@ def test_replicas_read_about_the_same(world_size: int, nbytes: int, extent_bytes
 
 def test_who_reads_much_alone_reads_less_for_others() -> None:
     needs = [needs_of((0, 100)), needs_of((60, 100))]
-    sharing = share(needs, [0, 1], extent_bytes=5, window_bytes=8 * PAGE)
+    sharing = share(pieces(needs, 5), [0, 1], window_bytes=8 * PAGE)
     assert [len(each) for each in readers(sharing)] == [60, 40]
 
 
 def test_shards_of_hsdp_fill_their_windows_side_by_side() -> None:
     needs = [needs_of((0, 40)), needs_of((50, 90))]
-    sharing = share(needs, [0, 1, 0, 1], extent_bytes=10, window_bytes=2 * PAGE)
+    sharing = share(pieces(needs, 10), [0, 1, 0, 1], window_bytes=2 * PAGE)
     shown = [sorted((each.start, each.ranks) for each in window) for window in sharing.windows]
     left, right = (0, 2), (1, 3)
     assert shown == [
@@ -96,7 +100,7 @@ def test_shards_of_hsdp_fill_their_windows_side_by_side() -> None:
 
 def test_nothing_in_common_needs_no_window() -> None:
     needs = [needs_of((0, 40)), needs_of((40, 90)), needs_of()]
-    sharing = share(needs, [0, 1, 2, 2], extent_bytes=10, window_bytes=PAGE)
+    sharing = share(pieces(needs, 10), [0, 1, 2, 2], window_bytes=PAGE)
     assert sharing.windows == ()
     assert [held(each) for each in sharing.alone] == [held(needs[n]) for n in (0, 1, 2, 2)]
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import block_digests, bytes_digest
+from dist_ckpt.format.digest import bytes_digest, digest_blocks
 from dist_ckpt.format.index import Index
-from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.format.manifest import FilesTotal, Manifest
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
@@ -80,7 +81,10 @@ def put(
         staged = stage(rank, by_rank[rank], owned, documents)
         for file in staged:
             attempt.put_file(file.name, [file.image])
-        written = [WrittenFile(f.name, len(f.image), block_digests(f.image)) for f in staged]
+        written = [
+            WrittenFile(f.name, len(f.image), digest_blocks(f.blocks, f.image), f.blocks)
+            for f in staged
+        ]
         told = [
             Document(part, False, len(data), bytes_digest(data)) for part, data in documents.items()
         ]
@@ -94,25 +98,19 @@ def checkpoint(by_rank: Sequence[Sequence[LocalBox]]) -> Checkpoint:
     attempt = repository.begin(1, repository.claim())
     index = put(attempt, by_rank)
 
-    def describe(stored: ManifestFile) -> Manifest:
-        return Manifest(
-            step=1,
-            save_id=attempt.save_id,
-            claim=attempt.claim,
-            created="2026-01-02T03:04:05+00:00",
-            world_size=len(by_rank),
-            versions={},
-            parts=["model"],
-            files=[
-                ManifestFile(f"{attempt.save_id}/{file.name}", file.nbytes, file.digest)
-                for file in index.files
-            ],
-            index=stored,
-            metrics={},
-            metadata={},
-            timings={},
-            parent_step=None,
-        )
-
-    attempt.commit(index, describe)
+    draft = Manifest(
+        step=1,
+        save_id=attempt.save_id,
+        claim=attempt.claim,
+        created="2026-01-02T03:04:05+00:00",
+        world_size=len(by_rank),
+        versions={},
+        parts=["model"],
+        files=FilesTotal.of(file.nbytes for file in index.files),
+        metrics={},
+        metadata={},
+        timings={},
+        parent_step=None,
+    )
+    attempt.commit(encode_whole(index), draft)
     return repository.open(1)

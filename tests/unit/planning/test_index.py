@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IntegrityError
-from dist_ckpt.format import index as index_format
+from dist_ckpt.format import root as root_format
+from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import block_digests
+from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.segment import join_segments
+from dist_ckpt.format.shard import ShardLayout
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.files import plan_extra, plan_files
 from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
 from dist_ckpt.planning.owners import decide
@@ -18,17 +22,18 @@ from tests.unit.planning.saved import checkpoint, content, local
 DIGEST = "0123456789abcdef"
 
 
+def written(name: str, planned: ShardLayout) -> WrittenFile:
+    digests = digest_blocks(planned.blocks, bytes(planned.nbytes))
+    return WrittenFile(name, planned.nbytes, digests, planned.blocks)
+
+
 def share_of(rank: int, world: list[list[str]], documents: list[Document]) -> RankShare:
     held = [[whole(name, (5, 7)) for name in names] for names in world]
     owned = decide(held)[rank]
-    files = [
-        WrittenFile(plan.name, plan.layout.nbytes, block_digests(bytes(plan.layout.nbytes)))
-        for plan in plan_files(rank, held[rank], owned)
-    ]
+    files = [written(plan.name, plan.layout) for plan in plan_files(rank, held[rank], owned)]
     if documents:
-        nbytes = plan_extra({each.part: each.nbytes for each in documents}).nbytes
-        name = f"extra.r{rank:05d}.safetensors"
-        files.append(WrittenFile(name, nbytes, block_digests(bytes(nbytes))))
+        extra = plan_extra({each.part: each.nbytes for each in documents})
+        files.append(written(f"extra.r{rank:05d}.safetensors", extra))
     return RankShare(held[rank], owned, files, documents)
 
 
@@ -48,7 +53,10 @@ def test_every_box_and_every_document_is_in_it() -> None:
     ]
     for entry in index.objects:
         assert index.files[entry.file].name.startswith("extra.")
-    assert index_format.decode(index_format.encode(index)) == index, "a reader takes it"
+    root = root_format.decode(encode_whole(index))
+    places = range(len(root.segments))
+    read = {n: segment_format.decode(root.segments[n].inside, root, n) for n in places}
+    assert join_segments(root, read) == index, "a reader takes it"
 
 
 def test_a_report_that_lacks_a_file_is_refused() -> None:

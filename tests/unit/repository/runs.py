@@ -10,9 +10,10 @@ import msgspec
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import block_digests, bytes_digest, file_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
-from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.format.shard import ShardEntry, layout
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.memory import MemoryStore
@@ -53,7 +54,7 @@ def put_files(attempt: Transaction, content: bytes) -> Index:
     )
 
 
-def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile, **said: Any) -> Manifest:
+def manifest_of(attempt: Transaction, index: Index, **said: Any) -> Manifest:
     """Describe the attempt; `said` are fields of the manifest that are to be otherwise."""
     plain = Manifest(
         step=attempt.step,
@@ -63,11 +64,7 @@ def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile, **said
         world_size=1,
         versions={},
         parts=["model", "notes"],
-        files=[
-            ManifestFile(f"{attempt.save_id}/{file.name}", file.nbytes, file.digest)
-            for file in index.files
-        ],
-        index=stored,
+        files=FilesTotal.of(file.nbytes for file in index.files),
         metrics={},
         metadata={},
         timings={},
@@ -79,7 +76,7 @@ def manifest_of(attempt: Transaction, index: Index, stored: ManifestFile, **said
 def commit(attempt: Transaction, content: bytes = b"weights", **said: Any) -> Manifest:
     """Write all files of an attempt and commit it; `said` as for `manifest_of`."""
     index = put_files(attempt, content)
-    return attempt.commit(index, lambda stored: manifest_of(attempt, index, stored, **said))
+    return attempt.commit(encode_whole(index), manifest_of(attempt, index, **said))
 
 
 def save(store: Store, *steps: int, claim: int | None = None, content: bytes = b"weights") -> int:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import BLOCK_BYTES
-from dist_ckpt.format.manifest import Manifest, ManifestFile
+from dist_ckpt.format.manifest import FilesTotal, Manifest, ManifestFile
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.storage.base import Store, read_all
@@ -129,13 +129,13 @@ def rewrite(store: Store, change: Callable[[Manifest], Manifest]) -> None:
 
 
 def without_a_file(manifest: Manifest) -> Manifest:
-    return msgspec.structs.replace(manifest, files=manifest.files[1:])
+    files = FilesTotal(manifest.files.count - 1, manifest.files.nbytes)
+    return msgspec.structs.replace(manifest, files=files)
 
 
-def with_another_digest(manifest: Manifest) -> Manifest:
-    first = manifest.files[0]
-    changed = ManifestFile(first.key, first.nbytes, "0" * 16)
-    return msgspec.structs.replace(manifest, files=[changed, *manifest.files[1:]])
+def with_more_bytes(manifest: Manifest) -> Manifest:
+    files = FilesTotal(manifest.files.count, manifest.files.nbytes + 1)
+    return msgspec.structs.replace(manifest, files=files)
 
 
 def without_a_part(manifest: Manifest) -> Manifest:
@@ -151,7 +151,7 @@ def with_another_index(manifest: Manifest) -> Manifest:
     ("change", "says"),
     [
         (without_a_file, "disagree about"),
-        (with_another_digest, "disagree about"),
+        (with_more_bytes, "disagree about"),
         (without_a_part, "parts that the manifest does not list: notes"),
         (with_another_index, "differs from its digest"),
     ],
@@ -188,6 +188,6 @@ def test_no_manifest_and_a_newer_one() -> None:
     store, _ = checkpoint()
     with pytest.raises(NotFound, match="no checkpoint of step 2"):
         Checkpoint.read(store, 2)
-    store.put(manifest_key(1), [b'{"format": 2}'], mode="replace")
+    store.put(manifest_key(1), [b'{"format": 3}'], mode="replace")
     with pytest.raises(IncompatibleError):
         Checkpoint.read(store, 1)

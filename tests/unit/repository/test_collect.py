@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, FencedError, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, keep
 from dist_ckpt.repository.collect import delete_checkpoint
 from dist_ckpt.storage.local import LocalStore
@@ -169,7 +170,7 @@ def test_an_attempt_that_commits_while_garbage_is_looked_for_stays() -> None:
 
     def commit_rest() -> None:
         if not repository.steps():
-            attempt.commit(index, lambda stored: manifest_of(attempt, index, stored))
+            attempt.commit(encode_whole(index), manifest_of(attempt, index))
 
     Repository(CommitsMeanwhile(inner, [])).collect(claim=claim, in_flight=())
     assert repository.verify(1).ok

@@ -19,6 +19,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.format.names import manifest_key, new_save_id
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.local import LocalStore
@@ -50,7 +51,7 @@ def test_nothing_is_listed_before_the_manifest() -> None:
     attempt = begin(store)
     index = put_files(attempt, b"abc")
     assert Repository(store).steps() == []
-    attempt.commit(index, lambda stored: manifest_of(attempt, index, stored))
+    attempt.commit(encode_whole(index), manifest_of(attempt, index))
     assert Repository(store).steps() == [1]
     assert keys(store)[-1] == "step-0000000001/manifest.json"
     assert all(key.split("/")[1] == attempt.save_id for key in keys(store)[1:-1])
@@ -137,7 +138,7 @@ def test_the_last_word_comes_after_the_index_and_the_claims_and_before_the_manif
         raise CoordinationError("too late")
 
     with pytest.raises(CoordinationError, match="too late"):
-        attempt.commit(index, lambda stored: manifest_of(attempt, index, stored), confirm=refuse)
+        attempt.commit(encode_whole(index), manifest_of(attempt, index), confirm=refuse)
     assert any(key.endswith("/index.msgpack") for key in seen[0])
     assert Repository(store).steps() == []
 
@@ -183,7 +184,7 @@ def damaged_run() -> tuple[MemoryStore, bytes]:
 
 def replace(attempt: Transaction, manifest: bytes, content: bytes) -> None:
     index = put_files(attempt, content)
-    attempt.commit(index, lambda stored: manifest_of(attempt, index, stored), replaces=manifest)
+    attempt.commit(encode_whole(index), manifest_of(attempt, index), replaces=manifest)
 
 
 def attempt_of(store: Store, claim: int) -> Transaction:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dist_ckpt.errors import StorageError
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests, file_digest
+from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
 from dist_ckpt.format.index import FileEntry, Index
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.memory import MemoryStore
@@ -65,10 +66,9 @@ def test_a_file_that_is_no_safetensors_is_named_though_its_digest_is_right() -> 
     junk = b"\xff" * whole.files[0].nbytes
     key = f"step-0000000001/{attempt.save_id}/{MODEL}"
     store.put(key, [junk], mode="replace")
-    blocks = block_digests(junk)
-    files = (FileEntry(MODEL, len(junk), file_digest(blocks), blocks), whole.files[1])
+    files = (FileEntry.of(MODEL, len(junk), block_digests(junk)), whole.files[1])
     index = Index(files, whole.tensors, whole.objects, whole.chunks)
-    attempt.commit(index, lambda stored: manifest_of(attempt, index, stored))
+    attempt.commit(encode_whole(index), manifest_of(attempt, index))
     (problem,) = repository.verify(1).problems
     assert problem.startswith(MODEL)
 
