@@ -29,7 +29,6 @@ from torch import nn
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.lightning_content import (
-    IMPORTED,
     AnyContent,
     OptimizersIfFull,
     RandomState,
@@ -37,6 +36,7 @@ from dist_ckpt.integrations.lightning_content import (
     asked_for,
     optimizers_of,
     read_as_lightning,
+    say_imported,
 )
 from dist_ckpt.integrations.named_run import NamedRun, random_of
 from dist_ckpt.integrations.names import PointedAt, find, forget_listing, place_and_key
@@ -318,7 +318,7 @@ class DistCkptStrategy:
         found: PointedAt | None = self.broadcast(find(path, newest=NEWEST))
         self._is_ours = found is not None
         if found is None:
-            _log.warning("%s", IMPORTED.format(path=path))
+            say_imported(path)
             loaded: dict[str, Any] = super().load_checkpoint(path, weights_only)  # type: ignore[misc]
             return loaded
         run = self._run(found.place)

@@ -182,10 +182,13 @@ def _scores(checkpoint: Mapping[str, Any], key: str) -> dict[str, float]:
     return found
 
 
-IMPORTED = (
-    "{path} was written by Lightning itself and is read by Lightning, this once: the next save "
-    "goes into a run"
-)
+def say_imported(path: object) -> None:
+    """Say that Lightning itself wrote `path`, and reads it."""
+    _log.warning(
+        "%s was written by Lightning itself and is read by Lightning, this once: the next save "
+        "goes into a run",
+        path,
+    )
 
 
 def read_as_lightning(
@@ -196,7 +199,7 @@ def read_as_lightning(
     found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
         path, weights_only=weights_only, **how
     )
-    _log.warning("%s", IMPORTED.format(path=path))
+    say_imported(path)
     return found
 
 

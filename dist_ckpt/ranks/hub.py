@@ -211,7 +211,7 @@ class _Port:
             return
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._warn("ranks cannot connect to rank 0: %s", _too_few_files(self._world_size))
+                self._say("ranks cannot connect to rank 0: %s", _too_few_files(self._world_size))
                 self._pause(_PAUSE_SECONDS)
             return  # else it was gone before it was there
         asked = challenge()
@@ -239,7 +239,7 @@ class _Port:
             self._came, self._since = 0, now
         self._came += 1
         if self._came > self._world_size + _STRANGERS_PER_SECOND:
-            self._warn(
+            self._say(
                 "%d connections within a second to the coordination port %d of rank 0, the last "
                 "from %s: it looks at no more of them in a second; let only the hosts of the job "
                 "reach that port",
@@ -269,7 +269,7 @@ class _Port:
         if self._listeners[0].fileno() >= 0:
             self.open()
 
-    def _warn(self, text: str, *values: object) -> None:
+    def _say(self, text: str, *values: object) -> None:
         if text not in self._warned:
             self._warned.add(text)
             _log.warning(text, *values)

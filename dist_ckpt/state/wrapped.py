@@ -143,10 +143,9 @@ def is_wrapped(value: object) -> bool:
     if type(value) in _PLAIN or not isinstance(value, torch.Tensor):
         return False
     local = local_of(value)
+    several: bool = is_traceable_wrapper_subclass(local)
     # A ragged one has no size to cut or to rebuild it by: it is refused as no dense tensor.
-    if isinstance(local, DTensor) or local.is_nested:
-        return False
-    return is_traceable_wrapper_subclass(local)
+    return several and not isinstance(local, DTensor) and not local.is_nested
 
 
 # The classes that the state of this program has shown, by their names: no others are ever built.

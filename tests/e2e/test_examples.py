@@ -38,6 +38,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_it_runs(name: str, outcomes: dict[str, str]) -> None:
+    room, _, framework = name.rpartition(".")
+    if room == "dist_ckpt.integrations":
+        pytest.importorskip(framework, reason="an extra that the tests do without")
     assert outcomes[name.replace("/", "_")] == ""
 
 
