@@ -2,61 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.format.boxes import Box, check_cover, is_whole, volume
+from dist_ckpt.format.boxes import check_cover
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import itemsize
+from dist_ckpt.planning.columns import Alike, HeldByRank, Numbers, Row
 from dist_ckpt.planning.describe import Held
 
 TensorKey = tuple[str, str]
 """Part and name of a tensor."""
 
 
-@dataclass(slots=True)
-class Candidate:
-    """One box of one tensor, and the ranks that could write it.
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Boxes of one tensor, of the same sizes, each of them held alike by as many ranks.
+
+    No rank holds two of them, so that what is decided of one says nothing of another.
 
     Attributes:
-        box: in elements of the global tensor.
+        starts: int64[m, d], where each box starts.
+        sizes: the extent of all of them.
         itemsize: bytes of an element.
-        holders: (rank, position in what the rank holds), ascending.
-        unequal: whether the holders may have different values.
+        ranks: int64[m, n], the holders of each, ascending.
+        positions: int64[m, n], where in what a holder holds the box is.
     """
 
-    box: Box
+    starts: Numbers
+    sizes: tuple[int, ...]
     itemsize: int
-    holders: list[tuple[int, int]] = field(default_factory=list)
-    unequal: bool = False
+    ranks: Numbers
+    positions: Numbers
 
     @property
     def nbytes(self) -> int:
-        """Size of the box."""
-        return volume(self.box) * self.itemsize
+        """Size of one of the boxes."""
+        return math.prod(self.sizes) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The boxes of one tensor, in the order of the ranks that hold them first.
+
+    Attributes:
+        entry: the tensor.
+        starts: int64[k, d], where each box starts.
+        sizes: int64[k, d], and its extent.
+        first: int64[k + 1], where in `ranks` the holders of each box begin.
+        ranks: int64[n], the holders of one box after those of the other, ascending for each box.
+        positions: int64[n], where in what a holder holds the box is.
+        unequal: bool[k], whether the holders may have different values.
+    """
+
+    entry: TensorEntry
+    starts: Numbers
+    sizes: Numbers
+    first: Numbers
+    ranks: Numbers
+    positions: Numbers
+    unequal: NDArray[np.bool_]
 
     @property
-    def ranks(self) -> list[int]:
-        """The ranks among the holders, ascending."""
-        return [rank for rank, _ in self.holders]
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return itemsize(self.entry.dtype)
+
+    @property
+    def nbytes(self) -> Numbers:
+        """int64[k], the size of each box."""
+        nbytes: Numbers = np.prod(self.sizes, axis=1, dtype=np.int64) * self.itemsize
+        return nbytes
+
+    @property
+    def is_shared(self) -> NDArray[np.bool_]:
+        """bool[k], whether several ranks hold the same values of the box."""
+        return (np.diff(self.first) > 1) & ~self.unequal
+
+    def shared(self) -> Iterator[Shared]:
+        """Yield the boxes that several ranks hold alike, as many together as there can be."""
+        tiles = np.flatnonzero(self.is_shared)
+        holders = np.diff(self.first)[tiles]
+        for alike in _together(np.column_stack((holders, self.nbytes[tiles]))):
+            found = [
+                self._shared(tiles[some]) for some in _together(self.sizes[tiles[alike]], alike)
+            ]
+            ranks = np.concatenate([each.ranks.ravel() for each in found])
+            if len(np.unique(ranks)) == len(ranks):
+                yield from found
+            else:  # one after the other, in their order
+                yield from (self._shared(tiles[one : one + 1]) for one in alike.tolist())
+
+    def _shared(self, tiles: Numbers) -> Shared:
+        """Return some boxes of the same sizes and with as many holders."""
+        first = self.first[tiles]
+        holders = first[:, None] + np.arange(self.first[tiles[0] + 1] - first[0])
+        sizes = tuple(self.sizes[tiles[0]].tolist())
+        ranks, positions = self.ranks[holders], self.positions[holders]
+        return Shared(self.starts[tiles], sizes, self.itemsize, ranks, positions)
 
 
-_Boxes = dict[tuple[tuple[int, ...], tuple[int, ...]], Candidate]
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """All that was said of one tensor."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What was said of one tensor: a row for each box that some rank holds of it."""
 
     first_rank: int
-    first: Held
-    boxes: _Boxes = field(default_factory=dict)
-    # The names it was said to be tied to, by all holders of some element of it.
-    ties: set[str] = field(default_factory=set)
+    entry: TensorEntry
+    places: list[tuple[Alike, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +122,31 @@ class Holdings:
 
     Attributes:
         world_size: how many ranks there are.
-        candidates: every box that somebody has to write, tensor by tensor.
+        tiles: for each tensor that somebody has to write its boxes.
         ties: by tensor, the name of the one in its part whose bytes are its bytes too.
     """
 
     world_size: int
-    candidates: Sequence[Candidate]
+    tiles: Sequence[Tiles]
     ties: Mapping[TensorKey, str]
 
     @classmethod
-    def of(cls, held_by_rank: Sequence[Sequence[Held]]) -> Holdings:
+    def of(cls, held_by_rank: HeldByRank | Sequence[Sequence[Held]]) -> Holdings:
         """Put together what each rank holds.
 
         Raises:
             IncompatibleError: ranks disagree about a tensor, hold boxes of it that overlap without
                 being equal, or do not hold all of it.
         """
+        if not isinstance(held_by_rank, HeldByRank):
+            held_by_rank = HeldByRank.of(held_by_rank)
         gathered = _gather(held_by_rank)
-        ties = _ties(gathered)
-        candidates: list[Candidate] = []
-        for key, tensor in gathered.items():
-            entry = tensor.first.tensor
-            tiles = _tiles(entry, tensor)
-            _check_tiles(entry, tiles)
-            if key not in ties:
-                candidates += tiles
-        return cls(len(held_by_rank), candidates, ties)
+        tiles = {key: _tiles(rows) for key, rows in gathered.items()}
+        ties = _ties(gathered, tiles)
+        for each in tiles.values():
+            _check_tiles(each)
+        own = [each for key, each in tiles.items() if key not in ties]
+        return cls(len(held_by_rank), own, ties)
 
     def replicas(self) -> list[dict[int, list[int]]]:
         """For each rank, the positions of the boxes that it must hold just as others do.
@@ -98,90 +154,142 @@ class Holdings:
         They are grouped by the ranks that hold them: a group has the same number, and the same
         boxes in the same order, on each of its ranks.
         """
-        positions: list[dict[int, list[int]]] = [{} for _ in range(self.world_size)]
-        numbers: dict[tuple[int, ...], int] = {}
-        for candidate in self.candidates:
-            if len(candidate.holders) > 1 and not candidate.unequal:
-                number = numbers.setdefault(tuple(candidate.ranks), len(numbers))
-                for rank, position in candidate.holders:
-                    positions[rank].setdefault(number, []).append(position)
-        return positions
+        numbers: dict[bytes, int] = {}
+        together: dict[bytes, list[Shared]] = {}
+        for tiles in self.tiles:
+            for shared in tiles.shared():
+                together.setdefault(shared.ranks.tobytes(), []).append(shared)
+        found: list[dict[int, list[int]]] = [{} for _ in range(self.world_size)]
+        lists: dict[bytes, list[int]] = {}  # of ranks alike one, not one for each
+        for alike in together.values():
+            positions = np.stack([each.positions for each in alike], axis=2)
+            for ranks, of_ranks in zip(alike[0].ranks, positions, strict=True):
+                number = numbers.setdefault(ranks.tobytes(), len(numbers))
+                for rank, own in zip(ranks.tolist(), of_ranks, strict=True):
+                    key = own.tobytes()
+                    if key not in lists:
+                        lists[key] = own.tolist()
+                    before = found[rank].get(number)
+                    found[rank][number] = lists[key] if before is None else before + lists[key]
+        return found
 
 
-def _gather(held_by_rank: Sequence[Sequence[Held]]) -> dict[TensorKey, _Gathered]:
-    gathered: dict[TensorKey, _Gathered] = {}
-    for rank, held_boxes in enumerate(held_by_rank):
-        for position, held in enumerate(held_boxes):
-            key = (held.part, held.name)
-            tensor = gathered.get(key)
-            if tensor is None:
-                tensor = gathered[key] = _Gathered(rank, held)
-            elif held.dtype != tensor.first.dtype or held.shape != tensor.first.shape:
-                raise _not_alike(tensor.first_rank, tensor.first, rank, held)
-            if 0 in held.sizes and all(held.shape):
-                continue  # an empty shard of a tensor that has elements
-            where = (held.offsets, held.sizes)
-            candidate = tensor.boxes.get(where)
-            if candidate is None:
-                candidate = Candidate(Box(*where), itemsize(held.dtype))
-                tensor.boxes[where] = candidate
-            candidate.holders.append((rank, position))
-            candidate.unequal |= held.unequal
-            tensor.ties.add(held.tie)
+def _gather(held_by_rank: HeldByRank) -> dict[TensorKey, _Rows]:
+    gathered: dict[TensorKey, _Rows] = {}
+    for group in held_by_rank.groups:
+        rank = int(group.ranks[0])
+        for position, row in enumerate(group.table.rows):
+            key = (row.part, row.name)
+            known = gathered.get(key)
+            if known is None:
+                entry = TensorEntry(row.part, row.name, row.dtype, row.shape)
+                known = gathered[key] = _Rows(rank, entry, [])
+            elif row.dtype != known.entry.dtype or row.shape != known.entry.shape:
+                raise _not_alike(known.first_rank, known.entry, rank, row)
+            known.places.append((group, position))
     return gathered
 
 
-def _ties(gathered: Mapping[TensorKey, _Gathered]) -> dict[TensorKey, str]:
+def _tiles(rows: _Rows) -> Tiles:
+    """Find the distinct boxes of a tensor, and who holds each."""
+    ndim = len(rows.entry.shape)
+    boxes = np.concatenate([np.hstack(group.boxes(at)) for group, at in rows.places])
+    ranks = np.concatenate([group.ranks for group, _ in rows.places])
+    positions = np.concatenate([np.full(len(group.ranks), at) for group, at in rows.places])
+    unequal = np.concatenate(
+        [np.full(len(group.ranks), group.table.rows[at].unequal) for group, at in rows.places]
+    )
+    kept = np.arange(len(ranks))
+    if len(rows.places) > 1:
+        kept = np.lexsort((positions, ranks))
+    if all(rows.entry.shape):  # without the empty shards of a tensor that has elements
+        kept = kept[(boxes[kept, ndim:] > 0).all(axis=1)]
+    else:
+        # A tensor without elements is one chunk of its whole shape, however its nothing is cut.
+        kept, unequal = kept[:1], np.zeros_like(unequal)
+        boxes = np.array([[0] * ndim + list(rows.entry.shape)] * len(boxes), np.int64)
+    boxes, ranks, positions = boxes[kept], ranks[kept], positions[kept]
+    numbers, examples = _distinct(boxes)
+    order = np.argsort(numbers, kind="stable")
+    first = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=len(examples)))])
+    differing = np.zeros(len(examples), np.bool_)
+    differing[numbers[unequal[kept]]] = True
+    starts, sizes = boxes[examples, :ndim], boxes[examples, ndim:]
+    return Tiles(rows.entry, starts, sizes, first, ranks[order], positions[order], differing)
+
+
+def _together(rows: Numbers, among: Numbers | None = None) -> list[Numbers]:
+    """Return, for each distinct row as they first appear, where in `among` it stands."""
+    if not len(rows):
+        return []
+    numbers, _ = _distinct(rows)
+    order = np.argsort(numbers, kind="stable")
+    stops = np.cumsum(np.bincount(numbers))
+    return np.split(order if among is None else among[order], stops[:-1])
+
+
+def _distinct(boxes: Numbers) -> tuple[Numbers, Numbers]:
+    """Number the distinct rows as they first appear: the number of each row, a row of each."""
+    if len(boxes) < 2 or (boxes == boxes[0]).all():
+        return np.zeros(len(boxes), np.int64), np.arange(min(len(boxes), 1))
+    if any(len(np.unique(column)) == len(boxes) for column in boxes.T):
+        return np.arange(len(boxes)), np.arange(len(boxes))
+    _, examples, numbers = np.unique(boxes, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(examples)
+    rank_of = np.empty_like(order)
+    rank_of[order] = np.arange(len(order))
+    return rank_of[numbers.reshape(-1)], examples[order]
+
+
+def _ties(
+    gathered: Mapping[TensorKey, _Rows], tiles: Mapping[TensorKey, Tiles]
+) -> dict[TensorKey, str]:
     """Find the tensors that are tied to one and the same other one wherever they are."""
     found: dict[TensorKey, str] = {}
-    for (part, name), tensor in gathered.items():
-        if len(tensor.ties) != 1 or "" in tensor.ties:
+    for key, rows in gathered.items():
+        if not any(group.table.rows[at].tie for group, at in rows.places):
             continue
-        (other,) = tensor.ties
-        target = gathered.get((part, other))
+        names = {group.table.rows[at].tie for group, at in rows.places if _has_some(group, at)}
+        if len(names) != 1 or "" in names:
+            continue
+        (other,) = names
+        target = tiles.get((key[0], other))
         # The same boxes on the same ranks: where one rank has the other tensor alone, nobody has
         # said that its bytes are those of both.
-        if target is not None and _places(target) == _places(tensor):
-            found[part, name] = other
+        if target is not None and _places(target) == _places(tiles[key]):
+            found[key] = other
     return found
 
 
-def _places(tensor: _Gathered) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]]:
-    return {where: candidate.ranks for where, candidate in tensor.boxes.items()}
+def _has_some(group: Alike, position: int) -> bool:
+    """Tell whether some rank of the group has an element of the box at `position`."""
+    return bool((group.boxes(position)[1] > 0).all(axis=1).any())
 
 
-def _tiles(entry: TensorEntry, tensor: _Gathered) -> list[Candidate]:
-    if all(entry.shape):
-        return list(tensor.boxes.values())
-    # A tensor without elements is one chunk of its whole shape, however ranks cut their nothing.
-    first = min(candidate.holders[0] for candidate in tensor.boxes.values())
-    whole = Box((0,) * len(entry.shape), entry.shape)
-    return [Candidate(whole, itemsize(entry.dtype), [first])]
+def _places(tiles: Tiles) -> dict[bytes, bytes]:
+    boxes = np.hstack((tiles.starts, tiles.sizes))
+    ranks = np.split(tiles.ranks, tiles.first[1:-1])
+    return {box.tobytes(): one.tobytes() for box, one in zip(boxes, ranks, strict=True)}
 
 
-def _check_tiles(entry: TensorEntry, tiles: Sequence[Candidate]) -> None:
+def _check_tiles(tiles: Tiles) -> None:
+    shape = tiles.entry.shape
     # Most tensors are held whole, and the first save waits for this.
-    if len(tiles) == 1 and is_whole(tiles[0].box, entry.shape):
+    if len(tiles.sizes) == 1 and not tiles.starts.any() and (tiles.sizes[0] == shape).all():
         return
-    starts = _rows([tile.box.offsets for tile in tiles], len(entry.shape))
-    sizes = _rows([tile.box.sizes for tile in tiles], len(entry.shape))
-    problem = check_cover(entry.shape, starts, sizes)
+    problem = check_cover(shape, tiles.starts, tiles.sizes)
     if problem is not None:
         raise IncompatibleError(
-            f"the ranks together do not hold tensor {entry.name!r} of part {entry.part!r} exactly "
-            f"once: {problem}",
+            f"the ranks together do not hold tensor {tiles.entry.name!r} of part "
+            f"{tiles.entry.part!r} exactly once: {problem}",
             kind=ErrorKind.COVERAGE,
         )
 
 
-def _rows(values: Sequence[tuple[int, ...]], ndim: int) -> NDArray[np.int64]:
-    return np.array(values, np.int64).reshape(len(values), ndim)
-
-
-def _not_alike(first_rank: int, first: Held, rank: int, held: Held) -> IncompatibleError:
+def _not_alike(first_rank: int, first: TensorEntry, rank: int, row: Row) -> IncompatibleError:
     return IncompatibleError(
-        f"tensor {held.name!r} of part {held.part!r} is {first.dtype}{list(first.shape)} on rank "
-        f"{first_rank} and {held.dtype}{list(held.shape)} on rank {rank}: one name must mean one "
+        f"tensor {row.name!r} of part {row.part!r} is {first.dtype}{list(first.shape)} on rank "
+        f"{first_rank} and {row.dtype}{list(row.shape)} on rank {rank}: one name must mean one "
         "tensor (PerRank(...) keeps values apart)",
         kind=ErrorKind.REPLICAS_DIFFER,
     )

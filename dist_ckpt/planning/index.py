@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.segment import Segment
-from dist_ckpt.format.structure import Cut, RankChunks, structure_of
+from dist_ckpt.format.structure import Layout, RankChunks, Structure
+from dist_ckpt.planning.columns import HeldByRank, Numbers
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import (
     FilePlan,
@@ -27,7 +28,7 @@ from dist_ckpt.planning.files import (
     plan_files,
 )
 from dist_ckpt.planning.holdings import TensorKey
-from dist_ckpt.planning.owners import Owned
+from dist_ckpt.planning.owners import Owned, OwnedByRank
 
 
 def versions() -> dict[str, str]:
@@ -113,18 +114,14 @@ class IndexPlan:
     Attributes:
         structure: of the checkpoint, encoded.
         numbers: by rank, for each box that it holds, the number of its tensor.
-        chunks: by rank, a digest of the boxes that it writes.
     """
 
     structure: bytes
     numbers: Sequence[Sequence[int]]
-    chunks: Sequence[str]
 
 
 def plan_index(
-    held_by_rank: Sequence[Sequence[Held]],
-    owned_by_rank: Sequence[Sequence[Owned]],
-    ties: Mapping[TensorKey, str],
+    held_by_rank: HeldByRank, owned_by_rank: OwnedByRank, ties: Mapping[TensorKey, str]
 ) -> IndexPlan:
     """Describe who writes what, on the one rank that knows it of all.
 
@@ -136,38 +133,69 @@ def plan_index(
     Raises:
         UsageError: a name is not Unicode text, or there is too much of it.
     """
-    cuts: dict[TensorEntry, list[Cut]] = {}
-    for held in held_by_rank:
-        for each in held:
-            cuts.setdefault(each.tensor, [])
-    numbers_of = {tensor: number for number, tensor in enumerate(cuts)}
-    numbers = [[numbers_of[each.tensor] for each in held] for held in held_by_rank]
-    for rank, owned in enumerate(owned_by_rank):
-        for box in owned:
-            tensor = held_by_rank[rank][box.held].tensor
-            cuts[tensor].append((rank, box.offsets, box.sizes))
-    by_key = {(tensor.part, tensor.name): tensor for tensor in cuts}
-    owners = {by_key[part, name]: by_key[part, owner] for (part, name), owner in ties.items()}
-    chunks = [
-        _digest_chunks(_rows((mine[box.held], box) for box in owned))
-        for mine, owned in zip(numbers, owned_by_rank, strict=True)
-    ]
-    return IndexPlan(structure_format.encode(structure_of(cuts, owners)), numbers, chunks)
+    tensors: dict[TensorEntry, int] = {}
+    numbers: list[Sequence[int]] = [()] * len(held_by_rank)
+    for group in held_by_rank.groups:
+        entries = [TensorEntry(r.part, r.name, r.dtype, r.shape) for r in group.table.rows]
+        alike = [tensors.setdefault(entry, len(tensors)) for entry in entries]
+        for rank in group.ranks.tolist():
+            numbers[rank] = alike  # the very same list: they are thousands
+    chunks: list[list[_Chunks]] = [[] for _ in tensors]
+    for group in held_by_rank.groups:
+        for position, number in enumerate(numbers[int(group.ranks[0])]):
+            chunks[number].append(owned_by_rank.whole_boxes(group, position))
+    for ranks, positions, starts, sizes in owned_by_rank.piece_columns():
+        pairs = zip(ranks.tolist(), positions.tolist(), strict=True)
+        of = np.fromiter((numbers[rank][position] for rank, position in pairs), np.int64)
+        order = np.argsort(of, kind="stable")
+        found, first = np.unique(of[order], return_index=True)
+        for number, some in zip(found.tolist(), np.split(order, first[1:]), strict=True):
+            chunks[number].append((ranks[some], starts[some], sizes[some]))
+    return IndexPlan(structure_format.encode(_structure(tensors, chunks, ties)), numbers)
+
+
+_Chunks = tuple[Numbers, Numbers, Numbers]
+"""Who writes each of some chunks, where it starts, and its extent."""
+
+
+def _structure(
+    tensors: Mapping[TensorEntry, int],
+    chunks: Sequence[Sequence[_Chunks]],
+    ties: Mapping[TensorKey, str],
+) -> Structure:
+    by_key = {(tensor.part, tensor.name): number for tensor, number in tensors.items()}
+    known: dict[object, int] = {}
+    layouts: list[Layout] = []
+    layout, owners = np.zeros(len(tensors), np.int64), np.arange(len(tensors))
+    for tensor, number in tensors.items():
+        tie = ties.get((tensor.part, tensor.name))
+        owners[number] = owner = number if tie is None else by_key[tensor.part, tie]
+        ranks, starts, sizes = (np.concatenate(each) for each in zip(*chunks[owner], strict=True))
+        # By where they start; a number without dimensions has one chunk.
+        order = np.lexsort(starts.T[::-1]) if tensor.shape else np.arange(len(ranks))
+        cut = Layout(ranks[order], starts[order], sizes[order])
+        key = (tensor.shape, *(part.tobytes() for part in (cut.rank, cut.starts, cut.sizes)))
+        layout[number] = known.setdefault(key, len(layouts))
+        if layout[number] == len(layouts):
+            layouts.append(cut)
+    return Structure(tuple(tensors), layout, owners, tuple(layouts))
 
 
 def describe_share(
     rank: int,
     *,
     numbers: Sequence[int],
+    owned: Sequence[Owned],
     plans: Sequence[FilePlan],
     files: Sequence[WrittenFile],
     documents: Sequence[Document],
-) -> tuple[Segment | None, str]:
-    """Describe what `rank` wrote, and return with it the digest of the boxes that it wrote.
+) -> Segment | None:
+    """Describe what `rank` wrote.
 
     Args:
         rank: who wrote it.
         numbers: for each box that it holds, the number of its tensor.
+        owned: the boxes that it was to write.
         plans: its files without that of the documents.
         files: those that were written, that of the documents included.
         documents: the encoded values in them.
@@ -176,7 +204,7 @@ def describe_share(
         None where it wrote no file.
 
     Raises:
-        IntegrityError: it wrote other files than were planned.
+        IntegrityError: it wrote other files or other boxes than were planned.
     """
     sizes = {document.part: document.nbytes for document in documents}
     check_reported_sizes(rank, plans, sizes, {file.name: file.nbytes for file in files})
@@ -187,6 +215,12 @@ def describe_share(
         for box, offset in zip(plan.owned, plan.layout.offsets, strict=True)
     }
     rows = _rows((numbers[box.held], box) for plan in plans for box in plan.owned)
+    if rows != _rows((numbers[box.held], box) for box in owned):
+        raise IntegrityError(
+            f"rank {rank} wrote other boxes than were planned",
+            kind=ErrorKind.COVERAGE,
+            ranks={rank: "it wrote other boxes than were planned"},
+        )
     tensor, boxes = _columns(rows)
     found = [where[box.held, box.offsets] for _, box in rows]
     segment = Segment(
@@ -197,7 +231,7 @@ def describe_share(
         np.array([offset for _, offset in found], np.int64),
         tuple(_objects(rank, documents, places)),
     )
-    return (segment if files else None), _digest_chunks(rows)
+    return segment if files else None
 
 
 _Row = tuple[int, Owned]
@@ -211,10 +245,6 @@ def _rows(boxes: Iterable[_Row]) -> list[_Row]:
 def _columns(rows: Sequence[_Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     flat = [number for _, box in rows for number in (*box.offsets, *box.sizes)]
     return np.array([number for number, _ in rows], np.int64), np.array(flat, np.int64)
-
-
-def _digest_chunks(rows: Sequence[_Row]) -> str:
-    return bytes_digest(b"".join(column.tobytes() for column in _columns(rows)))
 
 
 def _tied(ties: Mapping[TensorKey, str]) -> dict[TensorKey, list[str]]:

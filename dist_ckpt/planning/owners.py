@@ -14,15 +14,19 @@ the most to write that no other rank holds, as long as sets of holders that over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import overload
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.format.boxes import Box, split_rows, volume
+from dist_ckpt.planning.columns import Alike, HeldByRank, Numbers, pack_numbers, unpack_numbers
 from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.holdings import Candidate, Holdings
+from dist_ckpt.planning.holdings import Holdings, Shared, Tiles
 
 MIN_PIECE_BYTES = 64 * 1024
 """A shared box is not cut into smaller pieces: tiny chunks cost more than they balance."""
@@ -44,6 +48,115 @@ class Owned(msgspec.Struct, frozen=True, array_like=True):
         return Box(self.offsets, self.sizes)
 
 
+class OwnedShare(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank is told to write: a bit for each of its boxes, and the numbers of its pieces."""
+
+    whole: bytes
+    pieces: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Boxes of so many dimensions that ranks write: int64[k, 1 + 2 * d], in the order of ranks.
+
+    Attributes:
+        ranks: int64[k], who writes each.
+        numbers: for each the position among what the rank holds, the offsets, the sizes.
+    """
+
+    ranks: Numbers
+    numbers: Numbers
+
+    @classmethod
+    def of_all(cls, ranks: Sequence[Numbers], numbers: Sequence[Numbers]) -> _Pieces:
+        """Put together what was given piece by piece."""
+        every = np.concatenate(ranks)
+        order = np.argsort(every, kind="stable")
+        return cls(every[order], np.concatenate(numbers)[order])
+
+    def of(self, rank: int) -> Numbers:
+        """Return the numbers of what `rank` writes, one after the other."""
+        start, stop = np.searchsorted(self.ranks, (rank, rank + 1))
+        return self.numbers[start:stop].ravel()
+
+
+@dataclass(frozen=True)
+class OwnedByRank(Sequence[list[Owned]]):
+    """What each rank writes; as a sequence, the boxes of one rank at a time.
+
+    Most boxes are written by a rank as it holds them, which takes one bit to say. For each other
+    one there are numbers: its position, its offsets, its sizes.
+
+    Attributes:
+        held_by_rank: what the ranks hold.
+    """
+
+    held_by_rank: HeldByRank
+    # Rank after rank, for each box that it holds: whether it writes it as it is.
+    _flat: NDArray[np.bool_]
+    _first: Numbers
+    _pieces: Sequence[_Pieces]
+
+    def __len__(self) -> int:
+        return len(self.held_by_rank)
+
+    @overload
+    def __getitem__(self, rank: int) -> list[Owned]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[list[Owned]]: ...
+    def __getitem__(self, rank: int | slice) -> list[Owned] | list[list[Owned]]:
+        if isinstance(rank, slice):
+            return [self[one] for one in range(len(self))[rank]]
+        return read_owned(self.share(rank), self.held_by_rank[rank])
+
+    def whole_boxes(self, group: Alike, position: int) -> tuple[Numbers, Numbers, Numbers]:
+        """Return, of ranks alike, who writes its box at `position` as it is, and these boxes.
+
+        Returns:
+            int64[k], and the offsets and sizes int64[k, d].
+        """
+        offsets, sizes = group.boxes(position)
+        chosen = self._flat[self._first[group.ranks] + position]
+        return group.ranks[chosen], offsets[chosen], sizes[chosen]
+
+    def piece_columns(self) -> Iterator[tuple[Numbers, Numbers, Numbers, Numbers]]:
+        """Yield all other boxes, those of so many dimensions together.
+
+        Yields:
+            int64[k] ranks and positions, and the offsets and sizes int64[k, d].
+        """
+        for each in self._pieces:
+            ndim = each.numbers.shape[1] // 2
+            numbers = each.numbers
+            yield each.ranks, numbers[:, 0], numbers[:, 1 : ndim + 1], numbers[:, ndim + 1 :]
+
+    def share(self, rank: int) -> OwnedShare:
+        """Return what `rank` writes, as it is told to it."""
+        whole = np.packbits(self._flat[self._first[rank] : self._first[rank + 1]]).tobytes()
+        numbers = [each.of(rank) for each in self._pieces]
+        return OwnedShare(whole, pack_numbers(np.concatenate([np.zeros(0, np.int64), *numbers])))
+
+
+def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
+    """Return the boxes that a rank writes, in the order of what it holds.
+
+    Args:
+        share: what it was told.
+        held: the boxes it holds.
+    """
+    bits = np.unpackbits(np.frombuffer(share.whole, np.uint8), count=len(held))
+    owned = [
+        Owned(position, held[position].offsets, held[position].sizes)
+        for position in np.flatnonzero(bits).tolist()
+    ]
+    numbers = iter(unpack_numbers(share.pieces).tolist())
+    for position in numbers:
+        ndim = len(held[position].shape)
+        offsets, sizes = tuple(islice(numbers, ndim)), tuple(islice(numbers, ndim))
+        owned.append(Owned(position, offsets, sizes))
+    return sorted(owned, key=lambda box: (box.held, box.offsets))
+
+
 def decide(
     held_by_rank: Sequence[Sequence[Held]], *, max_piece_bytes: int | None = None
 ) -> list[list[Owned]]:
@@ -62,85 +175,149 @@ def decide(
         IncompatibleError: ranks disagree about a tensor, hold boxes of it that overlap without
             being equal, or do not hold all of it.
     """
-    return share_out(Holdings.of(held_by_rank), max_piece_bytes=max_piece_bytes)
+    held = HeldByRank.of(held_by_rank)
+    return list(share_out(held, Holdings.of(held), max_piece_bytes=max_piece_bytes))
 
 
-def share_out(holdings: Holdings, *, max_piece_bytes: int | None = None) -> list[list[Owned]]:
+def share_out(
+    held_by_rank: HeldByRank, holdings: Holdings, *, max_piece_bytes: int | None = None
+) -> OwnedByRank:
     """Do as `decide`, for holdings that were gathered before."""
-    world_size = holdings.world_size
-    loads = np.zeros(world_size, np.int64)
-    owned: list[list[Owned]] = [[] for _ in range(world_size)]
-
-    def give(candidate: Candidate, holder: int, box: Box) -> None:
-        rank, position = candidate.holders[holder]
-        loads[rank] += volume(box) * candidate.itemsize
-        for piece in _bounded(box, candidate.itemsize, max_piece_bytes):
-            owned[rank].append(Owned(position, piece.offsets, piece.sizes))
-
-    shared: list[Candidate] = []
-    for candidate in holdings.candidates:
-        if len(candidate.holders) > 1 and not candidate.unequal:
-            shared.append(candidate)
-        else:
-            # Pieces of values that differ would be a tensor that no rank ever had: the lowest
-            # holder, which was gathered first, has it whole.
-            give(candidate, 0, candidate.box)
-    mean = sum(candidate.nbytes for candidate in holdings.candidates) / world_size
+    sharing = _Sharing(held_by_rank, max_piece_bytes)
+    shared: list[Shared] = []
+    total = 0
+    for tiles in holdings.tiles:
+        sharing.give_alone(tiles)
+        shared += tiles.shared()
+        total += int(tiles.nbytes.sum())
     # What only one rank can write came first. Then those with the fewest holders, which have the
     # least choice, and of these the largest: what is left evens out what came before.
-    shared.sort(key=lambda candidate: (len(candidate.holders), -candidate.nbytes))
-    for candidate in shared:
-        for box in _cut_rows(candidate, mean):
-            for holder, piece in _pour(candidate, box, loads):
-                give(candidate, holder, piece)
-    for boxes in owned:
-        boxes.sort(key=lambda box: (box.held, box.offsets))
-    return owned
+    shared.sort(key=lambda each: (each.ranks.shape[1], -each.nbytes))
+    for each in shared:
+        for box in _cut_rows(each, total / holdings.world_size):
+            sharing.pour(each, box)
+    return sharing.done()
 
 
-def _pour(candidate: Candidate, box: Box, loads: NDArray[np.int64]) -> list[tuple[int, Box]]:
-    """Cut `box` by rows over the holders, so that the emptiest come up to one level."""
-    nbytes = volume(box) * candidate.itemsize
-    present = loads[candidate.ranks]
+class _Sharing:
+    """What was given to whom so far."""
+
+    def __init__(self, held_by_rank: HeldByRank, max_piece_bytes: int | None) -> None:
+        counts = held_by_rank.counts()
+        self._held_by_rank = held_by_rank
+        self._most = max_piece_bytes
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._whole = np.zeros(self._first[-1], np.bool_)
+        self._loads = np.zeros(len(counts), np.int64)
+        self._pieces: dict[int, tuple[list[Numbers], list[Numbers]]] = {}
+
+    def done(self) -> OwnedByRank:
+        """Return what everybody has now."""
+        pieces = [_Pieces.of_all(ranks, numbers) for ranks, numbers in self._pieces.values()]
+        return OwnedByRank(self._held_by_rank, self._whole, self._first, pieces)
+
+    def give_alone(self, tiles: Tiles) -> None:
+        """Give the boxes that one rank holds to that rank, and all that ranks may not share."""
+        alone = ~tiles.is_shared
+        # Pieces of values that differ would be a tensor that no rank ever had: the lowest holder,
+        # which comes first, has it whole.
+        at = tiles.first[:-1][alone]
+        ranks, positions, nbytes = tiles.ranks[at], tiles.positions[at], tiles.nbytes[alone]
+        if all(tiles.entry.shape) and (self._most is None or (nbytes <= self._most).all()):
+            self._whole[self._first[ranks] + positions] = True
+            np.add.at(self._loads, ranks, nbytes)
+        else:
+            boxes = (tiles.starts[alone], tiles.sizes[alone])
+            self._give(ranks, positions, boxes, tiles.itemsize)
+
+    def pour(self, shared: Shared, box: Box) -> None:
+        """Cut a box by rows over its holders, so that the emptiest come up to one level.
+
+        Args:
+            shared: the boxes that are shared out alike.
+            box: a part of each of them, counted from where it starts.
+        """
+        nbytes = volume(box) * shared.itemsize
+        dim, rows = _rows(box)
+        which, holders, starts, stops = _levelled(self._loads[shared.ranks], nbytes, rows)
+        offsets = shared.starts[which] + np.array(box.offsets, np.int64)
+        sizes = np.tile(np.array(box.sizes, np.int64), (len(which), 1))
+        if box.sizes:
+            offsets[:, dim] += starts
+            sizes[:, dim] = stops - starts
+        at = which, holders
+        self._give(shared.ranks[at], shared.positions[at], (offsets, sizes), shared.itemsize)
+
+    def _give(
+        self, ranks: Numbers, positions: Numbers, boxes: tuple[Numbers, Numbers], itemsize: int
+    ) -> None:
+        """Give boxes, of which each is a part of what a rank holds at a position."""
+        offsets, sizes = boxes
+        nbytes = np.prod(sizes, axis=1, dtype=np.int64) * itemsize
+        np.add.at(self._loads, ranks, nbytes)
+        numbers = np.column_stack((positions, offsets, sizes))
+        if self._most is not None and (nbytes > self._most).any():
+            cut = [_cut(one, itemsize, self._most) for one in numbers]
+            ranks = np.repeat(ranks, [len(pieces) for pieces in cut])
+            numbers = np.concatenate(cut)
+        of_ranks, given = self._pieces.setdefault(offsets.shape[1], ([], []))
+        of_ranks.append(ranks)
+        given.append(numbers)
+
+
+def _levelled(loads: Numbers, nbytes: int, rows: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Pour boxes over their holders.
+
+    Args:
+        loads: int64[m, n], how much the n holders of each box have to write already.
+        nbytes: size of each box.
+        rows: how many rows it has.
+
+    Returns:
+        For each piece which box it is of, which of its holders takes it, its first row, and the
+        row behind its last.
+    """
+    every = np.arange(len(loads))
     if nbytes < 2 * MIN_PIECE_BYTES:
-        return [(int(present.argmin()), box)]
-    order = np.argsort(present, kind="stable")
-    level_before = present[order]
-    counts = np.arange(1, len(order) + 1)
+        return every, loads.argmin(axis=1), np.zeros_like(every), np.full_like(every, rows)
+    order = np.argsort(loads, axis=1, kind="stable")
+    before = np.take_along_axis(loads, order, axis=1)
+    counts = np.arange(1, loads.shape[1] + 1)
     # The level that the first n of them reach together, and what the fullest of these then takes.
-    levels = (nbytes + np.cumsum(level_before)) / counts
-    takes = levels - level_before
-    # `takes` falls from holder to holder; the first one always takes all it can.
-    count = max(1, int(np.count_nonzero(takes >= MIN_PIECE_BYTES)))
-    if count == 1:
-        return [(int(order[0]), box)]
-    shares = levels[count - 1] - level_before[:count]
-    dim, rows = _rows(box)
-    stops = np.rint(np.cumsum(shares) * (rows / nbytes)).astype(np.int64)
-    stops[-1] = rows  # whatever the rounding did
-    pieces, start = [], 0
-    for holder, stop in zip(order[:count].tolist(), stops.tolist(), strict=True):
-        if stop > start:
-            pieces.append((holder, _part(box, dim, start, stop)))
-            start = stop
-    return pieces
+    levels = (nbytes + np.cumsum(before, axis=1)) / counts
+    # That falls from holder to holder; the first one always takes all it can.
+    takes = np.count_nonzero(levels - before >= MIN_PIECE_BYTES, axis=1).clip(min=1)
+    level = levels[every, takes - 1][:, None]
+    shares = np.where(counts <= takes[:, None], level - before, 0)
+    stops = np.rint(np.cumsum(shares, axis=1) * (rows / nbytes)).astype(np.int64)
+    stops[counts >= takes[:, None]] = rows  # whatever the rounding did
+    starts = np.column_stack((np.zeros_like(every), stops[:, :-1]))
+    which, places = np.nonzero(stops > starts)
+    return which, order[which, places], starts[which, places], stops[which, places]
 
 
-def _cut_rows(candidate: Candidate, mean: float) -> list[Box]:
-    """Return the box whole, or its rows where they are too coarse to be shared out evenly."""
-    box = candidate.box
-    boxes = [box]
+def _cut(numbers: Numbers, itemsize: int, most: int) -> Numbers:
+    """Cut one box, given as position, offsets and sizes, into boxes of at most so many bytes."""
+    position, *rest = numbers.tolist()
+    ndim = len(rest) // 2
+    pieces = _bounded(Box(tuple(rest[:ndim]), tuple(rest[ndim:])), itemsize, most)
+    return np.array([(position, *each.offsets, *each.sizes) for each in pieces], np.int64)
+
+
+def _cut_rows(shared: Shared, mean: float) -> list[Box]:
+    """Return a box whole, or its rows where they are too coarse to be shared out evenly."""
+    boxes = [Box((0,) * len(shared.sizes), shared.sizes)]
     while True:
         dim, rows = _rows(boxes[0])
-        row_bytes = volume(boxes[0]) * candidate.itemsize / rows
+        row_bytes = volume(boxes[0]) * shared.itemsize / rows
         if rows == 1 or row_bytes <= max(MIN_PIECE_BYTES, _MAX_ROW_SHARE * mean):
             return boxes
         boxes = [_part(one, dim, row, row + 1) for one in boxes for row in range(rows)]
 
 
-def _bounded(box: Box, itemsize: int, max_piece_bytes: int | None) -> list[Box]:
+def _bounded(box: Box, itemsize: int, max_piece_bytes: int) -> list[Box]:
     nbytes = volume(box) * itemsize
-    if max_piece_bytes is None or nbytes <= max_piece_bytes or volume(box) <= 1:
+    if nbytes <= max_piece_bytes or volume(box) <= 1:
         return [box]
     pieces = split_rows(box, -(-nbytes // max_piece_bytes))
     # A row may still be too large: then it is cut along its next dimension.

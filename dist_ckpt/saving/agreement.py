@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from msgspec import structs
 
 from dist_ckpt.errors import (
     CheckpointError,
-    ErrorKind,
-    IncompatibleError,
     from_wire,
     may_pass,
     to_wire,
 )
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.planning.columns import unpack_numbers
 from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.holdings import Holdings
-from dist_ckpt.planning.index import IndexPlan, plan_index
-from dist_ckpt.planning.owners import Owned, share_out
+from dist_ckpt.planning.index import IndexPlan
+from dist_ckpt.planning.owners import Owned, read_owned
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
-from dist_ckpt.saving.messages import Description, ObjectName, PlanAnswer, PlanRequest, RankPlan
+from dist_ckpt.saving.job_plan import plan_job
+from dist_ckpt.saving.messages import PlanAnswer, PlanRequest, RankPlan
 from dist_ckpt.saving.snapshot import (
     Snapshot,
     compare_replicas,
     digest_replicas,
     digest_sample,
     samples_differ,
-    split_versions,
 )
 
 BeginAttempt = Callable[[int], str]
@@ -49,6 +51,15 @@ class Asked:
     options: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
     earlier: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """This rank's share of the newest plan, and what that was made for."""
+
+    fingerprint: str
+    table: str
+    plan: RankPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +107,16 @@ class Agreement:
         self._coordinator = coordinator
         self._max_piece_bytes = max_piece_bytes
         self._check_replicas = check_replicas
-        self._own: tuple[str, RankPlan] | None = None
+        self._own: _Own | None = None
         # The number of the plan whose replicas were found equal.
         self._checked = 0
         self._turn = 0
         # Rank 0 only: the number of its newest plan, and what that was made of.
-        self._number = 0
-        self.held_by_rank: list[list[Held]] = []
-        self.owned_by_rank: list[list[Owned]] = []
-        self.index = IndexPlan(b"", (), ())
-        self._replicas: list[dict[int, list[int]]] = []
+        self.number = 0
+        self.held_by_rank: Sequence[list[Held]] = []
+        self.owned_by_rank: Sequence[list[Owned]] = []
+        self.index = IndexPlan(b"", ())
+        self._replicas: Sequence[dict[int, list[int]]] = []
 
     def agree(
         self,
@@ -148,10 +159,10 @@ class Agreement:
         self._turn = answer.turn
         if answer.skip:
             return Agreed("", None, asked.earlier)
-        if answer.plan_holds and self._own is not None:
-            plan = self._own[1]
-        else:
-            plan = self._plan_anew(snapshot, topic, deadline)
+        own = self._own
+        if own is None or not answer.plan_holds:
+            own = self._plan_anew(snapshot, topic, deadline, send_table=answer.table)
+        plan = own.plan
         if plan.replicated and (answer.suspicious or self._is_check_due(plan)):
             self._compare(snapshot, plan, topic, deadline)
             # Only now: ranks that differ are told so at every save until they are made equal.
@@ -161,8 +172,8 @@ class Agreement:
 
     def _ask(self, asked: Asked, snapshot: Snapshot) -> bytes:
         number, digests, samples = None, {}, {}
-        if self._own is not None and self._own[0] == snapshot.fingerprint:
-            plan = self._own[1]
+        if self._own is not None and self._own.fingerprint == snapshot.fingerprint:
+            plan, table = self._own.plan, self._own.table
             number = plan.number
             digests = {
                 group: snapshot.group_digest(names, plan.versions)
@@ -173,11 +184,14 @@ class Agreement:
                     group: digest_sample([snapshot.local[at] for at in positions], self._turn)
                     for group, positions in plan.replicas.items()
                 }
+        else:
+            table = bytes_digest(snapshot.table())
         return pack(
             PlanRequest(
                 asked.step,
                 asked.url,
                 number,
+                table,
                 digests,
                 samples,
                 dict(asked.options),
@@ -186,7 +200,7 @@ class Agreement:
             )
         )
 
-    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes:
+    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes | list[bytes]:
         requests = [unpack(data, PlanRequest) for data in messages]
         check_same(requests, "save")
         # Told to all, since a rank that once missed an answer would take other samples for ever.
@@ -194,7 +208,7 @@ class Agreement:
         if any(request.busy for request in requests):
             return pack(PlanAnswer("", plan_holds=False, skip=True, turn=turn))
         # Every rank has to have this very plan: one that missed its share asks for a new one.
-        holds = all(request.plan == self._number for request in requests)
+        holds = all(request.plan == self.number for request in requests)
         holds = holds and _groups_agree(requests)
         suspicious = holds and samples_differ(request.replicas for request in requests)
         # Told by all ranks if one of them has it to tell, so that all of them take the same way.
@@ -202,47 +216,43 @@ class Agreement:
         grave = [each for each in failures if not may_pass(from_wire(each))]
         earlier = next(iter(grave or failures), {})
         save_id = begin(requests[0].step)
-        return pack(PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier))
+        answer = PlanAnswer(save_id, holds, turn=turn, suspicious=suspicious, earlier=earlier)
+        if holds:
+            return pack(answer)
+        first: dict[str, int] = {}
+        for rank, request in enumerate(requests):
+            first.setdefault(request.table, rank)
+        telling = set(first.values())
+        one, other = pack(structs.replace(answer, table=True)), pack(answer)
+        return [one if rank in telling else other for rank in range(len(requests))]
 
-    def _plan_anew(self, snapshot: Snapshot, topic: Topic, deadline: Deadline) -> RankPlan:
+    def _plan_anew(
+        self, snapshot: Snapshot, topic: Topic, deadline: Deadline, *, send_table: bool
+    ) -> _Own:
         # Forgotten before the new one is there: a rank that misses its answer must not write by a
         # plan that the others have left.
         self._own = None
+        table = snapshot.table()
+        digest = bytes_digest(table)
+        message = pack(snapshot.description(digest, table if send_table else b""))
         data = self._coordinator.round(
-            topic.phase("describe"), pack(snapshot.description()), self._plan, deadline=deadline
+            topic.phase("describe"), message, self._plan, deadline=deadline
         )
         plan = unpack(data, RankPlan)
-        self._own = (snapshot.fingerprint, plan)
-        return plan
+        owned = read_owned(plan.share, snapshot.held)
+        numbers = np.cumsum(unpack_numbers(plan.tensors)).tolist()
+        plan = structs.replace(plan, owned=owned, numbers=numbers)
+        self._own = _Own(snapshot.fingerprint, digest, plan)
+        return self._own
 
     def _plan(self, messages: Sequence[bytes]) -> list[bytes]:
         # First of all: should planning fail half-way, no rank has a plan of this number.
-        self._number += 1
-        descriptions = [unpack(data, Description) for data in messages]
-        objects, versions = split_versions(descriptions)
-        common = {part for each in descriptions for part in each.versioned}
-        writers, groups = share_objects(objects, common=common)
+        self.number += 1
+        plan = plan_job(messages, max_piece_bytes=self._max_piece_bytes)
         # Replaced, never changed: the commit of a save that was given up may still read the old.
-        self.held_by_rank = [each.held for each in descriptions]
-        holdings = Holdings.of(self.held_by_rank)
-        self.owned_by_rank = share_out(holdings, max_piece_bytes=self._max_piece_bytes)
-        self.index = plan_index(self.held_by_rank, self.owned_by_rank, holdings.ties)
-        self._replicas = shared = holdings.replicas()
-        return [
-            pack(
-                RankPlan(
-                    self._number,
-                    owned,
-                    writers[rank],
-                    groups[rank],
-                    shared[rank],
-                    any(shared),
-                    {part: dict(named) for part, named in versions[rank].items()},
-                    list(self.index.numbers[rank]),
-                )
-            )
-            for rank, owned in enumerate(self.owned_by_rank)
-        ]
+        self.held_by_rank, self.owned_by_rank = plan.held_by_rank, plan.owned_by_rank
+        self.index, self._replicas = plan.index, plan.replicas
+        return [pack(plan.share(rank, self.number)) for rank in range(len(messages))]
 
     def _is_check_due(self, plan: RankPlan) -> bool:
         if self._check_replicas is None:
@@ -269,56 +279,6 @@ class Agreement:
 
 def _flat(groups: Mapping[int, Sequence[int]]) -> list[int]:
     return [position for positions in groups.values() for position in positions]
-
-
-def share_objects(
-    objects_by_rank: Sequence[dict[str, dict[str, str]]],
-    *,
-    common: Collection[str] = (),
-) -> tuple[list[list[ObjectName]], list[dict[int, list[ObjectName]]]]:
-    """Decide which rank writes each encoded value, and which values must stay equal over ranks.
-
-    Args:
-        objects_by_rank: for each rank the digest of each value it holds, by part and name.
-        common: parts that cannot be each rank's own.
-
-    Returns:
-        For each rank the values it writes (the lowest holder writes), and for each rank its groups:
-        the values held by one and the same set of several ranks.
-
-    Raises:
-        IncompatibleError: a value differs between ranks; the message names it and two ranks.
-    """
-    holders: dict[ObjectName, list[int]] = {}
-    for rank, parts in enumerate(objects_by_rank):
-        for part, objects in parts.items():
-            for name in objects:
-                holders.setdefault((part, name), []).append(rank)
-    writers: list[list[ObjectName]] = [[] for _ in objects_by_rank]
-    groups: list[dict[int, list[ObjectName]]] = [{} for _ in objects_by_rank]
-    numbers: dict[tuple[int, ...], int] = {}
-    for (part, name), ranks in holders.items():
-        digests = [objects_by_rank[rank][part][name] for rank in ranks]
-        _check_equal(part, name, ranks, digests, way_out=part not in common)
-        writers[ranks[0]].append((part, name))
-        if len(ranks) > 1:
-            number = numbers.setdefault(tuple(ranks), len(numbers))
-            for rank in ranks:
-                groups[rank].setdefault(number, []).append((part, name))
-    return writers, groups
-
-
-def _check_equal(
-    part: str, name: str, ranks: Sequence[int], digests: Sequence[str], *, way_out: bool
-) -> None:
-    for rank, digest in zip(ranks, digests, strict=True):
-        if digest != digests[0]:
-            value = f"value {name!r} of part {part!r}" if name else f"part {part!r}"
-            raise IncompatibleError(
-                f"{value} differs between rank {ranks[0]} and rank {rank}: make it equal on all "
-                f"ranks{', or wrap the part in PerRank(...) to keep one for each' * way_out}",
-                kind=ErrorKind.REPLICAS_DIFFER,
-            )
 
 
 def _groups_agree(requests: Sequence[PlanRequest]) -> bool:

@@ -29,7 +29,7 @@ from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
 from dist_ckpt.saving.cancellation import CancelToken
 from dist_ckpt.saving.handle import ProgressMeter, SaveHandle, SaveHooks, SaveProgress
-from dist_ckpt.saving.messages import Report
+from dist_ckpt.saving.messages import RankPlan, Report
 from dist_ckpt.saving.stager import Staged
 from dist_ckpt.storage.parallel import in_parallel
 
@@ -184,13 +184,13 @@ class StagedShare:
     Attributes:
         staged: the images of its files, or the error that kept them from being made.
         documents: the encoded values among its files.
-        tensors: see `RankPlan.tensors`.
+        plan: what this rank was told to write; None where it is not known.
         stall_seconds: how long the training step waited for it.
     """
 
     staged: Staged | BaseException
     documents: Sequence[Document] = ()
-    tensors: Sequence[int] = ()
+    plan: RankPlan | None = None
     stall_seconds: float = 0.0
 
 
@@ -309,9 +309,11 @@ class Attempt:
             self.meter.enter("writing")
             self.files.write(share.staged.files)
             self._stall_seconds = share.stall_seconds
-            segment, chunks = describe_share(
+            assert share.plan is not None  # as there is something staged
+            segment = describe_share(
                 self.rank,
-                numbers=share.tensors,
+                numbers=share.plan.numbers,
+                owned=share.plan.owned,
                 plans=share.staged.plans,
                 files=self.files.written,
                 documents=share.documents,
@@ -319,7 +321,7 @@ class Attempt:
             return pack(
                 Report(
                     None if segment is None else self.files.describe(segment),
-                    chunks,
+                    share.plan.number,
                     share.stall_seconds,
                     self.files.seconds,
                     host=socket.gethostname(),

@@ -26,12 +26,13 @@ from dist_ckpt.saving.provenance import SaveContext
 class Commit:
     """Everything rank 0 knows of an attempt before the reports arrive.
 
-    `inside` returns the segment of rank 0. `confirm` raises if the save may not be committed any
-    more: other ranks may have given up.
+    `plan` is the number of the plan, `inside` returns the segment of rank 0. `confirm` raises if
+    the save may not be committed any more: other ranks may have given up.
     """
 
     transaction: Transaction
     job: Job
+    plan: int
     index: IndexPlan
     inside: Callable[[], bytes]
     parts: Sequence[str]
@@ -45,7 +46,7 @@ class Commit:
         """Commit, given the report of each rank; the answer to all ranks is empty.
 
         Raises:
-            IntegrityError: a rank wrote other boxes than were planned.
+            IntegrityError: a rank wrote by another plan.
             FencedError: a newer claim owns the run.
             AlreadyExists: another attempt committed the step.
             CoordinationError: the save was cancelled, or it is too late.
@@ -77,11 +78,12 @@ class Commit:
 
     def _check(self, reports: Sequence[Report]) -> None:
         for rank, report in enumerate(reports):
-            if report.chunks != self.index.chunks[rank]:
+            if report.plan != self.plan:
+                why = f"it wrote by plan {report.plan}, not by plan {self.plan}"
                 raise IntegrityError(
-                    f"rank {rank} wrote other boxes than were planned",
+                    f"rank {rank} wrote other boxes than were planned: {why}",
                     kind=ErrorKind.COVERAGE,
-                    ranks={rank: "it wrote other boxes than were planned"},
+                    ranks={rank: why},
                 )
 
     def _draft(self, reports: Sequence[Report]) -> Manifest:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dist_ckpt.format.root import SegmentNote
-from dist_ckpt.planning.describe import Held
-from dist_ckpt.planning.owners import Owned
+from dist_ckpt.planning.owners import Owned, OwnedShare
 
 ObjectName = tuple[str, str]
 """Part and name of an encoded value."""
@@ -19,6 +18,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
         step: what this rank was asked to save.
         url: where to.
         plan: the number of the plan that this rank has for what it holds now, None without one.
+        table: digest of the table of what it holds.
         shared: digest of the encoded values of each group that several ranks hold alike.
         replicas: digest of a sample of the boxes of each group that several ranks hold alike; the
             first byte says how it was made.
@@ -30,6 +30,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
     step: int
     url: str
     plan: int | None
+    table: str
     shared: dict[int, str]
     replicas: dict[int, bytes] = {}
     options: dict[str, str] = {}
@@ -47,6 +48,7 @@ class PlanAnswer(msgspec.Struct, frozen=True):
         turn: which sample of the replicas to take for the next save.
         suspicious: whether the samples differ, so that all has to be compared.
         earlier: how a save before failed, if some rank still has to tell that; else empty.
+        table: whether this rank is to send the table of what it holds: of ranks alike one is.
     """
 
     save_id: str
@@ -55,19 +57,24 @@ class PlanAnswer(msgspec.Struct, frozen=True):
     turn: int = 0
     suspicious: bool = False
     earlier: dict[str, object] = {}
+    table: bool = False
 
 
 class Description(msgspec.Struct, frozen=True):
     """All that a rank holds, sent when there is no plan yet or it no longer holds.
 
     Attributes:
-        held: its boxes.
+        digest: of the table of what it holds.
+        table: the table; empty where another rank sends the same.
+        numbers: of its boxes (`dist_ckpt.planning.columns`).
         objects: the digest of each encoded value, by part and name, per-rank parts excluded.
         versioned: by part and name, for values of which ranks may hold versions, the digest of
             what is equal in all of these; each part that has such values is in it.
     """
 
-    held: list[Held]
+    digest: str
+    table: bytes
+    numbers: bytes
     objects: dict[str, dict[str, str]]
     versioned: dict[str, dict[str, str]] = {}
 
@@ -77,7 +84,7 @@ class RankPlan(msgspec.Struct, frozen=True):
 
     Attributes:
         number: which plan of the job this is.
-        owned: the boxes it writes.
+        share: the boxes it writes, as they travel.
         objects: the encoded values it writes besides those of its per-rank parts.
         groups: the encoded values that must be equal on several ranks, by number of the group.
         replicas: positions, in what it holds, of the boxes that other ranks hold too, and that
@@ -85,17 +92,22 @@ class RankPlan(msgspec.Struct, frozen=True):
         replicated: whether any rank has such boxes.
         versions: by part and name in `objects` and `groups`, what this rank itself calls a value
             that is stored under another name.
-        tensors: for each box that it holds, the number of its tensor in the checkpoint.
+        tensors: for each box that it holds, the number of its tensor in the checkpoint, as steps
+            from one to the next (`dist_ckpt.planning.columns.pack_numbers`).
+        owned: the boxes it writes; the rank finds them in `share`.
+        numbers: the numbers that `tensors` has; likewise.
     """
 
     number: int
-    owned: list[Owned]
+    share: OwnedShare
     objects: list[ObjectName]
     groups: dict[int, list[ObjectName]]
     replicas: dict[int, list[int]] = {}
     replicated: bool = False
     versions: dict[str, dict[str, str]] = {}
-    tensors: list[int] = []
+    tensors: bytes = b""
+    owned: list[Owned] = []
+    numbers: list[int] = []
 
 
 class ReplicaDigests(msgspec.Struct, frozen=True):
@@ -115,7 +127,7 @@ class Report(msgspec.Struct, frozen=True):
 
     Attributes:
         segment: what the root has to say of its segment; None where it wrote no file.
-        chunks: a digest of the boxes that it wrote.
+        plan: the number of the plan whose boxes it wrote.
         stage_seconds: how long its training waited.
         write_seconds: how long it wrote.
         host: where it runs.
@@ -123,7 +135,7 @@ class Report(msgspec.Struct, frozen=True):
     """
 
     segment: SegmentNote | None
-    chunks: str
+    plan: int
     stage_seconds: float
     write_seconds: float
     host: str = ""

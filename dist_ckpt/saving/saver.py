@@ -312,7 +312,7 @@ class Saver:
                 write_out=lambda files: self._write_out(attempt, files),
             )
             attempt.meter.staged(staged.nbytes)
-            return StagedShare(staged, snapshot.describe_documents(documents), plan.tensors)
+            return StagedShare(staged, snapshot.describe_documents(documents), plan)
         except BaseException as error:
             # Returned even when it is an interrupt: the others wait to hear how it went here.
             return StagedShare(error)
@@ -356,6 +356,7 @@ class Saver:
         return Commit(
             transaction=attempt.transaction,
             job=self._job,
+            plan=self._planner.number,
             index=self._planner.index,
             inside=lambda: attempt.files.inside,
             parts=list(self._state.parts),

@@ -14,6 +14,7 @@ import xxhash
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.planning.columns import Table, numbers_of, pack_numbers
 from dist_ckpt.planning.describe import Describer, Held, LocalBox
 from dist_ckpt.planning.index import Document
 from dist_ckpt.ranks.rounds import unpack
@@ -50,8 +51,17 @@ class Snapshot:
         """The boxes as they are described to others."""
         return [box.held for box in self.local]
 
-    def description(self) -> Description:
-        """Return all that the coordinator needs for a plan."""
+    def table(self) -> bytes:
+        """Return the table of what is held, as it travels."""
+        return Table.of(self.held).encode()
+
+    def description(self, digest: str, table: bytes) -> Description:
+        """Return all that the coordinator needs for a plan.
+
+        Args:
+            digest: of the table of what is held.
+            table: the table, if this rank is to send it; else empty.
+        """
         digests = {
             part: {name: unordered_digest(data) for name, data in objects.items()}
             for part, objects in self.shared.items()
@@ -60,7 +70,8 @@ class Snapshot:
             part: {name: options_digest(self.shared[part][name]) for name in names}
             for part, names in self.versioned.items()
         }
-        return Description(self.held, digests, versioned)
+        numbers = pack_numbers(numbers_of(self.held))
+        return Description(digest, table, numbers, digests, versioned)
 
     def group_digest(self, names: Iterable[ObjectName], versions: Versions | None = None) -> str:
         """Return one digest over encoded values; a missing one changes it too.

@@ -18,7 +18,7 @@ from tests.arch.walk import Walk
 COMMANDS = "dist_ckpt.cli"
 # Two of the first two are how saves went, and the sign of life that says so.
 MODULES_ENTERED = {"save": 73, "restore": 85, "slice": 38}
-SINGLE_IMPORTERS = 61
+SINGLE_IMPORTERS = 62
 
 SECTIONS = {"save": "## The way of a save", "restore": "## The way of a load"}
 _HOP = re.compile(r"^\d+\. `([\w/]+\.py)`: `([\w.]+)`", re.MULTILINE)

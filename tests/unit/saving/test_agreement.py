@@ -21,7 +21,8 @@ from dist_ckpt.errors import (
 from dist_ckpt.planning.owners import decide as decide_owners
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
-from dist_ckpt.saving.agreement import Agreed, Agreement, Asked, share_objects
+from dist_ckpt.saving.agreement import Agreed, Agreement, Asked
+from dist_ckpt.saving.job_plan import share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.state.train_state import PerRank, TrainState
@@ -151,7 +152,7 @@ def test_another_structure_is_planned_anew_by_all(changed: dict[str, Any]) -> No
     again = plans(job.agree(3, [changed] * 2))
     assert again == found
     assert len(job.described()[0]) == 2
-    assert job.planners[0].owned_by_rank == [plan.owned for plan in again]
+    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in again]
     job.agree(4, [ddp()] * 2)
     assert len(job.described()[0]) == 3, "only the newest plan is kept"
 
@@ -193,7 +194,7 @@ def test_a_rank_that_missed_its_share_never_goes_on_with_an_old_one() -> None:
     assert isinstance(job.agree(2, changed)[1], CoordinationError)
     found = plans(job.agree(3, changed))
     assert [keys[-1] for keys in job.described()] == ["save/3/describe"] * 2
-    assert job.planners[0].owned_by_rank == [plan.owned for plan in found]
+    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in found]
 
 
 def test_a_rank_that_missed_the_first_plan_is_not_waited_for() -> None:
@@ -212,7 +213,7 @@ def test_a_plan_that_fails_half_way_is_nobodys() -> None:
         assert type(error) is IncompatibleError
     found = plans(job.agree(3, [ddp()] * 2))
     assert job.described()[0][-1] == "save/3/describe"
-    assert job.planners[0].owned_by_rank == [plan.owned for plan in found]
+    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in found]
 
 
 def test_a_rank_that_cannot_say_what_it_holds_fails_all_by_name() -> None:

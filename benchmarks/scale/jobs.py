@@ -1,0 +1,165 @@
+"""Synthetic jobs: what each rank of a large training would say that it holds.
+
+The shapes are those of Llama 2 (7B and 70B) and of a mixture of experts of about 1T parameters as
+DeepSeek-V3 is built (61 layers, 256 experts of 7,168 x 2,048), with the two moments and the counter
+that AdamW keeps for each parameter. Boxes are cut as `fully_shard` cuts: by the first dimension, in
+chunks of the same size but for the last ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.planning.columns import Numbers, Row, Table, pack_numbers
+from dist_ckpt.ranks.rounds import pack
+from dist_ckpt.saving.messages import Description
+
+Shape = tuple[int, ...]
+
+EXPERT_RANKS = 64
+HSDP_REPLICAS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training.
+
+    Attributes:
+        name: as the tables call it.
+        model: which model.
+        layout: `fsdp`, `hsdp`, `ddp` or `moe`.
+    """
+
+    name: str
+    model: str
+    layout: str
+
+    def messages(self, world_size: int) -> tuple[list[bytes], int]:
+        """Return the description of each rank, and how many bytes of them are tables."""
+        told: dict[str, int] = {}
+        messages = []
+        for rank in range(world_size):
+            table, digest, numbers = self._rank(rank, world_size)
+            sent = b"" if digest in told else table
+            told.setdefault(digest, len(table))
+            messages.append(pack(Description(digest, sent, numbers, {"progress": {"": "0"}}, {})))
+        return messages, sum(told.values())
+
+    def boxes(self, world_size: int) -> int:
+        """Return how many boxes all ranks hold together."""
+        return len(_table(self.model, 0).rows) * world_size
+
+    def _place(self, rank: int, world_size: int) -> tuple[int, int, int]:
+        """Return the group of experts, the shards, and which of them a rank has."""
+        if self.layout == "moe":
+            return rank % EXPERT_RANKS, world_size, rank
+        shards = {
+            "fsdp": world_size,
+            "hsdp": max(1, world_size // HSDP_REPLICAS),
+            "ddp": 1,
+        }[self.layout]
+        return 0, shards, rank % shards
+
+    def _rank(self, rank: int, world_size: int) -> tuple[bytes, str, bytes]:
+        experts, shards, shard = self._place(rank, world_size)
+        table = _table(self.model, experts)
+        expert_shards = max(1, world_size // EXPERT_RANKS)
+        cuts = [
+            (expert_shards, rank // EXPERT_RANKS % expert_shards)
+            if ".expert" in row.name
+            else (shards, shard)
+            for row in table.rows
+        ]
+        encoded, digest = _encoded(self.model, experts)
+        return encoded, digest, pack_numbers(_numbers(table.rows, cuts))
+
+
+JOBS = [
+    Job("7B, FSDP2", "7B", "fsdp"),
+    Job("70B, FSDP2", "70B", "fsdp"),
+    Job(f"70B, HSDP {HSDP_REPLICAS} x N", "70B", "hsdp"),
+    Job("7B, DDP", "7B", "ddp"),
+    Job(f"1T, experts over {EXPERT_RANKS}, FSDP2", "1T", "moe"),
+]
+
+
+@cache
+def _table(model: str, experts: int) -> Table:
+    parameters = list(_parameters(model, experts))
+    rows = [Row("model", name, "bfloat16", shape, False, "") for name, shape in parameters]
+    for name, shape in parameters:
+        moments = [
+            Row("optimizer", f"{name}.{moment}", "float32", shape, False, "")
+            for moment in ("exp_avg", "exp_avg_sq")
+        ]
+        rows += [*moments, Row("optimizer", f"{name}.step", "float32", (), False, "")]
+    return Table(tuple(rows))
+
+
+@cache
+def _encoded(model: str, experts: int) -> tuple[bytes, str]:
+    data = _table(model, experts).encode()
+    return data, bytes_digest(data)
+
+
+def _parameters(model: str, experts: int) -> Iterator[tuple[str, Shape]]:
+    if model == "1T":
+        yield from _mixture(experts)
+    else:
+        yield from _llama(*{"7B": (4096, 32, 11008, 4096), "70B": (8192, 80, 28672, 1024)}[model])
+
+
+def _llama(hidden: int, layers: int, inner: int, keys: int) -> Iterator[tuple[str, Shape]]:
+    yield "model.embed_tokens.weight", (32000, hidden)
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        yield f"{at}.self_attn.q_proj.weight", (hidden, hidden)
+        yield f"{at}.self_attn.k_proj.weight", (keys, hidden)
+        yield f"{at}.self_attn.v_proj.weight", (keys, hidden)
+        yield f"{at}.self_attn.o_proj.weight", (hidden, hidden)
+        yield f"{at}.mlp.gate_proj.weight", (inner, hidden)
+        yield f"{at}.mlp.up_proj.weight", (inner, hidden)
+        yield f"{at}.mlp.down_proj.weight", (hidden, inner)
+        yield f"{at}.input_layernorm.weight", (hidden,)
+        yield f"{at}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (32000, hidden)
+
+
+def _mixture(experts: int) -> Iterator[tuple[str, Shape]]:
+    hidden, inner, each = 7168, 2048, 256 // EXPERT_RANKS
+    yield "model.embed_tokens.weight", (129280, hidden)
+    for layer in range(61):
+        at = f"model.layers.{layer}"
+        yield f"{at}.attn.q.weight", (24576, hidden)
+        yield f"{at}.attn.kv.weight", (512, hidden)
+        yield f"{at}.attn.o.weight", (hidden, 16384)
+        yield f"{at}.norm.weight", (hidden,)
+        yield f"{at}.router.weight", (256, hidden)
+        for expert in range(experts * each, (experts + 1) * each):
+            yield f"{at}.expert.{expert}.gate.weight", (inner, hidden)
+            yield f"{at}.expert.{expert}.up.weight", (inner, hidden)
+            yield f"{at}.expert.{expert}.down.weight", (hidden, inner)
+    yield "lm_head.weight", (129280, hidden)
+
+
+def _numbers(rows: Sequence[Row], cuts: Sequence[tuple[int, int]]) -> Numbers:
+    boxes = (_box(row.shape, *cut) for row, cut in zip(rows, cuts, strict=True))
+    return np.fromiter(itertools.chain.from_iterable(boxes), np.int64)
+
+
+@cache
+def _box(shape: Shape, shards: int, shard: int) -> Shape:
+    """Return offsets and sizes of one shard."""
+    if not shape:
+        return ()
+    rows = -(-shape[0] // shards)
+    start = min(shard * rows, shape[0])
+    stop = min(start + rows, shape[0])
+    return (start, *(0 for _ in shape[1:]), stop - start, *shape[1:])

@@ -1,0 +1,213 @@
+"""What the ranks of a job hold, as columns: names once for ranks alike, numbers for the rest.
+
+At thousands of ranks an object for each box of each rank is most of what a plan costs. Ranks that
+hold the same tensors share one table of them, and differ in numbers only: where their boxes start,
+and how large these are. A rank sends the digest of its table, and the table itself only if nobody
+else does; its numbers are deflated.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import overload
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_ckpt.errors import CoordinationError
+from dist_ckpt.planning.describe import Held
+
+Numbers = NDArray[np.int64]
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """All of a `Held` but where its box is: equal on all ranks of one layout."""
+
+    part: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    unequal: bool
+    tie: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tensors that a rank holds boxes of, in the order of the boxes."""
+
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, held: Sequence[Held]) -> Table:
+        """Return the table of what a rank holds."""
+        return cls(tuple(Row(h.part, h.name, h.dtype, h.shape, h.unequal, h.tie) for h in held))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Table:
+        """Return the table that travelled as `data`."""
+        return cls(msgspec.msgpack.decode(data, type=tuple[Row, ...]))
+
+    def encode(self) -> bytes:
+        """Return the table as it travels."""
+        return msgspec.msgpack.encode(self.rows)
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """For each row the column where its numbers begin, and the number of all columns."""
+        widths = np.array([0, *(2 * len(row.shape) for row in self.rows)], np.int64)
+        columns: list[int] = np.cumsum(widths).tolist()
+        return columns
+
+    def held(self, numbers: Numbers) -> list[Held]:
+        """Return what a rank with these numbers holds."""
+        flat, held = numbers.tolist(), []
+        for row, start in zip(self.rows, self.columns, strict=False):
+            middle = start + len(row.shape)
+            offsets, sizes = flat[start:middle], flat[middle : middle + len(row.shape)]
+            held.append(
+                Held(
+                    row.part,
+                    row.name,
+                    row.dtype,
+                    row.shape,
+                    tuple(offsets),
+                    tuple(sizes),
+                    row.unequal,
+                    row.tie,
+                )
+            )
+        return held
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Ranks that hold boxes of the same tensors.
+
+    Attributes:
+        table: which tensors.
+        ranks: int64[r], ascending.
+        numbers: int64[r, table.columns[-1]]: for each rank, row after row, the offsets of its box
+            and then its sizes.
+    """
+
+    table: Table
+    ranks: Numbers
+    numbers: Numbers
+
+    def boxes(self, position: int) -> tuple[Numbers, Numbers]:
+        """Return the offsets and the sizes, int64[r, d] each, of the box at `position`."""
+        start, stop = self.table.columns[position], self.table.columns[position + 1]
+        middle = (start + stop) // 2
+        return self.numbers[:, start:middle], self.numbers[:, middle:stop]
+
+
+@dataclass(frozen=True)
+class HeldByRank(Sequence[list[Held]]):
+    """What each rank of a job holds; as a sequence, the boxes of one rank at a time.
+
+    Attributes:
+        groups: the ranks by what they hold, in the order of their first ranks.
+    """
+
+    groups: Sequence[Alike]
+    _places: dict[int, tuple[Alike, int]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        places = {
+            rank: (group, row)
+            for group in self.groups
+            for row, rank in enumerate(group.ranks.tolist())
+        }
+        object.__setattr__(self, "_places", places)
+
+    @classmethod
+    def of(cls, held_by_rank: Sequence[Sequence[Held]]) -> HeldByRank:
+        """Put together what ranks hold."""
+        return cls.joined([(Table.of(held), numbers_of(held)) for held in held_by_rank])
+
+    @classmethod
+    def joined(cls, by_rank: Sequence[tuple[Table, Numbers]]) -> HeldByRank:
+        """Put together the table and the numbers of each rank."""
+        alike: dict[int, list[int]] = {}
+        tables: dict[Table, int] = {}
+        known: dict[int, int] = {}  # by identity: ranks alike mostly have one object
+        for rank, (table, _) in enumerate(by_rank):
+            if (number := known.get(id(table))) is None:
+                number = known[id(table)] = tables.setdefault(table, len(tables))
+            alike.setdefault(number, []).append(rank)
+        return cls(
+            [
+                Alike(
+                    by_rank[ranks[0]][0],
+                    np.array(ranks, np.int64),
+                    np.stack([by_rank[rank][1] for rank in ranks]),
+                )
+                for ranks in alike.values()
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, rank: int) -> list[Held]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[list[Held]]: ...
+    def __getitem__(self, rank: int | slice) -> list[Held] | list[list[Held]]:
+        if isinstance(rank, slice):
+            return [self[one] for one in range(len(self))[rank]]
+        group, row = self._places[range(len(self))[rank]]
+        return group.table.held(group.numbers[row])
+
+    def __iter__(self) -> Iterator[list[Held]]:
+        return (self[rank] for rank in range(len(self)))
+
+    def counts(self) -> Numbers:
+        """Return, int64[ranks], how many boxes each rank holds."""
+        counts = np.zeros(len(self), np.int64)
+        for group in self.groups:
+            counts[group.ranks] = len(group.table.rows)
+        return counts
+
+
+def numbers_of(held: Sequence[Held]) -> Numbers:
+    """Return the numbers of a rank: the offsets and the sizes of each box, one after the other."""
+    return np.fromiter(chain.from_iterable((*h.offsets, *h.sizes) for h in held), np.int64)
+
+
+def pack_numbers(numbers: Numbers) -> bytes:
+    """Return numbers as they travel."""
+    return zlib.compress(numbers.astype("<i8").tobytes(), 1)
+
+
+def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
+    """Return the numbers that travelled as `data`.
+
+    Args:
+        data: what `pack_numbers` made.
+        count: how many they are; None if that is not known.
+
+    Raises:
+        CoordinationError: they are not so many.
+    """
+    unpacker = zlib.decompressobj()
+    most = 0 if count is None else 8 * count + 1
+    try:
+        raw = unpacker.decompress(data, most)
+    except zlib.error as error:
+        raise _not_numbers(str(error)) from error
+    if len(raw) % 8 or not unpacker.eof or (count is not None and len(raw) != 8 * count):
+        raise _not_numbers(f"{len(raw)} bytes, not {count} numbers")
+    return np.frombuffer(raw, "<i8").astype(np.int64, copy=False)
+
+
+def _not_numbers(why: str) -> CoordinationError:
+    return CoordinationError(
+        f"numbers of boxes came that cannot be read ({why}): run one version of dist_ckpt on all "
+        "ranks"
+    )

@@ -1,0 +1,173 @@
+"""Planning by columns: what was decided box by box, to the last box, and what travels for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from dist_ckpt.errors import CoordinationError, IncompatibleError
+from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.structure import Cut, encode, structure_of
+from dist_ckpt.planning.columns import HeldByRank, pack_numbers, unpack_numbers
+from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.holdings import Holdings
+from dist_ckpt.planning.index import plan_index
+from dist_ckpt.planning.owners import decide, read_owned, share_out
+from tests.unit.planning import by_boxes
+from tests.unit.planning.boxes import whole
+from tests.unit.planning.test_layouts import held_by
+from tests.unit.planning.test_layouts import jobs as meshes
+from tests.unit.planning.test_owners import jobs
+
+
+@st.composite
+def careless(draw: st.DrawFn) -> list[list[Held]]:
+    """Any job, and what ranks may say besides: ties, another order, a box left out."""
+    by_rank = draw(jobs())
+    names = sorted({each.name for one in by_rank for each in one}) or ["t0"]
+    tied = draw(st.sampled_from(names))
+    tie = draw(st.sampled_from(["", *(name for name in names if name < tied)]))
+    twins = draw(st.booleans())
+    for rank, boxes in enumerate(by_rank):
+        if twins:
+            boxes.extend(
+                msgspec.structs.replace(each, name=f"{tied}'", tie=tied)
+                for each in list(boxes)
+                if each.name == tied and all(each.shape)  # nothing has no memory to share
+            )
+        by_rank[rank] = [
+            msgspec.structs.replace(each, tie=tie)
+            if each.name == tied and all(each.shape)
+            else each
+            for each in draw(st.permutations(boxes))
+        ]
+    if draw(st.integers(0, 3)) == 0:
+        rank = draw(st.integers(0, len(by_rank) - 1))
+        by_rank[rank] = by_rank[rank][1:]
+    return by_rank
+
+
+def outcome(decision: Callable[[], object]) -> object:
+    try:
+        return decision()
+    except IncompatibleError as error:
+        return error.kind, str(error)
+
+
+@given(careless(), st.sampled_from([None, 100_000]))
+def test_it_is_decided_as_box_by_box(by_rank: list[list[Held]], most: int | None) -> None:
+    found = outcome(lambda: decide(by_rank, max_piece_bytes=most))
+    assert found == outcome(lambda: by_boxes.decide(by_rank, max_piece_bytes=most))
+
+
+@given(meshes(largest=40))
+def test_layouts_of_meshes_are_decided_as_box_by_box(job: tuple[object, ...]) -> None:
+    by_rank = held_by(*job)  # type: ignore[arg-type]
+    assert decide(by_rank) == by_boxes.decide(by_rank)
+
+
+@given(careless())
+def test_replicas_and_ties_are_found_as_box_by_box(by_rank: list[list[Held]]) -> None:
+    def of(holdings: type[Holdings] | type[by_boxes.Holdings]) -> object:
+        found = holdings.of(by_rank)
+        replicas = found.replicas()
+        groups: dict[int, set[tuple[Held, ...]]] = {}
+        for mine, groups_of in zip(by_rank, replicas, strict=True):
+            for number, positions in groups_of.items():
+                boxes = tuple(mine[position] for position in positions)
+                groups.setdefault(number, set()).add(boxes)
+        assert all(len(orders) == 1 for orders in groups.values()), "in one order on all ranks"
+        by_members = [
+            {frozenset(positions): _members(replicas, number) for number, positions in one.items()}
+            for one in replicas
+        ]
+        return by_members, dict(found.ties)
+
+    assert outcome(lambda: of(Holdings)) == outcome(lambda: of(by_boxes.Holdings))
+
+
+def _members(replicas: Sequence[dict[int, list[int]]], number: int) -> list[int]:
+    return [rank for rank, groups in enumerate(replicas) if number in groups]
+
+
+@given(careless())
+def test_what_ranks_hold_is_the_same_after_it_was_put_together(by_rank: list[list[Held]]) -> None:
+    together = HeldByRank.of(by_rank)
+    assert len(together) == len(by_rank)
+    assert list(together) == by_rank
+    assert together[-1] == by_rank[-1]
+    assert together[1:] == by_rank[1:]
+
+
+@given(jobs())
+def test_a_rank_reads_what_it_was_told(by_rank: list[list[Held]]) -> None:
+    together = HeldByRank.of(by_rank)
+    owned = share_out(together, Holdings.of(together))
+    told = [read_owned(owned.share(rank), mine) for rank, mine in enumerate(by_rank)]
+    assert told == list(owned) == owned[:]
+
+
+@given(careless())
+def test_the_structure_is_that_of_all_the_boxes(by_rank: list[list[Held]]) -> None:
+    together = HeldByRank.of(by_rank)
+    try:
+        holdings = Holdings.of(together)
+    except IncompatibleError:
+        return
+    owned = share_out(together, holdings, max_piece_bytes=1_000_000)
+    cuts: dict[TensorEntry, list[Cut]] = {each.tensor: [] for one in by_rank for each in one}
+    for rank, boxes in enumerate(owned):
+        for box in boxes:
+            cuts[by_rank[rank][box.held].tensor].append((rank, box.offsets, box.sizes))
+    by_name = {(each.part, each.name): each for each in cuts}
+    owners = {by_name[key]: by_name[key[0], name] for key, name in holdings.ties.items()}
+    # A rank names the first of two: one that is tied to a later one cannot be.
+    numbers = {tensor: number for number, tensor in enumerate(cuts)}
+    assume(all(numbers[owner] < numbers[tensor] for tensor, owner in owners.items()))
+    index = plan_index(together, owned, holdings.ties)
+    assert index.structure == encode(structure_of(cuts, owners))
+    tensors = list(cuts)
+    found = [[tensors[number] for number in mine] for mine in index.numbers]
+    assert found == [[each.tensor for each in mine] for mine in by_rank]
+
+
+def test_ranks_alike_share_one_table_and_say_their_share_in_a_bit() -> None:
+    shape = (64, 8)
+    by_rank = [[whole(f"t{number}", shape) for number in range(80)]]
+    together = HeldByRank.of(by_rank * 4)
+    assert [group.ranks.tolist() for group in together.groups] == [[0, 1, 2, 3]]
+    alone = HeldByRank.of(by_rank)
+    share = share_out(alone, Holdings.of(alone)).share(0)
+    assert share.whole == b"\xff" * 10
+    assert unpack_numbers(share.pieces).size == 0
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)))
+def test_numbers_travel(numbers: Sequence[int]) -> None:
+    sent = np.array(numbers, np.int64)
+    assert unpack_numbers(pack_numbers(sent), count=len(sent)).tolist() == list(numbers)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"x",
+        pack_numbers(np.arange(3))[:-1],
+        pack_numbers(np.arange(4)),
+        pack_numbers(np.arange(2)),
+    ],
+)
+def test_other_numbers_than_were_announced_are_refused(data: bytes) -> None:
+    with pytest.raises(CoordinationError, match="one version"):
+        unpack_numbers(data, count=3)
+
+
+def test_nobody_unpacks_more_than_was_announced() -> None:
+    with pytest.raises(CoordinationError, match="16777217"):
+        unpack_numbers(pack_numbers(np.zeros(1 << 24, np.int64)), count=1 << 21)
