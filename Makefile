@@ -14,7 +14,7 @@ SHARED := --dist loadscope --no-loadscope-reorder
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-.PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading bench-doors bench-trainers docs check venv clean
+.PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading bench-doors bench-trainers bench-scale docs check venv clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ bench-doors: venv ## measure copies and exports against plain copies of the same
 
 bench-trainers: venv ## measure the checkpoints of trainers against ours in their place
 	@$(RUN) -m benchmarks.trainers $(ARGS)
+
+bench-scale: venv ## measure rounds, plans and indexes of jobs of up to 16,384 ranks
+	@$(RUN) -m benchmarks.scale
 
 docs: venv ## build the site, guides and reference, into build/site
 	@$(SITE)
