@@ -155,10 +155,12 @@ class Holdings:
         boxes in the same order, on each of its ranks.
         """
         numbers: dict[bytes, int] = {}
-        together: dict[bytes, list[Shared]] = {}
+        # By who holds them: the same ranks in pairs are not the same as all of them together.
+        together: dict[tuple[tuple[int, ...], bytes], list[Shared]] = {}
         for tiles in self.tiles:
             for shared in tiles.shared():
-                together.setdefault(shared.ranks.tobytes(), []).append(shared)
+                key = (shared.ranks.shape, shared.ranks.tobytes())
+                together.setdefault(key, []).append(shared)
         found: list[dict[int, list[int]]] = [{} for _ in range(self.world_size)]
         lists: dict[bytes, list[int]] = {}  # of ranks alike one, not one for each
         for alike in together.values():
@@ -166,11 +168,11 @@ class Holdings:
             for ranks, of_ranks in zip(alike[0].ranks, positions, strict=True):
                 number = numbers.setdefault(ranks.tobytes(), len(numbers))
                 for rank, own in zip(ranks.tolist(), of_ranks, strict=True):
-                    key = own.tobytes()
-                    if key not in lists:
-                        lists[key] = own.tolist()
+                    mine = own.tobytes()
+                    if mine not in lists:
+                        lists[mine] = own.tolist()
                     before = found[rank].get(number)
-                    found[rank][number] = lists[key] if before is None else before + lists[key]
+                    found[rank][number] = lists[mine] if before is None else before + lists[mine]
         return found
 
 

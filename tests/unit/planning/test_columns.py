@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import CoordinationError, IncompatibleError
+from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.structure import Cut, encode, structure_of
 from dist_ckpt.planning.columns import HeldByRank, pack_numbers, unpack_numbers
@@ -19,7 +20,7 @@ from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import plan_index
 from dist_ckpt.planning.owners import decide, read_owned, share_out
 from tests.unit.planning import by_boxes
-from tests.unit.planning.boxes import whole
+from tests.unit.planning.boxes import held, whole
 from tests.unit.planning.test_layouts import held_by
 from tests.unit.planning.test_layouts import jobs as meshes
 from tests.unit.planning.test_owners import jobs
@@ -145,6 +146,12 @@ def test_ranks_alike_share_one_table_and_say_their_share_in_a_bit() -> None:
     share = share_out(alone, Holdings.of(alone)).share(0)
     assert share.whole == b"\xff" * 10
     assert unpack_numbers(share.pieces).size == 0
+
+
+def test_the_same_ranks_in_pairs_and_all_together_are_two_things() -> None:
+    halves = [Box((row, 0), (1, 2)) for row in (0, 1)]
+    by_rank = [[held("pairs", (2, 2), halves[rank // 2]), whole("all", (2,))] for rank in range(4)]
+    assert Holdings.of(by_rank).replicas() == [{rank // 2: [0], 2: [1]} for rank in range(4)]
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
