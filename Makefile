@@ -31,7 +31,9 @@ demo: venv ## train, kill a worker, resume at other world sizes, print the proof
 test: ## run all tests, on a real S3 server and network file system where that can be had
 	@$(PYTHON) tools/install_services.py & services=$$!; \
 	  $(MAKE) --no-print-directory venv && wait $$services
-	@$(RUN) -m pytest -q --durations=10 -n $(WORKERS) $(SHARED) tests
+	@$(RUN) -m pytest -q --durations=10 -n $(WORKERS) $(SHARED) --ignore=tests/integrations tests
+# Apart, as whoever collects them imports all of these frameworks.
+	@$(RUN) -m pytest -q -n 2 $(SHARED) tests/integrations
 
 soak: venv ## run the tests that take too long for every run
 	@$(RUN) -m pytest -q -m soak --timeout=3600 tests
