@@ -229,9 +229,12 @@ class Fetcher:
         self._filling.check_filled()
         return nbytes
 
-    def fetch(self, ranges: Ranges) -> int:
-        """Read `ranges`, whole units, and fill the targets with them; return the bytes read."""
-        bridged = bridge(ranges, max_gap_bytes=MAX_GAP_BYTES)
+    def fetch(self, ranges: Ranges, *, max_gap_bytes: int = MAX_GAP_BYTES) -> int:
+        """Read `ranges`, whole units, and fill the targets with them; return the bytes read.
+
+        What lies in gaps of up to `max_gap_bytes` is read, and filled in, too.
+        """
+        bridged = bridge(ranges, max_gap_bytes=max_gap_bytes)
         reads = cut(bridged, most_bytes=self._read_bytes, begin=self._files.begin)
         if not len(reads):
             return 0

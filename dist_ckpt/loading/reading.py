@@ -248,7 +248,10 @@ class _Reading:
                     ),
                 )
             with self._counts.clock("read"):
-                nbytes, _ = self._together("alone", lambda: plan.fetcher.fetch(sharing.alone[rank]))
+                # Not over gaps: what others need of them comes with the windows, once.
+                nbytes, _ = self._together(
+                    "alone", lambda: plan.fetcher.fetch(sharing.alone[rank], max_gap_bytes=0)
+                )
             self._counts.read += nbytes
             # The windows take as much as is allowed.
             self._memory.release()
