@@ -19,11 +19,11 @@ from dist_ckpt.doors.export import (
     open_at,
     write_content,
 )
-from dist_ckpt.doors.spool import SpooledPart, is_same, other_step, save_parts
-from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError
+from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.location import place_name
-from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
+from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place
 
@@ -128,7 +128,7 @@ def average(
 def _commit(
     averaged: AveragedContent, out: Place, part: str, step: int, shares: tuple[float, ...]
 ) -> AverageReport:
-    was_there = _is_there(averaged, out, part, step)
+    was_there = is_saved({part: averaged}, {}, out, step, stored=StoredContent)
     if not was_there:
         save_parts({part: SpooledPart(averaged, {})}, out, step=step, metrics={})
     return AverageReport(place_name(out), step, shares, len(averaged.items), was_there)
@@ -155,17 +155,6 @@ def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if len(numbers) < count or not all(each >= 0 for each in numbers) or not 0 < total < math.inf:
         raise UsageError(f"weights are numbers that are not negative, and not all 0: {weights!r}")
     return tuple(each / total for each in numbers)
-
-
-def _is_there(averaged: Outgoing, out: Place, part: str, step: int) -> bool:
-    try:
-        there = open_checkpoint(out, step=step)
-    except NotFound:
-        return False
-    with there:
-        if set(there.parts) != {part} or not is_same(averaged, StoredContent(there, part)):
-            raise other_step(place_name(out), step)
-    return True
 
 
 class AveragedContent:

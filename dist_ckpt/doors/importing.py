@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from dist_ckpt.doors.content import StoredContent
-from dist_ckpt.doors.spool import SpooledPart, is_same, other_step, save_parts
-from dist_ckpt.errors import CheckpointError, NotFound, UsageError
+from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.called_alike import ALIKE
 from dist_ckpt.loading.location import place_name
@@ -120,42 +120,16 @@ def _import(
     number = reading.step() if step is None else plain_step(step)
     numbers = {**reading.metrics(), **metrics}
     contents = {new: reading.content(old, new) for old, new in reading.parts.items()}
-    was_there = _is_there(reading, contents, url, number)
+    objects = {new: reading.objects[old] for old, new in reading.parts.items()}
+    was_there = is_saved(contents, objects, url, number, stored=StoredContent)
     if not was_there:
-        spooled = {
-            new: SpooledPart(contents[new], reading.objects[old])
-            for old, new in reading.parts.items()
-        }
+        spooled = {part: SpooledPart(contents[part], objects[part]) for part in contents}
         save_parts(spooled, url, step=number, metrics=numbers)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)
     left_out = tuple(reading.left_out)
     return ImportReport(
         place_name(url), number, reading.parts, tensors, numbers, left_out, was_there
     )
-
-
-def _is_there(
-    reading: _Reading, contents: Mapping[str, StoredContent | None], url: Place, step: int
-) -> bool:
-    """Tell whether the checkpoint is committed already, as after a call that was cut off.
-
-    Raises:
-        AlreadyExists: the step is something else.
-    """
-    try:
-        there = open_checkpoint(url, step=step)
-    except NotFound:
-        return False
-    with there:
-        same = set(there.parts) == set(contents)
-        for old, new in reading.parts.items():
-            content = contents[new]
-            same = same and there.read_encoded(new) == reading.objects[old]
-            if same and content is not None:
-                same = is_same(content, StoredContent(there, new))
-        if not same:
-            raise other_step(place_name(url), step)
-    return True
 
 
 class _Reading:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ckpt.doors.content import Item, Outgoing
-from dist_ckpt.doors.spool import SpooledPart, is_same, other_step, save_parts
-from dist_ckpt.errors import NotFound, UsageError, near
-from dist_ckpt.loading.location import place_name
+from dist_ckpt.doors.content import Item
+from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.errors import UsageError, near
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.listed import look
@@ -60,7 +59,7 @@ def copy_parts(source: Store, url: Place, *, step: int, parts: Sequence[str]) ->
             _check_part(opened, part)
         contents = {part: _Content(opened, part) for part in parts}
         objects = {part: opened.read_encoded(part) for part in parts}
-        was_there = _is_there(contents, objects, url, step)
+        was_there = is_saved(contents, objects, url, step, stored=_Content)
         if not was_there:
             spooled = {part: SpooledPart(contents[part], objects[part]) for part in parts}
             # As policies see it: with what became known after the save.
@@ -108,27 +107,3 @@ def _metadata(opened: OpenedCheckpoint, epoch: int | None) -> Mapping[str, Any]:
     said = {} if manifest is None else dict(manifest.metadata)
     origin = {"checkpoint": opened.where, "epoch": epoch, "parts": list(opened.parts)}
     return {**said, "copied_from": said.get("copied_from", origin)}
-
-
-def _is_there(
-    contents: Mapping[str, Outgoing],
-    objects: Mapping[str, Mapping[str, bytes]],
-    url: Place,
-    step: int,
-) -> bool:
-    """Tell whether that is committed already, as after a call that was cut off.
-
-    Raises:
-        AlreadyExists: the step is something else.
-    """
-    try:
-        there = open_checkpoint(url, step=step)
-    except NotFound:
-        return False
-    with there:
-        if set(there.parts) != set(contents) or not all(
-            there.read_encoded(part) == objects[part] and is_same(content, _Content(there, part))
-            for part, content in contents.items()
-        ):
-            raise other_step(place_name(url), step)
-    return True

@@ -11,16 +11,17 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dist_ckpt.doors.content import Item, Outgoing
 from dist_ckpt.doors.image import WINDOW_BYTES, Image, boxes_of_range, windows
-from dist_ckpt.errors import AlreadyExists, ErrorKind, StorageError, describe
+from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, describe
 from dist_ckpt.functional import save
-from dist_ckpt.loading.opened import BoxTarget
+from dist_ckpt.loading.location import place_name
+from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
@@ -85,7 +86,45 @@ def save_parts(
     )
 
 
-def is_same(one: Outgoing, other: Outgoing) -> bool:
+def is_saved(
+    contents: Mapping[str, Outgoing | None],
+    objects: Mapping[str, Mapping[str, bytes]],
+    url: Place,
+    step: int,
+    *,
+    stored: Callable[[OpenedCheckpoint, str], Outgoing],
+) -> bool:
+    """Tell whether a checkpoint is committed already, as after a call that was cut off.
+
+    Args:
+        contents: by part its tensors; None for a part without any.
+        objects: by part its encoded values; where there is none they are not compared.
+        url: the run.
+        step: which checkpoint.
+        stored: how the tensors of a part of an opened checkpoint are called and read.
+
+    Raises:
+        AlreadyExists: the step is something else.
+    """
+    try:
+        there = open_checkpoint(url, step=step)
+    except NotFound:
+        return False
+    with there:
+        if set(there.parts) != set(contents) or not all(
+            (part not in objects or there.read_encoded(part) == objects[part])
+            and (content is None or _is_same(content, stored(there, part)))
+            for part, content in contents.items()
+        ):
+            raise AlreadyExists(
+                f"step {step} is committed in {place_name(url)}, and is another checkpoint than "
+                "this would be: give another step=, or another run",
+                kind=ErrorKind.STEP_EXISTS,
+            )
+    return True
+
+
+def _is_same(one: Outgoing, other: Outgoing) -> bool:
     """Tell whether two contents have the same names, dtypes, shapes and bits; reads both."""
     if dict(one.items) != dict(other.items):
         return False
@@ -167,12 +206,3 @@ def _mapping(nbytes: int) -> mmap.mmap:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-
-
-def other_step(url: str, step: int) -> AlreadyExists:
-    """Return the error for a step that is committed, and is not what was to be saved."""
-    return AlreadyExists(
-        f"step {step} is committed in {url}, and is another checkpoint than this would be: give "
-        "another step=, or another run",
-        kind=ErrorKind.STEP_EXISTS,
-    )
