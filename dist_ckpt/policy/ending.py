@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal as signals
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import ClassVar, TypedDict
@@ -19,16 +20,16 @@ _MOST_STATUS = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnEnding(Composable):
+class OnEnding(Composable, ABC):
     """What says that the job is about to be ended, and how much time it has until then."""
 
     grace_seconds: float | None = None
     exit_code: int | None = None
     scope: ClassVar[Scope] = Scope.AHEAD
 
+    @abstractmethod
     def heeds(self, name: str) -> bool:
         """Whether this policy is about what is called `name` in `Moment.signal`."""
-        raise NotImplementedError
 
     def status(self, name: str) -> int:
         """Return the exit status that tells the scheduler of it."""
