@@ -329,8 +329,9 @@ def compare_replicas(
     incomparable: dict[str, tuple[int, int]] = {}
     for rank, data in enumerate(messages):
         found = unpack(data, ReplicaDigests)
+        mine = held_by_rank[rank]  # once: it may be made of columns anew each time
         for number, position in enumerate(replicas_by_rank[rank]):
-            held = held_by_rank[rank][position]
+            held = mine[position]
             method = found.methods[number : number + 1]
             value = found.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
             where = (held.part, held.name, held.offsets, held.sizes)
