@@ -206,6 +206,18 @@ def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
     return np.frombuffer(raw, "<i8").astype(np.int64, copy=False)
 
 
+def pack_steps(numbers: Sequence[int]) -> bytes:
+    """Return numbers that mostly ascend by one, as they travel: as steps, deflated to nothing."""
+    from_zero = np.array([0, *numbers], np.int64)
+    return pack_numbers(from_zero[1:] - from_zero[:-1])
+
+
+def unpack_steps(data: bytes) -> list[int]:
+    """Return the numbers that `pack_steps` made `data` of."""
+    numbers: list[int] = np.cumsum(unpack_numbers(data)).tolist()
+    return numbers
+
+
 def _not_numbers(why: str) -> CoordinationError:
     return CoordinationError(
         f"numbers of boxes came that cannot be read ({why}): run one version of dist_ckpt on all "

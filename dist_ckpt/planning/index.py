@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format import structure as structure_format
@@ -18,7 +17,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.segment import Segment
 from dist_ckpt.format.structure import Layout, RankChunks, Structure
-from dist_ckpt.planning.columns import HeldByRank, Numbers
+from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_steps
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import (
     FilePlan,
@@ -113,11 +112,12 @@ class IndexPlan:
 
     Attributes:
         structure: of the checkpoint, encoded.
-        numbers: by rank, for each box that it holds, the number of its tensor.
+        tensors: by rank, for each box that it holds, the number of its tensor, as they travel
+            (`dist_ckpt.planning.columns.unpack_steps`).
     """
 
     structure: bytes
-    numbers: Sequence[Sequence[int]]
+    tensors: Sequence[bytes]
 
 
 def plan_index(
@@ -135,11 +135,13 @@ def plan_index(
     """
     tensors: dict[TensorEntry, int] = {}
     numbers: list[Sequence[int]] = [()] * len(held_by_rank)
+    packed = [b""] * len(held_by_rank)
     for group in held_by_rank.groups:
         entries = [TensorEntry(r.part, r.name, r.dtype, r.shape) for r in group.table.rows]
         alike = [tensors.setdefault(entry, len(tensors)) for entry in entries]
-        for rank in group.ranks.tolist():
-            numbers[rank] = alike  # the very same list: they are thousands
+        told = pack_steps(alike)
+        for rank in group.ranks.tolist():  # the very same objects for all: they are thousands
+            numbers[rank], packed[rank] = alike, told
     chunks: list[list[_Chunks]] = [[] for _ in tensors]
     for group in held_by_rank.groups:
         for position, number in enumerate(numbers[int(group.ranks[0])]):
@@ -151,7 +153,7 @@ def plan_index(
         found, first = np.unique(of[order], return_index=True)
         for number, some in zip(found.tolist(), np.split(order, first[1:]), strict=True):
             chunks[number].append((ranks[some], starts[some], sizes[some]))
-    return IndexPlan(structure_format.encode(_structure(tensors, chunks, ties)), numbers)
+    return IndexPlan(structure_format.encode(_structure(tensors, chunks, ties)), packed)
 
 
 _Chunks = tuple[Numbers, Numbers, Numbers]
@@ -209,42 +211,32 @@ def describe_share(
     sizes = {document.part: document.nbytes for document in documents}
     check_reported_sizes(rank, plans, sizes, {file.name: file.nbytes for file in files})
     places = {file.name: place for place, file in enumerate(files)}
-    where = {
-        (box.held, box.offsets): (places[plan.name], offset)
-        for plan in plans
-        for box, offset in zip(plan.owned, plan.layout.offsets, strict=True)
-    }
-    rows = _rows((numbers[box.held], box) for plan in plans for box in plan.owned)
-    if rows != _rows((numbers[box.held], box) for box in owned):
+    rows = sorted(
+        (
+            (numbers[box.held], box, places[plan.name], offset)
+            for plan in plans
+            for box, offset in zip(plan.owned, plan.layout.offsets, strict=True)
+        ),
+        key=lambda row: (row[0], row[1].offsets),
+    )
+    boxes = [box for _, box, _, _ in rows]
+    if boxes != sorted(owned, key=lambda box: (numbers[box.held], box.offsets)):
         raise IntegrityError(
             f"rank {rank} wrote other boxes than were planned",
             kind=ErrorKind.COVERAGE,
             ranks={rank: "it wrote other boxes than were planned"},
         )
-    tensor, boxes = _columns(rows)
-    found = [where[box.held, box.offsets] for _, box in rows]
+    tensor, file, offset = (np.array([row[i] for row in rows], np.int64) for i in (0, 2, 3))
+    flat = [number for box in boxes for number in (*box.offsets, *box.sizes)]
     segment = Segment(
         rank,
         tuple(FileEntry.of(f.name, f.nbytes, f.blocks, f.lengths) for f in files),
-        RankChunks(tensor, np.zeros(len(tensor), np.int64), boxes),
-        np.array([file for file, _ in found], np.int64),
-        np.array([offset for _, offset in found], np.int64),
+        RankChunks(tensor, np.zeros(len(tensor), np.int64), np.array(flat, np.int64)),
+        file,
+        offset,
         tuple(_objects(rank, documents, places)),
     )
     return segment if files else None
-
-
-_Row = tuple[int, Owned]
-
-
-def _rows(boxes: Iterable[_Row]) -> list[_Row]:
-    """Sort boxes, each with the number of its tensor, as a segment has them."""
-    return sorted(boxes, key=lambda row: (row[0], row[1].offsets))
-
-
-def _columns(rows: Sequence[_Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    flat = [number for _, box in rows for number in (*box.offsets, *box.sizes)]
-    return np.array([number for number, _ in rows], np.int64), np.array(flat, np.int64)
 
 
 def _tied(ties: Mapping[TensorKey, str]) -> dict[TensorKey, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from msgspec import structs
 
 from dist_ckpt.errors import (
@@ -15,7 +14,7 @@ from dist_ckpt.errors import (
     to_wire,
 )
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.columns import unpack_numbers
+from dist_ckpt.planning.columns import unpack_steps
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.index import IndexPlan
 from dist_ckpt.planning.owners import Owned, read_owned
@@ -240,8 +239,7 @@ class Agreement:
         )
         plan = unpack(data, RankPlan)
         owned = read_owned(plan.share, snapshot.held)
-        numbers = np.cumsum(unpack_numbers(plan.tensors)).tolist()
-        plan = structs.replace(plan, owned=owned, numbers=numbers)
+        plan = structs.replace(plan, owned=owned, numbers=unpack_steps(plan.tensors))
         self._own = _Own(snapshot.fingerprint, digest, plan)
         return self._own
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.planning.columns import HeldByRank, Table, pack_numbers, unpack_numbers
+from dist_ckpt.planning.columns import HeldByRank, Table, unpack_numbers
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import IndexPlan, plan_index
 from dist_ckpt.planning.owners import OwnedByRank, share_out
@@ -26,6 +24,7 @@ class JobPlan:
         owned_by_rank: the boxes that each rank writes.
         index: what is known of the index of a save by this plan.
         replicas: for each rank, what it must hold as others do (`Holdings.replicas`).
+        replicated: whether any rank has such boxes.
         objects: for each rank, the encoded values that it writes.
         groups: for each rank, the values that must be equal on several ranks.
         versions: for each rank, what it calls values that have another name as they are stored.
@@ -35,6 +34,7 @@ class JobPlan:
     owned_by_rank: OwnedByRank
     index: IndexPlan
     replicas: Sequence[dict[int, list[int]]]
+    replicated: bool
     objects: Sequence[list[ObjectName]]
     groups: Sequence[dict[int, list[ObjectName]]]
     versions: Sequence[Versions]
@@ -47,10 +47,9 @@ class JobPlan:
             self.objects[rank],
             self.groups[rank],
             self.replicas[rank],
-            any(self.replicas),
+            self.replicated,
             {part: dict(named) for part, named in self.versions[rank].items()},
-            # Ranks mostly hold tensors in their order: steps of one, which are deflated to nothing.
-            pack_numbers(np.diff(self.index.numbers[rank], prepend=0)),
+            self.index.tensors[rank],
         )
 
 
@@ -71,8 +70,8 @@ def plan_job(messages: Sequence[bytes], *, max_piece_bytes: int | None = None) -
     held = _put_together(descriptions)
     holdings = Holdings.of(held)
     owned = share_out(held, holdings, max_piece_bytes=max_piece_bytes)
-    index = plan_index(held, owned, holdings.ties)
-    return JobPlan(held, owned, index, holdings.replicas(), writers, groups, versions)
+    index, replicas = plan_index(held, owned, holdings.ties), holdings.replicas()
+    return JobPlan(held, owned, index, replicas, any(replicas), writers, groups, versions)
 
 
 def _put_together(descriptions: Sequence[Description]) -> HeldByRank:

@@ -92,8 +92,8 @@ class RankPlan(msgspec.Struct, frozen=True):
         replicated: whether any rank has such boxes.
         versions: by part and name in `objects` and `groups`, what this rank itself calls a value
             that is stored under another name.
-        tensors: for each box that it holds, the number of its tensor in the checkpoint, as steps
-            from one to the next (`dist_ckpt.planning.columns.pack_numbers`).
+        tensors: for each box that it holds, the number of its tensor in the checkpoint, as they
+            travel (`dist_ckpt.planning.columns.unpack_steps`).
         owned: the boxes it writes; the rank finds them in `share`.
         numbers: the numbers that `tensors` has; likewise.
     """

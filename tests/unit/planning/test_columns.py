@@ -14,7 +14,7 @@ from dist_ckpt.errors import CoordinationError, IncompatibleError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.structure import Cut, encode, structure_of
-from dist_ckpt.planning.columns import HeldByRank, pack_numbers, unpack_numbers
+from dist_ckpt.planning.columns import HeldByRank, pack_numbers, unpack_numbers, unpack_steps
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import plan_index
@@ -133,7 +133,7 @@ def test_the_structure_is_that_of_all_the_boxes(by_rank: list[list[Held]]) -> No
     index = plan_index(together, owned, holdings.ties)
     assert index.structure == encode(structure_of(cuts, owners))
     tensors = list(cuts)
-    found = [[tensors[number] for number in mine] for mine in index.numbers]
+    found = [[tensors[number] for number in mine] for mine in map(unpack_steps, index.tensors)]
     assert found == [[each.tensor for each in mine] for mine in by_rank]
 
 
