@@ -123,11 +123,13 @@ class Holdings:
     Attributes:
         world_size: how many ranks there are.
         tiles: for each tensor that somebody has to write its boxes.
+        shared: those of them that several ranks hold alike.
         ties: by tensor, the name of the one in its part whose bytes are its bytes too.
     """
 
     world_size: int
     tiles: Sequence[Tiles]
+    shared: Sequence[Shared]
     ties: Mapping[TensorKey, str]
 
     @classmethod
@@ -146,7 +148,8 @@ class Holdings:
         for each in tiles.values():
             _check_tiles(each)
         own = [each for key, each in tiles.items() if key not in ties]
-        return cls(len(held_by_rank), own, ties)
+        shared = [some for each in own for some in each.shared()]
+        return cls(len(held_by_rank), own, shared, ties)
 
     def replicas(self) -> list[dict[int, list[int]]]:
         """For each rank, the positions of the boxes that it must hold just as others do.
@@ -157,10 +160,9 @@ class Holdings:
         numbers: dict[bytes, int] = {}
         # By who holds them: the same ranks in pairs are not the same as all of them together.
         together: dict[tuple[tuple[int, ...], bytes], list[Shared]] = {}
-        for tiles in self.tiles:
-            for shared in tiles.shared():
-                key = (shared.ranks.shape, shared.ranks.tobytes())
-                together.setdefault(key, []).append(shared)
+        for shared in self.shared:
+            key = (shared.ranks.shape, shared.ranks.tobytes())
+            together.setdefault(key, []).append(shared)
         found: list[dict[int, list[int]]] = [{} for _ in range(self.world_size)]
         lists: dict[bytes, list[int]] = {}  # of ranks alike one, not one for each
         for alike in together.values():

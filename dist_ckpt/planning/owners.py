@@ -184,17 +184,13 @@ def share_out(
 ) -> OwnedByRank:
     """Do as `decide`, for holdings that were gathered before."""
     sharing = _Sharing(held_by_rank, max_piece_bytes)
-    shared: list[Shared] = []
-    total = 0
     for tiles in holdings.tiles:
         sharing.give_alone(tiles)
-        shared += tiles.shared()
-        total += int(tiles.nbytes.sum())
+    mean = sum(int(tiles.nbytes.sum()) for tiles in holdings.tiles) / holdings.world_size
     # What only one rank can write came first. Then those with the fewest holders, which have the
     # least choice, and of these the largest: what is left evens out what came before.
-    shared.sort(key=lambda each: (each.ranks.shape[1], -each.nbytes))
-    for each in shared:
-        for box in _cut_rows(each, total / holdings.world_size):
+    for each in sorted(holdings.shared, key=lambda each: (each.ranks.shape[1], -each.nbytes)):
+        for box in _cut_rows(each, mean):
             sharing.pour(each, box)
     return sharing.done()
 
