@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from dist_ckpt.errors import (
     describe,
 )
 from dist_ckpt.format import segment as segment_format
-from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.digest import BLOCK_BYTES, digest_blocks
 from dist_ckpt.format.names import segment_name
 from dist_ckpt.format.root import SegmentNote
 from dist_ckpt.format.segment import Segment
@@ -39,7 +39,7 @@ from dist_ckpt.storage.parallel import in_parallel
 # While one file is begun or made durable the other keeps the disk or the network busy. More would
 # gain nothing: each put has threads of its own.
 _FILES_AT_ONCE = 2
-_DIGESTED_BLOCKS = 8
+_DIGESTED_BYTES = 8 * BLOCK_BYTES
 
 
 class FileWriter:
@@ -166,15 +166,26 @@ class FileWriter:
         """Return the joined digests of the blocks of a file."""
         digests = []
         start = 0
-        for first in range(0, len(file.blocks), _DIGESTED_BLOCKS):
+        for lengths in _turns(file.blocks):
             self._stop.check()
-            lengths = file.blocks[first : first + _DIGESTED_BLOCKS]
             stop = start + sum(lengths)
             digests.append(digest_blocks(lengths, file.image[start:stop]))
             start = stop
             # A digest holds the interpreter lock: a training step that waits for it goes first.
             time.sleep(0)
         return b"".join(digests)
+
+
+def _turns(blocks: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cut blocks, given by their lengths, into runs of `_DIGESTED_BYTES` or one block at least."""
+    first, nbytes = 0, 0
+    for number, length in enumerate(blocks):
+        if nbytes and nbytes + length > _DIGESTED_BYTES:
+            yield blocks[first:number]
+            first, nbytes = number, 0
+        nbytes += length
+    if nbytes:
+        yield blocks[first:]
 
 
 @dataclass(frozen=True, slots=True)
