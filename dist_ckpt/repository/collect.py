@@ -93,8 +93,8 @@ def collect_garbage(
                 _delete_attempt(store, folder)
                 removed.append(folder)
     if before is None:
-        # What jobs before this one said of themselves.
-        store.delete(status.old_keys(store, claim))
+        with passing_by(store, "what jobs before said of themselves"):
+            store.delete(status.old_keys(store, claim))
     if isinstance(store, Sweeper):
         # Unfinished objects of killed writers.
         def may_go(key: str) -> bool:
