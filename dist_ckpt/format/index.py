@@ -24,6 +24,7 @@ from dist_ckpt.format.index_values import (
 from dist_ckpt.format.limits import count_elements
 from dist_ckpt.format.names import RANK_LIMIT, is_part, parse_shard_name
 from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.format.tables import bad_index
 
 __all__ = [
     "FORMAT",
@@ -114,7 +115,7 @@ def decode(data: bytes) -> Index:
         wire = msgspec.msgpack.decode(data, type=_Wire)
     # RecursionError: how deep the bytes nest is chosen by whoever wrote them.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _malformed(f"it cannot be decoded ({error})") from error
+        raise bad_index(f"it cannot be decoded ({error})") from error
     files = tuple(FileEntry(f.name, f.nbytes, f.digest, f.blocks) for f in wire.files)
     _check_files(files)
     check_tensors(wire.tensors)
@@ -134,15 +135,15 @@ def decode(data: bytes) -> Index:
 
 def _check_files(files: tuple[FileEntry, ...]) -> None:
     if len({file.name for file in files}) != len(files):
-        raise _malformed("two files have the same name")
+        raise bad_index("two files have the same name")
     for file in files:
         # The one pattern keeps every key inside the directory of the save id.
         if parse_shard_name(file.name) is None:
-            raise _malformed(f"{file.name!r} is not the name of a shard file")
+            raise bad_index(f"{file.name!r} is not the name of a shard file")
         if not 0 <= file.nbytes <= INT64_MAX:
-            raise _malformed(f"file {file.name} claims {file.nbytes} bytes")
+            raise bad_index(f"file {file.name} claims {file.nbytes} bytes")
         if len(file.blocks) != DIGEST_BYTES * block_count(file.nbytes):
-            raise _malformed(
+            raise bad_index(
                 f"file {file.name} of {file.nbytes} bytes has {len(file.blocks)} bytes of digests"
             )
         if file_digest(file.blocks) != file.digest:
@@ -159,48 +160,48 @@ def check_tensors(tensors: Sequence[TensorEntry]) -> None:
         IntegrityError: one cannot be, or two of one part have the same name.
     """
     if len({(tensor.part, tensor.name) for tensor in tensors}) != len(tensors):
-        raise _malformed("two tensors of one part have the same name")
+        raise bad_index("two tensors of one part have the same name")
     for tensor in tensors:
         where = f"tensor {tensor.name!r} of part {tensor.part!r}"
         if not is_part(tensor.part) or tensor.name == "__metadata__":
-            raise _malformed(f"{where} has a name that cannot be")
+            raise bad_index(f"{where} has a name that cannot be")
         if tensor.dtype not in DTYPES:
-            raise _malformed(f"{where} has the unknown dtype {tensor.dtype!r}")
+            raise bad_index(f"{where} has the unknown dtype {tensor.dtype!r}")
         try:
             elements = count_elements(tensor.shape)
         except ValueError as error:
-            raise _malformed(f"{where} has an impossible shape: {error}") from error
+            raise bad_index(f"{where} has an impossible shape: {error}") from error
         # In Python integers: from here on, no product of sizes that lie inside can overflow int64.
         if elements * DTYPES[tensor.dtype][1] > INT64_MAX:
-            raise _malformed(f"{where} claims more than 2**63 bytes")
+            raise bad_index(f"{where} claims more than 2**63 bytes")
 
 
 def _check_objects(objects: tuple[ObjectEntry, ...], files: tuple[FileEntry, ...]) -> None:
     # Several files may hold shared values of one part: stages of a pipeline each have their own.
     if len({(entry.part, entry.rank, entry.file) for entry in objects}) != len(objects):
-        raise _malformed("a part has its Python values twice in one file")
+        raise bad_index("a part has its Python values twice in one file")
     for entry in objects:
         where = f"the Python values of part {entry.part!r}"
         if not is_part(entry.part):
-            raise _malformed(f"{where} have a name that cannot be")
+            raise bad_index(f"{where} have a name that cannot be")
         if entry.rank is not None and not 0 <= entry.rank < RANK_LIMIT:
-            raise _malformed(f"{where} are of rank {entry.rank}")
+            raise bad_index(f"{where} are of rank {entry.rank}")
         if not 0 <= entry.file < len(files):
-            raise _malformed(f"{where} are in file {entry.file} of {len(files)}")
+            raise bad_index(f"{where} are in file {entry.file} of {len(files)}")
         file = files[entry.file]
         if entry.offset < 0 or entry.nbytes < 0 or entry.offset + entry.nbytes > file.nbytes:
-            raise _malformed(
+            raise bad_index(
                 f"{where} take {entry.nbytes} bytes at {entry.offset} of file {file.name}, "
                 f"which has {file.nbytes}"
             )
         if _DIGEST.fullmatch(entry.digest) is None:
-            raise _malformed(f"{where} have no digest")
+            raise bad_index(f"{where} have no digest")
 
 
 def _column(data: bytes, kind: type[_Number]) -> NDArray[_Number]:
     dtype = np.dtype(kind).newbyteorder("<")
     if len(data) % dtype.itemsize:
-        raise _malformed(f"a column of chunks of {len(data)} bytes is no array of {dtype}")
+        raise bad_index(f"a column of chunks of {len(data)} bytes is no array of {dtype}")
     return np.frombuffer(data, dtype)
 
 
@@ -208,14 +209,14 @@ def _check_columns(
     chunks: ChunkTable, files: tuple[FileEntry, ...], tensors: tuple[TensorEntry, ...]
 ) -> None:
     if not len(chunks.tensor) == len(chunks.file) == len(chunks.offset):
-        raise _malformed("the columns of chunks differ in length")
+        raise bad_index("the columns of chunks differ in length")
     if (chunks.tensor[1:] < chunks.tensor[:-1]).any():
-        raise _malformed("the chunks are not sorted by tensor")
+        raise bad_index("the chunks are not sorted by tensor")
     if (chunks.tensor >= len(tensors)).any() or (chunks.file >= len(files)).any():
-        raise _malformed("a chunk is of a tensor, or in a file, that does not exist")
+        raise bad_index("a chunk is of a tensor, or in a file, that does not exist")
     ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)
     if int(ndim[chunks.tensor].sum()) * 2 != len(chunks.boxes):
-        raise _malformed("the boxes do not fit the dimensions of their tensors")
+        raise bad_index("the boxes do not fit the dimensions of their tensors")
     counts = np.bincount(chunks.tensor, minlength=len(tensors))
     if not counts.all():
         tensor = tensors[int(np.argmin(counts))]
@@ -267,14 +268,10 @@ def _check_bytes(
         row = int(np.argmax(outside))
         tensor = tensors[chunks.tensor[number[row]]]
         file = files[chunks.file[number[row]]]
-        raise _malformed(
+        raise bad_index(
             f"a chunk of tensor {tensor.name!r} takes {nbytes[row]} bytes at {offset[row]} "
             f"of file {file.name}, which has {file.nbytes}"
         )
-
-
-def _malformed(problem: str) -> IntegrityError:
-    return IntegrityError(f"index: {problem}. Use another checkpoint", kind=ErrorKind.MALFORMED)
 
 
 def _uncovered(tensor: TensorEntry, problem: str) -> IntegrityError:

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.digest import DIGEST_BYTES
 from dist_ckpt.format.names import (
@@ -290,8 +290,5 @@ def _name(name: str, rank: int) -> tuple[str, int]:
     """Return what the name of a file begins with, and the number of the file."""
     found = parse_shard_name(name)
     if found is None or found[1] != rank:
-        raise IntegrityError(
-            f"index: {name!r} is not the name of a shard file of rank {rank}",
-            kind=ErrorKind.MALFORMED,
-        )
+        raise bad_index(f"{name!r} is not the name of a shard file of rank {rank}")
     return found[0], found[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from dist_ckpt.format import root as root_format
 from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.index_values import FileEntry, Index, TensorEntry
+from dist_ckpt.format.index_values import FileEntry, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.names import parse_shard_name
 from dist_ckpt.format.root import Spent
 from dist_ckpt.format.segment import Segment
@@ -25,11 +25,12 @@ def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
         IntegrityError: no reader would take it; the message says why.
         UsageError: a name is not Unicode text, or there is too much of it.
     """
-    structure = structure_of(*_cuts(index))
+    ranks = [_rank_of(file) for file in index.files]
+    structure = structure_of(*_cuts(index, ranks))
     if len(structure.tensors) != len(index.tensors):
         raise bad_index("two tensors of one part have the same name")
     encoded = structure_format.encode(structure)
-    segments = [_segment(index, structure, rank) for rank in _ranks(index.files)]
+    segments = _segments(index, structure, ranks)
     notes = [each.noted(segment_format.encode(each), inside=True) for each in segments]
     data = root_format.encode(encoded, notes, spent)
     # Nothing may be committed that no reader would take.
@@ -37,10 +38,6 @@ def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
     for place, note in enumerate(notes):
         segment_format.decode(note.inside, root, place)
     return data
-
-
-def _ranks(files: Iterable[FileEntry]) -> list[int]:
-    return sorted({_rank_of(file) for file in files})
 
 
 def _rank_of(file: FileEntry) -> int:
@@ -51,10 +48,9 @@ def _rank_of(file: FileEntry) -> int:
 
 
 def _cuts(
-    index: Index,
+    index: Index, ranks: Sequence[int]
 ) -> tuple[dict[TensorEntry, list[Cut]], dict[TensorEntry, TensorEntry]]:
     """Return how the tensors of `index` are cut, and which of them have the bytes of another."""
-    ranks = [_rank_of(file) for file in index.files]
     cuts: dict[TensorEntry, list[Cut]] = {}
     owners: dict[TensorEntry, TensorEntry] = {}
     known: dict[object, TensorEntry] = {}
@@ -70,38 +66,61 @@ def _cuts(
     return cuts, owners
 
 
-def _segment(index: Index, structure: Structure, rank: int) -> Segment:
-    numbers = [n for n, file in enumerate(index.files) if _rank_of(file) == rank]
-    local = {number: place for place, number in enumerate(numbers)}
-    chunks = structure.chunks_of(rank)
-    at = _rows_in(index, structure, chunks)
-    if any(entry.rank not in (None, rank) for entry in index.objects if entry.file in local):
-        raise bad_index(f"values of another rank are in a file of rank {rank}")
-    objects = [
-        msgspec.structs.replace(entry, file=local[entry.file])
-        for entry in index.objects
-        if entry.file in local
+def _segments(index: Index, structure: Structure, ranks: Sequence[int]) -> list[Segment]:
+    """Return what each of `ranks`, which are those of the files, wrote."""
+    files: dict[int, list[int]] = {rank: [] for rank in sorted(set(ranks))}
+    for number, rank in enumerate(ranks):
+        files[rank].append(number)
+    objects: dict[int, list[ObjectEntry]] = {rank: [] for rank in files}
+    for entry in index.objects:
+        rank = ranks[entry.file]
+        if entry.rank not in (None, rank):
+            raise bad_index(f"values of another rank are in a file of rank {rank}")
+        objects[rank].append(entry)
+    rows = _rows_of(index)
+    return [
+        _segment(index, structure, rank, numbers, objects[rank], rows)
+        for rank, numbers in files.items()
     ]
+
+
+_Rows = Mapping[tuple[int, ...], int]
+"""By the number of a tensor and where a chunk of it starts: which row of the index that is."""
+
+
+def _rows_of(index: Index) -> _Rows:
+    rows: dict[tuple[int, ...], int] = {}
+    for number in range(len(index.tensors)):
+        for start in index.chunks_of(number).starts.tolist():
+            rows[number, *start] = len(rows)  # the rows of an index are sorted by tensor
+    return rows
+
+
+def _segment(
+    index: Index,
+    structure: Structure,
+    rank: int,
+    files: Sequence[int],
+    objects: Sequence[ObjectEntry],
+    rows: _Rows,
+) -> Segment:
+    local = {number: place for place, number in enumerate(files)}
+    chunks = structure.chunks_of(rank)
+    at = _rows_in(structure, chunks, rows)
     return Segment(
         rank,
-        tuple(index.files[number] for number in numbers),
+        tuple(index.files[number] for number in files),
         chunks,
         np.array([local[file] for file in index.chunks.file[at].tolist()], np.int64),
         index.chunks.offset[at].astype(np.int64),
-        tuple(objects),
+        tuple(msgspec.structs.replace(each, file=local[each.file]) for each in objects),
     )
 
 
-def _rows_in(index: Index, structure: Structure, chunks: RankChunks) -> Column:
-    """Return which rows of `index` the chunks are, whose tensors may have them in another order."""
-    places: dict[tuple[object, ...], int] = {}
+def _rows_in(structure: Structure, chunks: RankChunks, rows: _Rows) -> Column:
+    """Return which rows of the index the chunks are: tensors may have them in another order."""
     found = []
-    for number in np.unique(chunks.tensor).tolist():
-        rows = index.chunks_of(number)
-        first = int(index.rows_of(np.array([number]))[0][0])
-        for row, start in enumerate(rows.starts.tolist()):
-            places[number, *start] = first + row
     for number, row in zip(chunks.tensor.tolist(), chunks.row.tolist(), strict=True):
         start = structure.layouts[int(structure.layout[number])].starts[row].tolist()
-        found.append(places[number, *start])
+        found.append(rows[number, *start])
     return np.array(found, np.int64)
