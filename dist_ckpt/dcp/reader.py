@@ -35,6 +35,7 @@ from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.location import find_detached, find_foreign, locate
 from dist_ckpt.loading.matching import can_cast
 from dist_ckpt.loading.ranges import Files
+from dist_ckpt.loading.reading import boxes_of
 from dist_ckpt.loading.ties import Ties
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import TIE_RULES, TieRule
@@ -332,7 +333,7 @@ class Reader(StorageReader):
     def _fill(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
         ties = Ties(
-            source.index_of,
+            source.index_of(boxes_of(wanted)),
             wanted,
             where=source.where,
             rule=self._ties,
@@ -346,7 +347,7 @@ class Reader(StorageReader):
 
     def _fetch(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
-        index = source.index_of([(each.tensor, each.local.held.box) for each in wanted])
+        index = source.index_of(boxes_of(wanted))
         files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=source.verified)
         filling = ReadTargets(index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(

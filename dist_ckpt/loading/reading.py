@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch.distributed as dist
 
+from dist_ckpt.format.boxes import Box
 from dist_ckpt.loading.exchange import (
     PAGE_BYTES,
     Extent,
@@ -161,6 +162,11 @@ def read_targets(
     return reading.run(wanted)
 
 
+def boxes_of(wanted: Iterable[Wanted]) -> list[tuple[int, Box]]:
+    """Return the wanted boxes as `Source.index_of` takes them."""
+    return [(each.tensor, each.local.held.box) for each in wanted]
+
+
 class _Reading:
     """One load of bytes on one rank."""
 
@@ -208,7 +214,7 @@ class _Reading:
 
     def _plan(self, wanted: Sequence[Wanted]) -> _Plan:
         verify = self._options.verify and self._source.verified
-        index = self._source.index_of([(each.tensor, each.local.held.box) for each in wanted])
+        index = self._source.index_of(boxes_of(wanted))
         files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=verify)
         filling = ReadTargets(
             index, wanted, files, max_gap_bytes=_MAX_GAP_BYTES if verify else SECTOR_BYTES

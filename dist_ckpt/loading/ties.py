@@ -8,7 +8,7 @@ and nothing live is touched before it is known that they agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ import torch
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.format.boxes import Box, intersect, split_rows
 from dist_ckpt.format.index import Index
-from dist_ckpt.loading.reading import ReadOptions, read_targets
+from dist_ckpt.loading.reading import ReadOptions, boxes_of, read_targets
 from dist_ckpt.loading.shared_memory import (
     WrittenMemory,
     clusters,
@@ -37,9 +37,6 @@ from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.copies import view_box
 from dist_ckpt.state.layout import dtype_of, materialise
 
-IndexOf = Callable[[Iterable[tuple[int, Box]]], Index]
-"""See `Source.index_of`."""
-
 
 class Ties:
     """What of a load goes to one memory, and how that is settled.
@@ -48,7 +45,7 @@ class Ties:
     `wanted`, and call `finish`. Without ties there is no window, and `wanted` is all there is.
 
     Args:
-        index_of: that of the checkpoint.
+        index: of the checkpoint, as far as it is about `wanted` (`Source.index_of`).
         wanted: boxes and their memory, in the order of the state.
         where: how messages name the checkpoint.
         rule: "refuse": values that differ are an error; "last": the last name in the order of
@@ -67,7 +64,7 @@ class Ties:
 
     def __init__(
         self,
-        index_of: IndexOf,
+        index: Index,
         wanted: Sequence[Wanted],
         *,
         where: str,
@@ -81,7 +78,7 @@ class Ties:
         self.wanted = [each for number, each in enumerate(wanted) if number not in tied]
         cases: list[_Case] = []
         for cluster in groups:
-            alone, found = _sort_out(index_of, [wanted[number] for number in cluster], rule)
+            alone, found = _sort_out(index, [wanted[number] for number in cluster], rule)
             self.wanted += alone
             cases += found
         pieces = [piece for case in cases for piece in case.cut(window_bytes)]
@@ -217,14 +214,14 @@ class _Case:
 
 
 def _sort_out(
-    index_of: IndexOf, members: Sequence[Wanted], rule: TieRule
+    index: Index, members: Sequence[Wanted], rule: TieRule
 ) -> tuple[list[Wanted], list[_Case]]:
     """Return those of a cluster that can be read to their places, and the others as cases."""
     views: dict[object, list[Wanted]] = {}
     for each in members:
         views.setdefault(lie(each.local.memory), []).append(each)
     # A tie that was stored as one: the very same bytes need no comparison and only one reading.
-    distinct = {key: _distinct(index_of, same) for key, same in views.items()}
+    distinct = {key: _distinct(index, same) for key, same in views.items()}
     alone: list[Wanted] = []
     cases: list[_Case] = []
     if overlap([same[0] for same in views.values()]):
@@ -238,12 +235,11 @@ def _sort_out(
     return alone, cases
 
 
-def _distinct(index_of: IndexOf, same: Sequence[Wanted]) -> list[Wanted]:
+def _distinct(index: Index, same: Sequence[Wanted]) -> list[Wanted]:
     """Leave out what is stored as the very bytes of a later one."""
     if len(same) == 1:
         return list(same)
     found: dict[object, Wanted] = {}
-    index = index_of([(each.tensor, each.local.held.box) for each in same])
     for each in same:
         rows, held = index.chunks_of(each.tensor), each.local.held
         columns = (rows.file, rows.offset, rows.starts, rows.sizes)
@@ -321,11 +317,11 @@ def prepare(
         if common is not None:
             wanted.append(Wanted(number, common, dtype_of(tensors[number].dtype)))
     # Read now, while nothing has changed yet: it is what may be damaged.
-    source.index_of([(each.tensor, each.local.held.box) for each in wanted])
+    index = source.index_of(boxes_of(wanted))
     # Half of what may be used is for the values, the other half for the reads.
     half_bytes = options.in_flight_bytes // 2
     where, rule = source.where, options.ties
-    return real, Ties(source.index_of, wanted, where=where, rule=rule, window_bytes=half_bytes)
+    return real, Ties(index, wanted, where=where, rule=rule, window_bytes=half_bytes)
 
 
 def _clipped(local: LocalBox, stored: tuple[int, ...]) -> LocalBox | None:
