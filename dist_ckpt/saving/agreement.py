@@ -17,7 +17,7 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.planning.columns import unpack_steps
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.index import IndexPlan
-from dist_ckpt.planning.owners import Owned, read_owned
+from dist_ckpt.planning.owners import read_owned
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
 from dist_ckpt.saving.job_plan import plan_job
 from dist_ckpt.saving.messages import PlanAnswer, PlanRequest, RankPlan
@@ -113,7 +113,6 @@ class Agreement:
         # Rank 0 only: the number of its newest plan, and what that was made of.
         self.number = 0
         self.held_by_rank: Sequence[list[Held]] = []
-        self.owned_by_rank: Sequence[list[Owned]] = []
         self.index = IndexPlan(b"", ())
         self._replicas: Sequence[dict[int, list[int]]] = []
 
@@ -248,8 +247,8 @@ class Agreement:
         self.number += 1
         plan = plan_job(messages, max_piece_bytes=self._max_piece_bytes)
         # Replaced, never changed: the commit of a save that was given up may still read the old.
-        self.held_by_rank, self.owned_by_rank = plan.held_by_rank, plan.owned_by_rank
-        self.index, self._replicas = plan.index, plan.replicas
+        self.held_by_rank, self.index = plan.held_by_rank, plan.index
+        self._replicas = plan.replicas
         return [pack(plan.share(rank, self.number)) for rank in range(len(messages))]
 
     def _is_check_due(self, plan: RankPlan) -> bool:

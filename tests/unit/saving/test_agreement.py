@@ -18,6 +18,7 @@ from dist_ckpt.errors import (
     IncompatibleError,
     UsageError,
 )
+from dist_ckpt.planning.owners import Owned
 from dist_ckpt.planning.owners import decide as decide_owners
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
@@ -90,6 +91,10 @@ class Ranks:
 
         return on_every_rank([work(rank) for rank in range(len(states))])
 
+    def owned(self, states: Sequence[Mapping[str, Any]]) -> list[list[Owned]]:
+        """What each rank writes of these states, decided anew."""
+        return decide_owners([snapshot.held for snapshot in self.snapshots(states)])
+
     def described(self) -> list[list[str]]:
         return [
             [key for key in member.topics if key.endswith("/describe")] for member in self.members
@@ -152,7 +157,7 @@ def test_another_structure_is_planned_anew_by_all(changed: dict[str, Any]) -> No
     again = plans(job.agree(3, [changed] * 2))
     assert again == found
     assert len(job.described()[0]) == 2
-    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in again]
+    assert job.owned([changed] * 2) == [plan.owned for plan in again]
     job.agree(4, [ddp()] * 2)
     assert len(job.described()[0]) == 3, "only the newest plan is kept"
 
@@ -194,7 +199,7 @@ def test_a_rank_that_missed_its_share_never_goes_on_with_an_old_one() -> None:
     assert isinstance(job.agree(2, changed)[1], CoordinationError)
     found = plans(job.agree(3, changed))
     assert [keys[-1] for keys in job.described()] == ["save/3/describe"] * 2
-    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in found]
+    assert job.owned(changed) == [plan.owned for plan in found]
 
 
 def test_a_rank_that_missed_the_first_plan_is_not_waited_for() -> None:
@@ -213,7 +218,7 @@ def test_a_plan_that_fails_half_way_is_nobodys() -> None:
         assert type(error) is IncompatibleError
     found = plans(job.agree(3, [ddp()] * 2))
     assert job.described()[0][-1] == "save/3/describe"
-    assert list(job.planners[0].owned_by_rank) == [plan.owned for plan in found]
+    assert job.owned([ddp()] * 2) == [plan.owned for plan in found]
 
 
 def test_a_rank_that_cannot_say_what_it_holds_fails_all_by_name() -> None:
