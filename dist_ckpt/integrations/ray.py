@@ -9,7 +9,7 @@ def train_worker(config):
     state = dist_ckpt.TrainState(model=model, optimizer=optimizer)
     ckpt = dist_ckpt.Checkpointer(run_of_experiment(), state, every_steps=500)
     with ckpt, Reports() as reports:
-        for step in range(ckpt.restore() + 1, 1201):
+        for step in range(ckpt.restore() + 1, 1501):
             loss = train_step()
             reports.add(ckpt.step(step), {"loss": float(loss)})
 ```
@@ -62,7 +62,8 @@ class Reports:
     """Tells Ray of each checkpoint once it is committed. Every worker makes the same calls.
 
     A save goes on in the background while training does: it is reported at the next save, or at
-    the end of the `with` block.
+    the end of the `with` block. What `Checkpointer.close` saves after that is not reported: let
+    the last step be one that is due.
 
     Args:
         name: as for `run_of_experiment`.
