@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from dist_ckpt import flags
+from dist_ckpt.cli import main
 
 _GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
 
@@ -100,3 +103,13 @@ def check_flags_exist(text: str) -> None:
     named = set(re.findall(r"--[a-z][a-z-]+", text))
     assert len(named) >= 5
     assert {flag for flag in named if flag not in known} == set()
+
+
+def outcomes(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> Iterator[tuple[Command, object, str, str]]:
+    """Run the commands of a guide in turn; yield each with its exit code, output and errors."""
+    for command in commands(text):
+        with pytest.raises(SystemExit) as ended:
+            main(command.words)
+        yield command, ended.value.code, *capsys.readouterr()
