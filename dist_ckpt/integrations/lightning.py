@@ -15,7 +15,6 @@ The folder of a `ModelCheckpoint` is a run, and a `.ckpt` in it the name of one 
 from __future__ import annotations
 
 import io
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -60,7 +59,6 @@ __all__ = [
     "newest_in",
 ]
 
-_log = logging.getLogger("dist_ckpt")
 
 Path: TypeAlias = str | os.PathLike[str]
 

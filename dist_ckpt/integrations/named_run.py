@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
+from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.integrations.names import Names, PointedAt, StepName
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
@@ -293,7 +294,7 @@ class NamedRun:
         """Return those of `parts` that were not saved."""
 
         def look() -> list[str]:
-            run = Run(resolve(self.place))
+            run = Run(self.place)
             step = run.latest() if found.step is None else found.step
             if step is None:
                 return []
@@ -301,7 +302,7 @@ class NamedRun:
                 manifest = run.manifest(step)
             except CheckpointError:
                 return []  # the restore finds it too, on all ranks together
-            alone = not manifest.metadata.get("trainer", {}).get("full", True)
+            alone = not _told(manifest).get("full", True)
             without = {"optimizer", "rng"} if alone else set()
             return [part for part in parts if part not in manifest.parts or part in without]
 
@@ -332,8 +333,8 @@ class NamedRun:
         if self._discard_newer:
             self._names.forget_after(-1 if self._origin is None else self._origin)
         if self._origin is not None:
-            manifest = Run(resolve(self.place)).manifest(self._origin)
-            self._names.forget_before(manifest.metadata.get("trainer", {}).get("unnamed", []))
+            manifest = Run(self.place).manifest(self._origin)
+            self._names.forget_before(_told(manifest).get("unnamed", []))
 
 
 def random_of(name: StepName, *, rank: int, world_size: int) -> None:
@@ -376,9 +377,15 @@ def _checked(found: PointedAt, report: LoadReport) -> LoadReport:
 def _cut_off(found: PointedAt, error: NotFound) -> NotFound:
     if found.name is None:
         return error
-    newest = Run(resolve(found.place)).latest()
+    newest = Run(found.place).latest()
     hint = "there is none" if newest is None else f"the newest is {found.place}@{newest}"
     return NotFound(
         f"the save of step {found.name.step} was cut off or its checkpoint deleted: {hint}",
         kind=ErrorKind.NO_CHECKPOINT,
     )
+
+
+def _told(manifest: Manifest) -> Mapping[str, Any]:
+    """Return what the trainer said of itself with a save; nothing in a save of somebody else."""
+    told: Mapping[str, Any] = manifest.metadata.get("trainer", {})
+    return told

@@ -37,6 +37,7 @@ from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import UsageError
 from dist_ckpt.functional import load
 from dist_ckpt.integrations.versions import warn_if_untested
+from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.repository.repository import Repository
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
@@ -112,7 +113,7 @@ class DistCkptManager(BaseCheckpointManager):
         last_save_model_only: bool = False
         staging: Literal["blocking", "overlapped"] = "blocking"
         discard_newer: bool = False
-        timeout_seconds: float = 1800.0
+        timeout_seconds: float = TIMEOUT_SECONDS
 
         def __post_init__(self) -> None:
             BaseCheckpointManager.Config.__post_init__(self)

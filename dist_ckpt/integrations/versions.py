@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from dist_ckpt import __version__
 
@@ -23,7 +23,10 @@ def warn_if_untested(package: str, *, first: str, last: str) -> None:
         first: the first release tried, such as "5.24".
         last: the last one; "5.24" stands for all of 5.24.
     """
-    found = version(package)
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        found = "of an unknown release"
     newest = _numbers(last)
     if _numbers(first) <= _numbers(found) and _numbers(found)[: len(newest)] <= newest:
         return

@@ -35,3 +35,10 @@ def test_another_release_is_named_once_beside_those_tried(
     assert f"pytest {version('pytest')} was not tried" in message
     assert f"dist_ckpt {dist_ckpt.__version__}" in message
     assert tried in message
+
+
+def test_a_framework_that_was_never_installed_is_of_no_known_release(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    warn_if_untested("a-source-tree-on-the-path", first="1.0", last="1.0")
+    assert "a-source-tree-on-the-path of an unknown release was not tried" in caplog.text
