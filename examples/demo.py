@@ -126,6 +126,20 @@ def make_empty(folder: Path) -> bool:
     return True
 
 
+def chosen_folder(parser: argparse.ArgumentParser, output: Path | None) -> Path:
+    """Return where a demo leaves what it makes: its own folder made anew, or an empty `output`.
+
+    Exits with a message of `parser` where neither can be: what is not a demo's is never deleted.
+    """
+    if output is None:
+        if not make_empty(OUTPUT):
+            parser.error(f"another demo runs in {OUTPUT}: give --output DIR")
+        return OUTPUT
+    if output.exists() and any(output.iterdir()):
+        parser.error(f"{output} is not empty")
+    return output
+
+
 def remove_runs(store: str) -> None:
     """Delete everything below the URL `store`."""
     place = resolve(store)
@@ -177,13 +191,7 @@ def main() -> int:
         help="put picture, run directories and logs into DIR (default: demo-output, made anew)",
     )
     arguments = parser.parse_args()
-    folder = arguments.output
-    if folder is None:
-        folder = OUTPUT
-        if not make_empty(folder):
-            parser.error(f"another demo runs in {folder}: give --output DIR")
-    elif folder.exists() and any(folder.iterdir()):
-        parser.error(f"{folder} is not empty")
+    folder = chosen_folder(parser, arguments.output)
     # A name of its own, so that no earlier demo is resumed.
     store = f"{arguments.store.rstrip('/')}/demo-{uuid.uuid4().hex}" if arguments.store else ""
     console = Console()

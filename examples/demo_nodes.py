@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
-from examples.demo import make_empty, remove_runs
+from examples.demo import chosen_folder, remove_runs
 from examples.demo_parts import proofs
-from examples.demo_parts.launch import ROOT, Phase, PhaseFailed, run_phases
+from examples.demo_parts.launch import Phase, PhaseFailed, run_phases
 from examples.demo_parts.nodes import HOSTS, WORKERS, TwoHosts, samples_of_all
 from examples.demo_parts.nodes_report import Stretch, draw
 from examples.demo_parts.records import Attempt, RecordError, read_diary, read_losses, standing
@@ -43,7 +43,6 @@ from tests.services.proxy import FaultProxy
 SAVE_EVERY = 6
 KILL_AT = 24
 BACK_AFTER = 8  # steps at half size
-OUTPUT = ROOT / "demo-output"
 REPORT = "report-nodes.png"
 
 
@@ -175,9 +174,7 @@ def main() -> int:
     parser.add_argument("--store", metavar="URL", help="put the checkpoints below URL")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: demo-output")
     arguments = parser.parse_args()
-    folder: Path = arguments.output or OUTPUT
-    if not make_empty(folder):
-        parser.error(f"another demo runs in {folder}: give --output DIR")
+    folder = chosen_folder(parser, arguments.output)
     store = f"{arguments.store.rstrip('/')}/demo-{uuid.uuid4().hex}" if arguments.store else ""
     console, status = Console(), 0
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from examples.demo import (
     KILL_AT,
     SAVE_EVERY,
     STEPS,
+    chosen_folder,
     copy_run,
     make_empty,
     prove,
@@ -236,3 +238,14 @@ def test_labels_that_would_overlap_are_one() -> None:
     saves += [Save(72, 2.1, 2.2, committed=True), Save(74, 2.2, 2.3, committed=False)]
     found = [[save.step for save in group] for group in close_together(saves, 0.5)]
     assert found == [[10], [70, 72], [74]]
+
+
+def test_a_folder_with_something_in_it_is_not_taken_by_a_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit):
+        chosen_folder(argparse.ArgumentParser(), tmp_path)
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
+    assert chosen_folder(argparse.ArgumentParser(), tmp_path / "new") == tmp_path / "new"
