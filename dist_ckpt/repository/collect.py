@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 
 from dist_ckpt.errors import (
     ErrorKind,
@@ -86,10 +87,12 @@ def collect_garbage(
         StorageError: a listing or a deletion failed.
         UsageError: `before` was given, and the store does not say when an object was put.
     """
+    # Asked once: what a folder held tells its age also after that is gone.
+    is_old = cache(partial(_is_old, store, before=before))
     removed: list[str] = []
     for folder in garbage(store, claim=claim, in_flight=in_flight):
         with passing_by(store, folder):
-            if _is_old(store, folder, before):
+            if is_old(folder):
                 _delete_attempt(store, folder)
                 removed.append(folder)
     if before is None:
@@ -101,7 +104,7 @@ def collect_garbage(
             if not _may_go(key, claim=claim, in_flight=in_flight):
                 return False
             folder, _, name = key.rpartition("/")
-            return not name or _is_old(store, f"{folder}/", before)
+            return not name or is_old(f"{folder}/")
 
         with passing_by(store, "what killed writers left"):
             store.sweep(may_go=may_go)
@@ -116,7 +119,7 @@ def garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> Iterator
                 yield from _dead_in(store, child, claim=claim, in_flight=in_flight)
 
 
-def _is_old(store: Store, folder: str, before: float | None) -> bool:
+def _is_old(store: Store, folder: str, *, before: float | None) -> bool:
     """Whether nothing was put into `folder` since; what holds nothing has no age, and stays."""
     if before is None:
         return True

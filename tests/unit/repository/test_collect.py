@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dist_ckpt.errors import ErrorKind, FencedError, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, keep
-from dist_ckpt.repository.collect import delete_checkpoint
+from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.s3 import S3Store
 from dist_ckpt.storage.s3_client import Client
@@ -198,6 +199,20 @@ def litter(root: Path, *folders: str) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
     return paths
+
+
+def test_what_is_old_goes_with_what_was_left_unfinished_in_it(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    claim = save(store, 1)
+    old, young = (f"step-0000000005/{new_save_id(claim)}" for _ in range(2))
+    for folder in (old, young):
+        store.put(f"{folder}/model.r00000.safetensors", [b"half"])
+    left = litter(tmp_path / "run", old, young)
+    for path in (tmp_path / "run" / old).iterdir():
+        os.utime(path, (1, 1))
+    swept = collect_garbage(store, claim=claim, in_flight=(), before=1000)
+    assert swept == [f"{old}/"]
+    assert [path.exists() for path in left] == [False, True]
 
 
 def test_unfinished_files_go_only_where_ours_lie(tmp_path: Path) -> None:
