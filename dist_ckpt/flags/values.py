@@ -199,7 +199,12 @@ class Flags:
     def options(self) -> dict[str, Any]:
         """Return the options of a Checkpointer that a flag names, and no others."""
         given = {option: getattr(self, name) for name, option in _OPTIONS.items()}
-        return {option: value for option, value in given.items() if value not in (None, False)}
+        # By identity: 0 is a value that was given, and one that may be refused.
+        return {
+            option: value
+            for option, value in given.items()
+            if value is not None and value is not False
+        }
 
     def keep(self) -> KeepPolicy | None:
         """Return what to keep, None for everything."""

@@ -231,6 +231,13 @@ def test_the_end_from_outside_and_saves_that_fail() -> None:
     assert preset.when() == clock | policy.on_signal(grace_seconds=25)
 
 
+def test_a_number_that_is_nothing_is_not_left_out() -> None:
+    said = parse(
+        "--checkpoint-dir=a", "--checkpoint-when-failed=warn", "--checkpoint-max-failures=0"
+    )
+    assert said.options() == {"when_failed": "warn", "max_failures": 0}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
