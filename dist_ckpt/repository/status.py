@@ -124,8 +124,7 @@ def read_status(store: Store, claim: int) -> JobStatus | None:
     except (NotFound, IntegrityError, msgspec.DecodeError):
         return None
     except StorageError as error:
-        if error.kind is not ErrorKind.PERMISSION:
-            raise
+        _check_forbidden(error)
         return None
     # One that was copied under another number is none of that job.
     return found if found.claim == claim else None
@@ -133,8 +132,18 @@ def read_status(store: Store, claim: int) -> JobStatus | None:
 
 def newest(store: Store) -> JobStatus | None:
     """Return what the job that owns the run said last, None for nothing."""
-    claim = claims.highest(store)
+    try:
+        claim = claims.highest(store)
+    except StorageError as error:
+        _check_forbidden(error)
+        return None
     return read_status(store, claim) if claim else None
+
+
+def _check_forbidden(error: StorageError) -> None:
+    """Pass over what this user has no right to read: whoever looks at a run does without it."""
+    if error.kind is not ErrorKind.PERMISSION:
+        raise error
 
 
 def old_keys(store: Store, claim: int) -> list[str]:

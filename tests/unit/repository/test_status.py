@@ -99,13 +99,18 @@ def test_one_of_a_newer_release_is_read_as_far_as_it_is_known() -> None:
 def test_what_this_user_may_not_read_is_none_and_an_outage_is_one() -> None:
     forbidden = StorageError("access denied", kind=ErrorKind.PERMISSION)
     for error, known in ((forbidden, True), (StorageError("unreachable"), False)):
-        store = FaultyStore(new_store(), [Rule("read_into", Fail(error), key="*.status.json")])
-        claim.take(store)
-        if known:
-            assert Run(store).status() is None
-        else:
-            with pytest.raises(StorageError, match="unreachable"):
-                Run(store).status()
+        for rule in (
+            Rule("read_into", Fail(error), key="*.status.json"),
+            Rule("list_children", Fail(error), key="claims/"),
+        ):
+            inner = new_store()
+            claim.take(inner)
+            run = Run(FaultyStore(inner, [rule]))
+            if known:
+                assert run.status() is None
+            else:
+                with pytest.raises(StorageError, match="unreachable"):
+                    run.status()
 
 
 @pytest.mark.parametrize("phase", status.OVER)
