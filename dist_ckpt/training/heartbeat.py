@@ -24,7 +24,9 @@ from dist_ckpt.waiting import Latch, start
 _LAST_SECONDS = 5.0
 # So many starts in vain are no accident any more.
 _MANY_STARTS = 2
+# Between two looks whether the run is taken over: who comes next is to see a sign of life at once.
 _FIRST_NAP_SECONDS = 0.01
+_LONGEST_NAP_SECONDS = 0.2
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -145,7 +147,7 @@ class _Beat:
         if at_once:
             nap = _FIRST_NAP_SECONDS
             while self._job.claimed is None and not over.wait(nap):
-                nap = min(2 * nap, self._every_seconds)
+                nap = min(2 * nap, _LONGEST_NAP_SECONDS, self._every_seconds)
             self._say()
         while not over.wait(self._every_seconds):
             self._say()
