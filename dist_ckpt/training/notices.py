@@ -188,11 +188,16 @@ class NoticeWatch:
         self._over = Latch()
         self._begun = False
 
-    def begin(self, note: SignalNote) -> None:
-        """Look from now on, and write into `note` what is found; further calls do nothing."""
+    def begin(self, note: SignalNote, rank: int) -> None:
+        """Look from now on, and write into `note` what is found; further calls do nothing.
+
+        Only the first rank of a host looks, as far as its environment says which that is.
+        """
         if self._begun:
             return
         self._begun = True
+        if not is_first_of_host(rank):
+            return
         # The threads know the latch alone, so they end with an owner that forgot to close this.
         weakref.finalize(self, self._over.open).atexit = False
         for each in self._policies:

@@ -30,7 +30,7 @@ from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.metrics import Metrics, as_numbers
 from dist_ckpt.saving.outcomes import Outlook
-from dist_ckpt.training.notices import NoticeWatch, SignalNote, is_first_of_host
+from dist_ckpt.training.notices import NoticeWatch, SignalNote
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -166,8 +166,8 @@ class SaveTrigger:
             return Decision(", ".join(reasons) or None)
         rank = self._job.training.rank
         leads = rank == 0
-        if self._endings and is_first_of_host(rank):
-            self._notices.begin(self._note)
+        if self._endings:
+            self._notices.begin(self._note, rank)
         entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
         if entry.error:
             raise self._mistakes.pop(self._calls, None) or from_wire(entry.error)

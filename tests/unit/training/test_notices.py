@@ -104,7 +104,7 @@ def test_a_file(tmp_path: Path) -> None:
 def test_it_is_looked_for_until_it_is_there(tmp_path: Path) -> None:
     note = SignalNote([])
     watch = NoticeWatch([OnNotice(str(tmp_path / "notice"), 0.001)])
-    watch.begin(note)
+    watch.begin(note, 0)
     assert note.take() == ""
     (tmp_path / "notice").touch()
     while not (name := note.take()):
@@ -120,7 +120,7 @@ def test_a_server_that_does_not_answer_is_said_once(
     Metadata.token = "another"
     watch = NoticeWatch([OnNotice(f"{server}/aws?key=hidden", 0.001)])
     with caplog.at_level(logging.WARNING, "dist_ckpt"):
-        watch.begin(SignalNote([]))
+        watch.begin(SignalNote([]), 0)
         while len(Metadata.asked) < 6:
             pass
         watch.close()
