@@ -121,7 +121,6 @@ def checked_seconds(value: object, what: str) -> float:
     Raises:
         UsageError: it is no finite number above 0.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, int | float) or not is_number or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{what} must be a finite number above 0, not {value!r}")
     return float(value)
