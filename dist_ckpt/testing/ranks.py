@@ -67,7 +67,7 @@ class _Rank:
 
 @overload
 def run_ranks(
-    n: int, fn: Callable[..., R], *args: object, timeout_seconds: float = 60.0
+    n: int, fn: Callable[..., R], *args: object, timeout_seconds: float = 300.0
 ) -> list[R]: ...
 
 
@@ -76,7 +76,7 @@ def run_ranks(
     n: int,
     fn: Callable[..., R],
     *args: object,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = 300.0,
     expect_killed: Collection[int],
 ) -> list[R | None]: ...
 
@@ -85,7 +85,7 @@ def run_ranks(
     n: int,
     fn: Callable[..., R],
     *args: object,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float = 300.0,
     expect_killed: Collection[int] = (),
 ) -> Sequence[R | None]:
     """Call `fn(*args)` on `n` ranks of one gloo process group and return the results by rank.
@@ -112,7 +112,7 @@ def run_ranks(
 
 
 def ranks(
-    n: int, *, timeout_seconds: float = 60.0
+    n: int, *, timeout_seconds: float = 300.0
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Make a test function run on each of `n` ranks, as `run_ranks` does.
 

@@ -20,7 +20,7 @@ STEP = 7
 
 def check_race(urls: Sequence[str]) -> None:
     program = [sys.executable, "-m", "tests.contract.racing", str(RACERS), str(STEP), *urls]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
     winners = [outcome for outcome in outcomes if outcome != "AlreadyExists"]

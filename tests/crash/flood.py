@@ -39,7 +39,7 @@ def words(rng: random.Random) -> bytes:
 
 def visit(port: int, rng: random.Random, kept: deque[socket.socket]) -> None:
     """Connect once, say something or nothing, and go in one way or another, or stay."""
-    stranger = socket.create_connection(("127.0.0.1", port), timeout=60)
+    stranger = socket.create_connection(("127.0.0.1", port), timeout=600)
     with contextlib.suppress(OSError):  # it may have been turned away already
         stranger.sendall(words(rng))
         if rng.random() < 0.2:

@@ -27,7 +27,7 @@ def state(step: int) -> dict[str, Any]:
 def save(place: str | Store, step: int) -> None:
     """Go on from what is there and save `step`, keeping only the newest."""
     with dist_ckpt.Checkpointer(
-        place, state(step), keep=keep.latest(1), timeout_seconds=30
+        place, state(step), keep=keep.latest(1), timeout_seconds=600
     ) as ckpt:
         go_on(ckpt)
         ckpt.save(step).wait()

@@ -148,7 +148,7 @@ def save_with_victim(
     rank = int(os.environ["RANK"])
     store = CrashStore(LocalStore(root), at=at if rank == victim else None, kinds=kinds)
     try:
-        with dist_ckpt.Checkpointer(store, state(CRASH_STEP), timeout_seconds=2) as ckpt:
+        with dist_ckpt.Checkpointer(store, state(CRASH_STEP), timeout_seconds=600) as ckpt:
             go_on(ckpt)
             ckpt.save(CRASH_STEP).wait()
     except CheckpointError as error:

@@ -58,7 +58,7 @@ def train_until_killed(root: str, logs: str, victim: int, seconds: float, after:
     kill = threading.Timer(seconds, os.kill, args=(os.getpid(), signal.SIGKILL))
     try:
         with dist_ckpt.Checkpointer(
-            root, parts, keep=keep.latest(2), save_last=False, timeout_seconds=60
+            root, parts, keep=keep.latest(2), save_last=False, timeout_seconds=600
         ) as ckpt:
             first = ckpt.restore() + 1
             samples = parts["sampler"].batches(parts["sampler"])

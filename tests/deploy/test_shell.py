@@ -119,7 +119,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def test_a_job_starts_one_torchrun_on_each_node(cluster: Cluster) -> None:
     job = cluster.submit(*TRAINING, STATUS="0", SLURM_RESTART_COUNT="3", SLURM_GPUS_ON_NODE="8")
-    assert job.communicate(timeout=60)[1] == ""
+    assert job.communicate(timeout=600)[1] == ""
     assert job.returncode == 0
     show, run = cluster.calls()
     assert show == "scontrol show hostnames node[1-2]"
@@ -138,7 +138,7 @@ def test_a_job_that_is_asked_to_end_saves_and_is_requeued(cluster: Cluster, name
     assert job.stderr is not None
     assert job.stderr.readline() == "running\n"
     job.send_signal(getattr(signal, f"SIG{name}"))
-    said = job.communicate(timeout=60)[1]
+    said = job.communicate(timeout=600)[1]
     assert said.startswith(f"asked to end by {name}")
     assert job.returncode == 0
     assert cluster.calls()[2:] == ["scancel --signal=TERM 7.0", "scontrol requeue 7"]
@@ -146,10 +146,10 @@ def test_a_job_that_is_asked_to_end_saves_and_is_requeued(cluster: Cluster, name
 
 def test_a_job_that_fails_is_requeued_but_not_for_ever(cluster: Cluster) -> None:
     job = cluster.submit(*TRAINING, STATUS="3")
-    job.communicate(timeout=60)
+    job.communicate(timeout=600)
     assert cluster.calls()[-1] == "scontrol requeue 7"
     again = cluster.submit(*TRAINING, STATUS="3", SLURM_RESTART_COUNT="2", MAX_RESTARTS="2")
-    said = again.communicate(timeout=60)[1]
+    said = again.communicate(timeout=600)[1]
     assert (again.returncode, "not put back" in said) == (3, True)
     assert cluster.calls()[-1].startswith("srun")
 

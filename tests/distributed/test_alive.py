@@ -30,7 +30,7 @@ EVERY_SECONDS = 0.02
 def job(root: str, **options: Any) -> Checkpointer:
     """Return the Checkpointer of a job of this rank alone."""
     options = {"ranks": "alone", "status_seconds": EVERY_SECONDS, **options}
-    return Checkpointer(root, {"n": 1}, every_steps=10, timeout_seconds=60, **options)
+    return Checkpointer(root, {"n": 1}, every_steps=10, timeout_seconds=600, **options)
 
 
 def status_when(root: str, condition: Any) -> JobStatus:
@@ -145,7 +145,7 @@ def outlive_failures(root: str, broken: list[int]) -> dict[str, Any]:
         store,
         {"weights": {"w": torch.arange(100_000.0)}},
         every_steps=1,
-        timeout_seconds=60,
+        timeout_seconds=600,
         when_failed="warn",
         max_failures=2,
         save_last=False,

@@ -67,7 +67,7 @@ def fail_in_every_phase(root: str) -> list[tuple[str, list[int], str]]:
     counter = Counter()
     parts: dict[str, Any] = {"weights": {"w": torch.arange(100_000.0)}, "counter": counter}
     found = []
-    with dist_ckpt.Checkpointer(root, parts, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, parts, timeout_seconds=600) as ckpt:
         for step, (phase, (fault, own)) in zip((10, 20, 30), PHASES.items(), strict=True):
             fails = dist.get_rank() == FAILING
             with fault(counter) if fails else nullcontext():
@@ -88,7 +88,7 @@ def fail_in_every_phase(root: str) -> list[tuple[str, list[int], str]]:
 
 
 def test_a_rank_that_raises_in_any_phase_is_named_on_all(tmp_path: Path) -> None:
-    results = run_ranks(WORLD, fail_in_every_phase, str(tmp_path), timeout_seconds=30)
+    results = run_ranks(WORLD, fail_in_every_phase, str(tmp_path), timeout_seconds=600)
     assert results[0] == results[1] == results[2]
     for phase, ranks, message in results[0]:
         assert ranks == [FAILING], (phase, message)
@@ -150,7 +150,7 @@ def change_the_state(root: str) -> None:
         lambda: weights.update({"own": tensor(7, 2)}) if rank == 1 else None,
     ]
     expected: list[dict[str, torch.Tensor]] = []
-    with dist_ckpt.Checkpointer(root, {"model": weights}, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, {"model": weights}, timeout_seconds=600) as ckpt:
         for step, change in enumerate(changes):
             change()
             ckpt.save(step).wait()
@@ -177,7 +177,7 @@ def drift_apart(root: str, check: bool | None) -> list[str]:
     model = torch.nn.BatchNorm1d(4)  # its buffers may differ under DDP, and are exempt
     said = []
     with dist_ckpt.Checkpointer(
-        root, {"weights": weights, "model": model}, timeout_seconds=60, check_replicas=check
+        root, {"weights": weights, "model": model}, timeout_seconds=600, check_replicas=check
     ) as ckpt:
         for step in range(4):
             try:

@@ -61,7 +61,7 @@ def read(
         source,
         wanted,
         options,
-        coordinator=join_job(timeout_seconds=30).training,
+        coordinator=join_job(timeout_seconds=600).training,
         topic=Topic("read", f"load from {place}"),
         deadline=Deadline.after(seconds),
     )

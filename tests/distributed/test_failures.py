@@ -95,7 +95,7 @@ def test_every_rank_hears_of_it(name: str, says: str, failing: int, tmp_path: Pa
 
 
 def absent(root: str) -> str:
-    ckpt = dist_ckpt.Checkpointer(root, {"n": {"v": 1}}, timeout_seconds=1.0)
+    ckpt = dist_ckpt.Checkpointer(root, {"n": {"v": 1}}, timeout_seconds=10.0)
     message = ""
     with ckpt:
         ckpt.save(1).wait()
@@ -127,7 +127,7 @@ def unequal(root: str, what: str) -> tuple[str, str]:
         state["stats"] = {"loss": lambda: 0.5}
     elif what == "bad step":
         step = -1
-    with dist_ckpt.Checkpointer(root, state, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, state, timeout_seconds=600) as ckpt:
         with pytest.raises(CheckpointError) as caught:
             ckpt.save(step).wait()
         return type(caught.value).__name__, str(caught.value)

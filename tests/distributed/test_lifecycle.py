@@ -32,7 +32,7 @@ def steps(root: str | Path) -> list[int]:
 
 def train(root: str, total: int) -> None:
     values = state(0)
-    with Checkpointer(root, values, every_steps=5, timeout_seconds=60) as ckpt:
+    with Checkpointer(root, values, every_steps=5, timeout_seconds=600) as ckpt:
         for step in range(ckpt.restore() + 1, total + 1):
             values["weights"]["w"].fill_(step)
             ckpt.step(step, metrics={"n": step})
@@ -103,12 +103,12 @@ def test_nobody_waits_for_the_word_of_a_rank_0_that_has_ended(tmp_path: Path) ->
 
 def forget(root: str) -> tuple[str, str]:
     with (
-        Checkpointer(root, state(0), every_steps=5, timeout_seconds=60, save_last=False) as ckpt,
+        Checkpointer(root, state(0), every_steps=5, timeout_seconds=600, save_last=False) as ckpt,
         pytest.raises(UsageError) as caught,
     ):
         for step in range(1, 30):
             ckpt.step(step)
-    with Checkpointer(root, state(0), when=policy.every(5), timeout_seconds=60) as ckpt:
+    with Checkpointer(root, state(0), when=policy.every(5), timeout_seconds=600) as ckpt:
         with pytest.raises(UsageError) as back:
             ckpt.restore(step=5)
         assert ckpt.restore(step=5, discard_newer=True) == 5
@@ -129,13 +129,13 @@ def test_all_ranks_are_refused_alike_and_go_back_together(tmp_path: Path) -> Non
 
 def look(root: str) -> tuple[int, int, str]:
     live = state(0)
-    report = dist_ckpt.load(live, root, step="best", metric="n", mode="max", timeout_seconds=60)
-    copy = dist_ckpt.load(live, f"{root}-copied", timeout_seconds=60)
+    report = dist_ckpt.load(live, root, step="best", metric="n", mode="max", timeout_seconds=600)
+    copy = dist_ckpt.load(live, f"{root}-copied", timeout_seconds=600)
     error = ""
     try:
         # What is asked for differs: the ranks must not load different things.
         metric = "n" if dist.get_rank() == 0 else "m"
-        dist_ckpt.load(live, root, step="best", metric=metric, timeout_seconds=60)
+        dist_ckpt.load(live, root, step="best", metric=metric, timeout_seconds=600)
     except CheckpointError as found:
         error = str(found)
     return report.step, copy.step, error
@@ -156,9 +156,9 @@ def nothing_in_common(root: str) -> str:
     plain = torch.nn.Linear(2, 2, bias=False)
     other = torch.nn.ParameterDict({"other": torch.zeros(2, 2)})
     live = {"model": plain if dist.get_rank() == 0 else other}
-    dist_ckpt.load(live, root, strict=False, timeout_seconds=60)  # one rank has a partner
+    dist_ckpt.load(live, root, strict=False, timeout_seconds=600)  # one rank has a partner
     with pytest.raises(CheckpointError) as caught:
-        dist_ckpt.load({"model": other}, root, strict=False, timeout_seconds=60)
+        dist_ckpt.load({"model": other}, root, strict=False, timeout_seconds=600)
     return str(caught.value)
 
 

@@ -33,7 +33,7 @@ def save_limited(root: str) -> None:
     rule = Rule("put", Fail(StorageError("disk full")), key="*model.r00001-00002*", nth=1)
     store = FaultyStore(LocalStore(root), [rule])
     whole["model"] = DistributedDataParallel(net)
-    with dist_ckpt.Checkpointer(store, whole, memory_limit_bytes=MIB, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(store, whole, memory_limit_bytes=MIB, timeout_seconds=600) as ckpt:
         with pytest.raises(CheckpointError, match="disk full") as error:
             ckpt.save(1).wait()
         assert list(error.value.ranks) == [1] or rank == 1

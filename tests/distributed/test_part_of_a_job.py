@@ -48,7 +48,7 @@ def rank_zero_alone(root: str) -> float:
         dist_ckpt.save({"model": model}, f"{root}/model", ranks="alone")
     dist.barrier()
     # A job of all, after jobs of which only one rank knows.
-    dist_ckpt.save(state_of(6), f"{root}/all", timeout_seconds=60)
+    dist_ckpt.save(state_of(6), f"{root}/all", timeout_seconds=600)
     found = dist_ckpt.TrainState(**state_of(0))
     if rank == 1:
         assert dist_ckpt.load(found, f"{root}/two", ranks="alone").step == 0
@@ -110,17 +110,17 @@ def two_groups(root: str) -> dict[str, Any]:
     url, fill = f"{root}/{rank % 2}", float(rank % 2 + 1)
     state = dist_ckpt.TrainState(**state_of(fill), own=dist_ckpt.PerRank(rank))
     with dist_ckpt.Checkpointer(
-        url, state, process_group=mine, when=dist_ckpt.policy.every(1), timeout_seconds=60
+        url, state, process_group=mine, when=dist_ckpt.policy.every(1), timeout_seconds=600
     ) as ckpt:
         assert ckpt.restore() == 0
         # One group makes more saves than the other.
         for step in range(1, 3 + rank % 2):
             ckpt.step(step)
     back = dist_ckpt.TrainState(**state_of(0), own=dist_ckpt.PerRank(-1))
-    report = dist_ckpt.load(back, url, process_group=mine, exchange="always", timeout_seconds=60)
+    report = dist_ckpt.load(back, url, process_group=mine, exchange="always", timeout_seconds=600)
     assert report.exchanged
     assert back["own"] == rank
-    dist_ckpt.save(state_of(9), f"{root}/all", timeout_seconds=60)
+    dist_ckpt.save(state_of(9), f"{root}/all", timeout_seconds=600)
     return {"fill": float(back["weights"]["w"].mean()), "received": report.nbytes_exchanged}
 
 
@@ -153,9 +153,9 @@ def hybrid(root: str) -> list[str]:
     with pytest.raises(UsageError, match="of a device mesh: its get_group"):
         dist_ckpt.save(state, f"{root}/bad", process_group=mesh)  # type: ignore[arg-type]
     # Either of the two groups of shards holds all of it.
-    dist_ckpt.save(state, f"{root}/{rank // 2}", process_group=shards, timeout_seconds=60)
+    dist_ckpt.save(state, f"{root}/{rank // 2}", process_group=shards, timeout_seconds=600)
     local.zero_()
-    dist_ckpt.load(state, f"{root}/{rank // 2}", process_group=shards, timeout_seconds=60)
+    dist_ckpt.load(state, f"{root}/{rank // 2}", process_group=shards, timeout_seconds=600)
     assert torch.equal(tensor.to_local(), whole[4 * (rank % 2) :][:4])
     dist.barrier()
     return [caught.value.message]
@@ -285,9 +285,9 @@ def on_own_disks(root: str, hosts: list[int], what: str) -> list[str]:
     disk = HostDisk(Path(root), hosts[dist.get_rank()])
     with pytest.raises(CheckpointError) as caught:
         if what == "save":
-            dist_ckpt.save(state_of(1), disk, timeout_seconds=8)
+            dist_ckpt.save(state_of(1), disk, timeout_seconds=600)
         else:
-            dist_ckpt.Checkpointer(disk, state_of(1), timeout_seconds=8).restore()
+            dist_ckpt.Checkpointer(disk, state_of(1), timeout_seconds=600).restore()
     return [type(caught.value).__name__, caught.value.message, str(sorted(caught.value.ranks))]
 
 
@@ -330,7 +330,7 @@ def test_one_place_is_asked_for_once(tmp_path: Path) -> None:
 
 def in_memory_of_its_own(_: str) -> str:
     with pytest.raises(UsageError) as caught:
-        dist_ckpt.save(state_of(1), "memory://part-of-a-job", timeout_seconds=8)
+        dist_ckpt.save(state_of(1), "memory://part-of-a-job", timeout_seconds=600)
     return caught.value.message
 
 

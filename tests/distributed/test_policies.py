@@ -42,7 +42,7 @@ def train(root: str, start: int, losses: list[float]) -> dict[str, Any]:
     when = policy.on_signal(signal.SIGUSR1) | policy.every(seconds=3600)
     kept = keep.latest(1)
     best: dict[int, torch.Tensor] = {}
-    with Checkpointer(root, state, when=when, keep=kept, timeout_seconds=60) as ckpt:
+    with Checkpointer(root, state, when=when, keep=kept, timeout_seconds=600) as ckpt:
         assert ckpt.restore() == start
         before = stopper.state_dict()
         for step, loss in enumerate(losses, start + 1):
@@ -108,7 +108,7 @@ def test_early_stopping_over_restarts_with_rank_0s_metrics(tmp_path: Path) -> No
 
 def be_replaced(root: str) -> str:
     """Save, be replaced by another job meanwhile, and try to save again."""
-    with Checkpointer(root, {"n": 1}, timeout_seconds=60) as ckpt:
+    with Checkpointer(root, {"n": 1}, timeout_seconds=600) as ckpt:
         ckpt.save(1).wait()
         if rank() == 0:
             Repository(resolve(root)).claim()
@@ -139,7 +139,7 @@ def fenced_by_another_process(root: str) -> str:
 def break_one_rank(root: str) -> tuple[str, list[int]]:
     """Let rank 1 leave out a call that rank 0 makes: nobody may hang."""
     logging.disable(logging.WARNING)
-    ckpt = Checkpointer(root, {"n": 1}, when=policy.better(LOSS), timeout_seconds=2)
+    ckpt = Checkpointer(root, {"n": 1}, when=policy.better(LOSS), timeout_seconds=10)
     error: CheckpointError | None = None
     try:
         if rank() == 0:

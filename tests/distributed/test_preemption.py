@@ -51,7 +51,7 @@ def evaluate(root: str) -> dict[str, Any]:
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork")
     when = policy.on_signal(grace_seconds=600, exit_code=75)
     seen = 0
-    with Checkpointer(root, training.state, when=when, timeout_seconds=60) as ckpt:
+    with Checkpointer(root, training.state, when=when, timeout_seconds=600) as ckpt:
         assert ckpt.restore() == 0
         for step in (1, 2):
             training.step()
@@ -113,7 +113,7 @@ def end_in_time(root: str) -> dict[str, Any]:
         terminate()
         hang.release()
 
-    with Checkpointer(store, training, when=when, timeout_seconds=60) as ckpt:
+    with Checkpointer(store, training, when=when, timeout_seconds=600) as ckpt:
         ckpt.step(1)
         hang.reached.wait()
         dist.barrier()
@@ -141,7 +141,7 @@ def be_told_in_a_restore(root: str) -> dict[str, Any]:
     state = TrainState(weights={"w": torch.zeros(1000)})
     store = Signalling(LocalStore(root), [])
     with Checkpointer(
-        store, state, when=policy.on_signal(grace_seconds=600), timeout_seconds=60
+        store, state, when=policy.on_signal(grace_seconds=600), timeout_seconds=600
     ) as ckpt:
         step = ckpt.restore(exchange="never")
         assert float(state["weights"]["w"][-1]) == 999.0, "it was not cut short"

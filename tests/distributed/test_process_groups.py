@@ -37,7 +37,7 @@ def save_in_each_group(root: str) -> None:
                 timeout=timedelta(seconds=60),
             )
         state = {"x": {"t": torch.full((40_000,), float(number))}}
-        dist_ckpt.save(state, f"{root}/run-{number}", step=number, timeout_seconds=20)
+        dist_ckpt.save(state, f"{root}/run-{number}", step=number, timeout_seconds=600)
 
 
 def test_each_group_of_a_process_has_its_own_saves(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def save_steps(root: str, *steps: int) -> None:
 
 def restore(root: str) -> tuple[int, dict[int, str], float]:
     state = dist_ckpt.TrainState(**parts(0))
-    with dist_ckpt.Checkpointer(root, state, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, state, timeout_seconds=600) as ckpt:
         step = ckpt.restore()
         assert ckpt.restored is not None
         assert (state["weights"]["w"] == step).all()
@@ -42,7 +42,7 @@ def restore(root: str) -> tuple[int, dict[int, str], float]:
 
 
 def restore_failing(root: str) -> tuple[str, str]:
-    with dist_ckpt.Checkpointer(root, parts(0), timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, parts(0), timeout_seconds=600) as ckpt:
         with pytest.raises(CheckpointError) as caught:
             ckpt.restore()
         return type(caught.value).__name__, str(caught.value)
@@ -80,7 +80,7 @@ def load_while_it_is_collected(root: str, spare: str) -> tuple[int, dict[int, st
 
         store.then = go_on
     state = parts(0)
-    report = dist_ckpt.load(state, store, timeout_seconds=60)
+    report = dist_ckpt.load(state, store, timeout_seconds=600)
     assert (state["weights"]["w"] == report.step).all()
     return report.step, dict(report.refused)
 
@@ -140,7 +140,7 @@ class Broken:
 
 
 def restore_broken(root: str) -> str:
-    with dist_ckpt.Checkpointer(root, {"part": Broken()}, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, {"part": Broken()}, timeout_seconds=600) as ckpt:
         ckpt.save(1).wait()
         with pytest.raises(CheckpointError) as caught:
             ckpt.restore()

@@ -41,7 +41,7 @@ from dist_ckpt.storage import (  # noqa: E402
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, LatencyStore, Rule  # noqa: E402
 
 # No program takes this long: one that does hangs, and says where.
-LIMIT_SECONDS = int(os.environ.get("ENDING_LIMIT_SECONDS", "60"))
+LIMIT_SECONDS = int(os.environ.get("ENDING_LIMIT_SECONDS", "300"))
 BROKEN = Fail(StorageError("the disk is made of cheese"))
 
 

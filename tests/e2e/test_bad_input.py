@@ -315,7 +315,7 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
         [sys.executable, "-c", UNPRIVILEGED, str(root)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
         cwd="/",
     )
@@ -342,7 +342,7 @@ def test_a_file_that_the_place_cannot_take(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert done.stdout.startswith("StorageError ")

@@ -132,7 +132,7 @@ def test_blocks_run_in_order(tmp_path: Path) -> None:
         env={**os.environ, "PATH": f"{own}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -256,7 +256,7 @@ def test_a_process_that_ends_with_copies_in_flight_has_saved(tmp_path: Path) -> 
         "ckpt.save(1)\n"
         "ckpt.save(2)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
     net = torch.nn.Linear(64, 64)
     state = {"model": net, "optimizer": torch.optim.SGD(net.parameters(), lr=1.0)}
     dist_ckpt.load(state, tmp_path, step=2)

@@ -29,8 +29,6 @@ PART_BYTES = 5 << 20  # the least that S3 takes
 ONCE = [(fault, False) for fault in FAULTS]
 FOR_EVER = [(fault, True) for fault in (SLOW_DOWN, LOSE)]
 
-pytestmark = pytest.mark.timeout(200)
-
 
 def state(step: int) -> dict[str, Any]:
     """Return a state of one tensor that goes up in two parts, and of small things."""
@@ -46,7 +44,7 @@ def same(found: dict[str, Any], step: int) -> bool:
 
 def save(store: Store, step: int) -> None:
     """Save, and wait also for what is done after the commit."""
-    with dist_ckpt.Checkpointer(store, state(step), timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(store, state(step), timeout_seconds=600) as ckpt:
         if step > 1:
             ckpt.restore(only=["rng"])  # it goes on from what is there
         ckpt.save(step)
@@ -103,7 +101,7 @@ class Sweep:
 
         def load(_: int) -> None:
             found.update(state(0))
-            dist_ckpt.load(found, self.store, timeout_seconds=60)
+            dist_ckpt.load(found, self.store, timeout_seconds=600)
 
         for _, error, where in self.each_request(load, fault, for_ever=for_ever):
             assert error or same(found, 1), where

@@ -16,7 +16,7 @@ from examples.demo_parts.records import Attempt, Entry, read_losses, read_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 600
 
 
 def train(folder: Path, steps: int, *launcher: str, layout: str = "ddp") -> None:

@@ -27,7 +27,7 @@ FILE_SYSTEM_PROGRAMS = ("ceph-mds", "ceph-fuse")
 ACCESS_KEY = "AKIDTEST"
 SECRET_KEY = "SECRETSECRETSECRET"  # of a server that only this machine reaches, and not for long
 
-_START_SECONDS = 60.0
+_START_SECONDS = 300.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -247,7 +247,7 @@ def answers(url: str) -> bool:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise ServiceFailed(f"{' '.join(command)}: {done.stderr[-2000:]}")
     return done.stdout

@@ -154,7 +154,7 @@ class Hosts:
 def _ip(*arguments: str) -> None:
     command = ["ip", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except FileNotFoundError as error:
         raise PermissionError("ip is not installed") from error
     if done.returncode:

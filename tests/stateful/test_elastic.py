@@ -44,7 +44,7 @@ def go_on(root: str, steps: int, workers: int) -> tuple[list[int], float, tuple[
     )
     state = dist_ckpt.TrainState(model=model, optimizer=optimizer, sampler=sampler)
     seen: list[int] = []
-    with dist_ckpt.Checkpointer(root, state, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(root, state, timeout_seconds=600) as ckpt:
         start = ckpt.restore()
         notes = () if ckpt.restored is None else ckpt.restored.notes
         draw = torch.rand(()).item()

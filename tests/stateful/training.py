@@ -88,7 +88,7 @@ def train(root: str, log: str, recipe: Recipe, killed_after: int | None) -> None
         model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler
     )
     with (
-        dist_ckpt.Checkpointer(root, state, every_steps=EVERY, timeout_seconds=60) as ckpt,
+        dist_ckpt.Checkpointer(root, state, every_steps=EVERY, timeout_seconds=600) as ckpt,
         (Path(log) / f"rank{rank}.jsonl").open("a") as lines,
     ):
         start = ckpt.restore()

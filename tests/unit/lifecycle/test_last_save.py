@@ -116,7 +116,7 @@ def test_not_a_state_that_is_another_one_by_now(store: MemoryStore) -> None:
 
 def test_a_last_save_that_fails_is_raised_by_the_end(store: MemoryStore) -> None:
     failing = FaultyStore(store, [Rule("put", Fail(OSError("full")), key="step-*")])
-    ckpt = Checkpointer(failing, state(), every_steps=5, timeout_seconds=60)
+    ckpt = Checkpointer(failing, state(), every_steps=5, timeout_seconds=600)
     ckpt.step(1)
     with pytest.raises(dist_ckpt.CheckpointError, match="full"):
         ckpt.close()

@@ -46,7 +46,7 @@ def exchanged(tensors: int) -> tuple[dict[str, int], dict[str, int]]:
     members = []
 
     def rank(number: int) -> Callable[[], None]:
-        job = Job(place, timeout_seconds=120)
+        job = Job(place, timeout_seconds=600)
         mine = [Counting(shared[number]) for _ in range(2)]
         for member in mine:
             member.counts = {}

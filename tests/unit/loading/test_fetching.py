@@ -22,7 +22,7 @@ from tests.unit.planning.boxes import held
 from tests.unit.planning.saved import checkpoint, local
 
 COUNT = BLOCK_BYTES  # elements of four bytes: the tensor has a little over four blocks of its file
-WAIT_SECONDS = 60
+WAIT_SECONDS = 600
 
 
 class Watched:

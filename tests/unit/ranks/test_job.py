@@ -96,7 +96,7 @@ def begin_all(job: Job, steps: Iterable[int]) -> None:
 
 def test_a_steady_save_asks_storage_nothing_to_begin() -> None:
     store = CrashStore(new_store())
-    job = Job(store, timeout_seconds=60)
+    job = Job(store, timeout_seconds=600)
     begin_all(job, [1])
     asked = len(store.operations)
     begin_all(job, range(2, 50))

@@ -221,7 +221,7 @@ def on_rank_1(root: str, where: str) -> tuple[str, str, dict[int, str]]:
         error = MemoryError("on one")
         store = broken(store, "put", error, "step-0000000002/*.safetensors")
     state = {"part": part, "weights": {"w": torch.ones(100_000)}}
-    with dist_ckpt.Checkpointer(store, state, timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(store, state, timeout_seconds=600) as ckpt:
         ckpt.save(1).wait()
         if rank == 1 and where == "save":
             part.saves = error

@@ -61,7 +61,7 @@ def test_close_waits_for_a_retention_and_not_for_ever() -> None:
     hang = Hang()
     inner = new_store()
     store = FaultyStore(inner, [Rule("delete", hang, key="step-0000000001/manifest.json")])
-    ckpt = dist_ckpt.Checkpointer(store, state(), keep=keep.latest(1), timeout_seconds=60)
+    ckpt = dist_ckpt.Checkpointer(store, state(), keep=keep.latest(1), timeout_seconds=600)
     ckpt.save(1).wait()
     ckpt.save(2).wait()
     hang.reached.wait()
@@ -75,7 +75,7 @@ def test_what_is_being_written_is_no_garbage() -> None:
     hang = Hang()
     inner = new_store()
     root = FaultyStore(inner, [Rule("list_children", hang, key="step-*", nth=1)])
-    job = Job(root, timeout_seconds=60)
+    job = Job(root, timeout_seconds=600)
     housekeeping = Housekeeping(job, None)
     dead = Transaction(inner, 1, housekeeping.begin(1))
     dead.put_file("model.r00000.safetensors", [b"dead"])
@@ -95,7 +95,7 @@ def test_what_is_being_written_is_no_garbage() -> None:
 def test_what_other_ranks_write_is_no_garbage_though_no_lock_tells_so(tmp_path: Path) -> None:
     """On many mounts a host sees only its own locks: what is in flight has to be known."""
     store = LocalStore(tmp_path)
-    job = Job(store, timeout_seconds=60)
+    job = Job(store, timeout_seconds=600)
     housekeeping = Housekeeping(job, None)
     dead = housekeeping.begin(1)
     living = housekeeping.begin(2)
@@ -117,9 +117,9 @@ def test_what_could_not_be_tidied_up_is_tried_again(
     inner = LocalStore(tmp_path)
     away = Rule("list_children", Fail(StorageError("away")), key="step-0000000001/")
     store = FaultyStore(inner, [away])
-    left = Transaction(inner, 1, Job(inner, timeout_seconds=60).begin(1))
+    left = Transaction(inner, 1, Job(inner, timeout_seconds=600).begin(1))
     left.put_file("model.r00000.safetensors", [b"of a dead job"])
-    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=600) as ckpt:
         ckpt.save(2)
         ckpt.wait()
         assert store.fired == [1]

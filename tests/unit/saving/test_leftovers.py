@@ -127,7 +127,7 @@ def one_rank_fails(root: str, failing: int) -> list[str]:
     if dist.get_rank() == failing:
         fault = Fail(OSError(errno.ENOSPC, "No space left on device"))
         store = FaultyStore(store, [Rule("put", fault, key="*.safetensors")])
-    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=60) as ckpt:
+    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=600) as ckpt:
         with pytest.raises(CheckpointError, match="No space left"):
             ckpt.save(1).wait()
         ckpt.wait()

@@ -101,7 +101,7 @@ def test_an_interrupt_while_waiting_leaves_the_save_in_flight_alone(
         return settle(self, timeout)
 
     live = state(1.0)
-    ckpt = dist_ckpt.Checkpointer(store, live, timeout_seconds=60)
+    ckpt = dist_ckpt.Checkpointer(store, live, timeout_seconds=600)
     ckpt.save(1)
     hang.reached.wait()  # held before its bytes leave the arena
     monkeypatch.setattr(SaveHandle, "settle", interrupted)
@@ -189,7 +189,7 @@ def test_a_policy_that_fails_costs_neither_the_commit_nor_the_next_save(
     heard: list[events.Event],
 ) -> None:
     store = new_store()
-    with dist_ckpt.Checkpointer(store, state(), keep=Picky(), timeout_seconds=30) as ckpt:
+    with dist_ckpt.Checkpointer(store, state(), keep=Picky(), timeout_seconds=600) as ckpt:
         ckpt.save(1).wait()
         ckpt.save(2).wait()
     assert Repository(store).steps() == [1, 2]
@@ -225,7 +225,7 @@ class Panic(BaseException):
 def test_whatever_a_backend_raises_ends_the_save_and_not_the_writer() -> None:
     inner = new_store()
     store = FaultyStore(inner, [Rule("put", Fail(Panic("no unwinding")), key=SHARDS)])
-    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=30) as ckpt:
+    with dist_ckpt.Checkpointer(store, state(), timeout_seconds=600) as ckpt:
         with pytest.raises(StorageError, match="Panic: no unwinding"):
             ckpt.save(1).wait()
         ckpt.save(2).wait()

@@ -156,7 +156,7 @@ def test_a_run_goes_on_and_the_stray_stays(
     policy = keep.latest(1) | keep.best("loss") | keep.newer_than(1e-6) | keep.every(epochs=10)
     values = state()
     with no_privileges():
-        with dist_ckpt.Checkpointer(str(run), values, keep=policy, timeout_seconds=60) as ckpt:
+        with dist_ckpt.Checkpointer(str(run), values, keep=policy, timeout_seconds=600) as ckpt:
             assert ckpt.restore() == 2
             assert (values["weights"]["w"] == 2).all()
             for step in (3, 5):
@@ -168,7 +168,7 @@ def test_a_run_goes_on_and_the_stray_stays(
         # A reader that takes the newest and passes nothing over meets what claims to be newer.
         if not any(isinstance(each, events.CheckpointRefused) for each in heard):
             assert dist_ckpt.load(values, str(run)).step == 5
-        with dist_ckpt.Checkpointer(str(run), values, timeout_seconds=60) as ckpt:
+        with dist_ckpt.Checkpointer(str(run), values, timeout_seconds=600) as ckpt:
             assert ckpt.restore() == 5
     assert strays <= {*map(str, run.rglob("*"))}, "it is left where it is"
     failed = [each for each in heard if isinstance(each, events.RetentionFailed)]

@@ -34,7 +34,7 @@ def proxy(s3_service: S3Service) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def client(s3_service: S3Service, proxy: FaultProxy) -> Iterator[Any]:
-    settings = Config(retries={"total_max_attempts": 1}, read_timeout=1)
+    settings = Config(retries={"total_max_attempts": 1}, read_timeout=5)
     client = boto3.client("s3", endpoint_url=proxy.endpoint, config=settings)
     yield client
     client.close()

@@ -27,7 +27,7 @@ def test_every_item_is_done_once(count: int, threads: int) -> None:
 
 def test_threads_work_at_the_same_time() -> None:
     # Nobody comes through before all four are there.
-    barrier = threading.Barrier(4, timeout=60)
+    barrier = threading.Barrier(4, timeout=600)
 
     def work(_: int) -> None:
         barrier.wait()
@@ -90,7 +90,7 @@ def test_where_no_thread_can_be_had_the_caller_does_it_all(
 def test_an_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted, ended = threading.Event(), threading.Event()
     caller = threading.current_thread()
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=600)
     real = Bell.wait_for
 
     def wait_for(bell: Bell, look: Callable[[], _T], timeout: float | None = None) -> _T:

@@ -128,7 +128,7 @@ def test_decorated_test_runs_on_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["one", "two"])
-@ranks(2, timeout_seconds=30)
+@ranks(2, timeout_seconds=600)
 def test_decorated_test_takes_parameters(word: str) -> None:
     words: list[object] = [None, None]
     dist.all_gather_object(words, word)
@@ -212,7 +212,7 @@ def test_expected_death_that_does_not_come_is_a_failure() -> None:
 
 def test_hang_is_dumped_killed_and_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CoordinationError) as caught:
-        run_ranks(2, _hang_on, 1, timeout_seconds=2)
+        run_ranks(2, _hang_on, 1, timeout_seconds=15)
     assert caught.value.ranks == {1: "did not finish in time and was stopped"}
     assert caught.value.kind is ErrorKind.TIMEOUT
     assert "in _wait_for_ever" in caught.value.message
