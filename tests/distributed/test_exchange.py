@@ -166,3 +166,21 @@ def test_a_rank_that_dies_is_named_by_the_others(tmp_path: Path) -> None:
     assert told[0] == told[1]
     assert told[0][1] == [1]
     assert "rank 1" in told[0][0]
+
+
+SIZES = {"a": 100_000, "b": 7, "c": 100_000}
+
+
+def between_what_one_rank_wants(place: str) -> int:
+    wanted = ["a", "b", "c"] if dist.get_rank() == 0 else ["b"]
+    live = torch.nn.ParameterDict({name: torch.zeros(SIZES[name]) for name in wanted})
+    report = dist_ckpt.load({"model": live}, place, strict=False, exchange="always")
+    assert all(torch.equal(live[name], torch.ones(SIZES[name])) for name in wanted)
+    return report.nbytes_exchanged
+
+
+def test_what_comes_from_others_is_not_read_over(tmp_path: Path) -> None:
+    # So short a gap is read along by whoever loads alone: here its bytes would come twice.
+    place = str(tmp_path / "run")
+    dist_ckpt.save({"model": {name: torch.ones(size) for name, size in SIZES.items()}}, place)
+    assert sum(run_ranks(2, between_what_one_rank_wants, place)) == 4 * SIZES["b"]
