@@ -36,7 +36,7 @@ test: ## run all tests, on a real S3 server and network file system where that c
 	@$(RUN) -m pytest -q -n 2 $(SHARED) tests/integrations
 
 soak: venv ## run the tests that take too long for every run
-	@$(RUN) -m pytest -q -m soak --timeout=3600 tests
+	@$(RUN) -m pytest -q -m soak --timeout=3600 -o faulthandler_timeout=3600 tests
 
 # Each pair has an environment of its own, which its Python builds: nothing of .venv is needed.
 test-matrix: ## run a part of the tests with other versions of Python and torch (ARGS="3.12-2.8.0")

@@ -107,6 +107,9 @@ def how_to_register(kind: type) -> str:
         return f"register the class before: {line}{kind.__name__!r})"
     if hasattr(kind, "load_state_dict"):
         return "give it a name of its own in the state, or keep its state_dict() here"
+    # Objects of other libraries, and the generators of torch, Python and numpy.
+    if any(hasattr(kind, name) for name in ("set_state", "setstate", "bit_generator")):
+        return "give it a name of its own in the state, or keep here what its state is"
     return (
         "make it of plain values and tensors, or teach dist_ckpt the type: "
         f"{line}..., encode=..., decode=...)"

@@ -6,6 +6,7 @@ import array
 import datetime
 import enum
 import io
+import random
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
@@ -355,6 +356,9 @@ def deep(wrap: Callable[[Any], Any]) -> Any:
         ({"\ud800": 1}, "surrogate"),
         (UserDict(a=1), r"dist_ckpt.register_type\(UserDict, name=..., encode=..., decode=...\)"),
         (torch.nn.Linear(1, 1), "a name of its own"),
+        (torch.Generator(), "a name of its own"),
+        (random.Random(1), "a name of its own"),
+        (np.random.default_rng(1), "a name of its own"),
         (dist_ckpt.PerRank(1), "only be a part"),
         (type("deque", (deque,), {})(), "its type is unknown"),
     ],
