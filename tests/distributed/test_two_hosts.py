@@ -63,6 +63,7 @@ def save_with_names(hosts: Hosts, root: str, names: dict[str, str]) -> dict[str,
 def test_rank_0_is_found_by_whatever_works(cables: Hosts, tmp_path: Path) -> None:
     names = {
         "interface given": cables[0].address,
+        "an address of another network": cables.behind_a_router(),
         "an address of nobody": cables.outside[:-1] + "99",
         "a name that nobody can resolve": "node-0.cluster.invalid",
         "IPv6 alone": cables[0].address_6,

@@ -94,6 +94,14 @@ class Hosts:
         """Put the cable back."""
         self._switches("link", "set", self._cable(number), "up")
 
+    def behind_a_router(self) -> str:
+        """Return an address of host 0 in a network of its own, to which host 1 has a route."""
+        first, second = self.hosts
+        address = f"172.31.{first.address.split('.')[2]}.10"
+        _ip("-n", first.name, "address", "add", f"{address}/32", "dev", "lo")
+        _ip("-n", second.name, "route", "add", f"{address}/32", "via", first.address)
+        return address
+
     def forget_ipv4(self) -> None:
         """Leave IPv6 alone to both."""
         for host in self.hosts:
