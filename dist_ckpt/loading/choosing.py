@@ -1,4 +1,4 @@
-"""All ranks open one checkpoint: rank 0 finds it and reads its description, the others are told."""
+"""All ranks open one checkpoint: rank 0 finds it, the others are told which it is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
-import numpy as np
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.location import (
     Location,
@@ -19,6 +19,7 @@ from dist_ckpt.loading.location import (
     find_detached,
     find_foreign,
     locate,
+    open_told,
     place_name,
 )
 from dist_ckpt.options import LoadOptions
@@ -84,17 +85,23 @@ class LoadCall:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The checkpoint to load, opened on this rank.
+    """The checkpoint to load, as rank 0 named it.
 
     Attributes:
-        source: what to read from.
+        step: its step; 0 where another program wrote it and does not say.
+        store: where this rank finds it.
         url: its run, or its directory where another program wrote it.
         refused: newer checkpoints that were passed over, each with the reason.
+        token: what this rank is to find there, if that is not known of all ranks.
+        open: opens it on this rank, which is to be told to the others if it fails.
     """
 
-    source: Source
+    step: int
+    store: Store
     url: str
     refused: Mapping[int, str]
+    token: bytes
+    open: Callable[[], Source]
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
@@ -112,25 +119,25 @@ class LoadRequest(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What rank 0 chose and read, for the other ranks.
+    """What rank 0 chose, for the other ranks: what they need to find it, and to know it.
 
     Attributes:
         step: None where there is no checkpoint.
         text: from what its store is to be resolved.
-        manifest: encoded.
-        index: encoded.
+        digest: of the manifest, which vouches for the root, and that for everything.
         refused: what was passed over.
         foreign: the description of a checkpoint that another program wrote; it has no manifest.
         detached: whether its store is one step directory.
+        token: see `Job.place_token`.
     """
 
     step: int | None
     text: str | None = None
-    manifest: bytes = b""
-    index: bytes = b""
+    digest: str = ""
     refused: dict[int, str] = {}
     foreign: bytes = b""
     detached: bool = False
+    token: bytes = b""
 
 
 class Chooser:
@@ -181,14 +188,19 @@ class Chooser:
         self._refused = dict(answer.refused)
         if answer.step is None:
             return None, news
-        source = self._open(answer)
-        return Chosen(source, self.url, answer.refused), news
+        store = self._store(answer)
+        opens = partial(self._open, store, answer)
+        return Chosen(answer.step, store, self.url, answer.refused, answer.token, opens), news
 
     def refuse(self, step: int, reason: str) -> None:
         """Take note that the data of `step` is damaged; all ranks do so together."""
         self._refused[step] = reason
-        if isinstance(self._opened, Checkpoint):
+        if isinstance(self._opened, Checkpoint) and self._opened.step == step:
             self._manifests[step] = self._opened.manifest_bytes
+
+    def still_there(self) -> bool:
+        """Rank 0: whether what was chosen was neither deleted nor replaced since."""
+        return self._opened is None or self._opened.still_there()
 
     def passed_over(self) -> dict[int, bytes | None]:
         """Return the steps that were refused, on rank 0 with their manifests."""
@@ -208,16 +220,17 @@ class Chooser:
             return _Answer(
                 opened.step,
                 location.text,
-                opened.manifest_bytes,
-                opened.index_bytes,
+                bytes_digest(opened.manifest_bytes),
                 choice.refused,
                 detached=location.detached,
+                token=self._job.place_token() if self._claims else b"",
             )
         if self._own and self._call.place is None:
             return _Answer(None)
         self._opened = foreign = find_foreign(location)
         foreign.check_sizes()
-        return _Answer(foreign.step, location.text, foreign=foreign.message)
+        token = self._job.place_token() if self._claims else b""
+        return _Answer(foreign.step, location.text, foreign=foreign.message, token=token)
 
     def _choose(self, location: Location, *, fall_back: bool) -> tuple[Choice, Location]:
         """Return the checkpoint of the run there, or the one that lies there by itself."""
@@ -264,22 +277,24 @@ class Chooser:
             check_is_run(location)
         return location
 
-    def _open(self, answer: _Answer) -> Source:
-        if self._opened is not None:
+    def _open(self, store: Store, answer: _Answer) -> Source:
+        if self._job.training.rank == 0:
+            assert self._opened is not None
             return self._opened
-        store = self._store(answer)
         if answer.foreign:
             return ForeignSource(store, answer.foreign)
         assert answer.step is not None
-        if answer.detached:
-            store = DetachedStep(store, answer.step)
-        return Checkpoint(store, answer.manifest, answer.index, step=answer.step)
+        self._opened = opened = open_told(store, answer.step, answer.digest)
+        return opened
 
     def _store(self, answer: _Answer) -> Store:
+        if self._opened is not None and self._job.training.rank == 0:
+            return self._opened.store
         place = self._call.place
         if place is None:
             return self._job.repository.store
-        return place if isinstance(place, Store) else resolve(answer.text or "")
+        store = place if isinstance(place, Store) else resolve(answer.text or "")
+        return DetachedStep(store, answer.step or 0) if answer.detached else store
 
 
 # Which checkpoint to load: rank 0 decides, and sends what it read to the others.
@@ -376,17 +391,5 @@ def _look(
 def _checked(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Checkpoint:
     # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
     with unless_deleted(checkpoint):
-        checkpoint.check_some(_files_of(checkpoint, selects_part))
+        checkpoint.check_parts(selects_part)
     return checkpoint
-
-
-def _files_of(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Sequence[int]:
-    """Return the numbers of the files in which the selected parts lie, ascending."""
-    if all(map(selects_part, checkpoint.parts)):
-        return range(len(checkpoint.files))
-    index = checkpoint.index
-    chosen = {part: selects_part(part) for part in {tensor.part for tensor in index.tensors}}
-    selected = np.array([chosen[tensor.part] for tensor in index.tensors], bool)
-    files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())
-    files |= {entry.file for entry in index.objects if selects_part(entry.part)}
-    return sorted(files)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,9 +22,10 @@ from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import BounceMemory, warm_memory
 from dist_ckpt.loading.fitting import Matched, fit
 from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
-from dist_ckpt.loading.reading import ReadOptions, ReadResult, read_targets
+from dist_ckpt.loading.reading import JointRead, ReadOptions, ReadResult
 from dist_ckpt.loading.report import LoadProgress, LoadReport, tell_report
 from dist_ckpt.loading.ties import Ties, compare_ties, prepare
+from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
 from dist_ckpt.ranks.job import Job, Place
@@ -38,6 +40,29 @@ ResultT = TypeVar("ResultT")
 _MOST_LOST = 10
 
 _log = logging.getLogger("dist_ckpt")
+
+
+class _Found(msgspec.Struct, frozen=True):
+    """What a rank found: how its state fits, and whether it sees the place, where that is asked."""
+
+    mismatches: Mismatches
+    sight: bytes = b""
+
+
+class _Opened(NamedTuple):
+    """The checkpoint, where everything in it would go on this rank, and memory for reading it."""
+
+    source: Source
+    matched: Matched
+    memory: BounceMemory
+
+
+class _Prepared(NamedTuple):
+    """What this rank is to fill, what of it shares memory, and the bytes read to compare that."""
+
+    targets: NamedTensors
+    ties: Ties
+    nbytes_compared: int
 
 
 class Loader:
@@ -82,19 +107,18 @@ class Loader:
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
             chosen = self._choose(topic, chooser, progress, fall_back=fall_back)
-            if claims:
-                # Now, and not at the first save: rank 0 has just taken the run over.
-                self._job.check_same_place(topic)
             if chosen is None:
+                if claims:
+                    # Now, and not at the first save: rank 0 has just taken the run over.
+                    self._job.check_same_place(topic)
                 self._job.go_on(None)
                 return None
             try:
-                # Made ready while it is found out what goes where.
-                with warm_memory(chosen.source, chooser.options.in_flight_bytes) as memory:
-                    report = self._load(topic, chosen, chooser.options, progress, memory)
+                with ExitStack() as stack:
+                    report = self._load(topic, chosen, chooser.options, progress, stack)
             except IntegrityError as error:
                 # One round raised it on all ranks, so all of them go on to the next one together.
-                self._give_up(topic, chosen.source, chooser, progress, error, fall_back=fall_back)
+                self._give_up(topic, chosen, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
                 tell_report(error, progress)
@@ -126,12 +150,11 @@ class Loader:
         chosen: Chosen,
         options: LoadOptions,
         progress: LoadProgress,
-        memory: BounceMemory,
+        stack: ExitStack,
     ) -> LoadReport:
-        source = chosen.source
         since = time.perf_counter()
         with no_collection():
-            matched, verdict = self._match(topic, source, options)
+            (source, matched, memory), verdict = self._match(topic, chosen, options, stack)
             if progress.touched and verdict.missing:
                 # What an older one lacks would keep the values of the newer one that was damaged.
                 raise IncompatibleError(
@@ -140,17 +163,27 @@ class Loader:
                     "step by its number",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
-            (targets, ties), windows = self._prepare(topic, source, matched, options)
+            progress.clock("match", since)
+            reading = stack.enter_context(self._reading(topic, matched, options, memory))
+            prepared: list[_Prepared] = []
+
+            def prepare() -> Sequence[Wanted]:
+                prepared.append(self._prepare(topic, source, matched, options))
+                return prepared[0].ties.wanted
+
+            reading.agree(prepare, asks=bool(matched.first))
         if self._job.training.rank == 0:
             tell_empty(source.where, verdict.empty)
-        progress.clock("match", since)
-        result = self._read(topic, matched, ties, options, progress, windows=windows, memory=memory)
+        targets, ties, _ = prepared[0]
+        result = self._read(reading, matched, prepared[0], progress)
         for phase, seconds in result.seconds.items():
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
         since = time.perf_counter()
         self._together(topic.phase("restore"), lambda: self._restore(matched, targets, ties))
         progress.clock("restore", since)
-        report = self._report(chosen, matched, verdict, result, options=options, progress=progress)
+        report = self._report(
+            chosen, source, matched, verdict, result, options=options, progress=progress
+        )
         rank = self._job.training.rank
         events.emit(
             events.CheckpointRestored(
@@ -159,95 +192,93 @@ class Loader:
         )
         return report
 
+    def _reading(
+        self, topic: Topic, matched: Matched, options: LoadOptions, memory: BounceMemory
+    ) -> JointRead:
+        return JointRead(
+            matched.source,
+            self._how(options),
+            self._job.training,
+            topic,
+            deadline=self._job.deadline,
+            memory=memory,
+        )
+
+    def _how(self, options: LoadOptions) -> ReadOptions:
+        members = self._job.ranks.members()
+        return ReadOptions(options.verify, options.exchange, options.in_flight_bytes, members)
+
     def _prepare(
         self, topic: Topic, source: Source, matched: Matched, options: LoadOptions
-    ) -> tuple[tuple[NamedTensors, Ties], int]:
-        """Return what is to be filled, and in how many windows any rank has ties to compare."""
-        prepared, answer = self._together(
-            topic.phase("memory"),
-            lambda: prepare(source, matched.targets, matched.holdings.numbers, options=options),
-            message=lambda found: msgspec.msgpack.encode(found[1].windows),
-            decide=lambda counts: max(counts, key=msgspec.msgpack.decode),
-        )
-        return prepared, msgspec.msgpack.decode(answer, type=int)
+    ) -> _Prepared:
+        """Give memory to what has none, and see that what shares memory agrees."""
+        targets, ties = prepare(source, matched.targets, matched.holdings.numbers, options=options)
+        how, deadline = self._how(options), self._job.deadline()
+        compared = compare_ties(matched.source, ties, how, label=topic.label, deadline=deadline)
+        return _Prepared(targets, ties, compared)
 
     def _read(
-        self,
-        topic: Topic,
-        matched: Matched,
-        ties: Ties,
-        options: LoadOptions,
-        progress: LoadProgress,
-        *,
-        windows: int,
-        memory: BounceMemory,
+        self, reading: JointRead, matched: Matched, prepared: _Prepared, progress: LoadProgress
     ) -> ReadResult:
-        """Read everything to its place, once it is known that what shares memory agrees."""
-        how = ReadOptions(
-            options.verify,
-            options.exchange,
-            options.in_flight_bytes,
-            members=self._job.ranks.members(),
-        )
+        """Read everything to its place, after what code of the program may refuse."""
         since = time.perf_counter()
-        compared = compare_ties(
-            matched.source,
-            ties,
-            how,
-            windows=windows,
-            coordinator=self._job.training,
-            topic=topic,
-            deadline=self._job.deadline(),
-        )
         if len(matched.first) > 1 or self._job.training.world_size > 1:
             # One alone that refuses here has nobody beside it who did not.
             progress.asked = tuple(matched.first)
-        self._together(topic.phase("first"), lambda: self._restore_first(matched))
+        reading.begin(lambda: self._restore_first(matched))
         progress.clock("match", since)
         progress.touched = True
-        result = read_targets(
-            matched.source,
-            ties.wanted,
-            how,
-            coordinator=self._job.training,
-            topic=topic.phase("read"),
-            deadline=self._job.deadline(),
-            memory=memory,
-        )
+        result = reading.read()
         return replace(
             result,
-            nbytes_read=result.nbytes_read + compared,
-            nbytes_wanted=result.nbytes_wanted + ties.nbytes_kept,
+            nbytes_read=result.nbytes_read + prepared.nbytes_compared,
+            nbytes_wanted=result.nbytes_wanted + prepared.ties.nbytes_kept,
         )
 
     def _match(
-        self, topic: Topic, source: Source, options: LoadOptions
-    ) -> tuple[Matched, Mismatches]:
-        """Compare names, shapes and dtypes on all ranks; return what they found together."""
-        mine: list[Matched] = []  # what rank 0 found, whose names only its decision needs
+        self, topic: Topic, chosen: Chosen, options: LoadOptions, stack: ExitStack
+    ) -> tuple[_Opened, Mismatches]:
+        """Open the checkpoint on all ranks, and compare names, shapes and dtypes.
+
+        Returns:
+            What this rank opened and found, and what all ranks found together.
+
+        Raises:
+            UsageError: some ranks do not see the place that rank 0 does.
+        """
+        mine: list[_Opened] = []
 
         def decide(messages: Sequence[bytes]) -> bytes:
-            mismatches = [msgspec.msgpack.decode(data, type=Mismatches) for data in messages]
-            (found,) = mine
-            check_matched(mismatches, found.known)
-            where = f"{source.where} (parts {', '.join(found.source.parts) or 'none'})"
+            found = [msgspec.msgpack.decode(data, type=_Found) for data in messages]
+            if chosen.token:
+                self._job.check_seen(chosen.token, [each.sight for each in found])
+            mismatches = [each.mismatches for each in found]
+            # Of rank 0, whose names only this decision needs.
+            ((source, matched, _),) = mine
+            check_matched(mismatches, matched.known)
+            where = f"{source.where} (parts {', '.join(matched.source.parts) or 'none'})"
             return msgspec.msgpack.encode(
                 refuse_mismatches(mismatches, where=where, strict=options.strict)
             )
 
-        def work() -> Matched:
+        def work() -> _Found:
+            sees, sight = self._job.sees(chosen.token) if chosen.token else (True, b"")
+            if not sees:
+                return _Found(Mismatches(), sight)  # which is refused, whatever is there
             job, parts = self._job.training, self._state.parts
-            found = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
-            mine.append(found)
-            return found
+            source = chosen.open()
+            # Made ready while it is found out what goes where.
+            memory = stack.enter_context(warm_memory(source, options.in_flight_bytes))
+            matched = fit(source, options, parts, rank=job.rank, world_size=job.world_size)
+            mine.append(_Opened(source, matched, memory))
+            return _Found(matched.mismatches, sight)
 
-        matched, answer = self._together(
-            topic.phase("fits"),
-            work,
-            message=lambda found: msgspec.msgpack.encode(found.mismatches),
-            decide=decide,
+        _, answer = self._together(
+            topic.phase("fits"), work, message=msgspec.msgpack.encode, decide=decide
         )
-        return matched, msgspec.msgpack.decode(answer, type=Mismatches)
+        if chosen.token:
+            self._job.all_see_it()
+        return mine[0], msgspec.msgpack.decode(answer, type=Mismatches)
 
     def _restore_first(self, matched: Matched) -> None:
         """Restore what code of the program may refuse, while no tensor has changed yet."""
@@ -263,6 +294,7 @@ class Loader:
     def _report(
         self,
         chosen: Chosen,
+        source: Source,
         matched: Matched,
         verdict: Mismatches,
         result: ReadResult,
@@ -270,7 +302,6 @@ class Loader:
         options: LoadOptions,
         progress: LoadProgress,
     ) -> LoadReport:
-        source = chosen.source
         return LoadReport(
             url=chosen.url,
             step=source.step,
@@ -315,7 +346,7 @@ class Loader:
     def _give_up(
         self,
         topic: Topic,
-        source: Source,
+        chosen: Chosen,
         chooser: Chooser,
         progress: LoadProgress,
         error: IntegrityError,
@@ -328,19 +359,19 @@ class Loader:
             IntegrityError: it is damaged, and nothing else was asked for.
             NotFound: again and again retention was faster.
         """
-        if self._is_gone(topic, source):
+        if self._is_gone(topic, chooser):
             # That is no damage, so nothing is noted: what there is by now is chosen next.
             progress.lost += 1
             if progress.lost == _MOST_LOST:
-                tell_report(deleted_meanwhile(source.store, source.step), progress, error)
+                tell_report(deleted_meanwhile(chosen.store, chosen.step), progress, error)
             return
         if not fall_back:
             tell_report(error, progress)
-        chooser.refuse(source.step, error.message)
-        self._announce(chooser.url, {source.step: error.message})
+        chooser.refuse(chosen.step, error.message)
+        self._announce(chooser.url, {chosen.step: error.message})
 
-    def _is_gone(self, topic: Topic, source: Source) -> bool:
-        """Whether rank 0 finds that `source` was deleted or replaced since it was opened; a round.
+    def _is_gone(self, topic: Topic, chooser: Chooser) -> bool:
+        """Whether rank 0 finds that its choice was deleted or replaced since; a round.
 
         The next choice then is what a reader who came later would get: the newest there is by
         then, or that the step which was asked for is not found.
@@ -348,7 +379,7 @@ class Loader:
 
         def decide(_: Sequence[bytes]) -> bytes:
             try:
-                return msgspec.msgpack.encode(not source.still_there())
+                return msgspec.msgpack.encode(not chooser.still_there())
             except CheckpointError:
                 return msgspec.msgpack.encode(False)  # nobody knows: then what was found is damage
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 
-from dist_ckpt.errors import NotFound, UsageError, without_secrets
+from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, without_secrets
 from dist_ckpt.foreign.detect import FILE_SUFFIXES, looked_for, open_foreign
 from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.detached import DetachedStep, named_step
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Source
@@ -164,3 +166,28 @@ def find_foreign(location: Location) -> ForeignSource:
     if found is None:
         raise Repository(location.store).no_checkpoint(looked_for())
     return found
+
+
+def open_told(store: Store, step: int, digest: str) -> Checkpoint:
+    """Open the checkpoint that rank 0 named, by its own look at it.
+
+    Raises:
+        IntegrityError: it is damaged, or not found here, or not the one that rank 0 opened.
+    """
+    where = f"step {step} in {store.url}"
+    try:
+        manifest_bytes = read_manifest(store, step)
+        if bytes_digest(manifest_bytes) != digest:
+            raise IntegrityError(
+                f"{where}: its manifest is not the one that rank 0 read: was it saved anew "
+                "meanwhile, or is another host's folder there?",
+                kind=ErrorKind.MISSING_FILE,
+            )
+        return Checkpoint.open(store, manifest_bytes, step=step)
+    except NotFound as error:
+        # As damage: so all ranks look again together, and take what there is by then.
+        raise IntegrityError(
+            f"{where}: rank 0 opened it, and it is not found here: was it deleted meanwhile, or do "
+            "the hosts not share the place?",
+            kind=ErrorKind.MISSING_FILE,
+        ) from error

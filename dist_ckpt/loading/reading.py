@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
 import torch.distributed as dist
 
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.loading.exchange import (
-    PAGE_BYTES,
-    Extent,
-    cost,
-    place_extents,
-    private_group,
-    share,
-    swap,
-)
-from dist_ckpt.loading.fetching import (
-    MAX_GAP_BYTES,
-    BounceBuffers,
-    BounceMemory,
-    Fetcher,
-)
+from dist_ckpt.loading.exchange import Counts, Exchange, Lost, Peers, check_nobody_lost
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, cut
+from dist_ckpt.loading.schedule import Survey, cost, group, survey
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Source
 
-Exchange = Literal["auto", "always", "never"]
+Rule = Literal["auto", "always", "never"]
 
 ResultT = TypeVar("ResultT")
 
@@ -61,7 +48,7 @@ class ReadOptions:
     """
 
     verify: bool = True
-    exchange: Exchange = "auto"
+    exchange: Rule = "auto"
     in_flight_bytes: int = 256 << 20
     members: Sequence[int] | None = None
 
@@ -87,25 +74,20 @@ class ReadResult:
     seconds: Mapping[str, float]
 
 
-class _Needs(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank needs: two columns of int64, little-endian, and what the call was told."""
+class _Request(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank needs, and whether it has something to do before any tensor is filled."""
 
-    start: bytes
-    stop: bytes
-    exchange: Exchange
-
-    @property
-    def ranges(self) -> Ranges:
-        return Ranges(np.frombuffer(self.start, "<i8"), np.frombuffer(self.stop, "<i8"))
+    needs: Survey
+    asks: bool
 
 
 class _Answer(msgspec.Struct, frozen=True, array_like=True):
-    """Whether to exchange, and then the needs of each group and the group of each rank."""
+    """Whether to exchange, why, whether any rank asks first, and the group of each rank."""
 
     exchanged: bool
     why: str
-    needs: list[_Needs] = []
-    group_of: list[int] = []
+    asks: bool
+    group_of: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,23 +95,9 @@ class _Plan:
     """What this rank is going to do."""
 
     files: Files
+    sizes: Sequence[int]
     filling: ReadTargets
     fetcher: Fetcher
-
-
-@dataclass(slots=True)
-class _Counts:
-    read: int = 0
-    received: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
 def read_targets(
@@ -156,10 +124,12 @@ def read_targets(
     Raises:
         CheckpointError: the same on every rank; tensors may be half filled.
     """
-    reading = _Reading(
-        source, options, coordinator, topic, deadline=deadline, memory=memory or BounceMemory()
-    )
-    return reading.run(wanted)
+    with JointRead(
+        source, options, coordinator, topic, deadline=lambda: deadline, memory=memory
+    ) as reading:
+        reading.agree(lambda: wanted)
+        reading.begin()
+        return reading.read()
 
 
 def boxes_of(wanted: Iterable[Wanted]) -> list[tuple[int, Box]]:
@@ -167,8 +137,12 @@ def boxes_of(wanted: Iterable[Wanted]) -> list[tuple[int, Box]]:
     return [(each.tensor, each.local.held.box) for each in wanted]
 
 
-class _Reading:
-    """One load of bytes on one rank."""
+class JointRead:
+    """One load of bytes on one rank: at most three rounds, whatever there is to read.
+
+    `agree`, `begin`, `read`, each called by all ranks; the connections between them end with the
+    context.
+    """
 
     def __init__(
         self,
@@ -177,42 +151,108 @@ class _Reading:
         coordinator: Coordinator,
         topic: Topic,
         *,
-        deadline: Deadline,
-        memory: BounceMemory,
+        deadline: Callable[[], Deadline],
+        memory: BounceMemory | None = None,
     ) -> None:
-        self._memory = memory
+        """See `read_targets`; `deadline` returns that of what begins now."""
+        self._memory = memory or BounceMemory()
         self._source = source
         self._options = options
         self._coordinator = coordinator
         self._topic = topic
         self._deadline = deadline
-        self._counts = _Counts()
+        self._counts = Counts()
+        self._peers: Peers | None = None
+        self._plan: _Plan
+        self._answer: _Answer
 
-    def run(self, wanted: Sequence[Wanted]) -> ReadResult:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hang_up()
+
+    def agree(self, prepare: Callable[[], Sequence[Wanted]], *, asks: bool = False) -> None:
+        """Find out what all ranks want, and who reads it; nothing is filled. A round.
+
+        Args:
+            prepare: returns what this rank wants.
+            asks: whether this rank has something to do in `begin`.
+
+        Raises:
+            CheckpointError: the same on every rank.
+        """
         with self._counts.clock("plan"):
-            plan, data = self._together(
+            self._plan, data = self._together(
                 "plan",
-                lambda: self._plan(wanted),
-                message=lambda plan: _encode(self._needs(plan), self._options.exchange),
-                decide=_decide,
+                lambda: self._planned(prepare()),
+                message=lambda plan: msgspec.msgpack.encode(_Request(self._survey(plan), asks)),
+                decide=self._decide,
             )
-        answer = msgspec.msgpack.decode(data, type=_Answer)
+        self._answer = msgspec.msgpack.decode(data, type=_Answer)
+
+    def begin(self, first: Callable[[], None] = lambda: None) -> None:
+        """Do what comes before any tensor is filled, and connect; a round where there is any.
+
+        Args:
+            first: what this rank has to do.
+
+        Raises:
+            CheckpointError: the same on every rank.
+        """
+        if not self._answer.exchanged and not self._answer.asks:
+            return
+
+        def work() -> None:
+            if self._answer.exchanged:
+                # Before anything may fail on one rank alone: for the others wait for it here.
+                self._peers = Peers(self._deadline(), self._options.members)
+            first()
+
+        self._together("first", work)
+
+    def read(self) -> ReadResult:
+        """Fill the tensors; a round.
+
+        Raises:
+            CheckpointError: the same on every rank; tensors may be half filled.
+        """
+        answer = self._answer
         if answer.exchanged:
-            self._exchange(plan, answer)
+            self._together(
+                "read", self._exchange, message=msgspec.msgpack.encode, decide=check_nobody_lost
+            )
         else:
             with self._counts.clock("read"):
-                nbytes, _ = self._together("read", plan.fetcher.fetch_all)
-            self._counts.read = nbytes
+                self._counts.read, _ = self._together("read", self._plan.fetcher.fetch_all)
         return ReadResult(
             self._counts.read,
-            plan.filling.nbytes_wanted,
+            self._plan.filling.nbytes_wanted,
             self._counts.received,
             answer.exchanged,
             answer.why,
             self._counts.seconds,
         )
 
-    def _plan(self, wanted: Sequence[Wanted]) -> _Plan:
+    def _survey(self, plan: _Plan) -> Survey:
+        if self._coordinator.world_size == 1:
+            return Survey("", plan.filling.needs.nbytes, b"")  # nobody to compare it with
+        return survey(plan.filling.needs, plan.files, plan.sizes)
+
+    def _decide(self, messages: Sequence[bytes]) -> bytes:
+        """Rank 0: find out what several ranks need, and what it is worth to read that once."""
+        requests = [msgspec.msgpack.decode(message, type=_Request) for message in messages]
+        surveys = [each.needs for each in requests]
+        apart = once = surveys[0].nbytes
+        if len(surveys) > 1:
+            apart, once = cost(surveys)
+        exchanged, why = decide_exchange(self._options.exchange, apart_bytes=apart, once_bytes=once)
+        # Said in steps, which are next to nothing where the groups are regular.
+        steps = np.diff(group(surveys), prepend=0).astype("<i4").tobytes() if exchanged else b""
+        asks = any(each.asks for each in requests)
+        return msgspec.msgpack.encode(_Answer(exchanged, why, asks, zlib.compress(steps)))
+
+    def _planned(self, wanted: Sequence[Wanted]) -> _Plan:
         verify = self._options.verify and self._source.verified
         index = self._source.index_of(boxes_of(wanted))
         files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=verify)
@@ -227,7 +267,7 @@ class _Reading:
             in_flight_bytes=self._options.in_flight_bytes,
             memory=self._memory,
         )
-        return _Plan(files, filling, fetcher)
+        return _Plan(files, [file.nbytes for file in index.files], filling, fetcher)
 
     def _needs(self, plan: _Plan) -> Ranges:
         """Return what this rank needs, cut into what one rank may read for several at a time."""
@@ -236,68 +276,24 @@ class _Reading:
         extent_bytes = min(_EXTENT_BYTES, max(share_bytes, plan.files.largest_unit))
         return cut(plan.filling.needs, most_bytes=extent_bytes, begin=plan.files.begin)
 
-    def _exchange(self, plan: _Plan, answer: _Answer) -> None:
-        """Read what falls to this rank, and get the rest from the others, window by window."""
-        rank, limit = self._coordinator.rank, self._options.in_flight_bytes
-        sharing = share(
-            [each.ranges for each in answer.needs],
-            answer.group_of,
-            window_bytes=limit,
+    def _exchange(self) -> Lost:
+        assert self._peers is not None
+        plan, rank = self._plan, self._coordinator.rank
+        exchange = Exchange(
+            rank,
+            plan.fetcher,
+            plan.filling,
+            self._counts,
+            self._memory,
+            self._options.in_flight_bytes,
         )
-        mine = [[each for each in window if rank in each.ranks] for window in sharing.windows]
-        with ExitStack() as stack:
-            with self._counts.clock("exchange"):
-                group, _ = self._together(
-                    "connect",
-                    lambda: stack.enter_context(
-                        private_group(self._deadline, self._options.members)
-                    ),
-                )
-            with self._counts.clock("read"):
-                # Not over gaps: what others need of them comes with the windows, once.
-                nbytes, _ = self._together(
-                    "alone", lambda: plan.fetcher.fetch(sharing.alone[rank], max_gap_bytes=0)
-                )
-            self._counts.read += nbytes
-            # The windows take as much as is allowed.
-            self._memory.release()
-            size = max((place_extents(extents)[-1] for extents in mine), default=0)
-            buffers = BounceBuffers(1, size, devices=plan.filling.devices)
-            for number, extents in enumerate(mine):
-                buffer = buffers.take()
-                with buffers.using(buffer):
-                    self._window(plan, group, number, (extents, buffer.memory))
-            # After the last buffer is free again: what went to a device is there by then.
-            self._together("filled", plan.filling.check_filled)
+        steps = np.frombuffer(zlib.decompress(self._answer.group_of), "<i4")
+        return exchange.run(self._peers, self._needs(plan), np.cumsum(steps).tolist())
 
-    def _window(
-        self,
-        plan: _Plan,
-        group: dist.ProcessGroup,
-        number: int,
-        window: tuple[Sequence[Extent], memoryview],
-    ) -> None:
-        extents, memory = window
-        rank = self._coordinator.rank
-        placed = list(zip(place_extents(extents), extents, strict=False))
-        views = [memory[start : start + extent.nbytes] for start, extent in placed]
-        own = [
-            (extent.start, extent.nbytes, memory[start - start % PAGE_BYTES :])
-            for start, extent in placed
-            if extent.reader == rank
-        ]
-
-        def exchange() -> None:
-            self._counts.received += swap(group, rank, extents, views)
-            for extent, view in zip(extents, views, strict=True):
-                plan.filling.fill(extent.start, view)
-
-        with self._counts.clock("read"):
-            # Nobody sends or receives before all have read: a rank that failed would be waited for.
-            nbytes, _ = self._together(f"window-{number}", lambda: plan.fetcher.fetch_into(own))
-        self._counts.read += nbytes
-        with self._counts.clock("exchange"):
-            self._together(f"swap-{number}", exchange)
+    def _hang_up(self) -> None:
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
 
     def _together(
         self,
@@ -312,30 +308,13 @@ class _Reading:
             self._coordinator,
             self._topic.phase(phase),
             work,
-            deadline=self._deadline,
+            deadline=self._deadline(),
             message=message,
             decide=decide,
         )
 
 
-def _encode(needs: Ranges, exchange: Exchange) -> bytes:
-    start, stop = (column.astype("<i8").tobytes() for column in (needs.start, needs.stop))
-    return msgspec.msgpack.encode(_Needs(start, stop, exchange))
-
-
-def _decide(messages: Sequence[bytes]) -> bytes:
-    """Rank 0: compare the needs of all ranks, equal ones once."""
-    distinct = list(dict.fromkeys(messages))
-    numbers = {message: number for number, message in enumerate(distinct)}
-    group_of = [numbers[message] for message in messages]
-    needs = [msgspec.msgpack.decode(message, type=_Needs) for message in distinct]
-    apart, once = cost([each.ranges for each in needs], group_of)
-    exchanged, why = decide_exchange(needs[0].exchange, apart_bytes=apart, once_bytes=once)
-    answer = _Answer(exchanged, why, needs, group_of) if exchanged else _Answer(exchanged, why)
-    return msgspec.msgpack.encode(answer)
-
-
-def decide_exchange(exchange: Exchange, *, apart_bytes: int, once_bytes: int) -> tuple[bool, str]:
+def decide_exchange(exchange: Rule, *, apart_bytes: int, once_bytes: int) -> tuple[bool, str]:
     """Decide whether ranks exchange what they read, and say why.
 
     Args:

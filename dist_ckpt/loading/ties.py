@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import msgspec
 import numpy as np
@@ -32,7 +31,7 @@ from dist_ckpt.loading.shared_memory import (
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import LoadOptions, TieRule
 from dist_ckpt.planning.describe import LocalBox, NamedTensors, local_boxes
-from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, on_every_rank
+from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.copies import view_box
 from dist_ckpt.state.layout import dtype_of, materialise
@@ -92,9 +91,7 @@ class Ties:
             self.wanted += [each for case in cases for each in case.to_read]
 
     def window(self, number: int) -> list[Wanted]:
-        """Return what is to be read for a comparison; beyond the last window that is nothing."""
-        if number >= self.windows:
-            return []
+        """Return what is to be read for a comparison."""
         return [each for case in self._windows[number] for each in case.beside()]
 
     def settle(self, number: int) -> None:
@@ -103,7 +100,7 @@ class Ties:
         Raises:
             IncompatibleError: two names of one memory have different values; names both.
         """
-        for case in self._windows[number] if number < self.windows else ():
+        for case in self._windows[number]:
             if self._rule == "refuse":
                 case.check(self._where)
             if not self._keeps:
@@ -280,7 +277,7 @@ def _differ(where: str, first: Wanted, second: Wanted) -> IncompatibleError:
     )
 
 
-# What shares memory in the state: read beside it first, on all ranks, to see if it agrees.
+# What shares memory in the state: read beside it first, to see if it agrees.
 
 
 def prepare(
@@ -343,51 +340,35 @@ def _clipped(local: LocalBox, stored: tuple[int, ...]) -> LocalBox | None:
 
 
 def compare_ties(
-    source: Source,
-    ties: Ties,
-    options: ReadOptions,
-    *,
-    windows: int,
-    coordinator: Coordinator,
-    topic: Topic,
-    deadline: Deadline,
+    source: Source, ties: Ties, options: ReadOptions, *, label: str, deadline: Deadline
 ) -> int:
-    """Read and compare the windows of `ties`; return the bytes read. A collective call.
+    """Read and compare the windows of `ties`; return the bytes read.
+
+    Each rank reads them for itself: how many there are differs from rank to rank, and no rank is to
+    wait for another one's.
 
     Args:
         source: the checkpoint.
         ties: those of this rank.
-        options: the same on all ranks.
-        windows: the most that any rank has.
-        coordinator: the way to the other ranks.
-        topic: names the rounds of this.
+        options: how to read.
+        label: what messages call the load.
         deadline: when to give up.
 
     Raises:
         IncompatibleError: names of one memory have different values; nothing live was changed.
-        CheckpointError: the same on every rank.
+        IntegrityError: their bytes are damaged or missing.
     """
-    half = replace(options, in_flight_bytes=options.in_flight_bytes // 2)
+    half_bytes = options.in_flight_bytes // 2
+    alone = replace(options, exchange="never", in_flight_bytes=half_bytes, members=None)
     nbytes = 0
-    for number in range(windows):
-        beside, _ = on_every_rank(
-            coordinator,
-            topic.phase(f"beside-{number}"),
-            partial(ties.window, number),
-            deadline=deadline,
-        )
+    for number in range(ties.windows):
         nbytes += read_targets(
             source,
-            beside,
-            half,
-            coordinator=coordinator,
-            topic=topic.phase(f"tied-{number}"),
+            ties.window(number),
+            alone,
+            coordinator=SoloCoordinator(),
+            topic=Topic("tied", label),
             deadline=deadline,
         ).nbytes_read
-        on_every_rank(
-            coordinator,
-            topic.phase(f"agree-{number}"),
-            partial(ties.settle, number),
-            deadline=deadline,
-        )
+        ties.settle(number)
     return nbytes

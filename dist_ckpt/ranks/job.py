@@ -15,7 +15,7 @@ from dist_ckpt.format.names import manifest_key, new_save_id
 from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.ranks.rendezvous import Coordinators, join_job
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
-from dist_ckpt.ranks.same_place import check_same_place
+from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store, read_all
@@ -257,6 +257,32 @@ class Job:
                 topic=topic.phase("place"),
                 deadline=self.deadline(),
             )
+        self._same_place = True
+
+    def place_token(self) -> bytes:
+        """Rank 0: return what shows that another rank means this place, after the claim was taken.
+
+        It is empty where that need not be found out; `check_same_place` asks by rounds of its own.
+        """
+        if self._same_place or self._claim is None or self.training.world_size == 1:
+            return b""
+        return token_of(self.repository.store, self._claim)
+
+    def sees(self, token: bytes) -> tuple[bool, bytes]:
+        """Return whether this rank sees what rank 0 does, and what it tells rank 0 of that."""
+        leads = self.training.rank == 0
+        return sight_of(self.repository.store, token, self.deadline(), leads=leads)
+
+    def check_seen(self, token: bytes, messages: Sequence[bytes]) -> None:
+        """Rank 0: check what all ranks tell of what they see.
+
+        Raises:
+            UsageError: each host has a folder of its own there, for example.
+        """
+        check_sights(self.repository.store.url, token, messages)
+
+    def all_see_it(self) -> None:
+        """Note that all ranks mean one place."""
         self._same_place = True
 
     def begin(self, step: int) -> str:

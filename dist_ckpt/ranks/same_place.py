@@ -58,25 +58,57 @@ def check_same_place(
 
     def token(_: Sequence[bytes]) -> bytes:
         assert claim is not None
-        key = claim_key(claim)
-        content = read_all(store, key, limit_bytes=_LIMIT_BYTES)
-        return msgspec.msgpack.encode(_Token(key, content, socket.gethostname()))
+        return token_of(store, claim)
 
     data = coordinator.round(topic.phase("token"), b"", token, deadline=deadline)
-    wanted = msgspec.msgpack.decode(data, type=_Token)
 
     def judge(messages: Sequence[bytes]) -> bytes:
-        sights = [msgspec.msgpack.decode(data, type=_Sight) for data in messages]
-        _check_all_found(store.url, wanted, sights)
+        check_sights(store.url, data, messages)
         return b""
 
     message: bytes | Exception
     try:
-        found = coordinator.rank == 0 or _finds(store, wanted, deadline)
-        message = msgspec.msgpack.encode(_Sight(found, socket.gethostname()))
+        message = sight_of(store, data, deadline, leads=coordinator.rank == 0)[1]
     except Exception as error:  # the others wait in the round
         message = error
     coordinator.round(topic.phase("sight"), message, judge, deadline=deadline)
+
+
+def token_of(store: Store, claim: int) -> bytes:
+    """Rank 0: return what only the place has that it has taken `claim` in."""
+    key = claim_key(claim)
+    content = read_all(store, key, limit_bytes=_LIMIT_BYTES)
+    return msgspec.msgpack.encode(_Token(key, content, socket.gethostname()))
+
+
+def sight_of(store: Store, token: bytes, deadline: Deadline, *, leads: bool) -> tuple[bool, bytes]:
+    """Return whether this rank finds the token in its `store`, and that as it is told to rank 0.
+
+    Args:
+        store: where this rank writes to.
+        token: from `token_of`.
+        deadline: when the others give up.
+        leads: whether this is the rank that made it.
+    """
+    wanted = msgspec.msgpack.decode(token, type=_Token)
+    found = leads or _finds(store, wanted, deadline)
+    return found, msgspec.msgpack.encode(_Sight(found, socket.gethostname()))
+
+
+def check_sights(url: str, token: bytes, messages: Sequence[bytes]) -> None:
+    """Rank 0: check that every rank found the token.
+
+    Args:
+        url: the place, for the message.
+        token: from `token_of`.
+        messages: of each rank, from `sight_of`.
+
+    Raises:
+        UsageError: some did not, named with their hosts.
+    """
+    wanted = msgspec.msgpack.decode(token, type=_Token)
+    sights = [msgspec.msgpack.decode(data, type=_Sight) for data in messages]
+    _check_all_found(url, wanted, sights)
 
 
 def _finds(store: Store, wanted: _Token, deadline: Deadline) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 
+import numpy as np
+
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.boxes import Box
@@ -164,6 +166,17 @@ class Checkpoint:
         else:
             work += [partial(self.check_size, file) for file in files]
         in_parallel(lambda each: each(), work, threads=min(_THREADS, len(work)))
+
+    def check_parts(self, selects_part: Callable[[str], bool]) -> None:
+        """Compare the sizes of the files in which the selected parts lie; see `check_some`."""
+        if all(map(selects_part, self.parts)):
+            self.check_some(range(len(self.files)))
+            return
+        index = self.index
+        selected = np.array([selects_part(tensor.part) for tensor in index.tensors], bool)
+        files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())
+        files |= {entry.file for entry in index.objects if selects_part(entry.part)}
+        self.check_some(sorted(files))
 
     def _check_listed(self, files: Sequence[int]) -> None:
         folder = self.key(INDEX).removesuffix(INDEX)

@@ -6,13 +6,15 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.loading import reading
+from dist_ckpt.loading import exchange, reading
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
@@ -151,7 +153,7 @@ def test_a_damaged_block_is_everybodys_error_and_is_named(tmp_path: Path) -> Non
 def dies(place: str) -> tuple[str, list[int]]:
     """Rank 1 is killed when all have read the first window and begin to exchange it."""
     if dist.get_rank() == 1:
-        vars(reading)["swap"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        vars(exchange)["swap"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
         read(place, [WHOLE], seconds=30.0)
     except CheckpointError as error:
@@ -184,3 +186,29 @@ def test_what_comes_from_others_is_not_read_over(tmp_path: Path) -> None:
     place = str(tmp_path / "run")
     dist_ckpt.save({"model": {name: torch.ones(size) for name, size in SIZES.items()}}, place)
     assert sum(run_ranks(2, between_what_one_rank_wants, place)) == 4 * SIZES["b"]
+
+
+def hangs(place: str) -> tuple[str, list[int]]:
+    """Rank 1 waits for its disk until the others have given up."""
+    store = _get_default_store()
+    if dist.get_rank() == 1:
+        original = exchange.swap
+
+        def late(*arguments: Any) -> int:
+            store.wait(["told 0", "told 2"])
+            return original(*arguments)
+
+        vars(exchange)["swap"] = late
+    try:
+        read(place, [WHOLE], seconds=20.0)
+    except CheckpointError as error:
+        store.set(f"told {dist.get_rank()}", "")
+        return str(error), sorted(error.ranks)
+    raise AssertionError("the load went on without a rank")
+
+
+def test_a_rank_that_is_silent_is_named_at_the_deadline(tmp_path: Path) -> None:
+    results = run_ranks(3, hangs, save(tmp_path))
+    assert results[0] == results[1] == results[2]
+    assert results[0][1] == [1]
+    assert "rank 1 did not arrive within 20 s" in results[0][0]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.loading.exchange import ReadSchedule, cost, place_extents, share
-from dist_ckpt.loading.ranges import Ranges, cut, merge_ranges
+from dist_ckpt.loading.ranges import Files, Ranges, cut, merge_ranges
 from dist_ckpt.loading.reading import decide_exchange
+from dist_ckpt.loading.schedule import ReadSchedule, cost, group, place_extents, share, survey
 
 PAGE = 4096
 
@@ -108,9 +109,42 @@ def test_nothing_in_common_needs_no_window() -> None:
 @given(jobs())
 def test_cost_counts_bytes(job: tuple[Sequence[Ranges], Sequence[int]]) -> None:
     needs, group_of = job
-    apart, once = cost(needs, group_of)
+    files = Files([70], unit_bytes=1)  # so small that each byte is in the sample
+    surveys = [survey(needs[group], files, [70]) for group in group_of]
+    apart, once = cost(surveys)
     assert apart == sum(len(held(needs[group])) for group in group_of)
     assert once == len({at for group in group_of for at in held(needs[group])})
+
+
+@given(st.lists(st.tuples(st.integers(0, 999), st.integers(1, 1000)), min_size=1, max_size=5))
+def test_what_large_needs_have_in_common_is_about_known(shares: list[tuple[int, int]]) -> None:
+    sizes = [7 << 20, 0, 40 << 20, 12345]
+    files = Files(sizes, unit_bytes=PAGE, apart_bytes=1 << 20)
+    begin = int(files.address(np.array([2]), np.array([0]))[0])
+    thousandth = sizes[2] // 1000
+    needs = [
+        needs_of((begin + first * thousandth, begin + min(first + length, 1000) * thousandth))
+        for first, length in shares
+    ]
+    apart, once = cost([survey(each, files, sizes) for each in needs])
+    every = [np.concatenate([getattr(each, end) for each in needs]) for end in ("start", "stop")]
+    assert apart == sum(each.nbytes for each in needs)
+    assert abs(once - merge_ranges(Ranges(*every)).nbytes) < 0.01 * len(needs) * sum(sizes)
+
+
+def test_what_is_told_of_needs_does_not_grow() -> None:
+    sizes = [1 << 40]
+    files = Files(sizes, unit_bytes=PAGE)
+    rng = np.random.default_rng(3)
+    edges = np.unique(rng.integers(0, sizes[0], 100_000))[: 2 * 40_000]
+    told = survey(Ranges(edges[::2], edges[1::2]), files, sizes)
+    assert len(msgspec.msgpack.encode(told)) < 350
+
+
+def test_ranks_that_need_the_same_are_a_group() -> None:
+    files = Files([100], unit_bytes=1)
+    needs = [needs_of((0, 40)), needs_of((40, 90)), needs_of((0, 40)), needs_of()]
+    assert group([survey(each, files, [100]) for each in needs]) == [0, 1, 0, 2]
 
 
 @pytest.mark.parametrize(
