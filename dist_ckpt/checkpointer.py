@@ -97,7 +97,7 @@ class Checkpointer:
                 no save of it was due. Not after an exception, nor without `every_steps` and `when`.
             **options: `when_failed`, `max_failures`, `exclusive`, `status_seconds`: see
                 `TrainingOptions`; `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`,
-                `command`: see `SaveOptions`; `ranks`, `process_group`: see `JobRanks`.
+                `command`: `SaveOptions`; `ranks`, `process_group`, `node_local`: `JobRanks`.
 
         Raises:
             UsageError: an argument is malformed, the state of this one process cannot be stored

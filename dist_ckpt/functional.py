@@ -55,7 +55,8 @@ def save(
         timeout_seconds: after this long the save fails on every rank.
         **options: `staging`, `when_busy`, `memory_limit_bytes`, `check_replicas`, `command`: see
             `dist_ckpt.options.SaveOptions`. `ranks="alone"`: this process saves alone,
-            whatever the others do; `process_group`: the ranks of that group save together. See
+            whatever the others do; `process_group`: the ranks of that group save together;
+            `node_local`: each host has a folder of its own there. See
             `dist_ckpt.ranks.job_ranks.JobRanks`.
 
     Raises:
@@ -134,7 +135,7 @@ def load(
         timeout_seconds: after this long without all ranks the load fails.
         **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `ties`, `verify`,
             `exchange`, `in_flight_bytes`: see `dist_ckpt.options.LoadOptions`;
-            `ranks`, `process_group`: as for `save`.
+            `ranks`, `process_group`, `node_local`: as for `save`.
 
     Returns:
         What was done, and from where.
@@ -229,7 +230,13 @@ def _load(
         state, failed = TrainState(rng=None), error
     try:
         report = Loader(job, state).load(
-            chosen, place=url, options=keywords, fall_back=False, own=False, failed=failed
+            chosen,
+            # What lies on several hosts is looked for as the run of the job that they form.
+            place=None if job.ranks.node_local else url,
+            options=keywords,
+            fall_back=False,
+            own=False,
+            failed=failed,
         )
     finally:
         job.leave()

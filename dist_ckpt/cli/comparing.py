@@ -82,12 +82,13 @@ def _as_json(reports: list[VerifyReport], unknown: list[Listed]) -> list[dict[st
             "files": each.files,
             "nbytes_read": each.nbytes,
             "problems": list(each.problems),
+            "elsewhere": dict(each.elsewhere),
         }
         for each in reports
     ]
     for each in unknown:
         row = {"ok": None, "files": 0, "nbytes_read": 0, "problems": [each.problem]}
-        rows.append({"step": each.step, **row})
+        rows.append({"step": each.step, **row, "elsewhere": {}})
     return sorted(rows, key=lambda row: int(row["step"]))
 
 
@@ -97,6 +98,8 @@ def _say_reports(reports: list[VerifyReport], unknown: list[Listed]) -> None:
         say(f"step {each.step}: {f'whole ({read})' if each.ok else 'DAMAGED'}")
         for problem in each.problems:
             say(f"  {problem}")
+        for host, count in each.elsewhere.items():
+            say(f"  {count} more files are on {host}, in a folder of its own, and were not read")
     for one in unknown:
         say(f"step {one.step}: NOT VERIFIED, {one.state}")
         say(f"  {one.problem}")

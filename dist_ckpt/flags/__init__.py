@@ -78,6 +78,10 @@ _HELP: Mapping[str, tuple[dict[str, Any], str]] = {
         {"action": "store_true"},
         "start only where no other job is at work on the run",
     ),
+    "checkpoint_node_local": (
+        {"action": "store_true"},
+        "each host has a disk of its own at the place of the checkpoints, that no other host sees",
+    ),
     "checkpoint_preset": (
         {"metavar": "NAME", "choices": list(PRESETS)},
         "when to save and what to keep, where no other flag says it",

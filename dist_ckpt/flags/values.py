@@ -47,12 +47,14 @@ _SWITCHES = (
     "no_save_last",
     "no_async",
     "checkpoint_exclusive",
+    "checkpoint_node_local",
 )
 # What a Checkpointer is given as an option, by the flag.
 _OPTIONS = {
     "checkpoint_when_failed": "when_failed",
     "checkpoint_max_failures": "max_failures",
     "checkpoint_exclusive": "exclusive",
+    "checkpoint_node_local": "node_local",
 }
 _TEXTS = (
     "checkpoint_dir",
@@ -85,6 +87,7 @@ class Flags:
     checkpoint_when_failed: str | None = None
     checkpoint_max_failures: int | None = None
     checkpoint_exclusive: bool = False
+    checkpoint_node_local: bool = False
     checkpoint_preset: str | None = None
     keep_last: int | None = None
     keep_best: int | None = None

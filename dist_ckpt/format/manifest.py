@@ -29,6 +29,9 @@ _READ = (1, FORMAT)
 LIMIT_BYTES = 1 << 28
 """How large a manifest may be: a hundred times what a hundred thousand ranks have to say."""
 
+NODE_LOCAL = "node_local"
+"""Under this name `origin` says which ranks wrote to a folder of which host alone."""
+
 _INT64_MAX = 2**63 - 1
 # A manifest is for people: of thousands of ranks they look at those that were slow.
 _MOST_TIMINGS = 64
@@ -68,6 +71,13 @@ class RankTimings(msgspec.Struct, frozen=True):
     stage_seconds: float
     write_seconds: float
     nbytes: int
+
+
+class _Host(msgspec.Struct, frozen=True):
+    """Which ranks wrote to the folder of one host."""
+
+    host: str
+    ranks: list[int]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +121,28 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     origin: dict[str, Any] = {}
     format: int = FORMAT
     listed: list[ManifestFile] | None = None
+
+    @property
+    def hosts(self) -> dict[int, str]:
+        """Which rank wrote to the folder of which host, where hosts share no place; else nothing.
+
+        Read with care, as `origin` is any JSON.
+        """
+        try:
+            said = msgspec.convert(self.origin.get(NODE_LOCAL, []), list[_Host])
+        except msgspec.ValidationError:
+            return {}
+        return {rank: each.host for each in said for rank in each.ranks}
+
+    def elsewhere(self, name: str) -> str:
+        """Say on which host a missing file may be, "" where all of them share one place."""
+        hosts, shard = self.hosts, parse_shard_name(name)
+        if shard is None or shard[1] not in hosts:
+            return ""
+        return (
+            f": it was written on {hosts[shard[1]]}, into a folder of its own (node_local=True, on "
+            "all hosts, restores from all of them)"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,7 @@ from dist_ckpt.loading.location import (
 )
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.node_local import claim_folders
 from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.repository.checkpoint import read_manifest
@@ -174,6 +175,8 @@ class Chooser:
             UsageError: the ranks were asked for different things.
         """
         call = self._call
+        if self._claims and self._job.ranks.node_local:
+            claim_folders(self._job, topic, self._job.deadline(), failed=call.failed)
         request = call.failed or pack(LoadRequest(call.step, self.url, call.fingerprint()))
 
         def decide(messages: Sequence[bytes]) -> bytes:

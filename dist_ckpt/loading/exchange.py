@@ -17,7 +17,7 @@ from dist_ckpt.errors import CoordinationError, ErrorKind, describe
 from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Ranges
-from dist_ckpt.loading.schedule import PAGE_BYTES, Extent, place_extents, share
+from dist_ckpt.loading.schedule import PAGE_BYTES, CanRead, Extent, place_extents, share
 from dist_ckpt.ranks.rounds import Deadline
 
 _MIN_SECONDS = 1.0
@@ -216,6 +216,7 @@ class Exchange:
         counts: of what is done here.
         memory: of reads; it is given back before the windows take what they may.
         in_flight_bytes: the most that a window may hold.
+        can_read: who can read what; None where every rank can read everything.
     """
 
     rank: int
@@ -224,6 +225,7 @@ class Exchange:
     counts: Counts
     memory: BounceMemory
     in_flight_bytes: int
+    can_read: CanRead | None = None
 
     def run(self, peers: Peers, mine: Ranges, group_of: list[int]) -> Lost:
         """Read what falls to this rank, and get the rest from the others; hang up if that fails.
@@ -257,7 +259,9 @@ class Exchange:
     def _exchange(self, peers: Peers, mine: Ranges, group_of: list[int]) -> None:
         with self.counts.clock("exchange"):
             needs = _needs_by_group(peers, mine, group_of)
-            sharing = share(needs, group_of, window_bytes=self.in_flight_bytes)
+            sharing = share(
+                needs, group_of, window_bytes=self.in_flight_bytes, can_read=self.can_read
+            )
         windows = [
             [each for each in window if self.rank in each.ranks] for window in sharing.windows
         ]
@@ -287,7 +291,8 @@ class Exchange:
         with self.counts.clock("exchange"):
             self.counts.received += swap(peers, self.rank, extents, views)
             for extent, view in zip(extents, views, strict=True):
-                self.filling.fill(extent.start, view)
+                if not (extent.passes_on and extent.reader == self.rank):
+                    self.filling.fill(extent.start, view)
 
 
 def _needs_by_group(peers: Peers, mine: Ranges, group_of: list[int]) -> list[Ranges]:

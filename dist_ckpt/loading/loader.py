@@ -18,6 +18,7 @@ from dist_ckpt.errors import (
     IncompatibleError,
     IntegrityError,
 )
+from dist_ckpt.loading.across_hosts import HostsChooser
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import BounceMemory, warm_memory
 from dist_ckpt.loading.fitting import Matched, fit
@@ -103,7 +104,7 @@ class Loader:
         """
         progress = LoadProgress()
         call = LoadCall.of(step, place, options, failed)
-        chooser = Chooser(self._job, call, own=own, claims=claims)
+        chooser = self._chooser_of(place)(self._job, call, own=own, claims=claims)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
             chosen = self._choose(topic, chooser, progress, fall_back=fall_back)
@@ -131,6 +132,9 @@ class Loader:
             elif own:
                 self._job.go_on(None)  # the run itself begins
             return report
+
+    def _chooser_of(self, place: Place | None) -> type[Chooser]:
+        return HostsChooser if place is None and self._job.ranks.node_local else Chooser
 
     def _choose(
         self, topic: Topic, chooser: Chooser, progress: LoadProgress, *, fall_back: bool

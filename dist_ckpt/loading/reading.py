@@ -12,11 +12,12 @@ import numpy as np
 import torch.distributed as dist
 
 from dist_ckpt.format.boxes import Box
+from dist_ckpt.loading.across_hosts import HostsStore
 from dist_ckpt.loading.exchange import Counts, Exchange, Lost, Peers, check_nobody_lost
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, cut
-from dist_ckpt.loading.schedule import Survey, cost, group, survey
+from dist_ckpt.loading.schedule import CanRead, Survey, cost, group, survey
 from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Source
@@ -165,6 +166,9 @@ class JointRead:
         self._peers: Peers | None = None
         self._plan: _Plan
         self._answer: _Answer
+        store, alone = source.store, coordinator.world_size == 1
+        # Of several ranks, where each reads only what the folder of its host has.
+        self._on_hosts = store if isinstance(store, HostsStore) and not alone else None
 
     def __enter__(self) -> Self:
         return self
@@ -247,6 +251,9 @@ class JointRead:
         if len(surveys) > 1:
             apart, once = cost(surveys)
         exchanged, why = decide_exchange(self._options.exchange, apart_bytes=apart, once_bytes=once)
+        if self._on_hosts is not None:
+            # Whatever was asked for: there is no other way to what only some can read.
+            exchanged, why = True, "each host has some of the files"
         # Said in steps, which are next to nothing where the groups are regular.
         steps = np.diff(group(surveys), prepend=0).astype("<i4").tobytes() if exchanged else b""
         asks = any(each.asks for each in requests)
@@ -286,9 +293,17 @@ class JointRead:
             self._counts,
             self._memory,
             self._options.in_flight_bytes,
+            self._who_can_read(),
         )
         steps = np.frombuffer(zlib.decompress(self._answer.group_of), "<i4")
         return exchange.run(self._peers, self._needs(plan), np.cumsum(steps).tolist())
+
+    def _who_can_read(self) -> CanRead | None:
+        if self._on_hosts is None:
+            return None
+        files = self._plan.files
+        readers = [self._on_hosts.readers(file.name) for file in self._source.index_of([]).files]
+        return lambda address: readers[files.place(address)[0]]
 
     def _hang_up(self) -> None:
         if self._peers is not None:

@@ -3,14 +3,15 @@
 Ranks with equal needs form a group: the replicas of DDP are one group, HSDP has one for each
 shard. What one rank alone needs it reads by itself, without a word to the others. What several
 need is cut into extents. One rank of those that need an extent reads it and sends it to the
-others, in windows: in each of them a rank holds a bounded number of bytes.
+others, in windows: in each of them a rank holds a bounded number of bytes. Where not every rank
+can read every file, one that can reads also for those that cannot.
 """
 
 from __future__ import annotations
 
 import heapq
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -32,7 +33,8 @@ class Extent:
         start: the first address.
         stop: the one behind the last.
         reader: the rank that reads it.
-        ranks: those that need it, the reader included.
+        ranks: those that need it, and the reader.
+        passes_on: whether the reader itself does not need it.
         tag: tells it from the other extents of its window.
     """
 
@@ -40,6 +42,7 @@ class Extent:
     stop: int
     reader: int
     ranks: tuple[int, ...]
+    passes_on: bool = False
     tag: int = 0
 
     @property
@@ -130,7 +133,17 @@ def group(surveys: Sequence[Survey]) -> list[int]:
     return [numbers.setdefault(each.digest, len(numbers)) for each in surveys]
 
 
-def share(needs: Sequence[Ranges], group_of: Sequence[int], *, window_bytes: int) -> ReadSchedule:
+CanRead = Callable[[int], Sequence[int]]
+"""Returns the ranks that can read what is at an address, ascending; all of an extent alike."""
+
+
+def share(
+    needs: Sequence[Ranges],
+    group_of: Sequence[int],
+    *,
+    window_bytes: int,
+    can_read: CanRead | None = None,
+) -> ReadSchedule:
     """Decide who reads what.
 
     Each rank reads about the same number of bytes, as far as it needs any that others need too.
@@ -140,6 +153,7 @@ def share(needs: Sequence[Ranges], group_of: Sequence[int], *, window_bytes: int
             have: at the same places by all that need what lies there.
         group_of: for each rank, the number of its group.
         window_bytes: the most that a rank holds in a window, if an extent is no more.
+        can_read: who can read what; None where every rank can read everything.
     """
     members: list[list[int]] = [[] for _ in needs]
     for rank, group in enumerate(group_of):
@@ -147,7 +161,8 @@ def share(needs: Sequence[Ranges], group_of: Sequence[int], *, window_bytes: int
     private: list[list[tuple[int, int]]] = [[] for _ in needs]
     common: list[tuple[int, int, tuple[int, ...]]] = []
     for start, stop, groups in _overlay(needs):
-        if len(groups) == 1 and len(members[groups[0]]) == 1:
+        one = members[groups[0]][0] if len(groups) == 1 and len(members[groups[0]]) == 1 else None
+        if one is not None and (can_read is None or one in can_read(start)):
             private[groups[0]].append((start, stop))
         else:
             common.append((start, stop, groups))
@@ -156,8 +171,17 @@ def share(needs: Sequence[Ranges], group_of: Sequence[int], *, window_bytes: int
     windows = _Windows(len(needs), window_bytes)
     for start, stop, groups in common:
         ranks = tuple(sorted(rank for group in groups for rank in members[group]))
-        reader = readers.take(groups, stop - start)
-        windows.add(Extent(start, stop, reader, ranks), groups)
+        if can_read is None:
+            reader = readers.take(groups, stop - start)
+        else:
+            able = can_read(start)
+            reader = readers.take_of([rank for rank in ranks if rank in able] or able, stop - start)
+        if reader not in ranks:
+            holders = tuple(sorted((*ranks, reader)))
+            extent = Extent(start, stop, reader, holders, passes_on=True)
+            windows.add(extent, sorted({*groups, group_of[reader]}))
+        else:
+            windows.add(Extent(start, stop, reader, ranks), groups)
     return ReadSchedule(alone, tuple(tuple(window) for window in windows.extents))
 
 
@@ -223,6 +247,12 @@ class _Readers:
         rank = heap[0][1]
         self._nbytes[rank] += nbytes
         heapq.heapreplace(heap, (self._nbytes[rank], rank))
+        return rank
+
+    def take_of(self, ranks: Sequence[int], nbytes: int) -> int:
+        """Choose among any ranks."""
+        rank = min(ranks, key=lambda each: (self._nbytes[each], each))
+        self._nbytes[rank] += nbytes
         return rank
 
 

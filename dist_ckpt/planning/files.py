@@ -7,8 +7,9 @@ plan alone, and no layout ever travels. `lay_out` puts the images of files into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import msgspec
 import torch
@@ -42,11 +43,15 @@ _DIGITS_PER_DIM = 21
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One file of one rank: its name, its byte layout, and the boxes in it, in layout order."""
+    """One file of one rank: its name, its byte layout, and the boxes in it, in layout order.
+
+    `apart` is of a file that has nothing but boxes of which other ranks may have other values.
+    """
 
     name: str
     layout: ShardLayout
     owned: tuple[Owned, ...]
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,7 @@ def plan_files(
     owned: Iterable[Owned],
     *,
     max_file_bytes: int | None = None,
+    apart: bool = False,
 ) -> list[FilePlan]:
     """Lay out the files of each part that `rank` writes boxes of.
 
@@ -98,7 +104,28 @@ def plan_files(
         owned: what it writes of them.
         max_file_bytes: a part that needs more has several files; a box alone may still be larger.
             None: one file for each part.
+        apart: whether boxes of which other ranks may have other values have files of their own, so
+            that the others are equal wherever they are written.
     """
+    boxes = list(owned)
+    if apart:
+        alike = [box for box in boxes if not held[box.held].unequal]
+        others = [box for box in boxes if held[box.held].unequal]
+        plans = plan_files(rank, held, alike, max_file_bytes=max_file_bytes)
+        names = {plan.name for plan in plans}
+        unequal = _plan_files(rank, held, others, max_file_bytes, taken=names)
+        return [*plans, *(replace(plan, apart=True) for plan in unequal)]
+    return _plan_files(rank, held, boxes, max_file_bytes)
+
+
+def _plan_files(
+    rank: int,
+    held: Sequence[Held],
+    owned: Sequence[Owned],
+    max_file_bytes: int | None,
+    *,
+    taken: Collection[str] = (),
+) -> list[FilePlan]:
     by_part: dict[str, list[Owned]] = {}
     for box in owned:
         by_part.setdefault(held[box.held].part, []).append(box)
@@ -115,9 +142,9 @@ def plan_files(
             for box, entry in sized.pop(part)
         ]
         most = min(max_file_bytes or _SHARED_BYTES, _SHARED_BYTES)
-        plans += _files_of(small[0], rank, together, most)
+        plans += _files_of(small[0], rank, together, most, taken=taken)
     for part, boxes in sized.items():
-        plans += _files_of(part, rank, boxes, max_file_bytes)
+        plans += _files_of(part, rank, boxes, max_file_bytes, taken=taken)
     return plans
 
 
@@ -217,10 +244,16 @@ def _small(sized: Mapping[str, Sequence[tuple[Owned, ShardEntry]]]) -> list[str]
 
 
 def _files_of(
-    part: str, rank: int, boxes: Sequence[tuple[Owned, ShardEntry]], max_file_bytes: int | None
+    part: str,
+    rank: int,
+    boxes: Sequence[tuple[Owned, ShardEntry]],
+    max_file_bytes: int | None,
+    *,
+    taken: Collection[str],
 ) -> Iterator[FilePlan]:
     entries = [entry for _, entry in boxes]
-    for number, (start, stop) in enumerate(_cut(entries, max_file_bytes)):
+    first = next(n for n in count() if shard_name(part, rank, number=n) not in taken)
+    for number, (start, stop) in enumerate(_cut(entries, max_file_bytes), first):
         planned = layout(entries[start:stop], _HEADER_METADATA)
         owned = tuple(box for box, _ in boxes[start:stop])
         yield FilePlan(shard_name(part, rank, number=number), planned, owned)

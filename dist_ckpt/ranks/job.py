@@ -10,71 +10,18 @@ from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
-from dist_ckpt.errors import ErrorKind, UsageError, without_secrets
+from dist_ckpt.errors import UsageError, without_secrets
 from dist_ckpt.format.names import manifest_key, new_save_id
+from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.job_ranks import JobRanks
 from dist_ckpt.ranks.rendezvous import Coordinators, join_job
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.discard import left_behind
 from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.resolve import resolve
-
-# Training on from an older step, or from none: what is newer must not be left in the run.
-
-
-_SHOWN = 5
-# What counts the restarts of one command: of torchrun, and of a job that Slurm put back in line.
-_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-
-
-def check_first_start(url: str, newer: Sequence[int]) -> None:
-    """Check that this program was not restarted by itself, with the same arguments as before.
-
-    Raises:
-        UsageError: it was, and what it is to give up is most likely what it saved itself.
-    """
-    for name in _RESTARTS:
-        count = os.environ.get(name, "")
-        if count.isascii() and count.isdecimal() and int(count) > 0:
-            raise UsageError(
-                f"discard_newer=True in a restart ({name}={count}) would give up step "
-                f"{', '.join(map(str, newer[-_SHOWN:]))} in {url}, which the starts before it may "
-                "have saved: go back in a start of its own, and then go on with restore() or "
-                "--auto-resume"
-            )
-
-
-def left_behind(url: str, origin: int | None, newer: Sequence[int]) -> UsageError:
-    """Return the error of a training that would leave newer checkpoints in the run.
-
-    Args:
-        url: the run.
-        origin: the step it goes on from; -1 for the beginning, None when nobody called `restore`.
-        newer: the committed steps above that, ascending.
-    """
-    listed = ", ".join(map(str, newer[-_SHOWN:]))
-    if len(newer) > _SHOWN:
-        listed = f"{len(newer) - _SHOWN} others and {listed}"
-    there = f"{url} has checkpoints ({listed})"
-    if origin is None:
-        return UsageError(
-            f"{there}, and this training goes on from none of them, because restore() was not "
-            "called, or failed: a training from the beginning would replace them. Call restore() "
-            "before the first step; to begin anew and give them up, restore('none', "
-            "discard_newer=True); to keep both, begin another run",
-            kind=ErrorKind.NOT_RESTORED,
-        )
-    start = "the beginning" if origin < 0 else f"step {origin}"
-    return UsageError(
-        f"{url} has checkpoints newer than {start} ({listed}), and a restart would go on from step "
-        f"{newer[-1]}: to train on from {start} and give them up, restore with discard_newer=True; "
-        "to keep both, save into another run; only to look, dist_ckpt.load(state, url, step=...) "
-        "takes nothing over, and rollback() restores the best model alone",
-        kind=ErrorKind.STEP_BEHIND,
-    )
-
 
 # Which checkpoints a job found damaged and went past: the one place that knows.
 
@@ -136,6 +83,9 @@ class Job:
         passed_over: what its restores found damaged.
         restore_asked: whether a restore was asked for, be it in vain.
         has_committed: whether it has committed a step since it began; known to rank 0.
+        hosts: which ranks have a folder of their own, once that was found out; None where all
+            ranks share one place.
+        owns_folders: whether the run in each of these folders was taken over.
     """
 
     def __init__(
@@ -179,6 +129,8 @@ class Job:
         self.restored_step: int | None = None
         self.restore_asked = False
         self.has_committed = False
+        self.hosts: Hosts | None = None
+        self.owns_folders = False
         self._joins = joins
         self._exclusive = exclusive
         # Where training began: the step restored, -1 for the beginning; None until it is said.
@@ -230,13 +182,28 @@ class Job:
         if self._commits:
             self.ranks.check_joined()
 
-    def claim(self) -> int:
-        """Rank 0: return this job's claim on the run, taken at the first call."""
-        if self._claim is None:
+    def claim(self, *, at_least: int = 1) -> int:
+        """Rank 0: return this job's claim on the run, taken at the first call.
+
+        So does each rank that leads a host with a folder of its own; all of them need one number,
+        so one below `at_least` is left behind for another.
+        """
+        if self._claim is None or self._claim < at_least:
             if self._exclusive:
                 check_alone(self.repository.store, most_seconds=self.timeout_seconds / 2)
-            self._claim = self.repository.claim()
+            self._claim = self.repository.claim(at_least=at_least)
         return self._claim
+
+    @property
+    def common_url(self) -> str:
+        """What all ranks have to name alike; nothing where each host may have a path of its own."""
+        return "" if self.ranks.node_local else self.url
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank does what is done once for its folder; of a shared one that is 0."""
+        rank = self.training.rank
+        return rank == 0 if self.hosts is None else self.hosts.leads(rank)
 
     @property
     def claimed(self) -> int | None:
@@ -249,7 +216,8 @@ class Job:
         Raises:
             UsageError: each host has a folder of its own there, for example.
         """
-        if not self._same_place and self.training.world_size > 1:
+        shared = not self.ranks.node_local
+        if shared and not self._same_place and self.training.world_size > 1:
             check_same_place(
                 self.training,
                 self.repository.store,
@@ -264,7 +232,8 @@ class Job:
 
         It is empty where that need not be found out; `check_same_place` asks by rounds of its own.
         """
-        if self._same_place or self._claim is None or self.training.world_size == 1:
+        shared = not self.ranks.node_local
+        if not shared or self._same_place or self._claim is None or self.training.world_size == 1:
             return b""
         return token_of(self.repository.store, self._claim)
 
@@ -297,9 +266,7 @@ class Job:
             UsageError: the step is older than the newest one, the store cannot commit, or the run
                 has checkpoints that this job does not go on from.
         """
-        if self._claim is None and not self._joins:
-            # Before the claim: whoever is refused has taken the run from nobody.
-            self._check_first(step)
+        self.check_first(step)
         claim = self.claim()
         if self._newest is None:
             # What was given up counts as not committed, and may be saved again.
@@ -342,8 +309,11 @@ class Job:
         self.passed_over.add({step: read_all(store, manifest_key(step)) for step in steps})
         self._newest = None
 
-    def _check_first(self, step: int) -> None:
+    def check_first(self, step: int) -> None:
         """Rank 0: check that the first save of this job may be made, writing nothing."""
+        if self._claim is not None or self._joins:
+            return
+        # Before the claim: whoever is refused has taken the run from nobody.
         there = self.repository.newer(-1, besides=self.passed_over.steps)
         forgotten = self._origin is None and not self.restore_asked
         if self._origin is not None or (

@@ -21,6 +21,7 @@ class JobKeywords(TypedDict, total=False):
 
     ranks: Ranks
     process_group: ProcessGroup | None
+    node_local: bool
 
 
 JOB_KEYWORDS = frozenset(JobKeywords.__annotations__)
@@ -35,6 +36,9 @@ class JobRanks:
             process makes it alone, whatever the others do, and holds all of the state.
         process_group: the group whose ranks form the job; None for the default one. Ranks in
             messages and files are numbered within it.
+        node_local: whether each host has a folder of its own there, on a disk that no other host
+            sees: the path may be one and the same, or another on each. See
+            docs/guides/storage.md.
 
     Raises:
         UsageError: an argument is malformed, or this process is not in the group.
@@ -42,6 +46,7 @@ class JobRanks:
 
     ranks: Ranks = "all"
     process_group: ProcessGroup | None = None
+    node_local: bool = False
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> Self:
@@ -54,6 +59,10 @@ class JobRanks:
                 f"ranks is 'all' or 'alone', not {self.ranks!r}: give some of the ranks as "
                 "process_group="
             )
+        if not isinstance(self.node_local, bool):
+            raise UsageError(f"node_local is True or False, not {self.node_local!r}")
+        if self.node_local and self.ranks == "alone":
+            raise UsageError("ranks='alone' has one folder: leave node_local out")
         group: object = self.process_group
         if group is None:
             return

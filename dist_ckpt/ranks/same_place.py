@@ -139,7 +139,7 @@ def _check_all_found(url: str, wanted: _Token, sights: Sequence[_Sight]) -> None
         f"the ranks do not share one place at {url}: {_listed(blind)} cannot find there what rank "
         f"0 on {wanted.host} has just written ({wanted.key}), so a checkpoint would be in pieces "
         "in several places: give a path on a file system that all hosts share, or a URL such as "
-        "s3://bucket/run",
+        "s3://bucket/run; or, where each host has a disk of its own, node_local=True",
         ranks={
             rank: f"{host} does not have {wanted.key}"
             for host, ranks in blind.items()

@@ -169,14 +169,17 @@ class Checkpoint:
 
     def check_parts(self, selects_part: Callable[[str], bool]) -> None:
         """Compare the sizes of the files in which the selected parts lie; see `check_some`."""
+        self.check_some(self.files_of(selects_part))
+
+    def files_of(self, selects_part: Callable[[str], bool]) -> Sequence[int]:
+        """Return the numbers of the files in which the selected parts lie, ascending."""
         if all(map(selects_part, self.parts)):
-            self.check_some(range(len(self.files)))
-            return
+            return range(len(self.files))
         index = self.index
         selected = np.array([selects_part(tensor.part) for tensor in index.tensors], bool)
         files = set(np.unique(index.chunks.file[selected[index.chunks.tensor]]).tolist())
         files |= {entry.file for entry in index.objects if selects_part(entry.part)}
-        self.check_some(sorted(files))
+        return sorted(files)
 
     def _check_listed(self, files: Sequence[int]) -> None:
         folder = self.key(INDEX).removesuffix(INDEX)
@@ -341,7 +344,10 @@ class Checkpoint:
         return self._read_segment(self.beside[name])
 
     def _missing(self, key: str) -> IntegrityError:
-        return IntegrityError(f"{self.where}: file {key} is missing", kind=ErrorKind.MISSING_FILE)
+        away = self.manifest.elsewhere(key.rpartition("/")[2])
+        return IntegrityError(
+            f"{self.where}: file {key} is missing{away}", kind=ErrorKind.MISSING_FILE
+        )
 
     def _read_segment(self, note: SegmentNote) -> bytes:
         key = self.key(segment_name(note.rank))

@@ -35,8 +35,12 @@ def highest(store: Store) -> int:
     return _owner(store, _numbers(store))
 
 
-def take(store: Store) -> int:
+def take(store: Store, *, at_least: int = 1) -> int:
     """Create the next claim and return its number; any number of processes may race.
+
+    Args:
+        store: where the run is.
+        at_least: the lowest number that will do.
 
     Raises:
         UsageError: no number is left, or the place is malformed.
@@ -48,7 +52,7 @@ def take(store: Store) -> int:
         # By which other ranks know it again, whatever their hosts and processes are called.
         "nonce": secrets.token_hex(8),
     }
-    number = 0
+    number = at_least - 1
     blocked = 0
     while True:
         names = _numbers(store)

@@ -40,7 +40,8 @@ class Listed:
     Attributes:
         step: the training step.
         state: whether it is a checkpoint.
-        marks: of `latest`, `pinned` those that it has.
+        marks: of `latest`, `pinned` those that it has; and of how many hosts this is the folder of
+            one, where each has a folder of its own.
         problem: why it is none, "" where it is.
         manifest: what was committed, None where that cannot be read.
         record: what policies decide by, None where there is no manifest.
@@ -97,8 +98,14 @@ def _described(store: Store, manifest: Manifest) -> Listed:
     names = store.list_children(file_key(step, save_id, PIN).removesuffix(PIN))
     note = marks.read_epoch_note(store, step, save_id) if EPOCH_NOTE in names else None
     pinned = ("pinned",) * (PIN in names)
+    hosts = len(set(manifest.hosts.values()))
+    spread = (f"1 of {hosts} hosts",) * (hosts > 1)
     return Listed(
-        step, "committed", marks=pinned, manifest=manifest, record=Record.of(manifest, note)
+        step,
+        "committed",
+        marks=pinned + spread,
+        manifest=manifest,
+        record=Record.of(manifest, note),
     )
 
 

@@ -151,10 +151,10 @@ class Repository:
                     return Checkpoint.read(self.store, step)
         raise self.no_checkpoint()
 
-    def claim(self) -> int:
+    def claim(self, *, at_least: int = 1) -> int:
         """Take the run over: return the number of a new claim, higher than all before it."""
         self._check_can_commit()
-        return claims.take(self.store)
+        return claims.take(self.store, at_least=at_least)
 
     def begin(self, step: int, claim: int) -> Transaction:
         """Begin an attempt to save `step` under `claim`, with a save_id of its own.

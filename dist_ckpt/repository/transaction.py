@@ -100,12 +100,29 @@ class Transaction:
             StorageError: the commit did not take effect, or, with the kind `IN_DOUBT`, nobody can
                 tell yet whether it did.
         """
-        key = index_key(self.step, self.save_id)
-        self._put(key, [root], None)
-        relative = key.removeprefix(f"{step_dir(self.step)}/")
+        manifest = self.manifest(root, draft)
+        self.prepare(root)
+        self.complete(manifest_format.encode(manifest), confirm=confirm, replaces=replaces)
+        return manifest
+
+    def manifest(self, root: bytes, draft: Manifest) -> Manifest:
+        """Return the manifest that names `root`, given all else of it."""
+        relative = index_key(self.step, self.save_id).removeprefix(f"{step_dir(self.step)}/")
         stored = ManifestFile(relative, len(root), bytes_digest(root))
-        manifest = msgspec.structs.replace(draft, index=stored)
-        data = manifest_format.encode(manifest)
+        return msgspec.structs.replace(draft, index=stored)
+
+    def prepare(self, root: bytes) -> None:
+        """Put the last thing but the manifest; see `commit`."""
+        self._put(index_key(self.step, self.save_id), [root], None)
+
+    def complete(
+        self,
+        data: bytes,
+        *,
+        confirm: Callable[[], None] = lambda: None,
+        replaces: bytes | None = None,
+    ) -> None:
+        """Put the encoded manifest, after all that it names; see `commit`."""
         # Looked at last: what happens between this line and the put is the protocol's only window.
         check_owner(self.store, self.claim)
         confirm()
@@ -115,7 +132,6 @@ class Transaction:
             # took the run over may have saved the step anew.
             delete_exactly(self.store, manifest_key(self.step), replaces)
         self._put_manifest(data)
-        return manifest
 
     def _put(self, key: str, buffers: Sequence[Buffer], watch: Watch | None) -> None:
         self._tried.append(key)

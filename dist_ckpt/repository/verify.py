@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.names import INDEX
 from dist_ckpt.format.shard import header_nbytes, parse_header
 from dist_ckpt.repository.checkpoint import PIECE_BYTES, Checkpoint
+from dist_ckpt.repository.on_hosts import files_elsewhere
 
 Sample: TypeAlias = tuple[int, int]
 """Which share of the bytes to look at, and how many shares there are: (2, 10) is the second tenth.
@@ -23,16 +27,19 @@ class VerifyReport:
         files: how many data files it has.
         nbytes: how many bytes of them were read and compared.
         problems: one line for each file that is not what was committed; empty when all is well.
+        elsewhere: for hosts that have a folder of their own, how many files of the checkpoint are
+            there alone: nothing was looked at of them.
     """
 
     step: int
     files: int
     nbytes: int
     problems: tuple[str, ...]
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Whether every byte is the one that was committed."""
+        """Whether every byte that should be there is the one that was committed."""
         return not self.problems
 
 
@@ -49,7 +56,10 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
     """
     problems: list[str] = []
     nbytes = seen = 0
+    away = _elsewhere(checkpoint)
     for number, (name, _) in enumerate(checkpoint.files):
+        if name in away:
+            continue
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
             checkpoint.check_size(number)
@@ -64,7 +74,17 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
         except IntegrityError as error:
             named = name in error.message
             problems.append(error.message if named else f"{name}: {error.message}")
-    return VerifyReport(checkpoint.step, len(checkpoint.files), nbytes, tuple(problems))
+    files = len(checkpoint.files) - len(away)
+    return VerifyReport(checkpoint.step, files, nbytes, tuple(problems), Counter(away.values()))
+
+
+def _elsewhere(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the files that are missing as other hosts have them, each with its host."""
+    if not checkpoint.manifest.hosts:
+        return {}
+    folder = checkpoint.key(INDEX).removesuffix(INDEX)
+    there = {entry.key.removeprefix(folder) for entry in checkpoint.store.list_entries(folder)}
+    return files_elsewhere(checkpoint.manifest, (name for name, _ in checkpoint.files), there)
 
 
 def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from dist_ckpt.planning.columns import unpack_steps
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.index import IndexPlan
 from dist_ckpt.planning.owners import read_owned
+from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
 from dist_ckpt.saving.job_plan import plan_job
 from dist_ckpt.saving.messages import PlanAnswer, PlanRequest, RankPlan
@@ -50,6 +52,11 @@ class Asked:
     options: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
     earlier: Exception | None = None
+
+
+def as_asked(option: object) -> str:
+    """Return an option of `Asked` as text: without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(option))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,8 @@ class Agreement:
         self.held_by_rank: Sequence[list[Held]] = []
         self.index = IndexPlan(b"", ())
         self._replicas: Sequence[dict[int, list[int]]] = []
+        # Set by whoever knows them, where each has a folder of its own.
+        self.hosts: Hosts | None = None
 
     def agree(
         self,
@@ -238,6 +247,9 @@ class Agreement:
         )
         plan = unpack(data, RankPlan)
         owned = read_owned(plan.share, snapshot.held)
+        if plan.twin_of is not None:
+            # What may differ there is sent by the one whose values count.
+            owned = [box for box in owned if not snapshot.held[box.held].unequal]
         plan = structs.replace(plan, owned=owned, numbers=unpack_steps(plan.tensors))
         self._own = _Own(snapshot.fingerprint, digest, plan)
         return self._own
@@ -245,7 +257,7 @@ class Agreement:
     def _plan(self, messages: Sequence[bytes]) -> list[bytes]:
         # First of all: should planning fail half-way, no rank has a plan of this number.
         self.number += 1
-        plan = plan_job(messages, max_piece_bytes=self._max_piece_bytes)
+        plan = plan_job(messages, max_piece_bytes=self._max_piece_bytes, hosts=self.hosts)
         # Replaced, never changed: the commit of a save that was given up may still read the old.
         self.held_by_rank, self.index = plan.held_by_rank, plan.index
         self._replicas = plan.replicas

@@ -22,7 +22,7 @@ from dist_ckpt.format.digest import BLOCK_BYTES, digest_blocks
 from dist_ckpt.format.names import segment_name
 from dist_ckpt.format.root import SegmentNote
 from dist_ckpt.format.segment import Segment
-from dist_ckpt.planning.files import StagedFile
+from dist_ckpt.planning.files import StagedFile, extra_name
 from dist_ckpt.planning.index import Document, WrittenFile, describe_share
 from dist_ckpt.ranks.coordinator import LOST
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
@@ -204,6 +204,11 @@ class StagedShare:
     plan: RankPlan | None = None
     stall_seconds: float = 0.0
 
+    @property
+    def twin_of(self) -> int | None:
+        """See `RankPlan.twin_of`."""
+        return None if self.plan is None else self.plan.twin_of
+
 
 class Attempt:
     """What the writer thread needs of a save, and nothing of the live state.
@@ -221,6 +226,7 @@ class Attempt:
         meter: how far this rank is.
         files: writes the files of this rank.
         handle: what the caller holds.
+        topics: of all rounds that may end without a commit.
     """
 
     def __init__(
@@ -234,7 +240,7 @@ class Attempt:
         overdue: Callable[[Attempt], CheckpointError | None],
     ) -> None:
         self.transaction = transaction
-        self.topic = topic
+        self.topic, self.topics = topic, [topic]
         self.deadline = deadline
         self.metrics = metrics
         self.rank = coordinator.rank
@@ -274,14 +280,23 @@ class Attempt:
             )
         )
 
-    def run(self, share: StagedShare, decide: Decide) -> None:
-        """Write, report, and learn the outcome. Ends the handle; never raises."""
+    def run(
+        self, share: StagedShare, decide: Decide, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write, report, and learn the outcome. Ends the handle; never raises.
+
+        Args:
+            share: what this rank gives.
+            decide: what rank 0 does with the reports.
+            then: what all ranks do once that is decided, if the save is not over yet.
+        """
         error: Exception | None = None
         message = self._report(share)
         self.meter.enter("committing")
         begun = time.perf_counter()
         try:
             self._coordinator.round(self.topic, message, decide, deadline=self.deadline)
+            then()
         except Exception as failure:
             error = failure
         except BaseException as failure:  # a thread has nobody above it: the handle must hear of it
@@ -308,8 +323,11 @@ class Attempt:
         """
         if self.rank == 0:
             return not self.transaction.may_exist
-        said = self._coordinator.verdict(self.topic)
-        return said is not None and said.kind is not ErrorKind.IN_DOUBT and said.ranks != LOST
+        for topic in self.topics:
+            said = self._coordinator.verdict(topic)
+            if said is not None:
+                return said.kind is not ErrorKind.IN_DOUBT and said.ranks != LOST
+        return False
 
     def _report(self, share: StagedShare) -> bytes | BaseException:
         """Write this rank's files; return the report, or what went wrong for others to hear."""
@@ -321,12 +339,14 @@ class Attempt:
             self.files.write(share.staged.files)
             self._stall_seconds = share.stall_seconds
             assert share.plan is not None  # as there is something staged
+            # Files that are written on several hosts are described by one rank.
+            tensors = share.twin_of is None
             segment = describe_share(
                 self.rank,
                 numbers=share.plan.numbers,
-                owned=share.plan.owned,
-                plans=share.staged.plans,
-                files=self.files.written,
+                owned=share.plan.owned if tensors else (),
+                plans=share.staged.plans if tensors else (),
+                files=[f for f in self.files.written if tensors or f.name == extra_name(self.rank)],
                 documents=share.documents,
             )
             return pack(

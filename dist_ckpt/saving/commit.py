@@ -52,23 +52,34 @@ class Commit:
             CoordinationError: the save was cancelled, or it is too late.
             StorageError: the commit did not take effect.
         """
-        reports = [unpack(data, Report) for data in messages]
-        self._check(reports)
-        where = (self.transaction.store.url, self.transaction.step)
-        tell_differing(*where, reports, self.about.told)
-        self.confirm()
+        root, draft = self.describe(messages)
         self.transaction.commit(
-            root_format.encode(
-                self.index.structure,
-                self._segments(reports),
-                [Spent(report.stage_seconds, report.write_seconds) for report in reports],
-            ),
-            self._draft(reports),
+            root,
+            draft,
             confirm=self.confirm,
             replaces=self.job.passed_over.manifest(self.transaction.step),
         )
         self.job.committed(self.transaction.step)
         return b""
+
+    def describe(self, messages: Sequence[bytes]) -> tuple[bytes, Manifest]:
+        """Check the report of each rank; return the encoded root, and the draft of the manifest.
+
+        Raises:
+            IntegrityError: a rank wrote by another plan.
+            CoordinationError: the save was cancelled, or it is too late.
+        """
+        reports = [unpack(data, Report) for data in messages]
+        self._check(reports)
+        where = (self.transaction.store.url, self.transaction.step)
+        tell_differing(*where, reports, self.about.told)
+        self.confirm()
+        root = root_format.encode(
+            self.index.structure,
+            self._segments(reports),
+            [Spent(report.stage_seconds, report.write_seconds) for report in reports],
+        )
+        return root, self._draft(reports)
 
     def _segments(self, reports: Sequence[Report]) -> list[SegmentNote]:
         found = [report.segment for report in reports if report.segment is not None]

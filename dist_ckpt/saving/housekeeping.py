@@ -1,4 +1,7 @@
-"""What rank 0 does after a commit: retention and garbage, beside the saves that follow."""
+"""What is done after a commit, once for a folder: retention and garbage, beside later saves.
+
+Rank 0 does it; where each host has a folder of its own, the rank that leads the host.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _log = logging.getLogger("dist_ckpt")
 
 
 class Housekeeping:
-    """Keeps what a policy keeps and collects garbage; rank 0 alone.
+    """Keeps what a policy keeps and collects garbage, on the rank that leads its folder alone.
 
     It is no part of a save: none waits for it to begin.
 
@@ -39,15 +42,22 @@ class Housekeeping:
     def begin(self, step: int) -> str:
         """Open an attempt whose files are no garbage; return its save_id. See `Job.begin`."""
         save_id = self._job.begin(step)
-        # Before the first file of it can be listed, and before the one before is let go.
-        before = set(self._in_flight)
-        self._in_flight.add(save_id)
-        self._in_flight -= before
+        self.protect(save_id)
         return save_id
 
-    def submit(self, step: int) -> None:
-        """Tidy up in the background after the commit of `step`."""
-        self._thread.submit(lambda: self.run(step))
+    def protect(self, save_id: str) -> None:
+        """Take the files of an attempt for no garbage, and those of the one before from now on."""
+        # Before the first file of it can be listed, and before the one before is let go.
+        before = self._in_flight - {save_id}
+        self._in_flight.add(save_id)
+        self._in_flight -= before
+
+    def tidy(self, step: int, *, at_once: bool = False) -> None:
+        """Tidy up after the commit of `step`, in the background if not at once."""
+        if self._job.leads and at_once:
+            self.run(step)
+        elif self._job.leads:
+            self._thread.submit(lambda: self.run(step))
 
     def run(self, step: int) -> None:
         """Tidy up after the commit of `step`. A failure here never undoes the commit."""
@@ -85,6 +95,8 @@ class Housekeeping:
             metrics: what was given with that.
             after: runs a job when the saves before are over.
         """
+        if not self._job.leads:
+            return
         try:
             note = EpochNote(epoch, as_numbers(metrics))
         except UsageError as error:

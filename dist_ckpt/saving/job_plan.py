@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.planning.columns import HeldByRank, Table, unpack_numbers
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import IndexPlan, plan_index
 from dist_ckpt.planning.owners import OwnedByRank, share_out
+from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.messages import Description, ObjectName, RankPlan
 from dist_ckpt.saving.snapshot import Versions, split_versions
@@ -28,6 +31,7 @@ class JobPlan:
         objects: for each rank, the encoded values that it writes.
         groups: for each rank, the values that must be equal on several ranks.
         versions: for each rank, what it calls values that have another name as they are stored.
+        twins: by rank, the one of another host whose boxes it writes, too.
     """
 
     held_by_rank: HeldByRank
@@ -38,27 +42,37 @@ class JobPlan:
     objects: Sequence[list[ObjectName]]
     groups: Sequence[dict[int, list[ObjectName]]]
     versions: Sequence[Versions]
+    twins: Mapping[int, int] = field(default_factory=dict)
 
     def share(self, rank: int, number: int) -> RankPlan:
         """Return what `rank` is told, as plan `number` of the job."""
+        writer = self.twins.get(rank, rank)
         return RankPlan(
             number,
-            self.owned_by_rank.share(rank),
+            self.owned_by_rank.share(writer),
             self.objects[rank],
             self.groups[rank],
             self.replicas[rank],
             self.replicated,
             {part: dict(named) for part, named in self.versions[rank].items()},
-            self.index.tensors[rank],
+            self.index.tensors[writer],
+            self.twins.get(rank),
         )
 
 
-def plan_job(messages: Sequence[bytes], *, max_piece_bytes: int | None = None) -> JobPlan:
+def plan_job(
+    messages: Sequence[bytes],
+    *,
+    max_piece_bytes: int | None = None,
+    hosts: Hosts | None = None,
+) -> JobPlan:
     """Decide who writes what.
 
     Args:
         messages: the description of each rank (`Description`).
         max_piece_bytes: a larger box is cut; None for no limit.
+        hosts: where each of them has a folder of its own, so that a box is written on every host
+            that has it; None where all ranks share one place.
 
     Raises:
         IncompatibleError: ranks hold what cannot be one state; names what and who.
@@ -67,18 +81,39 @@ def plan_job(messages: Sequence[bytes], *, max_piece_bytes: int | None = None) -
     objects, versions = split_versions(descriptions)
     common = {part for each in descriptions for part in each.versioned}
     writers, groups = share_objects(objects, common=common)
-    held = _put_together(descriptions)
+    twins = {} if hosts is None else _find_twins(descriptions, hosts)
+    held = _put_together(descriptions, twins)
     holdings = Holdings.of(held)
     owned = share_out(held, holdings, max_piece_bytes=max_piece_bytes)
     index, replicas = plan_index(held, owned, holdings.ties), holdings.replicas()
-    return JobPlan(held, owned, index, replicas, any(replicas), writers, groups, versions)
+    return JobPlan(held, owned, index, replicas, any(replicas), writers, groups, versions, twins)
 
 
-def _put_together(descriptions: Sequence[Description]) -> HeldByRank:
-    """Return what all ranks hold, given that each table was sent by one of them."""
+def _find_twins(descriptions: Sequence[Description], hosts: Hosts) -> dict[int, int]:
+    """Find the hosts whose ranks hold, one by one, what those of an earlier host hold.
+
+    Returns:
+        By rank of such a host, the rank of the other that holds the same boxes.
+    """
+    first: dict[tuple[tuple[str, bytes], ...], list[int]] = {}
+    twins: dict[int, int] = {}
+    for host in range(len(hosts.names)):
+        ranks = hosts.ranks(host)
+        held = tuple((descriptions[rank].digest, descriptions[rank].numbers) for rank in ranks)
+        others = first.setdefault(held, ranks)
+        if others is not ranks:
+            twins |= zip(ranks, others, strict=True)
+    return twins
+
+
+def _put_together(descriptions: Sequence[Description], twins: Collection[int]) -> HeldByRank:
+    """Return what all ranks but `twins` hold, given that each table was sent by one rank."""
     tables = {each.digest: Table.decode(each.table) for each in descriptions if each.table}
     by_rank = []
-    for each in descriptions:
+    for rank, each in enumerate(descriptions):
+        if rank in twins:
+            by_rank.append((Table(()), np.zeros(0, np.int64)))
+            continue
         table = tables[each.digest]
         by_rank.append((table, unpack_numbers(each.numbers, count=table.columns[-1])))
     return HeldByRank.joined(by_rank)

@@ -94,6 +94,8 @@ class RankPlan(msgspec.Struct, frozen=True):
             that is stored under another name.
         tensors: for each box that it holds, the number of its tensor in the checkpoint, as they
             travel (`dist_ckpt.planning.columns.unpack_steps`).
+        twin_of: the rank of another host that writes the same boxes into the same files there;
+            None where nobody does.
         owned: the boxes it writes; the rank finds them in `share`.
         numbers: the numbers that `tensors` has; likewise.
     """
@@ -106,6 +108,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     replicated: bool = False
     versions: dict[str, dict[str, str]] = {}
     tensors: bytes = b""
+    twin_of: int | None = None
     owned: list[Owned] = []
     numbers: list[int] = []
 

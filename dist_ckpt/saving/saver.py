@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,8 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.saving.agreement import Agreement, Asked
+from dist_ckpt.saving.across_hosts import begin_folders, run_across_hosts
+from dist_ckpt.saving.agreement import Agreement, Asked, as_asked
 from dist_ckpt.saving.attempt import Attempt, StagedShare
 from dist_ckpt.saving.commit import Commit
 from dist_ckpt.saving.exit import WriterThread, end_with, end_without
@@ -61,13 +61,12 @@ class Saver:
         self._options = options = options or SaveOptions()
         tolerance = tolerance or Tolerance()
         self.outcomes = Outcomes(job.url, tolerance)
-        # Without addresses, which differ between processes.
-        kept = re.sub(r" at 0x[0-9a-f]+", "", repr(keep))
-        self._asked = {"keep": kept, **options.alike(), **tolerance.alike()}
+        self._asked = {"keep": as_asked(keep), **options.alike(), **tolerance.alike()}
         self._program = Provenance(command=True) if options.command else None
         self._planner: Agreement | None = None
         self._describer = Describer()
-        self._stager = Stager(mode=options.staging, memory_limit_bytes=options.memory_limit_bytes)
+        limit, apart = options.memory_limit_bytes, job.ranks.node_local
+        self._stager = Stager(mode=options.staging, memory_limit_bytes=limit, apart=apart)
         self._writer = WriterThread()
         self._housekeeping = Housekeeping(job, keep)
         self._pending: SaveHandle | None = None
@@ -143,8 +142,10 @@ class Saver:
         with no_collection():
             # A failure goes where a snapshot would: the other ranks wait for this one in the round.
             snapshot = self._snapshot(step, metrics)
+            if self._job.ranks.node_local:
+                planner.hosts = begin_folders(self._job, step, topic, deadline)
             agreed = planner.agree(
-                Asked(step, self._job.url, self._asked, busy, earlier),
+                Asked(step, self._job.common_url, self._asked, busy, earlier),
                 snapshot,
                 self._housekeeping.begin,
                 topic=topic,
@@ -157,6 +158,7 @@ class Saver:
             about = replace(about, failed_saves=self.outcomes.in_a_row)
             # Before a file is written: what is written to several places can never be loaded.
             self._job.check_same_place(topic)
+            self._housekeeping.protect(agreed.save_id)
             assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
             attempt = Attempt(
                 Transaction(self._job.repository.store, step, agreed.save_id),
@@ -169,7 +171,7 @@ class Saver:
             commit = self._commit(attempt, about)
             self.outcomes.begun()
             share = self._stage(attempt, snapshot, agreed.plan)
-        self._hand_over(attempt, share, commit, begun)
+        self._hand_on(attempt, share, commit, begun)
         return attempt.handle
 
     def start_last(self, step: int, metrics: Metrics) -> SaveHandle:
@@ -188,9 +190,8 @@ class Saver:
 
     def note_late(self, step: int, epoch: int | None, metrics: Metrics) -> None:
         """Say of the checkpoint of `step`, once it is committed, what is known only now."""
-        if self._job.training.rank == 0:
-            # After the commit on the writer's thread, and after the tidying that follows it.
-            self._housekeeping.note_late(step, epoch, metrics, after=self._writer.submit)
+        # After the commit on the writer's thread, and after the tidying that follows it.
+        self._housekeeping.note_late(step, epoch, metrics, after=self._writer.submit)
 
     def drain(self) -> None:
         """Wait until the save in flight and the retention after it are over.
@@ -310,6 +311,7 @@ class Saver:
                 owned=plan.owned,
                 documents=documents,
                 write_out=lambda files: self._write_out(attempt, files),
+                twin_of=plan.twin_of,
             )
             attempt.meter.staged(staged.nbytes)
             return StagedShare(staged, snapshot.describe_documents(documents), plan)
@@ -336,9 +338,7 @@ class Saver:
         if failures:
             raise failures[0]
 
-    def _hand_over(
-        self, attempt: Attempt, share: StagedShare, commit: Commit, begun: float
-    ) -> None:
+    def _hand_on(self, attempt: Attempt, share: StagedShare, commit: Commit, begun: float) -> None:
         """Tell the writer thread that all is staged, or why it is not."""
         share = replace(share, stall_seconds=time.perf_counter() - begun)
         attempt.tell_staged(share)
@@ -369,14 +369,15 @@ class Saver:
 
     def _run(self, attempt: Attempt, share: StagedShare, commit: Commit) -> None:
         """The background job: write and commit, then have it tidied up."""
-        attempt.run(share, commit.decide)
+        if self._job.hosts is None:
+            attempt.run(share, commit.decide)
+        else:
+            run_across_hosts(self._job, attempt, share, commit)
         self.outcomes.ended(attempt.handle, rank=attempt.rank)
-        if attempt.handle.outcome != "committed":
+        if attempt.handle.outcome == "committed":
+            self._housekeeping.tidy(attempt.transaction.step, at_once=self._last)
+        else:
             self._housekeeping.litter = True
-        elif self._last and attempt.rank == 0:
-            self._housekeeping.run(attempt.transaction.step)
-        elif attempt.rank == 0:
-            self._housekeeping.submit(attempt.transaction.step)
         if self._last:
             self._release()
 

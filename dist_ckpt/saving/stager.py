@@ -109,15 +109,19 @@ class _Layout:
 class Stager:
     """Copies this rank's share of each save; one save at a time, on the training thread."""
 
-    def __init__(self, *, mode: Staging, memory_limit_bytes: int | None) -> None:
+    def __init__(
+        self, *, mode: Staging, memory_limit_bytes: int | None, apart: bool = False
+    ) -> None:
         """Make an empty one; memory is taken by `prewarm` or by the first save.
 
         Args:
             mode: "blocking", or "overlapped": see `SaveOptions.staging`.
             memory_limit_bytes: how large the arena may be, None for no limit.
+            apart: see `plan_files`.
         """
         self._overlapped = mode == "overlapped"
         self._limit = memory_limit_bytes
+        self._apart = apart
         self._arena = Arena()
         self._layout: _Layout | None = None
         self._engines: dict[torch.device, CopyEngine] = {}
@@ -147,6 +151,7 @@ class Stager:
         owned: Sequence[Owned],
         documents: Mapping[str, bytes],
         write_out: WriteOut,
+        twin_of: int | None = None,
     ) -> Staged:
         """Copy what `rank` writes, each box once, straight to its place in a file.
 
@@ -161,12 +166,13 @@ class Stager:
             documents: the encoded values it writes, by part.
             write_out: called, on this thread, with each part of the share that has to leave the
                 arena before the rest can be staged.
+            twin_of: under whose names the files of tensors go; None for those of this rank.
 
         Raises:
             Exception: what a copy or `write_out` raised.
         """
         self.settle()
-        layout = self._laid_out(rank, local, owned)
+        layout = self._laid_out(rank if twin_of is None else twin_of, local, owned)
         extra = [stage_documents(rank, documents)] if documents else []
         for turn in layout.turns[:-1]:
             self._reset(layout, local)
@@ -208,7 +214,7 @@ class Stager:
             # Dropped before the new one is made: its views keep the arena from being resized.
             self._layout = None
             held = [box.held for box in local]
-            plans = plan_files(rank, held, owned, max_file_bytes=self._limit)
+            plans = plan_files(rank, held, owned, max_file_bytes=self._limit, apart=self._apart)
             self._layout = _Layout(owned, _turns(plans, self._limit))
         return self._layout
 

@@ -12,7 +12,9 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFoun
 from dist_ckpt.format.names import discard_key
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
-from dist_ckpt.ranks.job import Job, check_first_start, left_behind
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.node_local import claim_folders
+from dist_ckpt.repository.discard import check_first_start, left_behind
 from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
@@ -74,6 +76,11 @@ class Resumer:
         """
         if start.which == "none" and options:
             raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
+        if start.discard_newer and self._job.ranks.node_local:
+            raise UsageError(
+                "discard_newer=True with node_local=True: what is newer would have to be hidden in "
+                "the folder of each host; delete it there (dist-ckpt rm), or begin another run"
+            )
         self.refusal = None
         self._job.restore_asked = True
         step = start.step
@@ -138,7 +145,10 @@ class Resumer:
         """Fill the state with what `start` names."""
         report: LoadReport | None = None
         if start.which == "none":
-            self._ask("none", lambda: self._job.claim() if claims else 0, failed)
+            self._ask("none", self._take_over if claims else int, failed)
+            if claims and self._job.ranks.node_local:
+                topic = self._job.topic("claim", f"beginning in {self._job.url}")
+                claim_folders(self._job, topic, self._job.deadline())
             self._job.go_on(None)
         else:
             skip = parts_of(self._state, "optimizer", "scheduler") if start.reset_optimizer else []
@@ -169,6 +179,10 @@ class Resumer:
         elif report is not None and start.place is None:
             self._hear_of_late_metrics(report)
         return report
+
+    def _take_over(self) -> int:
+        """Rank 0: take the run over; those in folders of several hosts all ranks take together."""
+        return 0 if self._job.ranks.node_local else self._job.claim()
 
     def _check_newer(self, start: Start, origin: int) -> int:
         """Rank 0: check that no checkpoint would be left behind; return the newest one.

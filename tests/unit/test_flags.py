@@ -219,6 +219,7 @@ def test_the_end_from_outside_and_saves_that_fail() -> None:
         "--checkpoint-max-failures=5",
         "--checkpoint-exclusive",
     )
+    assert parse("--checkpoint-dir=a", "--checkpoint-node-local").options() == {"node_local": True}
     signals = policy.on_signal(signal.SIGUSR1, grace_seconds=90, exit_code=75)
     notice = policy.on_notice("/run/notice", grace_seconds=90, exit_code=75)
     assert said.when() == policy.never() | signals | notice

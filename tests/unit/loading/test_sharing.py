@@ -162,3 +162,28 @@ def test_the_choice_and_its_reason(exchange: str, apart: int, once: int, chosen:
     found, why = decide_exchange(exchange, apart_bytes=apart, once_bytes=once)  # type: ignore[arg-type]
     assert found is chosen
     assert (str(apart - once) in why) if apart > once else ("no byte" in why)
+
+
+def test_who_can_read_reads_for_those_who_cannot() -> None:
+    """Four ranks want a hundred bytes each; the first two can read the lower half of all."""
+    needs = [needs_of((100 * rank, 100 * rank + 100)) for rank in range(4)]
+
+    def can_read(address: int) -> list[int]:
+        return [0, 1] if address < 200 else [0]
+
+    sharing = share(needs, [0, 1, 2, 3], window_bytes=PAGE, can_read=can_read)
+    assert [each.nbytes for each in sharing.alone] == [100, 100, 0, 0]
+    extents = [each for window in sharing.windows for each in window]
+    assert [(each.start, each.reader, each.ranks, each.passes_on) for each in extents] == [
+        (200, 0, (0, 2), True),
+        (300, 0, (0, 3), True),
+    ]
+    # What a rank passes on takes its memory as well.
+    assert len(sharing.windows) == 2
+
+
+def test_of_those_who_need_and_can_read_one_reads() -> None:
+    needs = [needs_of((0, 100))]
+    sharing = share(needs, [0, 0, 0], window_bytes=PAGE, can_read=lambda _: [1, 2])
+    ((extent,),) = sharing.windows
+    assert (extent.reader, extent.ranks, extent.passes_on) == (1, (0, 1, 2), False)

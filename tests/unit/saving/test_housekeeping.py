@@ -80,7 +80,7 @@ def test_what_is_being_written_is_no_garbage() -> None:
     dead = Transaction(inner, 1, housekeeping.begin(1))
     dead.put_file("model.r00000.safetensors", [b"dead"])
     Transaction(inner, 2, housekeeping.begin(2))  # so that the first is over
-    housekeeping.submit(2)
+    housekeeping.tidy(2)
     hang.reached.wait()
     # Begun and written while the garbage is being looked for.
     living = Transaction(inner, 1, housekeeping.begin(1))

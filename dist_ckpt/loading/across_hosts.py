@@ -1,0 +1,369 @@
+"""A checkpoint whose files lie in folders of several hosts: which one, and who reads what of it.
+
+The leader of each host says what its folder has. Rank 0 takes the newest checkpoint of which the
+hosts that are here have all files, whichever of them has its manifest: one is put only when every
+host has its share (`dist_ckpt.saving.across_hosts`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+)
+from dist_ckpt.format import manifest as manifest_format
+from dist_ckpt.format.names import (
+    INDEX,
+    file_key,
+    manifest_key,
+    step_dir,
+)
+from dist_ckpt.loading.choosing import Chooser, Chosen, LoadRequest
+from dist_ckpt.ranks.hosts import Hosts
+from dist_ckpt.ranks.node_local import claim_folders, meet
+from dist_ckpt.ranks.rounds import Topic, check_same, on_every_rank, pack, unpack
+from dist_ckpt.repository import Checkpoint
+from dist_ckpt.repository.on_hosts import (
+    FolderStep,
+    HostsSearch,
+    is_on_all_hosts,
+    lacks,
+    list_folder,
+)
+from dist_ckpt.state.roles import best_of
+from dist_ckpt.storage.base import Entry, Store, read_all
+from dist_ckpt.storage.wrapper import StoreWrapper
+
+_log = logging.getLogger("dist_ckpt")
+
+
+class HostsStore(StoreWrapper):
+    """The folder of this host, and what is known of one checkpoint's files on other hosts.
+
+    What is small was sent here, and is read from memory; of the rest there is the size.
+
+    Args:
+        inner: the folder.
+        small: bytes by key, of what the folder lacks.
+        held: for each host, its files of the checkpoint: bytes by name.
+        hosts: which ranks are where.
+        here: the number of this host.
+        folder: in which these files are, with a slash.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        small: Mapping[str, bytes],
+        held: Sequence[Mapping[str, int]],
+        hosts: Hosts,
+        here: int,
+        folder: str,
+    ) -> None:
+        super().__init__(inner)
+        self._small = small
+        self._held = held
+        self._hosts = hosts
+        self._here = held[here]
+        self._folder = folder
+        self._nbytes = {folder + name: size for named in held for name, size in named.items()}
+
+    def readers(self, name: str) -> list[int]:
+        """Return the ranks that can read a file of the checkpoint, ascending."""
+        has = [name in named for named in self._held]
+        return [rank for rank, host in enumerate(self._hosts.of_rank) if has[host]]
+
+    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+        """See `Store.read_into`.
+
+        Raises:
+            IncompatibleError: only another host has it, and no exchange was made for it.
+        """
+        data = self._small.get(key)
+        if data is None:
+            if key in self._nbytes and key.removeprefix(self._folder) not in self._here:
+                raise IncompatibleError(
+                    f"{key} is on another host, and names that share memory in the state have "
+                    "values of their own in it, which each rank compares alone: give these names "
+                    "memory of their own, or load on ranks whose hosts have the file",
+                    kind=ErrorKind.STATE_MISMATCH,
+                )
+            return super().read_into(key, offset, *buffers)
+        start = offset
+        for buffer in buffers:
+            piece = data[start : start + len(buffer)]
+            buffer[: len(piece)] = piece
+            start += len(piece)
+        return start - offset
+
+    def size(self, key: str) -> int:
+        """See `Store.size`, of whichever host has it."""
+        if key in self._small:
+            return len(self._small[key])
+        return self._nbytes[key] if key in self._nbytes else super().size(key)
+
+    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
+        """See `Store.list_entries`; of the files of the checkpoint, on all hosts."""
+        if prefix != self._folder:
+            yield from super().list_entries(prefix)
+            return
+        for key in sorted(self._nbytes):
+            yield Entry(key, self._nbytes[key])
+
+    def _around(self, operation: Any, key: str, run: Any) -> Any:
+        return run()
+
+
+class _Opening(msgspec.Struct, frozen=True):
+    """First word of a load: what was asked for, and what a leader's folder has."""
+
+    request: bytes
+    steps: dict[int, FolderStep]
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """What rank 0 wants to look at next: the small files of an attempt, each sent by one rank."""
+
+    step: int
+    save_id: str
+    sent_by: dict[int, list[str]]
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What rank 0 found out so far.
+
+    Attributes:
+        refused: what was passed over.
+        asked: what it looks at next; None when it has chosen.
+        step: the checkpoint; None where there is none.
+        manifest: encoded.
+        index: encoded.
+        small: what this host lacks of its small files, bytes by name.
+        held: for each host its files, bytes by name.
+    """
+
+    refused: dict[int, str]
+    asked: _Asked | None = None
+    step: int | None = None
+    manifest: bytes = b""
+    index: bytes = b""
+    small: dict[str, bytes] = {}
+    held: list[dict[str, int]] = []
+
+
+class HostsChooser(Chooser):
+    """Chooses a checkpoint of the job's own run, in the folders of all hosts."""
+
+    _hosts: Hosts
+    _search: HostsSearch
+
+    def choose(self, topic: Topic, *, fall_back: bool) -> tuple[Chosen | None, Mapping[int, str]]:
+        """See `Chooser.choose`.
+
+        Raises:
+            IntegrityError: the hosts that are here have not all of it between them; the message
+                names files, who wrote them, and the newest older step that is whole.
+        """
+        job = self._job
+        if self._claims:
+            claim_folders(job, topic, job.deadline(), failed=self._call.failed)
+        self._hosts = meet(job, topic, job.deadline())
+        self._here: Mapping[int, FolderStep] = {}
+        answer = unpack(self._begin(topic, fall_back=fall_back), _Answer)
+        number = 0
+        while answer.asked is not None:
+            answer = unpack(self._look(topic.phase(f"look-{number}"), answer.asked), _Answer)
+            number += 1
+        news = {step: why for step, why in answer.refused.items() if step not in self._refused}
+        self._refused = dict(answer.refused)
+        # As they are in this folder: another host may have another checkpoint under that step.
+        there = {step: self._here[step].manifest for step in news if step in self._here}
+        self._manifests |= {step: manifest for step, manifest in there.items() if manifest}
+        if answer.step is None:
+            return None, news
+        if self._claims and job.leads:
+            self._complete(answer)
+        store, opens = self._store_of(answer), partial(self._open_answer, answer)
+        return Chosen(answer.step, store, self.url, answer.refused, b"", opens), news
+
+    def _begin(self, topic: Topic, *, fall_back: bool) -> bytes:
+        """Have all leaders say what their folders have; return the first answer."""
+        job, call = self._job, self._call
+        message: bytes | Exception
+        try:
+            request = pack(LoadRequest(call.step, "", call.fingerprint()))
+            if job.leads:
+                self._here = list_folder(job.repository.store, job.repository.candidates())
+            message = call.failed or pack(_Opening(request, dict(self._here)))
+        except Exception as error:  # the others wait in the round
+            message = error
+
+        def decide(messages: Sequence[bytes]) -> Sequence[bytes]:
+            said = [unpack(each, _Opening) for each in messages]
+            check_same([unpack(each.request, LoadRequest) for each in said], "load")
+            step = call.step
+            if call.best is not None:
+                step = best_of(job.repository, call.best)
+            self._search = HostsSearch(
+                [said[rank].steps for rank in self._hosts.leaders],
+                self._refused,
+                url=self.url,
+                step=step,
+                fall_back=fall_back,
+            )
+            return self._told(self._next())
+
+        return job.training.round(topic.opening("choose"), message, decide, deadline=job.deadline())
+
+    def _look(self, topic: Topic, asked: _Asked) -> bytes:
+        """Have rank 0 look at one attempt; return its next answer."""
+        job = self._job
+
+        def small() -> dict[str, bytes]:
+            found = {}
+            for name in asked.sent_by.get(job.training.rank, []):
+                key = file_key(asked.step, asked.save_id, name)
+                with suppress(NotFound):  # deleted meanwhile: it is missed where it is needed
+                    found[name] = read_all(job.repository.store, key)
+            return found
+
+        def decide(messages: Sequence[bytes]) -> Sequence[bytes]:
+            sent: dict[str, bytes] = {}
+            for each in messages:
+                sent |= msgspec.msgpack.decode(each, type=dict[str, bytes])
+            return self._told(self._judge(sent))
+
+        _, answer = on_every_rank(
+            job.training,
+            topic,
+            small,
+            deadline=job.deadline(),
+            message=msgspec.msgpack.encode,
+            decide=decide,
+        )
+        return answer
+
+    def _next(self) -> _Answer:
+        """Rank 0: return what to look at next, or that there is nothing to load."""
+        found = self._search.next()
+        if found is not None:
+            sent_by = _senders(self._search.held, self._hosts.leaders)
+            asked = _Asked(found.manifest.step, found.manifest.save_id, sent_by)
+            return _Answer(self._search.refused, asked)
+        if not self._own:
+            raise self._job.repository.no_checkpoint()
+        return _Answer(self._search.refused)
+
+    def _judge(self, sent: Mapping[str, bytes]) -> _Answer:
+        """Rank 0: take the checkpoint that is looked at if it is whole, else find the next."""
+        search = self._search
+        manifest, data = search.candidate.manifest, search.candidate.data
+        answer = _Answer(
+            search.refused, None, manifest.step, data, sent.get(INDEX, b""), dict(sent), search.held
+        )
+        try:
+            if not answer.index:
+                raise lacks(manifest, search.url, [INDEX])
+            checkpoint = self._open_answer(answer)
+            # What is cut short on one host may be whole on another.
+            nbytes = dict(checkpoint.files)
+            held = [
+                {n: b for n, b in each.items() if nbytes.get(n, b) == b} for each in search.held
+            ]
+            answer = msgspec.structs.replace(answer, held=held)
+            checkpoint = checkpoint.at(self._store_of(answer))
+            needed = checkpoint.files_of(self.options.selects_stored)
+            names = [checkpoint.files[number][0] for number in needed]
+            missing = [name for name in names if not any(name in each for each in held)]
+            if missing:
+                raise lacks(manifest, search.url, missing)
+            checkpoint.check_some(needed)
+        except IntegrityError as error:
+            search.refuse(error)
+            return self._next()
+        return msgspec.structs.replace(answer, refused=search.take())
+
+    def _told(self, answer: _Answer) -> Sequence[bytes]:
+        """Return the answer for each rank: of small files only what its host lacks."""
+        if answer.step is None:
+            return [pack(answer)] * len(self._hosts.of_rank)
+        by_host = [
+            pack(
+                msgspec.structs.replace(
+                    answer, small={n: data for n, data in answer.small.items() if n not in held}
+                )
+            )
+            for held in answer.held
+        ]
+        return [by_host[host] for host in self._hosts.of_rank]
+
+    def _open_answer(self, answer: _Answer) -> Checkpoint:
+        assert answer.step is not None
+        store = self._store_of(answer)
+        opened = Checkpoint(store, answer.manifest, answer.index, step=answer.step)
+        self._opened = opened
+        return opened
+
+    def _store_of(self, answer: _Answer) -> HostsStore:
+        assert answer.step is not None
+        folder = _folder(answer)
+        small = {folder + name: data for name, data in answer.small.items()}
+        here = self._here.get(answer.step)
+        if here is None or not here.manifest:
+            # Else it is looked for in the folder: retention may delete it beside a reader.
+            small[manifest_key(answer.step)] = answer.manifest
+        return HostsStore(
+            self._job.repository.store,
+            small=small,
+            held=answer.held,
+            hosts=self._hosts,
+            here=self._hosts.of_rank[self._job.training.rank],
+            folder=folder,
+        )
+
+    def _complete(self, answer: _Answer) -> None:
+        """Put the manifest where the folder of this host has a share of it, and lacks that.
+
+        The save was cut short between the first manifest and the last. Without a manifest the
+        share would be garbage after the next commit.
+        """
+        assert answer.step is not None
+        folder, here = _folder(answer), self._here.get(answer.step)
+        save_id = folder.split("/")[1]
+        if here is None or save_id not in here.attempts or here.manifest or here.problem:
+            return
+        store = self._job.repository.store
+        try:
+            for name, data in sorted(answer.small.items()):
+                store.put(folder + name, [data])
+            store.put(manifest_key(answer.step), [answer.manifest])
+        except CheckpointError as error:
+            _log.warning("step %s was committed, but not in %s: %s", answer.step, store.url, error)
+
+
+def _senders(held: Sequence[Mapping[str, int]], leaders: Sequence[int]) -> dict[int, list[str]]:
+    """Return which leader sends which small files: those that some host lacks, and the root."""
+    sent_by: dict[int, list[str]] = {}
+    for name in sorted({name for each in held for name in each if is_on_all_hosts(name)}):
+        if name == INDEX or any(name not in each for each in held):
+            first = next(host for host, each in enumerate(held) if name in each)
+            sent_by.setdefault(leaders[first], []).append(name)
+    return sent_by
+
+
+def _folder(answer: _Answer) -> str:
+    assert answer.step is not None
+    manifest = manifest_format.decode(answer.manifest, step=answer.step)
+    return f"{step_dir(answer.step)}/{manifest.save_id}/"

@@ -1,0 +1,397 @@
+"""Hosts that share no disk: each has a folder of its own, and a job goes on from all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import dist_ckpt
+from dist_ckpt import keep
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
+from dist_ckpt.format.names import manifest_key, step_dir
+from dist_ckpt.options import MIN_MEMORY_BYTES
+from dist_ckpt.repository import Repository
+from dist_ckpt.repository.transaction import Transaction
+from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.testing.ranks import run_ranks
+from tests.distributed.layouts import build, problems
+from tests.services.hosts import Hosts
+
+PER_HOST = 2
+
+
+def folder(root: str) -> str:
+    """Return the folder of the host of this rank."""
+    return f"{root}/host-{dist.get_rank() // PER_HOST}"
+
+
+def steps(root: Path, host: int) -> list[int]:
+    return Repository(LocalStore(root / f"host-{host}")).steps()
+
+
+def save_steps(root: str, layout: str, seeds: tuple[int, ...]) -> None:
+    for seed in seeds:
+        dist_ckpt.save(build(layout, seed), folder(root), step=seed, node_local=True)
+
+
+def restored(root: str, layout: str) -> tuple[int, list[str]]:
+    """Restore the newest step; return it, and what is not what it should be."""
+    state = build(layout, None)
+    with dist_ckpt.Checkpointer(folder(root), state, node_local=True) as ckpt:
+        step = ckpt.restore()
+    return step, problems(state, step)
+
+
+def refused(root: str, layout: str, step: int | None) -> tuple[str, str]:
+    state = build(layout, None)
+    with pytest.raises(CheckpointError) as caught:
+        if step is None:
+            dist_ckpt.Checkpointer(folder(root), state, node_local=True).restore()
+        else:
+            dist_ckpt.load(state, folder(root), step=step, node_local=True)
+    assert isinstance(caught.value, IntegrityError)
+    return caught.value.message, caught.value.kind
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_job_goes_on_from_the_folders_of_its_hosts(layout: str, tmp_path: Path) -> None:
+    run_ranks(4, save_steps, str(tmp_path), layout, (10, 20))
+    assert steps(tmp_path, 0) == steps(tmp_path, 1) == [10, 20]
+    assert run_ranks(4, restored, str(tmp_path), layout) == [(20, [])] * 4
+    # Once more, with other ranks on each host than saved it.
+    assert run_ranks(3, restored, str(tmp_path), layout) == [(20, [])] * 3
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_replicas_are_on_every_host_so_one_may_be_lost(gone: int, tmp_path: Path) -> None:
+    run_ranks(4, save_steps, str(tmp_path), "ddp", (10, 20))
+    shutil.rmtree(tmp_path / f"host-{gone}")
+    if gone == 0:
+        (tmp_path / "host-1").rename(tmp_path / "host-0")
+    # All of it is there, for anybody who looks; also for one rank alone.
+    report = Repository(LocalStore(tmp_path / "host-0")).verify(20)
+    assert (report.ok, report.elsewhere) == (True, {})
+    for node_local in (False, True):
+        state = build("plain", None)
+        dist_ckpt.load(state, tmp_path / "host-0", node_local=node_local)
+        assert problems(state, 20) == []
+    assert run_ranks(2, restored, str(tmp_path), "ddp") == [(20, [])] * 2
+    # A new host in its place has an empty disk, and gets what it wants from the other one.
+    assert run_ranks(4, restored, str(tmp_path), "ddp") == [(20, [])] * 4
+
+
+def save_hybrid(root: str) -> None:
+    mesh = init_device_mesh("cpu", (2, PER_HOST))
+    whole = torch.arange(30000.0).reshape(300, 100)
+    state = {"w": distribute_tensor(whole, mesh, [Replicate(), Shard(0)]), "b": torch.ones(7)}
+    dist_ckpt.save({"part": state}, folder(root), step=1, node_local=True)
+
+
+def load_hybrid(root: str) -> None:
+    mesh = init_device_mesh("cpu", (1, PER_HOST))
+    zeros = distribute_tensor(torch.zeros(300, 100), mesh, [Replicate(), Shard(0)])
+    state = {"w": zeros, "b": torch.zeros(7)}
+    dist_ckpt.load({"part": state}, folder(root), node_local=True)
+    assert torch.equal(zeros.full_tensor(), torch.arange(30000.0).reshape(300, 100))
+    assert torch.equal(state["b"], torch.ones(7))
+
+
+def test_with_hybrid_shards_each_host_has_all_of_them(tmp_path: Path) -> None:
+    run_ranks(4, save_hybrid, str(tmp_path))
+    # Each host writes its shards once, not twice.
+    for host in (0, 1):
+        found = list((tmp_path / f"host-{host}").rglob("part.*.safetensors"))
+        assert sum(path.stat().st_size for path in found) < 1.2 * 120_000
+    shutil.rmtree(tmp_path / "host-0")
+    (tmp_path / "host-1").rename(tmp_path / "host-0")
+    run_ranks(2, load_hybrid, str(tmp_path))
+
+
+def test_shards_of_a_lost_host_are_named(tmp_path: Path) -> None:
+    run_ranks(4, save_steps, str(tmp_path), "fsdp", (10, 20))
+    command = [sys.executable, "-m", "dist_ckpt"]
+    for verb, said in (("verify", "4 more files are on"), ("ls", "1 of 2 hosts")):
+        done = subprocess.run(
+            [*command, verb, str(tmp_path / "host-0")], capture_output=True, text=True, check=True
+        )
+        assert said in done.stdout
+        assert "DAMAGED" not in done.stdout
+    shutil.rmtree(tmp_path / "host-1")
+    ((message, kind), other) = run_ranks(2, refused, str(tmp_path), "fsdp", None)
+    assert other == (message, kind)
+    assert kind is ErrorKind.MISSING_FILE
+    for step in (10, 20):
+        assert f"step {step}: step {step} in {tmp_path}/host-0: no host that is here has" in message
+    assert "model.r00002.safetensors" in message
+    assert "written by rank 2, 3 on" in message
+    assert "/host-1)" in message
+    message, _ = run_ranks(2, refused, str(tmp_path), "fsdp", 20)[0]
+    assert message.endswith("No older step is whole either")
+    # Whoever looks into one folder alone is told the same.
+    with pytest.raises(IntegrityError, match=r"written on .*node_local=True"):
+        dist_ckpt.load_weights({"one.weight": torch.zeros(1, 3)}, tmp_path / "host-0", strict=False)
+
+
+def test_an_older_step_that_is_whole_is_taken_or_named(tmp_path: Path) -> None:
+    run_ranks(2, save_steps, str(tmp_path), "fsdp", (5,))
+    run_ranks(4, save_steps, str(tmp_path), "fsdp", (10, 20))
+    shutil.rmtree(tmp_path / "host-1")
+    message, _ = run_ranks(2, refused, str(tmp_path), "fsdp", 20)[0]
+    assert message.endswith("The newest older step that is whole is step 5")
+    assert run_ranks(2, restored, str(tmp_path), "fsdp") == [(5, [])] * 2
+
+
+def killed_at(root: str, moment: str, rank: int) -> None:
+    """Save steps 10 and 20; at a moment of the second one rank is killed."""
+    save_steps(root, "fsdp", (10,))
+    complete = Transaction.complete
+
+    def kill(self: Transaction, *args: object, **kwargs: object) -> None:
+        if dist.get_rank() == rank:
+            if moment == "after":
+                complete(self, *args, **kwargs)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGKILL)
+        complete(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    Transaction.complete = kill  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError):
+        dist_ckpt.save(build("fsdp", 20), folder(root), step=20, node_local=True)
+
+
+def test_killed_between_the_manifests_of_two_hosts(tmp_path: Path) -> None:
+    """Rank 0 has committed, and the leader of the other host dies before it has its manifest."""
+    run_ranks(4, killed_at, str(tmp_path), "before", 2, expect_killed=[2])
+    assert (steps(tmp_path, 0), steps(tmp_path, 1)) == ([10, 20], [10])
+    assert run_ranks(4, restored, str(tmp_path), "fsdp") == [(20, [])] * 4
+    # It has it now: its share is no garbage after the next commit.
+    assert steps(tmp_path, 1) == [10, 20]
+    run_ranks(4, save_steps, str(tmp_path), "fsdp", (30,))
+    assert run_ranks(4, loaded_step_20, str(tmp_path)) == [[]] * 4
+
+
+def loaded_step_20(root: str) -> list[str]:
+    state = build("fsdp", None)
+    assert dist_ckpt.load(state, folder(root), step=20, node_local=True).step == 20
+    return problems(state, 20)
+
+
+def test_killed_before_the_first_manifest(tmp_path: Path) -> None:
+    """All hosts are prepared, and rank 0 dies right before it commits."""
+    run_ranks(4, killed_at, str(tmp_path), "before", 0, expect_killed=[0])
+    assert (steps(tmp_path, 0), steps(tmp_path, 1)) == ([10], [10])
+    assert run_ranks(4, restored, str(tmp_path), "fsdp") == [(10, [])] * 4
+    run_ranks(4, save_steps, str(tmp_path), "fsdp", (30,))
+    for host in (0, 1):
+        assert not (tmp_path / f"host-{host}" / step_dir(20)).exists()
+
+
+def test_killed_after_the_first_manifest_and_lost(tmp_path: Path) -> None:
+    """The host of rank 0 dies right after it committed: others have nothing but their shares."""
+    run_ranks(4, killed_at, str(tmp_path), "after", 0, expect_killed=[0])
+    assert (steps(tmp_path, 0), steps(tmp_path, 1)) == ([10, 20], [10])
+    assert run_ranks(4, restored, str(tmp_path), "fsdp") == [(20, [])] * 4
+
+
+def trained(root: str, start: int, told: tuple[int, ...]) -> None:
+    state = build("ddp", told[0])
+    with dist_ckpt.Checkpointer(folder(root), state, node_local=True) as ckpt:
+        assert ckpt.restore() == start
+        for step in told:
+            ckpt.save(step).wait()
+
+
+def test_a_host_that_comes_back_with_an_older_history(tmp_path: Path) -> None:
+    run_ranks(4, trained, str(tmp_path), 0, (10,))
+    shutil.copytree(tmp_path / "host-1", tmp_path / "old")
+    shutil.rmtree(tmp_path / "host-1")
+    # The first host alone goes on and saves; then the other had been alone on a branch of its own.
+    run_ranks(2, trained, str(tmp_path), 10, (15,))
+    run_ranks(2, trained, str(tmp_path), 15, (16,))
+    (tmp_path / "host-0").rename(tmp_path / "new")
+    (tmp_path / "old").rename(tmp_path / "host-0")
+    run_ranks(2, trained, str(tmp_path), 10, (20,))
+    (tmp_path / "host-0").rename(tmp_path / "host-1")
+    (tmp_path / "new").rename(tmp_path / "host-0")
+    assert (steps(tmp_path, 0), steps(tmp_path, 1)) == ([10, 15, 16], [10, 20])
+    # The run was taken over more often where training went on, though it has the lower step.
+    run_ranks(4, trained, str(tmp_path), 16, (17, 20))
+    assert (steps(tmp_path, 0), steps(tmp_path, 1)) == ([10, 15, 16, 17, 20], [10, 17, 20])
+    stores = [LocalStore(tmp_path / f"host-{host}") for host in (0, 1)]
+    manifests = {Repository(store).open(20).manifest_bytes for store in stores}
+    assert len(manifests) == 1
+
+
+def kept(root: str) -> None:
+    with dist_ckpt.Checkpointer(
+        folder(root), build("fsdp", 1), keep=keep.latest(1), node_local=True
+    ) as ckpt:
+        ckpt.restore()
+        for step in (1, 2, 3):
+            ckpt.save(step).wait()
+
+
+def test_each_host_keeps_what_the_policy_keeps(tmp_path: Path) -> None:
+    run_ranks(4, kept, str(tmp_path))
+    assert steps(tmp_path, 0) == steps(tmp_path, 1) == [3]
+    for host in (0, 1):
+        assert [path.name for path in (tmp_path / f"host-{host}").glob("step-*")] == [step_dir(3)]
+
+
+def drifted(root: str) -> str:
+    weight = torch.ones(300)
+    if dist.get_rank() >= PER_HOST:
+        weight[7] = 2
+    with pytest.raises(IncompatibleError) as caught:
+        dist_ckpt.save({"part": {"w": weight}}, folder(root), node_local=True, check_replicas=False)
+    return caught.value.message
+
+
+def test_copies_that_differ_between_hosts_are_not_committed(tmp_path: Path) -> None:
+    for message in run_ranks(4, drifted, str(tmp_path)):
+        assert "part.r00000.safetensors differs between rank 0 on" in message
+        assert "have drifted apart" in message
+    assert steps(tmp_path, 0) == steps(tmp_path, 1) == []
+    # What was written is gone at once, on all hosts: there may be no room for another try.
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def in_one_folder(root: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        dist_ckpt.save({"part": {"w": torch.ones(3)}}, folder(root), node_local=True)
+    return caught.value.message
+
+
+def test_one_folder_is_not_taken_for_several(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    for host in (0, 1):
+        (tmp_path / f"host-{host}").symlink_to(tmp_path / "shared")
+    for message in run_ranks(4, in_one_folder, str(tmp_path)):
+        assert "share one place" in message
+        assert "leave node_local out" in message
+    assert not (tmp_path / "shared" / manifest_key(0)).exists()
+
+
+def on_hosts(hosts: Hosts, root: str, layout: str, verb: str) -> tuple[int, list[str]]:
+    """Save or restore on the host of this rank, under one path if that may be."""
+    host = hosts[dist.get_rank() // PER_HOST]
+    host.enter()
+    os.environ.update(
+        LOCAL_WORLD_SIZE=str(PER_HOST),
+        GLOO_SOCKET_IFNAME=host.interface,
+        MASTER_ADDR=hosts[0].address,
+    )
+    if verb == "save":
+        save_steps(root, layout, (10, 20))
+        return 20, []
+    return restored(root, layout)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_two_hosts_with_networks_of_their_own(layout: str, hosts: Hosts, tmp_path: Path) -> None:
+    arguments = (hosts, str(tmp_path), layout)
+    assert run_ranks(4, on_hosts, *arguments, "save") == [(20, [])] * 4
+    assert run_ranks(4, on_hosts, *arguments, "restore") == [(20, [])] * 4
+    said = Repository(LocalStore(tmp_path / "host-0")).open(20).manifest.hosts
+    assert len(set(said.values())) == 2
+    if hosts.is_real:
+        assert said[0] == said[1] == hosts[0].name
+
+
+def begun_without_restore(root: str) -> list[str]:
+    """Return how saves of a job are refused that goes on from nothing, or goes back."""
+    told = []
+    with dist_ckpt.Checkpointer(folder(root), {"w": torch.ones(3)}, node_local=True) as ckpt:
+        for call in (lambda: ckpt.save(30), lambda: ckpt.restore("none", discard_newer=True)):
+            with pytest.raises(UsageError) as caught:
+                call()
+            told.append(caught.value.message)
+    return told
+
+
+def test_what_one_host_has_is_not_left_behind(tmp_path: Path) -> None:
+    run_ranks(4, save_steps, str(tmp_path), "ddp", (10,))
+    # The host of rank 0 is a new one; what the other one has counts all the same.
+    shutil.rmtree(tmp_path / "host-0")
+    for forgotten, given_up in run_ranks(4, begun_without_restore, str(tmp_path)):
+        assert "restore() was not called" in forgotten
+        assert "discard_newer=True with node_local=True" in given_up
+    assert [path.name for path in (tmp_path / "host-1" / "claims").iterdir()] == ["000001.json"]
+
+
+def test_options_that_do_not_go_together() -> None:
+    with pytest.raises(UsageError, match="exclusive=True with node_local=True"):
+        dist_ckpt.Checkpointer("unused", {"w": 1}, node_local=True, exclusive=True)
+    with pytest.raises(UsageError, match="leave node_local out"):
+        dist_ckpt.Checkpointer("unused", {"w": 1}, node_local=True, ranks="alone")
+
+
+def network(fill: float) -> torch.nn.Sequential:
+    net = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300))
+    for tensor in net.state_dict().values():
+        tensor.fill_(fill)
+    return net
+
+
+def save_statistics(root: str) -> None:
+    net = network(1.0)
+    assert isinstance(net[1].running_mean, torch.Tensor)
+    net[1].running_mean.fill_(float(dist.get_rank()))
+    model = DistributedDataParallel(net, broadcast_buffers=False)
+    # In turns, so that a rank writes several files for the one part.
+    dist_ckpt.save(
+        {"model": model}, folder(root), node_local=True, memory_limit_bytes=MIN_MEMORY_BYTES
+    )
+
+
+def test_buffers_are_those_of_the_lowest_rank_on_every_host(tmp_path: Path) -> None:
+    run_ranks(4, save_statistics, str(tmp_path))
+    for host in (0, 1):
+        net = network(9.0)
+        dist_ckpt.load_weights(net, tmp_path / f"host-{host}")
+        for name, tensor in net.state_dict().items():
+            assert (tensor == (0 if name == "1.running_mean" else 1)).all(), name
+
+
+def rows(value: float) -> DTensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(torch.full((400, 300), value), mesh, [Shard(0)])
+
+
+def save_apart(root: str) -> None:
+    dist_ckpt.save({"part": {"a": rows(1), "b": rows(1)}}, folder(root), node_local=True)
+
+
+def load_tied(root: str) -> str:
+    """Load two names into one tensor; return why that cannot be done here, "" if it can."""
+    tied = rows(0)
+    try:
+        dist_ckpt.load({"part": {"a": tied, "b": tied}}, folder(root), node_local=True)
+    except IncompatibleError as error:
+        return error.message
+    assert torch.equal(tied.full_tensor(), torch.ones(400, 300))
+    return ""
+
+
+def test_names_of_one_memory_are_compared_by_each_rank(tmp_path: Path) -> None:
+    run_ranks(4, save_apart, str(tmp_path))
+    assert run_ranks(4, load_tied, str(tmp_path)) == [""] * 4
+    # Three ranks do not find all of their rows on their own host.
+    for message in run_ranks(3, load_tied, str(tmp_path)):
+        assert "is on another host, and names that share memory in the state" in message
