@@ -213,11 +213,18 @@ class Job:
     def check_same_place(self, topic: Topic) -> None:
         """Check once, after the claim was taken, that all ranks mean one place; a call of them all.
 
+        Where each host has a folder of its own, which was looked at when the claims were taken, no
+        rank goes on before all are here: a leader has to know of an attempt before files of it
+        are in its folder.
+
         Raises:
             UsageError: each host has a folder of its own there, for example.
         """
-        shared = not self.ranks.node_local
-        if shared and not self._same_place and self.training.world_size > 1:
+        if self.ranks.node_local:
+            known = topic.phase("known")
+            self.training.round(known, b"", lambda _: b"", deadline=self.deadline())
+            return
+        if not self._same_place and self.training.world_size > 1:
             check_same_place(
                 self.training,
                 self.repository.store,

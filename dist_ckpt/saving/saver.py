@@ -156,9 +156,9 @@ class Saver:
                 return SaveHandle.skipped(step)
             self._earlier = None if self.outcomes.heard(agreed.told) else agreed.earlier
             about = replace(about, failed_saves=self.outcomes.in_a_row)
+            self._housekeeping.protect(agreed.save_id)
             # Before a file is written: what is written to several places can never be loaded.
             self._job.check_same_place(topic)
-            self._housekeeping.protect(agreed.save_id)
             assert isinstance(snapshot, Snapshot)  # `agree` raised whatever else it was
             attempt = Attempt(
                 Transaction(self._job.repository.store, step, agreed.save_id),

@@ -7,12 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +33,7 @@ from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.options import MIN_MEMORY_BYTES
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.transaction import Transaction
+from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from tests.distributed.layouts import build, problems
@@ -395,3 +400,30 @@ def test_names_of_one_memory_are_compared_by_each_rank(tmp_path: Path) -> None:
     # Three ranks do not find all of their rows on their own host.
     for message in run_ranks(3, load_tied, str(tmp_path)):
         assert "is on another host, and names that share memory in the state" in message
+
+
+def written_before_the_leader_knows(root: str) -> bool:
+    """Return, on the rank that leads the second host, whether it heard of an attempt too late."""
+    store, leader = _get_default_store(), PER_HOST
+    protect, put_file = Housekeeping.protect, Transaction.put_file
+    late = False
+
+    def watch_protect(self: Housekeeping, save_id: str) -> None:
+        nonlocal late
+        if dist.get_rank() == leader:
+            with suppress(RuntimeError):  # nobody writes meanwhile
+                store.wait(["written"], timedelta(seconds=1))
+                late = True
+        protect(self, save_id)
+
+    def watch_put(self: Transaction, *args: Any, **kwargs: Any) -> str:
+        store.set("written", "")
+        return put_file(self, *args, **kwargs)
+
+    Housekeeping.protect, Transaction.put_file = watch_protect, watch_put  # type: ignore[method-assign]
+    save_steps(root, "fsdp", (10,))
+    return late
+
+
+def test_no_file_is_written_before_it_is_known_to_be_no_garbage(tmp_path: Path) -> None:
+    assert run_ranks(4, written_before_the_leader_knows, str(tmp_path)) == [False] * 4
