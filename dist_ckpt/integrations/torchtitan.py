@@ -175,19 +175,24 @@ class DistCkptManager(BaseCheckpointManager):
     def _load(self, step: int = -1) -> bool:
         """Restore `step`, or for -1 the newest checkpoint that is whole; see `load`.
 
+        Of step 0, which is a seed checkpoint, the model alone.
+
         Raises:
             CheckpointError: see `Checkpointer.restore`.
         """
-        if not Repository(resolve(self.folder)).candidates():
+        there = Repository(resolve(self.folder)).candidates()
+        if not there:
             return self._load_initial(step)
         left_out = set(self._config.exclude_from_loading)
         if unknown := left_out - set(self._state):
             raise UsageError(
                 f"exclude_from_loading={sorted(unknown)} are no parts: {', '.join(self._state)}"
             )
+        # Step 0 is a seed, made by one process: its optimizer and its loader are nobody's.
+        seed = (there[0] if step == -1 else step) == 0
         self._ckpt.restore(
             step=None if step == -1 else step,
-            only=sorted(set(self._state) - left_out),
+            only=["model"] if seed else sorted(set(self._state) - left_out),
             discard_newer=self._config.discard_newer,
         )
         return True

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.errors import IntegrityError, UsageError
+from dist_ckpt.errors import IntegrityError, NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
@@ -232,3 +232,107 @@ def test_the_newest_cut_in_half_and_steps_by_number(tmp_path: Path) -> None:
     assert fresh.state.step == 1, "the model alone was loaded"
     with pytest.raises(ValueError, match="export"):
         DistCkptManager.Config(enable=True, last_save_model_only=True)
+
+
+def test_when_it_saves_is_as_torchtitan_has_it(tmp_path: Path) -> None:
+    every: dict[str, Any] = {"keep_latest_k": 0}
+    Training(tmp_path / "third", [Chunk()], interval=3, **every).train(7)
+    assert steps(tmp_path / "third") == [3, 6, 7], "each third step, and the last one"
+    first = Training(
+        tmp_path / "first", [Chunk()], interval=4, enable_first_step_checkpoint=True, **every
+    )
+    first.train(5)
+    assert steps(tmp_path / "first") == [1, 4, 5]
+    Training(tmp_path / "none", [Chunk()], load_only=True, **every).train(4)
+    assert steps(tmp_path / "none") == []
+
+
+def test_nothing_is_loaded_where_nothing_is(tmp_path: Path) -> None:
+    assert Training(tmp_path / "run", [Chunk()]).manager.load() is False
+    with pytest.raises(FileNotFoundError, match="load_step=5"):
+        Training(tmp_path / "run", [Chunk()]).manager.load(step=5)
+    Training(tmp_path / "run", [Chunk()]).train(2)
+    with pytest.raises(NotFound, match="5"):
+        Training(tmp_path / "run", [Chunk()]).manager.load(step=5)
+
+
+def test_what_was_saved_is_loaded_into_what_has_changed(tmp_path: Path) -> None:
+    one = Training(tmp_path / "run", [Chunk()])
+    one.train(4)
+    there = weights(one.parts)
+    again = Training(tmp_path / "run", [Chunk()])
+    with torch.no_grad():
+        for parameter in again.parts[0].parameters():
+            parameter.zero_()
+    assert again.manager.load(step=4) is True
+    assert all(torch.equal(value, there[name]) for name, value in weights(again.parts).items())
+    assert again.state.step == 4
+    assert again.optimizers.state_dict().keys() == one.optimizers.state_dict().keys()
+
+
+def test_a_start_elsewhere_counts_until_the_run_has_a_checkpoint(tmp_path: Path) -> None:
+    Training(tmp_path / "elsewhere", [Chunk()]).train(6)
+    start: dict[str, Any] = {
+        "initial_load_path": str(tmp_path / "elsewhere"),
+        "initial_load_model_only": False,
+    }
+    begun = Training(tmp_path / "run", [Chunk()], **start)
+    begun.train(8)
+    assert steps(tmp_path / "run") == [8]
+    again = Training(tmp_path / "run", [Chunk()], **start)
+    assert again.manager.load() is True
+    assert again.state.step == 8
+
+
+def test_a_seed_gives_the_model_alone(tmp_path: Path) -> None:
+    seed = Training(tmp_path / "run", [Chunk()])
+    next(iter(seed.loader))
+    seed.state.ntokens_seen = 3
+    with torch.no_grad():
+        for parameter in seed.parts[0].parameters():
+            parameter.fill_(0.5)
+    there = weights(seed.parts)
+    seed.manager.load()
+    seed.manager.save(0, last_step=True)
+    seed.manager.close()
+    for step in (-1, 0):
+        begun = Training(tmp_path / "run", [Chunk()])
+        assert begun.manager.load(step=step) is True
+        assert all(torch.equal(value, there[name]) for name, value in weights(begun.parts).items())
+        assert begun.state.ntokens_seen == 0
+    Training(tmp_path / "run", [Chunk()]).train(2)
+    assert steps(tmp_path / "run") == [0, 2]
+
+
+class Rotated(Chunk):
+    """Has a buffer that is not to be saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(3), persistent=False)
+
+
+def test_buffers_that_are_made_anew_are_not_saved(tmp_path: Path) -> None:
+    Training(tmp_path / "run", [Rotated()]).train(2)
+    with dist_ckpt.open_checkpoint(str(tmp_path / "run")) as opened:
+        names = {name for name in opened if name.startswith("model/")}
+    assert names == {f"model/{name}" for name in Chunk().state_dict()}
+
+
+def test_a_manager_that_is_switched_off_does_nothing(tmp_path: Path) -> None:
+    off = Training(tmp_path / "run", [Chunk()], enable=False)
+    off.train(4)
+    off.manager.maybe_wait_for_saving()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_checked_as_that_of_torchtitan(tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"folder": "  "}, "folder"),
+        ({"interval": 0}, "interval"),
+        ({"keep_latest_k": -1}, "keep_latest_k"),
+        ({"exclude_from_loading": ["model"]}, "exclude_from_loading"),
+        ({"initial_load_path": "relative/path"}, "initial_load_path"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            DistCkptManager.Config(enable=True, **wrong)
