@@ -43,6 +43,14 @@ _log = logging.getLogger("dist_ckpt")
 _Base: Any = object
 
 
+class _FoundBefore(Exception):
+    """The checkpoint was trained with batches of another size, which fit into memory."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
+
+
 class DistCkptMixin(_Base):
     """Keeps the checkpoints of a `Trainer` in a run of dist_ckpt; put before it as a base.
 
@@ -122,12 +130,18 @@ class DistCkptMixin(_Base):
             output_dir=self.args.output_dir,
             discard_newer=discard_newer,
         )
+        self._asks_for_batch = self.args.auto_find_batch_size
         return super().train(self._start.folder, trial, ignore_keys_for_eval)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Entered once more, with smaller batches, where one did not fit into memory.
+        self._evaluated: tuple[int, Mapping[str, object]] = (0, {})
         with ExitStack() as self._stack:
-            return super()._inner_training_loop(*args, **kwargs)
+            try:
+                return super()._inner_training_loop(batch_size, *args, **kwargs)
+            except _FoundBefore as found:
+                batch_size = found.size
+        return self._inner_training_loop(batch_size, *args, **kwargs)
 
     def _init_training_state(
         self,
@@ -148,10 +162,14 @@ class DistCkptMixin(_Base):
         stored = self._begin(max_steps)
         if stored is None:
             return position
+        self._ask_for_batch(stored["train_batch_size"])
+        self._run_now.compare(self._samples_a_step())
         with TemporaryDirectory() as folder:
             Path(folder, TRAINER_STATE_NAME).write_text(json.dumps(stored))
             position = super()._init_training_state(*counts, folder, trial)
         self.state.best_model_checkpoint = self._run_now.best_url
+        # Not that of the checkpoint: `auto_find_batch_size` asks for what fitted at last.
+        self.state.train_batch_size = self._train_batch_size
         return position
 
     def _prepare_for_training(
@@ -189,7 +207,22 @@ class DistCkptMixin(_Base):
         callbacks = [*self.callback_handler.callbacks, self.control]
         stateful = [each for each in callbacks if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
-        self._run_now.save(self.state, samples=self._samples_a_step())
+        step, metrics = self._evaluated
+        self._run_now.save(
+            self.state,
+            samples=self._samples_a_step(),
+            evaluated=metrics if step == self.state.global_step else {},
+        )
+        if self._start.folder is None:
+            # Should the batches not fit into memory, what was saved until then counts.
+            self._start = TrainerStart(newest=True, or_begin=True)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # An `evaluate` of somebody's own need not log what it returns.
+        self._evaluated = (self.state.global_step, metrics)
+        # Where the last step of an epoch is saved before the evaluation of the epoch.
+        self._run_now.note(self.state, metrics)
+        return bool(super()._determine_best_metric(metrics, trial))
 
     def _load_best_model(self) -> None:
         if not self._run_now.rollback():
@@ -215,13 +248,19 @@ class DistCkptMixin(_Base):
             options=self._checkpoint_options,
         )
         self._run_now = self._stack.enter_context(run)
-        stored = run.restore(self._start, samples=self._samples_a_step())
-        if self._start.folder is None:
-            # Should the batches not fit into memory, what was saved until then counts.
-            self._start = TrainerStart(newest=True, or_begin=True)
+        stored = run.restore(self._start)
         if self.args.save_strategy != SaveStrategy.NO and self.args.process_index == 0:
             run.put_beside(self._write_beside)
         return stored
+
+    def _ask_for_batch(self, size: int | None) -> None:
+        """Begin anew with the batch that `auto_find_batch_size` had found, where it is another.
+
+        Only at first: should that one not fit any more, a smaller one is found.
+        """
+        asks, self._asks_for_batch = self._asks_for_batch, False
+        if asks and size is not None and size != self._train_batch_size:
+            raise _FoundBefore(size)
 
     def _state_now(self) -> TrainState:
         model = self.model_wrapped

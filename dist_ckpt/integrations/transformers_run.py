@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
@@ -158,6 +159,7 @@ class TrainerRun:
         self._criterion = criterion_of(args)
         # Its step, or the folder that transformers wrote, and its metric.
         self._best: tuple[int | str, float] | None = None
+        self._saved: int | None = None
         self._state = state
         self._checkpointer = Checkpointer(
             place,
@@ -177,12 +179,8 @@ class TrainerRun:
     def __exit__(self, *error: Any) -> None:
         self._checkpointer.__exit__(*error)
 
-    def restore(self, start: TrainerStart, *, samples: int) -> dict[str, Any] | None:
+    def restore(self, start: TrainerStart) -> dict[str, Any] | None:
         """Restore what `start` says, all but the generators; return the `TrainerState` as a dict.
-
-        Args:
-            start: where the training goes on from.
-            samples: how many samples all ranks together take in one step.
 
         Raises:
             CheckpointError: see `TrainerStart.restore`.
@@ -193,42 +191,71 @@ class TrainerRun:
         told = self._state[PART]
         # Of another run the best one does not lie in this one.
         self._best = None if start.place is not None else told["best"]
-        if told["samples"] != samples:
+        # Which one that is is said by `best_url`: transformers looks for a local folder.
+        return dict(told["state"], best_model_checkpoint=None)
+
+    def compare(self, samples: int) -> None:
+        """Say so where all ranks together take another number of samples in one step than before.
+
+        For a training that was restored.
+        """
+        told = self._state[PART]["samples"]
+        if self.report is not None and told != samples:
             _log.warning(
                 "step %d of %s was trained with %d samples a step, and the training goes on with "
                 "%d: a Trainer counts its position in steps, so samples of this epoch are repeated "
                 "or left out; keep ranks x batch size x accumulation as it was",
                 self.report.step,
                 self.report.url,
-                told["samples"],
+                told,
                 samples,
             )
-        # Which one that is is said by `best_url`: transformers looks for a local folder.
-        return dict(told["state"], best_model_checkpoint=None)
 
     def go_on_from(self, state: TrainerState) -> None:
         """Take note of the best checkpoint of a training that transformers itself resumed."""
         if state.best_model_checkpoint is not None and state.best_metric is not None:
             self._best = (state.best_model_checkpoint, state.best_metric)
 
-    def save(self, state: TrainerState, *, samples: int) -> None:
+    def save(self, state: TrainerState, *, samples: int, evaluated: Mapping[str, object]) -> None:
         """Save after the step that `state` counts; it gets to know which checkpoint is the best.
+
+        Args:
+            state: what the trainer knows.
+            samples: how many samples all ranks together take in one step.
+            evaluated: what an evaluation after this step gave, whether that was logged or not.
 
         Raises:
             CheckpointError: see `Checkpointer.save`.
         """
         own = {name: each for name, each in asdict(state).items() if name not in _OF_THIS_PROCESS}
         # Times that an evaluation took are in it, so no two ranks have the same.
-        (shared,) = broadcast_object_list([own])
+        shared, given = broadcast_object_list([own, _numbers_of(evaluated)])
         step = state.global_step
-        metrics = _numbers_of(shared["log_history"], step)
+        metrics = {**_logged_at(step, shared["log_history"]), **given}
+        self._rank(step, metrics)
+        state.best_model_checkpoint = shared["best_model_checkpoint"] = self.best_url
+        self._state[PART] = {"state": shared, "samples": samples, "best": self._best}
+        self._checkpointer.save(step, metrics=metrics)
+        self._saved = step
+
+    def note(self, state: TrainerState, evaluated: Mapping[str, object]) -> None:
+        """Note what an evaluation gave of the step that `state` counts, if that was saved before.
+
+        Raises:
+            CheckpointError: see `Checkpointer.epoch_end`.
+        """
+        step = state.global_step
+        if step == self._saved:
+            (metrics,) = broadcast_object_list([_numbers_of(evaluated)])
+            self._rank(step, metrics)
+            self._checkpointer.epoch_end(round(state.epoch or 0), metrics=metrics, step=step)
+
+    def _rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the checkpoint of `step` for the best if its metric is."""
         if self._criterion is not None and self._criterion.metric in metrics:
             value = metrics[self._criterion.metric]
             if self._criterion.beats(value, None if self._best is None else self._best[1]):
                 self._best = (step, value)
-        state.best_model_checkpoint = shared["best_model_checkpoint"] = self.best_url
-        self._state[PART] = {"state": shared, "samples": samples, "best": self._best}
-        self._checkpointer.save(step, metrics=metrics)
 
     @property
     def best_url(self) -> str | None:
@@ -271,13 +298,19 @@ def _told_of(args: TrainingArguments) -> dict[str, Any]:
     return {"config": json.loads(args.to_json_string()), "transformers": version("transformers")}
 
 
-def _numbers_of(logs: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Return what was logged after `step`."""
+def _logged_at(step: int, logs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the numbers that were logged after `step`."""
     numbers: dict[str, float] = {}
     for entry in reversed(logs):
         if entry.get("step") != step:
             break
-        for name, value in entry.items():
-            if isinstance(value, int | float) and not name.endswith(_NO_METRICS):
-                numbers.setdefault(name, float(value))
+        numbers = {**_numbers_of(entry), **numbers}
     return numbers
+
+
+def _numbers_of(entry: Mapping[str, object]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in entry.items()
+        if isinstance(value, Real) and not name.endswith(_NO_METRICS)
+    }

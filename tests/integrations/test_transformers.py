@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from peft import PeftModel
@@ -151,6 +152,68 @@ def test_what_stays_and_what_is_best_is_as_transformers_has_it(limit: int, tmp_p
     # The newest is never deleted here; with a limit of 1 transformers ends with the best alone.
     assert run_of(tmp_path / "ours").steps() == ([best, 12] if limit == 1 else left)
     assert run_of(tmp_path / "ours").best("eval_loss", "max") == best
+
+
+class OwnEvaluation(Trainer):
+    """A trainer whose evaluation gives a metric and logs nothing, best at step 4."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {"eval_score": numpy.float32(0.5 if self.state.global_step == 4 else 0.25)}
+
+
+class OwnEvaluationInARun(DistCkptMixin, OwnEvaluation):
+    pass
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_metric_counts_whether_it_was_logged_or_not(every: int, tmp_path: Path) -> None:
+    settings = {
+        **BEST,
+        "metric_for_best_model": "score",
+        "load_best_model_at_end": False,
+        "save_total_limit": 1,
+        "eval_steps": every,
+    }
+    made = trainer(tmp_path / "run", kind=OwnEvaluationInARun, **settings)
+    made.train()
+    run = run_of(tmp_path / "run")
+    assert run.steps() == [4, 12]
+    assert run.manifest(4).metrics["eval_score"] == 0.5
+    assert made.state.best_model_checkpoint == f"{tmp_path}/run/step-0000000004"
+
+
+def test_a_metric_counts_at_its_own_step_alone(tmp_path: Path) -> None:
+    settings = {**BEST, "metric_for_best_model": "score", "load_best_model_at_end": False}
+    made = trainer(tmp_path / "run", kind=OwnEvaluationInARun, save_steps=3, **settings)
+    made.train()
+    run = run_of(tmp_path / "run")
+    assert {step for step in run.steps() if "eval_score" in run.manifest(step).metrics} == {6, 12}
+
+
+class BestAtFirst(OwnEvaluationInARun):
+    """Its evaluation at step 6, the end of the first epoch, is the best."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {"eval_score": 0.5 if self.state.global_step == 6 else 0.25}
+
+
+@pytest.mark.parametrize("epochs", [2, 1])
+def test_an_epoch_is_evaluated_after_its_last_step_was_saved(epochs: int, tmp_path: Path) -> None:
+    settings = {
+        **BEST,
+        "metric_for_best_model": "score",
+        "load_best_model_at_end": False,
+        "eval_strategy": "epoch",
+        "save_total_limit": 1,
+        "num_train_epochs": epochs,
+    }
+    made = trainer(tmp_path / "run", kind=BestAtFirst, **settings)
+    made.train()
+    run = run_of(tmp_path / "run")
+    assert run.steps() == ([6, 12] if epochs == 2 else [6])
+    assert run.best("eval_score", "max") == 6
+    if epochs == 2:
+        assert made.state.best_model_checkpoint == f"{tmp_path}/run/step-0000000006"
 
 
 @pytest.mark.soak
@@ -341,6 +404,65 @@ def test_another_batch_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> N
     resumed.train(resume_from_checkpoint=True)
     assert "trained with 4 samples a step, and the training goes on with 2" in caplog.text
     assert resumed.state.global_step == 24
+
+
+class TooLarge(TrainerCallback):
+    """Memory that is too small for batches of so many samples."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.train_batch_size >= self.size:
+            raise RuntimeError("CUDA out of memory.")
+
+
+FINDING: dict[str, Any] = {"per_device_train_batch_size": 16, "auto_find_batch_size": True}
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    """A run of two steps, for which a batch was found that fits."""
+    first = trainer(tmp_path / "run", callbacks=[TooLarge(16)], max_steps=2, **FINDING)
+    first.train()
+    assert first.state.train_batch_size == 14
+    return tmp_path / "run"
+
+
+def test_the_batch_that_was_found_is_gone_on_with(
+    found: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed = trainer(found, max_steps=4, **FINDING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.train_batch_size == 14
+    assert list(losses(resumed)) == [1, 2, 3, 4]
+    assert run_of(found).manifest(4).metrics["loss"] == losses(resumed)[4]
+    assert "samples a step" not in caplog.text
+
+
+def test_a_batch_that_fits_no_more_is_made_smaller(
+    found: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed = trainer(found, callbacks=[TooLarge(14)], max_steps=4, **FINDING)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.train_batch_size == 12
+    assert list(losses(resumed)) == [1, 2, 3, 4]
+    assert "14 samples a step, and the training goes on with 12" in caplog.text
+
+
+def test_the_size_of_a_batch_is_of_the_arguments_where_none_is_looked_for(found: Path) -> None:
+    resumed = trainer(found, max_steps=4, per_device_train_batch_size=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.train_batch_size == 2
+
+
+def test_a_batch_found_before_the_first_save_begins_where_it_was_said(
+    straight: Straight, tmp_path: Path
+) -> None:
+    resumed = trainer(tmp_path / "run", callbacks=[TooLarge(4)], auto_find_batch_size=True)
+    resumed.train(resume_from_checkpoint=str(straight.folder / "step-0000000008"))
+    assert resumed.state.train_batch_size == 3
+    assert run_of(tmp_path / "run").steps() == [10, 12, 14, 16]
 
 
 def test_more_epochs_go_on(straight: Straight, run: Path) -> None:
