@@ -30,11 +30,12 @@ from dist_ckpt.errors import (
     without_secrets,
 )
 from dist_ckpt.foreign.dcp_files import read_stock
-from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION, REST, path_of
+from dist_ckpt.foreign.dcp_runs import NAMING, REST, check_naming, path_of, tensors_aside
 from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf
 from dist_ckpt.foreign.names import Placed
 from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.foreign.tensors_aside import TensorsAside
 from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import step_dir
@@ -43,7 +44,7 @@ from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.state.groups import PREFIX, STATE, is_group_name, options_of
 from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.objects import decode, encode, references, references_aside
 from dist_ckpt.state.optimizer_content import Notes
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
@@ -160,18 +161,20 @@ def catalog(source: Source) -> Catalog:
     naming = None if source.manifest is None else source.manifest.versions.get(NAMING)
     if naming is None or not isinstance(source, Checkpoint):
         return _of_parts(source)
-    if naming != NAMING_VERSION:
-        raise IncompatibleError(
-            f"{source.where}: its names follow rules {naming}, this program knows "
-            f"{NAMING_VERSION}: use the release that wrote it or a newer one",
-            kind=ErrorKind.VERSION,
-        )
+    check_naming(source)
     found = Catalog(source, tree=read_tree(source))
+    objects = list(_objects(source))
+    inside = {
+        (part, inner) for part, _, data in objects for inner in tensors_aside(source, part, data)
+    }
     for number, tensor in enumerate(source.tensors):
-        found.add_tensor(path_of(tensor.part, tensor.name), number)
-    for part, name, data in _objects(source):
+        if (tensor.part, tensor.name) not in inside:
+            found.add_tensor(path_of(tensor.part, tensor.name), number)
+    aside = {part: TensorsAside(source, part) for part in {part for part, _ in inside}}
+    for part, name, data in objects:
         path = path_of(part, name)
-        found.add_value(path, partial(decode, data, tensors={}, path=_joined(path)))
+        tensors: Mapping[str, torch.Tensor] = aside.get(part, {})
+        found.add_value(path, partial(decode, data, tensors=tensors, path=_joined(path)))
     for fqn, noted in (found.tree.faces if found.tree is not None else {}).items():
         found.add_face((fqn,), noted)
     return found
@@ -236,7 +239,11 @@ def _of_parts(source: Source) -> Catalog:
             groups[part] += 1
         names = {each: numbers[part, each] for each in references(data, path=_joined(path))}
         inside |= {(part, each) for each in names}
-        _add_nested(found, path, data, names, is_group=is_group_name(name))
+        aside = {}
+        if isinstance(source, Checkpoint):
+            stored = TensorsAside(source, part)
+            aside = {each: stored[each] for each in references_aside(data, path=_joined(path))}
+        _add_nested(found, path, data, names, aside, is_group=is_group_name(name))
     for (part, name), number in numbers.items():
         if (part, name) not in inside:
             found.add_tensor(_path(part, name, parameters), number)
@@ -274,15 +281,22 @@ def _path(part: str, name: str, parameters: Mapping[str, set[str]]) -> Path:
 
 
 def _add_nested(
-    found: Catalog, path: Path, data: bytes, numbers: Mapping[str, int], *, is_group: bool
+    found: Catalog,
+    path: Path,
+    data: bytes,
+    numbers: Mapping[str, int],
+    aside: Mapping[str, torch.Tensor],
+    *,
+    is_group: bool,
 ) -> None:
     tensors = found.source.tensors
     blanks = {name: _blank(tensors[number]) for name, number in numbers.items()}
     try:
-        value = decode(data, tensors=blanks, path=_joined(path))
+        value = decode(data, tensors={**blanks, **aside}, path=_joined(path))
     except IncompatibleError:
         # Of a type that this program does not know: said when it is asked for.
-        found.add_value(path, partial(decode, data, tensors=blanks, path=_joined(path)))
+        read = partial(decode, data, tensors={**blanks, **aside}, path=_joined(path))
+        found.add_value(path, read)
         return
     if is_group and isinstance(value, dict):
         value = {**options_of(value), "params": value.get("params")}  # stock has no notes

@@ -16,7 +16,7 @@ from dist_ckpt.dcp.items import described, tensors_of
 from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.foreign.dcp_runs import NAMING, NAMING_VERSION
+from dist_ckpt.foreign.dcp_runs import NAMING, naming_version
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
 from dist_ckpt.format.root import Spent
 from dist_ckpt.format.whole import encode_whole
@@ -32,7 +32,8 @@ _LOOK_SECONDS = 0.2
 class StockReport(msgspec.Struct, frozen=True):
     """What a rank wrote, and how long it took; on rank 0 the file of the tree, too.
 
-    What is several tensors behind one face is in `faces`, by the number of the item in the plan.
+    What is several tensors behind one face is in `faces`, by the number of the item in the plan;
+    what is large in the Python values is in `aside`.
     """
 
     save_id: str
@@ -41,6 +42,7 @@ class StockReport(msgspec.Struct, frozen=True):
     stage_seconds: float
     write_seconds: float
     faces: dict[int, Face]
+    aside: list[Held]
     tree: WrittenFile | None = None
 
     @property
@@ -116,10 +118,13 @@ class StockAttempt:
         """
         transaction = self.transaction
         shares = [
-            RankShare(*described(plan, _boxes(report)), report.files, report.documents)
+            RankShare(
+                *described(plan, _boxes(report), report.aside), report.files, report.documents
+            )
             for plan, report in zip(self._plans, reports, strict=True)
         ]
         index = with_tree(build_index(shares), reports[0].tree)
+        aside = any(report.aside for report in reports)
         parts = [tensor.part for tensor in index.tensors]
         parts += [entry.part for entry in index.objects]
 
@@ -129,7 +134,7 @@ class StockAttempt:
             claim=transaction.claim,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             world_size=len(reports),
-            versions=versions() | {NAMING: NAMING_VERSION},
+            versions=versions() | {NAMING: naming_version(aside=aside)},
             parts=list(dict.fromkeys(parts)),
             files=FilesTotal.of(file.nbytes for file in index.files),
             metrics=dict(metrics),

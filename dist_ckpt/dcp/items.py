@@ -57,18 +57,22 @@ def tensors_of(plan: SavePlan) -> list[WriteItem]:
 
 
 def described(
-    plan: SavePlan, instead: Mapping[int, Sequence[Held]] | None = None
+    plan: SavePlan,
+    instead: Mapping[int, Sequence[Held]] | None = None,
+    aside: Sequence[Held] = (),
 ) -> tuple[list[Held], list[Owned]]:
     """Return the boxes of the tensors of `plan`, in its order; a rank writes all it is given.
 
     Args:
         plan: of one rank.
         instead: what is written for some of its tensors, by their number.
+        aside: what is written besides, of its Python values.
     """
     paths, others = paths_of(plan), instead or {}
     held: list[Held] = []
     for number, item in enumerate(tensors_of(plan)):
         held += others[number] if number in others else [held_of(item, paths)]
+    held += aside
     return held, [Owned(i, box.offsets, box.sizes) for i, box in enumerate(held)]
 
 

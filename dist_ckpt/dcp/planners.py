@@ -72,13 +72,13 @@ def value_of(planner: SavePlanner, item: WriteItem) -> object:
             f"the planner gave a {kind} for value {item.index.fqn!r}: expected BytesIO"
         )
     data = given.getvalue()
-    # What it did not change is stored as what it is, whatever its type. Bytes that are the live
-    # value, as those of Megatron are, need no pickle of them to tell.
-    if lookup and given is not live and data == _as_torch_saves(live):
-        return live
     try:
         return value_in(data)
     except CheckpointError as error:
+        # What it did not change is stored as what it is, whatever its type. Bytes that are the live
+        # value, as those of Megatron are, are no pickle of it.
+        if lookup and given is not live and data == _as_torch_saves(live):
+            return live
         raise UsageError(
             f"{type(planner).__qualname__} gave bytes for {item.index.fqn!r} that are no "
             f"torch.save of plain values ({error.message}): derive it from DefaultSavePlanner and "

@@ -14,10 +14,11 @@ from dist_ckpt.dcp.faces import Face, local_face
 from dist_ckpt.dcp.items import described, paths_of, tensors_of
 from dist_ckpt.dcp.planners import value_of
 from dist_ckpt.errors import UsageError
+from dist_ckpt.foreign.dcp_runs import aside_name
 from dist_ckpt.format import document
 from dist_ckpt.format.boxes import volume
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
 from dist_ckpt.planning.files import StagedFile, plan_files, stage_documents
 from dist_ckpt.planning.index import Document
 from dist_ckpt.planning.owners import Owned
@@ -38,6 +39,7 @@ class StockShare:
         owned: the same, as what is to be written.
         documents: the encoded Python values by part.
         faces: what is several tensors behind one face, by the number of the item.
+        aside: the boxes of what is large in the Python values, the last ones of `held`.
     """
 
     planner: SavePlanner
@@ -46,6 +48,7 @@ class StockShare:
     owned: Sequence[Owned]
     documents: Mapping[str, bytes]
     faces: Mapping[int, Face]
+    aside: Sequence[Held]
 
     def described_documents(self) -> list[Document]:
         """Return what rank 0 must know of the Python values."""
@@ -55,7 +58,7 @@ class StockShare:
         ]
 
 
-def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
+def resolve_share(rank: int, plan: SavePlan, planner: SavePlanner) -> StockShare:
     """Encode the Python values of `plan`, taken from `planner` as they are, not as its pickles.
 
     Raises:
@@ -63,11 +66,19 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
     """
     paths = paths_of(plan)
     values: dict[str, dict[str, bytes]] = {}
+    beside: list[LocalBox] = []
     for item in plan.items:
         if item.type == WriteItemType.BYTE_IO:
             part, name = part_and_name(item.index.fqn, paths)
-            data = encode(value_of(planner, item), path=item.index.fqn)
-            values.setdefault(part, {})[name] = data
+            large: dict[str, torch.Tensor] = {}
+            values.setdefault(part, {})[name] = encode(
+                value_of(planner, item),
+                path=item.index.fqn,
+                tensors=large,
+                prefix=aside_name(rank, name),
+                large_only=True,
+            )
+            beside += local_boxes({part: large})
     documents = {part: document.encode(objects) for part, objects in values.items()}
     live = getattr(planner, "state_dict", {})
     sources: list[WriteItem | LocalBox] = []
@@ -78,8 +89,9 @@ def resolve_share(plan: SavePlan, planner: SavePlanner) -> StockShare:
         if found is not None:
             faces[number] = found.face
         sources += [item] if found is None else found.boxes
-    boxes = described(plan, {number: face.held for number, face in faces.items()})
-    return StockShare(planner, sources, *boxes, documents, faces)
+    aside = [box.held for box in beside]
+    boxes = described(plan, {number: face.held for number, face in faces.items()}, aside)
+    return StockShare(planner, [*sources, *beside], *boxes, documents, faces, aside)
 
 
 def file_images(rank: int, share: StockShare) -> Iterator[StagedFile]:

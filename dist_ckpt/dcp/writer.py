@@ -289,7 +289,7 @@ class Writer(StorageWriter, AsyncStager):
         transaction = Transaction(self._repository.store, assigned.step, assigned.save_id)
         begun = time.perf_counter()
         try:
-            share = resolve_share(plan, planner)
+            share = resolve_share(assigned.rank, plan, planner)
             staging = time.perf_counter() - begun
             files: list[WrittenFile] = []
             for file in file_images(assigned.rank, share):
@@ -303,8 +303,15 @@ class Writer(StorageWriter, AsyncStager):
                 raise self._types.explain(error) from error
             raise
         writing = time.perf_counter() - begun - staging
-        documents = share.described_documents()
-        return StockReport(assigned.save_id, files, documents, staging, writing, dict(share.faces))
+        return StockReport(
+            assigned.save_id,
+            files,
+            share.described_documents(),
+            staging,
+            writing,
+            dict(share.faces),
+            list(share.aside),
+        )
 
     def _announce(
         self, transaction: Transaction, report: StockReport, commit_seconds: float

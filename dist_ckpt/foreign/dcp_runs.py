@@ -7,8 +7,9 @@ go to the checkpoint as it is.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
+from dist_ckpt.foreign.tensors_aside import TensorsAside
 from dist_ckpt.format import document
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import Index, TensorEntry
@@ -24,6 +26,7 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Encoded
+from dist_ckpt.state.objects import may_refer, references
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
 
@@ -33,7 +36,46 @@ REST = "state"
 NAMING = "dcp_names"
 """The entry of a manifest's versions that says by which release of these rules names were made."""
 
-NAMING_VERSION = "1"
+_NAMING_VERSION = "1"
+_NAMING_VERSION_ASIDE = "2"  # some tensors are no entries, but what is large in Python values
+
+_ASIDE = "!"
+
+
+def naming_version(*, aside: bool) -> str:
+    """Return by which rules names are made, if tensors of Python values are among them, or not."""
+    return _NAMING_VERSION_ASIDE if aside else _NAMING_VERSION
+
+
+def aside_name(rank: int, name: str) -> str:
+    """Return what the names begin with of what is large in the Python value `name`.
+
+    No two values have the same beginning, and no usual name begins so.
+    """
+    return f"{_ASIDE}{rank}.{len(name)}.{name}"
+
+
+def check_naming(checkpoint: Checkpoint) -> None:
+    """Check that this program knows the rules by which the Writer made names.
+
+    Raises:
+        IncompatibleError: a newer one did.
+    """
+    naming = checkpoint.manifest.versions[NAMING]
+    known = (_NAMING_VERSION, _NAMING_VERSION_ASIDE)
+    if naming not in known:
+        raise IncompatibleError(
+            f"{checkpoint.where}: its names follow rules {naming}, this program knows "
+            f"{' and '.join(known)}: use the release that wrote it or a newer one",
+            kind=ErrorKind.VERSION,
+        )
+
+
+def tensors_aside(checkpoint: Checkpoint, part: str, data: bytes) -> tuple[str, ...]:
+    """Return the names of the tensors of `part` that belong to the encoded value `data`."""
+    if checkpoint.manifest.versions[NAMING] != _NAMING_VERSION_ASIDE:
+        return ()
+    return references(data, path=part) if may_refer(data) else ()
 
 
 def path_of(part: str, name: str) -> tuple[str, ...]:
@@ -152,25 +194,25 @@ class DcpRun:
     def _look(self) -> tuple[Placed, Index]:
         with self._lock:
             if self._sorted is None:
-                self._check_naming()
+                check_naming(self._checkpoint)
                 index = self.index_as_written
                 tree = self._tree()
                 paths = self._paths(tree)
-                leaves = list(self._leaves(paths or {}, {} if tree is None else tree.faces))
+                values = list(self._values())
+                aside = {
+                    (part, name)
+                    for part, _, value in values
+                    for name in tensors_aside(self._checkpoint, part, value.data)
+                }
+                entries = [each for each in index.tensors if (each.part, each.name) not in aside]
+                leaves = [
+                    *_tensor_leaves(entries, paths or {}, {} if tree is None else tree.faces),
+                    *_value_leaves(values, paths or {}),
+                ]
                 placed = sort_into_parts(leaves, self.where, guessed=paths is None)
-                tensors = tuple(placed.tensors[number] for number in range(len(index.tensors)))
                 # Of each tensor only the name changes, so all that refers to one stays right.
-                self._sorted = placed, replace(index, tensors=tensors)
+                self._sorted = placed, replace(index, tensors=self._renamed(placed, aside))
             return self._sorted
-
-    def _check_naming(self) -> None:
-        naming = self.manifest.versions[NAMING]
-        if naming != NAMING_VERSION:
-            raise IncompatibleError(
-                f"{self.where}: its names follow rules {naming}, this program knows "
-                f"{NAMING_VERSION}: use the release that wrote it or a newer one",
-                kind=ErrorKind.VERSION,
-            )
 
     def _tree(self) -> Tree | None:
         """Return what the Writer kept beside the entries, if that can be read."""
@@ -192,28 +234,25 @@ class DcpRun:
         """The index with the names that the Writer stored."""
         return self._checkpoint.index
 
-    def _leaves(
-        self, tree: Mapping[str, Any], faces: Mapping[str, Mapping[str, Any]]
-    ) -> Iterator[ForeignLeaf]:
-        """Yield the tensors in the order of the index, then the values."""
-        inner = {
-            fqn + suffix: (fqn, suffix)
-            for fqn, noted in faces.items()
-            for suffix in Building(noted, fqn).suffixes()
+    def _renamed(self, placed: Placed, aside: Set[tuple[str, str]]) -> tuple[TensorEntry, ...]:
+        """Return the tensors under the names in `placed`, those of values in the part of these."""
+        homes = {
+            name: part
+            for part, values in placed.objects.items()
+            for data in values.values()
+            for name in tensors_aside(self._checkpoint, part, data)
         }
-        for tensor in self.index_as_written.tensors:
-            known = path_of(tensor.part, tensor.name)
-            found = inner.get(dotted(known))
-            if found is None:
-                path = _path(known, tree)
-                yield ForeignLeaf(path, tensor.dtype, tensor.shape)
-                continue
-            fqn, suffix = found
-            # Named as the whole is, so that whoever has such a one finds them.
-            whole = (*known[:-1], known[-1].removesuffix(suffix))
-            *above, last = _path(whole, tree)
-            path = (*above, f"{last}{suffix}")
-            yield ForeignLeaf(path, tensor.dtype, tensor.shape, made=(suffix, faces[fqn]))
+        numbers = itertools.count()  # of those that are leaves
+        return tuple(
+            # One that no value names any more was read into the value.
+            TensorEntry(homes.get(each.name, REST), each.name, each.dtype, each.shape)
+            if (each.part, each.name) in aside
+            else placed.tensors[next(numbers)]
+            for each in self.index_as_written.tensors
+        )
+
+    def _values(self) -> Iterator[tuple[str, str, Encoded]]:
+        """Yield part, name and encoding of every Python value."""
         for entry in self.index_as_written.objects:
             where = f"part {entry.part!r} of {self.where}"
             try:
@@ -224,8 +263,40 @@ class DcpRun:
                 self._damaged[entry.part] = error
                 continue
             for name, value in values.items():
-                path = _path(path_of(entry.part, name), tree)
-                yield ForeignLeaf(path, None, (), Encoded(value))
+                yield entry.part, name, Encoded(value, TensorsAside(self._checkpoint, entry.part))
+
+
+def _tensor_leaves(
+    tensors: Iterable[TensorEntry],
+    tree: Mapping[str, Any],
+    faces: Mapping[str, Mapping[str, Any]],
+) -> Iterator[ForeignLeaf]:
+    """Yield the tensors in their order."""
+    inner = {
+        fqn + suffix: (fqn, suffix)
+        for fqn, noted in faces.items()
+        for suffix in Building(noted, fqn).suffixes()
+    }
+    for tensor in tensors:
+        known = path_of(tensor.part, tensor.name)
+        found = inner.get(dotted(known))
+        if found is None:
+            path = _path(known, tree)
+            yield ForeignLeaf(path, tensor.dtype, tensor.shape)
+            continue
+        fqn, suffix = found
+        # Named as the whole is, so that whoever has such a one finds them.
+        whole = (*known[:-1], known[-1].removesuffix(suffix))
+        *above, last = _path(whole, tree)
+        path = (*above, f"{last}{suffix}")
+        yield ForeignLeaf(path, tensor.dtype, tensor.shape, made=(suffix, faces[fqn]))
+
+
+def _value_leaves(
+    values: Iterable[tuple[str, str, Encoded]], tree: Mapping[str, Any]
+) -> Iterator[ForeignLeaf]:
+    for part, name, value in values:
+        yield ForeignLeaf(_path(path_of(part, name), tree), None, (), value)
 
 
 def _path(known: tuple[str, ...], tree: Mapping[str, Any]) -> Path:

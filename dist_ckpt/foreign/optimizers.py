@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.foreign.leaves import PartLeaf, content, dotted
-from dist_ckpt.state.encoding import Encoded, Inline
-from dist_ckpt.state.objects import decode
+from dist_ckpt.state.encoding import Beside, Encoded, Inline
+from dist_ckpt.state.objects import decode, may_refer, references, references_aside
 
 _STATE, _GROUPS = "state", "param_groups"
 OPTIMIZER_KEYS = (_STATE, _GROUPS)
@@ -67,18 +67,27 @@ def plain(value: Any) -> Any:
     if not isinstance(value, Encoded):
         return value
     try:
-        return _inline(decode(value.data, tensors={}))
-    except CheckpointError:
+        # None of them is read to see what it is in, but for arrays and byte strings.
+        stand_ins: dict[str, torch.Tensor] = {}
+        tensors: Mapping[str, torch.Tensor] = {}
+        if may_refer(value.data):
+            inside = references_aside(value.data)
+            stay = set(references(value.data)).difference(inside)
+            stand_ins = {name: torch.empty(0, device="meta") for name in stay}
+            tensors = stand_ins | {name: value.tensors[name] for name in inside}
+        found = decode(value.data, tensors=tensors)
+    except (CheckpointError, KeyError):
         return value  # whoever wants it is told why
+    return _undecoded(found, {id(tensor): name for name, tensor in stand_ins.items()})
 
 
-def _inline(value: Any) -> Any:
+def _undecoded(value: Any, stand_ins: Mapping[int, str]) -> Any:
     if isinstance(value, torch.Tensor):
-        return Inline(value)
+        return Beside(stand_ins[id(value)]) if id(value) in stand_ins else Inline(value)
     if type(value) in (list, tuple):
-        return type(value)(map(_inline, value))
+        return type(value)(_undecoded(item, stand_ins) for item in value)
     if type(value) is dict:
-        return {key: _inline(item) for key, item in value.items()}
+        return {key: _undecoded(item, stand_ins) for key, item in value.items()}
     return value
 
 

@@ -15,8 +15,8 @@ import torch
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.state.leaves import Refuse, dtype_from_json, dtype_to_json
 
-# From here on base64 in JSON costs more than one more tensor in a plan does.
-_ASIDE_BYTES = 16 * 1024
+ASIDE_BYTES = 16 * 1024
+"""From here on base64 in JSON costs more than one more tensor in a plan does."""
 
 # What a tensor can be as it is; other arrays are put aside as their bytes.
 _NATIVE = frozenset(
@@ -37,10 +37,10 @@ def take_aside(value: Any, refuse: Refuse) -> tuple[str, list[Any], torch.Tensor
     The tensor of a writable array is the array's own memory, as that of a tensor of the state is.
     """
     kind = type(value)
-    if kind is bytes and len(value) >= _ASIDE_BYTES:
+    if kind is bytes and len(value) >= ASIDE_BYTES:
         # Copied: what is immutable must never be written through a tensor.
         return BYTES, [bytes_digest(value)], torch.frombuffer(bytearray(value), dtype=torch.uint8)
-    if kind is np.ndarray and value.nbytes >= _ASIDE_BYTES:
+    if kind is np.ndarray and value.nbytes >= ASIDE_BYTES:
         described = dtype_to_json(value.dtype, value, refuse)
         packed = np.require(value, requirements=["C", "W"])
         flat = packed.reshape(-1).view(np.uint8)

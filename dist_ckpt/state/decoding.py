@@ -34,6 +34,8 @@ _FROM_ITEMS: dict[str, Callable[[list[Any]], Any]] = {
     **{tag: kind for kind, tag in SETS.items()},
 }
 
+_ASIDE_TAGS = frozenset(f"@{RESERVED}{name}" for name in (NDARRAY, BYTES))
+
 _CONTAINERS = frozenset((dict, list))
 _OTHER = object()
 
@@ -240,6 +242,18 @@ def tensor_names(node: Any) -> Iterator[str]:
     if isinstance(node, list):
         for item in node:
             yield from tensor_names(item)
+
+
+def names_aside(node: Any) -> Iterator[str]:
+    """Yield the name of each tensor in `node` that is the bytes of an array or of a string."""
+    if isinstance(node, dict):
+        if node.get(TAG) in _ASIDE_TAGS:
+            yield from tensor_names(node.get("v"))
+            return
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from names_aside(item)
 
 
 def layouts_in(node: Any) -> Iterator[tuple[str, Layout]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import msgspec
@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
-from dist_ckpt.state.aside import take_aside
+from dist_ckpt.state.aside import ASIDE_BYTES, take_aside
 from dist_ckpt.state.layout import check_tensor
 from dist_ckpt.state.leaves import leaf_of, tensor_to_json
 from dist_ckpt.state.rebuilding import how_made
@@ -45,14 +45,27 @@ class Inline:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """A tensor that is stored beside the value that holds it, and stays there.
+
+    Attributes:
+        name: what it is called there.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A value that was encoded before, without a tensor beside it, and goes on as it is.
+    """A value that was encoded before, and goes on as it is.
 
     Attributes:
         data: what `dist_ckpt.state.objects.encode` returned.
+        tensors: what is stored beside it, read when it is asked for.
     """
 
     data: bytes
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 TAG = "!"
@@ -80,11 +93,13 @@ class Encoder:
         prefix: str,
         *,
         aside: bool = True,
+        large_only: bool = False,
         to_fill: bool = False,
     ) -> None:
         self._path = path
         # Inside a value of one rank alone there is no beside.
         self._aside = aside and tensors is not None
+        self._large_only = large_only
         self._tensors = tensors
         self._prefix = prefix
         # A walk to find what a load can fill: memory may be missing still, and each place counts,
@@ -111,7 +126,7 @@ class Encoder:
             if self._aside and not self._hashed:
                 aside = take_aside(value, self._refuse)
                 if aside is not None:
-                    return _apart(aside[0], [aside[1], self._tensor(aside[2])])
+                    return _apart(aside[0], [aside[1], self._beside(aside[2], aside[2])])
             plain, payload = leaf.encode(value, self._refuse)
             return payload if plain else {TAG: leaf.tag, "v": payload}
         if isinstance(value, torch.Tensor):
@@ -141,12 +156,16 @@ class Encoder:
             # Sorted by their JSON: the iteration order of a set differs from rank to rank.
             items = [self._hashable(".<member>", item) for item in value]
             return {TAG: SETS[kind], "v": sorted(items, key=dumps)}
-        # These three stand in the values of other programs' checkpoints only.
+        # These four stand in the values of other programs' checkpoints only.
         if kind is Encoded:
             return msgspec.Raw(value.data)
+        if kind is Beside:
+            return {TAG: "tensor", "v": value.name}
         if kind is Unreadable:
             return {TAG: UNREADABLE, "v": value.reason}
         if kind is Inline:
+            if self._aside and _is_large(value.tensor):
+                return self._beside(value.tensor, value.tensor)
             return {TAG: "tensor_data", "v": tensor_to_json(value.tensor, self._refuse)}
         entry = REGISTRY.by_type(kind)
         if entry is None:
@@ -227,8 +246,14 @@ class Encoder:
         if is_wrapped(value):
             return self._wrapped(value)
         alias = check_tensor(value, self._where(), meta=self._to_fill)
-        if self._tensors is None:
+        # What is one of several tensors behind one face stays with the others.
+        large = _is_large(alias) and not self._suffix
+        if self._tensors is None or (self._large_only and not large):
             return {TAG: "tensor_data", "v": tensor_to_json(alias, self._refuse)}
+        return self._beside(value, alias)
+
+    def _beside(self, value: torch.Tensor, alias: torch.Tensor) -> Any:
+        assert self._tensors is not None  # or there is no beside
         if id(value) in self._named and not self._to_fill:
             # One name for one tensor: decoded, both places hold one tensor again.
             return self._reference(value, self._named[id(value)][1])
@@ -286,6 +311,10 @@ def is_wrapped_node(node: Any) -> bool:
         return False
     parts = node.get("v")
     return isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], dict)
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    return type(tensor) is not DTensor and tensor.nbytes >= ASIDE_BYTES
 
 
 def _layout_of(value: DTensor) -> list[list[Any]]:

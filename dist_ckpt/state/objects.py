@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.state.decoding import Decoder, parse_document, tensor_names
+from dist_ckpt.state.decoding import Decoder, names_aside, parse_document, tensor_names
 from dist_ckpt.state.encoding import TAG, Encoder
 from dist_ckpt.state.registry import register
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
@@ -30,8 +30,10 @@ __all__ = [
     "decode",
     "encode",
     "fillable",
+    "may_refer",
     "needs_classes",
     "references",
+    "references_aside",
     "register",
     "unordered_digest",
 ]
@@ -47,6 +49,7 @@ def encode(
     tensors: dict[str, torch.Tensor] | None = None,
     prefix: str = "",
     aside: bool = True,
+    large_only: bool = False,
 ) -> bytes:
     """Return `value` as UTF-8 JSON; the same value gives the same bytes on every rank.
 
@@ -57,12 +60,14 @@ def encode(
             None puts them into the encoding.
         prefix: the first component of those names; further ones are keys and list positions.
         aside: whether the bytes of large arrays and byte strings go there too, as tensors.
+        large_only: whether small tensors, and DTensors, are put into the encoding all the same.
 
     Raises:
         UsageError: of kind `UNENCODABLE`, naming the path and type of what cannot be stored.
     """
     # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
-    return msgspec.json.encode(Encoder(path, tensors, prefix, aside=aside).json_of(value))
+    encoder = Encoder(path, tensors, prefix, aside=aside, large_only=large_only)
+    return msgspec.json.encode(encoder.json_of(value))
 
 
 def fillable(value: object, *, path: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -102,6 +107,20 @@ def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
         IntegrityError: `data` is not an encoding.
     """
     return tuple(dict.fromkeys(tensor_names(parse_document(data, path))))
+
+
+def may_refer(data: bytes) -> bool:
+    """Tell whether there may be references in `data`: to parse it for nothing takes its time."""
+    return b'"tensor"' in data
+
+
+def references_aside(data: bytes, *, path: str = "value") -> tuple[str, ...]:
+    """Return the names of those tensors beside `data` that are the bytes of arrays and strings.
+
+    Raises:
+        IntegrityError: `data` is not an encoding.
+    """
+    return tuple(dict.fromkeys(names_aside(parse_document(data, path))))
 
 
 def unordered_digest(data: bytes) -> str:
