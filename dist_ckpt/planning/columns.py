@@ -9,7 +9,7 @@ else does; its numbers are deflated.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -105,6 +105,10 @@ class Alike:
         middle = (start + stop) // 2
         return self.numbers[:, start:middle], self.numbers[:, middle:stop]
 
+    def has_some(self, position: int) -> bool:
+        """Tell whether some rank has an element of the box at `position`."""
+        return bool((self.boxes(position)[1] > 0).all(axis=1).any())
+
 
 @dataclass(frozen=True)
 class HeldByRank(Sequence[list[Held]]):
@@ -128,28 +132,33 @@ class HeldByRank(Sequence[list[Held]]):
     @classmethod
     def of(cls, held_by_rank: Sequence[Sequence[Held]]) -> HeldByRank:
         """Put together what ranks hold."""
-        return cls.joined([(Table.of(held), numbers_of(held)) for held in held_by_rank])
+        tables = [Table.of(held) for held in held_by_rank]
+        return cls.joined(tables, lambda rank: numbers_of(held_by_rank[rank]))
 
     @classmethod
-    def joined(cls, by_rank: Sequence[tuple[Table, Numbers]]) -> HeldByRank:
-        """Put together the table and the numbers of each rank."""
+    def joined(cls, tables: Sequence[Table], numbers: Callable[[int], Numbers]) -> HeldByRank:
+        """Put together what ranks hold.
+
+        Args:
+            tables: of each rank.
+            numbers: returns those of a rank; asked once, one rank at a time, so that the numbers of
+                all are never in memory twice.
+        """
         alike: dict[int, list[int]] = {}
-        tables: dict[Table, int] = {}
+        distinct: dict[Table, int] = {}
         known: dict[int, int] = {}  # by identity: ranks alike mostly have one object
-        for rank, (table, _) in enumerate(by_rank):
+        for rank, table in enumerate(tables):
             if (number := known.get(id(table))) is None:
-                number = known[id(table)] = tables.setdefault(table, len(tables))
+                number = known[id(table)] = distinct.setdefault(table, len(distinct))
             alike.setdefault(number, []).append(rank)
-        return cls(
-            [
-                Alike(
-                    by_rank[ranks[0]][0],
-                    np.array(ranks, np.int64),
-                    np.stack([by_rank[rank][1] for rank in ranks]),
-                )
-                for ranks in alike.values()
-            ]
-        )
+        groups = []
+        for ranks in alike.values():
+            table = tables[ranks[0]]
+            rows = np.empty((len(ranks), table.columns[-1]), np.int64)
+            for row, rank in zip(rows, ranks, strict=True):
+                row[:] = numbers(rank)
+            groups.append(Alike(table, np.array(ranks, np.int64), rows))
+        return cls(groups)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -26,7 +27,7 @@ from dist_ckpt.planning.files import (
     plan_extra,
     plan_files,
 )
-from dist_ckpt.planning.holdings import TensorKey
+from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, OwnedByRank
 
 
@@ -121,39 +122,26 @@ class IndexPlan:
 
 
 def plan_index(
-    held_by_rank: HeldByRank, owned_by_rank: OwnedByRank, ties: Mapping[TensorKey, str]
+    held_by_rank: HeldByRank, owned_by_rank: OwnedByRank, holdings: Holdings
 ) -> IndexPlan:
     """Describe who writes what, on the one rank that knows it of all.
 
     Args:
         held_by_rank: for each rank the boxes it holds.
         owned_by_rank: what it writes of them.
-        ties: by tensor, the one in its part whose bytes are its bytes too.
+        holdings: the same, put together.
 
     Raises:
         UsageError: a name is not Unicode text, or there is too much of it.
     """
-    tensors: dict[TensorEntry, int] = {}
-    numbers: list[Sequence[int]] = [()] * len(held_by_rank)
     packed = [b""] * len(held_by_rank)
-    for group in held_by_rank.groups:
-        entries = [TensorEntry(r.part, r.name, r.dtype, r.shape) for r in group.table.rows]
-        alike = [tensors.setdefault(entry, len(tensors)) for entry in entries]
-        told = pack_steps(alike)
-        for rank in group.ranks.tolist():  # the very same objects for all: they are thousands
-            numbers[rank], packed[rank] = alike, told
-    chunks: list[list[_Chunks]] = [[] for _ in tensors]
-    for group in held_by_rank.groups:
-        for position, number in enumerate(numbers[int(group.ranks[0])]):
-            chunks[number].append(owned_by_rank.whole_boxes(group, position))
-    for ranks, positions, starts, sizes in owned_by_rank.piece_columns():
-        pairs = zip(ranks.tolist(), positions.tolist(), strict=True)
-        of = np.fromiter((numbers[rank][position] for rank, position in pairs), np.int64)
-        order = np.argsort(of, kind="stable")
-        found, first = np.unique(of[order], return_index=True)
-        for number, some in zip(found.tolist(), np.split(order, first[1:]), strict=True):
-            chunks[number].append((ranks[some], starts[some], sizes[some]))
-    return IndexPlan(structure_format.encode(_structure(tensors, chunks, ties)), packed)
+    for group, numbers in zip(held_by_rank.groups, holdings.numbers, strict=True):
+        told = pack_steps(numbers)
+        for rank in group.ranks.tolist():  # the very same object for all: they are thousands
+            packed[rank] = told
+    return IndexPlan(
+        structure_format.encode(_structure(held_by_rank, owned_by_rank, holdings)), packed
+    )
 
 
 _Chunks = tuple[Numbers, Numbers, Numbers]
@@ -161,26 +149,83 @@ _Chunks = tuple[Numbers, Numbers, Numbers]
 
 
 def _structure(
-    tensors: Mapping[TensorEntry, int],
-    chunks: Sequence[Sequence[_Chunks]],
-    ties: Mapping[TensorKey, str],
+    held_by_rank: HeldByRank, owned_by_rank: OwnedByRank, holdings: Holdings
 ) -> Structure:
-    by_key = {(tensor.part, tensor.name): number for tensor, number in tensors.items()}
-    known: dict[object, int] = {}
-    layouts: list[Layout] = []
-    layout, owners = np.zeros(len(tensors), np.int64), np.arange(len(tensors))
-    for tensor, number in tensors.items():
-        tie = ties.get((tensor.part, tensor.name))
-        owners[number] = owner = number if tie is None else by_key[tensor.part, tie]
-        ranks, starts, sizes = (np.concatenate(each) for each in zip(*chunks[owner], strict=True))
+    count = len(holdings.tensors)
+    pieces = _pieces(held_by_rank, owned_by_rank, holdings)
+    whole: list[_Chunks | None] = [None] * count
+    for tiles, those in owned_by_rank.whole:
+        # The very same arrays for all tensors that are cut alike.
+        chunks = tiles.ranks[tiles.first[:-1][those]], tiles.starts[those], tiles.sizes[those]
+        for number in tiles.tensors.tolist():
+            whole[number] = chunks
+    owners = _owners(holdings)
+    layouts, layout = _Layouts(), np.zeros(count, np.int64)
+    for number, owner in enumerate(owners.tolist()):
+        shape = holdings.tensors[number].shape
+        layout[number] = layouts.number_of(shape, whole[owner], pieces.get(owner, []))
+    return Structure(tuple(holdings.tensors), layout, owners, tuple(layouts.found))
+
+
+def _owners(holdings: Holdings) -> Numbers:
+    """Return for each tensor the number of the one whose bytes are its bytes."""
+    owners = np.arange(len(holdings.tensors))
+    if holdings.ties:
+        by_key = {(one.part, one.name): number for number, one in enumerate(holdings.tensors)}
+        for (part, name), other in holdings.ties.items():
+            owners[by_key[part, name]] = by_key[part, other]
+    return owners
+
+
+def _pieces(
+    held_by_rank: HeldByRank, owned_by_rank: OwnedByRank, holdings: Holdings
+) -> dict[int, list[_Chunks]]:
+    """Return the chunks that are not boxes as ranks hold them, by the number of the tensor."""
+    group_of = np.zeros(len(held_by_rank), np.int64)
+    for number, group in enumerate(held_by_rank.groups):
+        group_of[group.ranks] = number
+    first = np.cumsum([0, *map(len, holdings.numbers)])
+    numbers = np.fromiter(chain.from_iterable(holdings.numbers), np.int64)
+    found: dict[int, list[_Chunks]] = {}
+    for ranks, positions, starts, sizes in owned_by_rank.piece_columns():
+        of = numbers[first[group_of[ranks]] + positions]
+        order = np.argsort(of, kind="stable")
+        tensors, begin = np.unique(of[order], return_index=True)
+        for tensor, some in zip(tensors.tolist(), np.split(order, begin[1:]), strict=True):
+            found.setdefault(tensor, []).append((ranks[some], starts[some], sizes[some]))
+    return found
+
+
+class _Layouts:
+    """The distinct layouts, in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.found: list[Layout] = []
+        self._known: dict[object, int] = {}
+        # By identity, as long as the arrays are there: of tensors cut alike one is looked at.
+        self._whole: dict[tuple[tuple[int, ...], int], int] = {}
+
+    def number_of(
+        self, shape: tuple[int, ...], whole: _Chunks | None, pieces: Sequence[_Chunks]
+    ) -> int:
+        """Return the number of the layout of a tensor with these chunks."""
+        if whole is None or pieces:
+            return self._add(shape, [*pieces] if whole is None else [whole, *pieces])
+        key = (shape, id(whole))
+        if key not in self._whole:
+            self._whole[key] = self._add(shape, [whole])
+        return self._whole[key]
+
+    def _add(self, shape: tuple[int, ...], chunks: Sequence[_Chunks]) -> int:
+        ranks, starts, sizes = (np.concatenate(each) for each in zip(*chunks, strict=True))
         # By where they start; a number without dimensions has one chunk.
-        order = np.lexsort(starts.T[::-1]) if tensor.shape else np.arange(len(ranks))
+        order = np.lexsort(starts.T[::-1]) if shape else np.arange(len(ranks))
         cut = Layout(ranks[order], starts[order], sizes[order])
-        key = (tensor.shape, *(part.tobytes() for part in (cut.rank, cut.starts, cut.sizes)))
-        layout[number] = known.setdefault(key, len(layouts))
-        if layout[number] == len(layouts):
-            layouts.append(cut)
-    return Structure(tuple(tensors), layout, owners, tuple(layouts))
+        key = (shape, *(part.tobytes() for part in (cut.rank, cut.starts, cut.sizes)))
+        number = self._known.setdefault(key, len(self.found))
+        if number == len(self.found):
+            self.found.append(cut)
+        return number
 
 
 def describe_share(

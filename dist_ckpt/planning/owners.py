@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.format.boxes import Box, split_rows, volume
-from dist_ckpt.planning.columns import Alike, HeldByRank, Numbers, pack_numbers, unpack_numbers
+from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_numbers, unpack_numbers
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings, Shared, Tiles
 
@@ -89,9 +89,11 @@ class OwnedByRank(Sequence[list[Owned]]):
 
     Attributes:
         held_by_rank: what the ranks hold.
+        whole: tensors, and which of their boxes are written as they are held, by the first holder.
     """
 
     held_by_rank: HeldByRank
+    whole: Sequence[tuple[Tiles, NDArray[np.bool_]]]
     # Rank after rank, for each box that it holds: whether it writes it as it is.
     _flat: NDArray[np.bool_]
     _first: Numbers
@@ -108,16 +110,6 @@ class OwnedByRank(Sequence[list[Owned]]):
         if isinstance(rank, slice):
             return [self[one] for one in range(len(self))[rank]]
         return read_owned(self.share(rank), self.held_by_rank[rank])
-
-    def whole_boxes(self, group: Alike, position: int) -> tuple[Numbers, Numbers, Numbers]:
-        """Return, of ranks alike, who writes its box at `position` as it is, and these boxes.
-
-        Returns:
-            int64[k], and the offsets and sizes int64[k, d].
-        """
-        offsets, sizes = group.boxes(position)
-        chosen = self._flat[self._first[group.ranks] + position]
-        return group.ranks[chosen], offsets[chosen], sizes[chosen]
 
     def piece_columns(self) -> Iterator[tuple[Numbers, Numbers, Numbers, Numbers]]:
         """Yield all other boxes, those of so many dimensions together.
@@ -186,7 +178,8 @@ def share_out(
     sharing = _Sharing(held_by_rank, max_piece_bytes)
     for tiles in holdings.tiles:
         sharing.give_alone(tiles)
-    mean = sum(int(tiles.nbytes.sum()) for tiles in holdings.tiles) / holdings.world_size
+    nbytes = sum(len(tiles.tensors) * int(tiles.nbytes.sum()) for tiles in holdings.tiles)
+    mean = nbytes / holdings.world_size
     # What only one rank can write came first. Then those with the fewest holders, which have the
     # least choice, and of these the largest: what is left evens out what came before.
     for each in sorted(holdings.shared, key=lambda each: (each.ranks.shape[1], -each.nbytes)):
@@ -203,14 +196,15 @@ class _Sharing:
         self._held_by_rank = held_by_rank
         self._most = max_piece_bytes
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self._whole = np.zeros(self._first[-1], np.bool_)
+        self._flat = np.zeros(self._first[-1], np.bool_)
+        self._whole: list[tuple[Tiles, NDArray[np.bool_]]] = []
         self._loads = np.zeros(len(counts), np.int64)
         self._pieces: dict[int, tuple[list[Numbers], list[Numbers]]] = {}
 
     def done(self) -> OwnedByRank:
         """Return what everybody has now."""
         pieces = [_Pieces.of_all(ranks, numbers) for ranks, numbers in self._pieces.values()]
-        return OwnedByRank(self._held_by_rank, self._whole, self._first, pieces)
+        return OwnedByRank(self._held_by_rank, self._whole, self._flat, self._first, pieces)
 
     def give_alone(self, tiles: Tiles) -> None:
         """Give the boxes that one rank holds to that rank, and all that ranks may not share."""
@@ -218,13 +212,16 @@ class _Sharing:
         # Pieces of values that differ would be a tensor that no rank ever had: the lowest holder,
         # which comes first, has it whole.
         at = tiles.first[:-1][alone]
-        ranks, positions, nbytes = tiles.ranks[at], tiles.positions[at], tiles.nbytes[alone]
+        ranks, places, nbytes = tiles.ranks[at], tiles.places[at], tiles.nbytes[alone]
         if all(tiles.entry.shape) and (self._most is None or (nbytes <= self._most).all()):
-            self._whole[self._first[ranks] + positions] = True
-            np.add.at(self._loads, ranks, nbytes)
+            self._whole.append((tiles, alone))
+            np.add.at(self._loads, ranks, nbytes * len(tiles.tensors))
+            for positions in tiles.at:
+                self._flat[self._first[ranks] + positions[places]] = True
         else:
             boxes = (tiles.starts[alone], tiles.sizes[alone])
-            self._give(ranks, positions, boxes, tiles.itemsize)
+            for positions in tiles.at:
+                self._give(ranks, positions[places], boxes, tiles.itemsize)
 
     def pour(self, shared: Shared, box: Box) -> None:
         """Cut a box by rows over its holders, so that the emptiest come up to one level.

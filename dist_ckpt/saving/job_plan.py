@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.planning.columns import HeldByRank, Table, unpack_numbers
+from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, unpack_numbers
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import IndexPlan, plan_index
 from dist_ckpt.planning.owners import OwnedByRank, share_out
@@ -82,10 +82,10 @@ def plan_job(
     common = {part for each in descriptions for part in each.versioned}
     writers, groups = share_objects(objects, common=common)
     twins = {} if hosts is None else _find_twins(descriptions, hosts)
-    held = _put_together(descriptions, twins)
+    held = put_together(descriptions, twins)
     holdings = Holdings.of(held)
     owned = share_out(held, holdings, max_piece_bytes=max_piece_bytes)
-    index, replicas = plan_index(held, owned, holdings.ties), holdings.replicas()
+    index, replicas = plan_index(held, owned, holdings), holdings.replicas()
     return JobPlan(held, owned, index, replicas, any(replicas), writers, groups, versions, twins)
 
 
@@ -106,17 +106,20 @@ def _find_twins(descriptions: Sequence[Description], hosts: Hosts) -> dict[int, 
     return twins
 
 
-def _put_together(descriptions: Sequence[Description], twins: Collection[int]) -> HeldByRank:
+def put_together(descriptions: Sequence[Description], twins: Collection[int] = ()) -> HeldByRank:
     """Return what all ranks but `twins` hold, given that each table was sent by one rank."""
     tables = {each.digest: Table.decode(each.table) for each in descriptions if each.table}
-    by_rank = []
-    for rank, each in enumerate(descriptions):
+    nothing = Table(())
+    of_ranks = [
+        nothing if rank in twins else tables[each.digest] for rank, each in enumerate(descriptions)
+    ]
+
+    def numbers(rank: int) -> Numbers:
         if rank in twins:
-            by_rank.append((Table(()), np.zeros(0, np.int64)))
-            continue
-        table = tables[each.digest]
-        by_rank.append((table, unpack_numbers(each.numbers, count=table.columns[-1])))
-    return HeldByRank.joined(by_rank)
+            return np.zeros(0, np.int64)
+        return unpack_numbers(descriptions[rank].numbers, count=of_ranks[rank].columns[-1])
+
+    return HeldByRank.joined(of_ranks, numbers)
 
 
 def share_objects(

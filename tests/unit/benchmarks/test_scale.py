@@ -12,8 +12,13 @@ import pytest
 
 from benchmarks.scale.jobs import JOBS
 from benchmarks.scale.planning import measure
+from dist_ckpt.planning.holdings import Holdings
+from dist_ckpt.ranks.rounds import unpack
+from dist_ckpt.saving.job_plan import put_together
+from dist_ckpt.saving.messages import Description
 
 FEW, MANY = 16, 256
+GROUPS = 8
 # Twice as much as if every rank cost the same: it is a third of that, and a square would be 256.
 MOST_TIMES_THE_SECONDS = 2 * MANY / FEW
 MOST_BYTES_A_RANK = 16 << 10
@@ -31,3 +36,13 @@ def test_the_first_plan_does_not_bend_upwards(number: int) -> None:
     assert max(many.received, many.sent) < MOST_BYTES_A_RANK
     assert many.received < 1.5 * few.received
     assert many.sent < 2 * few.sent
+
+
+def test_of_a_mixture_of_experts_each_way_of_cutting_is_planned_once() -> None:
+    """Of 24,000 tensors: cut in a few ways by each group of ranks that has the same ones."""
+    (job,) = (each for each in JOBS if each.layout == "moe")
+    held = put_together([unpack(each, Description) for each in job.messages(GROUPS)[0]])
+    holdings = Holdings.of(held)
+    assert len(holdings.tensors) > 24_000
+    # Two matrices in two dtypes and their counter, for each of the groups; and those of all ranks.
+    assert len(holdings.tiles) < 8 * GROUPS

@@ -130,7 +130,7 @@ def test_the_structure_is_that_of_all_the_boxes(by_rank: list[list[Held]]) -> No
     # A rank names the first of two: one that is tied to a later one cannot be.
     numbers = {tensor: number for number, tensor in enumerate(cuts)}
     assume(all(numbers[owner] < numbers[tensor] for tensor, owner in owners.items()))
-    index = plan_index(together, owned, holdings.ties)
+    index = plan_index(together, owned, holdings)
     assert index.structure == encode(structure_of(cuts, owners))
     tensors = list(cuts)
     found = [[tensors[number] for number in mine] for mine in map(unpack_steps, index.tensors)]
