@@ -62,7 +62,7 @@ bench-doors: venv ## measure copies and exports against plain copies of the same
 bench-trainers: venv ## measure the checkpoints of trainers against ours in their place
 	@$(RUN) -m benchmarks.trainers $(ARGS)
 
-bench-scale: venv ## measure rounds, plans and indexes of jobs of up to 16,384 ranks
+bench-scale: venv ## measure rounds, plans and indexes of up to 16,384 ranks into docs/performance.md
 	@$(RUN) -m benchmarks.scale
 
 docs: venv ## build the site, guides and reference, into build/site

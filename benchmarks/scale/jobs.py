@@ -8,12 +8,12 @@ chunks of the same size but for the last ones.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.planning.columns import Numbers, Row, Table, pack_numbers
@@ -68,16 +68,11 @@ class Job:
 
     def _rank(self, rank: int, world_size: int) -> tuple[bytes, str, bytes]:
         experts, shards, shard = self._place(rank, world_size)
-        table = _table(self.model, experts)
         expert_shards = max(1, world_size // EXPERT_RANKS)
-        cuts = [
-            (expert_shards, rank // EXPERT_RANKS % expert_shards)
-            if ".expert" in row.name
-            else (shards, shard)
-            for row in table.rows
-        ]
-        encoded, digest = _encoded(self.model, experts)
-        return encoded, digest, pack_numbers(_numbers(table.rows, cuts))
+        expert_cut = (expert_shards, rank // EXPERT_RANKS % expert_shards)
+        return *_encoded(self.model, experts), _numbers(
+            self.model, experts, (shards, shard), expert_cut
+        )
 
 
 JOBS = [
@@ -149,17 +144,47 @@ def _mixture(experts: int) -> Iterator[tuple[str, Shape]]:
     yield "lm_head.weight", (129280, hidden)
 
 
-def _numbers(rows: Sequence[Row], cuts: Sequence[tuple[int, int]]) -> Numbers:
-    boxes = (_box(row.shape, *cut) for row, cut in zip(rows, cuts, strict=True))
-    return np.fromiter(itertools.chain.from_iterable(boxes), np.int64)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What a rank with these tensors says, but for where its boxes begin and end.
+
+    Attributes:
+        numbers: of a rank that has them whole.
+        starts: int64[n], where in `numbers` the first offset of each tensor with dimensions is.
+        sizes: int64[n], where its first size is.
+        lengths: int64[n], which is that size.
+        experts: bool[n], whether it is an expert's.
+    """
+
+    numbers: Numbers
+    starts: Numbers
+    sizes: Numbers
+    lengths: Numbers
+    experts: NDArray[np.bool_]
 
 
 @cache
-def _box(shape: Shape, shards: int, shard: int) -> Shape:
-    """Return offsets and sizes of one shard."""
-    if not shape:
-        return ()
-    rows = -(-shape[0] // shards)
-    start = min(shard * rows, shape[0])
-    stop = min(start + rows, shape[0])
-    return (start, *(0 for _ in shape[1:]), stop - start, *shape[1:])
+def _rows(model: str, experts: int) -> _Rows:
+    table = _table(model, experts)
+    cut = [(at, row) for at, row in zip(table.columns, table.rows, strict=False) if row.shape]
+    starts = np.array([at for at, _ in cut], np.int64)
+    numbers = [each for _, row in cut for each in (*(0 for _ in row.shape), *row.shape)]
+    return _Rows(
+        np.array(numbers, np.int64),
+        starts,
+        starts + np.array([len(row.shape) for _, row in cut], np.int64),
+        np.array([row.shape[0] for _, row in cut], np.int64),
+        np.array([".expert" in row.name for _, row in cut]),
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def _numbers(model: str, experts: int, cut: tuple[int, int], expert_cut: tuple[int, int]) -> bytes:
+    """Return the numbers of a rank, packed; a cut is how many shards there are, and which."""
+    rows = _rows(model, experts)
+    shards, shard = (np.where(rows.experts, *pair) for pair in zip(expert_cut, cut, strict=True))
+    each = -(-rows.lengths // shards)
+    numbers = rows.numbers.copy()
+    numbers[rows.starts] = start = np.minimum(shard * each, rows.lengths)
+    numbers[rows.sizes] = np.minimum(start + each, rows.lengths) - start
+    return pack_numbers(numbers)

@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import resource
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.measure import say
 from benchmarks.scale.jobs import JOBS
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.saving.job_plan import plan_job
 
-RANKS = (64, 1024)
+RANKS = (64, 1024, 16_384)
 SECONDS_TARGET = 60.0
 MIB_TARGET = 4096.0
 
@@ -93,15 +94,19 @@ def measure(number: int, ranks: int) -> Row:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not that of `getrusage`, which is at least what the parent had when it started this process.
+    (line,) = re.findall(
+        r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
+    return int(line) / 1024
 
 
 def _exponent(before: Row, after: Row) -> float:
     return math.log(after.seconds / before.seconds) / math.log(after.ranks / before.ranks)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measure, print the table, and return how many bounds were missed."""
+def rows(arguments: Sequence[str]) -> list[Row]:
+    """Measure, print the table, and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
     parser.add_argument("--jobs", type=int, nargs="*", default=range(len(JOBS)))
@@ -110,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
         "| job | ranks | boxes | CPU s | exponent | MiB | B in a rank | B out a rank | tables B | |"
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
-    missed = 0
+    found: list[Row] = []
     context = multiprocessing.get_context("spawn")
     for number in chosen.jobs:
         before: Row | None = None
@@ -119,9 +124,9 @@ def main(arguments: Sequence[str]) -> int:
                 row = alone.apply(measure, (number, ranks))
             say(row.text(before))
             before = row
-            missed += not row.is_met()
-    return missed
+            found.append(row)
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sum(not row.is_met() for row in rows(sys.argv[1:])))

@@ -254,8 +254,8 @@ def waiting(hub: Hub, others: Others, count: Count, seconds: float) -> Row:
     )  # fmt: skip
 
 
-def main(arguments: list[str]) -> int:
-    """Measure, print the table, and return how many bounds were missed."""
+def rows(arguments: Sequence[str]) -> list[Row]:
+    """Measure, print the table, and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 64, RANKS, WAITING_RANKS])
     parser.add_argument("--waiting-ranks", type=int, default=WAITING_RANKS)
@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> int:
         "| what | ranks | wall s | CPU s, rank 0 | CPU s, others | frames a rank | bytes a rank | |"
     )
     say("|---|---|---|---|---|---|---|---|")
-    rows: list[Row] = []
+    found: list[Row] = []
     for ranks in sorted({*chosen.ranks, chosen.waiting_ranks}):
         count = Count()
         with count.counting():
@@ -283,9 +283,9 @@ def main(arguments: list[str]) -> int:
                     measured.append(waiting(hub, others, count, chosen.seconds))
         for row in measured:
             say(row.text())
-        rows += measured
-    return sum(row.is_met is False for row in rows)
+        found += measured
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(sum(row.is_met is False for row in rows(sys.argv[1:])))
