@@ -166,6 +166,21 @@ class MetricsDiffer(StepEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkProgressed(Event):
+    """A copy, an export, an import or an average went on: told for about each 16 MiB.
+
+    Attributes:
+        doing: which part of the work, as "copying step 100", "reading" or "reading back".
+        nbytes_done: how much of that part is done.
+        nbytes_total: how much there is.
+    """
+
+    doing: str
+    nbytes_done: int
+    nbytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class OperationUse:
     """What all operations of one kind on one store came to.
 

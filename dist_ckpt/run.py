@@ -41,7 +41,7 @@ from dist_ckpt.repository.collect import (
     garbage,
     removable,
 )
-from dist_ckpt.repository.copying import Copied, Difference
+from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.listed import Listed, look, protected
@@ -333,6 +333,10 @@ class Run:
             of: its run; this one for None.
         """
         return copying.diff(self.open(step), (of or self).open(other))
+
+    def diff_values(self, step: int, other: int, *, of: Run | None = None) -> list[ValuesDiffer]:
+        """Return whose Python values differ by their digests; see `diff`."""
+        return copying.diff_values(self.open(step), (of or self).open(other))
 
     def _delete(self, step: int, *, pinned_too: bool) -> None:
         try:

@@ -118,6 +118,8 @@ def _diff(
 ) -> None:
     """Show in what two checkpoints differ, by their digests: no data is read without --values.
 
+    With it, how far tensors are apart, and which Python values differ, each by its path.
+
     Example: dist-ckpt diff runs/17@100 200 --values
     """
     run, step = places.open_step(one, storage_option, metric)
@@ -126,17 +128,28 @@ def _diff(
     else:
         there, second = places.open_step(other, storage_option, metric)
     rows = [asdict(each) for each in run.diff(step, second, of=there)]
+    differing = run.diff_values(step, second, of=there)
+    parts = [asdict(each) for each in differing]
     if values:
         rows = _with_values(rows, (run, step), (there, second))
+        module: Any = import_module("dist_ckpt.doors.values")  # which needs torch
+        found = module.value_changes(run.open(step), there.open(second), differing)
+        parts = [asdict(each) for each in found]
     facts = _facts_that_differ(run, step, there, second)
     if json:
-        say_json({"equal": not rows, "tensors": rows, "facts": facts})
+        say_json({"equal": not rows + parts, "tensors": rows, "values": parts, "facts": facts})
         return
     for name, (mine, theirs) in facts.items():
         say(f"{name}: {in_words(mine) or 'nothing'} -> {in_words(theirs) or 'nothing'}")
-    if not rows:
-        say("all tensors are equal")
-        return
+    if rows:
+        _say_tensors(rows, values=values)
+    if parts:
+        _say_values(parts, values=values)
+    if not rows + parts:
+        say("all tensors and values are equal")
+
+
+def _say_tensors(rows: list[dict[str, Any]], *, values: bool) -> None:
     texts = {"part": "part", "name": "name", "kind": "differ in", "here": "here", "there": "there"}
     numbers = ("differing", "absolute", "relative") if values else ()
     table(
@@ -146,6 +159,24 @@ def _diff(
             for row in rows
         ],
     )
+
+
+def _say_values(rows: list[dict[str, Any]], *, values: bool) -> None:
+    if not values:
+        parts = ", ".join(dict.fromkeys(row["part"] for row in rows))
+        say(f"Python values differ in {parts}: --values names them")
+        return
+    ranks = any(row["rank"] is not None for row in rows)
+    titles = ("part", *["rank"] * ranks, "value", "here", "there")
+    cells = [
+        [
+            row["part"],
+            *["" if row["rank"] is None else f"{row['rank']}"] * ranks,
+            *(row[name] for name in ("path", "here", "there")),
+        ]
+        for row in rows
+    ]
+    table([(title, "left") for title in titles], cells)
 
 
 def _with_values(

@@ -11,7 +11,7 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json
 from dist_ckpt.cli.places import Json, Metric, Place
-from dist_ckpt.cli.progress import showing_part
+from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError
 
 _FORMATS = ("safetensors", "hf", "torch", "dcp")
@@ -58,14 +58,13 @@ def _export(
     chosen: dict[str, Any] = {"max_shard": max_shard, "like": like}
     url, which = places.split(source)
     if which == "best":
-        # Found before anything is shown of it.
         which = f"{places.find_named(places.open_run(url, None), which, metric)}"
     if url != source:
         chosen["step"] = int(which) if which.isdecimal() else which
     names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
-    with showing_part(url, int(which) if which.isdecimal() else None, part) as place:
+    with showing_work():
         report = dist_ckpt.export(
-            place,
+            url,
             out,
             format=form,  # type: ignore[arg-type]  # looked at above
             part=part,
@@ -97,7 +96,9 @@ def _import(
             metrics[name] = float(value)
         except ValueError as error:
             raise UsageError(f"--metric takes a number, not {value!r}") from error
-    _tell(dist_ckpt.import_(source, url, step=step, metrics=metrics or None), json=json)
+    with showing_work():
+        report = dist_ckpt.import_(source, url, step=step, metrics=metrics or None)
+    _tell(report, json=json)
 
 
 def _average(
@@ -127,17 +128,16 @@ def _average(
         numbers = [float(each) for each in weights.split(",")] if weights else None
     except ValueError as error:
         raise UsageError(f"--weights takes numbers such as 1,1,2, not {weights!r}") from error
-    _tell(
-        dist_ckpt.average(
+    with showing_work():
+        report = dist_ckpt.average(
             wanted,
             out,
             weights=numbers,
             part=part,
             format=form,  # type: ignore[arg-type]  # looked at above
             step=step,
-        ),
-        json=json,
-    )
+        )
+    _tell(report, json=json)
 
 
 def _pair(text: str, says: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.measuring import measure, scratch
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Options
+from dist_ckpt.cli.progress import showing_bytes
 from dist_ckpt.cli.symptoms import examine
 from dist_ckpt.errors import StorageError
 
@@ -66,9 +67,10 @@ def _bench(
     Example: dist-ckpt bench /scratch/runs --size 1024 --files 8
     """
     store = places.open_run(url, storage_option).store
-    with scratch(store) as folder:
+    nbytes = megabytes * 10**6
+    with scratch(store) as folder, showing_bytes("bench", 2 * nbytes * repeat) as more:
         found = [
-            measure(store, folder, nbytes=megabytes * 10**6, files=files) for _ in range(repeat)
+            measure(store, folder, nbytes=nbytes, files=files, told=more) for _ in range(repeat)
         ]
     write, read = median(each.write for each in found), median(each.read for each in found)
     if json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -55,7 +55,14 @@ def _missing(path: str) -> list[str]:
     return found
 
 
-def measure(store: Store, folder: str, *, nbytes: int, files: int) -> Speed:
+def measure(
+    store: Store,
+    folder: str,
+    *,
+    nbytes: int,
+    files: int,
+    told: Callable[[int], None] = lambda _: None,
+) -> Speed:
     """Write files below `folder`, all at once, and read them back.
 
     Args:
@@ -63,6 +70,7 @@ def measure(store: Store, folder: str, *, nbytes: int, files: int) -> Speed:
         folder: below which of its folders.
         nbytes: of all files together.
         files: how many.
+        told: called, on any thread, with bytes that go to the place, and with those that came back.
 
     Raises:
         IntegrityError: what was read is not what was written.
@@ -80,10 +88,10 @@ def measure(store: Store, folder: str, *, nbytes: int, files: int) -> Speed:
     keys = [f"{folder}{number}" for number in range(files)]
 
     def put(key: str) -> None:
-        store.put(key, [data], mode="replace")
+        store.put(key, [data], mode="replace", watch=told)
 
     def read(number: int) -> None:
-        store.read_into(keys[number], 0, buffers[number])
+        told(store.read_into(keys[number], 0, buffers[number]))
 
     began = time.perf_counter()
     parallel.in_parallel(put, keys, threads=files)

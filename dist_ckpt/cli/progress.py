@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,35 @@ from dist_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Run
-    from dist_ckpt.storage import Store
+
+Told = Callable[[int], None]
+"""Called with how many bytes more are done."""
+
+
+@contextmanager
+def showing_work() -> Iterator[None]:
+    """Show how copies, exports, imports, averages and saves of the body go on."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with _bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def told(event: object) -> None:
+            if isinstance(event, dist_ckpt.events.WorkProgressed):
+                doing = event.doing
+            elif isinstance(event, dist_ckpt.events.SaveProgressed):
+                doing = event.phase
+            else:
+                return
+            if doing not in tasks:
+                tasks[doing] = bars.add_task(doing)
+            done, total = event.nbytes_done, event.nbytes_total
+            # What is done makes room for what comes next.
+            bars.update(tasks[doing], completed=done, total=total, visible=done < total)
+
+        with _hearing(told):
+            yield
 
 
 @contextmanager
@@ -31,22 +59,11 @@ def showing_reads(
     if not sys.stderr.isatty():
         yield run
         return
-    # Only here: who works without a terminal waits for neither of them.
-    rich: Any = import_module("rich.progress")
     storage: Any = import_module("dist_ckpt.storage")
     metered = isinstance(run.store, storage.MeterStore)
     seen = run if metered else dist_ckpt.Run(storage.MeterStore(run.store))
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    console = import_module("rich.console").Console(stderr=True)
-    with rich.Progress(*columns, console=console, transient=True) as bar:
-        total = _nbytes(run, step) if nbytes is None else nbytes
-        task = bar.add_task(f"step {step}", total=total and total // shares)
+    total = _nbytes(run, step) if nbytes is None else nbytes
+    with showing_bytes(f"step {step}", total and total // shares) as more:
 
         def told(event: object) -> None:
             if (
@@ -54,40 +71,50 @@ def showing_reads(
                 and event.operation == "read_into"
                 and event.url == seen.url
             ):
-                bar.advance(task, event.nbytes)
+                more(event.nbytes)
 
-        unsubscribe = dist_ckpt.events.subscribe(told)
-        try:
+        with _hearing(told):
             yield seen
-        finally:
-            unsubscribe()
 
 
 @contextmanager
-def showing_part(url: str, step: int | None, part: str) -> Iterator[str | Store]:
-    """Give the place `url` for the body, as one whose reads are shown where it is a run.
+def showing_bytes(doing: str, total: int | None) -> Iterator[Told]:
+    """Give the body what it is to call with the bytes that are done.
 
     Args:
-        url: a run, or whatever else is opened.
-        step: which checkpoint of it; None for the newest.
-        part: what of it will be read.
+        doing: what the work is called.
+        total: how many bytes there are, None where that is not known.
     """
-    run = _run_at(url) if sys.stderr.isatty() else None
-    if run is None:
-        yield url
+    if not sys.stderr.isatty():
+        yield lambda _: None
         return
-    with dist_ckpt.open_checkpoint(run.store, step=step) as opened:
-        nbytes = sum(info.nbytes for info in opened.info.values() if info.part == part)
-    with showing_reads(run, opened.step, nbytes=nbytes) as seen:
-        yield seen.store
+    with _bars() as bars:
+        task = bars.add_task(doing, total=total)
+        yield lambda nbytes: bars.advance(task, nbytes)
 
 
-def _run_at(url: str) -> Run | None:
+@contextmanager
+def _hearing(told: Callable[[object], None]) -> Iterator[None]:
+    unsubscribe = dist_ckpt.events.subscribe(told)
     try:
-        run = dist_ckpt.Run(url)
-        return None if run.latest() is None else run
-    except CheckpointError:
-        return None  # a file, or what else another program wrote
+        yield
+    finally:
+        unsubscribe()
+
+
+def _bars() -> Any:
+    # Only here: who works without a terminal waits for neither of them.
+    rich: Any = import_module("rich.progress")
+    console = import_module("rich.console").Console(stderr=True)
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 def _nbytes(run: Run, step: int) -> int | None:

@@ -15,7 +15,7 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
-from dist_ckpt.cli.progress import showing_reads
+from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError, near
 
 if TYPE_CHECKING:
@@ -186,9 +186,9 @@ def _cp(
     target = places.open_run(destination, storage_option)
     done = []
     for step in steps:
-        with showing_reads(run, step) as seen:
+        with showing_work():
             copied, words = (
-                _whole(seen, step, target) if parts is None else _parts(seen, step, target, parts)
+                _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
             )
         done.append(copied)
         if not json:

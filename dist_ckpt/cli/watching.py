@@ -13,6 +13,7 @@ import typer
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import escaped, say, say_json, size, write
 from dist_ckpt.cli.places import Json, Options
+from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import NotFound, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def _mirror(
 
     def look() -> None:
         try:
-            done = run.mirror(target, best=criterion, keep=keep)
+            with showing_work():
+                done = run.mirror(target, best=criterion, keep=keep)
         except (NotFound, StorageError) as error:
             if not watch:
                 raise

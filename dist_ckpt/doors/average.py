@@ -19,7 +19,7 @@ from dist_ckpt.doors.export import (
     open_at,
     write_content,
 )
-from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.location import place_name
@@ -130,7 +130,7 @@ def _commit(
 ) -> AverageReport:
     was_there = is_saved({part: averaged}, {}, out, step, stored=StoredContent)
     if not was_there:
-        save_parts({part: SpooledPart(averaged, {})}, out, step=step, metrics={})
+        save_parts({part: averaged}, {}, out, step=step, metrics={})
     return AverageReport(place_name(out), step, shares, len(averaged.items), was_there)
 
 

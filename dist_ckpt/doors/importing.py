@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from dist_ckpt.doors.content import StoredContent
-from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.called_alike import ALIKE
@@ -123,8 +123,7 @@ def _import(
     objects = {new: reading.objects[old] for old, new in reading.parts.items()}
     was_there = is_saved(contents, objects, url, number, stored=StoredContent)
     if not was_there:
-        spooled = {part: SpooledPart(contents[part], objects[part]) for part in contents}
-        save_parts(spooled, url, step=number, metrics=numbers)
+        save_parts(contents, objects, url, step=number, metrics=numbers)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)
     left_out = tuple(reading.left_out)
     return ImportReport(

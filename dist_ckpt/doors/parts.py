@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_ckpt.doors.content import Item
-from dist_ckpt.doors.spool import SpooledPart, is_saved, save_parts
+from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import UsageError, near
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
@@ -61,11 +61,10 @@ def copy_parts(source: Store, url: Place, *, step: int, parts: Sequence[str]) ->
         objects = {part: opened.read_encoded(part) for part in parts}
         was_there = is_saved(contents, objects, url, step, stored=_Content)
         if not was_there:
-            spooled = {part: SpooledPart(contents[part], objects[part]) for part in parts}
             # As policies see it: with what became known after the save.
             found = look(source, step)
             metadata = _metadata(opened, None if found.record is None else found.record.epoch)
-            save_parts(spooled, url, step=step, metrics=found.metrics, metadata=metadata)
+            save_parts(contents, objects, url, step=step, metrics=found.metrics, metadata=metadata)
         items = [item for content in contents.values() for item in content.items.values()]
         nbytes = sum(item.nbytes for item in items)
         return PartsReport(step, tuple(parts), len(items), nbytes, was_there)

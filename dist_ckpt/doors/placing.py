@@ -17,6 +17,7 @@ import msgspec
 from dist_ckpt.doors.image import WINDOW_BYTES
 from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
 from dist_ckpt.format.digest import block_digests
+from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Sweeper, read_all
 from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.storage.parallel import in_parallel
@@ -33,6 +34,15 @@ class OutFile:
 
     key: str
     stream: Stream
+
+
+class _Tallies:
+    """What is told of files on their way to `store`: as they are written, and as they are read."""
+
+    def __init__(self, store: Store, files: Sequence[OutFile]) -> None:
+        nbytes = sum(file.stream.nbytes for file in files)
+        self.writing = Tally(store.url, "writing", nbytes)
+        self.reading_back = Tally(store.url, "reading back", nbytes)
 
 
 @dataclass
@@ -65,7 +75,7 @@ def place_one(store: Store, file: OutFile) -> None:
         AlreadyExists: there is another one. The same one is what this was to make.
     """
     _sweep(store)
-    _put_or_compare(store, file, replace=False)
+    _put_or_compare(store, file, _Tallies(store, [file]), replace=False)
 
 
 def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]) -> None:
@@ -93,37 +103,42 @@ def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]
     if found is None:
         store.put(NOTE, [note])
     _sweep(store)
+    tallies = _Tallies(store, files)
     for file in files:
         # What has another content is from a source that was saved anew under the same name.
-        _put_or_compare(store, file, replace=True)
+        _put_or_compare(store, file, tallies, replace=True)
     store.delete([NOTE])
 
 
 def _check_done(store: Store, files: Sequence[OutFile]) -> None:
     """Check that the folder has the files: the work was cut off when all of it was done."""
+    tally = _Tallies(store, files).reading_back
     for file in files:
-        if _size(store, file.key) != file.stream.nbytes or not _is_stored(store, file):
+        if _size(store, file.key) != file.stream.nbytes or not _is_stored(store, file, tally):
             raise AlreadyExists(
                 f"{store.url} is not empty, and has not what this export would make: choose "
                 "another place, or empty it"
             )
 
 
-def _put_or_compare(store: Store, file: OutFile, *, replace: bool) -> None:
+def _put_or_compare(store: Store, file: OutFile, tallies: _Tallies, *, replace: bool) -> None:
     size = _size(store, file.key)
-    if size == file.stream.nbytes and _is_stored(store, file):
+    if size == file.stream.nbytes and _is_stored(store, file, tallies.reading_back):
+        tallies.writing.note(file.key, size)
         return
     if size is not None and not replace:
         raise AlreadyExists(
             f"{file.key} already exists in {store.url}, with another content: export elsewhere, or "
             "remove it"
         )
-    digests = _Digests(file.stream)
+    digests = _Digests(tallies.writing.counted(file.key, file.stream))
     put_stream(store, file.key, digests.watched(), mode="create" if size is None else "replace")
-    _read_back(store, file, digests.parts)
+    _read_back(store, file, digests.parts, tallies.reading_back)
 
 
-def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]) -> None:
+def _read_back(
+    store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]], tally: Tally
+) -> None:
     """Compare what is stored with what was made.
 
     Raises:
@@ -142,6 +157,7 @@ def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]
                 f"{start}: it was removed. Check the disk or the server"
             )
         buffers.append(buffer)
+        tally.note((file.key, start), count)
 
     try:
         # A disk and a server are only as fast as they are asked for several parts at once.
@@ -151,11 +167,11 @@ def _read_back(store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]]
         raise
 
 
-def _is_stored(store: Store, file: OutFile) -> bool:
+def _is_stored(store: Store, file: OutFile, tally: Tally) -> bool:
     """Whether the object there is what the stream makes, of which it has the size."""
     buffer = aligned_buffer(WINDOW_BYTES)
     start = 0
-    for piece in file.stream:
+    for piece in tally.counted(file.key, file.stream):
         for wanted in _parts(piece):
             count = store.read_into(file.key, start, buffer[: wanted.nbytes])
             if buffer[:count] != wanted:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import math
 import mmap
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +25,10 @@ from dist_ckpt.functional import save
 from dist_ckpt.loading.location import place_name
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.stream import Stream
 
 _IN_MEMORY_BYTES = 256 << 20
 _SAVE_BYTES = 128 << 20
@@ -38,15 +42,18 @@ class SpooledPart:
     Args:
         content: its tensors; None if there are none.
         objects: its encoded Python values.
+        tally: told of the tensors as they are read.
 
     Raises:
         StorageError: there is no room for them in the folder for temporary files.
         CheckpointError: they cannot be read.
     """
 
-    def __init__(self, content: Outgoing | None, objects: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, content: Outgoing | None, objects: Mapping[str, bytes], tally: Tally
+    ) -> None:
         self._objects = dict(objects)
-        self._tensors = {} if content is None else _read(content)
+        self._tensors = {} if content is None else _read(content, tally)
 
     def capture(self) -> Captured:
         """Return the tensors and values."""
@@ -61,19 +68,34 @@ class SpooledPart:
 
 
 def save_parts(
-    parts: Mapping[str, SpooledPart],
+    contents: Mapping[str, Outgoing | None],
+    objects: Mapping[str, Mapping[str, bytes]],
     url: Place,
     *,
     step: int,
     metrics: Mapping[str, float],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save `parts` as the checkpoint `step` of the run at `url`, by this process alone.
+    """Save parts as the checkpoint `step` of the run at `url`, by this process alone.
+
+    Args:
+        contents: by part its tensors; None for a part without any.
+        objects: by part its encoded values; those of a part that is not there are none.
+        url: the run.
+        step: which checkpoint it becomes.
+        metrics: stored with it.
+        metadata: stored with it.
 
     Raises:
+        StorageError: the run, or the folder for temporary files, is full or failed.
         CheckpointError: nothing was committed.
     """
-    named: dict[str, object] = dict(parts)
+    nbytes = sum(_nbytes(content) for content in contents.values() if content is not None)
+    tally = Tally(place_name(url), "reading", nbytes)
+    named: dict[str, object] = {
+        part: SpooledPart(content, objects.get(part, {}), tally)
+        for part, content in contents.items()
+    }
     save(
         TrainState(rng=None, **named),  # type: ignore[arg-type]
         url,
@@ -113,7 +135,7 @@ def is_saved(
     with there:
         if set(there.parts) != set(contents) or not all(
             (part not in objects or there.read_encoded(part) == objects[part])
-            and (content is None or _is_same(content, stored(there, part)))
+            and (content is None or _is_same(content, stored(there, part), place_name(url)))
             for part, content in contents.items()
         ):
             raise AlreadyExists(
@@ -124,35 +146,46 @@ def is_saved(
     return True
 
 
-def _is_same(one: Outgoing, other: Outgoing) -> bool:
+def _is_same(one: Outgoing, other: Outgoing, where: str) -> bool:
     """Tell whether two contents have the same names, dtypes, shapes and bits; reads both."""
     if dict(one.items) != dict(other.items):
         return False
-    pairs = zip(_bytes_of(one), _bytes_of(other, like=one), strict=True)
-    return all(mine == theirs for mine, theirs in pairs)
-
-
-def _bytes_of(content: Outgoing, like: Outgoing | None = None) -> Iterator[memoryview]:
     image = Image()
-    for item in (like or content).items.values():
+    for item in one.items.values():
         image.skip_to(_aligned(image.nbytes))
         image.add_tensor(item)
-    return windows(image, content)
+    ours, theirs = (Stream(image.nbytes, partial(windows, image, each)) for each in (one, other))
+    tally = Tally(where, "comparing", image.nbytes)
+    return all(map(operator.eq, tally.counted(0, ours), theirs))
 
 
-def _read(content: Outgoing) -> dict[str, torch.Tensor]:
-    first = {name: group[0] for group in content.ties for name in group}
-    stored = [item for name, item in content.items.items() if first.get(name, name) == name]
+def _read(content: Outgoing, tally: Tally) -> dict[str, torch.Tensor]:
+    first, stored = _first_names(content), _stored_items(content)
     mapping = _mapping(sum(_aligned(item.nbytes) for item in stored))
     found: dict[str, torch.Tensor] = {}
     at = 0
     for item in stored:
         found[item.name] = _tensor(mapping, item, at)
         at += _aligned(item.nbytes)
-    for batch in _batches(stored, found):
+    for number, batch in enumerate(_batches(stored, found)):
         content.fill(batch)
+        tally.note((id(content), number), sum(memory.nbytes for _, _, memory in batch))
     # Names of one memory stay so: a save stores it once.
     return {name: found[first.get(name, name)] for name in content.items}
+
+
+def _first_names(content: Outgoing) -> dict[str, str]:
+    """Return for names that are one tensor which of them it is stored under."""
+    return {name: group[0] for group in content.ties for name in group}
+
+
+def _stored_items(content: Outgoing) -> list[Item]:
+    first = _first_names(content)
+    return [item for name, item in content.items.items() if first.get(name, name) == name]
+
+
+def _nbytes(content: Outgoing) -> int:
+    return sum(item.nbytes for item in _stored_items(content))
 
 
 def _tensor(mapping: mmap.mmap, item: Item, offset: int) -> torch.Tensor:

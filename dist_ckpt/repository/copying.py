@@ -16,6 +16,7 @@ from dist_ckpt.format.names import INDEX, file_key, manifest_key
 from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, holds
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.stream import Stream, put_stream
@@ -62,6 +63,19 @@ class Difference:
     there: str
 
 
+@dataclass(frozen=True, slots=True)
+class ValuesDiffer:
+    """The Python values of one part, in which two checkpoints differ by their digests.
+
+    Attributes:
+        part: which part.
+        rank: whose values they are; None for those that all ranks share.
+    """
+
+    part: str
+    rank: int | None
+
+
 def copy(source: Checkpoint, target: Store) -> Copied:
     """Copy `source` to the run at `target`; its manifest goes last.
 
@@ -90,12 +104,16 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     # The same checkpoint, read from its new place.
     there = source.at(target)
     copied: list[int] = []
+    tally = Tally(target.url, f"copying step {step}", source.nbytes)
 
     def one(number: int) -> None:
         name, nbytes = source.files[number]
-        if not _is_there(there, number):
+        if _is_there(there, number):
+            tally.note(number, nbytes)
+        else:
             stream = Stream(nbytes, partial(source.read_pieces, number))
-            put_stream(target, file_key(step, save_id, name), stream, mode="replace")
+            key = file_key(step, save_id, name)
+            put_stream(target, key, tally.counted(number, stream), mode="replace")
             copied.append(nbytes)
 
     in_parallel(one, range(len(source.files)), threads=_AT_ONCE)
@@ -136,6 +154,29 @@ def diff(here: Checkpoint, there: Checkpoint) -> list[Difference]:
             continue
         found.append(Difference(part, name, kind, _shown(one), _shown(other)))
     return found
+
+
+def diff_values(here: Checkpoint, there: Checkpoint) -> list[ValuesDiffer]:
+    """Return whose Python values differ in two checkpoints, by their digests.
+
+    They may be equal after all, where dicts were filled in another order.
+    """
+    ours, theirs = _values(here.index), _values(there.index)
+    differing = (
+        which for which in ours.keys() | theirs.keys() if ours.get(which) != theirs.get(which)
+    )
+    # What all ranks share before what they have of their own.
+    return sorted(
+        differing, key=lambda which: (which.part, -1 if which.rank is None else which.rank)
+    )
+
+
+def _values(index: Index) -> dict[ValuesDiffer, list[str]]:
+    """Return the digests of the values of each part, and of each rank."""
+    found: dict[ValuesDiffer, list[str]] = {}
+    for entry in index.objects:
+        found.setdefault(ValuesDiffer(entry.part, entry.rank), []).append(entry.digest)
+    return {which: sorted(digests) for which, digests in found.items()}
 
 
 _Numbered: TypeAlias = tuple[TensorEntry, int]

@@ -90,6 +90,11 @@ def check_numbers(shell: Shell, url: str) -> None:
         ("0.weight", 10.0)
     ]
     assert "0.5" in shell.screen("diff", f"{url}@10", "20", "--values")
+    assert shell.json("diff", f"{url}@10", f"{url}@10", "--values") == {
+        "equal": True,
+        "tensors": [], "values": [], "facts": {},
+    }
+    assert "are equal" in shell.screen("diff", url, url)
 
 
 def check_health(shell: Shell, url: str) -> None:
@@ -121,7 +126,9 @@ def check_parts(shell: Shell, url: str, place: str) -> None:
     assert (shown["parts"], shown["metrics"]) == (["model"], {"val/loss": 1.0})
     assert shown["metadata"]["copied_from"]["parts"] == ["model", "rng"]
     assert Run(place).verify(20).ok
-    assert shell.json("diff", f"{url}@20", place)["equal"], "every tensor"
+    left = shell.json("diff", f"{url}@20", place)
+    assert (left["equal"], left["tensors"]) == (False, []), "every tensor is equal"
+    assert {each["part"] for each in left["values"]} == {"rng"}
     code, _, said = shell.code("cp", f"{url}@20", place, "--parts", "rng")
     assert (code, "each rank has values of its own" in said) == (2, True)
 

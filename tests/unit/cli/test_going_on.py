@@ -86,6 +86,17 @@ def test_long_work_shows_its_bytes_on_a_terminal_alone(
     assert out == shell.screen("verify", url, "--all")
     assert b"step 30" in shown
     assert b"bytes" in shown or b"kB" in shown
-    out, shown = on_terminal("export", f"{url}@20", str(tmp_path / "w.safetensors"))
-    assert "exported step 20" in out
-    assert b"step 20" in shown
+    weights, run = str(tmp_path / "w.safetensors"), str(tmp_path / "imported")
+    for arguments, says, doing in (
+        (("export", f"{url}@20", weights), "exported step 20", b"reading back"),
+        (("import", weights, run), "step 0 of", b"reading"),
+        (("average", f"{url}@10", f"{url}@20", "--out", run), "step 20 of", b"reading"),
+        (("cp", f"{url}@20", run + "-cp"), "step 20: 2 files", b"copying step 20"),
+        (("cp", f"{url}@20", run + "-parts", "--parts", "model"), "step 20: model", b"reading"),
+        (("mirror", url, run + "-mirror"), "step 30: 2 files", b"copying step 30"),
+        (("bench", str(tmp_path), "--size", "1", "--repeat", "1"), "medians of 1", b"bench"),
+    ):
+        out, shown = on_terminal(*arguments)
+        assert says in out, arguments
+        assert doing in shown, (arguments, shown)
+        assert b"bytes" in shown or b"kB" in shown or b"MB" in shown
