@@ -12,7 +12,8 @@ assert [each.kept for each in run.plan_keep(keep.latest(3))] == [True]
 ```
 
 Reading claims nothing, and deleting does not take a run from the job that trains in it: what that
-job writes, its newest checkpoint, the one it went on from and pinned ones are never touched.
+job writes, its newest checkpoint, its best ones, the one it went on from and pinned ones are never
+touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, marks, status
 from dist_ckpt.repository import keep as keeping
+from dist_ckpt.repository import scratch as scratches
 from dist_ckpt.repository.below import runs_below, similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.collect import (
@@ -44,7 +46,7 @@ from dist_ckpt.repository.collect import (
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.repository.listed import Listed, look, protected
+from dist_ckpt.repository.listed import Listed, bests_of, look, marked, protected
 from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.repository import Repository
 from dist_ckpt.repository.status import JobStatus
@@ -139,6 +141,14 @@ class Run:
         ranked = Criterion(metric, mode).ranked(self.records())
         return ranked[0].step if ranked else None
 
+    def criteria(self) -> list[Criterion]:
+        """Return by which metrics the job of this run keeps a best, as its newest checkpoint says.
+
+        Raises:
+            NotFound: there is none that can be read.
+        """
+        return bests_of(self.newest())
+
     def records(self) -> list[Record]:
         """Return what the manifests say of the committed checkpoints, ascending."""
         return [each.record for each in self.listed() if each.record is not None]
@@ -154,11 +164,7 @@ class Run:
         if not steps:
             raise self._repository.no_checkpoint()
         found = map_in_parallel(partial(look, self.store), steps, threads=_AT_ONCE)
-        whole = [each.step for each in found if each.state == "committed"]
-        return [
-            replace(each, marks=("latest", *each.marks)) if each.step in whole[-1:] else each
-            for each in found
-        ]
+        return marked(found)
 
     def manifest(self, step: int) -> Manifest:
         """Return what was committed under `step`.
@@ -168,6 +174,17 @@ class Run:
             IntegrityError: the manifest is damaged.
         """
         return manifest_format.decode(self._manifest_bytes(step), step=check_step(step))
+
+    def newest(self) -> Manifest:
+        """Return what was committed last, of what can be read; no other manifest is looked at.
+
+        Raises:
+            NotFound: there is none.
+        """
+        for step in self._repository.newest_first():
+            with suppress(NotFound, IntegrityError, IncompatibleError):
+                return self.manifest(step)
+        raise self._repository.no_checkpoint()
 
     def open(self, step: int) -> Checkpoint:
         """Open a committed checkpoint. See `manifest` for errors."""
@@ -219,7 +236,7 @@ class Run:
                 )
             elif each.step in good:
                 decisions.append(KeepDecision(each.step, True, why, each.nbytes or 0))
-            elif each.state != "unfinished":
+            elif each.state not in ("in flight", "aborted"):
                 decisions.append(KeepDecision(each.step, True, (each.state,), 0))
         return decisions
 
@@ -243,8 +260,8 @@ class Run:
 
         Args:
             step: which.
-            force: also where it is the newest, the one that the run went on from, pinned or
-                damaged.
+            force: also where it is the newest, the best by a metric that the run keeps it by, the
+                one that the run went on from, pinned or damaged.
 
         Raises:
             NotFound: it is not committed.
@@ -262,6 +279,8 @@ class Run:
     def sweep(self, *, older_than: timedelta | None = None) -> list[str]:
         """Remove what killed jobs left; return the folders that went.
 
+        So does what a `dist-ckpt doctor` or `bench` left that was killed.
+
         What the job that owns the run writes is not touched, as nobody else can tell it from what
         that job gave up: that goes after its next commit.
 
@@ -273,12 +292,16 @@ class Run:
         """
         older = claims.highest(self.store) - 1
         before = None if older_than is None else time.time() - older_than.total_seconds()
-        return collect_garbage(self.store, claim=older, in_flight=(), before=before)
+        gone = collect_garbage(self.store, claim=older, in_flight=(), before=before)
+        return gone + scratches.remove_leftovers(self.store, before=before)
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""
         older = claims.highest(self.store) - 1
-        return list(garbage(self.store, claim=older, in_flight=()))
+        return [
+            *garbage(self.store, claim=older, in_flight=()),
+            *scratches.leftovers(self.store),
+        ]
 
     def copy(self, step: int, to: str | Store | Run) -> Copied:
         """Copy a checkpoint into another run, verified, and committed there last.
@@ -305,15 +328,14 @@ class Run:
             keep: how many of the newest stay there beside the best; None deletes nothing.
 
         Raises:
-            NotFound: there is no run to copy.
+            NotFound: there is no run to copy, or nothing in it that can be read.
             AlreadyExists: another checkpoint of such a step is there.
         """
         target = to if isinstance(to, Run) else Run(to)
         policy = None if keep is None else _newest_or_best(keep, best)
-        listed = self.listed()
-        wanted = {each.step for each in listed if "latest" in each.marks}
-        records = [each.record for each in listed if each.record is not None]
-        wanted |= {each.step for each in (best.ranked(records) if best else [])[:1]}
+        wanted = {self.newest().step}
+        if best is not None:
+            wanted |= {each.step for each in best.ranked(self.records())[:1]}
         copied = []
         for step in sorted(wanted):
             with suppress(NotFound):

@@ -13,7 +13,7 @@ import typer
 
 import dist_ckpt
 from dist_ckpt.cli import places
-from dist_ckpt.cli.looking import in_words, metric_names
+from dist_ckpt.cli.looking import in_words, metric_series
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_reads
@@ -211,18 +211,13 @@ def _compare(url: Url, *, storage_option: Options = None, json: Json = False) ->
     Example: dist-ckpt compare runs/17
     """
     run = places.open_run(url, storage_option)
-    rows = [each for each in run.listed() if each.record is not None]
-    names = metric_names(rows)
+    series = metric_series(run)
     if json:
-        series = {
-            name: [[each.step, each.metrics[name]] for each in rows if name in each.metrics]
-            for name in names
-        }
         say_json({"url": run.url, "metrics": series})
         return
     cells = []
-    for name in names:
-        values = [each.metrics[name] for each in rows if name in each.metrics]
+    for name, points in series.items():
+        values = [value for _, value in points]
         cells.append(
             [name, _spark(values), *map(show_number, (min(values), max(values), values[-1]))]
         )

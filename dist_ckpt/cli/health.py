@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dist_ckpt.cli import places
-from dist_ckpt.cli.measuring import measure, scratch
+from dist_ckpt.cli.measuring import measure
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Options
 from dist_ckpt.cli.progress import showing_bytes
@@ -68,6 +69,7 @@ def _bench(
     """
     store = places.open_run(url, storage_option).store
     nbytes = megabytes * 10**6
+    scratch: Any = import_module("dist_ckpt.repository.scratch").scratch
     with scratch(store) as folder, showing_bytes("bench", 2 * nbytes * repeat) as more:
         found = [
             measure(store, folder, nbytes=nbytes, files=files, told=more) for _ in range(repeat)

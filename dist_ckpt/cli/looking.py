@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +13,14 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.output import age, clear, finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.watching import Every, Watch, repeat
-from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.errors import NotFound, UsageError, near
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.listed import Listed
     from dist_ckpt.run import Run
+
+Points = list[tuple[int, float]]
+"""Steps, ascending, each with a value."""
 
 _SORTS = ("step", "age", "size")
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -258,9 +261,32 @@ def _as_json(each: Listed) -> dict[str, Any]:
     }
 
 
-def metric_names(rows: list[Listed]) -> list[str]:
+def metric_names(rows: Sequence[Listed]) -> list[str]:
     """Return the names of all metrics, sorted."""
     return sorted({name for each in rows for name in each.metrics})
+
+
+def metric_series(run: Run, metrics: Sequence[str] = ()) -> dict[str, Points]:
+    """Return by metric its values, each with its step, in order.
+
+    Args:
+        run: whose.
+        metrics: which; all of them without any.
+
+    Raises:
+        UsageError: no checkpoint has one of them.
+    """
+    rows = run.listed()
+    known = metric_names(rows)
+    for name in metrics:
+        if name not in known:
+            raise UsageError(
+                f"no checkpoint in {run.url} has the metric {name!r}{near(name, known)}"
+            )
+    return {
+        name: [(each.step, each.metrics[name]) for each in rows if name in each.metrics]
+        for name in metrics or known
+    }
 
 
 def _least(rows: list[Listed], names: list[str]) -> dict[int, list[str]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,34 +23,6 @@ class Speed:
 
     write: float
     read: float
-
-
-@contextmanager
-def scratch(store: Store) -> Iterator[str]:
-    """Give the body a folder of the store that nobody else uses, and remove all of it at the end.
-
-    The folders of a disk that were made for it go, too.
-    """
-    root = store.url if "://" not in store.url else ""
-    above = _missing(root) if root else []
-    folder = f"dist-ckpt-scratch-{secrets.token_hex(8)}/"
-    try:
-        yield folder
-    finally:
-        store.delete([entry.key for entry in store.list_entries(folder)])
-        for path in above:
-            # Somebody else may have begun a run there meanwhile.
-            if os.path.isdir(path) and not os.listdir(path):
-                os.rmdir(path)
-
-
-def _missing(path: str) -> list[str]:
-    """Return the folders on the way to `path` that are not there, the deepest first."""
-    found = []
-    while path and not os.path.lexists(path):
-        found.append(path)
-        path = os.path.dirname(path)
-    return found
 
 
 def measure(

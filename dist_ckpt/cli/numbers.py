@@ -6,25 +6,19 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import dist_ckpt
 from dist_ckpt.cli import places
-from dist_ckpt.cli.looking import metric_names
+from dist_ckpt.cli.looking import Points, metric_series
 from dist_ckpt.cli.output import say, say_json, show_number, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_reads
-from dist_ckpt.errors import StorageError, UsageError, describe, near
-
-if TYPE_CHECKING:
-    from dist_ckpt.run import Run
-
-Points = list[tuple[int, float]]
+from dist_ckpt.errors import StorageError, UsageError, describe
 
 _NARROW, _WIDE = 60, 100
 _ROWS = 12
@@ -108,7 +102,7 @@ def _plot(
     if out is not None and not out.endswith(_PICTURES):
         raise UsageError(f"--out ends in one of {', '.join(_PICTURES)}, not {out!r}")
     run = places.open_run(url, storage_option)
-    series = _series(run, metrics)
+    series = metric_series(run, metrics or ())
     if out is not None:
         _draw_picture(series, out, title=run.url)
     if json:
@@ -120,20 +114,6 @@ def _plot(
         for name, points in series.items():
             for line in draw(name, points, width=width):
                 say(line)
-
-
-def _series(run: Run, metrics: Sequence[str] | None) -> dict[str, Points]:
-    rows = run.listed()
-    known = metric_names(rows)
-    for name in metrics or ():
-        if name not in known:
-            raise UsageError(
-                f"no checkpoint in {run.url} has the metric {name!r}{near(name, known)}"
-            )
-    return {
-        name: [(each.step, each.metrics[name]) for each in rows if name in each.metrics]
-        for name in metrics or known
-    }
 
 
 def draw(name: str, points: Points, *, width: int) -> list[str]:

@@ -34,7 +34,12 @@ Options = Annotated[
     typer.Option("--storage-option", metavar="K=V", help="an option of the storage; repeatable"),
 ]
 Metric = Annotated[
-    str | None, typer.Option("--metric", metavar="NAME[:max]", help="what @best is chosen by")
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME[:max]",
+        help="what @best is chosen by; by default what the run keeps the best by",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -90,9 +95,13 @@ def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> 
 
 
 def find_named(run: Run, which: str, metric: str | None) -> int:
-    """Return the latest or the best step of a run."""
+    """Return the latest or the best step of a run.
+
+    Without a metric the best by the first one that the run itself keeps it by.
+    """
     if which == "best":
-        wanted = criterion(metric)
+        known = [] if metric else run.criteria()
+        wanted = known[0] if known else criterion(metric)
         step = run.best(wanted.metric, wanted.mode)
         if step is None:
             raise NotFound(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from dist_ckpt.cli.measuring import measure, scratch
+from dist_ckpt.cli.measuring import measure
 from dist_ckpt.cli.output import size
 from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
 
@@ -58,6 +58,7 @@ class _Place:
     run: Run
     options: Mapping[str, Any]
     folder: str = ""
+    removed: list[str] = field(default_factory=list)
     put_at: tuple[float, float] = (0.0, 0.0)
     data: bytes = field(default=b"dist_ckpt was here\n" * 50)
 
@@ -91,7 +92,9 @@ def examine(run: Run, options: Mapping[str, Any]) -> list[Check]:
     if any(each.state == "fail" for each in checks):
         return checks
     try:
-        with scratch(place.store) as place.folder:
+        scratches: Any = import_module("dist_ckpt.repository.scratch")
+        place.removed = scratches.remove_leftovers(place.store)
+        with scratches.scratch(place.store) as place.folder:
             for check in _tried(_INSIDE, place):
                 checks.append(check)
                 if check.name == "put" and check.state == "fail":
@@ -164,7 +167,7 @@ def _read(place: _Place) -> Found:
     buffer = memoryview(bytearray(len(place.data) + 1))
     count = place.store.read_into(place.key, 0, buffer)
     listed = [entry.key for entry in place.store.list_entries(place.folder)]
-    if buffer[:count] != place.data or listed != [place.key]:
+    if buffer[:count] != place.data or place.key not in listed:
         return (
             "fail",
             "what was put is not read or listed as it is",
@@ -229,7 +232,7 @@ def _free(place: _Place) -> Found | None:
     status = os.statvfs(place.path)
     free = status.f_bavail * status.f_frsize
     try:
-        newest = next((e.nbytes for e in reversed(place.run.listed()) if e.nbytes), 0)
+        newest = place.run.newest().nbytes
     except NotFound:
         newest = 0
     said = f"{size(free)} free" + (f", the newest checkpoint has {size(newest)}" if newest else "")
@@ -265,13 +268,14 @@ def _delete(place: _Place) -> Found:
 
 def _leftovers(place: _Place) -> Found | None:
     left = place.run.leftovers()
+    besides = "".join(f"; {name} of one that was killed is gone" for name in place.removed)
     if left:
         return (
             "warn",
-            f"{len(left)} folders of jobs that were killed, such as {left[0]}",
+            f"{len(left)} folders of jobs that were killed, such as {left[0]}{besides}",
             f"dist-ckpt sweep {place.run.url}",
         )
-    return "ok", "nothing that killed jobs left", ""
+    return "ok", f"nothing that killed jobs left{besides}", ""
 
 
 def _milliseconds(began: float) -> str:

@@ -96,10 +96,8 @@ def _differences(a: Any, b: Any, path: str) -> _Found:
     elif kind in _PAIRS:
         yield from _in_pairs(a, b, path, ordered=kind == "ordered_dict")
     elif kind == f"@{RESERVED}{NAMEDTUPLE}" and a["v"][0] == b["v"][0]:
-        fields = a["v"][0][1]
-        yield from _in_dicts(
-            *(dict(zip(fields, each["v"][1], strict=False)) for each in (a, b)), path
-        )
+        mine, theirs = (dict(zip(a["v"][0][1], each["v"][1], strict=False)) for each in (a, b))
+        yield from _in_dicts(mine, theirs, path)
     elif kind.startswith("@"):
         yield from _in_registered(a, b, path)
     elif kind not in _SETS or sorted(map(_text, a["v"])) != sorted(map(_text, b["v"])):
@@ -112,7 +110,7 @@ def _in_dicts(a: Mapping[str, Any], b: Mapping[str, Any], path: str) -> _Found:
         if key in a and key in b:
             yield from _differences(a[key], b[key], inner)
         else:
-            yield inner, *(_shown(each[key]) if key in each else "" for each in (a, b))
+            yield inner, _shown_of(a, key), _shown_of(b, key)
 
 
 def _in_lists(a: Sequence[Any], b: Sequence[Any], path: str) -> _Found:
@@ -138,8 +136,7 @@ def _in_pairs(a: Any, b: Any, path: str, *, ordered: bool) -> _Found:
         if key in mine and key in theirs:
             changes = list(_differences(mine[key], theirs[key], inner))
         else:
-            both = (_shown(each[key]) if key in each else "" for each in (mine, theirs))
-            changes = [(inner, *both)]
+            changes = [(inner, _shown_of(mine, key), _shown_of(theirs, key))]
         found = found or bool(changes)
         yield from changes
     if ordered and not found:
@@ -180,6 +177,10 @@ def _key(node: Any) -> str:
     return f".{node}" if isinstance(node, str) else f"[{_full(node)}]"
 
 
+def _shown_of(values: Mapping[str, Any], key: str) -> str:
+    return _shown(values[key]) if key in values else ""
+
+
 def _shown(node: Any) -> str:
     text = _full(node)
     return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
@@ -202,6 +203,5 @@ def _full(node: Any) -> str:
         return f"{'OrderedDict' if kind == 'ordered_dict' else 'Counter'}({inner})"
     if kind == "list" or kind == "tuple" or kind in _SETS:
         inner = ", ".join(map(_full, sorted(payload, key=_text) if kind in _SETS else payload))
-        opens, closes = {"list": "[]", "tuple": "()"}.get(kind, "{}")
-        return f"{opens}{inner}{closes}"
+        return {"list": f"[{inner}]", "tuple": f"({inner})"}.get(kind, f"{{{inner}}}")
     return f"{kind.removeprefix('@')} {msgspec.json.encode(payload).decode()}"

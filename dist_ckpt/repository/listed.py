@@ -1,4 +1,4 @@
-"""What is there of a run, step by step: committed, damaged, unfinished; and what no policy takes.
+"""What is there of a run, step by step: committed, damaged, in flight; and what no policy takes.
 
 One request for the manifest of a step and one listing beside it: thousands of them are looked at in
 a second, on a disk as on S3.
@@ -7,7 +7,8 @@ a second, on a disk as on S3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal, TypeAlias
 
@@ -17,19 +18,25 @@ from dist_ckpt.errors import (
     IncompatibleError,
     NotFound,
     StorageError,
+    UsageError,
 )
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import EPOCH_NOTE, PIN, file_key
+from dist_ckpt.format.names import EPOCH_NOTE, PIN, file_key, parse_save_id, step_dir
+from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Store
 
-State: TypeAlias = Literal["committed", "damaged", "newer format", "unreadable", "unfinished"]
-"""What is known of a step: `unfinished` has files and no manifest, as one that is being saved has,
-and what a killed job left."""
+State: TypeAlias = Literal[
+    "committed", "damaged", "newer format", "unreadable", "in flight", "aborted"
+]
+"""What is known of a step. The last two have files and no manifest: of the newest job of the run,
+which may be saving it, and of one that was replaced."""
 
+_BEST = "best "
 _BAD: tuple[State, ...] = ("damaged", "newer format", "unreadable")
 
 
@@ -40,8 +47,8 @@ class Listed:
     Attributes:
         step: the training step.
         state: whether it is a checkpoint.
-        marks: of `latest`, `pinned` those that it has; and of how many hosts this is the folder of
-            one, where each has a folder of its own.
+        marks: of `latest`, `pinned` and, by each metric of the run, `best METRIC` those it has; and of
+            how many hosts this is the folder of one, where each has a folder of its own.
         problem: why it is none, "" where it is.
         manifest: what was committed, None where that cannot be read.
         record: what policies decide by, None where there is no manifest.
@@ -79,8 +86,7 @@ def look(store: Store, step: int) -> Listed:
     try:
         return _described(store, manifest_format.decode(read_manifest(store, step), step=step))
     except NotFound:
-        problem = "no manifest: it is being saved, or was cut off"
-        return Listed(step, "unfinished", problem=problem)
+        return _unfinished(store, step)
     except StorageError as error:
         if error.kind is not ErrorKind.PERMISSION:
             raise
@@ -89,6 +95,17 @@ def look(store: Store, step: int) -> Listed:
         return Listed(step, "newer format", problem=error.message)
     except CheckpointError as error:
         return Listed(step, "damaged", problem=error.message)
+
+
+def _unfinished(store: Store, step: int) -> Listed:
+    """Return what a step without a manifest is: of the newest job, or of one before."""
+    names = store.list_children(f"{step_dir(step)}/")
+    owners = [parse_save_id(name.removesuffix("/")) or 0 for name in names]
+    if max(owners, default=0) < claims.highest(store):
+        problem = "no manifest: a job that was replaced did not end it; sweep removes it"
+        return Listed(step, "aborted", problem=problem)
+    problem = "no manifest yet: the newest job of the run is saving it, or was cut off"
+    return Listed(step, "in flight", problem=problem)
 
 
 def _described(store: Store, manifest: Manifest) -> Listed:
@@ -109,13 +126,48 @@ def _described(store: Store, manifest: Manifest) -> Listed:
     )
 
 
+def marked(listed: Sequence[Listed]) -> list[Listed]:
+    """Return the steps of a run with the marks that one has among all of them.
+
+    Args:
+        listed: every step, ascending.
+    """
+    good = [each for each in listed if each.manifest is not None]
+    if not good:
+        return list(listed)
+    records = [each.record for each in good if each.record is not None]
+    marks: dict[int, list[str]] = {good[-1].step: ["latest"]}
+    newest = good[-1].manifest
+    for criterion in [] if newest is None else bests_of(newest):
+        for best in criterion.ranked(records)[:1]:
+            marks.setdefault(best.step, []).append(f"{_BEST}{criterion.metric}")
+    return [replace(each, marks=(*marks.get(each.step, ()), *each.marks)) for each in listed]
+
+
+def bests_of(newest: Manifest) -> list[Criterion]:
+    """Return by which metrics the job that saved `newest` looks for the best.
+
+    What is said of that in words that this program does not know is passed over.
+    """
+    names = newest.origin.get("best")
+    found = []
+    for name in names if isinstance(names, list) else ():
+        with suppress(UsageError):
+            found.append(Criterion.parse(str(name)))
+    return found
+
+
 def protected(listed: Sequence[Listed]) -> dict[int, str]:
     """Return, by step, why a checkpoint is not deleted whatever a policy says.
 
     Args:
-        listed: every step of the run, ascending.
+        listed: every step of the run, ascending, as `marked` returns them.
     """
     found: dict[int, str] = {each.step: each.state for each in listed if each.state in _BAD}
+    for each in listed:
+        for mark in each.marks:
+            if mark.startswith(_BEST):
+                found[each.step] = f"the best by {mark.removeprefix(_BEST)}"
     found |= {each.step: "pinned" for each in listed if "pinned" in each.marks}
     good = [each for each in listed if each.manifest is not None]
     if good and (newest := good[-1]).manifest is not None:

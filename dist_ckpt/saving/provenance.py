@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ckpt.errors import without_secrets
+from dist_ckpt.repository.ranking import Criterion
 
 # The commit of a checkout, read from its files.
 #
@@ -135,16 +136,18 @@ class Provenance:
     Args:
         command: whether the whole command line is said, with the secrets masked that can be
             recognized; else only the program and the names of its options, which hold none.
+        best: by which metrics the run has a best checkpoint.
 
     Attributes:
         earlier_seconds: how long the run had trained before this start.
         started: when the run first started, as text; None until it is known.
     """
 
-    def __init__(self, *, command: bool = False) -> None:
+    def __init__(self, *, command: bool = False, best: Sequence[Criterion] = ()) -> None:
         self._begun = time.monotonic()
         self._now = datetime.now(UTC).isoformat(timespec="seconds")
         self._command = command
+        self._best = best
         self._commit: str | None = None
         self._looked = False
         self.earlier_seconds = 0.0
@@ -169,10 +172,12 @@ class Provenance:
         """Return what is known, as JSON."""
         self.look()
         said = masked(sys.orig_argv) if self._command else option_names(sys.orig_argv)
+        best = [f"{each.metric}:{each.mode}" for each in self._best]
         return {
             "command": [_shortened(each) for each in said],
             "started": self.started or self._now,
             **({"git": {"commit": self._commit}} if self._commit else {}),
+            **({"best": best} if best else {}),
         }
 
 

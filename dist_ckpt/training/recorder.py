@@ -72,7 +72,7 @@ class Recorder:
         )
         watched = WatchedMetrics(policies.criteria, job.url)
         self.course = Course(job.url, policies.when, watched)
-        self.program = Provenance(command=options.saves.command)
+        self.program = Provenance(command=options.saves.command, best=policies.criteria)
         self.heartbeat = Heartbeat(
             job,
             saver.outcomes,

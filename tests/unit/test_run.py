@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from dist_ckpt.errors import (
     NotFound,
     UsageError,
 )
+from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
 from dist_ckpt.repository import Repository, marks
 from dist_ckpt.storage.base import Entry, Store, read_all
@@ -76,15 +78,17 @@ def test_what_is_there_is_listed_with_what_it_is(store: MemoryStore) -> None:
     run = Run(store)
     run.pin(1, reason="the first")
     damage(store, 2)
+    unfinished(store, 8, 0)
     unfinished(store, 9, 1)
     found = run.listed()
     assert [(each.step, each.state) for each in found] == [
         (1, "committed"),
         (2, "damaged"),
         (3, "committed"),
-        (9, "unfinished"),
+        (8, "aborted"),
+        (9, "in flight"),
     ]
-    assert [each.marks for each in found] == [("pinned",), (), ("latest",), ()]
+    assert [each.marks for each in found] == [("pinned",), (), ("latest",), (), ()]
     assert found[0].metrics == {LOSS: 3.0}
     assert found[0].nbytes == sum(
         entry.nbytes
@@ -383,3 +387,51 @@ def test_nothing_of_it_needs_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_newest_is_found_without_a_look_at_the_others(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0, 3.0, 4.0)
+    damage(store, 4)
+    looked = CrashStore(store, at=None, kinds=("read_into",))
+    assert Run(looked).newest().step == 3, "the newest that can be read"
+    assert {key.partition("/")[0] for _, key in looked.operations} == {
+        "step-0000000003",
+        "step-0000000004",
+    }
+    there = MemoryStore(f"unit-run-{next(_names)}")
+    assert [each.step for each in Run(store).mirror(there).copied] == [3]
+    with pytest.raises(NotFound, match="is no run"):
+        Run(MemoryStore(f"unit-run-{next(_names)}")).mirror(there)
+
+
+def test_the_best_of_a_run_is_marked_and_stays(store: MemoryStore) -> None:
+    kept = keep.best(LOSS) | keep.best("f1", mode="max") | keep.latest(9)
+    with Checkpointer(store, {"n": 1}, when=policy.never(), keep=kept) as ckpt:
+        ckpt.restore()
+        for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), 1):
+            ckpt.save(step, metrics={LOSS: loss, "f1": loss if step < 4 else 0.0}).wait()
+    run = Run(store)
+    assert [each.marks for each in run.listed()] == [
+        ("best f1",),
+        ("best loss",),
+        (),
+        ("latest",),
+    ]
+    for step, why in ((1, "the best by f1"), (2, "the best by loss"), (4, "the newest")):
+        with pytest.raises(UsageError, match=why) as refused:
+            run.remove(step)
+        assert refused.value.kind is ErrorKind.PROTECTED
+    assert [each.step for each in run.keep(keep.latest(1)) if not each.kept] == [3]
+    run.remove(2, force=True)
+    assert run.steps() == [1, 4]
+    assert [str(each) for each in run.criteria()] == ["lowest loss", "highest f1"]
+
+
+def test_what_is_said_of_the_best_in_unknown_words_is_passed_over(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0)
+    manifest = Run(store).manifest(2)
+    for said in (7, ["", None, 3], {"loss": "min"}):
+        origin = {**manifest.origin, "best": said}
+        data = manifest_format.encode(msgspec.structs.replace(manifest, origin=origin))
+        store.put(manifest_key(2), [data], mode="replace")
+        assert [each.marks for each in Run(store).listed()] == [(), ("latest",)]

@@ -92,7 +92,9 @@ def check_numbers(shell: Shell, url: str) -> None:
     assert "0.5" in shell.screen("diff", f"{url}@10", "20", "--values")
     assert shell.json("diff", f"{url}@10", f"{url}@10", "--values") == {
         "equal": True,
-        "tensors": [], "values": [], "facts": {},
+        "tensors": [],
+        "values": [],
+        "facts": {},
     }
     assert "are equal" in shell.screen("diff", url, url)
 

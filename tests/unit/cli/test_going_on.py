@@ -14,7 +14,6 @@ from dist_ckpt import Run
 from tests.unit.cli.shell import Shell, fill
 
 PROGRAM = "from dist_ckpt.cli import main; main()"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
 
 
 def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
@@ -23,7 +22,7 @@ def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"},
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ from dist_ckpt import Run
 from dist_ckpt.cli.symptoms import Check, examine
 from dist_ckpt.errors import ErrorKind, StorageError
 from dist_ckpt.repository import Repository
+from dist_ckpt.storage import Store, resolve
 from dist_ckpt.storage.base import Buffer, PutMode, Watch
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Flip, Rule
+from tests.services.s3 import S3Service
 from tests.unit.cli.shell import Shell
+from tests.unit.cli.test_going_on import start
 
 _names = itertools.count()
 NO_RIGHT = Fail(StorageError("no right to do that", kind=ErrorKind.PERMISSION))
@@ -55,8 +60,8 @@ def test_a_place_that_is_fit_is_left_as_it_was() -> None:
     ("rule", "failed", "last"),
     [
         (Rule("list_children", NO_RIGHT), "list", "list"),
-        (Rule("put", NO_RIGHT), "put", "put"),
-        (Rule("read_into", Flip()), "read after write", "leftovers"),
+        (Rule("put", NO_RIGHT, "*/object"), "put", "put"),
+        (Rule("read_into", Flip(), "*/object"), "read after write", "leftovers"),
         (Rule("read_into", Flip(), nth=2), "throughput", "leftovers"),
         (Rule("delete", NO_RIGHT), "delete", "delete"),
     ],
@@ -91,3 +96,63 @@ def test_the_exit_code_says_that_a_place_is_not_fit(shell: Shell, tmp_path: Path
     code, out, said = shell.code("doctor", str(tmp_path / "file" / "run"))
     assert (code, "fail" in out) == (1, True)
     assert "not fit for checkpoints: list" in said
+
+
+def scratches(store: Store) -> list[str]:
+    return [name for name in store.list_children() if name.startswith("dist-ckpt-scratch-")]
+
+
+def check_what_a_killed_bench_left(shell: Shell, url: str) -> None:
+    """Kill a bench, and look from beside another one that lives."""
+    store = resolve(url)
+    endless = ("bench", url, "--size", "1", "--files", "1", "--repeat", "1000000")
+    with start(*endless) as living:
+        while not scratches(store):
+            assert living.poll() is None
+        (used,) = scratches(store)
+        for command in (("sweep", url), ("doctor", url)):
+            with start(*endless) as killed:
+                while len(scratches(store)) < 2:
+                    assert killed.poll() is None
+                killed.send_signal(signal.SIGKILL)
+                killed.communicate()
+            (left,) = {*scratches(store)} - {used}
+            assert Run(store).leftovers() == [left]
+            assert left in shell.screen(*command)
+            assert scratches(store) == [used]
+        living.kill()
+        living.communicate()
+    assert shell.json("sweep", url)["removed"] == [used]
+
+
+def test_what_a_killed_bench_left_is_named_and_removed(shell: Shell, tmp_path: Path) -> None:
+    check_what_a_killed_bench_left(shell, str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_bench_left_on_s3_is_named_and_removed(
+    shell: Shell, s3_service: S3Service, s3_name: str
+) -> None:
+    url = s3_service.url(s3_name)
+    check_what_a_killed_bench_left(shell, url)
+    assert s3_service.uploads(s3_name) == []
+
+
+def test_what_is_not_certainly_left_stays(tmp_path: Path) -> None:
+    store = resolve(str(tmp_path))
+    name = "dist-ckpt-scratch-0123456789abcdef"
+    elsewhere = b'{"space": "another host", "pid": 1, "began": "1"}'
+    for folder, key, data in (
+        (name, "owner.json", elsewhere),
+        (f"{name[:-1]}e", "object", b"no owner"),
+        (f"{name[:-1]}d", "theirs", b"of somebody else"),
+        (f"{name}0", "object", b"not called like one"),
+    ):
+        store.put(f"{folder}/{key}", [data])
+    before = [entry.key for entry in store.list_entries()]
+    assert Run(store).sweep() == Run(store).leftovers() == []
+    assert [entry.key for entry in store.list_entries()] == before
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    assert Run(store).sweep() == [f"{name[:-1]}e/", f"{name}/"], "those are old"
+    assert len(scratches(store)) == 2
