@@ -219,10 +219,15 @@ class Run:
         """Return what `policy` says of every checkpoint, ascending; nothing is done.
 
         Damaged ones are left for people to look at, and keep no other.
+
+        Raises:
+            UsageError: no checkpoint has a metric by which `policy` keeps the best: mistyped, it
+                would keep none.
         """
         listed = self.listed()
         good = {each.step: each for each in listed if each.record is not None}
         records = [each.record for each in good.values() if each.record is not None]
+        keeping.check_metrics(policy, records, where=self.url)
         reasons = policy.kept(records)
         kept = protected(listed)
         gone = {record.step for record in removable(records, policy, set(kept))}
@@ -332,7 +337,7 @@ class Run:
             AlreadyExists: another checkpoint of such a step is there.
         """
         target = to if isinstance(to, Run) else Run(to)
-        policy = None if keep is None else _newest_or_best(keep, best)
+        newest = None if keep is None else keeping.latest(keep)
         wanted = {self.newest().step}
         if best is not None:
             wanted |= {each.step for each in best.ranked(self.records())[:1]}
@@ -340,7 +345,11 @@ class Run:
         for step in sorted(wanted):
             with suppress(NotFound):
                 copied.append(self.copy(step, target))
-        decided = target.keep(policy) if policy and target.latest() is not None else []
+        decided: list[KeepDecision] = []
+        if newest is not None and target.latest() is not None:
+            has_best = best is not None and best.ranked(target.records())
+            kept = keeping.best(best.metric, mode=best.mode) if best and has_best else newest
+            decided = target.keep(newest | kept)
         return Mirrored(
             tuple(each for each in copied if each.files),
             tuple(each.step for each in decided if not each.kept),
@@ -381,8 +390,3 @@ class Run:
             return read_manifest(self.store, check_step(step))
         except NotFound:
             raise self._repository.not_found(step) from None
-
-
-def _newest_or_best(count: int, best: Criterion | None) -> KeepPolicy:
-    policy = keeping.latest(count)
-    return policy if best is None else policy | keeping.best(best.metric, mode=best.mode)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -21,6 +22,7 @@ from dist_ckpt.errors import (
     ErrorKind,
     IncompatibleError,
     IntegrityError,
+    StorageError,
     UsageError,
 )
 
@@ -50,16 +52,27 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those of the process for None.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 until the end
     command: Any = typer.main.get_command(app)
     try:
         command.main(arguments, prog_name="dist-ckpt")
     except SystemExit as ended:
-        write("", flush=True)
-        raise ended from None
+        _end(ended.code)
     except CheckpointError as error:
+        sys.stderr.write(f"dist-ckpt: {escaped(error.message, lines=True)}\n")
+        _end(exit_code(error))
+
+
+def _end(code: Any) -> NoReturn:
+    """End the process, when all that was said is written; what cannot be is an error, too."""
+    try:
         write("", flush=True)
-        sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
-        sys.exit(exit_code(error))
+    except StorageError as error:
+        sys.stderr.write(f"dist-ckpt: {error.message}\n")
+        code = code or ERROR
+    sys.exit(code)
 
 
 def exit_code(error: CheckpointError) -> int:

@@ -151,4 +151,5 @@ def _tell(report: Any, *, json: bool) -> None:
     if json:
         say_json(asdict(report))
     else:
-        say(str(report))
+        for line in str(report).splitlines():
+            say(line)

@@ -218,7 +218,9 @@ def _say_place(url: str, step: int, *, json: bool) -> None:
 
 def _print_rows(rows: list[Listed]) -> None:
     names = metric_names(rows)
-    least = _least(rows, names)
+    # Of what the run keeps a best by, that is known already.
+    marked = {mark for each in rows for mark in each.marks}
+    least = _least(rows, [name for name in names if f"best {name}" not in marked])
     table(
         [
             ("step", "right"),

@@ -14,8 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_ckpt.errors import StorageError, describe
+
 _NARROW = 60
 _WIDE = 200
+# What is left of a name that is folded, at least.
+_FOLDED = 20
 
 
 def console() -> Console:
@@ -25,15 +29,26 @@ def console() -> Console:
 
 
 def write(text: str, *, flush: bool = False) -> None:
-    """Write to standard output; who reads there may have seen enough: `dist-ckpt ls | head`."""
+    """Write to standard output; who reads there may have seen enough: `dist-ckpt ls | head`.
+
+    Raises:
+        StorageError: it cannot be written, as where it is a file on a full disk.
+    """
     try:
         sys.stdout.write(text)
         if flush:
             sys.stdout.flush()
     except BrokenPipeError:
         # Else the interpreter would try once more at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
+    except OSError as error:
+        _close_output()
+        raise StorageError(f"cannot write to standard output: {describe(error)}") from error
+
+
+def _close_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def clear() -> None:
@@ -70,10 +85,17 @@ def finite(value: Any) -> Any:
     return value
 
 
-def escaped(text: str) -> str:
-    """Return `text` with its control characters shown: names come from storage, and may be any."""
+def escaped(text: str, *, lines: bool = False) -> str:
+    """Return `text` with its control characters shown: names come from storage, and may be any.
+
+    Args:
+        text: what is shown.
+        lines: whether it has several, which are ours.
+    """
     return "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
+        each
+        if each.isprintable() or (lines and each == "\n")
+        else each.encode("unicode_escape").decode()
         for each in text
     )
 
@@ -117,21 +139,67 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
         # For programs one line each; and rich takes a second for a thousand of them.
         write("".join(f"{line}\n" for line in _lines(columns, rows)))
         return
-    titled = any(title for title, _ in columns)
-    shown = Table(box=None, pad_edge=False, header_style="bold", show_header=titled)
-    for title, justify in columns:
-        # What does not fit is folded: nothing of a name is ever left out.
-        shown.add_column(title, justify="right" if justify == "right" else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*map(escaped, row))
+    titles = [escaped(title) for title, _ in columns]
+    cells = [list(map(escaped, row)) for row in rows]
     screen = console()
+    texts = list(zip(titles, *cells, strict=True))
+    least = [
+        _least_width(column, justify) for column, (_, justify) in zip(texts, columns, strict=True)
+    ]
+    between = len(columns) - 1
+    if sum(least) + between > screen.width:
+        for row in cells:
+            _print_apart(screen, titles, row)
+        return
+    roomy = sum(max(map(len, column)) for column in texts) + 2 * between <= screen.width
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 1) if roomy else (0, 1, 0, 0),
+        header_style="bold",
+        show_header=any(titles),
+    )
+    for title, (_, justify), width in zip(titles, columns, least, strict=True):
+        # What does not fit is folded: nothing of a name is ever left out.
+        shown.add_column(
+            title,
+            justify="right" if justify == "right" else "left",
+            overflow="fold",
+            min_width=width,
+        )
+    for row in cells:
+        shown.add_row(*row)
+    _print(screen, shown)
+
+
+def _least_width(column: Sequence[str], justify: str) -> int:
+    """Return how narrow a column can be read: numbers whole, names folded."""
+    title, *cells = column
+    folded = [title] if justify == "right" else column
+    words = (len(word) for text in folded for word in text.split())
+    whole = cells if justify == "right" else ()
+    return max(min(max(words, default=0), _FOLDED), *map(len, whole), 0)
+
+
+def _print_apart(screen: Console, titles: Sequence[str], row: Sequence[str]) -> None:
+    """Print a row of more columns than the screen has room for, a line for each."""
+    shown = Table(box=None, pad_edge=False, show_header=False)
+    shown.add_column(style="bold")
+    shown.add_column(overflow="fold")
+    for title, cell in zip(titles, row, strict=True):
+        shown.add_row(title, cell)
+    _print(screen, shown)
+    write("\n")
+
+
+def _print(screen: Console, shown: Table) -> None:
     with screen.capture() as printed:
         screen.print(shown)
     write("\n".join(line.rstrip() for line in printed.get().splitlines()) + "\n")
 
 
 def _lines(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    titles = [title for title, _ in columns]
+    titles = [escaped(title) for title, _ in columns]
     cells = [titles] * any(titles) + [list(map(escaped, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

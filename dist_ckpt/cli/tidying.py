@@ -42,7 +42,8 @@ def _keep(
 ) -> None:
     """Say which checkpoints a policy keeps and why, and with --yes delete the others.
 
-    Safe beside a training: the newest, pinned ones, and the one it went on from stay.
+    Safe beside a training: the newest, the best by what the run itself keeps it by, pinned ones,
+    and the one that it went on from stay.
 
     Example: dist-ckpt keep runs/17 'latest(3) | best("val/loss")' --yes
     """
@@ -85,13 +86,13 @@ def _rm(
     place: Annotated[str, typer.Argument(metavar="URL@STEP", help="the checkpoint to delete")],
     *,
     force: Annotated[
-        bool, typer.Option("--force", help="also the newest, or a pinned one")
+        bool, typer.Option("--force", help="also the newest, the best, or a pinned one")
     ] = False,
     metric: Metric = None,
     storage_option: Options = None,
     json: Json = False,
 ) -> None:
-    """Delete one checkpoint; the newest, and pinned ones, only with --force (exit code 13).
+    """Delete one checkpoint; the newest, best and pinned ones only with --force (exit code 13).
 
     Example: dist-ckpt rm runs/17@100
     """

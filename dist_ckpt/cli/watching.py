@@ -77,7 +77,7 @@ def _mirror(
         except (NotFound, StorageError) as error:
             if not watch:
                 raise
-            sys.stderr.write(f"dist-ckpt: {escaped(error.message)}\n")
+            sys.stderr.write(f"dist-ckpt: {escaped(error.message, lines=True)}\n")
         else:
             _tell(target, done, json=json, watch=watch)
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 
 from dist_ckpt.format import document
+from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.copying import ValuesDiffer
 from dist_ckpt.state.decoding import parse_document
@@ -194,7 +197,11 @@ def _full(node: Any) -> str:
         return f"{{{', '.join(f'{key!r}: {_full(each)}' for key, each in node.items())}}}"
     payload = node if kind == "list" else node["v"]
     if kind in BY_TAG:
-        return repr(BY_TAG[kind].decode(payload))
+        value = BY_TAG[kind].decode(payload)
+        if isinstance(value, torch.Tensor | np.ndarray):
+            # By its first elements no two large ones can be told apart.
+            return f"{value.dtype}{list(value.shape)} of digest {bytes_digest(_text(node))[:8]}"
+        return repr(value)
     if kind in _PAIRS:
         pairs = [(key, _full(each)) for key, each in payload]
         if kind == "dict":

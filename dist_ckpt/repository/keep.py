@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import UsageError, near
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion, Mode
@@ -287,6 +287,23 @@ def criteria(policy: KeepPolicy) -> tuple[Criterion, ...]:
     """Return by which metrics `policy` looks for the best, in order, none twice."""
     found = (each.criterion for each in _members(policy) if isinstance(each, _Best))
     return tuple(dict.fromkeys(found))
+
+
+def check_metrics(policy: KeepPolicy, records: Sequence[Record], *, where: str) -> None:
+    """Check that a checkpoint has each metric by which `policy` keeps the best.
+
+    Asked by people, who mistype: what nobody has keeps nothing.
+
+    Raises:
+        UsageError: none of `records`, those of the run at `where`, has one of them.
+    """
+    known = sorted({name for record in records for name in record.metrics})
+    for criterion in criteria(policy):
+        if criterion.metric not in known:
+            raise UsageError(
+                f"no checkpoint in {where} has the metric {criterion.metric!r}, so none would be "
+                f"kept by it{near(criterion.metric, known)}"
+            )
 
 
 def _members(policy: KeepPolicy) -> tuple[KeepPolicy, ...]:

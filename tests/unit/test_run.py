@@ -28,6 +28,7 @@ from dist_ckpt.errors import (
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
 from dist_ckpt.repository import Repository, marks
+from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Entry, Store, read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
@@ -435,3 +436,14 @@ def test_what_is_said_of_the_best_in_unknown_words_is_passed_over(store: MemoryS
         data = manifest_format.encode(msgspec.structs.replace(manifest, origin=origin))
         store.put(manifest_key(2), [data], mode="replace")
         assert [each.marks for each in Run(store).listed()] == [(), ("latest",)]
+
+
+def test_a_metric_that_no_checkpoint_has_keeps_none_and_is_refused(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0, 3.0)
+    for policy_ in (keep.best("lost"), keep.latest(1) | keep.best("lost")):
+        with pytest.raises(UsageError, match="did you mean 'loss'"):
+            Run(store).keep(policy_)
+    assert Run(store).steps() == [1, 2, 3]
+    there = MemoryStore(f"unit-run-{next(_names)}")
+    done = Run(store).mirror(there, best=Criterion("lost"), keep=1)
+    assert [each.step for each in done.copied] == [3], "a mirror may wait for one to have it"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dist_ckpt import Checkpointer, Run
+from dist_ckpt import Checkpointer, Run, policy
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import read_all
@@ -261,6 +261,43 @@ def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "60")
     for command in ("ls", "show", "tensors", "compare", "stats", "plot", "doctor"):
         assert max(map(len, shell.screen(command, url).splitlines())) <= 60
+    differing = shell.screen("diff", f"{url}@10", "20", "--values")
+    assert max(map(len, differing.splitlines())) <= 60
+    assert "name       0.weight" in differing, "what has no room for its columns is shown by lines"
+    for word in ("committed", "val/loss"):
+        assert word in shell.screen("ls", url), "no word is cut"
+
+
+def test_a_name_with_a_line_break_makes_no_line_of_its_own(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    with Checkpointer(
+        url, {"n": 1}, when=policy.never(), metadata={"note": "one\nstep 99: whole"}
+    ) as ckpt:
+        ckpt.restore()
+        ckpt.save(1, metrics={"a\nb": 1.0}).wait()
+    for command in ("show", "ls", "compare", "plot"):
+        assert "\\n" in shell.screen(command, url)
+        assert not any(
+            line.startswith(("b", "step 99")) for line in shell.screen(command, url).splitlines()
+        )
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_output_that_cannot_be_written_is_an_error_without_a_trace(
+    url: str, *, closed: bool
+) -> None:
+    program = "from dist_ckpt.cli import main; main()"
+    where = ">&-" if closed else ">/dev/full"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {where}', "sh", sys.executable, "-c", program, "ls", url],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == (0 if closed else 1)
+    said = done.stderr.removeprefix("dist-ckpt: cannot write to standard output: ")
+    assert said == ("" if closed else "OSError: [Errno 28] No space left on device\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(url: str) -> None:
