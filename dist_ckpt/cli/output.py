@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -23,9 +24,16 @@ _FOLDED = 20
 
 
 def console() -> Console:
-    """Return what is printed on, as wide as the terminal."""
+    """Return what is drawn on, as wide as the terminal: in memory, for `write` to print."""
     width = shutil.get_terminal_size((_WIDE, 24)).columns
-    return Console(width=max(width, _NARROW), highlight=False, markup=False, emoji=False)
+    return Console(
+        file=io.StringIO(),
+        force_terminal=sys.stdout.isatty(),
+        width=max(width, _NARROW),
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def write(text: str, *, flush: bool = False) -> None:
@@ -195,7 +203,7 @@ def _print_apart(screen: Console, titles: Sequence[str], row: Sequence[str]) -> 
 def _print(screen: Console, shown: Table) -> None:
     with screen.capture() as printed:
         screen.print(shown)
-    write("\n".join(line.rstrip() for line in printed.get().splitlines()) + "\n")
+    write("".join(f"{line.rstrip()}\n" for line in printed.get().splitlines()))
 
 
 def _lines(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Iterator[str]:
