@@ -121,7 +121,7 @@ def _import(
     numbers = {**reading.metrics(), **metrics}
     contents = {new: reading.content(old, new) for old, new in reading.parts.items()}
     objects = {new: reading.objects[old] for old, new in reading.parts.items()}
-    was_there = is_saved(contents, objects, url, number, stored=StoredContent)
+    was_there = is_saved(contents, objects, url, number, metrics=numbers, stored=StoredContent)
     if not was_there:
         save_parts(contents, objects, url, step=number, metrics=numbers)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)

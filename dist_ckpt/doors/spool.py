@@ -115,6 +115,7 @@ def is_saved(
     step: int,
     *,
     stored: Callable[[OpenedCheckpoint, str], Outgoing],
+    metrics: Mapping[str, float] | None = None,
 ) -> bool:
     """Tell whether a checkpoint is committed already, as after a call that was cut off.
 
@@ -124,6 +125,7 @@ def is_saved(
         url: the run.
         step: which checkpoint.
         stored: how the tensors of a part of an opened checkpoint are called and read.
+        metrics: what is stored with it; None where they are not compared.
 
     Raises:
         AlreadyExists: the step is something else.
@@ -133,10 +135,16 @@ def is_saved(
     except NotFound:
         return False
     with there:
-        if set(there.parts) != set(contents) or not all(
-            (part not in objects or there.read_encoded(part) == objects[part])
-            and (content is None or _is_same(content, stored(there, part), place_name(url)))
-            for part, content in contents.items()
+        known = {} if there.manifest is None else there.manifest.metrics
+        alike = metrics is None or _as_text(metrics) == _as_text(known)
+        if (
+            not alike
+            or set(there.parts) != set(contents)
+            or not all(
+                (part not in objects or there.read_encoded(part) == objects[part])
+                and (content is None or _is_same(content, stored(there, part), place_name(url)))
+                for part, content in contents.items()
+            )
         ):
             raise AlreadyExists(
                 f"step {step} is committed in {place_name(url)}, and is another checkpoint than "
@@ -144,6 +152,11 @@ def is_saved(
                 kind=ErrorKind.STEP_EXISTS,
             )
     return True
+
+
+def _as_text(metrics: Mapping[str, float]) -> dict[str, str]:
+    # In which NaN equals NaN.
+    return {name: repr(float(value)) for name, value in metrics.items()}
 
 
 def _is_same(one: Outgoing, other: Outgoing, where: str) -> bool:
@@ -223,16 +236,19 @@ def _batches(
 def _mapping(nbytes: int) -> mmap.mmap:
     if nbytes <= _IN_MEMORY_BYTES:
         return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Not what Python takes in its place where that cannot be used: it was named for its room.
+    folder = os.environ.get("TMPDIR") or tempfile.gettempdir()
     try:
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             # Before anything is written: a mapping of a full disk ends the process.
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "there is no room" if full else "there is no way"
         raise StorageError(
-            f"no room for {nbytes} bytes in {tempfile.gettempdir()}: {describe(error)}; name "
-            "another folder for temporary files by TMPDIR",
+            f"{what} to put {nbytes} bytes into {folder}, the folder for temporary files: "
+            f"{describe(error)}; name another one by TMPDIR",
             kind=ErrorKind.STORAGE_FULL if full else None,
         ) from error
 

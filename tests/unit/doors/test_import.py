@@ -149,6 +149,8 @@ def test_the_same_again_is_no_error_and_another_is(tmp_path: Path) -> None:
     first = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
     again = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
     assert (first.was_there, again.was_there) == (False, True)
+    with pytest.raises(AlreadyExists, match="is another checkpoint"):
+        dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run", metrics={"f1": 0.5})
     model[0].weight.data[0, 0] += 1  # type: ignore[index]
     torch.save(conventions(model, optimizer)["ddp"], tmp_path / "old.pt")
     with pytest.raises(AlreadyExists, match=r"step 7 is committed in .* is another checkpoint"):
@@ -186,3 +188,8 @@ def test_large_ones_go_through_a_file_of_which_no_room_is_told(
     with pytest.raises(StorageError, match="TMPDIR") as failed:
         dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "other")
     assert failed.value.kind is ErrorKind.STORAGE_FULL
+    missing = str(tmp_path / "missing")
+    monkeypatch.setenv("TMPDIR", missing)
+    with pytest.raises(StorageError, match=rf"into {missing}, the folder .* by TMPDIR"):
+        dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
