@@ -18,6 +18,7 @@ touched.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -295,8 +296,10 @@ class Run:
         Raises:
             UsageError: this storage does not say when an object was put.
         """
-        older = claims.highest(self.store) - 1
         before = None if older_than is None else time.time() - older_than.total_seconds()
+        newest = claims.highest(self.store)
+        # Where no job ever was there are copies, and of those only the age tells who is gone.
+        older = sys.maxsize if before is not None and not newest else newest - 1
         gone = collect_garbage(self.store, claim=older, in_flight=(), before=before)
         return gone + scratches.remove_leftovers(self.store, before=before)
 

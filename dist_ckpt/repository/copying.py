@@ -17,7 +17,7 @@ from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.tally import Tally
-from dist_ckpt.storage.base import Store, holds
+from dist_ckpt.storage.base import Store, Sweeper, holds
 from dist_ckpt.storage.parallel import in_parallel
 from dist_ckpt.storage.stream import Stream, put_stream
 
@@ -90,7 +90,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     step, save_id = source.step, source.manifest.save_id
     committed = manifest_key(step)
     if holds(target, committed, source.manifest_bytes):
-        _copy_note(source, target)
+        _end(source, target)
         return Copied(step, 0, len(source.files), 0)
     try:
         target.size(committed)
@@ -128,7 +128,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     except IntegrityError:
         target.delete([committed])
         raise
-    _copy_note(source, target)
+    _end(source, target)
     return Copied(step, len(copied), len(source.files) - len(copied), sum(copied))
 
 
@@ -212,6 +212,14 @@ def _digests(index: Index, tensor: int) -> list[tuple[object, ...]]:
             )
         )
     return sorted(found)
+
+
+def _end(source: Checkpoint, target: Store) -> None:
+    """Do what there is to do when the copy is committed: nobody needs a half of it any more."""
+    _copy_note(source, target)
+    if isinstance(target, Sweeper):
+        # What a copy that was killed left half put, which is of no job that would collect it.
+        target.sweep(file_key(source.step, source.save_id, INDEX).removesuffix(INDEX))
 
 
 def _copy_note(source: Checkpoint, target: Store) -> None:

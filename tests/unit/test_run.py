@@ -405,6 +405,30 @@ def test_the_newest_is_found_without_a_look_at_the_others(store: MemoryStore) ->
         Run(MemoryStore(f"unit-run-{next(_names)}")).mirror(there)
 
 
+def test_what_a_killed_copy_left_goes_with_the_next_one_or_by_its_age(tmp_path: Path) -> None:
+    source, target = LocalStore(tmp_path / "source"), LocalStore(tmp_path / "target")
+    fill(source, 1.0, 2.0)
+    run = Run(source)
+    halves = []
+    for step in (1, 2):
+        save_id = run.manifest(step).save_id
+        halves.append(tmp_path / "target" / f"step-{step:010}" / save_id / f".tmp-{'0' * 16}")
+        halves[-1].parent.mkdir(parents=True)
+        halves[-1].write_bytes(b"half")
+    run.copy(1, target)
+    assert [each.exists() for each in halves] == [False, True]
+    assert Run(target).verify(1).ok
+    left = halves[1].with_name("model.r00000.safetensors")
+    left.write_bytes(b"half")
+    assert Run(target).sweep() == [], "another copy may be writing it"
+    os.utime(left, (0, 0))
+    assert Run(target).sweep(older_than=timedelta(days=2)) == [
+        f"{halves[1].parent.relative_to(tmp_path / 'target')}/"
+    ]
+    assert not halves[1].exists()
+    assert Run(target).steps() == [1]
+
+
 def test_the_best_of_a_run_is_marked_and_stays(store: MemoryStore) -> None:
     kept = keep.best(LOSS) | keep.best("f1", mode="max") | keep.latest(9)
     with Checkpointer(store, {"n": 1}, when=policy.never(), keep=kept) as ckpt:
