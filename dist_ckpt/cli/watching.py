@@ -14,7 +14,7 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.output import escaped, say, say_json, size, write
 from dist_ckpt.cli.places import Json, Options
 from dist_ckpt.cli.progress import showing_work
-from dist_ckpt.errors import NotFound, StorageError, UsageError
+from dist_ckpt.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Mirrored, Run
@@ -74,8 +74,9 @@ def _mirror(
         try:
             with showing_work():
                 done = run.mirror(target, best=criterion, keep=keep)
-        except (NotFound, StorageError) as error:
-            if not watch:
+        except CheckpointError as error:
+            # A call that is wrong will not be right at the next look.
+            if not watch or type(error) is UsageError:
                 raise
             sys.stderr.write(f"dist-ckpt: {escaped(error.message, lines=True)}\n")
         else:

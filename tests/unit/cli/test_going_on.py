@@ -55,7 +55,8 @@ def test_a_mirror_waits_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
         assert copying.stderr is not None
         assert "is no run" in copying.stderr.readline()
         fill(url)
-        assert "files" in copying.stdout.readline()
+        said = copying.stdout.readline()
+        assert "files" in said, copying.stderr.read()
         copying.kill()
         copying.communicate()
 
@@ -99,3 +100,18 @@ def test_long_work_shows_its_bytes_on_a_terminal_alone(
         assert says in out, arguments
         assert doing in shown, (arguments, shown)
         assert b"bytes" in shown or b"kB" in shown or b"MB" in shown
+
+
+def test_a_mirror_goes_on_when_a_checkpoint_is_damaged(url: str, tmp_path: Path) -> None:
+    (file,) = Path(url).glob("step-0000000030/*/model.*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    place = str(tmp_path / "mirror")
+    with start("mirror", url, place, "--watch", "--every", "0.01") as copying:
+        assert copying.stdout is not None
+        assert copying.stderr is not None
+        assert "differs from its digest" in copying.stderr.readline()
+        file.write_bytes(whole)
+        assert "step 30" in copying.stdout.readline()
+        copying.kill()
+        copying.communicate()
