@@ -47,8 +47,8 @@ class Listed:
     Attributes:
         step: the training step.
         state: whether it is a checkpoint.
-        marks: of `latest`, `pinned` and, by each metric of the run, `best METRIC` those it has; and of
-            how many hosts this is the folder of one, where each has a folder of its own.
+        marks: of `latest`, `pinned` and, by each metric of the run, `best METRIC` those it has; and
+            of how many hosts this is the folder of one, where each has a folder of its own.
         problem: why it is none, "" where it is.
         manifest: what was committed, None where that cannot be read.
         record: what policies decide by, None where there is no manifest.
