@@ -7,8 +7,8 @@ STORE ?=
 # On how many hosts the demo runs; 2: network namespaces, of which one is lost.
 NODES ?= 1
 DEMO := $(if $(filter 2,$(NODES)),examples/demo_nodes.py,examples/demo.py)
-# How many tests run at once: twice as many as processors, as a third of the time goes by in waiting.
-WORKERS ?= 4
+# How many tests run at once: one more than processors, as a third of the time goes by in waiting.
+WORKERS ?= 3
 # In the order of tests/conftest.py, which begins with what takes long.
 SHARED := --dist loadscope --no-loadscope-reorder
 # A warning is an error. The theme's own notice about its successor is none of ours.

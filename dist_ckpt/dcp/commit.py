@@ -15,6 +15,7 @@ from dist_ckpt.dcp.faces import Face, agreed
 from dist_ckpt.dcp.items import described, tensors_of
 from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.foreign.dcp_runs import NAMING, naming_version
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, longest
@@ -29,6 +30,7 @@ from dist_ckpt.waiting import Latch
 _LOOK_SECONDS = 0.2
 
 
+@decodable
 class StockReport(msgspec.Struct, frozen=True):
     """What a rank wrote, and how long it took; on rank 0 the file of the tree, too.
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.dcp.items import Paths, box_of
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.foreign.leaves import dotted
@@ -29,6 +30,7 @@ from dist_ckpt.state.spread import pieces, shards_of
 from dist_ckpt.state.wrapped import is_wrapped, local_of, shard_like
 
 
+@decodable
 class Common(msgspec.Struct, frozen=True):
     """A box of an inner tensor that several shards have alike, and the digest of its bytes."""
 
@@ -37,6 +39,7 @@ class Common(msgspec.Struct, frozen=True):
     digest: str
 
 
+@decodable
 class Face(msgspec.Struct, frozen=True):
     """What a rank writes for one item that is several tensors behind one face.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.foreign.source import Chunk, Found
 from dist_ckpt.format.boxes import Box
@@ -21,6 +22,7 @@ _DTYPE_OF = {code: name for name, (code, _) in DTYPES.items() if code != "U8"} |
 _INDEX_LIMIT_BYTES = 1 << 28
 
 
+@decodable
 class WeightMap(msgspec.Struct):
     """The part of a hub index that counts: which file a tensor is in."""
 

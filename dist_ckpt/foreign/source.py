@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, describe
 from dist_ckpt.foreign.torch_files import TorchTensor
 from dist_ckpt.format import index as index_format
@@ -35,6 +36,7 @@ Objects = Mapping[str, Mapping[str, bytes]]
 """Encoded Python values by part and name."""
 
 
+@decodable
 class Permuted(msgspec.Struct, frozen=True):
     """A run of bytes whose last dimension is not innermost; read, it is put into that order.
 
@@ -86,6 +88,7 @@ class Found:
     is_adapter: bool = False
 
 
+@decodable
 class _Message(msgspec.Struct, frozen=True):
     """What rank 0 tells the others of a checkpoint that it opened."""
 

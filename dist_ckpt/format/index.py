@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.format.boxes import INT64_MAX, find_uncovered
 from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
@@ -45,10 +46,12 @@ _DIGEST = re.compile(r"[0-9a-f]{16}")
 _Number = TypeVar("_Number", np.uint32, np.uint64, np.int64)
 
 
+@decodable
 class _Version(msgspec.Struct):
     format: int
 
 
+@decodable
 class _WireFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     name: str
     nbytes: int
@@ -56,6 +59,7 @@ class _WireFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     blocks: bytes
 
 
+@decodable
 class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     format: int
     files: tuple[_WireFile, ...]

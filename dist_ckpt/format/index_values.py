@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, digest_blocks, file_digest
@@ -95,6 +96,7 @@ class FileEntry:
             first = last
 
 
+@decodable
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One tensor: part and name, torch dtype without "torch.", global shape in elements."""
 
@@ -104,6 +106,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     shape: tuple[int, ...]
 
 
+@decodable
 class ObjectEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The encoded Python values of one part.
 

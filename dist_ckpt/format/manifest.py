@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.names import (
@@ -44,6 +45,7 @@ _TAIL_BYTES = len(b',\n  "digest": "0123456789abcdef"\n}\n')
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+@decodable
 class ManifestFile(msgspec.Struct, frozen=True):
     """One stored object: its key relative to the directory of the step, its size, its digest."""
 
@@ -52,6 +54,7 @@ class ManifestFile(msgspec.Struct, frozen=True):
     digest: str
 
 
+@decodable
 class FilesTotal(msgspec.Struct, frozen=True):
     """How many shard files there are, and how many bytes they have together."""
 
@@ -65,6 +68,7 @@ class FilesTotal(msgspec.Struct, frozen=True):
         return cls(len(found), sum(found))
 
 
+@decodable
 class RankTimings(msgspec.Struct, frozen=True):
     """What one rank spent on the save: seconds to stage, seconds to write, bytes it wrote."""
 
@@ -73,6 +77,7 @@ class RankTimings(msgspec.Struct, frozen=True):
     nbytes: int
 
 
+@decodable
 class _Host(msgspec.Struct, frozen=True):
     """Which ranks wrote to the folder of one host."""
 
@@ -80,6 +85,7 @@ class _Host(msgspec.Struct, frozen=True):
     ranks: list[int]
 
 
+@decodable
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """All that is said of a checkpoint before its index is read. What is encoded is of format 2.
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.digest import DIGEST_BYTES
@@ -41,6 +42,7 @@ from dist_ckpt.format.tables import (
 )
 
 
+@decodable
 class SegmentNote(msgspec.Struct, frozen=True, array_like=True):
     """What the root says of one segment.
 
@@ -61,6 +63,7 @@ class SegmentNote(msgspec.Struct, frozen=True, array_like=True):
     inside: bytes = b""
 
 
+@decodable
 class Spent(msgspec.Struct, frozen=True):
     """What one rank spent on a save: seconds to stage, and to write."""
 
@@ -107,6 +110,7 @@ class Root:
         ]
 
 
+@decodable
 class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     format: int
     structure: bytes
@@ -114,10 +118,12 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     segments: bytes
 
 
+@decodable
 class _Version(msgspec.Struct):
     format: int
 
 
+@decodable
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
     rank: bytes
     nbytes: bytes

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, bytes_digest
 from dist_ckpt.format.index_values import ChunkTable, FileEntry, Index, ObjectEntry
@@ -63,6 +64,7 @@ class Segment:
         return SegmentNote(self.rank, len(data), digest, files, objects, data if inside else b"")
 
 
+@decodable
 class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     format: int
     rank: int
@@ -70,6 +72,7 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True):
     digests: bytes
 
 
+@decodable
 class _Document(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     part: str
     own: bool
@@ -79,6 +82,7 @@ class _Document(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     digest: str
 
 
+@decodable
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
     blocks: bytes
     length: bytes

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.format.digest import cut_blocks
 
@@ -98,6 +99,7 @@ class ShardHeader:
     nbytes: int
 
 
+@decodable
 class _WireEntry(msgspec.Struct, forbid_unknown_fields=True):
     dtype: str
     shape: list[int]

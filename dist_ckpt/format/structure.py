@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, find_uncovered
 from dist_ckpt.format.index import check_tensors
@@ -180,6 +181,7 @@ class Structure:
         return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
+@decodable
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
     parts: Annotated[list[str], msgspec.Meta(max_length=MOST_NAMES)]
     dtypes: Annotated[list[str], msgspec.Meta(max_length=MOST_NAMES)]

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 from fsspec.core import url_to_fs
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import parse_step_dir
 from dist_ckpt.repository.history import Record
@@ -31,6 +32,7 @@ _AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
 _BEGINS = b'{"kind":"dist_ckpt name"'
 
 
+@decodable
 class StepName(msgspec.Struct, frozen=True, kw_only=True):
     """What is in the file.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
@@ -126,6 +127,7 @@ class HostsStore(StoreWrapper):
         return run()
 
 
+@decodable
 class _Opening(msgspec.Struct, frozen=True):
     """First word of a load: what was asked for, and what a leader's folder has."""
 
@@ -133,6 +135,7 @@ class _Opening(msgspec.Struct, frozen=True):
     steps: dict[int, FolderStep]
 
 
+@decodable
 class _Asked(msgspec.Struct, frozen=True):
     """What rank 0 wants to look at next: the small files of an attempt, each sent by one rank."""
 
@@ -141,6 +144,7 @@ class _Asked(msgspec.Struct, frozen=True):
     sent_by: dict[int, list[str]]
 
 
+@decodable
 class _Answer(msgspec.Struct, frozen=True):
     """What rank 0 found out so far.
 

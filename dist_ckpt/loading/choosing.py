@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format.digest import bytes_digest
@@ -105,6 +106,7 @@ class Chosen:
     open: Callable[[], Source]
 
 
+@decodable
 class LoadRequest(msgspec.Struct, frozen=True):
     """First word of a load.
 
@@ -119,6 +121,7 @@ class LoadRequest(msgspec.Struct, frozen=True):
     options: dict[str, str] = {}
 
 
+@decodable
 class _Answer(msgspec.Struct, frozen=True):
     """What rank 0 chose, for the other ranks: what they need to find it, and to know it.
 
@@ -211,12 +214,13 @@ class Chooser:
 
     def _decide(self, *, fall_back: bool) -> _Answer:
         """Rank 0: take the run over if that is wanted, find the checkpoint, open it."""
+        token = b""
         if self._claims:
             # First of all: what is chosen is the newest only if nobody else can commit any more.
             self._job.claim()
-        location = self._location()
+            token = self._job.place_token()
         # Whatever else lies in a run, its checkpoints come first.
-        choice, location = self._choose(location, fall_back=fall_back)
+        choice, location = self._choose(self._location(), fall_back=fall_back)
         # Kept, because decoding an index of millions of chunks twice is felt.
         self._opened = opened = choice.checkpoint
         if opened is not None:
@@ -226,13 +230,12 @@ class Chooser:
                 bytes_digest(opened.manifest_bytes),
                 choice.refused,
                 detached=location.detached,
-                token=self._job.place_token() if self._claims else b"",
+                token=token,
             )
         if self._own and self._call.place is None:
             return _Answer(None)
         self._opened = foreign = find_foreign(location)
         foreign.check_sizes()
-        token = self._job.place_token() if self._claims else b""
         return _Answer(foreign.step, location.text, foreign=foreign.message, token=token)
 
     def _choose(self, location: Location, *, fall_back: bool) -> tuple[Choice, Location]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
 from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
@@ -179,6 +180,7 @@ class Counts:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
+@decodable
 class Lost(msgspec.Struct, frozen=True, array_like=True):
     """What a rank has to say of peers that it lost in an exchange; nothing where all are there.
 

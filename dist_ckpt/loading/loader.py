@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from dist_ckpt import events
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
@@ -43,6 +44,7 @@ _MOST_LOST = 10
 _log = logging.getLogger("dist_ckpt")
 
 
+@decodable
 class _Found(msgspec.Struct, frozen=True):
     """What a rank found: how its state fits, and whether it sees the place, where that is asked."""
 

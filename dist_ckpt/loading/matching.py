@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import msgspec
 import torch
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, near
 from dist_ckpt.options import LoadOptions, matches
 from dist_ckpt.state.layout import dtype_name, dtype_of
@@ -22,6 +23,7 @@ _SHOWN = 20
 _log = logging.getLogger("dist_ckpt")
 
 
+@decodable
 class Mismatches(msgspec.Struct, frozen=True):
     """How one rank's state and a checkpoint disagree; names are `part/name`.
 

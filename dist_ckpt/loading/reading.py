@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import torch.distributed as dist
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.loading.across_hosts import HostsStore
 from dist_ckpt.loading.exchange import Counts, Exchange, Lost, Peers, check_nobody_lost
@@ -75,6 +76,7 @@ class ReadResult:
     seconds: Mapping[str, float]
 
 
+@decodable
 class _Request(msgspec.Struct, frozen=True, array_like=True):
     """What a rank needs, and whether it has something to do before any tensor is filled."""
 
@@ -82,6 +84,7 @@ class _Request(msgspec.Struct, frozen=True, array_like=True):
     asks: bool
 
 
+@decodable
 class _Answer(msgspec.Struct, frozen=True, array_like=True):
     """Whether to exchange, why, whether any rank asks first, and the group of each rank."""
 

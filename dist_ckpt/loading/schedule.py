@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.loading.ranges import Files, Ranges, merge_ranges
 
@@ -64,6 +65,7 @@ class ReadSchedule:
     windows: tuple[tuple[Extent, ...], ...]
 
 
+@decodable
 class Survey(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0 has to know of the needs of a rank: as much, however many ranges they are.
 

@@ -19,12 +19,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CoordinationError
 from dist_ckpt.planning.describe import Held
 
 Numbers = NDArray[np.int64]
 
 
+@decodable
 class Row(msgspec.Struct, frozen=True, array_like=True):
     """All of a `Held` but where its box is: equal on all ranks of one layout."""
 

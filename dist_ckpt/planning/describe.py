@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
@@ -38,6 +39,7 @@ NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""
 
 
+@decodable
 class Held(msgspec.Struct, frozen=True, array_like=True):
     """A box of a tensor that a rank holds, as it travels to the coordinator.
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.boxes import Box
@@ -40,6 +41,7 @@ def versions() -> dict[str, str]:
     return {"dist_ckpt": own, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
+@decodable
 class WrittenFile(msgspec.Struct, frozen=True, array_like=True):
     """What a rank reports of one file: its size, and of each block the digest and the length."""
 
@@ -49,6 +51,7 @@ class WrittenFile(msgspec.Struct, frozen=True, array_like=True):
     lengths: Sequence[int]
 
 
+@decodable
 class Document(msgspec.Struct, frozen=True, array_like=True):
     """The encoded values of one part that a rank wrote into its `extra` file."""
 

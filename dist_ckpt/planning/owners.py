@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.format.boxes import Box, split_rows, volume
 from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_numbers, unpack_numbers
 from dist_ckpt.planning.describe import Held
@@ -35,6 +36,7 @@ _MAX_ROW_SHARE = 0.05
 """A row that is a larger part of what a rank writes on average is cut itself."""
 
 
+@decodable
 class Owned(msgspec.Struct, frozen=True, array_like=True):
     """A box that a rank writes: part of the box at position `held` of what it said it holds."""
 
@@ -48,6 +50,7 @@ class Owned(msgspec.Struct, frozen=True, array_like=True):
         return Box(self.offsets, self.sizes)
 
 
+@decodable
 class OwnedShare(msgspec.Struct, frozen=True, array_like=True):
     """What a rank is told to write: a bit for each of its boxes, and the numbers of its pieces."""
 

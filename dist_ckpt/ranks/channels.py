@@ -22,6 +22,7 @@ from typing import Literal
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import describe
 from dist_ckpt.ranks.seals import SEAL_BYTES, Packed, Seals, with_digest
 from dist_ckpt.waiting import start
@@ -51,6 +52,7 @@ SILENCE_SECONDS = 300.0
 _PROBES = 9
 
 
+@decodable
 class Frame(msgspec.Struct, array_like=True, frozen=True):
     """What one end says to the other.
 

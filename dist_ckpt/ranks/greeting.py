@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.ranks.seals import Seals
 
 GREETING_LIMIT_BYTES = 256
@@ -26,6 +27,7 @@ End = Literal["rank", "hub"]
 _MAGIC = b"dist_ckpt rounds 2\n"
 
 
+@decodable
 class Hello(msgspec.Struct, array_like=True, frozen=True):
     """What a rank says first: who it is, something new, and the proof that it is one of the job."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -43,6 +44,7 @@ class Hosts:
         return [rank for rank, other in enumerate(self.of_rank) if other == host]
 
 
+@decodable
 class _Here(msgspec.Struct, frozen=True):
     """Where a rank is: two are on one host where all of it is equal."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import UsageError
 from dist_ckpt.ranks.hosts import Hosts, find_hosts
 from dist_ckpt.ranks.job import Job
@@ -18,6 +19,7 @@ from dist_ckpt.ranks.waiting import ranks_as_text
 _MOST_TURNS = 8
 
 
+@decodable
 class _Sight(msgspec.Struct, frozen=True):
     """Whether a rank finds what its host, and what another host, has put into its own folder."""
 

@@ -17,6 +17,7 @@ import msgspec
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store, _get_default_store
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe, from_wire, to_wire
 from dist_ckpt.ranks.addresses import host_addresses
 from dist_ckpt.ranks.channels import SILENCE_SECONDS, framed, receive, set_options
@@ -111,6 +112,7 @@ def _name(group: ProcessGroup) -> str:
     return f"{group.group_name}/{members}"
 
 
+@decodable
 class Address(msgspec.Struct, frozen=True):
     """What rank 0 publishes: where it may be reached and by whom, or why it cannot be.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import NotFound, UsageError
 from dist_ckpt.format.names import claim_key
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
@@ -24,6 +25,7 @@ _FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.01, 1.0
 _LIMIT_BYTES = 1 << 16
 
 
+@decodable
 class _Token(msgspec.Struct, frozen=True):
     """What rank 0 has put there: the file of its claim, which no other place has."""
 
@@ -32,6 +34,7 @@ class _Token(msgspec.Struct, frozen=True):
     host: str
 
 
+@decodable
 class _Sight(msgspec.Struct, frozen=True):
     """Whether a rank finds the token, and where the rank is."""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, NotFound
 from dist_ckpt.format.names import MANIFEST, step_dir
 from dist_ckpt.storage.base import Entry, Store, read_all
@@ -15,6 +16,7 @@ from dist_ckpt.storage.readonly import ReadOnlyStore
 _LIMIT_BYTES = 256 << 20
 
 
+@decodable
 class _Named(msgspec.Struct, frozen=True):
     """What a manifest says it is of, and what tells it from another program's."""
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_claim
@@ -24,6 +25,7 @@ from dist_ckpt.storage.base import Store, delete_exactly, read_all
 _LIMIT_BYTES = 1 << 16
 
 
+@decodable
 class Discard(msgspec.Struct, frozen=True):
     """What one job gave up.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.manifest import read_metrics, write_metrics
 from dist_ckpt.format.names import EPOCH_NOTE, PIN, REMOVED, file_key
@@ -23,6 +24,7 @@ from dist_ckpt.storage.base import Store, read_all
 _LIMIT_BYTES = 1 << 20
 
 
+@decodable
 class EpochNote(msgspec.Struct, frozen=True):
     """What was known of a checkpoint only after it was saved: the epoch it ended, and metrics."""
 

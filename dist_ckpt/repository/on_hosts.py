@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
@@ -31,6 +32,7 @@ _SHOWN = 4
 _MARKS = (EPOCH_NOTE, PIN, REMOVED)
 
 
+@decodable
 class FolderStep(msgspec.Struct, frozen=True):
     """What one host has of a step.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, StorageError, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import parse_claim, parse_status, status_key
@@ -33,6 +34,7 @@ _LONGEST_NAP_SECONDS = 1.0
 _MOST_STARTS = 100
 
 
+@decodable
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What a job says of itself, about as often as it was told to.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.digest import bytes_digest
@@ -65,6 +66,7 @@ def run_across_hosts(job: Job, attempt: Attempt, share: StagedShare, commit: Com
     attempt.run(share, across.decide, across.finish)
 
 
+@decodable
 class _Written(msgspec.Struct, frozen=True):
     """What a rank wrote.
 
@@ -78,6 +80,7 @@ class _Written(msgspec.Struct, frozen=True):
     alike: dict[str, str]
 
 
+@decodable
 class _Described(msgspec.Struct, frozen=True):
     """What the leader of a host is told of a save.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.format.root import SegmentNote
 from dist_ckpt.planning.owners import Owned, OwnedShare
 
@@ -11,6 +12,7 @@ ObjectName = tuple[str, str]
 """Part and name of an encoded value."""
 
 
+@decodable
 class PlanRequest(msgspec.Struct, frozen=True):
     """First word of a save: small, whatever the state holds.
 
@@ -38,6 +40,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
     earlier: dict[str, object] = {}
 
 
+@decodable
 class PlanAnswer(msgspec.Struct, frozen=True):
     """The coordinator's answer to the first words of all ranks.
 
@@ -60,6 +63,7 @@ class PlanAnswer(msgspec.Struct, frozen=True):
     table: bool = False
 
 
+@decodable
 class Description(msgspec.Struct, frozen=True):
     """All that a rank holds, sent when there is no plan yet or it no longer holds.
 
@@ -79,6 +83,7 @@ class Description(msgspec.Struct, frozen=True):
     versioned: dict[str, dict[str, str]] = {}
 
 
+@decodable
 class RankPlan(msgspec.Struct, frozen=True):
     """One rank's share of a plan.
 
@@ -113,6 +118,7 @@ class RankPlan(msgspec.Struct, frozen=True):
     numbers: list[int] = []
 
 
+@decodable
 class ReplicaDigests(msgspec.Struct, frozen=True):
     """Digests of the boxes that a rank shares with others, in the order of `RankPlan.replicas`.
 
@@ -125,6 +131,7 @@ class ReplicaDigests(msgspec.Struct, frozen=True):
     digests: bytes
 
 
+@decodable
 class Report(msgspec.Struct, frozen=True):
     """What a rank wrote, how long it took, where it runs, and what metrics it was given.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import (
     CheckpointError,
     CoordinationError,
@@ -42,6 +43,7 @@ _AHEAD_CALLS = 256
 _MEET_CALLS = 256
 
 
+@decodable
 class _Entry(msgspec.Struct, frozen=True):
     """What rank 0 decided for one call, or the error that kept it from deciding."""
 
@@ -53,6 +55,7 @@ class _Entry(msgspec.Struct, frozen=True):
     error: dict[str, object] = {}
 
 
+@decodable
 class _Decisions(msgspec.Struct, frozen=True):
     """All that rank 0 has decided, up to the call `horizon`; calls without an entry are nothing."""
 
@@ -60,6 +63,7 @@ class _Decisions(msgspec.Struct, frozen=True):
     entries: dict[int, _Entry]
 
 
+@decodable
 class _Arrival(msgspec.Struct, frozen=True):
     """A signal that arrived at another rank, so long before its call number `call`."""
 
