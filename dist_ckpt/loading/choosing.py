@@ -259,13 +259,8 @@ class Chooser:
         step = location.step
         if self._call.best is not None and step is None:
             step = best_of(run, self._call.best)
-        choice = choose(
-            run,
-            step,
-            self._refused,
-            fall_back=fall_back,
-            selects_part=self.options.selects_stored,
-        )
+        selects = self.options.selects_stored
+        choice = choose(run, step, self._refused, fall_back=fall_back, selects_part=selects)
         self._manifests |= choice.manifests
         return choice
 
@@ -303,7 +298,7 @@ class Chooser:
         return DetachedStep(store, answer.step or 0) if answer.detached else store
 
 
-# Which checkpoint to load: rank 0 decides, and sends what it read to the others.
+# Which checkpoint to load: rank 0 decides.
 
 
 @dataclass(frozen=True)
