@@ -237,7 +237,10 @@ def _of_parts(source: Source) -> Catalog:
         if is_group_name(name):
             path = (part, PREFIX, groups.setdefault(part, 0))
             groups[part] += 1
-        names = {each: numbers[part, each] for each in references(data, path=_joined(path))}
+        names = {
+            each: _number_of(each, part, numbers, path)
+            for each in references(data, path=_joined(path))
+        }
         inside |= {(part, each) for each in names}
         aside = {}
         if isinstance(source, Checkpoint):
@@ -251,6 +254,15 @@ def _of_parts(source: Source) -> Catalog:
         for name, noted in Notes.read([group]).made.items():
             found.add_face(_path(part, name, parameters), noted)
     return found
+
+
+def _number_of(name: str, part: str, numbers: Mapping[tuple[str, str], int], path: Path) -> int:
+    if (part, name) not in numbers:
+        raise IntegrityError(
+            f"the value {_joined(path)} has the tensor {part}/{name} in it, which is not stored",
+            kind=ErrorKind.MALFORMED,
+        )
+    return numbers[part, name]
 
 
 def _groups(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dist_ckpt
+from dist_ckpt.dcp.catalog import catalog
 from dist_ckpt.dcp.edge import part_and_name, plain_errors, step_of
 from dist_ckpt.errors import (
     CheckpointError,
@@ -18,7 +23,11 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.foreign.dcp_runs import path_of
+from dist_ckpt.format.index_values import TensorEntry
 from dist_ckpt.format.names import is_part
+from dist_ckpt.repository import Repository
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.storage import LocalStore
 
 KEYS = st.sampled_from(["state", "model", "extra", "a.b", "", "x", "0"]) | st.text(max_size=3)
 PATHS = st.lists(KEYS | st.integers(0, 3), min_size=1, max_size=4).map(tuple)
@@ -59,3 +68,22 @@ def test_errors_cross_ranks_whatever_they_were() -> None:
         sent = copy.copy(caught.value)
         assert not isinstance(sent, CoordinationError)
         assert (type(sent), str(sent), sent.kind) == (type(caught.value), str(caught.value), kind)
+
+
+class WithoutTensors:
+    """A checkpoint whose description leaves out the tensors that its values refer to."""
+
+    tensors: tuple[TensorEntry, ...] = ()
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def test_a_value_that_refers_to_nothing_is_malformed(tmp_path: Path) -> None:
+    dist_ckpt.save({"loop": {"n": 1, "ema": {"w": torch.ones(3)}}}, tmp_path, step=1)
+    source = WithoutTensors(Repository(LocalStore(tmp_path)).open(1))
+    with pytest.raises(IntegrityError, match=r"loop.* has the tensor loop/.* not stored"):
+        catalog(cast("Any", source))
