@@ -23,7 +23,6 @@ from dist_ckpt.errors import (
     IntegrityError,
     NotFound,
 )
-from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import (
     INDEX,
     file_key,
@@ -152,6 +151,7 @@ class _Answer(msgspec.Struct, frozen=True):
         refused: what was passed over.
         asked: what it looks at next; None when it has chosen.
         step: the checkpoint; None where there is none.
+        save_id: of the attempt that it is.
         manifest: encoded.
         index: encoded.
         small: what this host lacks of its small files, bytes by name.
@@ -161,10 +161,17 @@ class _Answer(msgspec.Struct, frozen=True):
     refused: dict[int, str]
     asked: _Asked | None = None
     step: int | None = None
+    save_id: str = ""
     manifest: bytes = b""
     index: bytes = b""
     small: dict[str, bytes] = {}
     held: list[dict[str, int]] = []
+
+    @property
+    def folder(self) -> str:
+        """Where the files of the attempt are."""
+        assert self.step is not None
+        return f"{step_dir(self.step)}/{self.save_id}/"
 
 
 class HostsChooser(Chooser):
@@ -275,7 +282,13 @@ class HostsChooser(Chooser):
         search = self._search
         manifest, data = search.candidate.manifest, search.candidate.data
         answer = _Answer(
-            search.refused, None, manifest.step, data, sent.get(INDEX, b""), dict(sent), search.held
+            search.refused,
+            step=manifest.step,
+            save_id=manifest.save_id,
+            manifest=data,
+            index=sent.get(INDEX, b""),
+            small=dict(sent),
+            held=search.held,
         )
         try:
             if not answer.index:
@@ -322,8 +335,7 @@ class HostsChooser(Chooser):
 
     def _store_of(self, answer: _Answer) -> HostsStore:
         assert answer.step is not None
-        folder = _folder(answer)
-        small = {folder + name: data for name, data in answer.small.items()}
+        small = {answer.folder + name: data for name, data in answer.small.items()}
         here = self._here.get(answer.step)
         if here is None or not here.manifest:
             # Else it is looked for in the folder: retention may delete it beside a reader.
@@ -334,7 +346,7 @@ class HostsChooser(Chooser):
             held=answer.held,
             hosts=self._hosts,
             here=self._hosts.of_rank[self._job.training.rank],
-            folder=folder,
+            folder=answer.folder,
         )
 
     def _complete(self, answer: _Answer) -> None:
@@ -344,14 +356,13 @@ class HostsChooser(Chooser):
         share would be garbage after the next commit.
         """
         assert answer.step is not None
-        folder, here = _folder(answer), self._here.get(answer.step)
-        save_id = folder.split("/")[1]
-        if here is None or save_id not in here.attempts or here.manifest or here.problem:
+        here = self._here.get(answer.step)
+        if here is None or answer.save_id not in here.attempts or here.manifest or here.problem:
             return
         store = self._job.repository.store
         try:
             for name, data in sorted(answer.small.items()):
-                store.put(folder + name, [data])
+                store.put(answer.folder + name, [data])
             store.put(manifest_key(answer.step), [answer.manifest])
         except CheckpointError as error:
             _log.warning("step %s was committed, but not in %s: %s", answer.step, store.url, error)
@@ -365,9 +376,3 @@ def _senders(held: Sequence[Mapping[str, int]], leaders: Sequence[int]) -> dict[
             first = next(host for host, each in enumerate(held) if name in each)
             sent_by.setdefault(leaders[first], []).append(name)
     return sent_by
-
-
-def _folder(answer: _Answer) -> str:
-    assert answer.step is not None
-    manifest = manifest_format.decode(answer.manifest, step=answer.step)
-    return f"{step_dir(answer.step)}/{manifest.save_id}/"
