@@ -47,14 +47,13 @@ from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, encode, references, references_aside
 from dist_ckpt.state.optimizer_content import Notes
 from dist_ckpt.state.rebuilding import Building
+from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import Store
 
 Path = tuple[Any, ...]
 
 # Elements of a whole for each that is stored of it: with the longest there are, of one bit each.
 _MOST_PER_ELEMENT = 128
-
-_VALUE = "value"  # what the parts of dist_ckpt that are one Python value call it
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +232,7 @@ def _of_parts(source: Source) -> Catalog:
     inside: set[tuple[str, str]] = set()
     groups: dict[str, int] = {}
     for part, name, data in objects:
-        path: Path = (part,) if name == _VALUE else _path(part, name, parameters)
+        path: Path = (part,) if name == VALUE else _path(part, name, parameters)
         if is_group_name(name):
             path = (part, PREFIX, groups.setdefault(part, 0))
             groups[part] += 1

@@ -13,9 +13,9 @@ import torch
 from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError, near
 from dist_ckpt.loading.called_alike import alike
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
+from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import is_key
 
-_VALUE = "value"  # what a part that is one Python value calls it
 _CASTS = {
     name: dtype
     for dtype, names in (
@@ -121,10 +121,10 @@ class StoredContent:
         if not infos:
             raise NotFound(f"part {self.part!r} of {opened.where} has no tensors")
         # A dict of tensors is one value, in which these have its name before their own.
-        self.is_value = list(opened.read_encoded(self.part)) == [_VALUE] and all(
-            name.startswith(f"{_VALUE}.") for name in infos
+        self.is_value = list(opened.read_encoded(self.part)) == [VALUE] and all(
+            name.startswith(f"{VALUE}.") for name in infos
         )
-        before = f"{_VALUE}." if self.is_value else ""
+        before = f"{VALUE}." if self.is_value else ""
         bare = {name.removeprefix(before): name for name in infos}
         renaming = Renaming(rename or {})
         made = {renaming(name): name for name in bare}

@@ -17,10 +17,10 @@ from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.names import wrapper_prefix
 from dist_ckpt.state.objects import decode, references
+from dist_ckpt.state.value_fit import VALUE
 
 _MODEL = "model"
 _METRICS = "metrics"
-_VALUE = "value"
 # What says how far a training was, the best first.
 _STEPS = ("step", "global_step", "iteration", "iter", "epoch")
 _LIGHTNING = "pytorch-lightning_version"
@@ -180,7 +180,7 @@ class _Reading:
         }
 
     def _value(self, part: str) -> Any:
-        data = self.objects.get(part, {}).get(_VALUE)
+        data = self.objects.get(part, {}).get(VALUE)
         if data is None or references(data, path=part):
             return None
         return decode(data, tensors={}, path=part)
@@ -192,7 +192,7 @@ class _Reading:
                 if not references(data, path=part):
                     decode(data, tensors={}, path=part)
             except CheckpointError:
-                self.left_out.append(part if name == _VALUE else f"{part}/{name}")
+                self.left_out.append(part if name == VALUE else f"{part}/{name}")
             else:
                 found[name] = data
         return found

@@ -22,8 +22,8 @@ from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import PAIRS, SETS, TAG
 from dist_ckpt.state.leaves import BY_TAG
 from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
+from dist_ckpt.state.value_fit import VALUE
 
-_VALUE = "value"  # what a part that is one Python value calls it
 _PAIRS = frozenset(PAIRS.values())
 _SETS = frozenset(SETS.values())
 _LONG = 60
@@ -67,7 +67,7 @@ def value_changes(
         mine, theirs = (_values(checkpoint, each) for checkpoint in (one, other))
         for path, here, there in _in_dicts(mine, theirs, ""):
             # A part that is one value is called by its own name.
-            bare = path.removeprefix(_VALUE)
+            bare = path.removeprefix(VALUE)
             named = bare.removeprefix(".") if bare[:1] in (".", "[", "") else path
             yield ValueChange(each.part, each.rank, named, here, there)
 

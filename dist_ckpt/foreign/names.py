@@ -17,6 +17,7 @@ from dist_ckpt.format.names import is_part
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.state.groups import MADE, group_name
 from dist_ckpt.state.objects import encode
+from dist_ckpt.state.value_fit import VALUE
 
 _MODEL = "model"
 MODELS = (
@@ -28,7 +29,6 @@ MODELS = (
 # Lists of as many as there are optimizers: Lightning has one also of a single one.
 _SCHEDULERS = ("lr_schedulers", "schedulers")
 _PATH_SHOWN = 200
-_VALUE = "value"  # what a part that is one Python value calls it
 
 
 @dataclass(slots=True)
@@ -149,7 +149,7 @@ class _Naming:
         value = _nested(leaves)
         if self._part in _SCHEDULERS and type(value) is list and len(value) == 1:
             (value,) = value
-        self._encode(_VALUE, value)
+        self._encode(VALUE, value)
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""
