@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Ranges
 from dist_ckpt.loading.schedule import PAGE_BYTES, CanRead, Extent, place_extents, share
+from dist_ckpt.ranks.channels import SILENCE_SECONDS
 from dist_ckpt.ranks.rounds import Deadline
 
 _MIN_SECONDS = 1.0
@@ -31,18 +33,28 @@ class Peers:
     When one of them closes it, whoever still waits for that rank stops waiting, with an error.
     """
 
-    def __init__(self, deadline: Deadline, members: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        deadline: Deadline,
+        members: Sequence[int] | None = None,
+        *,
+        silence_seconds: float = SILENCE_SECONDS,
+    ) -> None:
         """Connect.
 
         Args:
             deadline: when to give up.
             members: the ranks of the job in the default group; None for all.
+            silence_seconds: how long a host may not be reached until it counts as gone.
 
         Raises:
             CoordinationError: some rank did not come in time.
         """
         # Gloo gives up by itself, and before rank 0 does: rank 0 is there to name who is late.
-        seconds = max(deadline.for_coordinator().for_coordinator().remaining_seconds, _MIN_SECONDS)
+        self._until = deadline.for_coordinator().for_coordinator()
+        # All ranks come at once, from a round: who is waited for as long as that was cut off. What
+        # the group waits for later has the whole time, see `wait`.
+        seconds = min(self._remaining_seconds, silence_seconds)
         try:
             # The other ranks of the default group, if there are any, do not know of this.
             self._group = dist.new_group(
@@ -73,6 +85,18 @@ class Peers:
     def receive(self, data: torch.Tensor, sender: int, tag: int) -> dist.Work | None:
         """Begin to receive `data` from a rank."""
         return dist.irecv(data, group=self._group, tag=tag, group_src=sender)
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait until what was begun is done, or the deadline has come.
+
+        Raises:
+            RuntimeError: the peer is gone, or it is too late.
+        """
+        work.wait(timedelta(seconds=self._remaining_seconds))
+
+    @property
+    def _remaining_seconds(self) -> float:
+        return max(self._until.remaining_seconds, _MIN_SECONDS)
 
     def needs(self, mine: Ranges) -> list[Ranges]:
         """Tell all ranks what this one needs, and return what each of them does.
@@ -142,7 +166,7 @@ def swap(peers: Peers, rank: int, extents: Sequence[Extent], memory: Sequence[me
     # All of them are waited for, also after a failure: who is well gets and gives what it should,
     # so that only the one that is gone is named, and nobody's memory is still written to.
     for peer, work in works:
-        why = "" if work is None else _failure(work.wait)
+        why = "" if work is None else _failure(partial(peers.wait, work))
         if why:
             failed.setdefault(peer, why)
     works.clear()

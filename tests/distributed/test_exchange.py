@@ -212,3 +212,21 @@ def test_a_rank_that_is_silent_is_named_at_the_deadline(tmp_path: Path) -> None:
     assert results[0] == results[1] == results[2]
     assert results[0][1] == [1]
     assert "rank 1 did not arrive within 20 s" in results[0][0]
+
+
+def comes_to_nobody(_: object) -> str:
+    """Rank 1 does not connect until rank 0 has given up."""
+    store = _get_default_store()
+    if dist.get_rank() == 1:
+        store.wait(["given up"])
+        return ""
+    try:
+        exchange.Peers(Deadline.after(3600), silence_seconds=1.0)
+    except CheckpointError as error:
+        store.set("given up", "")
+        return str(error)
+    raise AssertionError("it is connected to nobody")
+
+
+def test_who_cannot_be_reached_is_not_waited_for_to_the_deadline(tmp_path: Path) -> None:
+    assert "GLOO_SOCKET_IFNAME" in run_ranks(2, comes_to_nobody, tmp_path)[0]
