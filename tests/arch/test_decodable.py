@@ -15,10 +15,12 @@ FIRST_USE_BY_MANY = """
 import importlib, sys, threading
 import msgspec
 
-sys.setswitchinterval(1e-6)
+kinds = []
 for line in sys.stdin.read().split():
     module, _, name = line.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+    kinds.append(getattr(importlib.import_module(module), name))
+sys.setswitchinterval(1e-6)
+for kind in kinds:
     names = kind.__struct_encode_fields__
     every = [None] * len(names) if kind.__struct_config__.array_like else dict.fromkeys(names)
     data = msgspec.msgpack.encode(every)
