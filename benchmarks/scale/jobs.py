@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.columns import Numbers, Row, Table, pack_numbers
+from dist_ckpt.planning.columns import Numbers, Row, Table
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.saving.messages import Description
 
@@ -187,4 +187,4 @@ def _numbers(model: str, experts: int, cut: tuple[int, int], expert_cut: tuple[i
     numbers = rows.numbers.copy()
     numbers[rows.starts] = start = np.minimum(shard * each, rows.lengths)
     numbers[rows.sizes] = np.minimum(start + each, rows.lengths) - start
-    return pack_numbers(numbers)
+    return _table(model, experts).pack(numbers)

@@ -8,18 +8,15 @@ host has its share (`dist_ckpt.saving.across_hosts`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import msgspec
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import (
     CheckpointError,
-    ErrorKind,
-    IncompatibleError,
     IntegrityError,
     NotFound,
 )
@@ -29,11 +26,12 @@ from dist_ckpt.format.names import (
     manifest_key,
     step_dir,
 )
-from dist_ckpt.loading.choosing import Chooser, Chosen, LoadRequest
+from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, LoadRequest
 from dist_ckpt.ranks.hosts import Hosts
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import Topic, check_same, on_every_rank, pack, unpack
-from dist_ckpt.repository import Checkpoint
+from dist_ckpt.repository.host_files import BadCopies, HostsStore, WatchedCheckpoint
 from dist_ckpt.repository.on_hosts import (
     FolderStep,
     HostsSearch,
@@ -41,89 +39,11 @@ from dist_ckpt.repository.on_hosts import (
     lacks,
     list_folder,
 )
+from dist_ckpt.repository.source import Again
 from dist_ckpt.state.roles import best_of
-from dist_ckpt.storage.base import Entry, Store, read_all
-from dist_ckpt.storage.wrapper import StoreWrapper
+from dist_ckpt.storage.base import read_all
 
 _log = logging.getLogger("dist_ckpt")
-
-
-class HostsStore(StoreWrapper):
-    """The folder of this host, and what is known of one checkpoint's files on other hosts.
-
-    What is small was sent here, and is read from memory; of the rest there is the size.
-
-    Args:
-        inner: the folder.
-        small: bytes by key, of what the folder lacks.
-        held: for each host, its files of the checkpoint: bytes by name.
-        hosts: which ranks are where.
-        here: the number of this host.
-        folder: in which these files are, with a slash.
-    """
-
-    def __init__(
-        self,
-        inner: Store,
-        *,
-        small: Mapping[str, bytes],
-        held: Sequence[Mapping[str, int]],
-        hosts: Hosts,
-        here: int,
-        folder: str,
-    ) -> None:
-        super().__init__(inner)
-        self._small = small
-        self._held = held
-        self._hosts = hosts
-        self._here = held[here]
-        self._folder = folder
-        self._nbytes = {folder + name: size for named in held for name, size in named.items()}
-
-    def readers(self, name: str) -> list[int]:
-        """Return the ranks that can read a file of the checkpoint, ascending."""
-        has = [name in named for named in self._held]
-        return [rank for rank, host in enumerate(self._hosts.of_rank) if has[host]]
-
-    def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
-        """See `Store.read_into`.
-
-        Raises:
-            IncompatibleError: only another host has it, and no exchange was made for it.
-        """
-        data = self._small.get(key)
-        if data is None:
-            if key in self._nbytes and key.removeprefix(self._folder) not in self._here:
-                raise IncompatibleError(
-                    f"{key} is on another host, and names that share memory in the state have "
-                    "values of their own in it, which each rank compares alone: give these names "
-                    "memory of their own, or load on ranks whose hosts have the file",
-                    kind=ErrorKind.STATE_MISMATCH,
-                )
-            return super().read_into(key, offset, *buffers)
-        start = offset
-        for buffer in buffers:
-            piece = data[start : start + len(buffer)]
-            buffer[: len(piece)] = piece
-            start += len(piece)
-        return start - offset
-
-    def size(self, key: str) -> int:
-        """See `Store.size`, of whichever host has it."""
-        if key in self._small:
-            return len(self._small[key])
-        return self._nbytes[key] if key in self._nbytes else super().size(key)
-
-    def list_entries(self, prefix: str = "") -> Iterator[Entry]:
-        """See `Store.list_entries`; of the files of the checkpoint, on all hosts."""
-        if prefix != self._folder:
-            yield from super().list_entries(prefix)
-            return
-        for key in sorted(self._nbytes):
-            yield Entry(key, self._nbytes[key])
-
-    def _around(self, operation: Any, key: str, run: Any) -> Any:
-        return run()
 
 
 @decodable
@@ -156,6 +76,7 @@ class _Answer(msgspec.Struct, frozen=True):
         index: encoded.
         small: what this host lacks of its small files, bytes by name.
         held: for each host its files, bytes by name.
+        notes: what to know of files that are damaged on some host.
     """
 
     refused: dict[int, str]
@@ -166,6 +87,7 @@ class _Answer(msgspec.Struct, frozen=True):
     index: bytes = b""
     small: dict[str, bytes] = {}
     held: list[dict[str, int]] = []
+    notes: list[str] = []
 
     @property
     def folder(self) -> str:
@@ -179,6 +101,11 @@ class HostsChooser(Chooser):
 
     _hosts: Hosts
     _search: HostsSearch
+
+    def __init__(self, job: Job, call: LoadCall, *, own: bool, claims: bool) -> None:
+        super().__init__(job, call, own=own, claims=claims)
+        self._bad = BadCopies()
+        self._noted: list[str] = []
 
     def choose(self, topic: Topic, *, fall_back: bool) -> tuple[Chosen | None, Mapping[int, str]]:
         """See `Chooser.choose`.
@@ -207,7 +134,22 @@ class HostsChooser(Chooser):
         if self._claims and job.leads:
             self._complete(answer)
         store, opens = self._store_of(answer), partial(self._open_answer, answer)
-        return Chosen(answer.step, store, self.url, answer.refused, b"", opens), news
+        self._tell_bad(answer)
+        return Chosen(answer.step, store, self.url, answer.refused, b"", opens, answer.notes), news
+
+    def damage(self) -> bytes:
+        """See `Chooser.damage`."""
+        opened = self._opened
+        damaged = opened.damaged if isinstance(opened, WatchedCheckpoint) else {}
+        return msgspec.msgpack.encode(damaged)
+
+    def look_again(self, messages: Sequence[bytes]) -> Again:
+        """See `Chooser.look_again`; also where another host has what is damaged on one."""
+        gone = super().look_again(messages)
+        if gone:
+            return gone
+        found = [msgspec.msgpack.decode(each, type=dict[str, str]) for each in messages]
+        return "elsewhere" if self._has_others(found) else ""
 
     def _begin(self, topic: Topic, *, fall_back: bool) -> bytes:
         """Have all leaders say what their folders have; return the first answer."""
@@ -233,6 +175,7 @@ class HostsChooser(Chooser):
                 url=self.url,
                 step=step,
                 fall_back=fall_back,
+                bad=self._bad,
             )
             return self._told(self._next())
 
@@ -279,7 +222,7 @@ class HostsChooser(Chooser):
 
     def _judge(self, sent: Mapping[str, bytes]) -> _Answer:
         """Rank 0: take the checkpoint that is looked at if it is whole, else find the next."""
-        search = self._search
+        search, checkpoint = self._search, None
         manifest, data = search.candidate.manifest, search.candidate.data
         answer = _Answer(
             search.refused,
@@ -294,23 +237,64 @@ class HostsChooser(Chooser):
             if not answer.index:
                 raise lacks(manifest, search.url, [INDEX])
             checkpoint = self._open_answer(answer)
-            # What is cut short on one host may be whole on another.
-            nbytes = dict(checkpoint.files)
-            held = [
-                {n: b for n, b in each.items() if nbytes.get(n, b) == b} for each in search.held
-            ]
+            self._note_sizes(checkpoint)
+            held = search.held
             answer = msgspec.structs.replace(answer, held=held)
-            checkpoint = checkpoint.at(self._store_of(answer))
-            needed = checkpoint.files_of(self.options.selects_stored)
-            names = [checkpoint.files[number][0] for number in needed]
+            looked = checkpoint.at(self._store_of(answer))
+            needed = looked.files_of(self.options.selects_stored)
+            names = [looked.files[number][0] for number in needed]
             missing = [name for name in names if not any(name in each for each in held)]
             if missing:
                 raise lacks(manifest, search.url, missing)
-            checkpoint.check_some(needed)
+            looked.check_some(needed)
         except IntegrityError as error:
-            search.refuse(error)
+            # Rank 0 alone looks here, before the others open anything.
+            damaged = {INDEX: error.message} if checkpoint is None else checkpoint.damaged
+            if self._has_others([damaged]):
+                search.again()
+            else:
+                search.refuse(error)
             return self._next()
-        return msgspec.structs.replace(answer, refused=search.take())
+        notes = self._bad.told(manifest.save_id, self._hosts.names)
+        return msgspec.structs.replace(answer, refused=search.take(), notes=notes)
+
+    def _note_sizes(self, checkpoint: WatchedCheckpoint) -> None:
+        """Rank 0: take note of what is cut short on one host; on another it may be whole."""
+        nbytes = dict(checkpoint.files)
+        for host, held in enumerate(self._search.held):
+            for name, size in held.items():
+                if size != nbytes.get(name, size):
+                    why = f"it holds {size} bytes, committed were {nbytes[name]}"
+                    self._bad.add(checkpoint.save_id, host, name, why)
+
+    def _has_others(self, found: Sequence[Mapping[str, str]]) -> bool:
+        """Rank 0: take note of what ranks found damaged; tell whether other hosts have all that.
+
+        Args:
+            found: for each rank, from 0 on, the files and the reasons.
+        """
+        search, news = self._search, False
+        save_id = search.candidate.manifest.save_id
+        senders = _senders(search.held, self._hosts.leaders)
+        sent_by = {name: rank for rank, names in senders.items() for name in names}
+        held = search.held
+        for rank, named in enumerate(found):
+            for name, why in named.items():
+                # What the host of a rank lacks was sent to it.
+                has = self._hosts.of_rank[rank]
+                if name == INDEX or name not in held[has]:
+                    has = self._hosts.of_rank[sent_by.get(name, rank)]
+                news |= self._bad.add(save_id, has, name, why)
+        left = search.held
+        names = {name for named in found for name in named}
+        return news and all(any(name in each for each in left) for name in names)
+
+    def _tell_bad(self, answer: _Answer) -> None:
+        if self._job.training.rank == 0:
+            for note in answer.notes:
+                if note not in self._noted:
+                    _log.warning("step %s in %s: %s", answer.step, self.url, note)
+        self._noted = answer.notes
 
     def _told(self, answer: _Answer) -> Sequence[bytes]:
         """Return the answer for each rank: of small files only what its host lacks."""
@@ -326,10 +310,10 @@ class HostsChooser(Chooser):
         ]
         return [by_host[host] for host in self._hosts.of_rank]
 
-    def _open_answer(self, answer: _Answer) -> Checkpoint:
+    def _open_answer(self, answer: _Answer) -> WatchedCheckpoint:
         assert answer.step is not None
         store = self._store_of(answer)
-        opened = Checkpoint(store, answer.manifest, answer.index, step=answer.step)
+        opened = WatchedCheckpoint(store, answer.manifest, answer.index, step=answer.step)
         self._opened = opened
         return opened
 
@@ -337,14 +321,14 @@ class HostsChooser(Chooser):
         assert answer.step is not None
         small = {answer.folder + name: data for name, data in answer.small.items()}
         here = self._here.get(answer.step)
-        if here is None or not here.manifest:
+        if here is None or here.manifest != answer.manifest:
             # Else it is looked for in the folder: retention may delete it beside a reader.
             small[manifest_key(answer.step)] = answer.manifest
         return HostsStore(
             self._job.repository.store,
             small=small,
             held=answer.held,
-            hosts=self._hosts,
+            of_rank=self._hosts.of_rank,
             here=self._hosts.of_rank[self._job.training.rank],
             folder=answer.folder,
         )

@@ -31,7 +31,7 @@ from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.source import Source, reread, unless_deleted
+from dist_ckpt.repository.source import Again, Source, listed, reread, unless_deleted
 from dist_ckpt.state.roles import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -96,6 +96,7 @@ class Chosen:
         refused: newer checkpoints that were passed over, each with the reason.
         token: what this rank is to find there, if that is not known of all ranks.
         open: opens it on this rank, which is to be told to the others if it fails.
+        notes: what else to know of it, though nothing is wrong.
     """
 
     step: int
@@ -104,6 +105,7 @@ class Chosen:
     refused: Mapping[int, str]
     token: bytes
     open: Callable[[], Source]
+    notes: Sequence[str] = ()
 
 
 @decodable
@@ -204,9 +206,17 @@ class Chooser:
         if isinstance(self._opened, Checkpoint) and self._opened.step == step:
             self._manifests[step] = self._opened.manifest_bytes
 
-    def still_there(self) -> bool:
-        """Rank 0: whether what was chosen was neither deleted nor replaced since."""
-        return self._opened is None or self._opened.still_there()
+    def damage(self) -> bytes:
+        """Return what this rank says in `look_again`."""
+        return b""
+
+    def look_again(self, messages: Sequence[bytes]) -> Again:
+        """Rank 0: tell why not to give up what was chosen, by what each rank says of its damage."""
+        try:
+            there = self._opened is None or self._opened.still_there()
+        except CheckpointError:
+            there = True  # nobody knows: then what was found is damage
+        return "" if there else "gone"
 
     def passed_over(self) -> dict[int, bytes | None]:
         """Return the steps that were refused, on rank 0 with their manifests."""
@@ -221,8 +231,7 @@ class Chooser:
             token = self._job.place_token()
         # Whatever else lies in a run, its checkpoints come first.
         choice, location = self._choose(self._location(), fall_back=fall_back)
-        # Kept, because decoding an index of millions of chunks twice is felt.
-        self._opened = opened = choice.checkpoint
+        self._opened = opened = choice.checkpoint  # to decode millions of chunks twice is felt
         if opened is not None:
             return _Answer(
                 opened.step,
@@ -321,17 +330,13 @@ class Choice:
         return None if self.checkpoint is None else self.checkpoint.step
 
 
-def _every(_: str) -> bool:
-    return True
-
-
 def choose(
     repository: Repository,
     step: int | None,
     refused: Mapping[int, str],
     *,
     fall_back: bool,
-    selects_part: Callable[[str], bool] = _every,
+    selects_part: Callable[[str], bool] = lambda _: True,
 ) -> Choice:
     """Open `step`, or the newest checkpoint that is not in `refused`.
 
@@ -371,11 +376,10 @@ def choose(
             del manifests[candidate]
             return Choice(checkpoint, reasons, manifests)
     if reasons:
-        listed = "; ".join(f"step {old}: {why}" for old, why in sorted(reasons.items()))
         raise IntegrityError(
             f"no checkpoint in {repository.store.url} can be restored, and a training that began "
-            f"anew there would in time take their place ({listed}). Nothing was changed: bring "
-            "back a copy of what is damaged, or begin a run elsewhere",
+            f"anew there would in time take their place ({listed(reasons, repository.store.url)}). "
+            "Nothing was changed: bring back a copy of what is damaged, or begin a run elsewhere",
             kind=ErrorKind.MALFORMED,
         )
     return Choice(None)

@@ -13,12 +13,7 @@ import msgspec
 
 from dist_ckpt import events
 from dist_ckpt.decodable import decodable
-from dist_ckpt.errors import (
-    CheckpointError,
-    ErrorKind,
-    IncompatibleError,
-    IntegrityError,
-)
+from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.loading.across_hosts import HostsChooser
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import BounceMemory, warm_memory
@@ -32,7 +27,7 @@ from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
-from dist_ckpt.repository.source import Source, deleted_meanwhile
+from dist_ckpt.repository.source import Again, Source, deleted_meanwhile, reason
 from dist_ckpt.staging.gc_pause import no_collection
 from dist_ckpt.state.train_state import TrainState
 
@@ -161,7 +156,7 @@ class Loader:
         since = time.perf_counter()
         with no_collection():
             (source, matched, memory), verdict = self._match(topic, chosen, options, stack)
-            if progress.touched and verdict.missing:
+            if progress.touched not in ("", source.save_id) and verdict.missing:
                 # What an older one lacks would keep the values of the newer one that was damaged.
                 raise IncompatibleError(
                     f"{source.where} has no {verdict.missing[0]}, which another checkpoint that "
@@ -233,7 +228,7 @@ class Loader:
             progress.asked = tuple(matched.first)
         reading.begin(lambda: self._restore_first(matched))
         progress.clock("match", since)
-        progress.touched = True
+        progress.touched = matched.source.save_id
         result = reading.read()
         return replace(
             result,
@@ -318,7 +313,7 @@ class Loader:
             unexpected=tuple(verdict.unexpected),
             casts=tuple(verdict.casts),
             resized=tuple(verdict.resized),
-            notes=tuple(matched.notes),
+            notes=(*matched.notes, *chosen.notes),
             nbytes_wanted=result.nbytes_wanted,
             nbytes_read=result.nbytes_read,
             nbytes_exchanged=result.nbytes_exchanged,
@@ -365,7 +360,10 @@ class Loader:
             IntegrityError: it is damaged, and nothing else was asked for.
             NotFound: again and again retention was faster.
         """
-        if self._is_gone(topic, chooser):
+        again = self._look_again(topic, chooser)
+        if again == "elsewhere":
+            return
+        if again:
             # That is no damage, so nothing is noted: what there is by now is chosen next.
             progress.lost += 1
             if progress.lost == _MOST_LOST:
@@ -376,25 +374,25 @@ class Loader:
         chooser.refuse(chosen.step, error.message)
         self._announce(chooser.url, {chosen.step: error.message})
 
-    def _is_gone(self, topic: Topic, chooser: Chooser) -> bool:
-        """Whether rank 0 finds that its choice was deleted or replaced since; a round.
+    def _look_again(self, topic: Topic, chooser: Chooser) -> Again:
+        """Return why rank 0 has to choose again, and need not give up what it chose; a round.
 
         The next choice then is what a reader who came later would get: the newest there is by
         then, or that the step which was asked for is not found.
         """
-
-        def decide(_: Sequence[bytes]) -> bytes:
-            try:
-                return msgspec.msgpack.encode(not chooser.still_there())
-            except CheckpointError:
-                return msgspec.msgpack.encode(False)  # nobody knows: then what was found is damage
-
-        _, answer = self._together(topic.phase("gone"), lambda: None, decide=decide)
-        return msgspec.msgpack.decode(answer, type=bool)
+        _, answer = self._together(
+            topic.phase("gone"),
+            chooser.damage,
+            message=bytes,
+            decide=lambda messages: msgspec.msgpack.encode(chooser.look_again(messages)),
+        )
+        found: Again = msgspec.msgpack.decode(answer, type=Again)
+        return found
 
     def _announce(self, url: str, refused: Mapping[int, str]) -> None:
         rank = self._job.training.rank
-        for step, reason in sorted(refused.items(), reverse=True):
-            events.emit(events.CheckpointRefused(url, step, rank, reason))
+        for step, why in sorted(refused.items(), reverse=True):
+            events.emit(events.CheckpointRefused(url, step, rank, why))
             if rank == 0:  # nobody should have to subscribe to learn that steps are taken again
-                _log.warning("step %d in %s was passed over: %s", step, url, reason)
+                told = reason(step, url, why)
+                _log.warning("step %d in %s was passed over: %s", step, url, told)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from dist_ckpt.errors import CheckpointError, NotFound
+from dist_ckpt.repository.source import reason
 
 _SHOWN = 5
 
@@ -92,7 +93,10 @@ class LoadReport:
             if names:
                 rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 lines.append(f"  {kind}: {', '.join(names[:_SHOWN])}{rest}")
-        lines += [f"  passed over step {step}: {why}" for step, why in self.refused.items()]
+        lines += [
+            f"  passed over step {step}: {reason(step, self.url, why)}"
+            for step, why in self.refused.items()
+        ]
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -113,14 +117,14 @@ class LoadProgress:
 
     Attributes:
         begun: when, on the clock of `time.perf_counter`.
-        touched: whether bytes may have reached live tensors.
+        touched: of which attempt bytes may have reached live tensors; "" for none.
         lost: how many checkpoints were deleted while they were read.
         asked: the parts that were restored first, some perhaps before another one refused.
         seconds: how long each phase took.
     """
 
     begun: float = field(default_factory=time.perf_counter)
-    touched: bool = False
+    touched: str = ""
     lost: int = 0
     asked: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)

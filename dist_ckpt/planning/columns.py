@@ -3,7 +3,8 @@
 At thousands of ranks an object for each box of each rank is most of what a plan costs. Ranks that
 hold the same tensors share one table of them, and differ in numbers only: where their boxes start,
 and how large these are. A rank sends the digest of its table, and the table itself only if nobody
-else does; its numbers are deflated.
+else does. Its numbers travel shape by shape, each as the step from the one before: of tensors of
+one shape a rank mostly has the same box, so nearly all of them are 0, and deflated to nothing.
 """
 
 from __future__ import annotations
@@ -61,9 +62,39 @@ class Table:
     @cached_property
     def columns(self) -> list[int]:
         """For each row the column where its numbers begin, and the number of all columns."""
-        widths = np.array([0, *(2 * len(row.shape) for row in self.rows)], np.int64)
-        columns: list[int] = np.cumsum(widths).tolist()
+        columns: list[int] = self.starts.tolist()
         return columns
+
+    @cached_property
+    def starts(self) -> Numbers:
+        """The same, as int64[rows + 1]."""
+        return np.cumsum([0, *(2 * len(row.shape) for row in self.rows)], dtype=np.int64)
+
+    @cached_property
+    def _order(self) -> Numbers:
+        """All columns, those next to one another that have the same say of boxes of one shape."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for row, start in zip(self.rows, self.columns, strict=False):
+            by_shape.setdefault(row.shape, []).append(start)
+        found = [
+            np.add.outer(np.arange(2 * len(shape)), np.array(starts)).ravel()
+            for shape, starts in by_shape.items()
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    def pack(self, numbers: Numbers) -> bytes:
+        """Return the numbers of a rank that holds these tensors, as they travel."""
+        return pack_steps(numbers[self._order])
+
+    def unpack(self, data: bytes) -> Numbers:
+        """Return the numbers that `pack` made `data` of.
+
+        Raises:
+            CoordinationError: they are not those of these tensors.
+        """
+        numbers = np.empty(len(self._order), np.int64)
+        numbers[self._order] = np.cumsum(unpack_numbers(data, count=len(numbers)))
+        return numbers
 
     def held(self, numbers: Numbers) -> list[Held]:
         """Return what a rank with these numbers holds."""
@@ -165,6 +196,11 @@ class HeldByRank(Sequence[list[Held]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def place(self, rank: int) -> tuple[Table, Numbers]:
+        """Return which tensors `rank` holds, and its numbers."""
+        group, row = self._places[rank]
+        return group.table, group.numbers[row]
+
     @overload
     def __getitem__(self, rank: int) -> list[Held]: ...
     @overload
@@ -217,10 +253,14 @@ def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
     return np.frombuffer(raw, "<i8").astype(np.int64, copy=False)
 
 
-def pack_steps(numbers: Sequence[int]) -> bytes:
+def pack_steps(numbers: Sequence[int] | Numbers) -> bytes:
     """Return numbers that mostly ascend by one, as they travel: as steps, deflated to nothing."""
-    from_zero = np.array([0, *numbers], np.int64)
-    return pack_numbers(from_zero[1:] - from_zero[:-1])
+    return pack_numbers(steps_of(np.asarray(numbers, np.int64)))
+
+
+def steps_of(numbers: Numbers) -> Numbers:
+    """Return how far each number is from the one before, the first one from 0."""
+    return np.diff(numbers, prepend=np.int64(0))
 
 
 def unpack_steps(data: bytes) -> list[int]:

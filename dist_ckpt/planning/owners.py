@@ -14,9 +14,9 @@ the most to write that no other rank holds, as long as sets of holders that over
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import overload
 
 import msgspec
@@ -25,7 +25,13 @@ from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.format.boxes import Box, split_rows, volume
-from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_numbers, unpack_numbers
+from dist_ckpt.planning.columns import (
+    HeldByRank,
+    Numbers,
+    pack_numbers,
+    steps_of,
+    unpack_numbers,
+)
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings, Shared, Tiles
 
@@ -52,7 +58,14 @@ class Owned(msgspec.Struct, frozen=True, array_like=True):
 
 @decodable
 class OwnedShare(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank is told to write: a bit for each of its boxes, and the numbers of its pieces."""
+    """What a rank is told to write.
+
+    Attributes:
+        whole: a bit for each of its boxes, whether it writes it as it is; deflated.
+        pieces: the other ones, those of so many dimensions together: how many they are, the steps
+            from position to position, and then, column by column, by how much their offsets and
+            sizes differ from those of the box that the rank holds.
+    """
 
     whole: bytes
     pieces: bytes
@@ -78,9 +91,10 @@ class _Pieces:
         return cls(every[order], np.concatenate(numbers)[order])
 
     def of(self, rank: int) -> Numbers:
-        """Return the numbers of what `rank` writes, one after the other."""
+        """Return the numbers of what `rank` writes, by position."""
         start, stop = np.searchsorted(self.ranks, (rank, rank + 1))
-        return self.numbers[start:stop].ravel()
+        mine = self.numbers[start:stop]
+        return mine[np.argsort(mine[:, 0], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -128,8 +142,14 @@ class OwnedByRank(Sequence[list[Owned]]):
     def share(self, rank: int) -> OwnedShare:
         """Return what `rank` writes, as it is told to it."""
         whole = np.packbits(self._flat[self._first[rank] : self._first[rank + 1]]).tobytes()
-        numbers = [each.of(rank) for each in self._pieces]
-        return OwnedShare(whole, pack_numbers(np.concatenate([np.zeros(0, np.int64), *numbers])))
+        table, held = self.held_by_rank.place(rank)
+        told = [np.zeros(0, np.int64)]
+        for mine in (each.of(rank) for each in self._pieces):
+            if len(mine):
+                columns = table.starts[mine[:, 0], None] + np.arange(mine.shape[1] - 1)
+                differ = (mine[:, 1:] - held[columns]).T
+                told += [np.array([len(mine)]), steps_of(mine[:, 0]), differ.ravel()]
+        return OwnedShare(zlib.compress(whole), pack_numbers(np.concatenate(told)))
 
 
 def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
@@ -139,16 +159,22 @@ def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
         share: what it was told.
         held: the boxes it holds.
     """
-    bits = np.unpackbits(np.frombuffer(share.whole, np.uint8), count=len(held))
+    whole = np.frombuffer(zlib.decompress(share.whole), np.uint8)
+    bits = np.unpackbits(whole, count=len(held))
     owned = [
         Owned(position, held[position].offsets, held[position].sizes)
         for position in np.flatnonzero(bits).tolist()
     ]
-    numbers = iter(unpack_numbers(share.pieces).tolist())
-    for position in numbers:
-        ndim = len(held[position].shape)
-        offsets, sizes = tuple(islice(numbers, ndim)), tuple(islice(numbers, ndim))
-        owned.append(Owned(position, offsets, sizes))
+    numbers = unpack_numbers(share.pieces)
+    while numbers.size:
+        count = int(numbers[0])
+        positions = np.cumsum(numbers[1 : count + 1]).tolist()
+        ndim = len(held[positions[0]].shape)
+        of_all, numbers = np.split(numbers[count + 1 :], [2 * ndim * count])
+        for position, differ in zip(positions, of_all.reshape(2 * ndim, count).T, strict=True):
+            box = held[position]
+            mine = (differ + np.array((*box.offsets, *box.sizes), np.int64)).tolist()
+            owned.append(Owned(position, tuple(mine[:ndim]), tuple(mine[ndim:])))
     return sorted(owned, key=lambda box: (box.held, box.offsets))
 
 

@@ -26,6 +26,8 @@ from dist_ckpt.format.names import (
     step_dir,
 )
 from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.repository.host_files import BadCopies
+from dist_ckpt.repository.source import listed
 from dist_ckpt.storage.base import Store
 
 _SHOWN = 4
@@ -80,6 +82,7 @@ class HostsSearch:
         url: str,
         step: int | None,
         fall_back: bool,
+        bad: BadCopies,
     ) -> None:
         """Take what the leaders said.
 
@@ -89,6 +92,7 @@ class HostsSearch:
             url: how messages name the run.
             step: what was asked for; None for the newest.
             fall_back: whether one that is not whole is passed over for the one before.
+            bad: copies that count as missing.
 
         Raises:
             NotFound: no host has `step`.
@@ -96,11 +100,14 @@ class HostsSearch:
         self._steps = steps
         self._step = step
         self._fall_back = fall_back
+        self._bad = bad
         self.url = url
         self.refused = dict(refused)
         self._failure: IntegrityError | None = None
         self._problems: dict[int, IntegrityError | IncompatibleError] = {}
         self._all = sorted(self._candidates(), key=lambda each: each.order, reverse=True)
+        for each in self._all:
+            self._problems.pop(each.manifest.step, None)  # another host has a manifest of it
         self._left = [each for each in self._all if each.manifest.step not in refused]
         if step is not None:
             self._begin_with(step)
@@ -110,7 +117,9 @@ class HostsSearch:
         """For each host, what it has of the files of the candidate: bytes by name."""
         manifest = self.candidate.manifest
         there = [steps.get(manifest.step) for steps in self._steps]
-        return [{} if each is None else each.attempts.get(manifest.save_id, {}) for each in there]
+        save_id = manifest.save_id
+        held = [{} if each is None else each.attempts.get(save_id, {}) for each in there]
+        return self._bad.without(save_id, held)
 
     def next(self) -> Candidate | None:
         """Return what to look at next; None where there is nothing at all.
@@ -127,15 +136,18 @@ class HostsSearch:
         reasons = {step: error.message for step, error in self._problems.items()} | self.refused
         self._check_compatible(-1)
         if reasons:
-            listed = "; ".join(f"step {step}: {why}" for step, why in sorted(reasons.items()))
             raise IntegrityError(
                 f"no checkpoint in {self.url} can be completed by the hosts that are here, and a "
                 "training that began anew there would in time take their place "
-                f"({listed}). Nothing was changed: start with the hosts that have the rest, bring "
-                "back a copy of it, or begin a run elsewhere",
+                f"({listed(reasons, self.url)}). Nothing was changed: start with the hosts that "
+                "have the rest, bring back a copy of it, or begin a run elsewhere",
                 kind=ErrorKind.MISSING_FILE,
             )
         return None
+
+    def again(self) -> None:
+        """Have the candidate looked at once more, without the copies that are bad."""
+        self._left.insert(0, self.candidate)
 
     def refuse(self, error: IntegrityError) -> None:
         """Take note that the candidate is not whole."""
@@ -189,7 +201,7 @@ class HostsSearch:
 
     def _begin_with(self, step: int) -> None:
         """Look at `step` first, and beyond it only for what is whole."""
-        if step in self._problems:
+        if step in self._problems:  # on all hosts that have it
             raise self._problems[step]
         first = [each for each in self._left if each.manifest.step == step]
         if not first:

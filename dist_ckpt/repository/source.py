@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from dist_ckpt.errors import (
     CheckpointError,
@@ -158,6 +158,9 @@ def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview])
 
 _LOOKS = 3
 
+Again = Literal["", "gone", "elsewhere"]
+"""Why to look again for what is damaged: it was deleted, or replaced; or others have a copy."""
+
 CheckpointT = TypeVar("CheckpointT")
 
 
@@ -185,6 +188,17 @@ def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
         with suppress(DeletedMeanwhile):
             return look()
     return look()
+
+
+def reason(step: int, url: str, message: str) -> str:
+    """Return why a checkpoint is of no use, for a message that names step and place itself."""
+    return message.replace(f"step {step} in {url}: ", "", 1)
+
+
+def listed(reasons: Mapping[int, str], url: str) -> str:
+    """Return reasons by step, all of one run, as one text."""
+    told = sorted(reasons.items())
+    return "; ".join(f"step {step}: {reason(step, url, why)}" for step, why in told)
 
 
 @contextmanager

@@ -250,7 +250,12 @@ class Agreement:
         if plan.twin_of is not None:
             # What may differ there is sent by the one whose values count.
             owned = [box for box in owned if not snapshot.held[box.held].unequal]
-        plan = structs.replace(plan, owned=owned, numbers=unpack_steps(plan.tensors))
+        plan = structs.replace(
+            plan,
+            owned=owned,
+            numbers=unpack_steps(plan.tensors),
+            replicas={group: unpack_steps(where) for group, where in plan.alike.items()},
+        )
         self._own = _Own(snapshot.fingerprint, digest, plan)
         return self._own
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, unpack_numbers
+from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, pack_steps
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.index import IndexPlan, plan_index
 from dist_ckpt.planning.owners import OwnedByRank, share_out
@@ -43,6 +43,8 @@ class JobPlan:
     groups: Sequence[dict[int, list[ObjectName]]]
     versions: Sequence[Versions]
     twins: Mapping[int, int] = field(default_factory=dict)
+    # By the list itself: of ranks alike there is one.
+    _packed: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     def share(self, rank: int, number: int) -> RankPlan:
         """Return what `rank` is told, as plan `number` of the job."""
@@ -52,12 +54,17 @@ class JobPlan:
             self.owned_by_rank.share(writer),
             self.objects[rank],
             self.groups[rank],
-            self.replicas[rank],
+            {group: self._pack(where) for group, where in self.replicas[rank].items()},
             self.replicated,
             {part: dict(named) for part, named in self.versions[rank].items()},
             self.index.tensors[writer],
             self.twins.get(rank),
         )
+
+    def _pack(self, positions: list[int]) -> bytes:
+        if (packed := self._packed.get(id(positions))) is None:
+            packed = self._packed[id(positions)] = pack_steps(positions)
+        return packed
 
 
 def plan_job(
@@ -117,7 +124,7 @@ def put_together(descriptions: Sequence[Description], twins: Collection[int] = (
     def numbers(rank: int) -> Numbers:
         if rank in twins:
             return np.zeros(0, np.int64)
-        return unpack_numbers(descriptions[rank].numbers, count=of_ranks[rank].columns[-1])
+        return of_ranks[rank].unpack(descriptions[rank].numbers)
 
     return HeldByRank.joined(of_ranks, numbers)
 

@@ -92,30 +92,32 @@ class RankPlan(msgspec.Struct, frozen=True):
         share: the boxes it writes, as they travel.
         objects: the encoded values it writes besides those of its per-rank parts.
         groups: the encoded values that must be equal on several ranks, by number of the group.
-        replicas: positions, in what it holds, of the boxes that other ranks hold too, and that
-            must have equal values there, by number of the group of ranks that hold them.
+        alike: positions, in what it holds, of the boxes that other ranks hold too, and that must
+            have equal values there, by number of the group of ranks that hold them; as they travel
+            (`dist_ckpt.planning.columns.unpack_steps`).
         replicated: whether any rank has such boxes.
         versions: by part and name in `objects` and `groups`, what this rank itself calls a value
             that is stored under another name.
-        tensors: for each box that it holds, the number of its tensor in the checkpoint, as they
-            travel (`dist_ckpt.planning.columns.unpack_steps`).
+        tensors: for each box that it holds, the number of its tensor in the checkpoint; likewise.
         twin_of: the rank of another host that writes the same boxes into the same files there;
             None where nobody does.
         owned: the boxes it writes; the rank finds them in `share`.
         numbers: the numbers that `tensors` has; likewise.
+        replicas: the positions that `alike` has; likewise.
     """
 
     number: int
     share: OwnedShare
     objects: list[ObjectName]
     groups: dict[int, list[ObjectName]]
-    replicas: dict[int, list[int]] = {}
+    alike: dict[int, bytes] = {}
     replicated: bool = False
     versions: dict[str, dict[str, str]] = {}
     tensors: bytes = b""
     twin_of: int | None = None
     owned: list[Owned] = []
     numbers: list[int] = []
+    replicas: dict[int, list[int]] = {}
 
 
 @decodable

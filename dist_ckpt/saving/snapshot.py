@@ -14,7 +14,7 @@ import xxhash
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format import document
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.columns import Table, numbers_of, pack_numbers
+from dist_ckpt.planning.columns import Table, numbers_of
 from dist_ckpt.planning.describe import Describer, Held, LocalBox
 from dist_ckpt.planning.index import Document
 from dist_ckpt.ranks.rounds import unpack
@@ -70,7 +70,7 @@ class Snapshot:
             part: {name: options_digest(self.shared[part][name]) for name in names}
             for part, names in self.versioned.items()
         }
-        numbers = pack_numbers(numbers_of(self.held))
+        numbers = Table.of(self.held).pack(numbers_of(self.held))
         return Description(digest, table, numbers, digests, versioned)
 
     def group_digest(self, names: Iterable[ObjectName], versions: Versions | None = None) -> str:

@@ -143,7 +143,7 @@ def test_shards_of_a_lost_host_are_named(tmp_path: Path) -> None:
     assert other == (message, kind)
     assert kind is ErrorKind.MISSING_FILE
     for step in (10, 20):
-        assert f"step {step}: step {step} in {tmp_path}/host-0: no host that is here has" in message
+        assert f"step {step}: no host that is here has" in message
     assert "model.r00002.safetensors" in message
     assert "written by rank 2, 3 on" in message
     assert "/host-1)" in message
@@ -427,3 +427,73 @@ def written_before_the_leader_knows(root: str) -> bool:
 
 def test_no_file_is_written_before_it_is_known_to_be_no_garbage(tmp_path: Path) -> None:
     assert run_ranks(4, written_before_the_leader_knows, str(tmp_path)) == [False] * 4
+
+
+def flipped(path: Path, at: float) -> None:
+    """Flip a bit of a file, at a share of its length."""
+    data = bytearray(path.read_bytes())
+    data[int(at * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def told_of(root: str, layout: str, step: int | None) -> tuple[int, list[str], dict[int, str], str]:
+    """Restore, or load a step; return it, what is not as it should be, and what the report says."""
+    state = build(layout, None)
+    if step is None:
+        with dist_ckpt.Checkpointer(folder(root), state, node_local=True) as ckpt:
+            ckpt.restore()
+            report = ckpt.restored
+    else:
+        report = dist_ckpt.load(state, folder(root), step=step, node_local=True)
+    assert report is not None
+    return report.step, problems(state, report.step), dict(report.refused), "\n".join(report.notes)
+
+
+# Of tensors several files: which of the ranks that have them reads which is not known.
+DAMAGED = [
+    ("[mo]*.safetensors", "host-1", 1.0),
+    ("[mo]*.safetensors", "host-0", 1.0),
+    ("extra.r00003.safetensors", "host-1", 1.0),
+    ("extra.r00000.safetensors", "host-0", 1.0),
+    ("index.r00001.msgpack", "host-1", 0.5),
+    ("index.r00001.msgpack", "host-0", 0.5),
+    ("index.msgpack", "host-0", 0.5),
+]
+
+
+@pytest.mark.parametrize(("names", "host", "at"), DAMAGED)
+def test_a_copy_that_is_damaged_on_one_host_is_read_from_another(
+    names: str, host: str, at: float, tmp_path: Path
+) -> None:
+    run_ranks(4, save_steps, str(tmp_path), "ddp", (10, 20))
+    for found in (tmp_path / host / step_dir(20)).glob(f"*/{names}"):
+        flipped(found, at)
+    for step in (None, 20):
+        for told, wrong, refused, notes in run_ranks(4, told_of, str(tmp_path), "ddp", step):
+            assert (told, wrong, refused) == (20, [], {})
+            assert "is damaged on" in notes
+            assert host in notes
+
+
+def test_several_damaged_copies_on_several_hosts(tmp_path: Path) -> None:
+    """Each host has something that is damaged there, and whole on the other."""
+    run_ranks(4, save_steps, str(tmp_path), "ddp", (10, 20))
+    for names, host, at in (DAMAGED[0], DAMAGED[3], DAMAGED[4]):
+        for found in (tmp_path / host / step_dir(20)).glob(f"*/{names}"):
+            flipped(found, at)
+    (cut,) = (tmp_path / "host-1" / step_dir(20)).glob("*/bag.r00000.safetensors")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    flipped(tmp_path / "host-1" / manifest_key(20), 0.0)
+    for told, wrong, refused, notes in run_ranks(4, told_of, str(tmp_path), "ddp", 20):
+        assert (told, wrong, refused) == (20, [], {})
+        for name in ("extra.r00000.safetensors", "index.r00001.msgpack", "bag.r00000.safetensors"):
+            assert f"{name} is damaged on" in notes
+
+
+@pytest.mark.parametrize("name", ["model.r00000.safetensors", "extra.r00000.safetensors"])
+def test_what_is_damaged_on_all_hosts_is_passed_over(name: str, tmp_path: Path) -> None:
+    run_ranks(4, save_steps, str(tmp_path), "ddp", (10, 20))
+    for found in tmp_path.glob(f"*/{step_dir(20)}/*/{name}"):
+        flipped(found, 1.0)
+    for told, wrong, refused, _ in run_ranks(4, told_of, str(tmp_path), "ddp", None):
+        assert (told, wrong, list(refused)) == (10, [], [20])
