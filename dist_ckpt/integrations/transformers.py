@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from typing import Any
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.accelerate import state_of
@@ -131,7 +131,11 @@ class DistCkptMixin(_Base):
             discard_newer=discard_newer,
         )
         self._asks_for_batch = self.args.auto_find_batch_size
-        return super().train(self._start.folder, trial, ignore_keys_for_eval)
+        self._steps_saved: set[int] = set()
+        try:
+            return super().train(self._start.folder, trial, ignore_keys_for_eval)
+        finally:
+            self._remove_empty_folders()
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Entered once more, with smaller batches, where one did not fit into memory.
@@ -208,6 +212,7 @@ class DistCkptMixin(_Base):
         stateful = [each for each in callbacks if isinstance(each, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=stateful).stateful_callbacks
         step, metrics = self._evaluated
+        self._steps_saved.add(self.state.global_step)
         self._run_now.save(
             self.state,
             samples=self._samples_a_step(),
@@ -277,6 +282,16 @@ class DistCkptMixin(_Base):
             trainable_only=adapters,
             **{PART: {}},
         )
+
+    def _remove_empty_folders(self) -> None:
+        """Remove the folder that `enable_jit_checkpoint` made for a save that went into the run.
+
+        A later resume of transformers itself would take it for a checkpoint.
+        """
+        if self.args.enable_jit_checkpoint and self.args.should_save:
+            for step in self._steps_saved:
+                with suppress(OSError):  # there is none, or something is in it
+                    Path(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{step}").rmdir()
 
     def _write_beside(self, folder: str) -> None:
         """Write what `from_pretrained` wants besides weights, and the arguments."""

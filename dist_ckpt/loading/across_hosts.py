@@ -31,6 +31,8 @@ from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import Topic, check_same, on_every_rank, pack, unpack
+from dist_ckpt.repository import discard
+from dist_ckpt.repository.history import StepMetrics, join_metrics, list_metrics
 from dist_ckpt.repository.host_files import BadCopies, HostsStore, WatchedCheckpoint
 from dist_ckpt.repository.on_hosts import (
     FolderStep,
@@ -40,7 +42,7 @@ from dist_ckpt.repository.on_hosts import (
     list_folder,
 )
 from dist_ckpt.repository.source import Again
-from dist_ckpt.state.roles import best_of
+from dist_ckpt.state.roles import best_step
 from dist_ckpt.storage.base import read_all
 
 _log = logging.getLogger("dist_ckpt")
@@ -52,6 +54,8 @@ class _Opening(msgspec.Struct, frozen=True):
 
     request: bytes
     steps: dict[int, FolderStep]
+    metrics: list[StepMetrics] = []
+    discards: list[tuple[int, int]] = []
 
 
 @decodable
@@ -77,6 +81,7 @@ class _Answer(msgspec.Struct, frozen=True):
         small: what this host lacks of its small files, bytes by name.
         held: for each host its files, bytes by name.
         notes: what to know of files that are damaged on some host.
+        discards: what any host knows as given up: steps above one, of claims below one.
     """
 
     refused: dict[int, str]
@@ -88,6 +93,7 @@ class _Answer(msgspec.Struct, frozen=True):
     small: dict[str, bytes] = {}
     held: list[dict[str, int]] = []
     notes: list[str] = []
+    discards: list[tuple[int, int]] = []
 
     @property
     def folder(self) -> str:
@@ -129,6 +135,8 @@ class HostsChooser(Chooser):
         # As they are in this folder: another host may have another checkpoint under that step.
         there = {step: self._here[step].manifest for step in news if step in self._here}
         self._manifests |= {step: manifest for step, manifest in there.items() if manifest}
+        if self._claims and job.leads:
+            discard.spread(job.repository.store, answer.discards)
         if answer.step is None:
             return None, news
         if self._claims and job.leads:
@@ -157,29 +165,42 @@ class HostsChooser(Chooser):
         message: bytes | Exception
         try:
             request = pack(LoadRequest(call.step, "", call.fingerprint()))
-            if job.leads:
-                self._here = list_folder(job.repository.store, job.repository.candidates())
-            message = call.failed or pack(_Opening(request, dict(self._here)))
+            message = call.failed or pack(self._opening(request))
         except Exception as error:  # the others wait in the round
             message = error
 
         def decide(messages: Sequence[bytes]) -> Sequence[bytes]:
             said = [unpack(each, _Opening) for each in messages]
             check_same([unpack(each.request, LoadRequest) for each in said], "load")
+            folders = [said[rank] for rank in self._hosts.leaders]
             step = call.step
             if call.best is not None:
-                step = best_of(job.repository, call.best)
+                if not any(each.steps for each in folders):
+                    raise job.repository.no_checkpoint()
+                known = join_metrics(each.metrics for each in folders)
+                step = best_step(known, [call.best], where=self.url)
             self._search = HostsSearch(
-                [said[rank].steps for rank in self._hosts.leaders],
+                [each.steps for each in folders],
                 self._refused,
                 url=self.url,
                 step=step,
                 fall_back=fall_back,
                 bad=self._bad,
+                discards={each for folder in folders for each in folder.discards},
             )
             return self._told(self._next())
 
         return job.training.round(topic.opening("choose"), message, decide, deadline=job.deadline())
+
+    def _opening(self, request: bytes) -> _Opening:
+        """Return the first word of this rank; if it leads a host, with what the folder has."""
+        run = self._job.repository
+        if not self._job.leads:
+            return _Opening(request, {})
+        self._here = list_folder(run.store, run.candidates())
+        metrics = [] if self._call.best is None else list_metrics(run.records())
+        given_up = [(each.after, each.claim) for each in discard.read(run.store)]
+        return _Opening(request, dict(self._here), metrics, given_up)
 
     def _look(self, topic: Topic, asked: _Asked) -> bytes:
         """Have rank 0 look at one attempt; return its next answer."""
@@ -218,7 +239,7 @@ class HostsChooser(Chooser):
             return _Answer(self._search.refused, asked)
         if not self._own:
             raise self._job.repository.no_checkpoint()
-        return _Answer(self._search.refused)
+        return _Answer(self._search.refused, discards=sorted(self._search.discards))
 
     def _judge(self, sent: Mapping[str, bytes]) -> _Answer:
         """Rank 0: take the checkpoint that is looked at if it is whole, else find the next."""
@@ -255,8 +276,11 @@ class HostsChooser(Chooser):
             else:
                 search.refuse(error)
             return self._next()
-        notes = self._bad.told(manifest.save_id, self._hosts.names)
-        return msgspec.structs.replace(answer, refused=search.take(), notes=notes)
+        notes = self._bad.told(manifest.save_id, self._hosts.names, looked.where)
+        given_up = sorted(search.discards)
+        return msgspec.structs.replace(
+            answer, refused=search.take(), notes=notes, discards=given_up
+        )
 
     def _note_sizes(self, checkpoint: WatchedCheckpoint) -> None:
         """Rank 0: take note of what is cut short on one host; on another it may be whole."""
@@ -293,7 +317,7 @@ class HostsChooser(Chooser):
         if self._job.training.rank == 0:
             for note in answer.notes:
                 if note not in self._noted:
-                    _log.warning("step %s in %s: %s", answer.step, self.url, note)
+                    _log.warning("%s", note)
         self._noted = answer.notes
 
     def _told(self, answer: _Answer) -> Sequence[bytes]:

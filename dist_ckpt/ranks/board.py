@@ -48,6 +48,7 @@ class JobBoard:
         told: the notes of rank 0, for all.
         left: the ranks that say nothing more.
         absent: those that did not come, and need not be waited for.
+        latest: for each rank, the round that it came to last.
     """
 
     rounds: dict[str, Gathering] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class JobBoard:
     told: dict[str, bytes] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
     absent: set[int] = field(default_factory=set)
+    latest: dict[int, str] = field(default_factory=dict)
 
 
 class Board:
@@ -103,6 +105,22 @@ class Board:
         board = self._jobs.get(job)
         gathering = None if board is None else board.rounds.get(name)
         return {} if gathering is None else gathering.messages.copy()
+
+    def apart(self, job: int, name: str) -> dict[int, str]:
+        """Return the ranks that will never come to a round, each with the one that it waits in.
+
+        That is another round of the same call, and it is not over: it waits for rank 0 in turn.
+        """
+        board = self._jobs.get(job)
+        if board is None:
+            return {}
+        gathering, rounds = board.rounds.get(name), board.rounds.copy()
+        came = {} if gathering is None else gathering.messages.copy()
+        return {
+            rank: other
+            for rank, other in board.latest.copy().items()
+            if rank not in came and other in rounds and _is_same_call(other, name)
+        }
 
     def note(self, job: int, name: str) -> bytes | None:
         """Return what another rank has put up for rank 0."""
@@ -200,6 +218,7 @@ class Board:
             return  # it was told, when that was or when it connected
         gathering = board.rounds.setdefault(frame.name, Gathering())
         gathering.messages[rank] = frame.data
+        board.latest[rank] = frame.name
         if rank == 0:
             if gathering.first is not None:
                 self._tell(gathering.first, packed(Frame("here", frame.job, frame.name)), None)
@@ -207,7 +226,8 @@ class Board:
             gathering.first = rank
             self._tell(rank, packed(Frame("first", frame.job, frame.name)), None)
         # Rank 0 looks once more when it is there: what happened until now has rung for nobody.
-        if rank == 0 or len(gathering.messages) == self._world_size:
+        elsewhere = any(0 in each.messages for each in board.rounds.values() if each != gathering)
+        if rank == 0 or elsewhere or len(gathering.messages) == self._world_size:
             self._bell.ring()
 
     def _fail(self, board: JobBoard, rank: int, frame: Frame) -> None:
@@ -244,3 +264,9 @@ class Board:
         for rank in self._others:
             if rank not in board.left:
                 self._tell(rank, data, name)
+
+
+def _is_same_call(name: str, other: str) -> bool:
+    """Whether two rounds are of calls with one number: each rank counts those that it makes."""
+    numbers = [each.split("/")[1:2] for each in (name, other)]
+    return numbers[0] == numbers[1] != []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -27,9 +27,9 @@ from dist_ckpt.ranks.channels import (
     unpacked,
 )
 from dist_ckpt.ranks.hub import Hub
-from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
+from dist_ckpt.ranks.rounds import Deadline, Decide, Topic, apart, asked_by
 from dist_ckpt.ranks.seals import Packed, Seals
-from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, failure, noted
+from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, encode_error, failure, noted
 from dist_ckpt.waiting import Bell, Latch
 
 LOST = {0: "connection lost"}
@@ -183,6 +183,7 @@ class JobCoordinator:
         self.world_size = link.world_size
         self._link = link
         self._job = job
+        self._asked: Mapping[str, str] = {}
 
     def round(
         self, topic: Topic, message: bytes | BaseException, decide: Decide, *, deadline: Deadline
@@ -237,8 +238,7 @@ class JobCoordinator:
         if isinstance(self._link, Hub):
             # Not for those that were named absent: most likely they are dead, and whoever is merely
             # late has been told by an error already.
-            board = self._link.board
-            self.wait_for(lambda: board.is_over(self._job), deadline)
+            self.wait_for(partial(self._link.board.is_over, self._job), deadline)
         else:
             self._link.heard.leave(self._job)
             self._link.wait_until_sent(deadline.remaining_seconds)
@@ -262,6 +262,9 @@ class JobCoordinator:
 
         heard.wait_for(job, name)
         try:
+            if topic.asked != self._asked:  # told ahead of the message, for whoever looks there
+                self._asked, said = topic.asked, msgspec.msgpack.encode(topic.asked)
+                line.send(Frame("note", job, asked_by(self.rank), said))
             line.send(self._message(topic, message))
             waiting = Waiting(
                 topic.label,
@@ -298,7 +301,7 @@ class JobCoordinator:
             outcome = self._answer(topic, answer)
         except BaseException as error:
             known = error if isinstance(error, CheckpointError) else failure(topic.label, 0, error)
-            hub.end(self._job, topic.key, self._frame("fail", topic, _encoded(known)))
+            hub.end(self._job, topic.key, self._frame("fail", topic, encode_error(known)))
             noted(topic.label, error)
             raise  # as it is, also an interrupt: it stops this rank, and the others have been told
         hub.end(self._job, topic.key, outcome)
@@ -320,13 +323,13 @@ class JobCoordinator:
         def is_in_vain() -> bool:
             gone = board.left(job) | board.lost
             # Asked before the messages: what a rank sent before it left counts.
-            return is_settled() or bool(gone and gone & missing())
+            return is_settled() or bool(gone & missing()) or bool(board.apart(job, name))
 
         # Its own word first, which no deadline concerns: else rank 0 might find itself absent.
         hub.bell.wait_for(lambda: board.error(job, name) is not None or 0 not in missing())
-        Waiting(topic.label, deadline.remaining_seconds, missing, says=topic.opens).wait_for(
-            hub.bell, is_in_vain
-        )
+        waiting = Waiting(topic.label, deadline.remaining_seconds, missing, says=topic.opens)
+        waiting.wait_for(hub.bell, is_in_vain)
+        self._check_together(hub, topic)
         if not is_settled() and board.lost & missing():
             grace = min(_GRACE_SECONDS, deadline.remaining_seconds)
             hub.bell.wait_for(lambda: is_settled() or missing() <= board.lost, grace)
@@ -343,6 +346,16 @@ class JobCoordinator:
                 topic.label, silent=absent, span_seconds=deadline.span_seconds, hint=topic.hint
             )
         return [messages[rank] for rank in range(self.world_size)]
+
+    def _check_together(self, hub: Hub, topic: Topic) -> None:
+        """Rank 0: check that nobody waits in another round of the call, which would be for ever."""
+        others = hub.board.apart(self._job, topic.key)
+        if others:
+            notes = {rank: hub.board.note(self._job, asked_by(rank)) for rank in others}
+            error = apart(topic.label, topic.asked, notes)
+            for name in set(others.values()):
+                hub.end(self._job, name, Frame("fail", self._job, name, encode_error(error)))
+            raise error
 
     def _message(self, topic: Topic, message: bytes | BaseException) -> Frame:
         if isinstance(message, bytes) and len(message) > MESSAGE_LIMIT_BYTES:
@@ -364,7 +377,7 @@ class JobCoordinator:
         """Return what ends the round, with the error as all others are to raise it."""
         # By way of plain data: a class of a backend becomes the class of ours that it is.
         known = failure(topic.label, self.rank, from_wire(to_wire(error)))
-        return self._frame("fail", topic, _encoded(known))
+        return self._frame("fail", topic, encode_error(known))
 
     def _frame(self, kind: FrameKind, topic: Topic, data: bytes) -> Frame:
         return Frame(kind, self._job, topic.key, data)
@@ -379,10 +392,6 @@ class JobCoordinator:
             kind=ErrorKind.PEER_ABSENT,
             ranks=LOST,
         )
-
-
-def _encoded(error: CheckpointError) -> bytes:
-    return msgspec.msgpack.encode(to_wire(error))
 
 
 def _too_long(data: bytes) -> ValueError:

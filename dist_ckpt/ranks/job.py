@@ -86,6 +86,7 @@ class Job:
         hosts: which ranks have a folder of their own, once that was found out; None where all
             ranks share one place.
         owns_folders: whether the run in each of these folders was taken over.
+        calls: which of several calls with rounds of their own is being made; empty for none.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Job:
         self.has_committed = False
         self.hosts: Hosts | None = None
         self.owns_folders = False
+        self.calls = ""
         self._joins = joins
         self._exclusive = exclusive
         # Where training began: the step restored, -1 for the beginning; None until it is said.
@@ -189,10 +191,19 @@ class Job:
         so one below `at_least` is left behind for another.
         """
         if self._claim is None or self._claim < at_least:
-            if self._exclusive:
-                check_alone(self.repository.store, most_seconds=self.timeout_seconds / 2)
+            if self.hosts is None:
+                self.check_alone()
             self._claim = self.repository.claim(at_least=at_least)
         return self._claim
+
+    def check_alone(self) -> None:
+        """Check, before the claim, that no other job is at work in this folder, if that is wanted.
+
+        Raises:
+            UsageError: one is.
+        """
+        if self._exclusive and self._claim is None:
+            check_alone(self.repository.store, most_seconds=self.timeout_seconds / 2)
 
     @property
     def common_url(self) -> str:
@@ -344,7 +355,8 @@ class Job:
 
     def topic(self, verb: str, label: str) -> Topic:
         """Return the topic of the next round; ranks that make the same calls get the same one."""
-        return Topic(f"{verb}/{next(self._numbers)}", label)
+        asked = {"node_local": str(self.ranks.node_local), "the call": self.calls or verb}
+        return Topic(f"{verb}/{next(self._numbers)}", label, asked=asked)
 
     def deadline(self) -> Deadline:
         """Return the deadline of what begins now."""

@@ -81,6 +81,9 @@ def _hear(job: Job, failed: Exception | None, topic: Topic, deadline: Deadline) 
     def fail() -> None:
         if failed is not None:
             raise failed
+        if job.leads:
+            # In all folders before a claim is taken in any: who is refused takes nobody's run.
+            job.check_alone()
 
     on_every_rank(job.training, topic.phase("may-claim"), fail, deadline=deadline)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from dist_ckpt.errors import CheckpointError, UsageError
-from dist_ckpt.ranks.waiting import ALIKE, noted
+from dist_ckpt.ranks.waiting import ALIKE, noted, ranks_as_text
 
 ResultT = TypeVar("ResultT")
 
@@ -27,19 +27,21 @@ class Topic:
         key: equal on all ranks, used once.
         label: how error messages call what the round is for.
         opens: whether it is the first round of a call: who does not come has not made the call.
+        asked: what decides which rounds the call has, by name: told where ranks come to others.
     """
 
     key: str
     label: str
     opens: bool = False
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     def phase(self, name: str) -> Topic:
         """Return the topic of one round of several that serve the same end."""
-        return Topic(f"{self.key}/{name}", self.label)
+        return replace(self, key=f"{self.key}/{name}", opens=False)
 
     def opening(self, name: str) -> Topic:
         """Return the topic of the first of these rounds."""
-        return Topic(f"{self.key}/{name}", self.label, opens=True)
+        return replace(self, key=f"{self.key}/{name}", opens=True)
 
     @property
     def hint(self) -> str:
@@ -289,6 +291,37 @@ def check_same(requests: Sequence[Request], verb: str) -> None:
                     "rank",
                     ranks={0: f"{name}: {here}", rank: f"{name}: {there}"},
                 )
+
+
+def asked_by(rank: int) -> str:
+    """Return the name of the note by which a rank says what `apart` tells of it."""
+    return f"asked/{rank}"
+
+
+def apart(label: str, mine: Mapping[str, str], notes: Mapping[int, bytes | None]) -> UsageError:
+    """Return the error of ranks that came to other rounds of a call than rank 0, and wait there.
+
+    Args:
+        label: how rank 0 calls what its round is for.
+        mine: what decides which rounds there are, on rank 0; see `Topic.asked`.
+        notes: the same of those ranks, encoded; None where it is not known.
+    """
+    kind = dict[str, str]
+    others = {r: msgspec.msgpack.decode(n, type=kind) if n else {} for r, n in notes.items()}
+    told = []
+    for name in sorted({name for said in (mine, *others.values()) for name in said}):
+        values: dict[str, list[int]] = {}
+        for rank, said in {0: mine, **others}.items():
+            values.setdefault(said.get(name, "not said"), []).append(rank)
+        if len(values) > 1:
+            shown = (f"{value} on rank {ranks_as_text(ranks)}" for value, ranks in values.items())
+            told.append(f"{name} is {' and '.join(shown)}")
+    why = "; ".join(told) or f"rank {ranks_as_text(others)} waits in another step of it than rank 0"
+    return UsageError(
+        f"{label}: the ranks make different calls ({why}): make the same call with the same "
+        "arguments on every rank",
+        ranks=dict.fromkeys(others, why),
+    )
 
 
 def pack(message: msgspec.Struct) -> bytes:

@@ -15,6 +15,7 @@ from dist_ckpt.errors import (
     ErrorKind,
     describe,
     from_wire,
+    to_wire,
 )
 from dist_ckpt.waiting import Bell
 
@@ -166,6 +167,11 @@ def noted(label: str, error: BaseException) -> BaseException:
     if not isinstance(error, CheckpointError) and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
     return error
+
+
+def encode_error(error: CheckpointError) -> bytes:
+    """Return an error as `decode_error` takes it."""
+    return msgspec.msgpack.encode(to_wire(error))
 
 
 def decode_error(data: bytes) -> CheckpointError:

@@ -28,6 +28,8 @@ _STRAYS = "strays"
 _LAST = CLAIM_LIMIT - 1
 _LIMIT_BYTES = 1 << 16
 _MOST_BLOCKED = 8
+# What this process calls itself in claims, by its number.
+_processes: dict[int, str] = {}
 
 
 def highest(store: Store) -> int:
@@ -51,6 +53,7 @@ def take(store: Store, *, at_least: int = 1) -> int:
         "pid": os.getpid(),
         # By which other ranks know it again, whatever their hosts and processes are called.
         "nonce": secrets.token_hex(8),
+        "process": _this_process(),
     }
     number = at_least - 1
     blocked = 0
@@ -99,6 +102,18 @@ def check_owner(store: Store, number: int) -> None:
             f"{_taker(store, newest) or 'another job'} took this run over, so this one may not "
             "commit to it and must stop"
         )
+
+
+def is_of_this_process(store: Store, number: int) -> bool:
+    """Whether this very process made a claim; hosts and numbers of processes come again."""
+    try:
+        return _record(store, number).get("process") == _this_process()
+    except CheckpointError:
+        return False
+
+
+def _this_process() -> str:
+    return _processes.setdefault(os.getpid(), secrets.token_hex(8))  # a forked one is another
 
 
 def _numbers(store: Store) -> list[int]:

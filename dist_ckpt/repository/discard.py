@@ -48,6 +48,19 @@ def put(store: Store, *, claim: int, after: int) -> None:
     store.put(discard_key(claim), [encoded], mode="replace")
 
 
+def spread(store: Store, discards: Iterable[tuple[int, int]]) -> None:
+    """Put what other folders of a run know as given up into one that was away then.
+
+    Args:
+        store: the folder.
+        discards: of each the step gone back to, and the claim of the job.
+    """
+    known = {each.claim for each in read(store)}
+    for after, claim in discards:
+        if claim not in known:
+            put(store, claim=claim, after=after)
+
+
 def read(store: Store) -> list[Discard]:
     """Return the discards of the run.
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import msgspec
+
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
 from dist_ckpt.events import tell_once
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.names import parse_save_id
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.repository.source import reason
 from dist_ckpt.storage.base import Store
 
 _MOST_SECONDS = 1e12
@@ -116,7 +121,8 @@ class History:
             # By a note that is lost it may have been the best.
             tell_once(
                 self._store.url,
-                f"step {step} in {self._store.url} counts for no policy: {error.message}",
+                f"step {step} in {self._store.url} counts for no policy: "
+                f"{reason(step, self._store.url, error.message)}",
             )
             return None
         except StorageError as error:
@@ -124,7 +130,48 @@ class History:
                 raise
             tell_once(
                 self._store.url,
-                f"step {step} in {self._store.url} counts for no policy: {error.message}",
+                f"step {step} in {self._store.url} counts for no policy: "
+                f"{reason(step, self._store.url, error.message)}",
             )
             return None
         return Record.of(manifest, note)
+
+
+# Of checkpoints in folders of several hosts, each of which may know of others.
+
+
+@decodable
+class StepMetrics(msgspec.Struct, frozen=True):
+    """What one host knows of how good a checkpoint is.
+
+    Attributes:
+        claim: under which it was committed.
+        step: which one.
+        metrics: numbers by name.
+    """
+
+    claim: int
+    step: int
+    metrics: dict[str, float]
+
+
+def list_metrics(records: Iterable[Record], *, besides: Collection[int] = ()) -> list[StepMetrics]:
+    """Return what the records of a host say of its checkpoints, without the steps `besides`."""
+    return [
+        StepMetrics(parse_save_id(each.save_id) or 0, each.step, dict(each.metrics))
+        for each in records
+        if each.step not in besides
+    ]
+
+
+def join_metrics(found: Iterable[Sequence[StepMetrics]]) -> list[StepMetrics]:
+    """Return what all hosts say together, ascending; of one step that of the latest claim."""
+    known: dict[int, StepMetrics] = {}
+    for each in (each for host in found for each in host):
+        there = known.get(each.step)
+        if there is None or there.claim < each.claim:
+            known[each.step] = each
+        elif there.claim == each.claim:
+            # Some became known after the save, on some of the hosts.
+            known[each.step] = StepMetrics(each.claim, each.step, there.metrics | each.metrics)
+    return [known[step] for step in sorted(known)]

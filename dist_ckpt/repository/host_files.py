@@ -153,10 +153,10 @@ class BadCopies:
             for host, named in enumerate(held)
         ]
 
-    def told(self, save_id: str, hosts: Sequence[str]) -> list[str]:
+    def told(self, save_id: str, hosts: Sequence[str], where: str) -> list[str]:
         """Return what there is to say of an attempt that was loaded all the same."""
         return [
-            f"{name} is damaged on {hosts[host]}, another copy was read: {why}"
+            f"{where}: {name} is damaged on {hosts[host]}, another copy was read: {why}"
             for (found, host, name), why in self._why.items()
             if found == save_id
         ]

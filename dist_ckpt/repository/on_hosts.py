@@ -70,6 +70,7 @@ class HostsSearch:
         url: how messages name the run.
         refused: what was passed over, each with the reason.
         candidate: what is looked at.
+        discards: what any host knows as given up: steps above one, of claims below one.
     """
 
     candidate: Candidate
@@ -83,6 +84,7 @@ class HostsSearch:
         step: int | None,
         fall_back: bool,
         bad: BadCopies,
+        discards: Collection[tuple[int, int]] = (),
     ) -> None:
         """Take what the leaders said.
 
@@ -93,6 +95,7 @@ class HostsSearch:
             step: what was asked for; None for the newest.
             fall_back: whether one that is not whole is passed over for the one before.
             bad: copies that count as missing.
+            discards: see the class.
 
         Raises:
             NotFound: no host has `step`.
@@ -101,6 +104,7 @@ class HostsSearch:
         self._step = step
         self._fall_back = fall_back
         self._bad = bad
+        self.discards = discards
         self.url = url
         self.refused = dict(refused)
         self._failure: IntegrityError | None = None
@@ -195,9 +199,13 @@ class HostsSearch:
                     self._problems[step] = IntegrityError(there.problem, kind=ErrorKind.MALFORMED)
         for step, data in found:
             try:
-                yield Candidate(data, manifest_format.decode(data, step=step))
+                manifest = manifest_format.decode(data, step=step)
             except (IntegrityError, IncompatibleError) as error:
                 self._problems[step] = error
+                continue
+            # Also on a host that was away when it was given up.
+            if not any(step > after and manifest.claim < claim for after, claim in self.discards):
+                yield Candidate(data, manifest)
 
     def _begin_with(self, step: int) -> None:
         """Look at `step` first, and beyond it only for what is whole."""

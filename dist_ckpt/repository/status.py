@@ -158,7 +158,8 @@ def starts_in_vain(store: Store, claim: int, newest_step: int | None) -> int:
     """Return how many jobs right before that of `claim` ended badly and committed nothing.
 
     Told by the claims themselves: a job that was killed at once has said nothing. One that ended
-    well had nothing to do, and breaks the row.
+    well had nothing to do, and breaks the row. What the process of `claim` itself began before
+    (smaller batches, tried after larger ones did not fit; a notebook) is no start.
 
     Args:
         store: where the run is.
@@ -174,6 +175,8 @@ def starts_in_vain(store: Store, claim: int, newest_step: int | None) -> int:
     before = sorted(each for each in taken if each is not None and last < each < claim)
     count = 0
     for each in reversed(before[-_MOST_STARTS:]):
+        if claims.is_of_this_process(store, each):
+            continue
         said = read_status(store, each)
         if said is not None and said.phase == "ended":
             break

@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.history import Record
-from dist_ckpt.repository.ranking import Criterion, Mode
+from dist_ckpt.repository.ranking import Criterion, Measured, Mode
 from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.optimizer_faces import holds_optimizers
 from dist_ckpt.state.several import holds_modules
@@ -50,7 +49,7 @@ def main_model(state: TrainState) -> str:
     return models[0]
 
 
-def best_step(records: Sequence[Record], criteria: Sequence[Criterion], *, where: str) -> int:
+def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, where: str) -> int:
     """Return the step of the best checkpoint by the first of `criteria`.
 
     Raises:

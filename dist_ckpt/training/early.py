@@ -78,11 +78,6 @@ class TrainingOptions:
         Tolerance(when_failed=self.when_failed, max_failures=self.max_failures)
         if not isinstance(self.exclusive, bool):
             raise UsageError(f"exclusive is True or False, not {self.exclusive!r}")
-        if self.exclusive and self.ranks.node_local:
-            raise UsageError(
-                "exclusive=True with node_local=True: a job gives its sign of life on one host, "
-                "and others would look for it in vain on theirs"
-            )
         if self.status_seconds is not None:
             checked_seconds(self.status_seconds, "status_seconds")
         elif self.exclusive:

@@ -99,7 +99,7 @@ class Heartbeat:
         self.pulse = Pulse()
 
     def begin(self) -> None:
-        """Rank 0: begin, unless it has begun, or is never to."""
+        """Begin on a rank that may claim a folder, unless it has begun, or is never to."""
         if self._every_seconds is None or self._written is not None:
             return
         self._written = Latch()
@@ -109,11 +109,17 @@ class Heartbeat:
         args = (beat, self._written, self._at_once)
         start(threading.Thread(target=_run, args=args, name="dist_ckpt-status", daemon=True))
 
-    def restored(self, report: LoadReport | None) -> None:
-        """Take note of what of the run training goes on from, None for the beginning."""
+    def restored(self, report: LoadReport | None, *, looks_back: bool) -> None:
+        """Take note of what of the run training goes on from, None for the beginning.
+
+        Args:
+            report: what was restored.
+            looks_back: whether this rank counts the starts that were in vain.
+        """
         self.pulse.phase = "training"
         self.pulse.commit = None if report is None else report.step
-        self.pulse.starts_in_vain = look_back(self._job, report)
+        if looks_back:
+            self.pulse.starts_in_vain = look_back(self._job, report)
 
     def end(self, phase: Phase) -> None:
         """Say as the last word how the job ended, and wait for that a little."""
@@ -146,7 +152,7 @@ class _Beat:
         over = self._pulse.over
         if at_once:
             nap = _FIRST_NAP_SECONDS
-            while self._job.claimed is None and not over.wait(nap):
+            while not self._claims_are_taken() and not over.wait(nap):
                 nap = min(2 * nap, _LONGEST_NAP_SECONDS, self._every_seconds)
             self._say()
         while not over.wait(self._every_seconds):
@@ -154,6 +160,10 @@ class _Beat:
         in_vain = self._pulse.phase == "ended" and not self._job.has_committed
         if self._count or in_vain:
             self._say()
+
+    def _claims_are_taken(self) -> bool:
+        # Of several hosts those that lead none never have one.
+        return self._job.claimed is not None or self._job.owns_folders
 
     def _say(self) -> None:
         claim = self._job.claimed

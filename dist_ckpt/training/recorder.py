@@ -131,8 +131,7 @@ class Recorder:
             own: whether it is of the run itself.
         """
         self.course.restored(report, own=own, refusal=self._resumer.refusal)
-        if self.course.leads:
-            self.heartbeat.restored(report if own else None)
+        self.heartbeat.restored(report if own else None, looks_back=self.course.leads)
         self._saver.look_around()
         self._saver.prewarm()  # optimizers may have their state only now
         if report is None:
@@ -162,8 +161,8 @@ class Recorder:
     def begin(self) -> None:
         """Take note, at the beginning of a call of all ranks, which of them is to say something."""
         self.course.leads = self._job.training.rank == 0
-        if self.course.leads:
-            self.heartbeat.begin()
+        if self.course.leads or self._job.ranks.node_local:
+            self.heartbeat.begin()  # who leads a host is known later; the others say nothing
 
     def finish(self) -> None:
         """Save the step told last, if it was not; nothing more is told.

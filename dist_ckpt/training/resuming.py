@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
+from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import discard_key
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.loading.report import LoadReport
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.node_local import claim_folders
+from dist_ckpt.ranks.node_local import claim_folders, meet
+from dist_ckpt.ranks.rounds import on_every_rank
 from dist_ckpt.repository.discard import check_first_start, left_behind
-from dist_ckpt.repository.history import History, Record
+from dist_ckpt.repository.history import (
+    History,
+    Record,
+    StepMetrics,
+    join_metrics,
+    list_metrics,
+)
 from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.repository.source import reason
 from dist_ckpt.state.roles import best_step, main_model, parts_of, stoppers_of
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start
 
-AnswerT = TypeVar("AnswerT", int, dict[str, float])
+FoundT = TypeVar("FoundT")
+AnswerT = TypeVar("AnswerT")
 
 _log = logging.getLogger("dist_ckpt")
+
+
+@decodable
+class _Newer(msgspec.Struct, frozen=True):
+    """What a folder has beyond a step: all steps, and those that are pinned."""
+
+    steps: list[int]
+    pinned: list[int]
 
 
 class Resumer:
@@ -76,28 +94,40 @@ class Resumer:
         """
         if start.which == "none" and options:
             raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
-        if start.discard_newer and self._job.ranks.node_local:
-            raise UsageError(
-                "discard_newer=True with node_local=True: what is newer would have to be hidden in "
-                "the folder of each host; delete it there (dist-ckpt rm), or begin another run"
-            )
+        self._job.calls = start.in_words()
+        try:
+            return self._restore(start, failed, options or {})
+        finally:
+            self._job.calls = ""
+
+    def _restore(
+        self, start: Start, failed: Exception | None, options: Mapping[str, Any]
+    ) -> LoadReport | None:
         self.refusal = None
         self._job.restore_asked = True
         step = start.step
         if start.which == "best":
-            step = self._ask("best", self._best_step, failed)
+            step = self._best_step(failed)
             failed = None  # that round has told all ranks
         origin = -1 if start.begins or step is None else step
         claims = self._saves or start.is_newest or start.discard_newer
         if start.new_run or (claims and not start.is_newest):
             # Before the claim: whoever is refused has taken the run from nobody.
-            newest = self._ask("newer", lambda: self._check_newer(start, origin), failed)
+            newest = self._ask(
+                "newer",
+                lambda: self._newer(origin),
+                failed,
+                kind=_Newer,
+                answer=lambda found: self._check_newer(found, start, origin),
+            )
             failed = None
             if newest > origin and not start.discard_newer:
                 self.refusal = left_behind(self._job.url, origin, [newest])
-        report = self._fill(start, step, claims=claims, failed=failed, options=options or {})
+        report = self._fill(start, step, claims=claims, failed=failed, options=options)
         if start.discard_newer:
-            self._ask("discard", lambda: self._give_up(origin), None)
+            self._ask(
+                "discard", lambda: self._give_up(origin), None, kind=list[int], answer=_joined
+            )
         return report
 
     def rollback(self, failed: Exception | None) -> LoadReport:
@@ -107,7 +137,7 @@ class Resumer:
             UsageError: nobody said by which metric.
             NotFound: no checkpoint has the metric.
         """
-        step = self._ask("best", self._best_step, failed)
+        step = self._best_step(failed)
         report = self._loader.load(
             step,
             options={"only": parts_of(self._state, "model")},
@@ -129,7 +159,8 @@ class Resumer:
         try:
             found = History(self._job.repository.store).read([step])
         except CheckpointError as error:
-            _log.warning("step %d in %s was restored, but: %s", step, self._job.url, error)
+            why = reason(step, self._job.url, error.message)
+            _log.warning("step %d in %s was restored, but: %s", step, self._job.url, why)
             return None
         return found[0] if found else None
 
@@ -145,7 +176,9 @@ class Resumer:
         """Fill the state with what `start` names."""
         report: LoadReport | None = None
         if start.which == "none":
-            self._ask("none", self._take_over if claims else int, failed)
+            self._ask(
+                "none", self._take_over if claims else int, failed, kind=int, answer=lambda _: 0
+            )
             if claims and self._job.ranks.node_local:
                 topic = self._job.topic("claim", f"beginning in {self._job.url}")
                 claim_folders(self._job, topic, self._job.deadline())
@@ -184,13 +217,19 @@ class Resumer:
         """Rank 0: take the run over; those in folders of several hosts all ranks take together."""
         return 0 if self._job.ranks.node_local else self._job.claim()
 
-    def _check_newer(self, start: Start, origin: int) -> int:
+    def _newer(self, origin: int) -> _Newer:
+        """Return what this folder has beyond `origin`."""
+        repository = self._job.repository
+        newer = repository.newer(origin, besides=self._job.passed_over.steps)
+        pinned = [step for step in repository.pinned() if step > origin] if newer else []
+        return _Newer(newer, pinned)
+
+    def _check_newer(self, found: Sequence[_Newer], start: Start, origin: int) -> int:
         """Rank 0: check that no checkpoint would be left behind; return the newest one.
 
         A job that made them itself may go back to look, as at the end of a training.
         """
-        repository = self._job.repository
-        newer = repository.newer(origin, besides=self._job.passed_over.steps)
+        newer = _joined(each.steps for each in found)
         if newer and start.new_run and not start.discard_newer:
             raise UsageError(
                 f"{start.new_run} begins a run, but {self._job.url} has checkpoints up to step "
@@ -201,18 +240,20 @@ class Resumer:
             raise left_behind(self._job.url, origin, newer)
         if newer and start.discard_newer:
             check_first_start(self._job.url, newer)
-        if newer and (pinned := [step for step in repository.pinned() if step > origin]):
+        if newer and (pinned := _joined(each.pinned for each in found)):
             raise UsageError(
                 f"discard_newer=True gives up step {', '.join(map(str, pinned))} in "
                 f"{self._job.url}, which is pinned: unpin it first, or train in another run"
             )
         return newer[-1] if newer else -1
 
-    def _give_up(self, origin: int) -> int:
-        """Rank 0: hide what is newer than `origin`; only now, when that is restored."""
+    def _give_up(self, origin: int) -> list[int]:
+        """Hide what is newer than `origin` in this folder; only now, when that is restored."""
         newer = self._job.repository.newer(origin)
-        if newer:
+        if newer or self._job.ranks.node_local:
+            # Of several folders in each: what another one has is hidden there and here.
             self._job.give_up(newer, after=origin)
+        if newer:
             _log.warning(
                 "step %s in %s was given up: not listed any more, and deleted after the next "
                 "commit; until then, deleting %s brings it back",
@@ -220,12 +261,18 @@ class Resumer:
                 self._job.url,
                 discard_key(self._job.claim()),
             )
-        return len(newer)
+        return newer
 
-    def _best_step(self) -> int:
-        damaged = self._job.passed_over.steps
-        records = [each for each in self._job.repository.records() if each.step not in damaged]
-        return best_step(records, self._criteria, where=self._job.url)
+    def _best_step(self, failed: Exception | None) -> int:
+        """Find the best step together; of folders of several hosts, in all of them."""
+        job = self._job
+        return self._ask(
+            "best",
+            lambda: list_metrics(job.repository.records(), besides=job.passed_over.steps),
+            failed,
+            kind=list[StepMetrics],
+            answer=lambda found: best_step(join_metrics(found), self._criteria, where=job.url),
+        )
 
     def _hear_of_late_metrics(self, report: LoadReport) -> None:
         """Let early stopping see what became known of the checkpoint right after its save."""
@@ -242,19 +289,63 @@ class Resumer:
                 return {}
             return {} if note is None else note.metrics
 
-        metrics = self._ask("late", late, None)
+        metrics: dict[str, float] = self._ask(
+            "late",
+            late,
+            None,
+            kind=dict[str, float],
+            answer=lambda found: {name: each[name] for each in found for name in each},
+        )
         for stopper in stoppers:
             if stopper.criterion.metric in metrics:
                 stopper.update(report.step, metrics[stopper.criterion.metric])
 
-    def _ask(self, what: str, answer: Callable[[], AnswerT], failed: Exception | None) -> AnswerT:
-        """Return what `answer` returns on rank 0: an integer, or numbers by name."""
-        topic = self._job.topic("ask", f"looking into {self._job.url}").opening(what)
-        data = self._job.training.round(
-            topic,
-            failed or b"",
-            lambda _: msgspec.msgpack.encode(answer()),
-            deadline=self._job.deadline(),
+    def _ask(
+        self,
+        what: str,
+        look: Callable[[], FoundT],
+        failed: Exception | None,
+        *,
+        kind: type[FoundT],
+        answer: Callable[[Sequence[FoundT]], AnswerT],
+    ) -> AnswerT:
+        """Have rank 0, or where each host has a folder the leaders of all, look into the run.
+
+        Args:
+            what: names the round.
+            look: what is done there.
+            failed: what keeps this rank from it.
+            kind: of what that returns.
+            answer: what rank 0 makes of it, for all ranks.
+        """
+        job = self._job
+        topic = job.topic("ask", f"looking into {job.url}")
+        hosts = meet(job, topic, job.deadline()) if job.ranks.node_local else None
+
+        def work() -> bytes:
+            if failed is not None:
+                raise failed
+            return msgspec.msgpack.encode(look()) if hosts is not None and job.leads else b""
+
+        def decide(messages: Sequence[bytes]) -> bytes:
+            if hosts is None:
+                return msgspec.msgpack.encode(answer([look()]))
+            said = [messages[rank] for rank in hosts.leaders]
+            return msgspec.msgpack.encode(
+                answer([msgspec.msgpack.decode(each, type=kind) for each in said])
+            )
+
+        _, data = on_every_rank(
+            job.training,
+            topic.opening(what),
+            work,
+            deadline=job.deadline(),
+            message=bytes,
+            decide=decide,
         )
         found: AnswerT = msgspec.msgpack.decode(data)
         return found
+
+
+def _joined(found: Iterable[Sequence[int]]) -> list[int]:
+    return sorted({step for each in found for step in each})

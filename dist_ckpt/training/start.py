@@ -56,6 +56,15 @@ class Start:
                 "nothing is newer than the newest: name the step, 'best', or 'none'"
             )
 
+    def in_words(self) -> str:
+        """Return the call that says this."""
+        said = [repr(self.which)] * (self.which != "newest")
+        said += [f"step={self.step}"] * (self.step is not None)
+        said += ["url=..."] * (self.place is not None)
+        said += ["discard_newer=True"] * self.discard_newer
+        said += [f"new_run={self.new_run!r}"] * bool(self.new_run)
+        return f"restore({', '.join(said)})"
+
     @property
     def begins(self) -> bool:
         """Whether the run itself begins, whatever the state is filled with."""

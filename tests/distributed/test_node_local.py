@@ -322,8 +322,9 @@ def test_two_hosts_with_networks_of_their_own(layout: str, hosts: Hosts, tmp_pat
 def begun_without_restore(root: str) -> list[str]:
     """Return how saves of a job are refused that goes on from nothing, or goes back."""
     told = []
-    with dist_ckpt.Checkpointer(folder(root), {"w": torch.ones(3)}, node_local=True) as ckpt:
-        for call in (lambda: ckpt.save(30), lambda: ckpt.restore("none", discard_newer=True)):
+    state = {"w": torch.ones(3)}
+    with dist_ckpt.Checkpointer(folder(root), state, every_steps=5, node_local=True) as ckpt:
+        for call in (lambda: ckpt.save(30), lambda: ckpt.restore("none")):
             with pytest.raises(UsageError) as caught:
                 call()
             told.append(caught.value.message)
@@ -336,13 +337,11 @@ def test_what_one_host_has_is_not_left_behind(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "host-0")
     for forgotten, given_up in run_ranks(4, begun_without_restore, str(tmp_path)):
         assert "restore() was not called" in forgotten
-        assert "discard_newer=True with node_local=True" in given_up
+        assert "has checkpoints newer than the beginning (10)" in given_up
     assert [path.name for path in (tmp_path / "host-1" / "claims").iterdir()] == ["000001.json"]
 
 
-def test_options_that_do_not_go_together() -> None:
-    with pytest.raises(UsageError, match="exclusive=True with node_local=True"):
-        dist_ckpt.Checkpointer("unused", {"w": 1}, node_local=True, exclusive=True)
+def test_one_process_that_saves_alone_has_no_hosts() -> None:
     with pytest.raises(UsageError, match="leave node_local out"):
         dist_ckpt.Checkpointer("unused", {"w": 1}, node_local=True, ranks="alone")
 
@@ -497,3 +496,118 @@ def test_what_is_damaged_on_all_hosts_is_passed_over(name: str, tmp_path: Path) 
         flipped(found, 1.0)
     for told, wrong, refused, _ in run_ranks(4, told_of, str(tmp_path), "ddp", None):
         assert (told, wrong, list(refused)) == (10, [], [20])
+
+
+LOSSES = {10: 3.0, 20: 1.0, 30: 2.0}
+
+
+def trained_with_losses(root: str) -> None:
+    state = build("ddp", 10)
+    with dist_ckpt.Checkpointer(folder(root), state, node_local=True) as ckpt:
+        ckpt.restore()
+        for step, loss in LOSSES.items():
+            ckpt.save(step, metrics={"loss": loss}).wait()
+
+
+def best_restored(root: str, call: str) -> int:
+    state = build("ddp", None)
+    if call == "load":
+        return dist_ckpt.load(state, folder(root), step="best", metric="loss", node_local=True).step
+    keeps, every = keep.best("loss", 1), 5 if call == "refused" else None
+    with dist_ckpt.Checkpointer(
+        folder(root), state, every_steps=every, node_local=True, keep=keeps
+    ) as ckpt:
+        if call == "rollback":
+            ckpt.restore()
+            return ckpt.rollback()
+        if call == "refused":
+            with pytest.raises(UsageError, match=r"newer than step 20 \(30\)"):
+                ckpt.restore("best")
+            return 20
+        return ckpt.restore("best", discard_newer=True)
+
+
+@pytest.mark.parametrize("call", ["load", "rollback", "refused", "discard"])
+def test_the_best_is_found_in_all_folders(call: str, tmp_path: Path) -> None:
+    run_ranks(4, trained_with_losses, str(tmp_path))
+    shutil.rmtree(tmp_path / "host-0")  # of rank 0, which has a new disk
+    assert run_ranks(4, best_restored, str(tmp_path), call) == [20] * 4
+
+
+def gone_back(root: str, hosts: int) -> tuple[int, list[int]]:
+    """Go back to step 10 and save step 15, or go on; return both."""
+    state = build("ddp", None)
+    with dist_ckpt.Checkpointer(folder(root), state, node_local=True) as ckpt:
+        if hosts == 1:
+            return ckpt.restore(step=10, discard_newer=True), []
+        begun = ckpt.restore()
+        ckpt.save(15).wait()
+        return begun, Repository(LocalStore(folder(root))).steps()
+
+
+def test_what_is_given_up_is_hidden_on_hosts_that_were_away(tmp_path: Path) -> None:
+    run_ranks(4, trained_with_losses, str(tmp_path))
+    (tmp_path / "host-1").rename(tmp_path / "away")
+    assert run_ranks(2, gone_back, str(tmp_path), 1) == [(10, [])] * 2
+    (tmp_path / "away").rename(tmp_path / "host-1")
+    # What host 1 still lists was given up while it was away.
+    assert steps(tmp_path, 1) == [10, 20, 30]
+    for begun, _ in run_ranks(4, gone_back, str(tmp_path), 2):
+        assert begun == 10
+
+
+def unlike(root: str, call: str) -> str:
+    """Make a call that not all ranks make alike; nobody waits for a deadline."""
+    odd = dist.get_rank() == 3
+    state = build("ddp", 10)
+    with pytest.raises(UsageError) as caught:
+        if call == "save":
+            dist_ckpt.save(state, folder(root), step=1, node_local=not odd)
+        elif call == "load":
+            dist_ckpt.load(state, folder(root), node_local=odd)
+        else:
+            kept = keep.best("loss", 1)
+            with dist_ckpt.Checkpointer(folder(root), state, node_local=True, keep=kept) as ckpt:
+                if call == "best":
+                    ckpt.restore("best" if odd else "newest")
+                elif odd:
+                    ckpt.save(1)
+                else:
+                    ckpt.restore()
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("save", "node_local is True on rank 0 and False on rank 3"),
+        ("load", "node_local is False on rank 0 and True on rank 3"),
+        ("best", "the call is restore() on rank 0 and restore('best') on rank 3"),
+        ("kind", "the call is restore() on rank 0 and save on rank 3"),
+    ],
+)
+def test_ranks_that_make_different_calls_hear_of_it_at_once(
+    call: str, says: str, tmp_path: Path
+) -> None:
+    for message in run_ranks(4, unlike, str(tmp_path), call):
+        assert "the ranks make different calls" in message
+        assert says in message
+
+
+def alone(root: str) -> str:
+    state = build("ddp", 10)
+    given = {"node_local": True, "exclusive": True, "status_seconds": 0.05}
+    with dist_ckpt.Checkpointer(folder(root), state, **given) as first:  # type: ignore[arg-type]
+        first.restore()
+        first.save(10).wait()
+        with pytest.raises(UsageError) as caught:
+            dist_ckpt.Checkpointer(folder(root), state, **given).restore()  # type: ignore[arg-type]
+        first.save(20).wait()  # nobody has taken the run over
+    with dist_ckpt.Checkpointer(folder(root), state, **given) as second:  # type: ignore[arg-type]
+        assert second.restore() == 20
+    return caught.value.message
+
+
+def test_a_job_that_wants_to_be_alone_looks_in_all_folders(tmp_path: Path) -> None:
+    for message in run_ranks(4, alone, str(tmp_path)):
+        assert "exclusive=True, and another job is at work on" in message

@@ -89,6 +89,30 @@ class Raise(TrainerCallback):
             raise KeyError("the program is at fault")
 
 
+class Ask(TrainerCallback):
+    """Asks at a step for the save that SIGTERM asks for some seconds later."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.others: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (jit,) = (each for each in self.others if hasattr(each, "jit_manager"))
+        self.manager = jit.jit_manager
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.manager.is_checkpoint_requested = state.global_step == self.step
+
+
+def test_a_save_at_a_signal_leaves_no_empty_folder(tmp_path: Path) -> None:
+    ask = Ask(3)
+    asked = trainer(tmp_path / "run", callbacks=[ask], enable_jit_checkpoint=True)
+    ask.others = asked.callback_handler.callbacks
+    asked.train()
+    assert 3 in run_of(tmp_path / "run").steps()
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
 def test_killed_in_a_save_it_goes_on_bit_by_bit(straight: Straight, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run_ranks(1, train_until_killed, str(out), 8, {}, expect_killed={0}, timeout_seconds=300)
@@ -509,3 +533,12 @@ def test_the_block_of_the_readme_and_the_guide_run(
     exec(compile(guides.program(guides.guide("transformers")), "guide", "exec"), {})  # noqa: S102
     assert Run("elsewhere/18").steps() == [4]
     assert Run("runs/19").steps() == [4, 8]
+
+
+def test_tries_of_one_process_are_no_starts_in_vain(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    finding = trainer(tmp_path / "run", callbacks=[TooLarge(2)], max_steps=2, **FINDING)
+    finding.train()
+    assert run_of(tmp_path / "run").manifest(2).claim > 4, "it was tried several times"
+    assert "one after the other, ended without a checkpoint" not in caplog.text

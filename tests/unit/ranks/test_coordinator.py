@@ -21,12 +21,13 @@ from dist_ckpt.errors import (
     FencedError,
     IntegrityError,
     StorageError,
+    UsageError,
 )
 from dist_ckpt.ranks import coordinator as coordinator_module
 from dist_ckpt.ranks.board import JobBoard
 from dist_ckpt.ranks.coordinator import Heard, JobCoordinator, Line
 from dist_ckpt.ranks.hub import Hub
-from dist_ckpt.ranks.rounds import Deadline, Decide, SoloCoordinator
+from dist_ckpt.ranks.rounds import Deadline, Decide, SoloCoordinator, Topic
 from tests.unit.ranks.rounds import hub_of, line_to, links, long, members, on_every_rank, topic
 
 
@@ -504,3 +505,33 @@ def test_an_interrupt_while_a_rank_waits_breaks_nothing() -> None:
     # It said what it had to say, and the next round is as if nothing had been.
     assert job[0].round(topic(), b"a", concat, deadline=long()) == b"a|b"
     assert round_of(job, [b"c", b"d"], concat, key="next") == [b"c|d"] * 2
+
+
+def test_who_waits_in_another_round_of_the_call_is_not_waited_for() -> None:
+    said = [{"node_local": "True"}, {"node_local": "True"}, {"node_local": "False"}]
+    names = ["save/1/hosts", "save/1/hosts", "save/1/plan"]
+    members = [JobCoordinator(link) for link in links(3)]
+
+    def come(rank: int) -> bytes:
+        mine = Topic(names[rank], "the save", opens=True, asked=said[rank])
+        return members[rank].round(mine, b"", never, deadline=long())
+
+    failed = errors_of(on_every_rank([partial(come, rank) for rank in range(3)]))
+    assert {type(error) for error in failed} == {UsageError}
+    for error in failed:
+        assert "node_local is True on rank 0 and False on rank 2" in error.message
+        assert list(error.ranks) == [2]
+
+
+def test_a_call_that_is_behind_by_one_is_waited_for() -> None:
+    """What a rank left behind, interrupted, tells nothing of the call that comes next."""
+    members = [JobCoordinator(link) for link in links(2)]
+    with pytest.raises(CoordinationError):
+        members[1].round(Topic("save/1/plan", "the save"), b"", never, deadline=Deadline.after(0.0))
+    done = on_every_rank(
+        [
+            lambda: members[0].round(Topic("save/2/plan", "it"), b"0", concat, deadline=long()),
+            lambda: members[1].round(Topic("save/2/plan", "it"), b"1", concat, deadline=long()),
+        ]
+    )
+    assert done == [b"0|1", b"0|1"]

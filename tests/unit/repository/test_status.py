@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -16,6 +17,12 @@ from dist_ckpt.run import Run
 from dist_ckpt.storage.base import Store
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
 from tests.unit.repository.runs import keys, new_store, save
+
+
+@pytest.fixture
+def another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the claims that follow be those of another process."""
+    return lambda: monkeypatch.setattr(claim, "_processes", {})
 
 
 def said(number: int = 1, *, beat: int = 0, phase: Phase = "training", **more: object) -> JobStatus:
@@ -166,7 +173,22 @@ def test_who_takes_the_run_over_meanwhile_is_alive() -> None:
         look(store)
 
 
-def test_starts_in_vain_are_counted_by_the_claims() -> None:
+def test_what_one_process_begins_again_and_again_is_no_start_in_vain(
+    another_process: Callable[[], None],
+) -> None:
+    repository = Repository(new_store())
+    another_process()
+    for _ in range(2):
+        repository.claim()
+    another_process()
+    for _ in range(5):
+        repository.claim()
+    assert status.starts_in_vain(repository.store, 7, None) == 2
+    another_process()
+    assert status.starts_in_vain(repository.store, 8, None) == 7
+
+
+def test_starts_in_vain_are_counted_by_the_claims(another_process: Callable[[], None]) -> None:
     store = new_store()
     repository = Repository(store)
     for _ in range(3):
@@ -175,6 +197,7 @@ def test_starts_in_vain_are_counted_by_the_claims() -> None:
     assert status.starts_in_vain(store, 3, 10) == 0
     for _ in range(4):
         repository.claim()
+    another_process()
     assert status.starts_in_vain(store, 7, 10) == 3
     # One that had nothing to do was none in vain, and neither were those before it in this row.
     status.put_status(store, said(5, phase="ended"))
