@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from dist_ckpt.errors import (
@@ -37,12 +37,13 @@ def highest(store: Store) -> int:
     return _owner(store, _numbers(store))
 
 
-def take(store: Store, *, at_least: int = 1) -> int:
+def take(store: Store, *, at_least: int = 1, before: Callable[[], int] = int) -> int:
     """Create the next claim and return its number; any number of processes may race.
 
     Args:
         store: where the run is.
         at_least: the lowest number that will do.
+        before: asked where there is no claim: the highest under which anything there was written.
 
     Raises:
         UsageError: no number is left, or the place is malformed.
@@ -59,7 +60,8 @@ def take(store: Store, *, at_least: int = 1) -> int:
     blocked = 0
     while True:
         names = _numbers(store)
-        number = max(number, _owner(store, names)) + 1
+        # A copy has no claims. What it has is to be older than what is committed from now on.
+        number = max(number, _owner(store, names) or before()) + 1
         while number in names:
             number += 1  # the name of something that is no claim
         if number >= _LAST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import (
@@ -11,7 +12,9 @@ from dist_ckpt.format.names import (
     check_step,
     manifest_key,
     new_save_id,
+    parse_save_id,
     parse_step_dir,
+    step_dir,
 )
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import discard, marks
@@ -28,6 +31,9 @@ from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store
+
+# Claims rise with the steps.
+_LOOKED_AT = 32
 
 
 class Repository:
@@ -154,7 +160,14 @@ class Repository:
     def claim(self, *, at_least: int = 1) -> int:
         """Take the run over: return the number of a new claim, higher than all before it."""
         self._check_can_commit()
-        return claims.take(self.store, at_least=at_least)
+        return claims.take(self.store, at_least=at_least, before=self._latest_claim)
+
+    def _latest_claim(self) -> int:
+        """Return the highest claim under which the newest checkpoints were written, 0 for none."""
+        folders = (f"{step_dir(step)}/" for step in islice(self.candidates(), _LOOKED_AT))
+        children = (name for folder in folders for name in self.store.list_children(folder))
+        found = (parse_save_id(name.removesuffix("/")) for name in children)
+        return max((claim for claim in found if claim is not None), default=0)
 
     def begin(self, step: int, claim: int) -> Transaction:
         """Begin an attempt to save `step` under `claim`, with a save_id of its own.

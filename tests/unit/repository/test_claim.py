@@ -13,11 +13,12 @@ from dist_ckpt.errors import ErrorKind, FencedError, StorageError, UsageError
 from dist_ckpt.format.names import claim_key
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.claim import check_owner, highest, take
+from dist_ckpt.run import Run
 from dist_ckpt.storage.base import Capabilities, read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
-from tests.unit.repository.runs import keys, new_store
+from tests.unit.repository.runs import keys, new_store, save
 
 
 def test_numbers_begin_at_one_and_rise() -> None:
@@ -206,3 +207,18 @@ def test_a_place_that_takes_no_claim_at_all_says_so(tmp_path: Path) -> None:
     (tmp_path / "claims").write_bytes(b"a file where a folder should be")
     with pytest.raises(UsageError, match="no object can bear the name of a folder"):
         take(LocalStore(tmp_path))
+
+
+def test_in_a_copy_without_claims_what_is_committed_next_is_newer() -> None:
+    """Else what is given up there would count, and a restart would go on from it."""
+    store, copy = new_store(), new_store()
+    for step, number in ((10, 3), (20, 7)):
+        save(store, step, claim=number)
+    for step in (10, 20):
+        Run(store).copy(step, Run(copy))
+    repository = Repository(copy)
+    number = repository.claim()
+    assert number == 8
+    repository.discard(claim=number, after=10)
+    assert repository.steps() == [10]
+    assert repository.claim() == 9
