@@ -112,7 +112,7 @@ class Board:
         That is another round of the same call, and it is not over: it waits for rank 0 in turn.
         """
         board = self._jobs.get(job)
-        if board is None:
+        if board is None or len(board.rounds) < 2:  # mostly: looked at whenever the bell rings
             return {}
         gathering, rounds = board.rounds.get(name), board.rounds.copy()
         came = {} if gathering is None else gathering.messages.copy()
@@ -226,7 +226,11 @@ class Board:
             gathering.first = rank
             self._tell(rank, packed(Frame("first", frame.job, frame.name)), None)
         # Rank 0 looks once more when it is there: what happened until now has rung for nobody.
-        elsewhere = any(0 in each.messages for each in board.rounds.values() if each != gathering)
+        elsewhere = any(
+            0 in each.messages
+            for name, each in board.rounds.items()
+            if name != frame.name and _is_same_call(name, frame.name)
+        )
         if rank == 0 or elsewhere or len(gathering.messages) == self._world_size:
             self._bell.ring()
 
