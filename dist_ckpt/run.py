@@ -18,6 +18,7 @@ touched.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -42,13 +43,22 @@ from dist_ckpt.repository.collect import (
     delete_attempt,
     delete_checkpoint,
     garbage,
-    removable,
 )
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.repository.listed import Listed, bests_of, look, marked, protected
-from dist_ckpt.repository.ranking import Criterion, Mode
+from dist_ckpt.repository.listed import (
+    KeepDecision,
+    Listed,
+    bests_of,
+    decisions,
+    look,
+    marked,
+    newest_down,
+    protected,
+    tell_bad,
+)
+from dist_ckpt.repository.ranking import Criterion, Mode, best_among
 from dist_ckpt.repository.repository import Repository
 from dist_ckpt.repository.status import JobStatus
 from dist_ckpt.repository.verify import Sample, VerifyReport
@@ -57,23 +67,7 @@ from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
 
 _AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class KeepDecision:
-    """What a policy says of one checkpoint.
-
-    Attributes:
-        step: which.
-        kept: whether it stays.
-        reasons: why it stays; of one that goes, which policy does not want it.
-        nbytes: how many bytes its files hold.
-    """
-
-    step: int
-    kept: bool
-    reasons: tuple[str, ...]
-    nbytes: int
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +120,19 @@ class Run:
         return list(runs_below(self.store))
 
     def latest(self) -> int | None:
-        """Return the newest committed step, None where there is none."""
-        return self._repository.latest()
+        """Return the newest step that can be read, None where nothing is committed.
+
+        A warning tells what is newer and cannot. See `newest_down`.
+
+        Raises:
+            CheckpointError: none that is there can be read.
+        """
+        newest = self._newest()
+        return None if newest is None else newest.step
+
+    def newest_down(self) -> list[Listed]:
+        """Return the newest checkpoint whose manifest can be read, last, behind newer ones."""
+        return newest_down(self.store, self._repository.newest_now())
 
     def status(self) -> JobStatus | None:
         """Return what the job that took the run over last said of itself, None for nothing."""
@@ -146,13 +151,18 @@ class Run:
         """Return by which metrics the job of this run keeps a best, as its newest checkpoint says.
 
         Raises:
-            NotFound: there is none that can be read.
+            NotFound: there is none.
         """
         return bests_of(self.newest())
 
     def records(self) -> list[Record]:
-        """Return what the manifests say of the committed checkpoints, ascending."""
-        return [each.record for each in self.listed() if each.record is not None]
+        """Return what the manifests say of the committed checkpoints, ascending.
+
+        A warning tells those that cannot be read.
+        """
+        listed = self.listed()
+        tell_bad(self.store, listed)
+        return [each.record for each in listed if each.record is not None]
 
     def listed(self) -> list[Listed]:
         """Return every step that is there, ascending, damaged and unfinished ones too.
@@ -177,15 +187,16 @@ class Run:
         return manifest_format.decode(self._manifest_bytes(step), step=check_step(step))
 
     def newest(self) -> Manifest:
-        """Return what was committed last, of what can be read; no other manifest is looked at.
+        """Return what was committed as the `latest`; no older manifest is looked at.
 
         Raises:
             NotFound: there is none.
+            CheckpointError: none that is there can be read.
         """
-        for step in self._repository.newest_first():
-            with suppress(NotFound, IntegrityError, IncompatibleError):
-                return self.manifest(step)
-        raise self._repository.no_checkpoint()
+        newest = self._newest()
+        if newest is None or newest.manifest is None:
+            raise self._repository.no_checkpoint()
+        return newest.manifest
 
     def open(self, step: int) -> Checkpoint:
         """Open a committed checkpoint. See `manifest` for errors."""
@@ -225,26 +236,7 @@ class Run:
             UsageError: no checkpoint has a metric by which `policy` keeps the best: mistyped, it
                 would keep none.
         """
-        listed = self.listed()
-        good = {each.step: each for each in listed if each.record is not None}
-        records = [each.record for each in good.values() if each.record is not None]
-        keeping.check_metrics(policy, records, where=self.url)
-        reasons = policy.kept(records)
-        kept = protected(listed)
-        gone = {record.step for record in removable(records, policy, set(kept))}
-        decisions = []
-        for each in listed:
-            said = [kept.get(each.step, ""), reasons.get(each.step, "")]
-            why = tuple(filter(None, said))
-            if each.step in gone:
-                decisions.append(
-                    KeepDecision(each.step, False, (f"not kept by {policy}",), each.nbytes or 0)
-                )
-            elif each.step in good:
-                decisions.append(KeepDecision(each.step, True, why, each.nbytes or 0))
-            elif each.state not in ("in flight", "aborted"):
-                decisions.append(KeepDecision(each.step, True, (each.state,), 0))
-        return decisions
+        return decisions(self.listed(), policy, where=self.url)
 
     def keep(self, policy: KeepPolicy) -> list[KeepDecision]:
         """Delete what `policy` does not keep, the oldest first; return what `plan_keep` said.
@@ -294,9 +286,12 @@ class Run:
             older_than: only where nothing was put for so long, by the clock of this host.
 
         Raises:
+            NotFound: there is nothing at all.
             UsageError: this storage does not say when an object was put.
         """
         before = None if older_than is None else time.time() - older_than.total_seconds()
+        if not self.store.list_children():
+            raise self._repository.no_checkpoint()
         newest = claims.highest(self.store)
         # Where no job ever was there are copies, and of those only the age tells who is gone.
         older = sys.maxsize if before is not None and not newest else newest - 1
@@ -328,7 +323,8 @@ class Run:
     ) -> Mirrored:
         """Copy the newest checkpoint, and the best, into another run, where they are not there yet.
 
-        One that is deleted here meanwhile is passed over: the next call finds what came after it.
+        One that is deleted here meanwhile is passed over, and a metric that none has yet is told by
+        a warning: the next call finds what came after it.
 
         Args:
             to: the other run.
@@ -336,14 +332,17 @@ class Run:
             keep: how many of the newest stay there beside the best; None deletes nothing.
 
         Raises:
-            NotFound: there is no run to copy, or nothing in it that can be read.
+            NotFound: there is no run to copy.
             AlreadyExists: another checkpoint of such a step is there.
         """
         target = to if isinstance(to, Run) else Run(to)
         newest = None if keep is None else keeping.latest(keep)
         wanted = {self.newest().step}
         if best is not None:
-            wanted |= {each.step for each in best.ranked(self.records())[:1]}
+            try:
+                wanted.add(best_among(self.records(), best, where=self.url).step)
+            except NotFound as error:
+                _log.warning("only the newest is copied: %s", error.message)
         copied = []
         for step in sorted(wanted):
             with suppress(NotFound):
@@ -387,6 +386,12 @@ class Run:
         # Itself alone: a job that went back may have saved the step anew since the look.
         delete_exactly(self.store, manifest_key(step), data)
         delete_attempt(self.store, step, save_id)
+
+    def _newest(self) -> Listed | None:
+        tell_bad(self.store, found := self.newest_down())
+        if found and found[-1].manifest is None:
+            self.manifest(found[0].step)  # raises why it cannot be read
+        return found[-1] if found else None
 
     def _manifest_bytes(self, step: int) -> bytes:
         try:

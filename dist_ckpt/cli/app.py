@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any, NoReturn
@@ -13,15 +14,14 @@ from dist_ckpt.cli.doors import add_doors
 from dist_ckpt.cli.health import add_health
 from dist_ckpt.cli.looking import add_looking
 from dist_ckpt.cli.numbers import add_numbers
-from dist_ckpt.cli.output import escaped, write
+from dist_ckpt.cli.output import Warnings, complain, to_stderr, write
 from dist_ckpt.cli.tidying import add_tidying
 from dist_ckpt.cli.watching import add_watching
 from dist_ckpt.errors import (
-    AlreadyExists,
     CheckpointError,
     ErrorKind,
-    IncompatibleError,
     IntegrityError,
+    NotFound,
     StorageError,
     UsageError,
 )
@@ -56,13 +56,26 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by who started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 until the end
     command: Any = typer.main.get_command(app)
+    warnings, log = Warnings(), logging.getLogger("dist_ckpt")
+    log.addHandler(warnings)
     try:
         command.main(arguments, prog_name="dist-ckpt")
     except SystemExit as ended:
-        _end(ended.code)
+        _end(_code_of(ended))
     except CheckpointError as error:
-        sys.stderr.write(f"dist-ckpt: {escaped(error.message, lines=True)}\n")
+        complain(error.message)
         _end(exit_code(error))
+    finally:
+        log.removeHandler(warnings)
+
+
+def _code_of(ended: SystemExit) -> Any:
+    """Return the exit code: what prints help ends as failed where `head` has read enough of it."""
+    broken = ended.__context__
+    if not isinstance(broken, BrokenPipeError):
+        return ended.code
+    # That a call is wrong stays so, also where nobody reads what is said of it.
+    return getattr(broken.__context__, "exit_code", 0)
 
 
 def _end(code: Any) -> NoReturn:
@@ -70,8 +83,9 @@ def _end(code: Any) -> NoReturn:
     try:
         write("", flush=True)
     except StorageError as error:
-        sys.stderr.write(f"dist-ckpt: {error.message}\n")
+        complain(error.message)
         code = code or ERROR
+    to_stderr("")
     sys.exit(code)
 
 
@@ -86,6 +100,7 @@ def exit_code(error: CheckpointError) -> int:
         return by_kind[error.kind]
     if isinstance(error, IntegrityError):
         return DAMAGED
-    if isinstance(error, UsageError) and not isinstance(error, AlreadyExists | IncompatibleError):
+    # What is not found, and is no checkpoint, was named: a part, a tensor, a folder.
+    if isinstance(error, UsageError | NotFound):
         return USAGE
     return ERROR

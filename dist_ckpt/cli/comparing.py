@@ -48,11 +48,21 @@ def _verify(
 
     Example: dist-ckpt verify s3://bucket/runs/17 --all --sample 5%
     """
+    if quick and sample is not None:
+        raise UsageError("--quick reads no data, of which --sample is a share: give one of them")
     share = (0, 1) if quick else _share(sample)
     unknown: list[Listed] = []
-    if every:
-        run = places.open_run(places.split(place)[0], storage_option)
-        listed = run.listed()
+    if every or places.split(place)[1] == "latest":
+        if every:
+            run = places.open_every(place, storage_option, metric)
+            listed = run.listed()
+        else:
+            places.check_metric(metric, place)
+            run = places.open_run(places.split(place)[0], storage_option)
+            # Of what was saved last nothing may be passed over here: who asks wants to know.
+            listed = run.newest_down()
+            if not listed:
+                run.newest()  # which says why there is none
         unknown = [each for each in listed if each.state in ("newer format", "unreadable")]
         steps = [each.step for each in listed if each.state in ("committed", "damaged")]
     else:
@@ -66,7 +76,7 @@ def _verify(
         say_json({"url": run.url, "checkpoints": _as_json(reports, unknown)})
     else:
         _say_reports(reports, unknown)
-    bad = [each.step for each in reports if not each.ok]
+    bad = sorted(each.step for each in reports if not each.ok)
     if bad:
         raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
     if unknown:
@@ -122,11 +132,12 @@ def _diff(
 
     Example: dist-ckpt diff runs/17@100 200 --values
     """
-    run, step = places.open_step(one, storage_option, metric)
+    places.check_metric(metric, one, other)
+    run, step = places.find_step(one, storage_option, metric)
     if other.isdecimal():
         there, second = run, int(other)
     else:
-        there, second = places.open_step(other, storage_option, metric)
+        there, second = places.find_step(other, storage_option, metric)
     rows = [asdict(each) for each in run.diff(step, second, of=there)]
     differing = run.diff_values(step, second, of=there)
     parts = [asdict(each) for each in differing]

@@ -55,12 +55,9 @@ def _export(
     """
     if form not in _FORMATS:
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
-    chosen: dict[str, Any] = {"max_shard": max_shard, "like": like}
-    url, which = places.split(source)
-    if which == "best":
-        which = f"{places.find_named(places.open_run(url, None), which, metric)}"
-    if url != source:
-        chosen["step"] = int(which) if which.isdecimal() else which
+    places.check_metric(metric, source)
+    url, step = places.opened_at(source, metric)
+    chosen: dict[str, Any] = {"max_shard": max_shard, "like": like, "step": step}
     names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
     with showing_work():
         report = dist_ckpt.export(
@@ -89,6 +86,7 @@ def _import(
 
     Example: dist-ckpt import old.pt runs/18 --step 1000
     """
+    places.check_target(url)
     metrics = {}
     for each in metric or ():
         name, value = _pair(each, "--metric takes NAME=VALUE")
@@ -114,6 +112,7 @@ def _average(
         typer.Option("--format", metavar="|".join(_FORMATS), help="an export, not a checkpoint"),
     ] = None,
     step: Annotated[int | None, typer.Option(help="under which step of the run")] = None,
+    metric: Metric = None,
     json: Json = False,
 ) -> None:
     """Average the weights of several checkpoints.
@@ -122,8 +121,11 @@ def _average(
     """
     if form not in (None, *_FORMATS):
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
-    named = [places.split(each) for each in sources]
-    wanted: list[Any] = [(url, int(which)) if which.isdecimal() else url for url, which in named]
+    places.check_metric(metric, *sources)
+    if form is None:
+        places.check_target(out)
+    named = [places.opened_at(each, metric) for each in sources]
+    wanted: list[Any] = [url if which is None else (url, which) for url, which in named]
     try:
         numbers = [float(each) for each in weights.split(",")] if weights else None
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -156,7 +157,9 @@ def _tensors(
     ]
     if part is not None and not wanted:
         known = sorted({each.part for each in index.tensors})
-        raise UsageError(f"no tensor of part {part!r}: there are those of {', '.join(known)}")
+        raise UsageError(
+            f"no tensor of part {part!r}{near(part, known)}: there are those of {', '.join(known)}"
+        )
     rows = [
         {
             "part": each.part,
@@ -278,15 +281,16 @@ def metric_series(run: Run, metrics: Sequence[str] = ()) -> dict[str, Points]:
     Raises:
         UsageError: no checkpoint has one of them.
     """
-    rows = run.listed()
-    known = metric_names(rows)
+    records = run.records()
+    if not records:
+        run.newest()  # which says why there is none
+    known = sorted({name for each in records for name in each.metrics})
+    ranking: Any = import_module("dist_ckpt.repository.ranking")
     for name in metrics:
         if name not in known:
-            raise UsageError(
-                f"no checkpoint in {run.url} has the metric {name!r}{near(name, known)}"
-            )
+            raise UsageError(ranking.without_metric(name, records, where=run.url))
     return {
-        name: [(each.step, each.metrics[name]) for each in rows if name in each.metrics]
+        name: [(each.step, each.metrics[name]) for each in records if name in each.metrics]
         for name in metrics or known
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,6 +59,36 @@ def write(text: str, *, flush: bool = False) -> None:
 
 def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(text: str) -> None:
+    """Say on standard error what went wrong; where nobody reads it the exit code tells it alone."""
+    to_stderr(f"dist-ckpt: {escaped(text, lines=True)}\n")
+
+
+def to_stderr(text: str) -> None:
+    """Write to standard error, and what is held back for it; that nobody reads it is no error."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class Warnings(logging.Handler):
+    """Says each warning of the library once, however often what goes on comes across it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            complain(text)
 
 
 def clear() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dist_ckpt
-from dist_ckpt.errors import ErrorKind, NotFound, UsageError
+from dist_ckpt.errors import UsageError
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.ranking import Criterion
@@ -65,7 +65,9 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
 def split(place: str) -> tuple[str, str]:
     """Return the url of a place, and which checkpoint of it: "latest" where it does not say."""
     found = _AT.fullmatch(place)
-    return (found["url"], found["which"]) if found else (place, "latest")
+    if found is None:
+        return place, "latest"
+    return found["url"], "latest" if found["which"] == "newest" else found["which"]
 
 
 def criterion(metric: str | None) -> Criterion:
@@ -81,12 +83,76 @@ def criterion(metric: str | None) -> Criterion:
     return parsed
 
 
+def open_every(place: str, options: Sequence[str] | None, metric: str | None) -> Run:
+    """Return the run that `--all` means.
+
+    Raises:
+        UsageError: it says which checkpoint, too.
+    """
+    if metric is not None or split(place)[0] != place:
+        raise UsageError(f"--all is every checkpoint of a run: give {split(place)[0]} alone")
+    return open_run(place, options)
+
+
+def open_target(url: str, options: Sequence[str] | None) -> Run:
+    """Return the run that is copied into.
+
+    Raises:
+        UsageError: it says which checkpoint: a folder of that name could never be named.
+    """
+    check_target(url)
+    return open_run(url, options)
+
+
+def check_target(url: str) -> None:
+    """Check that what is written to is called as a run is; see `open_target`."""
+    run, which = split(url)
+    if run != url:
+        raise UsageError(f"{url}: a checkpoint keeps its step: give the run, {run}, not @{which}")
+
+
+def check_metric(metric: str | None, *named: str) -> None:
+    """Check that a metric was given where one of the places is @best, which it is for.
+
+    Raises:
+        UsageError: it would be passed over.
+    """
+    if metric is not None and all(split(each)[1] != "best" for each in named):
+        raise UsageError(f"--metric says which one @best is, and it is not in {' '.join(named)}")
+
+
+def opened_at(place: str, metric: str | None) -> tuple[str, int | None]:
+    """Return what is to be opened and which step of it, None where it is no run of ours.
+
+    Raises:
+        NotFound: there is no best one.
+        CheckpointError: none that is there can be read.
+    """
+    url, which = split(place)
+    if which.isdecimal():
+        return url, int(which)
+    run = open_run(url, None)
+    if which == "best":
+        return url, find_named(run, which, metric)
+    try:
+        return url, run.latest()
+    except UsageError:
+        return url, None  # a file of others, perhaps: whoever opens it says what it is
+
+
 def open_step(place: str, options: Sequence[str] | None, metric: str | None) -> tuple[Run, int]:
     """Return the run and the step that `place` means.
 
     Raises:
         NotFound: there is none.
+        UsageError: a metric was given, and it is not the best that is meant.
     """
+    check_metric(metric, place)
+    return find_step(place, options, metric)
+
+
+def find_step(place: str, options: Sequence[str] | None, metric: str | None) -> tuple[Run, int]:
+    """Return the run and the step that one of several places means; see `open_step`."""
     url, which = split(place)
     run = open_run(url, options)
     if which.isdecimal():
@@ -98,19 +164,18 @@ def find_named(run: Run, which: str, metric: str | None) -> int:
     """Return the latest or the best step of a run.
 
     Without a metric the best by the first one that the run itself keeps it by.
+
+    Raises:
+        NotFound: there is none.
+        CheckpointError: none that is there can be read.
     """
-    if which == "best":
-        known = [] if metric else run.criteria()
-        wanted = known[0] if known else criterion(metric)
-        step = run.best(wanted.metric, wanted.mode)
-        if step is None:
-            raise NotFound(
-                f"no checkpoint in {run.url} has the metric {wanted.metric!r}",
-                kind=ErrorKind.NO_CHECKPOINT,
-            )
-        return step
-    step = run.latest()
-    if step is None:
-        run.listed()  # which says what is there instead, if that is nothing
-        raise NotFound(f"no committed checkpoint in {run.url}", kind=ErrorKind.NO_CHECKPOINT)
-    return step
+    if which != "best":
+        return run.newest().step
+    known = [] if metric else run.criteria()
+    wanted = known[0] if known else criterion(metric)
+    records = run.records()
+    if not records:
+        run.newest()  # which says why there is none
+    ranking: Any = import_module("dist_ckpt.repository.ranking")
+    best: int = ranking.best_among(records, wanted, where=run.url).step
+    return best

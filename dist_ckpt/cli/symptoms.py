@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dist_ckpt.cli.measuring import measure
 from dist_ckpt.cli.output import size
-from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
+from dist_ckpt.errors import AlreadyExists, CheckpointError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Run
@@ -233,8 +233,8 @@ def _free(place: _Place) -> Found | None:
     free = status.f_bavail * status.f_frsize
     try:
         newest = place.run.newest().nbytes
-    except NotFound:
-        newest = 0
+    except CheckpointError:
+        newest = 0  # which `verify` tells
     said = f"{size(free)} free" + (f", the newest checkpoint has {size(newest)}" if newest else "")
     if free < newest:
         return "fail", said, "make room: the next checkpoint does not fit"

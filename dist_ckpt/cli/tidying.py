@@ -20,6 +20,7 @@ from dist_ckpt.errors import UsageError, near
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.keep import KeepPolicy
+    from dist_ckpt.repository.listed import Listed
     from dist_ckpt.run import Run
 
 _SECONDS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
@@ -178,13 +179,16 @@ def _cp(
 
     Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss --parts model
     """
+    target = places.open_target(destination, storage_option)
+    left: list[Listed] = []
     if every:
-        run = places.open_run(places.split(source)[0], storage_option)
-        steps = [each.step for each in run.listed() if each.state == "committed"]
+        run = places.open_every(source, storage_option, metric)
+        listed = run.listed()
+        left = [each for each in listed if each.is_bad]
+        steps = [each.step for each in listed if each.manifest is not None]
     else:
         run, step = places.open_step(source, storage_option, metric)
         steps = [step]
-    target = places.open_run(destination, storage_option)
     done = []
     for step in steps:
         with showing_work():
@@ -196,6 +200,11 @@ def _cp(
             say(f"step {step}: {words}")
     if json:
         say_json({"url": target.url, "checkpoints": [asdict(each) for each in done]})
+    for each in left:
+        if not json:
+            say(f"step {each.step}: NOT COPIED, {each.state}")
+    if left:
+        run.manifest(left[-1].step)  # raises why it cannot be read
 
 
 def _whole(run: Run, step: int, target: Run) -> tuple[Any, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dist_ckpt.cli import places
-from dist_ckpt.cli.output import escaped, say, say_json, size, write
+from dist_ckpt.cli.output import complain, say, say_json, size, write
 from dist_ckpt.cli.places import Json, Options
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import CheckpointError, UsageError
@@ -67,8 +66,15 @@ def _mirror(
 
     Example: dist-ckpt mirror runs/17 s3://bucket/kept/17 --watch --best val/loss --keep 3
     """
-    run, target = (places.open_run(url, storage_option) for url in (source, destination))
+    run, target = (
+        places.open_run(source, storage_option),
+        places.open_target(destination, storage_option),
+    )
     criterion = None if best is None else places.criterion(best)
+
+    if criterion is not None and not watch:
+        # What goes on waits for one to have it.
+        places.find_named(run, "best", best)
 
     def look() -> None:
         try:
@@ -78,7 +84,7 @@ def _mirror(
             # A call that is wrong will not be right at the next look.
             if not watch or type(error) is UsageError:
                 raise
-            sys.stderr.write(f"dist-ckpt: {escaped(error.message, lines=True)}\n")
+            complain(error.message)
         else:
             _tell(target, done, json=json, watch=watch)
 

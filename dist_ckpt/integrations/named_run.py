@@ -295,11 +295,8 @@ class NamedRun:
 
         def look() -> list[str]:
             run = Run(self.place)
-            step = run.latest() if found.step is None else found.step
-            if step is None:
-                return []
             try:
-                manifest = run.manifest(step)
+                manifest = run.newest() if found.step is None else run.manifest(found.step)
             except CheckpointError:
                 return []  # the restore finds it too, on all ranks together
             alone = not _told(manifest).get("full", True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, without_secrets
@@ -12,6 +14,7 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.below import similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.detached import DetachedStep, named_step
 from dist_ckpt.repository.ranking import Criterion
@@ -82,7 +85,13 @@ def locate(place: Place, step: int | None) -> Location:
         )
     if name.endswith(FILE_SUFFIXES) and _has(resolve(above), name):
         return Location(resolve(above), step, above, name)
-    return Location(resolve(place), step, str(place))
+    store = resolve(place)
+    if os.path.isfile(store.url):  # of a disk that is the path
+        raise UsageError(
+            f"{text} is a file and no folder, and no checkpoint that is one file: the names of "
+            f"those end in {', '.join(FILE_SUFFIXES)}"
+        )
+    return Location(store, step, str(place))
 
 
 def find_detached(location: Location) -> Location | None:
@@ -138,7 +147,7 @@ def open_source(location: Location, best: Criterion | None = None) -> Source:
         IntegrityError: its description is damaged.
         IncompatibleError: it was written by a newer format.
     """
-    run = Repository(location.store)
+    run = _run_of(location)
     if best is not None:
         check_is_run(location)
         return run.open(best_of(run, best))
@@ -164,8 +173,13 @@ def find_foreign(location: Location) -> ForeignSource:
     """
     found = open_foreign(location.store, location.file)
     if found is None:
-        raise Repository(location.store).no_checkpoint(looked_for())
+        raise _run_of(location).no_checkpoint(looked_for())
     return found
+
+
+def _run_of(location: Location) -> Repository:
+    # Nearly always a place without a run is a mistyped one.
+    return Repository(location.store, similar=partial(similar_beside, location.store.url, None))
 
 
 def open_told(store: Store, step: int, digest: str) -> Checkpoint:

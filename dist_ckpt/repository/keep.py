@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from dist_ckpt.errors import UsageError, near
+from dist_ckpt.errors import UsageError
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.repository.history import Record
-from dist_ckpt.repository.ranking import Criterion, Mode
+from dist_ckpt.repository.ranking import Criterion, Mode, without_metric
 
 PRESETS = ("best", "last", "periodic", "best_and_last", "best_and_periodic")
 """The names that `preset` knows."""
@@ -290,20 +290,24 @@ def criteria(policy: KeepPolicy) -> tuple[Criterion, ...]:
 
 
 def check_metrics(policy: KeepPolicy, records: Sequence[Record], *, where: str) -> None:
-    """Check that a checkpoint has each metric by which `policy` keeps the best.
+    """Check that a checkpoint has each metric by which `policy` keeps the best, and an epoch.
 
     Asked by people, who mistype: what nobody has keeps nothing.
 
     Raises:
-        UsageError: none of `records`, those of the run at `where`, has one of them.
+        UsageError: none of `records`, those of the run at `where`, has one of them, or is of the
+            end of an epoch where some are kept by epochs.
     """
-    known = sorted({name for record in records for name in record.metrics})
     for criterion in criteria(policy):
-        if criterion.metric not in known:
-            raise UsageError(
-                f"no checkpoint in {where} has the metric {criterion.metric!r}, so none would be "
-                f"kept by it{near(criterion.metric, known)}"
-            )
+        if not criterion.ranked(records):
+            said = without_metric(criterion.metric, records, where=where)
+            raise UsageError(f"{said}. So {policy} would keep none by it")
+    by_epochs = any(isinstance(each, _EveryEpochs) for each in _members(policy))
+    if by_epochs and not [record for record in records if record.epoch is not None]:
+        raise UsageError(
+            f"no checkpoint in {where} was saved at the end of an epoch. So {policy} would keep "
+            "none by epochs"
+        )
 
 
 def _members(policy: KeepPolicy) -> tuple[KeepPolicy, ...]:

@@ -6,7 +6,8 @@ a second, on a disk as on S3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,8 +25,10 @@ from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import EPOCH_NOTE, PIN, file_key, parse_save_id, step_dir
 from dist_ckpt.repository import claim as claims
+from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.repository.collect import removable
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Store
@@ -37,7 +40,13 @@ State: TypeAlias = Literal[
 which may be saving it, and of one that was replaced."""
 
 _BEST = "best "
-_BAD: tuple[State, ...] = ("damaged", "newer format", "unreadable")
+_WHY_BAD: Mapping[State, str] = {
+    "damaged": "damaged",
+    "newer format": "of a newer format",
+    "unreadable": "one that this user may not read",
+}
+
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,11 @@ class Listed:
     problem: str = ""
     manifest: Manifest | None = None
     record: Record | None = None
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether there is a manifest, and it cannot be read."""
+        return self.state in _WHY_BAD
 
     @property
     def nbytes(self) -> int | None:
@@ -95,6 +109,37 @@ def look(store: Store, step: int) -> Listed:
         return Listed(step, "newer format", problem=error.message)
     except CheckpointError as error:
         return Listed(step, "damaged", problem=error.message)
+
+
+def newest_down(store: Store, newest_first: Iterable[int]) -> list[Listed]:
+    """Return what there is down to the latest checkpoint, which is the newest that can be read.
+
+    That one is the last in the list, if there is one. What stands before it is newer and was
+    committed, but cannot be read. Here alone it is decided which one is the latest, and by
+    `marked` likewise of a list of all.
+
+    Args:
+        store: where the run is.
+        newest_first: its steps, descending; no more are looked at than must be.
+
+    Raises:
+        StorageError: see `look`.
+    """
+    found = []
+    for step in newest_first:
+        each = look(store, step)
+        if each.is_bad or each.manifest is not None:
+            found.append(each)
+        if each.manifest is not None:
+            break
+    return found
+
+
+def tell_bad(store: Store, listed: Iterable[Listed]) -> None:
+    """Warn of what was committed and cannot be read, as whoever chooses takes another one."""
+    for each in listed:
+        if each.is_bad:
+            _log.warning("step %d in %s was passed over: %s", each.step, store.url, each.problem)
 
 
 def _unfinished(store: Store, step: int) -> Listed:
@@ -163,7 +208,7 @@ def protected(listed: Sequence[Listed]) -> dict[int, str]:
     Args:
         listed: every step of the run, ascending, as `marked` returns them.
     """
-    found: dict[int, str] = {each.step: each.state for each in listed if each.state in _BAD}
+    found = {each.step: _WHY_BAD[each.state] for each in listed if each.is_bad}
     for each in listed:
         for mark in each.marks:
             if mark.startswith(_BEST):
@@ -176,4 +221,50 @@ def protected(listed: Sequence[Listed]) -> dict[int, str]:
             # By this a job tells which one it restored: it may go back to it.
             found.setdefault(parent, "the one that the run went on from")
         found[newest.step] = "the newest"
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class KeepDecision:
+    """What a policy says of one checkpoint.
+
+    Attributes:
+        step: which.
+        kept: whether it stays.
+        reasons: why it stays; of one that goes, which policy does not want it.
+        nbytes: how many bytes its files hold.
+    """
+
+    step: int
+    kept: bool
+    reasons: tuple[str, ...]
+    nbytes: int
+
+
+def decisions(
+    listed: Sequence[Listed], policy: keeping.KeepPolicy, *, where: str
+) -> list[KeepDecision]:
+    """Return what `policy` says of each checkpoint; see `Run.plan_keep`.
+
+    Args:
+        listed: every step of the run at `where`, ascending, as `marked` returns them.
+        policy: what to keep.
+        where: for messages.
+    """
+    good = {each.step: each for each in listed if each.record is not None}
+    records = [each.record for each in good.values() if each.record is not None]
+    keeping.check_metrics(policy, records, where=where)
+    reasons = policy.kept(records)
+    kept = protected(listed)
+    gone = {record.step for record in removable(records, policy, set(kept))}
+    found = []
+    for each in listed:
+        nbytes = each.nbytes or 0
+        if each.step in gone:
+            found.append(KeepDecision(each.step, False, (f"not kept by {policy}",), nbytes))
+        elif each.step in good:
+            why = tuple(filter(None, (kept.get(each.step, ""), reasons.get(each.step, ""))))
+            found.append(KeepDecision(each.step, True, why, nbytes))
+        elif each.is_bad:
+            found.append(KeepDecision(each.step, True, (each.state,), 0))
     return found

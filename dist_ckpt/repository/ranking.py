@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
 
 Mode = Literal["min", "max"]
+
+_MOST_NAMED = 8
 
 
 class Measured(Protocol):
@@ -87,3 +89,30 @@ class Criterion:
     def of(self, candidate: Measured) -> float:
         """Return the metric of `candidate`, NaN when it has none."""
         return candidate.metrics.get(self.metric, math.nan)
+
+
+def best_among(candidates: Iterable[MeasuredT], criterion: Criterion, *, where: str) -> MeasuredT:
+    """Return the best of the checkpoints of the run at `where`.
+
+    Raises:
+        NotFound: none of them has the metric.
+    """
+    listed = list(candidates)
+    ranked = criterion.ranked(listed)
+    if not ranked:
+        said = without_metric(criterion.metric, listed, where=where)
+        raise NotFound(said, kind=ErrorKind.NO_CHECKPOINT)
+    return ranked[0]
+
+
+def without_metric(metric: str, measured: Iterable[Measured], *, where: str) -> str:
+    """Return how it is said that no checkpoint of the run at `where` has a number for `metric`."""
+    known = sorted({name for each in measured for name in each.metrics})
+    if metric in known:
+        return f"the metric {metric!r} is not a number in any checkpoint in {where}"
+    more = f" and {len(known) - _MOST_NAMED} more" if len(known) > _MOST_NAMED else ""
+    there = ", ".join(map(repr, known[:_MOST_NAMED])) or "none"
+    return (
+        f"no checkpoint in {where} has the metric {metric!r}{near(metric, known)}; there is "
+        f"{there}{more}"
+    )

@@ -374,8 +374,9 @@ class Repository:
                 f"no committed checkpoint in {self.store.url}{besides}",
                 kind=ErrorKind.NO_CHECKPOINT,
             )
+        nothing = looked_for or "no committed checkpoint either"
         return NotFound(
-            f"{self.store.url} is no run: there is nothing there, no committed checkpoint either; "
-            f"check the path{self._similar()}",
+            f"{self.store.url} is no run: there is nothing there, {nothing}; check the path"
+            f"{self._similar()}",
             kind=ErrorKind.NO_RUN,
         )

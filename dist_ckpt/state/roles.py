@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
+from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import plain_step
-from dist_ckpt.repository import Repository
+from dist_ckpt.repository import Repository, ranking
 from dist_ckpt.repository.ranking import Criterion, Measured, Mode
 from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.optimizer_faces import holds_optimizers
@@ -61,16 +61,7 @@ def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, whe
             "which checkpoint is the best? Say by which metric: put an EarlyStopping into the "
             "state, or give when=policy.better(...) or keep=keep.best(...)"
         )
-    ranked = criteria[0].ranked(records)
-    if not ranked:
-        known = sorted({name for record in records for name in record.metrics})
-        raise NotFound(
-            f"no checkpoint in {where} has the metric {criteria[0].metric!r}"
-            f"{near(criteria[0].metric, known)}, so none is the best; "
-            f"{len(records)} checkpoints have: {', '.join(known) or 'no metrics'}",
-            kind=ErrorKind.NO_CHECKPOINT,
-        )
-    return ranked[0].step
+    return ranking.best_among(records, criteria[0], where=where).step
 
 
 def which_of(

@@ -471,3 +471,40 @@ def test_a_metric_that_no_checkpoint_has_keeps_none_and_is_refused(store: Memory
     there = MemoryStore(f"unit-run-{next(_names)}")
     done = Run(store).mirror(there, best=Criterion("lost"), keep=1)
     assert [each.step for each in done.copied] == [3], "a mirror may wait for one to have it"
+
+
+def test_the_latest_is_the_newest_that_can_be_read(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store, 1.0, 2.0, 3.0)
+    unfinished(store, 9, 1)
+    damage(store, 3)
+    run = Run(store)
+    assert run.latest() == run.newest().step == 2
+    assert [each.marks for each in run.listed() if each.step == 2] == [("latest",)]
+    assert [(each.step, each.state) for each in run.newest_down()] == [
+        (3, "damaged"),
+        (2, "committed"),
+    ]
+    assert "step 3 in" in caplog.text
+    damage(store, 1)
+    damage(store, 2)
+    for look in (run.latest, run.newest, run.criteria):
+        with pytest.raises(IntegrityError, match="step 3"):
+            look()
+
+
+def test_a_mirror_tells_of_a_metric_that_nothing_has(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store, 1.0, 2.0)
+    there = MemoryStore(f"unit-run-{next(_names)}")
+    assert [each.step for each in Run(store).mirror(there, best=Criterion("lost")).copied] == [2]
+    assert "did you mean 'loss'" in caplog.text
+
+
+def test_epochs_that_no_checkpoint_ended_keep_none_and_are_refused(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0)
+    with pytest.raises(UsageError, match="end of an epoch"):
+        Run(store).keep(keep.every(epochs=2))
+    assert Run(store).steps() == [1, 2]

@@ -205,12 +205,23 @@ def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, 
         (["ls", "{}-not"], 10, "is no run"),
         (["show", "{}@21"], 11, "the nearest are 10, 20, 30"),
         (["verify", "{}@21"], 11, "no checkpoint of step 21"),
-        (["best", "{}", "--metric", "f1"], 11, "no checkpoint in"),
+        (["best", "{}", "--metric", "val/los"], 11, "did you mean 'val/loss'"),
+        (["mirror", "{}", "{}-copy", "--best", "val/los"], 11, "did you mean 'val/loss'"),
+        (["keep", "{}", "best('val/los')"], 2, "did you mean 'val/loss'"),
+        (["keep", "{}", "every(epochs=2)"], 2, "at the end of an epoch"),
+        (["sweep", "{}-not"], 10, "did you mean 'run'"),
+        (["export", "{}", "{}-out", "--format", "hf", "--like", "{}-not"], 2, "no config.json"),
+        (["average", "{}@best", "{}", "--out", "{}-out"], 2, "--metric"),
+        (["verify", "{}@10", "--all"], 2, "--all is every"),
+        (["verify", "{}", "--quick", "--sample", "5%"], 2, "give one of them"),
+        (["cp", "{}@10", "{}-copy", "--all"], 2, "--all is every"),
+        (["cp", "{}@10", "{}-copy@20"], 2, "a checkpoint keeps its step"),
+        (["mirror", "{}", "{}-copy@latest"], 2, "a checkpoint keeps its step"),
+        (["import", "{}/step-0000000010/manifest.json", "{}-in"], 2, ".safetensors, .pt"),
         (["best", "{}"], 2, "--metric"),
         (["rm", "{}"], 2, "name the checkpoint"),
         (["ls", "{}", "--sort", "colour"], 2, "one of step, age, size"),
         (["verify", "{}", "--sample", "often"], 2, "such as 5%"),
-        (["tensors", "{}", "--part", "modle"], 2, "there are those of model"),
         (["keep", "{}", "lastest(3)"], 2, "did you mean 'latest'"),
         (["keep", "{}", "__import__('os')"], 2, "no policy is called"),
         (["keep", "{}", "latest(open('x'))"], 2, "is no policy"),
@@ -235,6 +246,126 @@ def test_what_is_wrong_is_said_with_a_code(
     found, out, said = shell.code(*(each.format(url) for each in arguments))
     assert (found, out) == (code, "")
     assert says in said
+    assert "Traceback" not in said
+
+
+CHECKPOINT_COMMANDS = {
+    **dict.fromkeys(("show", "tensors", "verify", "stats", "rm", "pin", "unpin"), ()),
+    "diff": ("{}@10",),
+    "cp": ("{}-copy",),
+    "export": ("{}-out",),
+    "average": ("{}@10", "--out", "{}-out"),
+}
+"""Commands that begin with a checkpoint, and what else they need."""
+
+RUN_COMMANDS = {
+    **dict.fromkeys(("ls", "latest", "compare", "plot", "sweep"), ()),
+    "best": ("--metric", "val/loss"),
+    "keep": ("latest(3)",),
+    "mirror": ("{}-copy",),
+}
+"""Commands that begin with a run, and what else they need."""
+
+WRONG_FOR_EACH = (
+    *((name, "{}@21", (), 11, "the nearest are 10, 20, 30") for name in CHECKPOINT_COMMANDS),
+    *((name, "{}-not@20", (), 10, "did you mean 'run'") for name in CHECKPOINT_COMMANDS),
+    *((name, "{}-not", (), 10, "did you mean 'run'") for name in RUN_COMMANDS),
+    *((name, "s4://b/r@1", (), 2, "unknown scheme") for name in CHECKPOINT_COMMANDS),
+    *((name, "s4://b/r", (), 2, "unknown scheme") for name in RUN_COMMANDS),
+    *(
+        (name, "{}@best", ("--metric", "val/los"), 11, "did you mean 'val/loss'")
+        for name in CHECKPOINT_COMMANDS
+    ),
+    *(
+        (name, "{}@20", ("--metric", "val/loss"), 2, "which one @best is")
+        for name in CHECKPOINT_COMMANDS
+        if name != "diff"  # of which the other one may be the best
+    ),
+    *(
+        (name, "{}@20", ("--part", "modle"), 2, "did you mean 'model'")
+        for name in ("tensors", "export", "average")
+    ),
+    ("cp", "{}@20", ("--parts", "modle"), 2, "did you mean 'model'"),
+    *((name, "{}@20", ("--nonsense",), 2, "No such option") for name in CHECKPOINT_COMMANDS),
+    *((name, "{}", ("--nonsense",), 2, "No such option") for name in RUN_COMMANDS),
+)
+
+
+@pytest.mark.parametrize(("command", "place", "options", "code", "says"), WRONG_FOR_EACH)
+def test_what_is_wrong_has_one_code_whatever_the_command(
+    shell: Shell,
+    url: str,
+    command: str,
+    place: str,
+    options: tuple[str, ...],
+    code: int,
+    says: str,
+) -> None:
+    more = (CHECKPOINT_COMMANDS | RUN_COMMANDS)[command]
+    found, out, said = shell.code(command, *(each.format(url) for each in (place, *more, *options)))
+    assert (found, out) == (code, "")
+    assert says in said
+    assert Run(url).steps() == [10, 20, 30]
+
+
+def cut_short(url: str, *steps: int) -> None:
+    """Damage the manifests of some steps."""
+    store = resolve(url)
+    for step in steps:
+        data = read_all(store, manifest_key(step))
+        store.put(manifest_key(step), [data[:-7]], mode="replace")
+
+
+@pytest.mark.parametrize("command", [name for name in CHECKPOINT_COMMANDS if name != "rm"])
+def test_the_latest_is_the_newest_that_can_be_read_for_each_command(
+    shell: Shell, url: str, command: str
+) -> None:
+    cut_short(url, 30)
+    more = [each.format(url) for each in CHECKPOINT_COMMANDS[command]]
+    code, out, said = shell.code(command, url, *more, *["--json"] * (command != "average"))
+    if command == "verify":
+        assert code == 12, "whether what was saved last is whole is the question"
+        rows = json.loads(out)["checkpoints"]
+        assert [(each["step"], each["ok"]) for each in rows] == [(20, True), (30, False)]
+        return
+    assert code == 0
+    assert said.count("step 30 in") == 1
+    assert "was passed over" in said
+    if command == "show":
+        assert json.loads(out)["step"] == 20
+
+
+def test_all_name_the_same_checkpoint_as_the_latest(shell: Shell, url: str) -> None:
+    cut_short(url, 30)
+    assert Run(url).latest() == Run(url).newest().step == 20
+    marked = [each for each in shell.json("ls", url)["checkpoints"] if "latest" in each["marks"]]
+    assert [each["step"] for each in marked] == [20]
+    code, out, said = shell.code("latest", url)
+    assert (code, out, "step 30" in said) == (0, f"{url}@20\n", True)
+    code, out, said = shell.code("best", url, "--metric", "val/loss")
+    assert (code, out, "step 30" in said) == (0, f"{url}@20\n", True)
+    kept = shell.json("keep", url, "latest(1)")["checkpoints"]
+    assert [(each["step"], each["kept"]) for each in kept] == [(10, False), (20, True), (30, True)]
+    code, out, said = shell.code("rm", f"{url}@latest")
+    assert (code, out, "step 20" in said) == (13, "", True)
+    code, out, said = shell.code("mirror", url, f"{url}-mirror")
+    assert (code, "step 20" in out, "step 30" in said) == (0, True, True)
+    code, out, said = shell.code("cp", url, f"{url}-all", "--all")
+    assert (code, "step 30: NOT COPIED, damaged" in out) == (12, True)
+    assert Run(f"{url}-all").steps() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in CHECKPOINT_COMMANDS | RUN_COMMANDS if name != "rm"]
+)
+def test_a_run_in_which_nothing_can_be_read_is_no_empty_one(
+    shell: Shell, url: str, command: str
+) -> None:
+    cut_short(url, 10, 20, 30)
+    more = (CHECKPOINT_COMMANDS | RUN_COMMANDS)[command]
+    code, _, said = shell.code(command, url, *(each.format(url) for each in more))
+    # These list what is there, and remove what never was a checkpoint.
+    assert code == (0 if command in ("ls", "keep", "sweep") else 12)
     assert "Traceback" not in said
 
 
@@ -300,18 +431,36 @@ def test_output_that_cannot_be_written_is_an_error_without_a_trace(
     assert said == ("" if closed else "OSError: [Errno 28] No space left on device\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(url: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["tensors", "{}", "--flat"], 0),
+        (["ls", "{}", "--json"], 0),
+        (["--help"], 0),
+        (["export", "--help"], 0),
+        (["show", "{}@21"], 11),
+        (["frobnicate"], 2),
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(
+    url: str, arguments: list[str], code: int
+) -> None:
     program = "from dist_ckpt.cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, "tensors", url, "--flat"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert child.stdout is not None
-    child.stdout.close()
-    _, said = child.communicate()
-    assert (child.returncode, said) == (0, b"")
+    reads, writes = os.pipe()
+    os.close(reads)
+    # Each line is written at once, so that the very first one finds nobody.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *(each.format(url) for each in arguments)],
+            stdout=writes,
+            stderr=writes if code else subprocess.PIPE,
+            env=environment,
+            check=False,
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr or b"") == (code, b"")
 
 
 def test_each_command_has_an_example(shell: Shell) -> None:
