@@ -275,9 +275,7 @@ class Run:
         self._delete(step, pinned_too=force)
 
     def sweep(self, *, older_than: timedelta | None = None) -> list[str]:
-        """Remove what killed jobs left; return the folders that went.
-
-        So does what a `dist-ckpt doctor` or `bench` left that was killed.
+        """Remove what jobs left that were killed, or `doctor` or `bench`; return what folders went.
 
         What the job that owns the run writes is not touched, as nobody else can tell it from what
         that job gave up: that goes after its next commit.
@@ -290,13 +288,15 @@ class Run:
             UsageError: this storage does not say when an object was put.
         """
         before = None if older_than is None else time.time() - older_than.total_seconds()
-        if not self.store.list_children():
-            raise self._repository.no_checkpoint()
         newest = claims.highest(self.store)
         # Where no job ever was there are copies, and of those only the age tells who is gone.
         older = sys.maxsize if before is not None and not newest else newest - 1
         gone = collect_garbage(self.store, claim=older, in_flight=(), before=before)
-        return gone + scratches.remove_leftovers(self.store, before=before)
+        gone += scratches.remove_leftovers(self.store, before=before)
+        # Only now: uploads that were given up are gone, which no listing shows.
+        if not gone and not self.store.list_children():
+            raise self._repository.no_checkpoint()
+        return gone
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""

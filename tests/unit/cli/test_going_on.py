@@ -115,3 +115,18 @@ def test_a_mirror_goes_on_when_a_checkpoint_is_damaged(url: str, tmp_path: Path)
         assert "step 30" in copying.stdout.readline()
         copying.kill()
         copying.communicate()
+
+
+def test_a_mirror_copies_the_latest_while_no_checkpoint_has_the_metric(
+    url: str, tmp_path: Path
+) -> None:
+    place = str(tmp_path / "mirror")
+    with start(
+        *("mirror", url, place, "--watch", "--every", "0.01", "--best", "val/los")
+    ) as copying:
+        assert copying.stdout is not None
+        assert copying.stderr is not None
+        assert "did you mean 'val/loss'" in copying.stderr.readline()
+        assert "step 30" in copying.stdout.readline()
+        copying.kill()
+        copying.communicate()
