@@ -226,6 +226,9 @@ def _compare(url: Url, *, storage_option: Options = None, json: Json = False) ->
     if json:
         say_json({"url": run.url, "metrics": series})
         return
+    if not series:
+        say(f"no checkpoint in {run.url} has a metric")
+        return
     cells = []
     for name, points in series.items():
         values = [value for _, value in points]

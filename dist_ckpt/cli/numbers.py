@@ -103,6 +103,9 @@ def _plot(
         raise UsageError(f"--out ends in one of {', '.join(_PICTURES)}, not {out!r}")
     run = places.open_run(url, storage_option)
     series = metric_series(run, metrics or ())
+    if not series and not json:
+        say(f"no checkpoint in {run.url} has a metric")
+        return
     if out is not None:
         _draw_picture(series, out, title=run.url)
     if json:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import dist_ckpt
 from dist_ckpt import Checkpointer, Run, policy
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.storage import resolve
@@ -367,6 +368,14 @@ def test_a_run_in_which_nothing_can_be_read_is_no_empty_one(
     # These list what is there, and remove what never was a checkpoint.
     assert code == (0 if command in ("ls", "keep", "sweep") else 12)
     assert "Traceback" not in said
+
+
+def test_a_run_without_metrics_says_so(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    dist_ckpt.save({"n": 1}, url, step=1)
+    for command in ("compare", "plot"):
+        assert "has a metric" in shell.screen(command, url)
+        assert shell.json(command, url)["metrics"] == {}
 
 
 def test_runs_below_a_place_are_listed(shell: Shell, url: str) -> None:
