@@ -8,7 +8,7 @@ from then on such a checkpoint is read as one of ours: by ranges, at any layout.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -72,13 +72,17 @@ class _Blob:
 
 
 def read_stock(
-    store: Store, *, place: Callable[[Sequence[ForeignLeaf], str], Placed] = sort_into_parts
+    store: Store,
+    *,
+    place: Callable[[Sequence[ForeignLeaf], str], Placed] | None = None,
+    whole: Collection[str] = (),
 ) -> Found:
     """Describe the stock checkpoint in `store`; nothing in it is executed.
 
     Args:
         store: its directory.
-        place: gives the leaves their parts and names.
+        place: gives the leaves their parts and names; None for those that a state has.
+        whole: see `sort_into_parts`.
 
     Raises:
         NotFound: there is none.
@@ -88,7 +92,7 @@ def read_stock(
     """
     found = _metadata(store)
     where = f"the stock checkpoint in {store.url}"
-    beside = [key for key in _BESIDE if place is sort_into_parts and has(store, key)]
+    beside = [key for key in _BESIDE if place is None and has(store, key)]
     keys = sorted({each.key for each in found.places.values()} | set(beside))
     reading = _Reading(store, keys, where)
     leaves = _Leaves(reading)
@@ -96,7 +100,10 @@ def read_stock(
     for key in beside:
         leaves.add_beside(key)
     tell_unreadable(store.url, where, leaves.unreadable)
-    placed = place(leaves.entries, where)
+    if place is None:
+        placed = sort_into_parts(leaves.entries, where, whole=whole)
+    else:
+        placed = place(leaves.entries, where)
     return replace(_described(reading, placed, leaves.chunks, leaves.whole), step=leaves.step)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -83,10 +83,15 @@ def path_of(part: str, name: str) -> tuple[str, ...]:
     return (name,) if part == REST else (part, name)
 
 
-def in_parts(source: Source) -> Source:
-    """Return `source` with its entries sorted into parts, were it one that the Writer wrote."""
+def in_parts(source: Source, *, whole: Collection[str] = ()) -> Source:
+    """Return `source` with its entries sorted into parts, were it one that the Writer wrote.
+
+    Args:
+        source: the checkpoint.
+        whole: see `sort_into_parts`.
+    """
     if isinstance(source, Checkpoint) and NAMING in source.manifest.versions:
-        return DcpRun(source)
+        return DcpRun(source, whole=whole)
     return source
 
 
@@ -95,10 +100,12 @@ class DcpRun:
 
     Args:
         checkpoint: as it was written.
+        whole: see `sort_into_parts`.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, whole: Collection[str] = ()) -> None:
         self._checkpoint = checkpoint
+        self._whole = whole
         self._sorted: tuple[Placed, Index] | None = None
         self._damaged: dict[str, IntegrityError] = {}
         self._lock = threading.Lock()
@@ -209,7 +216,9 @@ class DcpRun:
                     *_tensor_leaves(entries, paths or {}, {} if tree is None else tree.faces),
                     *_value_leaves(values, paths or {}),
                 ]
-                placed = sort_into_parts(leaves, self.where, guessed=paths is None)
+                placed = sort_into_parts(
+                    leaves, self.where, guessed=paths is None, whole=self._whole
+                )
                 # Of each tensor only the name changes, so all that refers to one stays right.
                 self._sorted = placed, replace(index, tensors=self._renamed(placed, aside))
             return self._sorted

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
@@ -35,7 +36,9 @@ _TORCH_INDEX_SUFFIX = ".bin.index.json"
 _Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
 
 
-def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
+def open_foreign(
+    store: Store, file: str | None = None, *, whole: Collection[str] = ()
+) -> ForeignSource | None:
     """Open what another program wrote in `store`, or in one file of it.
 
     Args:
@@ -43,6 +46,7 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
         file: the key of the file that is meant; None to look what there is: a stock DCP
             checkpoint, then safetensors, then `torch.save` files, each with an index of several
             files before a single one.
+        whole: see `dist_ckpt.foreign.names.sort_into_parts`.
 
     Returns:
         The checkpoint; None if there is nothing of all this.
@@ -52,14 +56,15 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
         IncompatibleError: it holds something that cannot be read.
         NotFound: `file` is not there.
     """
+    as_torch = partial(read_torch, whole=whole)
     if file is not None:
-        return ForeignSource.of(store, _one_file(store, file))
+        return ForeignSource.of(store, _one_file(store, file, as_torch))
     if is_stock(store):
-        return ForeignSource.of(store, read_stock(store))
+        return ForeignSource.of(store, read_stock(store, whole=whole))
     names = sorted(name for name in store.list_children() if not name.endswith("/"))
     kinds: list[tuple[str, tuple[str, ...], _Reader]] = [
         (INDEX_SUFFIX, (SUFFIX,), read_safetensors),
-        (_TORCH_INDEX_SUFFIX, TORCH_SUFFIXES, read_torch),
+        (_TORCH_INDEX_SUFFIX, TORCH_SUFFIXES, as_torch),
     ]
     for index_suffix, suffixes, each in kinds:
         indexes = [name for name in names if name.endswith(index_suffix)]
@@ -68,12 +73,13 @@ def open_foreign(store: Store, file: str | None = None) -> ForeignSource | None:
             _one(indexes, store)
             return ForeignSource.of(store, _indexed(store, indexes[0], each))
         if found:
-            return ForeignSource.of(store, _one_file(store, _one(_weights(found), store)))
+            only = _one(_weights(found), store)
+            return ForeignSource.of(store, _one_file(store, only, as_torch))
     return None
 
 
-def _one_file(store: Store, file: str) -> Found:
-    reader: _Reader = read_safetensors if file.endswith(SUFFIX) else read_torch
+def _one_file(store: Store, file: str, as_torch: _Reader) -> Found:
+    reader: _Reader = read_safetensors if file.endswith(SUFFIX) else as_torch
     found = reader(store, [file])
     return replace(found, is_adapter=file.startswith(_ADAPTER) or has(store, _ADAPTER_CONFIG))
 
@@ -94,7 +100,7 @@ def looked_for() -> str:
     )
 
 
-def read_torch(store: Store, keys: Sequence[str]) -> Found:
+def read_torch(store: Store, keys: Sequence[str], *, whole: Collection[str] = ()) -> Found:
     """Describe the tensors and values in `torch.save` files; nothing in them is executed.
 
     A value that only a program which executes pickles could read is told once, and is an error
@@ -121,14 +127,14 @@ def read_torch(store: Store, keys: Sequence[str]) -> Found:
         # A whole module, say: what cannot be read is all that there is.
         raise torch_files.malformed(where, unreadable[0])
     tell_unreadable(store.url, where, unreadable)
-    placed = sort_into_parts(entries, where)
+    placed = sort_into_parts(entries, where, whole=whole)
     chunks: list[Chunk] = []
     runs = Runs(len(keys))
     # By the number of the entry on both sides: whatever else there is, nothing is shifted.
     for number, entry in enumerate(placed.tensors):
         file, tensor = found[entry]
-        whole = Box((0,) * len(tensor.shape), tensor.shape)
-        chunks.append((number, *runs.place(tensor, file), whole))
+        box = Box((0,) * len(tensor.shape), tensor.shape)
+        chunks.append((number, *runs.place(tensor, file), box))
     return Found(
         "torch.save",
         keys,

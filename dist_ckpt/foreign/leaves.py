@@ -13,6 +13,10 @@ class DictKey(int):
     """A whole number that was the key of a dict, where others are positions in lists."""
 
 
+class TupleKey(int):
+    """A position in a tuple."""
+
+
 @dataclass(frozen=True, slots=True)
 class ForeignLeaf:
     """One leaf of a state dict.
@@ -69,4 +73,6 @@ def nested_at(leaves: Sequence[PartLeaf], depth: int) -> Any:
     # DCP takes lists apart by position, and dicts by string keys only.
     if all(type(key) is int for key in values):
         return [values[key] for key in sorted(values)]
+    if all(type(key) is TupleKey for key in values):
+        return tuple(values[key] for key in sorted(values))
     return {int(key) if type(key) is DictKey else key: each for key, each in values.items()}

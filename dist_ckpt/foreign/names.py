@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError, describe
 from dist_ckpt.foreign.leaves import ForeignLeaf, PartLeaf, Path, dotted, nested_at
-from dist_ckpt.foreign.optimizers import StoredOptimizer, find_optimizers
+from dist_ckpt.foreign.optimizers import StoredOptimizer, find_optimizers, with_numbers
 from dist_ckpt.foreign.wrapping import unwrapped
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
-from dist_ckpt.state.encoding import Unreadable
+from dist_ckpt.state.encoding import Encoded, Unreadable
 from dist_ckpt.state.groups import MADE, group_name
-from dist_ckpt.state.objects import encode
+from dist_ckpt.state.objects import encode, wrapped_as_json
 from dist_ckpt.state.value_fit import VALUE
 
 _MODEL = "model"
@@ -44,7 +44,13 @@ class Placed:
     objects: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
-def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool = False) -> Placed:
+def sort_into_parts(
+    entries: Sequence[ForeignLeaf],
+    where: str,
+    *,
+    guessed: bool = False,
+    whole: Collection[str] = (),
+) -> Placed:
     """Sort the leaves of a state dict into parts.
 
     The first key of a path is the part, the others make up the name. A leaf at the top is a part of
@@ -58,12 +64,15 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool
         entries: the leaves, each path once.
         where: the checkpoint, for messages.
         guessed: whether the second key of a path is a name, perhaps of several keys.
+        whole: parts that are one value each, though they look like a module or an optimizer: what
+            takes them is given what it was.
 
     Raises:
         IntegrityError: they do not fit together.
     """
     try:
-        return _placed(entries, unwrapped(entries, guessed=guessed), where)
+        paths = unwrapped(entries, guessed=guessed, whole=whole)
+        return _placed(entries, paths, where, whole)
     # Paths and values are whatever the checkpoint says.
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise IntegrityError(
@@ -71,11 +80,14 @@ def sort_into_parts(entries: Sequence[ForeignLeaf], where: str, *, guessed: bool
         ) from error
 
 
-def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -> Placed:
+def _placed(
+    entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str, whole: Collection[str]
+) -> Placed:
     parts: dict[str, list[PartLeaf]] = {}
     beside_model = any(len(path) > 1 and path[0] in MODELS for path in paths)
     for number, (path, entry) in enumerate(zip(paths, entries, strict=True)):
-        if len(path) == 1 and entry.dtype is not None and not beside_model:
+        alone = len(path) == 1 and path[0] not in whole
+        if alone and entry.dtype is not None and not beside_model:
             part, rest = _MODEL, path
         else:
             part, rest = str(path[0]), path[1:]
@@ -85,7 +97,7 @@ def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -
     named: dict[int, TensorEntry] = {}
     objects: dict[str, dict[str, bytes]] = {}
     for part, leaves in parts.items():
-        naming = _named(part, leaves, where)
+        naming = _named(part, leaves, where, whole=part in whole)
         for number, name in naming.names.items():
             entry = entries[number]
             assert entry.dtype is not None  # only tensors are named
@@ -95,12 +107,15 @@ def _placed(entries: Sequence[ForeignLeaf], paths: Sequence[Path], where: str) -
     return Placed({number: named[number] for number in sorted(named)}, objects)
 
 
-def _named(part: str, leaves: Sequence[PartLeaf], where: str) -> _Naming:
+def _named(part: str, leaves: Sequence[PartLeaf], where: str, *, whole: bool) -> _Naming:
+    naming = _Naming(part, where)
+    if whole:
+        naming.take_value(leaves)
+        return naming
     try:
         optimizers = find_optimizers(leaves)
     except (TypeError, ValueError, LookupError):
         optimizers = {}  # called like those of an optimizer, and something else
-    naming = _Naming(part, where)
     if optimizers:
         for prefix, found in optimizers.items():
             naming.take_optimizer(prefix, found)
@@ -146,10 +161,31 @@ class _Naming:
             self._encode(f"{prefix}own.{key}", {"key": key, "value": content})
 
     def take_value(self, leaves: Sequence[PartLeaf]) -> None:
-        value = _nested(leaves)
+        value = with_numbers(nested_at(self._wholes(leaves), 0))
         if self._part in _SCHEDULERS and type(value) is list and len(value) == 1:
             (value,) = value
         self._encode(VALUE, value)
+
+    def _wholes(self, leaves: Sequence[PartLeaf]) -> list[PartLeaf]:
+        """Return `leaves` with one in the place of those that one tensor is made of."""
+        rest: list[PartLeaf] = []
+        inner: dict[Path, dict[str, PartLeaf]] = {}
+        for leaf in leaves:
+            if leaf.entry.made is None:
+                rest.append(leaf)
+                continue
+            suffix = leaf.entry.made[0]
+            path = (*leaf.path[:-1], str(leaf.path[-1]).removesuffix(suffix))
+            inner.setdefault(path, {})[suffix] = leaf
+        for path, mine in inner.items():
+            names = {suffix: dotted((VALUE, *path)) + suffix for suffix in mine}
+            self.names.update((leaf.number, names[suffix]) for suffix, leaf in mine.items())
+            first = next(iter(mine.values()))
+            assert first.entry.made is not None  # or it would be among the rest
+            data = wrapped_as_json(first.entry.made[1], names, path=f"{self._part}.{dotted(path)}")
+            whole = ForeignLeaf(path, None, (), Encoded(data))
+            rest.append(PartLeaf(first.number, path, whole))
+        return rest
 
     def _encode(self, name: str, value: Any) -> None:
         """Encode `value`, in which leaves stand for tensors."""
@@ -185,11 +221,6 @@ def _is_extra_state(name: str) -> bool:
     return name.partition("/")[0].endswith("_extra_state")
 
 
-def _nested(leaves: Sequence[PartLeaf]) -> Any:
-    """Return the value that was taken apart into `leaves`."""
-    return nested_at(leaves, 0)
-
-
 def _filled(value: Any, leaves: dict[int, PartLeaf]) -> Any:
     """Return `value` with a tensor of its own in the place of each leaf, noted in `leaves`."""
     if isinstance(value, PartLeaf):
@@ -199,8 +230,8 @@ def _filled(value: Any, leaves: dict[int, PartLeaf]) -> Any:
         return stand_in
     if type(value) is dict:
         return {key: _filled(item, leaves) for key, item in value.items()}
-    if type(value) is list:
-        return [_filled(item, leaves) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, leaves) for item in value)
     return value
 
 

@@ -81,6 +81,30 @@ def plain(value: Any) -> Any:
     return _undecoded(found, {id(tensor): name for name, tensor in stand_ins.items()})
 
 
+def with_numbers(value: Any) -> Any:
+    """Return `value` with numbers for the parameters of the optimizers in it, where they had any.
+
+    DCP makes texts of the keys below `state`; what the groups list says what they were.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(with_numbers(item) for item in value)
+    if type(value) is not dict:
+        return value
+    found = {key: with_numbers(item) for key, item in value.items()}
+    state, groups = found.get(_STATE), plain(found.get(_GROUPS))
+    if type(state) is dict and type(groups) is list:
+        numbers = {str(number): number for group in groups for number in _listed(group)}
+        found[_STATE] = {numbers.get(key, key): item for key, item in state.items()}
+    return found
+
+
+def _listed(group: Any) -> list[int]:
+    members = plain(group)
+    listed = plain(members.get("params")) if type(members) is dict else None
+    numbers = [plain(each) for each in listed] if type(listed) is list else []
+    return [each for each in numbers if type(each) is int]
+
+
 def _undecoded(value: Any, stand_ins: Mapping[int, str]) -> Any:
     if isinstance(value, torch.Tensor):
         return Beside(stand_ins[id(value)]) if id(value) in stand_ins else Inline(value)

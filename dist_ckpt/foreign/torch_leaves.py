@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dist_ckpt.foreign.leaves import DictKey, Path
+from dist_ckpt.foreign.leaves import DictKey, Path, TupleKey
 from dist_ckpt.foreign.names import path_as_text
 from dist_ckpt.foreign.torch_files import TorchTensor, describe_file
 from dist_ckpt.foreign.torch_values import unknown_in, what_of
@@ -31,7 +31,7 @@ def torch_leaves(store: Store, key: str) -> Iterator[tuple[Path, Any]]:
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield the tensors in dicts and lists, and all that has none, with the keys that lead there.
+    """Yield the tensors in dicts, lists and tuples, and all without any, with the keys to there.
 
     The state of an optimizer is taken apart without tensors, too: it may have none yet.
     """
@@ -44,6 +44,9 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     elif isinstance(value, list) and apart:
         for at, item in enumerate(value):
             yield from _leaves(item, (*path, at))
+    elif type(value) is tuple and apart:
+        for at, item in enumerate(value):
+            yield from _leaves(item, (*path, TupleKey(at)))
     else:
         yield path or ("value",), value
 
@@ -51,7 +54,7 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 def _has_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_is_of_group, value)) or any(map(_has_tensor, value.values()))
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return any(map(_has_tensor, value))
     return isinstance(value, TorchTensor)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
@@ -12,12 +12,15 @@ _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler"
 _SCHEDULER_KEYS = ("last_epoch", "_step_count")
 
 
-def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
+def unwrapped(
+    entries: Sequence[ForeignLeaf], *, guessed: bool, whole: Collection[str] = ()
+) -> list[Path]:
     """Return the paths of `entries` as they lie in a dict of parts.
 
     Args:
         entries: the leaves.
         guessed: whether the second key of a path is a name, perhaps of several keys.
+        whole: what is a part for certain, whatever lies in it.
     """
     paths = [entry.path for entry in entries]
     names = [dotted(path).split(".") for path in paths]
@@ -30,7 +33,9 @@ def unwrapped(entries: Sequence[ForeignLeaf], *, guessed: bool) -> list[Path]:
     for path in cut:
         tops.setdefault(path[0], []).append(path)
     outer = {
-        top for top, mine in tops.items() if _is_around(mine, doubtful=guessed or len(tops) > 1)
+        top
+        for top, mine in tops.items()
+        if top not in whole and _is_around(mine, doubtful=guessed or len(tops) > 1)
     }
     inner = [path[1] for top in outer for path in tops[top]]
     if len(outer) != 1 or not (tops.keys() - outer).isdisjoint(map(str, inner)):

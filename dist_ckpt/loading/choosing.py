@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -59,6 +59,7 @@ class LoadCall:
     options: LoadOptions
     failed: Exception | None
     best: Criterion | None = None
+    whole: Callable[[], Collection[str]] = tuple  # see `dist_ckpt.foreign.names.sort_into_parts`
 
     @classmethod
     def of(
@@ -243,7 +244,7 @@ class Chooser:
             )
         if self._own and self._call.place is None:
             return _Answer(None)
-        self._opened = foreign = find_foreign(location)
+        self._opened = foreign = find_foreign(location, whole=self._call.whole())
         foreign.check_sizes()
         return _Answer(foreign.step, location.text, foreign=foreign.message, token=token)
 

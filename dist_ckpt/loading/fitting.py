@@ -12,7 +12,7 @@ import torch
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
-from dist_ckpt.loading.called_alike import called_alike
+from dist_ckpt.loading.called_alike import alike, called_alike
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
 from dist_ckpt.loading.peeking import peek
 from dist_ckpt.options import LoadOptions, rename_key
@@ -25,7 +25,7 @@ from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.value_fit import VALUE
-from dist_ckpt.state.values import ValuePart
+from dist_ckpt.state.values import ValuePart, is_taken_whole
 
 # What a checkpoint holds, under the names of the state, of all that is to be loaded.
 
@@ -354,14 +354,31 @@ def fit(
     return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
 
 
+def taken_whole(live: Mapping[str, Part], options: LoadOptions) -> frozenset[str]:
+    """Return what the parts may be called that take what was saved as the one value that it was.
+
+    Only such a part knows what its state is made of: names sorted out of it would be of no use.
+
+    Args:
+        live: the parts of the state.
+        options: what the program asked for.
+    """
+    found = {name for name, part in live.items() if is_taken_whole(part)}
+    others = {name for part in found for name in alike(part) if name not in live}
+    renamed: set[str] = set()
+    if isinstance(options.rename, Mapping):
+        renamed = {old for old, new in options.rename.items() if new in found}
+    return frozenset(found | others | renamed)
+
+
 def _named_here(
-    source: Source, options: LoadOptions, live: Collection[str]
+    source: Source, options: LoadOptions, live: Mapping[str, Part]
 ) -> tuple[Source, LoadOptions, list[str]]:
     """Return the checkpoint with its names sorted into parts, and the parts called as in `live`."""
     notes: list[str] = []
     if source.manifest is None or NAMING in source.manifest.versions:
         # Of another program, or of the Writer for one: a state may call its parts otherwise.
-        source = in_parts(source)
+        source = in_parts(source, whole=taken_whole(live, options))
         options, notes = called_alike(source, options, live)
     return source, options, notes
 

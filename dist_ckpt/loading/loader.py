@@ -17,7 +17,7 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, Inte
 from dist_ckpt.loading.across_hosts import HostsChooser
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import BounceMemory, warm_memory
-from dist_ckpt.loading.fitting import Matched, fit
+from dist_ckpt.loading.fitting import Matched, fit, taken_whole
 from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
 from dist_ckpt.loading.reading import JointRead, ReadOptions, ReadResult
 from dist_ckpt.loading.report import LoadProgress, LoadReport, tell_report
@@ -101,6 +101,7 @@ class Loader:
         """
         progress = LoadProgress()
         call = LoadCall.of(step, place, options, failed)
+        call = replace(call, whole=lambda: taken_whole(self._state.parts, call.options))
         chooser = self._chooser_of(place)(self._job, call, own=own, claims=claims)
         while True:
             topic = self._job.topic("load", f"load from {chooser.url}")
@@ -185,10 +186,9 @@ class Loader:
         report = self._report(
             chosen, source, matched, verdict, result, options=options, progress=progress
         )
-        rank = self._job.training.rank
         events.emit(
             events.CheckpointRestored(
-                report.url, report.step, rank, report.nbytes_read, report.seconds
+                report.url, report.step, self._job.training.rank, report.nbytes_read, report.seconds
             )
         )
         return report

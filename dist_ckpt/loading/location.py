@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -163,15 +164,19 @@ def open_source(location: Location, best: Criterion | None = None) -> Source:
     return find_foreign(location) if detached is None else Repository(detached.store).open_latest()
 
 
-def find_foreign(location: Location) -> ForeignSource:
+def find_foreign(location: Location, *, whole: Collection[str] = ()) -> ForeignSource:
     """Open what another program wrote at `location`, where no checkpoint of ours is.
+
+    Args:
+        location: where.
+        whole: see `dist_ckpt.foreign.names.sort_into_parts`.
 
     Raises:
         NotFound: there is none either.
         IntegrityError: it is malformed or incomplete.
         IncompatibleError: it holds something that cannot be read.
     """
-    found = open_foreign(location.store, location.file)
+    found = open_foreign(location.store, location.file, whole=whole)
     if found is None:
         raise _run_of(location).no_checkpoint(looked_for())
     return found

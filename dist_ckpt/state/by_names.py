@@ -117,3 +117,22 @@ def _leaves(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]
 
 def _fresh(spec: TensorSpec) -> torch.Tensor:
     return empty_beside(torch.empty(0), spec)
+
+
+def as_live(value: Any, live: Any) -> Any:
+    """Return `value`, which DCP took apart, with the keys and the tuples that `live` has.
+
+    DCP makes texts of keys and lists of tuples, and does not say what they were.
+    """
+    if isinstance(value, list):
+        if not (isinstance(live, (list, tuple)) and len(live) == len(value)):
+            return value
+        items = [as_live(item, other) for item, other in zip(value, live, strict=True)]
+        return tuple(items) if type(live) is tuple else items
+    if type(value) is not dict or not isinstance(live, Mapping):
+        return value
+    keys = {str(key): key for key in live}
+    return {
+        keys.get(key, key): as_live(item, live.get(keys.get(key, key)))
+        for key, item in value.items()
+    }

@@ -24,7 +24,7 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.state.decoding import Decoder, names_aside, parse_document, tensor_names
 from dist_ckpt.state.encoding import TAG, Encoder
 from dist_ckpt.state.registry import register
-from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
+from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, WRAPPED
 
 __all__ = [
     "decode",
@@ -36,6 +36,7 @@ __all__ = [
     "references_aside",
     "register",
     "unordered_digest",
+    "wrapped_as_json",
 ]
 
 # What is written as pairs, because a key of it is no text.
@@ -68,6 +69,19 @@ def encode(
     # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
     encoder = Encoder(path, tensors, prefix, aside=aside, large_only=large_only)
     return msgspec.json.encode(encoder.json_of(value))
+
+
+def wrapped_as_json(made: Mapping[str, Any], names: Mapping[str, str], *, path: str) -> bytes:
+    """Return the encoding of a tensor that is several behind one face, and lies nowhere whole.
+
+    Args:
+        made: how it is made; see `dist_ckpt.state.rebuilding.how_made`.
+        names: of the tensors that it is made of, by what comes behind the name of the whole.
+        path: what it is called, for messages.
+    """
+    inner = {suffix: {TAG: "tensor", "v": name} for suffix, name in names.items()}
+    parts = [msgspec.Raw(encode(dict(made), path=path)), inner]
+    return msgspec.json.encode({TAG: f"@{RESERVED}{WRAPPED}", "v": parts})
 
 
 def fillable(value: object, *, path: str, prefix: str) -> dict[str, torch.Tensor]:

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
-from dist_ckpt.state.by_names import ByNames, by_names
+from dist_ckpt.state.by_names import ByNames, as_live, by_names
 from dist_ckpt.state.decoding import layouts_in, parse_document
 from dist_ckpt.state.holders import Borrowed
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.merging import Merging, held_containers
 from dist_ckpt.state.objects import decode, encode, needs_classes, references
-from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
+from dist_ckpt.state.part import Captured, Part, Stored, Targets, is_dry
 from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
@@ -128,6 +128,10 @@ class ValuePart:
         """Take the value from `home`, which has it under the name of the part, from now on."""
         self._slot = CallersSlot(home, self.name)
 
+    def is_empty(self) -> bool:
+        """Tell whether the value is a dict or a list without content."""
+        return isinstance(self.value, (dict, list)) and not self.value
+
     def has_names(self) -> bool:
         """Tell whether the value is a dict of somebody else's tensors, as a state dict is."""
         live = self.value
@@ -211,7 +215,8 @@ class ValuePart:
         else:
             data = stored.objects[VALUE]
             held = self._fit(stored, references(data)).held
-            self._write(decode(data, tensors=tensors, path=self.name), held)
+            value = decode(data, tensors=tensors, path=self.name)
+            self._write(self._as_mine(value) if stored.is_foreign else value, held)
         self._fitted = None
 
     def goes_first(self, stored: Stored) -> bool:
@@ -236,6 +241,10 @@ class ValuePart:
 
     def _by_names(self, stored: Stored) -> ByNames | None:
         return None if self._per_rank else by_names(self._read(), stored, self.name)
+
+    def _as_mine(self, value: Any) -> Any:
+        """Return what another program stored in the form of the live value."""
+        return value
 
     def _is_resharded(self, stored: Stored) -> bool:
         return self._per_rank and stored.world_size != stored.saved_world_size
@@ -343,6 +352,9 @@ class StatefulPart(ValuePart):
     def _by_names(self, stored: Stored) -> ByNames | None:
         return None  # only it knows what its state dict is made of
 
+    def _as_mine(self, value: Any) -> Any:
+        return as_live(value, self._read())
+
     def _read(self) -> object:
         found: object = getattr(self._stateful, self._gives)()
         return found
@@ -362,3 +374,13 @@ class StatefulPart(ValuePart):
             raise IncompatibleError(
                 f"{self.name}: {kind}.{self._takes} refused what was saved: {describe(error)}"
             ) from error
+
+
+def is_taken_whole(part: Part) -> bool:
+    """Tell whether `part` is given its value as it was saved, and not by the names in it.
+
+    Only an object knows what its state is made of; and a dict that is empty has no names yet.
+    """
+    if not isinstance(part, ValuePart) or part.per_rank:
+        return False
+    return isinstance(part, StatefulPart) or part.is_empty()
