@@ -36,8 +36,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader
 
 import dist_ckpt
-from dist_ckpt.dcp import Reader, Writer
+from dist_ckpt.dcp import Reader, Writer, planners
 from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound, UsageError
+from dist_ckpt.foreign.dcp_files import value_in as _value_in
 from dist_ckpt.storage import MemoryStore
 from tests.older_torch import ALONE
 
@@ -398,3 +399,36 @@ def test_items_that_are_no_bytes_are_refused() -> None:
     with pytest.raises(CheckpointException) as caught:
         save({"n": 1}, storage_writer=Writer(memory()), planner=Gives(), **ALONE)
     assert "gave a str for value 'n'" in refusal(caught.value)
+
+
+class Counts(DefaultSavePlanner):
+    """Pickles by itself, and changes what is called so."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type != WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        value = self.lookup_object(write_item.index)
+        if write_item.index.fqn == "changed":
+            value = [*value, "more"]
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer
+
+
+def test_what_a_planner_pickles_and_does_not_change_is_no_pickle_to_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[bytes] = []
+
+    def value_in(data: bytes) -> Any:
+        read.append(data)
+        return _value_in(data)
+
+    monkeypatch.setattr(planners, "value_in", value_in)
+    values = {"tuple": tuple(range(1000)), "list": [2.5, "x"], "changed": [1]}
+    place = memory()
+    save(values, storage_writer=Writer(place), planner=Counts(), **ALONE)
+    found = everything(Reader(place))
+    assert found == {**values, "changed": [1, "more"]}
+    assert type(found["tuple"]) is tuple
+    assert len(read) == 1
