@@ -26,6 +26,8 @@ from dist_ckpt.planning.describe import Held
 
 Numbers = NDArray[np.int64]
 
+_BYTES = 8
+
 
 @decodable
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -228,8 +230,9 @@ def numbers_of(held: Sequence[Held]) -> Numbers:
 
 
 def pack_numbers(numbers: Numbers) -> bytes:
-    """Return numbers as they travel."""
-    return zlib.compress(numbers.astype("<i8").tobytes(), 1)
+    """Return numbers as they travel: the lowest bytes of all, then the next, deflated."""
+    by_number = np.ascontiguousarray(numbers, "<i8").view(np.uint8).reshape(-1, _BYTES)
+    return zlib.compress(by_number.T.tobytes())
 
 
 def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
@@ -243,14 +246,16 @@ def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
         CoordinationError: they are not so many.
     """
     unpacker = zlib.decompressobj()
-    most = 0 if count is None else 8 * count + 1
+    most = 0 if count is None else _BYTES * count + 1
     try:
         raw = unpacker.decompress(data, most)
     except zlib.error as error:
         raise _not_numbers(str(error)) from error
-    if len(raw) % 8 or not unpacker.eof or (count is not None and len(raw) != 8 * count):
+    is_whole = unpacker.eof and not len(raw) % _BYTES
+    if not is_whole or (count is not None and len(raw) != _BYTES * count):
         raise _not_numbers(f"{len(raw)} bytes, not {count} numbers")
-    return np.frombuffer(raw, "<i8").astype(np.int64, copy=False)
+    by_byte = np.frombuffer(raw, np.uint8).reshape(_BYTES, -1)
+    return np.ascontiguousarray(by_byte.T).view("<i8").reshape(-1).astype(np.int64, copy=False)
 
 
 def pack_steps(numbers: Sequence[int] | Numbers) -> bytes:

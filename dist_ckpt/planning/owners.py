@@ -159,8 +159,9 @@ def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
         share: what it was told.
         held: the boxes it holds.
     """
-    whole = np.frombuffer(zlib.decompress(share.whole), np.uint8)
-    bits = np.unpackbits(whole, count=len(held))
+    # One byte more than are wanted, so that no other number of them is taken for it.
+    whole = zlib.decompressobj().decompress(share.whole, len(held) // 8 + 2)
+    bits = np.unpackbits(np.frombuffer(whole, np.uint8), count=len(held))
     owned = [
         Owned(position, held[position].offsets, held[position].sizes)
         for position in np.flatnonzero(bits).tolist()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import xxhash
 from msgspec import structs
 
 from dist_ckpt.errors import (
@@ -22,14 +23,23 @@ from dist_ckpt.planning.owners import read_owned
 from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic, check_same, pack, unpack
 from dist_ckpt.saving.job_plan import plan_job
-from dist_ckpt.saving.messages import PlanAnswer, PlanRequest, RankPlan
+from dist_ckpt.saving.messages import (
+    PlanAnswer,
+    PlanRequest,
+    RankPlan,
+    ReplicaDigests,
+    ReplicaSums,
+)
 from dist_ckpt.saving.snapshot import (
+    DIGEST_BYTES,
     Snapshot,
     compare_replicas,
     digest_replicas,
     digest_sample,
     samples_differ,
 )
+
+_EACH = b"each"  # is to be told by itself, as the sums of some ranks differ
 
 BeginAttempt = Callable[[int], str]
 """Rank 0: open an attempt to save a step and return its save_id."""
@@ -277,13 +287,23 @@ class Agreement:
         self, snapshot: Snapshot, plan: RankPlan, topic: Topic, deadline: Deadline
     ) -> None:
         message: bytes | BaseException
+        each = b""
         try:
-            message = pack(digest_replicas([snapshot.local[at] for at in _flat(plan.replicas)]))
+            found = digest_replicas([snapshot.local[at] for at in _flat(plan.replicas)])
+            each, message = pack(found), pack(_summed(found, plan.replicas))
         except Exception as error:  # a device that failed: the others wait in the round
             message = error
-        self._coordinator.round(
+        answer = self._coordinator.round(
             topic.phase("replicas"),
             message,
+            lambda all_: _EACH if _sums_differ(all_) else b"",
+            deadline=deadline,
+        )
+        if answer != _EACH:
+            return
+        self._coordinator.round(
+            topic.phase("each replica"),
+            each,
             lambda all_: compare_replicas(
                 self.held_by_rank, [_flat(groups) for groups in self._replicas], all_
             ),
@@ -301,4 +321,25 @@ def _groups_agree(requests: Sequence[PlanRequest]) -> bool:
         seen.setdefault(number, digest) == digest
         for request in requests
         for number, digest in request.shared.items()
+    )
+
+
+def _summed(found: ReplicaDigests, groups: Mapping[int, Sequence[int]]) -> ReplicaSums:
+    """Put the digests of all boxes of a group into one; how they were made changes it, too."""
+    sums: dict[int, bytes] = {}
+    first = 0
+    for group, positions in groups.items():
+        last = first + len(positions)
+        digests = found.digests[first * DIGEST_BYTES : last * DIGEST_BYTES]
+        sums[group] = xxhash.xxh3_128_digest(found.methods[first:last] + digests)
+        first = last
+    return ReplicaSums(sums)
+
+
+def _sums_differ(messages: Sequence[bytes]) -> bool:
+    seen: dict[int, bytes] = {}
+    return any(
+        seen.setdefault(group, value) != value
+        for data in messages
+        for group, value in unpack(data, ReplicaSums).groups.items()
     )

@@ -134,6 +134,17 @@ class ReplicaDigests(msgspec.Struct, frozen=True):
 
 
 @decodable
+class ReplicaSums(msgspec.Struct, frozen=True):
+    """Digests of what a rank shares with others, all boxes of a group in one: the first word.
+
+    Attributes:
+        groups: by the number of the group in `RankPlan.replicas`.
+    """
+
+    groups: dict[int, bytes]
+
+
+@decodable
 class Report(msgspec.Struct, frozen=True):
     """What a rank wrote, how long it took, where it runs, and what metrics it was given.
 

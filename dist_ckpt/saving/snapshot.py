@@ -227,14 +227,15 @@ def _check_common(
 # Are replicas equal? Ranks compare digests of what they hold alike.
 #
 # The first difference is named: rows of replicas that drifted apart would be a checkpoint of a
-# state that no rank ever had. All is compared when a plan is new. Later saves compare a sample,
+# state that no rank ever had. All is compared when a plan is new, by one digest for each group of
+# ranks; only where these differ is each box told by itself. Later saves compare a sample,
 # another one each time, within the messages that they exchange anyway; all again where samples
 # differ.
 
 
 _log = logging.getLogger("dist_ckpt")
 
-_DIGEST_BYTES = 8
+DIGEST_BYTES = 8
 # How the digest of a box was made. Digests are comparable where both letters are equal.
 _ON_HOST, _ON_DEVICE = b"h", b"d"
 
@@ -295,7 +296,7 @@ def samples_differ(samples_by_rank: Iterable[Mapping[int, bytes]]) -> bool:
     """Tell whether two ranks of a group have comparable digests that are not equal."""
     seen: dict[tuple[int, bytes], bytes] = {}
     return any(
-        seen.setdefault((group, digest[:-_DIGEST_BYTES]), digest) != digest
+        seen.setdefault((group, digest[:-DIGEST_BYTES]), digest) != digest
         for samples in samples_by_rank
         for group, digest in samples.items()
     )
@@ -333,7 +334,7 @@ def compare_replicas(
         for number, position in enumerate(replicas_by_rank[rank]):
             held = mine[position]
             method = found.methods[number : number + 1]
-            value = found.digests[number * _DIGEST_BYTES : (number + 1) * _DIGEST_BYTES]
+            value = found.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
             where = (held.part, held.name, held.offsets, held.sizes)
             other, its_method, its_value = first.setdefault(where, (rank, method, value))
             if method != its_method:

@@ -84,6 +84,10 @@ def test_a_steady_save_says_the_same_of_many_tensors_as_of_few() -> None:
     phases = {"plan", "describe", "replicas", "token", "sight", "commit"}
     assert {key.split()[0] for key in first_few} == phases
     assert sum(first_many.values()) > 5 * sum(first_few.values())
+    # Of ranks alike one sends the names; the numbers of all others take no more than a few pages.
+    for rank in range(1, WORLD):
+        told = {key: size for key, size in first_many.items() if key.endswith(f" {rank}")}
+        assert sum(told.values()) < 2048, told
     assert {key.split()[0] for key in few} == {key.split()[0] for key in many} == {"plan", "commit"}
     # A few digits more: of the sizes of a file and of a segment.
     assert sum(many.values()) <= sum(few.values()) + 32 * WORLD

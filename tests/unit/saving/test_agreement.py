@@ -138,6 +138,24 @@ def test_a_second_save_of_one_structure_describes_nothing() -> None:
     assert job.begun == [1, 2]
 
 
+@pytest.mark.parametrize("drifted", [False, True])
+def test_replicas_are_told_one_by_one_only_where_some_differ(drifted: bool) -> None:
+    job = Ranks(3)
+    job.planners = [Agreement(member) for member in job.members]
+    states = [ddp() for _ in range(3)]
+    states[2]["model"]["w"][1, 1] += drifted
+    result = job.agree(1, states)
+    looked = [key.removeprefix("save/1/") for key in job.members[0].topics]
+    assert looked == ["plan", "describe", "replicas", *["each replica"] * drifted]
+    if not drifted:
+        plans(result)
+        return
+    for error in errors_of(result):
+        assert error.kind == ErrorKind.REPLICAS_DIFFER
+        assert "w' of part 'model'" in str(error)
+        assert sorted(error.ranks) == [0, 2]
+
+
 @pytest.mark.parametrize(
     "changed",
     [
