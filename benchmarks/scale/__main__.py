@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks.measure import say
-from benchmarks.scale import index, planning, report, rounds
+from benchmarks.scale import index, loads, planning, report, requests, rounds, steady
 
 if __name__ == "__main__":
     say("\n## Rounds\n")
@@ -18,7 +18,14 @@ if __name__ == "__main__":
     plan_rows = planning.rows([])
     say("\n## The index\n")
     index_rows = index.rows([])
-    measured = report.Measured(round_rows, plan_rows, index_rows)
+    say("\n## Saves of a known structure\n")
+    steady_rows = steady.rows([])
+    say("\n## Loads\n")
+    load_rows = loads.rows([])
+    say("\n## Requests\n")
+    measured = report.Measured(
+        round_rows, plan_rows, index_rows, steady_rows, load_rows, requests.rows([])
+    )
     found = report.verdicts(measured)
     say("\n## The bounds\n")
     for each in found:

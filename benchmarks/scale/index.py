@@ -24,7 +24,7 @@ from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.digest import DIGEST_BYTES, cut_blocks
 from dist_ckpt.format.index import FileEntry, TensorEntry
 from dist_ckpt.format.manifest import FilesTotal, Manifest, ManifestFile, RankTimings
-from dist_ckpt.format.names import shard_name
+from dist_ckpt.format.names import segment_name, shard_name
 from dist_ckpt.format.root import SegmentNote, Spent
 from dist_ckpt.format.segment import Segment, chunk_nbytes
 from dist_ckpt.format.shard import ALIGN_BYTES
@@ -178,6 +178,25 @@ def measure(ranks: int, looked_at: int = 8) -> Sizes:
         len(_manifest(notes, spent, len(root))),
         seconds,
     )
+
+
+def described(ranks: int) -> tuple[Manifest, bytes, list[str]]:
+    """Return the manifest and the root of the job at so many ranks, and the names of its files."""
+    rng = random.Random(ranks)
+    of = structure(ranks)
+    like = segment(of, ranks - 1, rng)
+    notes = notes_of(ranks, like, rng)
+    spent = [Spent(rng.uniform(0.1, 0.2), rng.uniform(2, 3)) for _ in range(ranks)]
+    root = root_format.encode(structure_format.encode(of), notes, spent)
+    names = [name for note in notes for name, _ in note.files]
+    names += [segment_name(note.rank) for note in notes]
+    return manifest_format.decode(_manifest(notes, spent, len(root)), step=1000), root, names
+
+
+def notes_of(ranks: int, like: Segment, rng: random.Random) -> list[SegmentNote]:
+    """Return what ranks would report of their segments, were they all like one."""
+    data = segment_format.encode(like)
+    return [_note(rank, like, data, rng) for rank in range(ranks)]
 
 
 def _note(rank: int, like: Segment, data: bytes, rng: random.Random) -> SegmentNote:

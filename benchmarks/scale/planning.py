@@ -77,7 +77,7 @@ def measure(number: int, ranks: int) -> Row:
     job = JOBS[number]
     messages, tables = job.messages(ranks)
     received = (sum(map(len, messages)) - tables) / ranks
-    before, begun = _peak_mib(), time.process_time()
+    before, begun = peak_mib(), time.process_time()
     plan = plan_job(messages)
     sent = sum(len(pack(plan.share(rank, 1))) for rank in range(ranks))
     seconds = time.process_time() - begun
@@ -86,14 +86,15 @@ def measure(number: int, ranks: int) -> Row:
         ranks,
         job.boxes(ranks),
         seconds,
-        _peak_mib() - before,
+        peak_mib() - before,
         received,
         sent / ranks,
         tables,
     )
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
+    """Return the most memory that this process ever had, in MiB."""
     # Not that of `getrusage`, which is at least what the parent had when it started this process.
     (line,) = re.findall(
         r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE

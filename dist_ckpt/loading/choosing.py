@@ -31,7 +31,7 @@ from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.source import Again, Source, listed, reread, unless_deleted
+from dist_ckpt.repository.source import Again, Source, check_share, checked, listed, reread
 from dist_ckpt.state.roles import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
@@ -270,7 +270,10 @@ class Chooser:
         if self._call.best is not None and step is None:
             step = best_of(run, self._call.best)
         selects = self.options.selects_stored
-        choice = choose(run, step, self._refused, fall_back=fall_back, selects_part=selects)
+        ranks = self._job.training.world_size
+        choice = choose(
+            run, step, self._refused, fall_back=fall_back, selects_part=selects, ranks=ranks
+        )
         self._manifests |= choice.manifests
         return choice
 
@@ -289,14 +292,16 @@ class Chooser:
         return location
 
     def _open(self, store: Store, answer: _Answer) -> Source:
-        if self._job.training.rank == 0:
-            assert self._opened is not None
-            return self._opened
-        if answer.foreign:
+        job = self._job.training
+        if job.rank and answer.foreign:
             return ForeignSource(store, answer.foreign)
-        assert answer.step is not None
-        self._opened = opened = open_told(store, answer.step, answer.digest)
-        return opened
+        if job.rank:
+            assert answer.step is not None
+            self._opened = open_told(store, answer.step, answer.digest)
+        assert self._opened is not None
+        if isinstance(self._opened, Checkpoint):
+            check_share(self._opened, self.options.selects_stored, job.rank, job.world_size)
+        return self._opened
 
     def _store(self, answer: _Answer) -> Store:
         if self._opened is not None and self._job.training.rank == 0:
@@ -338,6 +343,7 @@ def choose(
     *,
     fall_back: bool,
     selects_part: Callable[[str], bool] = lambda _: True,
+    ranks: int = 1,
 ) -> Choice:
     """Open `step`, or the newest checkpoint that is not in `refused`.
 
@@ -348,6 +354,7 @@ def choose(
         fall_back: whether a damaged one is passed over for the next older one.
         selects_part: tells of a stored part whether anything of it is to be loaded; a lost file of
             the others is no reason to refuse.
+        ranks: how many load it; sizes that they look at together (`shares_sizes`) are left to them.
 
     Raises:
         NotFound: no such step.
@@ -355,14 +362,14 @@ def choose(
         IncompatibleError: it was written by a newer format; that is no damage to pass over.
     """
     if step is not None:
-        return Choice(reread(lambda: _checked(repository.open(step), selects_part)))
+        return Choice(reread(lambda: checked(repository.open(step), selects_part, ranks)))
     reasons = dict(refused)
     manifests: dict[int, bytes] = {}
     # One by one: a run on an object store would be asked about each of its steps otherwise.
     for candidate in repository.newest_now():
         if candidate in reasons:
             continue
-        look = partial(_look, repository.store, candidate, selects_part, manifests)
+        look = partial(_look, repository.store, candidate, selects_part, ranks, manifests)
         try:
             checkpoint = reread(look)
         except IntegrityError as error:
@@ -387,15 +394,8 @@ def choose(
 
 
 def _look(
-    store: Store, step: int, selects_part: Callable[[str], bool], manifests: dict[int, bytes]
+    store: Store, step: int, selects: Callable[[str], bool], ranks: int, manifests: dict[int, bytes]
 ) -> Checkpoint:
     """Open `step`, and keep its manifest as it was read, whatever comes of it."""
     manifests[step] = read_manifest(store, step)
-    return _checked(Checkpoint.open(store, manifests[step], step=step), selects_part)
-
-
-def _checked(checkpoint: Checkpoint, selects_part: Callable[[str], bool]) -> Checkpoint:
-    # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
-    with unless_deleted(checkpoint):
-        checkpoint.check_parts(selects_part)
-    return checkpoint
+    return checked(Checkpoint.open(store, manifests[step], step=step), selects, ranks)

@@ -145,8 +145,9 @@ class Checkpoint:
         Raises:
             IntegrityError: a file is missing, shorter or longer.
         """
+        listed = self.listed(self.files)
         for number in range(len(self.files)):
-            self.check_size(number)
+            self.check_size(number, listed)
 
     def check_some(self, files: Sequence[int]) -> None:
         """Compare the sizes of `files`, many at a time, and fetch what values there are meanwhile.
@@ -161,10 +162,8 @@ class Checkpoint:
             if entry.file in files
         ]
         work: list[Callable[[], None]] = [partial(self._values.fetch, values)]
-        if len(files) > _MANY_FILES:
-            work.append(partial(self._check_listed, files))
-        else:
-            work += [partial(self.check_size, file) for file in files]
+        listed = self.listed(files)
+        work += [partial(self.check_size, file, listed) for file in files]
         in_parallel(lambda each: each(), work, threads=min(_THREADS, len(work)))
 
     def check_parts(self, selects_part: Callable[[str], bool]) -> None:
@@ -181,17 +180,19 @@ class Checkpoint:
         files |= {entry.file for entry in index.objects if selects_part(entry.part)}
         return sorted(files)
 
-    def _check_listed(self, files: Sequence[int]) -> None:
+    def listed(self, files: Sequence[object]) -> Mapping[str, int] | None:
+        """Return the sizes of what is there by key, None where `files` are few: ask for each."""
+        if len(files) <= _MANY_FILES:
+            return None
         folder = self.key(INDEX).removesuffix(INDEX)
-        there = {entry.key: entry.nbytes for entry in self.store.list_entries(folder)}
-        for name, committed in (self.files[file] for file in files):
-            key = self.key(name)
-            if key not in there:
-                raise self._missing(key)
-            self._check_size(key, there[key], committed)
+        return {entry.key: entry.nbytes for entry in self.store.list_entries(folder)}
 
-    def check_size(self, file: int) -> None:
+    def check_size(self, file: int, listed: Mapping[str, int] | None = None) -> None:
         """Compare the size of file number `file` with what was committed.
+
+        Args:
+            file: position in `files`.
+            listed: what `listed` returned; None to ask for this file alone.
 
         Raises:
             IntegrityError: it is missing, shorter or longer.
@@ -199,12 +200,11 @@ class Checkpoint:
         name, committed = self.files[file]
         key = self.key(name)
         try:
-            nbytes = self.store.size(key)
+            nbytes = self.store.size(key) if listed is None else listed.get(key)
         except NotFound as error:
             raise self._missing(key) from error
-        self._check_size(key, nbytes, committed)
-
-    def _check_size(self, key: str, nbytes: int, committed: int) -> None:
+        if nbytes is None:
+            raise self._missing(key)
         if nbytes != committed:
             raise IntegrityError(
                 f"{self.where}: file {key} holds {nbytes} bytes, committed were {committed}",

@@ -6,7 +6,7 @@ somebody put into the run stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -31,9 +31,14 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository import status
 from dist_ckpt.repository.checkpoint import read_manifest
-from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.history import History, Record
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.marks import is_marked_removed
 from dist_ckpt.storage.base import Store, Sweeper, is_temporary
+from dist_ckpt.storage.parallel import map_in_parallel, threads_for
+
+_LOOKED_AT_ONCE = 128
+_ASKED_AGAIN = 3
 
 
 def removable(
@@ -48,6 +53,35 @@ def removable(
         for record in ordered[:-1]
         if record.step not in kept and record.step not in protected
     ]
+
+
+def remembered(
+    steps: Sequence[int],
+    history: History,
+    may_go: Callable[[Sequence[Record]], list[Record]],
+    committed_of: Callable[[Sequence[int]], list[int]],
+) -> list[Record]:
+    """Return what may go, without asking for each checkpoint that was there before.
+
+    Args:
+        steps: those that have a directory.
+        history: what was read already.
+        may_go: decides, of those that are committed.
+        committed_of: returns those of some steps that are committed, ascending.
+    """
+    before = {step for step in steps if history.knows(step)}
+    while True:
+        found = history.read(steps)
+        gone = may_go(found)
+        kept = before & {each.step for each in found} - {each.step for each in gone}
+        # What somebody deleted by hand must keep no room. Asked of those alone that a restart
+        # takes first; if one is gone, all are read anew.
+        asked = sorted(kept)[-_ASKED_AGAIN:]
+        if not gone or committed_of(asked) == asked:
+            return gone
+        for step in before:
+            history.forget(step)
+        before = set()
 
 
 def delete_checkpoint(store: Store, step: int) -> None:
@@ -113,10 +147,19 @@ def collect_garbage(
 
 def garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> Iterator[str]:
     """Yield the folders of dead attempts, as they are found. See `collect_garbage`."""
-    for child in store.list_children():
-        if child.endswith("/") and parse_step_dir(child[:-1]) is not None:
-            with passing_by(store, child):
-                yield from _dead_in(store, child, claim=claim, in_flight=in_flight)
+
+    def dead(child: str) -> list[str]:
+        found: list[str] = []
+        with passing_by(store, child):
+            found += _dead_in(store, child, claim=claim, in_flight=in_flight)
+        return found
+
+    folders = (each for each in store.list_children() if each.endswith("/"))
+    steps = [each for each in folders if parse_step_dir(each[:-1]) is not None]
+    for first in range(0, len(steps), _LOOKED_AT_ONCE):
+        some = steps[first : first + _LOOKED_AT_ONCE]
+        for found in map_in_parallel(dead, some, threads=threads_for(len(some))):
+            yield from found
 
 
 def _is_old(store: Store, folder: str, *, before: float | None) -> bool:
@@ -176,7 +219,7 @@ def _dead_in(store: Store, folder: str, *, claim: int, in_flight: Collection[str
         for save_id, owner in attempts.items()
         if owner is not None
         and save_id not in in_flight
-        and (owner <= claim or REMOVED in store.list_children(f"{folder}{save_id}/"))
+        and (owner <= claim or is_marked_removed(store, step, save_id))
     }
     if candidates:
         # The manifest is read only after the listing: an attempt that committed in between is

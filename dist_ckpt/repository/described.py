@@ -116,9 +116,15 @@ class _OneIndex:
         return self._index.files[number]
 
     def offsets(self, number: int) -> Column:
+        files, offsets = self._by_file
+        first, last = np.searchsorted(files, (number, number + 1))
+        return offsets[first:last]
+
+    @cached_property
+    def _by_file(self) -> tuple[Column, Column]:
         chunks = self._index.chunks
-        offsets: Column = chunks.offset[chunks.file == number].astype(np.int64)
-        return offsets
+        order = np.argsort(chunks.file, kind="stable")
+        return chunks.file[order].astype(np.int64), chunks.offset[order].astype(np.int64)
 
     def objects(self, part: str, *, rank: int) -> list[ObjectEntry]:
         found = self._index.objects

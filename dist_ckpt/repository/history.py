@@ -18,6 +18,7 @@ from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.source import reason
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.parallel import map_in_parallel, threads_for
 
 _MOST_SECONDS = 1e12
 
@@ -90,9 +91,18 @@ class History:
         """
         ordered = sorted(steps)
         # What is gone may come back under the same number, as another checkpoint.
-        self._known = {step: self._known[step] for step in ordered if step in self._known}
-        found = (self.of(step) for step in ordered)
-        return [record for record in found if record is not None]
+        known = {step: self._known[step] for step in ordered if step in self._known}
+        new = [step for step in ordered if step not in known]
+        read = map_in_parallel(self._found, new, threads=threads_for(len(new)))
+        # One that is not there is asked for again, should it be listed again.
+        known |= {step: found[0] for step, found in zip(new, read, strict=True) if found}
+        self._known = known
+        records = (known.get(step) for step in ordered)
+        return [record for record in records if record is not None]
+
+    def knows(self, step: int) -> bool:
+        """Tell whether `step` was read before, and need not be read again."""
+        return step in self._known
 
     def of(self, step: int) -> Record | None:
         """Return the record of `step`, None where `read` would leave it out.
@@ -101,15 +111,21 @@ class History:
             StorageError: the backend failed.
         """
         if step not in self._known:
-            try:
-                self._known[step] = self._read(step)
-            except NotFound:
+            found = self._found(step)
+            if not found:
                 return None  # asked for again, should it be listed again
+            self._known[step] = found[0]
         return self._known[step]
 
     def forget(self, step: int) -> None:
         """Read `step` anew next time: it was saved again, or noted something about."""
         self._known.pop(step, None)
+
+    def _found(self, step: int) -> tuple[Record | None, ...]:
+        try:
+            return (self._read(step),)
+        except NotFound:
+            return ()
 
     def _read(self, step: int) -> Record | None:
         try:

@@ -48,11 +48,7 @@ def is_pinned(store: Store, step: int, save_id: str) -> bool:
     Raises:
         StorageError: the backend failed; an outage never looks like a missing pin.
     """
-    try:
-        store.size(file_key(step, save_id, PIN))
-    except NotFound:
-        return False
-    return True
+    return _is_there(store, file_key(step, save_id, PIN))
 
 
 def mark_removed(store: Store, step: int, save_id: str) -> None:
@@ -61,6 +57,20 @@ def mark_removed(store: Store, step: int, save_id: str) -> None:
     An attempt of the claim that owns the run is otherwise taken for one that is being written.
     """
     _put_once(store, file_key(step, save_id, REMOVED))
+
+
+def is_marked_removed(store: Store, step: int, save_id: str) -> bool:
+    """Tell whether `mark_removed` was called for a checkpoint, of which the mark is still there."""
+    return _is_there(store, file_key(step, save_id, REMOVED))
+
+
+def _is_there(store: Store, key: str) -> bool:
+    # Not by a listing: tens of thousands of files lie beside it.
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
 
 
 def _put_once(store: Store, key: str, **said: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -23,6 +23,7 @@ from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_checkpoint,
     passing_by,
+    remembered,
     removable,
 )
 from dist_ckpt.repository.history import History, Record
@@ -31,6 +32,7 @@ from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.parallel import in_parallel, threads_for
 
 # Claims rise with the steps.
 _LOOKED_AT = 32
@@ -55,11 +57,17 @@ class Repository:
         Raises:
             StorageError: the listing failed; an outage never looks like an empty run.
         """
-        found = []
-        for step in self.candidates():
+        return self._committed_of(self.candidates())
+
+    def _committed_of(self, steps: Sequence[int]) -> list[int]:
+        found: list[int] = []
+
+        def look(step: int) -> None:
             with passing_by(self.store, f"step {step}"):
                 if self._is_committed(step):
                     found.append(step)
+
+        in_parallel(look, steps, threads=threads_for(len(steps)))
         return sorted(found)
 
     def newest_first(self) -> Iterator[int]:
@@ -244,7 +252,7 @@ class Repository:
         Raises:
             StorageError: the backend failed.
         """
-        return History(self.store).read(self.steps())
+        return History(self.store).read(self.candidates())
 
     def retain(
         self,
@@ -271,16 +279,20 @@ class Repository:
             FencedError: a newer claim owns the run, and may be restoring what would be deleted.
             StorageError: a listing or a deletion failed.
         """
-        found = (history or History(self.store)).read(self.steps())
-        good = [record for record in found if record.step not in damaged]
+        history = history or History(self.store)
         gone: dict[int, str] = {}
-        for record in removable(good, policy, protected):
+
+        def may_go(found: Sequence[Record]) -> list[Record]:
+            return removable([r for r in found if r.step not in damaged], policy, protected)
+
+        for record in remembered(self.candidates(), history, may_go, self._committed_of):
             # One that this user may not delete, or that lies behind a link, keeps no other.
             with passing_by(self.store, f"step {record.step}"):
                 if marks.is_pinned(self.store, record.step, record.save_id):
                     continue
                 # Only the owner deletes, and a newer claim may have been made since the commit.
                 claims.check_owner(self.store, claim)
+                history.forget(record.step)  # first: half deleted it is no checkpoint either
                 delete_checkpoint(self.store, record.step)
                 gone[record.step] = f"not kept by {policy}"
         return gone
@@ -368,7 +380,7 @@ class Repository:
         Args:
             looked_for: what else was looked for in vain, for the message.
         """
-        if self.store.list_children():
+        if next(iter(self.store.list_entries()), None) is not None:
             besides = f": {looked_for}" if looked_for else ""
             return NotFound(
                 f"no committed checkpoint in {self.store.url}{besides}",

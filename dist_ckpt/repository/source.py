@@ -213,3 +213,57 @@ def unless_deleted(source: Source) -> Iterator[None]:
         if not source.still_there():
             raise deleted_meanwhile(source.store, source.step) from error
         raise
+
+
+# The sizes of very many files are looked at by all ranks of a load, each of them at some.
+
+
+_MANY_FILES = 1000
+
+
+class _Sized(Source, Protocol):
+    """A checkpoint whose files have committed sizes; `Checkpoint` has them all."""
+
+    @property
+    def files(self) -> Sequence[tuple[str, int]]: ...
+
+    def check_parts(self, selects_part: Callable[[str], bool]) -> None: ...
+
+    def check_some(self, files: Sequence[int]) -> None: ...
+
+
+_SizedT = TypeVar("_SizedT", bound=_Sized)
+
+
+def shares_sizes(checkpoint: _Sized, selects_part: Callable[[str], bool], ranks: int) -> bool:
+    """Tell whether all ranks of a load look at sizes, each of them at some.
+
+    There are so many files that the others would wait for the listing of rank 0; and all are
+    wanted, so that nobody has to read what describes them to find out which.
+    """
+    many = ranks > 1 and len(checkpoint.files) > _MANY_FILES
+    return many and all(map(selects_part, checkpoint.parts))
+
+
+def checked(checkpoint: _SizedT, selects: Callable[[str], bool], ranks: int) -> _SizedT:
+    """Return `checkpoint`, its sizes compared unless ranks share that; see `shares_sizes`.
+
+    Raises:
+        NotFound: it was deleted meanwhile.
+        IntegrityError: a file is missing, shorter or longer.
+    """
+    # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
+    if not shares_sizes(checkpoint, selects, ranks):
+        with unless_deleted(checkpoint):
+            checkpoint.check_parts(selects)
+    return checkpoint
+
+
+def check_share(checkpoint: _Sized, selects: Callable[[str], bool], rank: int, ranks: int) -> None:
+    """Compare the sizes of the files that `rank` looks at, where all ranks do; see `shares_sizes`.
+
+    Raises:
+        IntegrityError: a file is missing, shorter or longer.
+    """
+    if shares_sizes(checkpoint, selects, ranks):
+        checkpoint.check_some(range(rank, len(checkpoint.files), ranks))

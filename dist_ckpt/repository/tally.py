@@ -23,13 +23,15 @@ class Tally:
         self._doing = doing
         self._total = nbytes
         self._done: dict[object, int] = {}
+        self._sum = 0
         self._lock = threading.Lock()
 
     def note(self, item: object, nbytes: int) -> None:
         """Tell that of `item`, one of those that make up the work, so many bytes are done."""
         with self._lock:
+            self._sum += nbytes - self._done.get(item, 0)
             self._done[item] = nbytes
-            done = sum(self._done.values())
+            done = self._sum
         events.emit(events.WorkProgressed(self._url, self._doing, done, self._total))
 
     def counted(self, item: object, stream: Stream) -> Stream:

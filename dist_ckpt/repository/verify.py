@@ -56,13 +56,13 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
     """
     problems: list[str] = []
     nbytes = seen = 0
-    away = _elsewhere(checkpoint)
+    away, listed = _elsewhere(checkpoint), checkpoint.listed(checkpoint.files)
     for number, (name, _) in enumerate(checkpoint.files):
         if name in away:
             continue
         try:
             # Reading stops where the file should end: only its size tells that it goes on.
-            checkpoint.check_size(number)
+            checkpoint.check_size(number, listed)
             for start, stop in checkpoint.file(number).spans(PIECE_BYTES):
                 seen += 1
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:

@@ -15,6 +15,15 @@ HalfT = TypeVar("HalfT")
 ResultT = TypeVar("ResultT")
 
 
+_MOST_THREADS = 16
+_ITEMS_A_THREAD = 8
+
+
+def threads_for(count: int) -> int:
+    """Return in how many threads to make so many small requests: a few make none worthwhile."""
+    return min(_MOST_THREADS, 1 + count // _ITEMS_A_THREAD)
+
+
 def in_parallel(work: Callable[[ItemT], None], items: Iterable[ItemT], *, threads: int) -> None:
     """Call `work` on each of `items`, in up to `threads` threads, of which this one is the first.
 

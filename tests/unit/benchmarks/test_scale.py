@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.scale import loads, requests, steady
 from benchmarks.scale.jobs import JOBS
 from benchmarks.scale.planning import measure
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.job_plan import put_together
 from dist_ckpt.saving.messages import Description
+from dist_ckpt.storage.memory import MemoryStore
 
 FEW, MANY = 16, 256
 GROUPS = 8
@@ -46,3 +48,22 @@ def test_of_a_mixture_of_experts_each_way_of_cutting_is_planned_once() -> None:
     assert len(holdings.tensors) > 24_000
     # Two matrices in two dtypes and their counter, for each of the groups; and those of all ranks.
     assert len(holdings.tiles) < 8 * GROUPS
+
+
+def test_a_save_of_a_known_structure_says_little_for_each_rank() -> None:
+    few, many = steady.measure(FEW), steady.measure(MANY)
+    assert many.nbytes < few.nbytes + 16
+    assert many.nbytes < steady.BYTES_TARGET / 2
+    assert many.seconds < steady.SECONDS_TARGET
+
+
+@pytest.mark.parametrize("factor", loads.FACTORS)
+def test_a_load_reads_what_it_wants(factor: float) -> None:
+    assert loads.measure(FEW, int(FEW * factor)).read <= loads.READ_TARGET
+
+
+def test_requests_are_those_of_pages() -> None:
+    """Of 1,500 checkpoints, the newest of 2,100 files: two pages, and three."""
+    store = requests.AsS3(MemoryStore("unit-scale-requests"))
+    found = {row.what: row.requests for row in requests.measure(store, store.asked, 1500, 700)}
+    assert found == {"latest": 3, "restore choice": 4, "retention after a commit": 9, "deletion": 9}

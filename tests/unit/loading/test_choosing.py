@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.loading.choosing import Choice, choose
-from dist_ckpt.repository import Repository
+from dist_ckpt.loading.loader import Loader
+from dist_ckpt.ranks.coordinator import JobCoordinator
+from dist_ckpt.ranks.job import Job
+from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.repository import Repository, source
+from dist_ckpt.saving.saver import Saver
+from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
+from tests.unit.ranks.rounds import links, on_every_rank
 from tests.unit.repository.runs import MODEL, new_store, put_files, save
 
 
@@ -157,3 +169,41 @@ def test_lost_files_of_parts_that_nobody_wants_are_no_damage() -> None:
         selects_part=lambda part: part != "model",
     )
     assert choice.step == 1
+
+
+def test_ranks_share_the_look_at_the_sizes_of_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them finds in its share has all of them take the checkpoint before."""
+    world, place = 2, MemoryStore("unit-choosing-sizes")
+    stores = [MeterStore(place) for _ in range(world)]
+
+    def on_all(work: Callable[[Job, TrainState], None]) -> None:
+        shared = links(world)
+
+        def on(rank: int) -> None:
+            job = Job(stores[rank], timeout_seconds=600)
+            job.coordinators = Coordinators(*(JobCoordinator(shared[rank]) for _ in range(2)))
+            work(job, TrainState(rng=None, weights={"w": torch.ones(1 << 16)}))
+
+        for result in on_every_rank([partial(on, rank) for rank in range(world)]):
+            assert result is None, result
+
+    def save_two(job: Job, state: TrainState) -> None:
+        saver = Saver(job, state, keep=None, metadata={})
+        for step in (1, 2):
+            saver.start(step, {}).wait()
+        saver.close()
+
+    def load_one(job: Job, state: TrainState) -> None:
+        alone = {"exchange": "never"}
+        report = Loader(job, state).load(None, options=alone, fall_back=True, own=True)
+        assert report is not None
+        assert report.step == 1
+
+    on_all(save_two)
+    files = Repository(place).open(2).files
+    monkeypatch.setattr(source, "_MANY_FILES", 1)
+    second = next(Repository(place).open(2).key(name) for name, _ in files[1::world])
+    place.put(second, [b"short"], mode="replace")
+    on_all(load_one)
+    looked = [store.usage().operations["size"].count for store in stores]
+    assert all(looked), "each at its share"

@@ -296,7 +296,6 @@ def denied(operation: Operation, key: str) -> Rule:
         denied("delete", manifest_key(1)),
         denied("size", f"{step_dir(1)}/*/pin.json"),
         denied("read_into", manifest_key(1)),
-        denied("size", manifest_key(1)),
     ],
     ids=lambda rule: f"{rule.operation} {rule.key}",
 )

@@ -53,7 +53,7 @@ def test_foreign_names_are_no_steps() -> None:
 @pytest.mark.parametrize("operation", ["list_children", "size", "read_into"])
 def test_an_outage_never_looks_like_an_empty_run(operation: Operation) -> None:
     inner = new_store()
-    claim = save(inner, 1)
+    claim = save(inner, 0, 1)
     down = FaultyStore(inner, [Rule(operation, Fail(StorageError("down")), nth=None)])
     repository = Repository(down)
     looking = [
