@@ -18,7 +18,7 @@ from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.exit import leave
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.metrics import Metrics
+from dist_ckpt.saving.metrics import Metrics, as_given
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.roles import stoppers_of
 from dist_ckpt.state.train_state import TrainState
@@ -266,7 +266,7 @@ class Checkpointer:
             metrics: numbers by name, stored in the manifest; those of rank 0 count for all ranks.
                 A tensor is converted only when it is needed.
         """
-        return self._tell(check_step(step), None, metrics or {})
+        return self._tell(check_step(step), None, as_given(metrics))
 
     def epoch_end(
         self,
@@ -293,7 +293,7 @@ class Checkpointer:
         if step is None:
             told = self._recorder.course.told_step
             step = number if told is None else told
-        return self._tell(check_step(step), number, metrics or {})
+        return self._tell(check_step(step), number, as_given(metrics))
 
     def save(
         self,
@@ -323,7 +323,7 @@ class Checkpointer:
         """
         self._check_open()
         said = {} if metadata is None else checked_metadata(metadata)
-        return self._recorder.save(plain_step(step), metrics or {}, said)
+        return self._recorder.save(plain_step(step), as_given(metrics), said)
 
     def wait(self) -> None:
         """Wait until the save in flight, and the retention after it, are over.

@@ -19,12 +19,17 @@ from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.metrics import as_given
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.roles import stoppers_of, which_of
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.training.early import check_job_holds_all, checked_metadata
+from dist_ckpt.training.early import (
+    check_generators_kept,
+    check_job_holds_all,
+    checked_metadata,
+)
 
 # How many models torch's `AveragedModel` has averaged: beside the weights, and none of them.
 _NO_WEIGHTS = frozenset({"n_averaged"})
@@ -94,10 +99,11 @@ def async_save(
     # It adds to what is there, and nothing goes on from it: no restore is asked for.
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), joins=True)
     train_state = TrainState.of(state, once=True)
+    check_generators_kept(train_state)
     check_job_holds_all(train_state, job.ranks)
     said = checked_metadata(metadata)
     saver = Saver(job, train_state, keep=None, metadata=said, options=chosen)
-    return saver.start_last(plain_step(step), metrics or {})
+    return saver.start_last(plain_step(step), as_given(metrics))
 
 
 def load(

@@ -165,12 +165,9 @@ def refuse_mismatches(
             kind=ErrorKind.STATE_MISMATCH,
         )
     if found.empty and not found.filled:
-        # What strict=False leaves alone would be everything: nobody means that.
+        # Nobody means to load nothing.
         raise IncompatibleError(
-            f"{where} and this state have not one name in common, so strict=False would load "
-            f"nothing; nothing was changed. rename= maps names\n  stored: "
-            f"{some_names(found.unexpected)}\n  wanted: {some_names(found.missing)}",
-            kind=ErrorKind.STATE_MISMATCH,
+            f"{where} and this state have {_nothing_of(found)}", kind=ErrorKind.STATE_MISMATCH
         )
     return found
 
@@ -228,10 +225,30 @@ def some_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _nothing_of(found: Mismatches) -> str:
+    if not (found.missing or found.unexpected):
+        parts = ", ".join(found.empty)
+        return (
+            f"nothing of {parts} to load beside what only= and skip= leave out; nothing was "
+            "changed. Leave out less"
+        )
+    # What strict=False leaves alone would be everything.
+    return (
+        "not one name in common, so strict=False would load nothing; nothing was changed. rename= "
+        f"maps names\n  stored: {some_names(found.unexpected)}\n  wanted: "
+        f"{some_names(found.missing)}"
+    )
+
+
 def _way_out(found: Mismatches) -> str:
     ways = []
     if found.missing or found.unexpected:
         ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")
+    if any("/param_groups." in name for name in (*found.missing, *found.unexpected)):
+        ways.append(
+            "an optimizer is built with the parameters and groups that it had when it was saved, "
+            "add_param_group included, before it is loaded"
+        )
     if found.unlike:
         ways.append("skip= begins with a new one, strict=False takes what fits of the other")
     if any(entry.endswith("]") for entry in found.shapes):

@@ -159,6 +159,11 @@ class Closing(Protocol):
         """The save in flight, as messages name it."""
         ...
 
+    @property
+    def url(self) -> str:
+        """Where it saves to."""
+        ...
+
     def close(self) -> None:
         """Finish the save in flight, and let all go."""
         ...
@@ -187,6 +192,24 @@ def end_with(saver: Closing) -> None:
 def end_without(saver: Closing) -> None:
     """Forget `saver`: it was closed."""
     _open.discard(saver)
+
+
+def finish_before(url: str, *, besides: Closing | None = None) -> None:
+    """Wait for what others in this process save to `url`, before the run is taken over anew.
+
+    A claim that is taken now would end such a save, and nobody meant that: a cell of a notebook
+    that is run twice, or `async_save` in a loop, goes on with what this very process does. Its
+    failure is told to whoever waits for it, or at the end.
+
+    Args:
+        url: the run.
+        besides: who asks.
+    """
+    if threading.current_thread() in _at_work:
+        return  # called by such a save, as a listener is: it would wait for itself
+    for saver in list(_open):
+        if saver is not besides and saver.url == url:
+            _wait_for(saver)
 
 
 def leave(saver: Closing, close: Callable[[], None], error: BaseException | None) -> None:

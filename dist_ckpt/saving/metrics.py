@@ -19,6 +19,21 @@ Metrics: TypeAlias = Mapping[str, SupportsFloat]
 _log = logging.getLogger("dist_ckpt")
 
 
+def as_given(metrics: Metrics | None) -> Metrics:
+    """Return what was given as `metrics`, none for None.
+
+    Raises:
+        UsageError: they are not by name.
+    """
+    if metrics is None:
+        return {}
+    given: object = metrics
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise UsageError(f"metrics are a dict of numbers by name, not a {kind}")
+    return metrics
+
+
 def as_numbers(metrics: Metrics) -> dict[str, float]:
     """Return `metrics` as floats; of a tensor its one element, wherever it is.
 

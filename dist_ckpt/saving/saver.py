@@ -23,7 +23,7 @@ from dist_ckpt.saving.across_hosts import begin_folders, run_across_hosts
 from dist_ckpt.saving.agreement import Agreement, Asked, as_asked
 from dist_ckpt.saving.attempt import Attempt, StagedShare
 from dist_ckpt.saving.commit import Commit
-from dist_ckpt.saving.exit import WriterThread, end_with, end_without
+from dist_ckpt.saving.exit import WriterThread, end_with, end_without, finish_before
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.housekeeping import Housekeeping
 from dist_ckpt.saving.messages import RankPlan
@@ -124,6 +124,8 @@ class Saver:
 
     def _start(self, step: int, metrics: Metrics, about: SaveContext, last: Deadline) -> SaveHandle:
         self._job.check_process()
+        if self._planner is None:
+            finish_before(self.url, besides=self)
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
         planner = self._planner = self._planner or Agreement(
@@ -212,8 +214,7 @@ class Saver:
         self._job.check_process()  # what its threads are to finish, no thread of a child will
         self.finish_pending()
         error, self._earlier = self._earlier, None
-        if goes_on and error is not None and self.outcomes.bears(error):
-            error = None
+        error = None if goes_on and error is not None and self.outcomes.bears(error) else error
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
@@ -234,9 +235,8 @@ class Saver:
     def in_flight(self) -> SaveHandle | None:
         """The save that is not over yet, and was not given up."""
         found = self._pending
-        if found is None or found is self._given_up or found.done() or self._job.is_parents:
-            return None
-        return found
+        over = found is None or found is self._given_up or found.done() or self._job.is_parents
+        return None if over else found
 
     @property
     def label(self) -> str:

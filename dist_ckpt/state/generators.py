@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import singledispatch
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -47,13 +48,15 @@ def fresh_note(name: str, stored: Stored) -> str | None:
 Generator: TypeAlias = np.random.Generator | np.random.RandomState | torch.Generator | random.Random
 
 _NAME = "value"
+# Beside the keys that numpy has in the state of a generator.
+_SEED = "seed_seq"
 
 
 class GeneratorPart:
     """One generator, per rank; at another world size it starts a new stream, as `RngPart` does.
 
-    Generators that numpy's `Generator.spawn` made are parts of their own; how many were spawned is
-    not kept.
+    Generators that numpy's `Generator.spawn` made are parts of their own. How many were spawned is
+    kept, so that the next one is not like one that there is already.
     """
 
     def __init__(self, generator: Generator, *, name: str) -> None:
@@ -100,7 +103,12 @@ def _read(generator: object) -> object:
 
 @_read.register
 def _(generator: np.random.Generator) -> object:
-    return generator.bit_generator.state
+    state = dict(generator.bit_generator.state)
+    seed = getattr(generator.bit_generator, "seed_seq", None)  # numpy before 1.25 shows none
+    # One of another kind cannot be made anew, and one that was given a key alone has none.
+    if type(seed) is np.random.SeedSequence:
+        state[_SEED] = seed.state
+    return state
 
 
 @_read.register
@@ -125,7 +133,20 @@ def _write(generator: object, state: Any) -> None:
 
 @_write.register
 def _(generator: np.random.Generator, state: Any) -> None:
+    state = dict(state)
+    seed = state.pop(_SEED, None)
     generator.bit_generator.state = state
+    if seed is not None:
+        _seed_from(generator, np.random.SeedSequence(**seed))
+
+
+def _seed_from(generator: np.random.Generator, seed: np.random.SeedSequence) -> None:
+    """Let what `generator` spawns come from `seed`; its own stream stays what it is."""
+    bits: Any = generator.bit_generator
+    # As numpy's own unpickling does, from 2 on: before, there is no way to give it one, and what is
+    # spawned begins anew.
+    with suppress(TypeError):
+        bits.__setstate__((bits.state, seed))
 
 
 @_write.register
@@ -151,8 +172,10 @@ def _seed(generator: object, seed: bytes) -> None:
 @_seed.register
 def _(generator: np.random.Generator, seed: bytes) -> None:
     # A bit generator cannot be seeded again: another one of its kind lends its state.
-    fresh: Any = type(generator.bit_generator)
-    generator.bit_generator.state = fresh(int.from_bytes(seed, "little")).state
+    kind: Any = type(generator.bit_generator)
+    fresh = kind(int.from_bytes(seed, "little"))
+    generator.bit_generator.state = fresh.state
+    _seed_from(generator, fresh.seed_seq)
 
 
 @_seed.register

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.wrapped import alias_of, is_wrapped, stored_shape, unfilled_like
+from dist_ckpt.state.wrapped import alias_of, hides_values, is_wrapped, stored_shape, unfilled_like
 
 # str(torch.float) is "torch.float32": aliases fall together, so the table is one to one.
 _DTYPES: dict[str, torch.dtype] = {
@@ -97,6 +97,13 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
         raise UsageError(
             f"cannot store {where}: {_kind(tensor)} is neither a dense tensor nor a DTensor; keep "
             "what it is made of as dense tensors in the state",
+            kind=ErrorKind.UNENCODABLE,
+        )
+    if hides_values(tensor):
+        raise UsageError(
+            f"cannot store {where}: a {type(tensor).__qualname__} keeps its values in other "
+            "tensors and has no __tensor_flatten__ that says in which; keep these as dense tensors "
+            "in the state",
             kind=ErrorKind.UNENCODABLE,
         )
 

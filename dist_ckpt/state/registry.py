@@ -105,11 +105,11 @@ def how_to_register(kind: type) -> str:
     line = f"dist_ckpt.register_type({kind.__qualname__}, name="
     if issubclass(kind, Enum) or is_dataclass(kind) or is_namedtuple(kind):
         return f"register the class before: {line}{kind.__name__!r})"
-    if hasattr(kind, "load_state_dict"):
-        return "give it a name of its own in the state, or keep its state_dict() here"
-    # Objects of other libraries, and the generators of torch, Python and numpy.
-    if any(hasattr(kind, name) for name in ("set_state", "setstate", "bit_generator")):
-        return "give it a name of its own in the state, or keep here what its state is"
+    # Objects of other libraries, and the generators of torch, Python and numpy, too. Not what their
+    # state is: a copy, which is refused or goes stale.
+    asked = ("load_state_dict", "set_state", "setstate", "bit_generator")
+    if any(hasattr(kind, name) for name in asked):
+        return "give it a name of its own in the state: it is asked for its state at each save"
     return (
         "make it of plain values and tensors, or teach dist_ckpt the type: "
         f"{line}..., encode=..., decode=...)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_ckpt.errors import UsageError
@@ -20,6 +21,8 @@ _SHAPES: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"_snapshot", "_steps_since_snapshot"}), "a StatefulDataLoader"),
 )
 _EXTRA = "_extra_state"
+# Of Python's generator: the words of the Mersenne Twister, and the place in them.
+_WORDS = 625
 _DEEPEST = 8
 
 
@@ -37,6 +40,23 @@ def refuse_snapshots(part: str, value: object) -> None:
             f"{where} is what state_dict() of {what} returned: a copy, which training does not "
             f"change and a load does not bring back. Give the {kind} itself as a part "
             "(a dict that was saved before can be read by open_checkpoint(...).read_values(...))"
+        )
+
+
+def refuse_generator_states(part: str, value: object) -> None:
+    """Check that nothing in `value` is a copy of the state of a random number generator.
+
+    Each save would store it as it was, and whoever sets a generator by it after a restart draws the
+    numbers of the beginning again.
+
+    Raises:
+        UsageError: something is; says what to give instead.
+    """
+    for where, what in _generator_states(value, part, 0):
+        raise UsageError(
+            f"{where} is what {what} returned: a copy, which is the same at each save. Leave it "
+            "out, for the generators of Python, numpy, torch and CUDA are part of every state; a "
+            "generator of your own is a part itself"
         )
 
 
@@ -91,7 +111,12 @@ def refuse_class(part: str, value: object) -> None:
 
 
 def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, Mapping) or depth > _DEEPEST:
+    if depth > _DEEPEST:
+        return
+    if isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            yield from _snapshots(item, f"{where}[{at}]", depth + 1)
+    if not isinstance(value, Mapping):
         return
     kind = _kind(value)
     if kind is not None:
@@ -102,6 +127,34 @@ def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str
         yield f"{where}[{extra[0]!r}]", "a module"
     for key, item in value.items():
         yield from _snapshots(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _generator_states(value: object, where: str, depth: int) -> Iterator[tuple[str, str]]:
+    what = _generator_of(value)
+    if what is not None:
+        yield where, what
+    elif depth < _DEEPEST and isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _generator_states(item, f"{where}[{key!r}]", depth + 1)
+    elif depth < _DEEPEST and isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            yield from _generator_states(item, f"{where}[{at}]", depth + 1)
+
+
+def _generator_of(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        return "bit_generator.state" if value.keys() >= {"bit_generator", "state"} else None
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.uint8 or value.device.type != "cpu":
+            return None
+        return "torch.get_rng_state()" if torch.equal(value, torch.get_rng_state()) else None
+    if not isinstance(value, tuple):
+        return None
+    if len(value) == 5 and isinstance(value[0], str) and isinstance(value[1], np.ndarray):
+        return "np.random.get_state()"
+    if len(value) == 3 and isinstance(value[1], tuple) and len(value[1]) == _WORDS:
+        return "random.getstate()"
+    return None
 
 
 def _kind(value: Mapping[Any, Any]) -> str | None:

@@ -138,6 +138,15 @@ def local_of(value: torch.Tensor) -> torch.Tensor:
     return value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
 
 
+def hides_values(tensor: torch.Tensor) -> bool:
+    """Tell whether `tensor` is a face without memory whose class does not say what is behind it."""
+    if type(tensor) in _PLAIN or tensor.is_meta or is_wrapped(tensor):
+        return False
+    local = local_of(tensor)
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - its class would answer
+        return local.numel() > 0 and local.data_ptr() == 0
+
+
 def is_wrapped(value: object) -> bool:
     """Tell whether `value`, or what a DTensor has on this rank, is several tensors in one."""
     if type(value) in _PLAIN or not isinstance(value, torch.Tensor):

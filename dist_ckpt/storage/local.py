@@ -312,7 +312,7 @@ class LocalStore:
         """A root that cannot become a directory is a mistake; one that is missing is empty."""
         path = nearest_existing(self._root)
         if not os.path.isdir(path):
-            raise UsageError(f"{path} is not a directory; choose another place than {self.url}")
+            raise UsageError(f"{path} is not a directory, nor a link to one: choose another place")
 
     def _check_no_link(self, key: str, directory: str) -> None:
         if self._is_behind_link(directory):

@@ -16,7 +16,9 @@ from dist_ckpt.staging.gc_pause import no_collection
 from dist_ckpt.state.generators import GeneratorPart
 from dist_ckpt.state.part import Captured, dry_capture
 from dist_ckpt.state.rng import RngPart
+from dist_ckpt.state.snapshots import refuse_generator_states
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.values import ValuePart
 
 
 class TrainingKeywords(SaveKeywords, total=False):
@@ -107,6 +109,10 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
     """
     try:
         with no_collection(), dry_capture():
+            check_generators_kept(state)
+            for name, part in state.parts.items():
+                if type(part) is ValuePart:
+                    refuse_generator_states(name, part.value)
             for name, captured in _captured(state, strict=True):
                 _check_held(name, captured, ranks)
     except UsageError as error:
@@ -114,6 +120,22 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
             raise
         return error
     return None
+
+
+def check_generators_kept(state: TrainState) -> None:
+    """Check that the name of the generators of the process is not that of something else.
+
+    Raises:
+        UsageError: it is, and they would not be kept.
+    """
+    part = state.parts.get("rng")
+    if part is None or isinstance(part, RngPart) or part is state["rng"]:
+        return
+    raise UsageError(
+        f"part 'rng' is a {type(state['rng']).__qualname__}: this name is that of the generators "
+        "of Python, numpy, torch and CUDA, which would not be kept. Call it otherwise, or leave it "
+        "out if it is the state of these; rng=None leaves them out"
+    )
 
 
 def check_job_holds_all(state: TrainState, ranks: JobRanks) -> None:

@@ -27,6 +27,7 @@ from dist_ckpt.repository.history import (
 from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import reason
+from dist_ckpt.saving.exit import finish_before
 from dist_ckpt.state.roles import best_step, main_model, parts_of, stoppers_of
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.training.bests import SavePolicies
@@ -103,6 +104,12 @@ class Resumer:
     def _restore(
         self, start: Start, failed: Exception | None, options: Mapping[str, Any]
     ) -> LoadReport | None:
+        if start.discard_newer and self._job.ranks.node_local:
+            raise UsageError(
+                "discard_newer=True with node_local=True: what is newer would have to be hidden in "
+                "the folder of each host; delete it there (dist-ckpt rm), or begin another run"
+            )
+        finish_before(self._job.url)  # the newest is what this very process is still writing
         self.refusal = None
         self._job.restore_asked = True
         step = start.step

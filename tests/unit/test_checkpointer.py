@@ -189,6 +189,13 @@ def test_without_a_metric_there_is_no_best(store: MemoryStore) -> None:
         other.restore("best")
 
 
+def test_a_metric_that_is_never_a_number_makes_no_best(store: MemoryStore) -> None:
+    with Checkpointer(store, {"n": 1}) as ckpt:
+        ckpt.save(1, metrics={LOSS: math.nan})
+    with pytest.raises(NotFound, match=f"the metric '{LOSS}' is nan in each checkpoint"):
+        dist_ckpt.load({"n": 0}, store, step="best", metric=LOSS)
+
+
 def test_a_metric_that_is_missing_is_told_once(
     store: MemoryStore, caplog: pytest.LogCaptureFixture
 ) -> None:

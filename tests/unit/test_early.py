@@ -128,6 +128,51 @@ def test_looking_draws_no_random_number() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.random.default_rng(1),
+        random.Random(1),
+        torch.Generator(),
+        {"python": 1},
+        torch.get_rng_state(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_takes_the_place_of_the_generators_of_the_process(value: Any) -> None:
+    message = "part 'rng' is a .*which would not be kept. Call it otherwise"
+    for call in (
+        lambda: Checkpointer(new_store(), {"n": 1, "rng": value}),
+        lambda: Checkpointer(new_store(), TrainState(n=1, rng=value)),
+        lambda: dist_ckpt.save({"n": 1, "rng": value}, new_store()),
+    ):
+        refused(call, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (random.getstate, r"x is what random.getstate\(\)"),
+        (lambda: {"py": [random.getstate()]}, r"x\['py'\]\[0\] is what random"),
+        (np.random.get_state, r"x is what np.random.get_state\(\)"),
+        (lambda: np.random.get_state(legacy=False), "x is what bit_generator.state"),
+        (lambda: (1, np.random.default_rng(1).bit_generator.state), r"x\[1\] is what bit_gen"),
+        (torch.get_rng_state, r"x is what torch.get_rng_state\(\)"),
+    ],
+)
+def test_a_copy_of_the_state_of_a_generator_is_no_part(
+    make: Callable[[], object], match: str
+) -> None:
+    store = new_store()
+    refused(lambda: Checkpointer(store, {"n": 1, "x": make()}), f"{match}.*part of every state")
+    dist_ckpt.save({"n": 1, "x": make()}, store)  # as torch.save does, once
+    loaded = {"n": 0, "x": make()}
+    assert dist_ckpt.load(loaded, store).step == 0
+    # What only looks like one.
+    alike = [(3, (1, 2), None), ("a", 1, 2, 3, 4), torch.zeros(9, dtype=torch.uint8), {"state": 1}]
+    Checkpointer(new_store(), {"n": 1, "x": alike}).close()
+
+
 # ------------------------------------------------------------------ arguments
 
 
@@ -365,3 +410,13 @@ def test_the_first_look_says_nothing_of_what_is_empty_still(
         sampler.seen.append(3)
         ckpt.save(1)
     assert "returned nothing" not in caplog.text
+
+
+def test_metrics_are_by_name() -> None:
+    with Checkpointer(new_store(), STATE, every_steps=1) as ckpt:
+        for call in (ckpt.step, ckpt.epoch_end, ckpt.save):
+            refused(lambda call=call: call(1, metrics=["loss"]), "by name, not a list")  # type: ignore[misc]
+    refused(
+        lambda: dist_ckpt.save(STATE, new_store(), metrics=["loss"]),  # type: ignore[arg-type]
+        "by name, not a list",
+    )

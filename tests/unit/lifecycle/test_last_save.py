@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.repository import Repository
+from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule
 from tests.unit.lifecycle.training import (
@@ -25,6 +27,7 @@ from tests.unit.lifecycle.training import (
     steps,
     warnings,
 )
+from tests.unit.saving.slow_store import EndlessPut
 
 
 @pytest.fixture
@@ -160,6 +163,52 @@ def test_a_cell_that_is_run_twice(store: MemoryStore, caplog: pytest.LogCaptureF
     (said,) = warnings(caplog)
     assert "step 1 was told" in said
     assert "after step 4 was stored" in said
+
+
+@pytest.fixture
+def held(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[EndlessPut]:
+    """A store whose first commit goes on until somebody waits for it."""
+    held = EndlessPut(store, "step-0000000001/manifest.json")
+    settle = SaveHandle.settle
+
+    def waited_for(handle: SaveHandle, timeout: float | None = None) -> bool:
+        held.let_go.set()
+        return settle(handle, timeout)
+
+    monkeypatch.setattr(SaveHandle, "settle", waited_for)
+    yield held
+    held.let_go.set()
+
+
+def test_a_cell_that_is_run_again_goes_on_with_what_the_first_was_saving(held: EndlessPut) -> None:
+    def cell() -> tuple[Checkpointer, int]:
+        ckpt = Checkpointer(held, state(), every_steps=1)
+        return ckpt, ckpt.restore()
+
+    first, start = cell()
+    assert start == 0
+    handle = first.step(1)
+    held.reached.wait()
+    again, start = cell()  # the variable `ckpt` of the cell is another one from here on
+    assert start == 1
+    assert handle is not None
+    assert handle.wait()
+    again.step(2)
+    again.close()
+    first.close()
+    assert steps(held) == [1, 2]
+
+
+def test_saves_in_the_background_in_a_row_are_all_made(held: EndlessPut) -> None:
+    handles = [dist_ckpt.async_save(state(1), held, step=1)]
+    held.reached.wait()
+    handles.append(dist_ckpt.async_save(state(2), held, step=2))
+    with Checkpointer(held, state(), every_steps=1) as ckpt:
+        assert ckpt.restore() == 2
+        ckpt.step(3)
+        dist_ckpt.save(state(4), held, step=4)
+    assert [each.wait() for each in handles]
+    assert steps(held) == [1, 2, 3, 4]
 
 
 def test_one_step_off_after_a_restart_is_no_error(store: MemoryStore) -> None:

@@ -129,6 +129,22 @@ def test_a_pattern_without_its_part_is_explained() -> None:
         check_matched([Mismatches(unmatched=lost)], known)
 
 
+def test_what_leaves_everything_out_is_not_called_a_lack_of_common_names() -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        refuse_mismatches([Mismatches(empty=["model"])], where="step 1")
+    assert "nothing of model to load beside what only= and skip= leave out" in str(caught.value)
+    assert "strict" not in str(caught.value)
+
+
+def test_other_groups_of_an_optimizer_say_how_to_build_it() -> None:
+    for found in (
+        Mismatches(missing=["optimizer/param_groups.0.weight"]),
+        Mismatches(unexpected=["optimizer/param_groups.0.weight[0.bias]"]),
+    ):
+        with pytest.raises(IncompatibleError, match="add_param_group included, before it is"):
+            refuse_mismatches([found], where="step 1")
+
+
 def test_the_message_offers_what_would_help() -> None:
     for found, ways in (
         (Mismatches(missing=["a"]), ("strict=False",)),

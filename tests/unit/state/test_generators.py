@@ -73,6 +73,34 @@ def test_at_another_world_size_every_rank_has_a_stream_of_its_own(kind: str) -> 
     assert at(0, 3, "other") != at(0, 3)
 
 
+@pytest.mark.skipif(int(np.__version__[0]) < 2, reason="numpy cannot be told what it spawned")
+def test_what_is_spawned_next_is_no_copy_of_what_was_spawned() -> None:
+    generator = np.random.default_rng(3).spawn(2)[1]
+    generator.spawn(4)
+    part = GeneratorPart(generator, name="noise")
+    saved = save(part)
+    expected = draw(generator), [draw(each) for each in generator.spawn(2)]
+    for other in (generator, np.random.default_rng(3).spawn(2)[1], np.random.default_rng()):
+        load(GeneratorPart(other, name="noise"), saved)
+        assert (draw(other), [draw(each) for each in other.spawn(2)]) == expected
+    fresh = []
+    for rank in range(2):
+        other = np.random.default_rng(3)
+        stored = saved.stored(rank=rank, world_size=2, saved=1)
+        GeneratorPart(other, name="noise").restore(stored, {})
+        fresh.append(draw(other.spawn(1)[0]))
+    assert fresh[0] != fresh[1]
+
+
+def test_one_that_cannot_spawn_comes_back_as_well() -> None:
+    generator = np.random.Generator(np.random.Philox(key=3))
+    part = GeneratorPart(generator, name="noise")
+    saved = save(part)
+    expected = draw(generator)
+    load(part, saved)
+    assert draw(generator) == expected
+
+
 def test_a_generator_of_another_kind_is_refused_by_name() -> None:
     saved = save(GeneratorPart(np.random.default_rng(1), name="noise"))
     for other in (np.random.Generator(np.random.Philox(1)), torch.Generator(), random.Random(1)):

@@ -319,6 +319,7 @@ COPIES: dict[str, Any] = {
     "scaler": lambda m: torch.amp.GradScaler("cpu").state_dict(),
     "sampler": lambda m: dist_ckpt.ElasticSampler(4, global_batch=2).state_dict(),
     "nested": lambda m: {"epoch": 1, "optim": optimizer_of(m).state_dict()},
+    "list": lambda m: {"all": [{"lr": 1}, (optimizer_of(m).state_dict(),)]},
 }
 
 

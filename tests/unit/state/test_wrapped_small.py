@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.masked import masked_tensor
+from torch.utils._pytree import tree_map
 
 import dist_ckpt
-from dist_ckpt.errors import CheckpointError, IncompatibleError
+from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError
 from dist_ckpt.state import wrapped
 from dist_ckpt.storage.memory import MemoryStore
 from tests.distributed.scaled import Scaled, same, scaled
@@ -48,6 +50,50 @@ def test_weights_and_moments_come_back(steps: bool) -> None:
     assert same(live.kept, model.kept)
     for key, value in optimizer.state[model.weight].items():
         assert same(other.state[live.weight][key], value)
+
+
+class Face(torch.Tensor):
+    """A tensor that keeps its values in another one and does not say so."""
+
+    @staticmethod
+    def __new__(cls, behind: torch.Tensor) -> Any:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        return make(cls, behind.shape, dtype=behind.dtype)
+
+    def __init__(self, behind: torch.Tensor) -> None:
+        self.behind = behind
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        def plain(item: Any) -> Any:
+            return item.behind if isinstance(item, Face) else item
+
+        given = tree_map(plain, (args, kwargs or {}))
+        out = func(*given[0], **given[1])
+        return tree_map(lambda item: Face(item) if isinstance(item, torch.Tensor) else item, out)
+
+
+class Plain(torch.Tensor):
+    """A class of its own for the memory of its own."""
+
+
+def test_a_face_that_does_not_say_what_is_behind_it_is_refused_when_it_is_given() -> None:
+    module: Any = nn.Module()
+    module.w = nn.Parameter(Face(torch.arange(3.0)))
+    with pytest.warns(UserWarning, match="prototype"):
+        masked = masked_tensor(torch.ones(2), torch.tensor([True, False]))
+    for state in ({"m": module}, {"x": [masked]}, {"x": {"w": Face(torch.ones(2))}}):
+        with pytest.raises(UsageError, match=r"cannot store .* and has no __tensor_flatten__"):
+            dist_ckpt.Checkpointer(new_store(), state)
+    store = new_store()
+    dist_ckpt.save({"x": [torch.arange(3.0).as_subclass(Plain), Face(torch.ones(0))]}, store)
+    live = {"x": [torch.zeros(3).as_subclass(Plain), torch.ones(0)]}
+    filled = live["x"][0]
+    dist_ckpt.load(live, store)
+    assert live["x"][0] is filled
+    assert filled.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_other_kinds_are_refused_before_anything_changes() -> None:

@@ -79,7 +79,7 @@ class TestRoot:
     def test_that_is_a_broken_link_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "run").symlink_to("nowhere")
         for call in every_method(LocalStore(tmp_path / "run")):
-            with pytest.raises(UsageError, match="run is not a directory"):
+            with pytest.raises(UsageError, match="run is not a directory, nor a link to one"):
                 call()
 
     @pytest.mark.parametrize("path", ["", "a\0b"])
