@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, singledispatch
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -18,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import check_part
-from dist_ckpt.state.generators import GeneratorPart
+from dist_ckpt.state.generators import Generator, GeneratorPart
 from dist_ckpt.state.layout import address
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
@@ -263,6 +261,8 @@ def _(value: PerRank, name: str, models: Sequence[ModelPart]) -> Part:
             f"part {name!r}: a {kind} cannot be PerRank; give it as it is, or keep the values "
             "that differ between ranks in a dict of their own"
         )
+    if isinstance(inner, Generator) and value.reshard is None:
+        return GeneratorPart(inner, name=name)  # which is kept per rank in any case
     reshard = value.reshard or getattr(inner, "reshard", None)
     if keeps_state(inner):
         return StatefulPart(inner, name=name, per_rank=True, reshard=reshard)
@@ -281,11 +281,7 @@ def _(value: DataLoader, name: str, models: Sequence[ModelPart]) -> Part:  # typ
 
 
 @_part_of.register
-def _(
-    value: np.random.Generator | np.random.RandomState | torch.Generator | random.Random,
-    name: str,
-    models: Sequence[ModelPart],
-) -> Part:
+def _(value: Generator, name: str, models: Sequence[ModelPart]) -> Part:
     return GeneratorPart(value, name=name)
 
 
@@ -314,10 +310,13 @@ def _(value: GlobalRng | RngPart | GeneratorPart) -> int:
 
 
 @_turn.register
-def _(
-    value: np.random.Generator | np.random.RandomState | torch.Generator | random.Random,
-) -> int:
+def _(value: Generator) -> int:
     return 3
+
+
+@_turn.register
+def _(value: PerRank) -> int:
+    return 3 if isinstance(value.value, Generator) else 2
 
 
 # Whether what the optimizers of a state step is in the state at all.

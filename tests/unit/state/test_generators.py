@@ -11,7 +11,7 @@ import torch
 
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.state.generators import Generator, GeneratorPart
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import PerRank, TrainState
 from tests.unit.state.roundtrip import load, save
 
 MAKE: dict[str, Callable[[int], Generator]] = {
@@ -90,6 +90,17 @@ def test_what_is_spawned_next_is_no_copy_of_what_was_spawned() -> None:
         GeneratorPart(other, name="noise").restore(stored, {})
         fresh.append(draw(other.spawn(1)[0]))
     assert fresh[0] != fresh[1]
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_one_may_be_marked_as_of_each_rank_which_it_is(kind: str) -> None:
+    generator = MAKE[kind](3)
+    part = TrainState(noise=PerRank(generator)).parts["noise"]
+    assert isinstance(part, GeneratorPart)
+    saved = save(part)
+    expected = draw(generator)
+    load(part, saved)
+    assert draw(generator) == expected
 
 
 def test_one_that_cannot_spawn_comes_back_as_well() -> None:
