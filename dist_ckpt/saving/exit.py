@@ -27,6 +27,7 @@ from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 from dist_ckpt.errors import describe
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.saving import untold
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.waiting import Bell, Latch, start
@@ -160,8 +161,8 @@ class Closing(Protocol):
         ...
 
     @property
-    def url(self) -> str:
-        """Where it saves to."""
+    def job(self) -> Job:
+        """The ranks that save, and the run."""
         ...
 
     def close(self) -> None:
@@ -194,21 +195,23 @@ def end_without(saver: Closing) -> None:
     _open.discard(saver)
 
 
-def finish_before(url: str, *, besides: Closing | None = None) -> None:
-    """Wait for what others in this process save to `url`, before the run is taken over anew.
+def finish_before(job: Job, *, besides: Closing | None = None) -> None:
+    """Wait for what others in this process save to a run, before `job` takes it over anew.
 
     A claim that is taken now would end such a save, and nobody meant that: a cell of a notebook
     that is run twice, or `async_save` in a loop, goes on with what this very process does. Its
-    failure is told to whoever waits for it, or at the end.
+    failure is told to whoever waits for it, or at the end. One of other ranks is not waited for:
+    they may be gone, and be the reason to begin anew without them.
 
     Args:
-        url: the run.
+        job: what begins.
         besides: who asks.
     """
     if threading.current_thread() in _at_work:
         return  # called by such a save, as a listener is: it would wait for itself
     for saver in list(_open):
-        if saver is not besides and saver.url == url:
+        alike = saver.job.url == job.url and saver.job.ranks == job.ranks
+        if alike and saver is not besides:
             _wait_for(saver)
 
 

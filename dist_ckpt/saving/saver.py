@@ -125,7 +125,7 @@ class Saver:
     def _start(self, step: int, metrics: Metrics, about: SaveContext, last: Deadline) -> SaveHandle:
         self._job.check_process()
         if self._planner is None:
-            finish_before(self.url, besides=self)
+            finish_before(self._job, besides=self)
         begun = time.perf_counter()
         # First of all, since it may have to wait until the other ranks are there.
         planner = self._planner = self._planner or Agreement(
@@ -242,14 +242,14 @@ class Saver:
     def label(self) -> str:
         """The save in flight, as messages name it."""
         if self._pending is None:
-            return f"a save to {self.url}"
-        rank, many = self._job.training.rank, self._job.training.world_size > 1
-        return f"the save of step {self._pending.step} to {self.url}" + f" on rank {rank}" * many
+            return f"a save to {self._job.url}"
+        on = f" on rank {self._job.training.rank}" * (self._job.training.world_size > 1)
+        return f"the save of step {self._pending.step} to {self._job.url}{on}"
 
     @property
-    def url(self) -> str:
-        """Where it saves to."""
-        return self._job.url
+    def job(self) -> Job:
+        """The ranks that save, and the run."""
+        return self._job
 
     def give_up(self) -> None:
         """Cancel the save in flight, on every rank, and wait for a moment until it is over."""

@@ -109,7 +109,7 @@ class Resumer:
                 "discard_newer=True with node_local=True: what is newer would have to be hidden in "
                 "the folder of each host; delete it there (dist-ckpt rm), or begin another run"
             )
-        finish_before(self._job.url)  # the newest is what this very process is still writing
+        finish_before(self._job)  # the newest is what this very process is still writing
         self.refusal = None
         self._job.restore_asked = True
         step = start.step
