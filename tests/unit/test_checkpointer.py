@@ -192,7 +192,7 @@ def test_without_a_metric_there_is_no_best(store: MemoryStore) -> None:
 def test_a_metric_that_is_never_a_number_makes_no_best(store: MemoryStore) -> None:
     with Checkpointer(store, {"n": 1}) as ckpt:
         ckpt.save(1, metrics={LOSS: math.nan})
-    with pytest.raises(NotFound, match=f"the metric '{LOSS}' is nan in each checkpoint"):
+    with pytest.raises(NotFound, match=f"the metric '{LOSS}' is not a number in any"):
         dist_ckpt.load({"n": 0}, store, step="best", metric=LOSS)
 
 
