@@ -44,7 +44,7 @@ def refuse_snapshots(part: str, value: object) -> None:
 
 
 def refuse_generator_states(part: str, value: object) -> None:
-    """Check that nothing in `value` is a copy of the state of a random number generator.
+    """Check that `value` is no copy of the state of a random number generator, nor a tuple of some.
 
     Each save would store it as it was, and whoever sets a generator by it after a restart draws the
     numbers of the beginning again.
@@ -52,7 +52,7 @@ def refuse_generator_states(part: str, value: object) -> None:
     Raises:
         UsageError: something is; says what to give instead.
     """
-    for where, what in _generator_states(value, part, 0):
+    for where, what in _generator_states(value, part):
         raise UsageError(
             f"{where} is what {what} returned: a copy, which is the same at each save. Leave it "
             "out, for the generators of Python, numpy, torch and CUDA are part of every state; a "
@@ -129,16 +129,14 @@ def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str
         yield from _snapshots(item, f"{where}[{key!r}]", depth + 1)
 
 
-def _generator_states(value: object, where: str, depth: int) -> Iterator[tuple[str, str]]:
+def _generator_states(value: object, where: str) -> Iterator[tuple[str, str]]:
     what = _generator_of(value)
     if what is not None:
         yield where, what
-    elif depth < _DEEPEST and isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _generator_states(item, f"{where}[{key!r}]", depth + 1)
-    elif depth < _DEEPEST and isinstance(value, (list, tuple)):
+    elif isinstance(value, tuple):
+        # What stands in a list or a dict may be another one by the time of the next save.
         for at, item in enumerate(value):
-            yield from _generator_states(item, f"{where}[{at}]", depth + 1)
+            yield from _generator_states(item, f"{where}[{at}]")
 
 
 def _generator_of(value: object) -> str | None:

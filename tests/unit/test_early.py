@@ -153,7 +153,7 @@ def test_nothing_takes_the_place_of_the_generators_of_the_process(value: Any) ->
     ("make", "match"),
     [
         (random.getstate, r"x is what random.getstate\(\)"),
-        (lambda: {"py": [random.getstate()]}, r"x\['py'\]\[0\] is what random"),
+        (lambda: (0, (random.getstate(),)), r"x\[1\]\[0\] is what random"),
         (np.random.get_state, r"x is what np.random.get_state\(\)"),
         (lambda: np.random.get_state(legacy=False), "x is what bit_generator.state"),
         (lambda: (1, np.random.default_rng(1).bit_generator.state), r"x\[1\] is what bit_gen"),
@@ -171,6 +171,8 @@ def test_a_copy_of_the_state_of_a_generator_is_no_part(
     # What only looks like one.
     alike = [(3, (1, 2), None), ("a", 1, 2, 3, 4), torch.zeros(9, dtype=torch.uint8), {"state": 1}]
     Checkpointer(new_store(), {"n": 1, "x": alike}).close()
+    # What may be bound anew before each save.
+    Checkpointer(new_store(), {"n": 1, "x": {"py": make()}, "y": [make()]}).close()
 
 
 # ------------------------------------------------------------------ arguments
