@@ -38,7 +38,7 @@ from dist_ckpt.storage.base import Store, Sweeper, is_temporary
 from dist_ckpt.storage.parallel import map_in_parallel, threads_for
 
 _LOOKED_AT_ONCE = 128
-_ASKED_AGAIN = 3
+_ASKED_AGAIN = 2
 
 
 def removable(
@@ -73,10 +73,11 @@ def remembered(
     while True:
         found = history.read(steps)
         gone = may_go(found)
-        kept = before & {each.step for each in found} - {each.step for each in gone}
-        # What somebody deleted by hand must keep no room. Asked of those alone that a restart
-        # takes first; if one is gone, all are read anew.
-        asked = sorted(kept)[-_ASKED_AGAIN:]
+        old = {each.step for each in gone} & before
+        kept = before.intersection(each.step for each in found) - old
+        # What somebody deleted by hand must keep no room, and is not deleted again. Asked of what
+        # may go, and of those alone that a restart takes first; if one is gone, all are read anew.
+        asked = sorted(old.union(sorted(kept)[-_ASKED_AGAIN:]))
         if not gone or committed_of(asked) == asked:
             return gone
         for step in before:

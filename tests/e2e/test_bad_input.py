@@ -69,7 +69,7 @@ def test_a_path_that_is_no_run(tmp_path: Path) -> None:
 def test_a_path_that_is_a_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("hello")
-    with pytest.raises(UsageError, match="not a directory"):
+    with pytest.raises(UsageError, match="a file and no folder"):
         dist_ckpt.load(parts(), file)
     with pytest.raises(UsageError, match="not a directory"):
         dist_ckpt.save(parts(), file)
