@@ -214,7 +214,8 @@ class Saver:
         self._job.check_process()  # what its threads are to finish, no thread of a child will
         self.finish_pending()
         error, self._earlier = self._earlier, None
-        error = None if goes_on and error is not None and self.outcomes.bears(error) else error
+        if goes_on and error is not None and self.outcomes.bears(error):
+            error = None
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
@@ -235,8 +236,9 @@ class Saver:
     def in_flight(self) -> SaveHandle | None:
         """The save that is not over yet, and was not given up."""
         found = self._pending
-        over = found is None or found is self._given_up or found.done() or self._job.is_parents
-        return None if over else found
+        if found is None or found is self._given_up or found.done() or self._job.is_parents:
+            return None
+        return found
 
     @property
     def label(self) -> str:

@@ -104,11 +104,6 @@ class Resumer:
     def _restore(
         self, start: Start, failed: Exception | None, options: Mapping[str, Any]
     ) -> LoadReport | None:
-        if start.discard_newer and self._job.ranks.node_local:
-            raise UsageError(
-                "discard_newer=True with node_local=True: what is newer would have to be hidden in "
-                "the folder of each host; delete it there (dist-ckpt rm), or begin another run"
-            )
         finish_before(self._job)  # the newest is what this very process is still writing
         self.refusal = None
         self._job.restore_asked = True
