@@ -12,9 +12,8 @@ from dist_ckpt.format import index as index_format
 from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, block_count, file_digest
 from dist_ckpt.format.index import ChunkTable, FileEntry, Index, TensorEntry
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
 
 TENSORS = 1500

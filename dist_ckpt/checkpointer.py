@@ -10,7 +10,7 @@ from dist_ckpt import flags
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.format.names import check_step, plain_step
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords
 from dist_ckpt.policy import SavePolicy
 from dist_ckpt.ranks.job import Job, Place
@@ -18,10 +18,9 @@ from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.exit import leave
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.metrics import Metrics, as_given
+from dist_ckpt.saving.provenance import Metrics, as_given
 from dist_ckpt.saving.saver import Saver
-from dist_ckpt.state.roles import stoppers_of
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import TrainState, stoppers_of
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.early import (
     TrainingKeywords,

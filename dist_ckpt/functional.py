@@ -12,19 +12,17 @@ from torch import nn
 from dist_ckpt.errors import NotFound
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.choosing import Which
-from dist_ckpt.loading.loader import Loader
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.ranks.job import Job, Place
-from dist_ckpt.ranks.job_ranks import JOB_KEYWORDS, JobRanks
+from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.metrics import as_given
+from dist_ckpt.saving.provenance import as_given
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.roles import stoppers_of, which_of
 from dist_ckpt.state.tensors import TensorsPart
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import TrainState, stoppers_of, which_of
 from dist_ckpt.training.early import (
     check_generators_kept,
     check_job_holds_all,
@@ -62,7 +60,7 @@ def save(
             `dist_ckpt.options.SaveOptions`. `ranks="alone"`: this process saves alone,
             whatever the others do; `process_group`: the ranks of that group save together;
             `node_local`: each host has a folder of its own there. See
-            `dist_ckpt.ranks.job_ranks.JobRanks`.
+            `dist_ckpt.ranks.rendezvous.JobRanks`.
 
     Raises:
         CheckpointError: nothing was committed. The same on every rank.

@@ -33,10 +33,9 @@ from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step, manifest_key
 from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository import copying, marks, status
+from dist_ckpt.repository import copying, status
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository import scratch as scratches
-from dist_ckpt.repository.below import runs_below, similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.collect import (
     collect_garbage,
@@ -45,7 +44,7 @@ from dist_ckpt.repository.collect import (
     garbage,
 )
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
-from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.history import Record, is_pinned, mark_removed
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.listed import (
     KeepDecision,
@@ -56,6 +55,8 @@ from dist_ckpt.repository.listed import (
     marked,
     newest_down,
     protected,
+    runs_below,
+    similar_beside,
     tell_bad,
 )
 from dist_ckpt.repository.ranking import Criterion, Mode, best_among
@@ -380,9 +381,9 @@ class Run:
         except (IntegrityError, IncompatibleError):
             delete_checkpoint(self.store, step)  # only asked for by name, and forced
             return
-        if not pinned_too and marks.is_pinned(self.store, step, save_id):
+        if not pinned_too and is_pinned(self.store, step, save_id):
             return  # since the plan was made
-        marks.mark_removed(self.store, step, save_id)
+        mark_removed(self.store, step, save_id)
         # Itself alone: a job that went back may have saved the step anew since the look.
         delete_exactly(self.store, manifest_key(step), data)
         delete_attempt(self.store, step, save_id)

@@ -18,15 +18,20 @@ import numpy as np
 
 from benchmarks.measure import say
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.digest import DIGEST_BYTES, cut_blocks
 from dist_ckpt.format.index import FileEntry, TensorEntry
 from dist_ckpt.format.manifest import FilesTotal, Manifest, ManifestFile, RankTimings
 from dist_ckpt.format.names import segment_name, shard_name
-from dist_ckpt.format.root import SegmentNote, Spent
-from dist_ckpt.format.segment import Segment, chunk_nbytes
+from dist_ckpt.format.segments import (
+    Segment,
+    SegmentNote,
+    Spent,
+    chunk_nbytes,
+    decode_root,
+    encode_root,
+    encode_segment,
+)
 from dist_ckpt.format.shard import ALIGN_BYTES
 from dist_ckpt.format.structure import Layout, Structure
 from dist_ckpt.saving.provenance import few_hosts
@@ -155,7 +160,7 @@ def measure(ranks: int, looked_at: int = 8) -> Sizes:
     encoded = structure_format.encode(of)
     some = sorted({rank * (ranks - 1) // (looked_at - 1) for rank in range(looked_at)})
     made = {rank: segment(of, rank, rng) for rank in some}
-    data = {rank: segment_format.encode(each) for rank, each in made.items()}
+    data = {rank: encode_segment(each) for rank, each in made.items()}
     notes = [
         _note(rank, made[near], data[near], rng)
         for rank, near in ((rank, some[rank * len(some) // ranks]) for rank in range(ranks))
@@ -163,9 +168,9 @@ def measure(ranks: int, looked_at: int = 8) -> Sizes:
     notes[0] = msgspec.structs.replace(notes[0], nbytes=len(data[0]), inside=data[0])
     spent = [Spent(rng.uniform(0.1, 0.2), rng.uniform(2, 3)) for _ in range(ranks)]
     begun = time.perf_counter()
-    root = root_format.encode(encoded, notes, spent)
+    root = encode_root(encoded, notes, spent)
     seconds = time.perf_counter() - begun
-    root_format.decode(root)
+    decode_root(root)
     digests = {rank: sum(len(f.blocks) for f in each.files) for rank, each in made.items()}
     counted = sum(len(each.file) for each in made.values())
     stored = sum(file.nbytes for each in made.values() for file in each.files)
@@ -187,7 +192,7 @@ def described(ranks: int) -> tuple[Manifest, bytes, list[str]]:
     like = segment(of, ranks - 1, rng)
     notes = notes_of(ranks, like, rng)
     spent = [Spent(rng.uniform(0.1, 0.2), rng.uniform(2, 3)) for _ in range(ranks)]
-    root = root_format.encode(structure_format.encode(of), notes, spent)
+    root = encode_root(structure_format.encode(of), notes, spent)
     names = [name for note in notes for name, _ in note.files]
     names += [segment_name(note.rank) for note in notes]
     return manifest_format.decode(_manifest(notes, spent, len(root)), step=1000), root, names
@@ -195,7 +200,7 @@ def described(ranks: int) -> tuple[Manifest, bytes, list[str]]:
 
 def notes_of(ranks: int, like: Segment, rng: random.Random) -> list[SegmentNote]:
     """Return what ranks would report of their segments, were they all like one."""
-    data = segment_format.encode(like)
+    data = encode_segment(like)
     return [_note(rank, like, data, rng) for rank in range(ranks)]
 
 

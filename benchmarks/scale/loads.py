@@ -22,8 +22,6 @@ from benchmarks.measure import say
 from benchmarks.scale.index import described, segment, structure
 from benchmarks.scale.planning import peak_mib
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import bytes_digest
@@ -36,12 +34,11 @@ from dist_ckpt.format.names import (
     shard_name,
     step_dir,
 )
-from dist_ckpt.format.root import SegmentNote, Spent
+from dist_ckpt.format.segments import SegmentNote, Spent, encode_root, encode_segment
 from dist_ckpt.format.structure import Structure
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, bridge
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.storage.memory import MemoryStore
@@ -138,7 +135,7 @@ def _put(store: MemoryStore, of: Structure, ranks: int, wanted: Sequence[tuple[i
     notes, inside = [], b""
     for rank in range(ranks):
         mine = segment(of, rank, rng) if rank in real else like
-        data = segment_format.encode(mine)
+        data = encode_segment(mine)
         key = file_key(1000, draft.save_id, segment_name(rank))
         if rank in real and rank:
             store.put(key, [data])
@@ -149,7 +146,7 @@ def _put(store: MemoryStore, of: Structure, ranks: int, wanted: Sequence[tuple[i
         files = list(zip(names, sizes, strict=True))
         notes.append(SegmentNote(rank, len(data), bytes_digest(data), files, []))
     notes[0] = msgspec.structs.replace(notes[0], inside=inside)
-    root = root_format.encode(structure_format.encode(of), notes, [Spent(0.1, 2.5)] * ranks)
+    root = encode_root(structure_format.encode(of), notes, [Spent(0.1, 2.5)] * ranks)
     key = index_key(1000, draft.save_id)
     index = ManifestFile(key.removeprefix(f"{step_dir(1000)}/"), len(root), bytes_digest(root))
     total = FilesTotal.of(nbytes for note in notes for _, nbytes in note.files)

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.measure import say
 from benchmarks.scale.jobs import JOBS
 from dist_ckpt.ranks.rounds import pack
-from dist_ckpt.saving.job_plan import plan_job
+from dist_ckpt.saving.agreement import plan_job
 
 RANKS = (64, 1024, 16_384)
 SECONDS_TARGET = 60.0

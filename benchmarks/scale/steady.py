@@ -21,11 +21,11 @@ import torch
 from benchmarks.measure import say
 from benchmarks.scale.index import notes_of, parameters, segment, structure
 from benchmarks.scale.planning import peak_mib
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
+from dist_ckpt.format.segments import encode_segment
 from dist_ckpt.options import SaveOptions
 from dist_ckpt.planning.describe import Describer
-from dist_ckpt.planning.index import IndexPlan
+from dist_ckpt.planning.files import IndexPlan
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.repository import Repository
@@ -88,7 +88,7 @@ def measure(ranks: int) -> Row:
         )
         for _ in range(ranks)
     ]
-    inside = segment_format.encode(mine)
+    inside = encode_segment(mine)
     notes = notes_of(ranks, segment(of, ranks - 1, rng), rng)
     notes[0] = msgspec.structs.replace(notes[0], nbytes=len(inside))
     reports = [

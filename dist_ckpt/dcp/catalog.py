@@ -36,8 +36,8 @@ from dist_ckpt.foreign.leaves import ForeignLeaf
 from dist_ckpt.foreign.names import Placed
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.foreign.tensors_aside import TensorsAside
-from dist_ckpt.format import document
 from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.manifest import decode_document
 from dist_ckpt.format.names import step_dir
 from dist_ckpt.repository import Checkpoint
 from dist_ckpt.repository.source import Source
@@ -341,7 +341,7 @@ def _objects(source: Source) -> Iterator[tuple[str, str, bytes]]:
     for entry in source.index.objects:
         if entry.rank is None:
             where = f"part {entry.part!r} of {source.where}"
-            for name, data in document.decode(source.read_object(entry), where=where).items():
+            for name, data in decode_document(source.read_object(entry), where=where).items():
                 yield entry.part, name, data
 
 

@@ -28,8 +28,8 @@ from dist_ckpt.dcp.edge import plain_errors
 from dist_ckpt.dcp.items import box_of, held_of, paths_of
 from dist_ckpt.format.boxes import Box, volume
 from dist_ckpt.planning.owners import decide
-from dist_ckpt.staging.copies import view_box
-from dist_ckpt.state.wrapped import is_wrapped
+from dist_ckpt.staging.arena import view_box
+from dist_ckpt.state.layout import is_wrapped
 
 
 class Planner(DefaultSavePlanner):

@@ -12,8 +12,7 @@ from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.foreign.dcp_tree import FACES, TREE, TREE_FILE, encode_faces, encode_tree
 from dist_ckpt.format.index import FileEntry, Index
-from dist_ckpt.planning.files import StagedFile, stage_documents
-from dist_ckpt.planning.index import WrittenFile
+from dist_ckpt.planning.files import StagedFile, WrittenFile, stage_documents
 
 
 def tree_file(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> StagedFile | None:

@@ -2,22 +2,26 @@
 
 The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
 no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
-it has all results. What belongs to a save is kept by its thread: see `dist_ckpt.dcp.in_flight`.
+it has all results. What belongs to a save is kept by its thread: see `dist_ckpt.dcp.writer`.
+
+All calls of one save come on one thread, and a thread has one save at a time: there its state is
+kept. What the other ranks send for it bears its token, so that none takes what is another's.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -25,28 +29,19 @@ from torch.futures import Future
 
 from dist_ckpt import events
 from dist_ckpt.dcp import process, turns
-from dist_ckpt.dcp.commit import StockAttempt, StockReport
+from dist_ckpt.dcp.commit import StockAttempt, StockReport, file_images, resolve_share
 from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
-from dist_ckpt.dcp.in_flight import (
-    Assigned,
-    OfThread,
-    Results,
-    Save,
-    Wish,
-    check_wishes,
-    mixed_up,
-)
 from dist_ckpt.dcp.items import described, without_empty
-from dist_ckpt.dcp.plan_cache import forget, forget_global, whole_global, whole_local
-from dist_ckpt.dcp.share import file_images, resolve_share
+from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.tree import tree_file
+from dist_ckpt.dcp.turns import ThreadEnd, tell_when_gone
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import digest_blocks
 from dist_ckpt.format.names import check_step
-from dist_ckpt.planning.files import StagedFile
-from dist_ckpt.planning.index import WrittenFile
+from dist_ckpt.planning.files import StagedFile, WrittenFile
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.waiting import Latch
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -371,3 +366,97 @@ def _put(transaction: Transaction, rank: int, file: StagedFile) -> WrittenFile:
         )
     )
     return WrittenFile(file.name, len(image), blocks[0], file.blocks)
+
+
+# One save among several in flight: what belongs to it, and what its ranks send one another.
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a rank was asked to save, on its way to rank 0; `token` is that of the rank's save."""
+
+    step: int
+    url: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """Which attempt a rank writes for, and as whom, on its way back."""
+
+    step: int
+    save_id: str
+    rank: int
+    token: str
+
+
+class Save:
+    """One save on one rank.
+
+    Args:
+        step: what it was asked to save.
+
+    Attributes:
+        token: by which it knows again what is for it.
+        attempt: on rank 0, from its plans on.
+        over: opened when it is.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.token = secrets.token_hex(8)
+        self.attempt: StockAttempt | None = None
+        self.over = Latch()
+        tell_when_gone(self, self.over)
+
+
+class Results(list[WriteResult]):
+    """What `write_data` returns. It keeps the save, as stock keeps it until the save is over."""
+
+    def __init__(self, report: StockReport, save: Save) -> None:
+        super().__init__([WriteResult(MetadataIndex(""), report.nbytes, report)])
+        self.save = save
+
+    def __reduce__(self) -> tuple[type[list[WriteResult]], tuple[list[WriteResult]]]:
+        return list, (list(self),)
+
+
+class OfThread(threading.local):
+    """What a thread knows of its save.
+
+    Attributes:
+        step: the one that was named last in this thread.
+        refusal: why what was named is no step.
+        save: the save, until it writes.
+        writing: the save, from then on.
+        end: tells that it is over with this thread.
+    """
+
+    step: int | None = None
+    refusal: UsageError | None = None
+    save: Save | None = None
+    writing: weakref.ref[Save] | None = None
+    end: ThreadEnd | None = None
+
+
+def check_wishes(asked: Sequence[Wish]) -> None:
+    """Raise unless all ranks were asked for the same.
+
+    Raises:
+        UsageError: the first rank that was asked for something else than rank 0.
+    """
+    for rank, each in enumerate(asked):
+        if (each.step, each.url) != (asked[0].step, asked[0].url):
+            raise UsageError(
+                f"rank 0 was asked to save step {asked[0].step} to {asked[0].url} and rank {rank} "
+                f"step {each.step} to {each.url}: give every rank's Writer the same arguments"
+            )
+
+
+def mixed_up() -> UsageError:
+    """Return the error of a save that was sent what is another one's."""
+    return UsageError(
+        "this save was sent what is another one's: several were under way over one process group. "
+        "Leave the staging to the Writer (no async_stager), which has them take turns; or give "
+        "each its process_group, or wait for the one before"
+    )

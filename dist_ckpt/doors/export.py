@@ -1,9 +1,9 @@
-"""Weights out of a checkpoint, to the formats that other programs read."""
+"""Weights out of a checkpoint: formats, renames, dtypes; streamed, atomic, read back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
@@ -11,19 +11,181 @@ from typing import Any, Literal, NotRequired, SupportsIndex, TypeAlias, TypedDic
 import msgspec
 import torch
 
-from dist_ckpt.doors import safetensors, stock, torch_archive
+from dist_ckpt.doors import torch_archive
 from dist_ckpt.doors.content import Item, Outgoing, StoredContent, dtype_to_cast
 from dist_ckpt.doors.image import Drawing, Image
+from dist_ckpt.doors.pickling import Built, Call, Name, Pairs, pickled
 from dist_ckpt.doors.placing import OutFile, place_folder, place_one
-from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.doors.torch_archive import Archive, whole_storage
+from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError
+from dist_ckpt.format.shard import DTYPES, ShardEntry, layout
 from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.state.layout import dtype_name
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, Stream, read_all
 from dist_ckpt.storage.resolve import resolve
-from dist_ckpt.storage.stream import Stream
+
+INDEX_FILE = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+
+# What heads are called that share their weights with the embedding below.
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out|decoder|generator)\.\w+$"
+)
+_SHARED = re.compile(r"(^|\.)shared\.\w+$")
+
+
+def check_dtypes(items: Iterable[Item]) -> None:
+    """Check that safetensors has the dtypes of `items`.
+
+    Raises:
+        IncompatibleError: it has not.
+    """
+    for item in items:
+        name = dtype_name(item.dtype)
+        code, _ = DTYPES.get(name, ("U8", 1))
+        if code == "U8" and name != "uint8":
+            raise IncompatibleError(
+                f"{item.name} has the dtype {name}, which safetensors does not know: export with "
+                "format='torch' or 'dcp'",
+                kind=ErrorKind.STATE_MISMATCH,
+            )
+
+
+def draw_shard(items: Sequence[Item], aliases: Mapping[str, str]) -> Callable[[], Image]:
+    """Return what draws the file of `items`.
+
+    Args:
+        items: in any order.
+        aliases: names that are left out, and the item that has their memory.
+    """
+    entries = [ShardEntry(item.name, dtype_name(item.dtype), item.shape) for item in items]
+    # As transformers asks for it, and as `safetensors.torch.save_model` notes what it leaves out.
+    placed = layout(entries, {"format": "pt", **dict(sorted(aliases.items()))})
+    order = sorted(zip(placed.offsets, items, strict=True), key=lambda pair: pair[0])
+
+    def draw() -> Image:
+        image = Image()
+        image.add_bytes(placed.header)
+        for _, item in order:
+            image.add_tensor(item)
+        return image
+
+    return draw
+
+
+def aliases_of(ties: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """Return for each tied name that is left out the one that is kept.
+
+    Transformers keeps the embedding and ties the head to it anew: a file that had the head alone
+    would be loaded with a new embedding.
+    """
+    found: dict[str, str] = {}
+    for group in ties:
+        names = sorted(name for name in group if not _HEAD.search(name)) or sorted(group)
+        kept = next((name for name in names if _SHARED.search(name)), names[0])
+        found |= {name: kept for name in group if name != kept}
+    return found
+
+
+def cut_shards(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
+    """Return `items` in shards of at most `max_bytes`; a tensor that is larger has one of its own.
+
+    The order is kept.
+    """
+    shards: list[list[Item]] = [[]]
+    nbytes = 0
+    for item in items:
+        if shards[-1] and nbytes + item.nbytes > max_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(item)
+        nbytes += item.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """Return what the shards are called."""
+    if count == 1:
+        return [ONE_FILE]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def weight_index(shards: Sequence[Sequence[Item]]) -> bytes:
+    """Return the index of several shards."""
+    names = shard_names(len(shards))
+    files = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+    total = sum(item.nbytes for shard in shards for item in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+
+
+# A directory as `torch.distributed.checkpoint.save` writes it: `.distcp` files and `.metadata`.
+
+
+DATA_FILE = "__0_0.distcp"
+METADATA_FILE = ".metadata"
+_CLASSES = "torch.distributed.checkpoint.metadata"
+_ALIGN_BYTES = 64
+
+
+def draw_data(items: Mapping[str, Item]) -> tuple[Image, dict[str, tuple[int, int]]]:
+    """Return the image of the one data file, and by name where in it a tensor's archive lies."""
+    image = Image()
+    places: dict[str, tuple[int, int]] = {}
+    for name, item in items.items():
+        image.skip_to(image.nbytes + -image.nbytes % _ALIGN_BYTES)
+        start = image.nbytes
+        Archive(image).add(whole_storage(item, 0), [item])
+        places[name] = start, image.nbytes - start
+    return image, places
+
+
+def describe_data(items: Mapping[str, Item], places: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the `.metadata` of that file: a pickle of what DCP plans a load by."""
+    fields = {
+        "state_dict_metadata": {name: _tensor(item) for name, item in items.items()},
+        "planner_data": {name: (name,) for name in items},
+        "storage_data": Pairs(
+            tuple((_index(item), _place(*places[name])) for name, item in items.items())
+        ),
+        "storage_meta": None,
+    }
+    return pickled(Built(Name(_CLASSES, "Metadata"), fields))
+
+
+def _tensor(item: Item) -> Built:
+    dtype = Name("torch", dtype_name(item.dtype))
+    layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(Name(_CLASSES, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = (dtype, layout, False, contiguous, False)
+    whole = {"offsets": _size((0,) * len(item.shape)), "sizes": _size(item.shape)}
+    fields = {
+        "properties": Built(Name(_CLASSES, "TensorProperties"), properties),
+        "size": _size(item.shape),
+        "chunks": [Built(Name(_CLASSES, "ChunkStorageMetadata"), whole)],
+    }
+    return Built(Name(_CLASSES, "TensorStorageMetadata"), fields)
+
+
+def _index(item: Item) -> Built:
+    fields = {"fqn": item.name, "offset": _size((0,) * len(item.shape)), "index": 0}
+    return Built(Name(_CLASSES, "MetadataIndex"), fields)
+
+
+def _place(offset: int, nbytes: int) -> Built:
+    fields = {"relative_path": DATA_FILE, "offset": offset, "length": nbytes}
+    return Built(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), fields)
+
+
+def _size(sizes: tuple[int, ...]) -> Call:
+    return Call(Name("torch", "Size"), (sizes,))
+
+
+# Weights out of a checkpoint, to the formats that other programs read.
+
 
 Format: TypeAlias = Literal["safetensors", "hf", "torch", "dcp"]
 FORMATS: tuple[Format, ...] = ("safetensors", "hf", "torch", "dcp")
@@ -32,7 +194,7 @@ WhichStep: TypeAlias = SupportsIndex | Literal["latest", "best"] | None
 
 # What a file is called where the place is a folder, and by which ends a place is a file.
 _ONE_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "safetensors": (safetensors.ONE_FILE, (".safetensors",)),
+    "safetensors": (ONE_FILE, (".safetensors",)),
     "torch": ("model.pt", (".pt", ".pth", ".bin", ".ckpt")),
 }
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -109,7 +271,7 @@ def export(
     ```python
     import dist_ckpt
     import torch
-    from safetensors.torch import load_file
+    from torch import load_file
 
     model = torch.nn.Linear(4, 8)
     dist_ckpt.save({"model": model}, "runs/17")
@@ -303,22 +465,22 @@ def _files(
         assert key is not None
         return [OutFile(key, drawn(torch_archive.draw_file(items, content.ties)))], {}
     if choice.format == "dcp":
-        metadata = stock.describe_data(items, stock.draw_data(items)[1])
-        data = drawn(lambda: stock.draw_data(items)[0])
-        return [OutFile(stock.DATA_FILE, data), _small(stock.METADATA_FILE, metadata)], {}
-    safetensors.check_dtypes(items.values())
+        metadata = describe_data(items, draw_data(items)[1])
+        data = drawn(lambda: draw_data(items)[0])
+        return [OutFile(DATA_FILE, data), _small(METADATA_FILE, metadata)], {}
+    check_dtypes(items.values())
     if choice.format == "safetensors":
         assert key is not None
-        return [OutFile(key, drawn(safetensors.draw_shard(list(items.values()), {})))], {}
-    aliases = safetensors.aliases_of(content.ties)
-    shards = safetensors.cut_shards(
+        return [OutFile(key, drawn(draw_shard(list(items.values()), {})))], {}
+    aliases = aliases_of(content.ties)
+    shards = cut_shards(
         [item for name, item in items.items() if name not in aliases], choice.max_shard_bytes
     )
     files = _configuration(choice.like, cast)
-    for name, shard in zip(safetensors.shard_names(len(shards)), shards, strict=True):
-        files.append(OutFile(name, drawn(safetensors.draw_shard(shard, _of(shard, aliases)))))
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        files.append(OutFile(name, drawn(draw_shard(shard, _of(shard, aliases)))))
     if len(shards) > 1:
-        files.append(_small(safetensors.INDEX_FILE, safetensors.weight_index(shards)))
+        files.append(_small(INDEX_FILE, weight_index(shards)))
     return files, aliases
 
 

@@ -18,10 +18,9 @@ from dist_ckpt.doors.image import WINDOW_BYTES
 from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.repository.tally import Tally
-from dist_ckpt.storage.base import Store, Sweeper, read_all
+from dist_ckpt.storage.base import Store, Stream, Sweeper, put_stream, read_all
 from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.storage.parallel import in_parallel
-from dist_ckpt.storage.stream import Stream, put_stream
 
 NOTE = "unfinished-export.json"
 _NOTE_LIMIT_BYTES = 1 << 26

@@ -28,7 +28,7 @@ from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.storage.stream import Stream
+from dist_ckpt.storage.base import Stream
 
 _IN_MEMORY_BYTES = 256 << 20
 _SAVE_BYTES = 128 << 20

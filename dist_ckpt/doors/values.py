@@ -14,14 +14,13 @@ import msgspec
 import numpy as np
 import torch
 
-from dist_ckpt.format import document
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.manifest import decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.copying import ValuesDiffer
-from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import PAIRS, SETS, TAG
-from dist_ckpt.state.leaves import BY_TAG
-from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED
+from dist_ckpt.state.objects import parse_document
+from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED
 from dist_ckpt.state.value_fit import VALUE
 
 _PAIRS = frozenset(PAIRS.values())
@@ -77,7 +76,7 @@ def _values(checkpoint: Checkpoint, which: ValuesDiffer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in checkpoint.index.objects:
         if (entry.part, entry.rank) == (which.part, which.rank):
-            for name, data in document.decode(checkpoint.read_object(entry), where=where).items():
+            for name, data in decode_document(checkpoint.read_object(entry), where=where).items():
                 found[name] = parse_document(data, f"{which.part}.{name}")
     return found
 

@@ -19,10 +19,9 @@ from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.foreign.tensors_aside import TensorsAside
-from dist_ckpt.format import document
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import Index, TensorEntry
-from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.format.manifest import Manifest, decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.encoding import Encoded
@@ -266,7 +265,7 @@ class DcpRun:
             where = f"part {entry.part!r} of {self.where}"
             try:
                 data = self._checkpoint.read_object(entry)
-                values = document.decode(data, where=where)
+                values = decode_document(data, where=where)
             except IntegrityError as error:
                 # Said to whoever wants this part: the others are whole.
                 self._damaged[entry.part] = error

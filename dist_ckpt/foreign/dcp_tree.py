@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format import document
+from dist_ckpt.format.manifest import decode_document, encode_document
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.format.shard import parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
@@ -77,19 +77,19 @@ def encode_tree(data: object) -> bytes:
     # Tens of thousands of paths are the common case, and as typed JSON would take seconds to read.
     if type(data) is dict and all(map(_is_path, data.items())):
         return msgspec.json.encode({_PATHS: list(data.values())})
-    return document.encode({_VALUE: encode(data, path=TREE, aside=False)})
+    return encode_document({_VALUE: encode(data, path=TREE, aside=False)})
 
 
 def encode_faces(faces: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Return what is noted of wrapped tensors as it is stored."""
-    return document.encode({name: encode(dict(noted), path=name) for name, noted in faces.items()})
+    return encode_document({name: encode(dict(noted), path=name) for name, noted in faces.items()})
 
 
 def _faces(data: bytes | None, where: str) -> dict[str, Mapping[str, Any]]:
     if data is None:
         return {}
     found: dict[str, Mapping[str, Any]] = {}
-    for name, encoded in document.decode(data, where=where).items():
+    for name, encoded in decode_document(data, where=where).items():
         noted = decode(encoded, tensors={}, path=f"{where}: {name}")
         if not isinstance(noted, dict):
             raise _malformed(where, f"what is noted of {name!r} is no dict")
@@ -106,7 +106,7 @@ def _is_path(item: tuple[object, object]) -> bool:
 
 
 def _decoded(data: bytes, where: str) -> Any:
-    stored = document.decode(data, where=where)
+    stored = decode_document(data, where=where)
     if stored.keys() == {_VALUE}:
         return decode(stored[_VALUE], tensors={}, path=where)
     if stored.keys() != {_PATHS}:

@@ -21,8 +21,7 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import FILES_LIMIT, shard_name
 from dist_ckpt.format.shard import itemsize
 from dist_ckpt.repository.source import read_file
-from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.base import Scatter, Store
 
 Chunk = tuple[int, int, int, Box]
 """Tensor number, file number, byte offset in the file, box."""

@@ -17,11 +17,9 @@ import numpy as np
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, find_uncovered
-from dist_ckpt.format.index import check_tensors
-from dist_ckpt.format.index_values import TensorEntry
-from dist_ckpt.format.limits import MAX_NDIM
-from dist_ckpt.format.names import RANK_LIMIT
-from dist_ckpt.format.tables import (
+from dist_ckpt.format.index import TensorEntry, check_tensors
+from dist_ckpt.format.limits import (
+    MAX_NDIM,
     MOST_NAMES,
     Column,
     bad_index,
@@ -34,6 +32,7 @@ from dist_ckpt.format.tables import (
     read_column,
     runs,
 )
+from dist_ckpt.format.names import RANK_LIMIT
 
 MOST_CHUNKS = 1 << 31
 MOST_BYTES = 2**63 - 1

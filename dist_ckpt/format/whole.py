@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.index_values import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.limits import Column, bad_index
 from dist_ckpt.format.names import parse_shard_name
-from dist_ckpt.format.root import Spent
-from dist_ckpt.format.segment import Segment
+from dist_ckpt.format.segments import (
+    Segment,
+    Spent,
+    decode_root,
+    decode_segment,
+    encode_root,
+    encode_segment,
+)
 from dist_ckpt.format.structure import Cut, RankChunks, Structure, structure_of
-from dist_ckpt.format.tables import Column, bad_index
 
 
 def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
@@ -31,12 +35,12 @@ def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
         raise bad_index("two tensors of one part have the same name")
     encoded = structure_format.encode(structure)
     segments = _segments(index, structure, ranks)
-    notes = [each.noted(segment_format.encode(each), inside=True) for each in segments]
-    data = root_format.encode(encoded, notes, spent)
+    notes = [each.noted(encode_segment(each), inside=True) for each in segments]
+    data = encode_root(encoded, notes, spent)
     # Nothing may be committed that no reader would take.
-    root = root_format.decode(data)
+    root = decode_root(data)
     for place, note in enumerate(notes):
-        segment_format.decode(note.inside, root, place)
+        decode_segment(note.inside, root, place)
     return data
 
 

@@ -15,11 +15,10 @@ from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.integrations.names import Names, PointedAt, StepName
-from dist_ckpt.loading.loader import Loader
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.job_ranks import JobRanks, Ranks
+from dist_ckpt.ranks.rendezvous import JobRanks, Ranks
 from dist_ckpt.run import Run
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.state.layout import address

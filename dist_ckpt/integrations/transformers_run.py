@@ -21,7 +21,7 @@ from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.format.names import STEP_LIMIT, step_dir
 from dist_ckpt.integrations.transformers_start import TrainerStart
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.repository import keep
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import Keep, KeepPolicy

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 from dist_ckpt.format.names import parse_step_dir
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.run import Run
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve

@@ -33,16 +33,18 @@ from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import Topic, check_same, on_every_rank, pack, unpack
 from dist_ckpt.repository import discard
 from dist_ckpt.repository.history import StepMetrics, join_metrics, list_metrics
-from dist_ckpt.repository.host_files import BadCopies, HostsStore, WatchedCheckpoint
 from dist_ckpt.repository.on_hosts import (
+    BadCopies,
     FolderStep,
     HostsSearch,
+    HostsStore,
+    WatchedCheckpoint,
     is_on_all_hosts,
     lacks,
     list_folder,
 )
 from dist_ckpt.repository.source import Again
-from dist_ckpt.state.roles import best_step
+from dist_ckpt.state.train_state import best_step
 from dist_ckpt.storage.base import read_all
 
 _log = logging.getLogger("dist_ckpt")

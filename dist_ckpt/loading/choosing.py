@@ -32,7 +32,7 @@ from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Again, Source, check_share, checked, listed, reread
-from dist_ckpt.state.roles import best_of
+from dist_ckpt.state.train_state import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -16,7 +14,7 @@ import torch.distributed as dist
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CoordinationError, ErrorKind, describe
-from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory, Fetcher
+from dist_ckpt.loading.fetching import BounceBuffers, BounceMemory, Counts, Fetcher
 from dist_ckpt.loading.filling import ReadTargets
 from dist_ckpt.loading.ranges import Ranges
 from dist_ckpt.loading.schedule import PAGE_BYTES, CanRead, Extent, place_extents, share
@@ -178,30 +176,6 @@ def swap(peers: Peers, rank: int, extents: Sequence[Extent], memory: Sequence[me
             ranks=failed,
         )
     return received
-
-
-@dataclass(slots=True)
-class Counts:
-    """What one rank read and received, and how long each phase of that took.
-
-    Attributes:
-        read: bytes from storage.
-        received: bytes from other ranks.
-        seconds: by phase.
-    """
-
-    read: int = 0
-    received: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Count the time until the end of the context for `phase`."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
 @decodable

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -16,8 +17,8 @@ from dist_ckpt.loading.filling import ReadTarget, ReadTargets
 from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
+from dist_ckpt.storage.base import Scatter
 from dist_ckpt.storage.parallel import in_two_steps
-from dist_ckpt.storage.scatter import Scatter
 
 # Bounce buffers: aligned host memory that bytes pass through on their way to tensors.
 
@@ -188,6 +189,30 @@ def warm_memory(source: Source, in_flight_bytes: int) -> BounceMemory:
         return BounceMemory()  # most goes straight to the targets
     pace = _pace(source, in_flight_bytes)
     return BounceMemory(min(pace.under_way * pace.nbytes, source.nbytes))
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one rank read and received, and how long each phase of that took.
+
+    Attributes:
+        read: bytes from storage.
+        received: bytes from other ranks.
+        seconds: by phase.
+    """
+
+    read: int = 0
+    received: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Count the time until the end of the context for `phase`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
 
 
 class Fetcher:

@@ -17,8 +17,8 @@ from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
 from dist_ckpt.format.index import Index
 from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_ranges
-from dist_ckpt.loading.wanted import Wanted
-from dist_ckpt.staging.copies import reach, view_box
+from dist_ckpt.planning.describe import LocalBox
+from dist_ckpt.staging.arena import reach, view_box
 
 _STRAIGHT_BYTES = 64 << 10
 """Fewer bytes than this are copied sooner than they are listed for a read of several places."""
@@ -382,3 +382,25 @@ def _in_bytes(box: Box, item: int) -> Box:
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.unsqueeze(-1).view(torch.uint8)
+
+
+# What one rank wants of the stored tensors: the hinge between matching names and reading bytes.
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A box of one stored tensor, and the memory of this rank that its values go to.
+
+    The names in `local.held` are those of the state: a rename may have parted them from the stored
+    ones, so a reader goes by `tensor` alone.
+
+    Attributes:
+        tensor: the number of the stored tensor in `Index.tensors`.
+        local: the box in elements of the global tensor, and the memory for it, of its shape.
+        dtype: that of the stored tensor. Where the memory has another one, the values are cast:
+            `memory.copy_(values of the stored dtype)`.
+    """
+
+    tensor: int
+    local: LocalBox
+    dtype: torch.dtype

@@ -1,28 +1,41 @@
-"""What of a checkpoint goes where in a state, and everything that does not fit."""
+"""What of a checkpoint goes where in a state, and everything that does not fit.
+
+What a program fills as it goes (a moving average, a cache) is empty when a fresh one loads. A
+plain tensor in that place would be the whole of it on every rank, and torch mixes it with none that
+is sharded. So an encoding says which of its tensors were DTensors, and how they lay; where they are
+to lie now is asked of the live ones: of the parameter that is called so, or of the mesh.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 
-from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.loading.called_alike import alike, called_alike
+from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
-from dist_ckpt.loading.peeking import peek
-from dist_ckpt.options import LoadOptions, rename_key
+from dist_ckpt.loading.reading import ReadOptions, read_targets
+from dist_ckpt.options import TIMEOUT_SECONDS, LoadOptions, rename_key
+from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.entries import entries_of
-from dist_ckpt.state.laying_out import LiveLayouts
-from dist_ckpt.state.objects import references
+from dist_ckpt.state.encoding import TAG, dumps, is_wrapped_node
+from dist_ckpt.state.layout import dtype_of, empty_beside, is_wrapped
+from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.names import wrapper_prefix
+from dist_ckpt.state.objects import Layout, fillable, parse_document, references
 from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
 from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart
+from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import ValuePart, is_taken_whole
@@ -398,3 +411,208 @@ def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str]
 
 def _goes_first(part: Part, stored: Stored) -> bool:
     return isinstance(part, ValuePart) and part.goes_first(stored)
+
+
+# A dict that was saved as one value, seen as the named entries that it has.
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """The entries of a dict, by their keys joined with dots, without the prefix of a wrapper.
+
+    Attributes:
+        tensors: one or more for a tensor, by the name under which that is stored.
+        objects: everything else, encoded.
+    """
+
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+
+def entries_of(data: bytes, *, path: str) -> Entries | None:
+    """Return the entries of the encoded dict `data`; None if it is no dict of strings.
+
+    Raises:
+        IntegrityError: `data` is no encoding.
+    """
+    pairs = _pairs(parse_document(data, path))
+    if pairs is None:
+        return None
+    found = Entries()
+    walked = list(_walk(pairs, ()))
+    prefix = wrapper_prefix([name for name, _ in walked])
+    for full, node in walked:
+        name = full.removeprefix(prefix)
+        if _is_tensor(node):
+            found.tensors.setdefault(node["v"], []).append(name)
+        else:
+            found.objects[name] = dumps(node).encode()
+    return found
+
+
+def _walk(pairs: list[tuple[str, Any]], steps: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for key, node in pairs:
+        if is_wrapped_node(node):
+            # A live one is filled by the tensors that it is made of, and needs nothing else.
+            for suffix, inner in node["v"][1].items():
+                yield ".".join((*steps, key)) + suffix, inner
+            continue
+        below = None if _is_tensor(node) else _pairs(node)
+        if below:
+            yield from _walk(below, (*steps, key))
+        else:
+            yield ".".join((*steps, key)), node
+
+
+def _pairs(node: Any) -> list[tuple[str, Any]] | None:
+    """Return the items of an encoded dict whose keys are strings."""
+    if not isinstance(node, dict):
+        return None
+    if TAG not in node:
+        return list(node.items())
+    pairs = node.get("v")
+    if node[TAG] not in ("dict", "ordered_dict") or not isinstance(pairs, list):
+        return None
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return None
+    return [(key, value) for key, value in pairs] if _are_strings(pairs) else None
+
+
+def _are_strings(pairs: list[Any]) -> bool:
+    return all(isinstance(pair[0], str) for pair in pairs)
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, dict) and node.get(TAG) == "tensor" and isinstance(node.get("v"), str)
+
+
+# How a DTensor is laid out that a part held when it was saved and does not hold yet.
+
+
+class LiveLayouts:
+    """What the live tensors of a state tell about how others are laid out.
+
+    Args:
+        parts: the state.
+        world_size: how many ranks there are.
+    """
+
+    def __init__(self, parts: Mapping[str, Part], *, world_size: int) -> None:
+        self._parts = parts
+        self._world_size = world_size
+        self._live: dict[str, DTensor] | None = None
+
+    def empty(self, name: str, spec: TensorSpec, layout: Layout) -> torch.Tensor:
+        """Return an unfilled tensor for what was a DTensor and has no live counterpart.
+
+        Args:
+            name: as stored.
+            spec: as stored.
+            layout: how it lay.
+
+        Raises:
+            IncompatibleError: how it is to lie is not known.
+        """
+        live = self._dtensors()
+        if not live and (self._world_size == 1 or self._has_model()):
+            return empty_beside(torch.empty(0), spec)  # nothing is sharded in this program
+        like = _called(name, spec, live)
+        like = _alone(spec, live) if like is None else like
+        if like is not None:
+            return empty_beside(like, spec)
+        placed = _placed(layout, live, spec)
+        if placed is None:
+            raise IncompatibleError(
+                f"{name!r} was a DTensor when it was saved, and this state has nothing there now: "
+                "how it is to lie on these ranks is not known. Fill it before the load as a run "
+                "does when it begins (one update of a moving average), or give the module whose "
+                "parameters it is of in the same state"
+            )
+        return placed
+
+    def _dtensors(self) -> dict[str, DTensor]:
+        if self._live is None:
+            self._live = {
+                name: tensor
+                for part in self._parts.values()
+                for name, tensor in _tensors(part)
+                if isinstance(tensor, DTensor) and not is_wrapped(tensor)
+            }
+        return self._live
+
+    def _has_model(self) -> bool:
+        return any(isinstance(part, ModelPart) for part in self._parts.values())
+
+
+def _tensors(part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(part, ModelPart):
+        named = part.parameter_names()
+        yield from ((named[id(p)], p) for p in part.module.parameters() if id(p) in named)
+        yield from part.module.named_buffers()
+    elif isinstance(part, TensorsPart):
+        yield from part.tensors.items()
+    elif type(part) is ValuePart and not part.per_rank:
+        for name, tensor in fillable(part.value, path=part.name, prefix="").items():
+            yield name.lstrip("."), tensor
+
+
+def _called(name: str, spec: TensorSpec, live: Mapping[str, DTensor]) -> DTensor | None:
+    """Return the live tensor whose name `name` ends with; of several the longest."""
+    found = [
+        other
+        for other, tensor in live.items()
+        if name.endswith(f".{other}") and tuple(tensor.shape) == spec.shape
+    ]
+    return live[max(found, key=len)] if found else None
+
+
+def _alone(spec: TensorSpec, live: Mapping[str, DTensor]) -> DTensor | None:
+    """Return a live tensor of that shape, if all of them are laid out alike."""
+    alike = [tensor for tensor in live.values() if tuple(tensor.shape) == spec.shape]
+    places = {(tensor.device_mesh, tensor.placements) for tensor in alike}
+    return alike[0] if len(places) == 1 else None
+
+
+def _placed(layout: Layout, live: Mapping[str, DTensor], spec: TensorSpec) -> torch.Tensor | None:
+    """Return a tensor that lies as it lay, if there is one mesh of that form."""
+    dims = [dim for _, dim in layout if dim is not None]
+    meshes = {
+        tensor.device_mesh
+        for tensor in live.values()
+        if (tensor.device_mesh.mesh_dim_names or (None,) * tensor.device_mesh.ndim)
+        == tuple(name for name, _ in layout)
+    }
+    if not layout or len(meshes) != 1 or not all(0 <= dim < len(spec.shape) for dim in dims):
+        return None
+    placements: list[Placement] = [Replicate() if d is None else Shard(d) for _, d in layout]
+    (mesh,) = meshes
+    return empty(spec.shape, dtype=dtype_of(spec.dtype), device_mesh=mesh, placements=placements)
+
+
+# Reading small tensors before anything is decided, because the decision depends on them.
+
+
+def peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
+    """Return stored tensors, whole, on the CPU; each rank reads for itself.
+
+    Raises:
+        IntegrityError: their bytes are damaged or missing.
+    """
+    wanted = [_wanted(source, number) for number in numbers]
+    read_targets(
+        source,
+        wanted,
+        ReadOptions(exchange="never"),
+        coordinator=SoloCoordinator(),
+        topic=Topic("peek", "look at small tensors"),
+        deadline=Deadline.after(TIMEOUT_SECONDS),
+    )
+    return [each.local.memory for each in wanted]
+
+
+def _wanted(source: Source, number: int) -> Wanted:
+    entry = source.tensors[number]
+    memory = torch.empty(entry.shape, dtype=dtype_of(entry.dtype))
+    start = (0,) * len(entry.shape)
+    held = Held(entry.part, entry.name, entry.dtype, entry.shape, start, entry.shape)
+    return Wanted(number, LocalBox(held, memory), memory.dtype)

@@ -15,12 +15,12 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.below import similar_beside
 from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
 from dist_ckpt.repository.detached import DetachedStep, named_step
+from dist_ckpt.repository.listed import similar_beside
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.roles import best_of
+from dist_ckpt.state.train_state import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 

@@ -13,10 +13,9 @@ import torch
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError, near
 from dist_ckpt.options import LoadOptions, matches
-from dist_ckpt.state.layout import dtype_name, dtype_of
+from dist_ckpt.state.layout import dtype_name, dtype_of, stored_shape
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.resizing import ResizeRule, can_resize, matches_resize, told_resize
-from dist_ckpt.state.wrapped import stored_shape
 
 _SHOWN = 20
 

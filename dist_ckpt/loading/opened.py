@@ -14,9 +14,9 @@ from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
+from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.location import locate, open_source
 from dist_ckpt.loading.reading import ReadOptions, read_targets
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.options import TIMEOUT_SECONDS, check_known
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.job import Place
@@ -25,7 +25,7 @@ from dist_ckpt.repository.ranking import Criterion, Mode
 from dist_ckpt.repository.source import Source, unless_deleted
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
-from dist_ckpt.state.roles import which_of
+from dist_ckpt.state.train_state import which_of
 from dist_ckpt.storage.base import Store
 
 Subscript: TypeAlias = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]

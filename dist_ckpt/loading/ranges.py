@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
-from dist_ckpt.format.index_values import Index
+from dist_ckpt.format.index import Index
 from dist_ckpt.format.shard import DTYPES
 
 Column = NDArray[np.int64]

@@ -13,14 +13,13 @@ import torch.distributed as dist
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.loading.exchange import Counts, Exchange, Lost, Peers, check_nobody_lost
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceMemory, Fetcher
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.exchange import Exchange, Lost, Peers, check_nobody_lost
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceMemory, Counts, Fetcher
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, cut
 from dist_ckpt.loading.schedule import CanRead, Survey, cost, group, survey
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, on_every_rank
-from dist_ckpt.repository.host_files import HostsStore
+from dist_ckpt.repository.on_hosts import HostsStore
 from dist_ckpt.repository.source import Source
 
 Rule = Literal["auto", "always", "never"]

@@ -31,9 +31,15 @@ from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.planning.placing import boxes_here
-from dist_ckpt.staging.copies import reach, view_box
-from dist_ckpt.state.layout import dtype_name
-from dist_ckpt.state.wrapped import is_wrapped, joined_box, joined_of, shard_order_of, stored_shape
+from dist_ckpt.staging.arena import reach, view_box
+from dist_ckpt.state.layout import (
+    dtype_name,
+    is_wrapped,
+    joined_box,
+    joined_of,
+    shard_order_of,
+    stored_shape,
+)
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.boxes import Box
-from dist_ckpt.state.wrapped import local_of, shard_order_of
+from dist_ckpt.state.layout import local_of, shard_order_of
 
 _Run = tuple[int, int]
 """Where a run of elements starts in the global tensor, and how many they are."""

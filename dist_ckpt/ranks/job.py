@@ -13,8 +13,7 @@ from pathlib import Path
 from dist_ckpt.errors import UsageError, without_secrets
 from dist_ckpt.format.names import manifest_key, new_save_id
 from dist_ckpt.ranks.hosts import Hosts
-from dist_ckpt.ranks.job_ranks import JobRanks
-from dist_ckpt.ranks.rendezvous import Coordinators, join_job
+from dist_ckpt.ranks.rendezvous import Coordinators, JobRanks, join_job
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Topic
 from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository

@@ -31,9 +31,8 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository import status
 from dist_ckpt.repository.checkpoint import read_manifest
-from dist_ckpt.repository.history import History, Record
+from dist_ckpt.repository.history import History, Record, is_marked_removed
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.repository.marks import is_marked_removed
 from dist_ckpt.storage.base import Store, Sweeper, is_temporary
 from dist_ckpt.storage.parallel import map_in_parallel, threads_for
 

@@ -14,12 +14,11 @@ from dist_ckpt.format.digest import DIGEST_BYTES
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, file_key, manifest_key
 from dist_ckpt.format.shard import DTYPES
-from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.history import put_epoch_note, read_epoch_note
 from dist_ckpt.repository.tally import Tally
-from dist_ckpt.storage.base import Store, Sweeper, holds
+from dist_ckpt.storage.base import Store, Stream, Sweeper, holds, put_stream
 from dist_ckpt.storage.parallel import in_parallel
-from dist_ckpt.storage.stream import Stream, put_stream
 
 _AT_ONCE = 4
 
@@ -224,10 +223,10 @@ def _end(source: Checkpoint, target: Store) -> None:
 
 def _copy_note(source: Checkpoint, target: Store) -> None:
     """Say of the copy, too, what became known after the save: policies decide by it."""
-    note = marks.read_epoch_note(source.store, source.step, source.save_id)
+    note = read_epoch_note(source.store, source.step, source.save_id)
     if note is not None:
         with suppress(AlreadyExists):
-            marks.put_epoch_note(target, source.step, source.save_id, note)
+            put_epoch_note(target, source.step, source.save_id, note)
 
 
 def _is_there(there: Checkpoint, number: int) -> bool:

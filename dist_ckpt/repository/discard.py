@@ -17,9 +17,9 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_claim
-from dist_ckpt.repository import marks
 from dist_ckpt.repository.claim import check_owner
 from dist_ckpt.repository.collect import delete_attempt
+from dist_ckpt.repository.history import is_pinned
 from dist_ckpt.storage.base import Store, delete_exactly, read_all
 
 _LIMIT_BYTES = 1 << 16
@@ -115,7 +115,7 @@ def collect(store: Store, given_up: Mapping[int, bytes], *, claim: int) -> list[
     kept = False
     for step, data in given_up.items():
         save_id = manifest_format.decode(data, step=step).save_id
-        if marks.is_pinned(store, step, save_id):
+        if is_pinned(store, step, save_id):
             kept = True
             continue
         # Again for each: a newer job may have been started meanwhile.

@@ -1,4 +1,4 @@
-"""What is there of a run, step by step: committed, damaged, in flight; and what no policy takes.
+"""What is there: runs below a place, and what is there of a run, step by step.
 
 One request for the manifest of a step and one listing beside it: thousands of them are looked at in
 a second, on a disk as on S3.
@@ -7,11 +7,11 @@ a second, on a disk as on S3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from dist_ckpt.errors import (
     CheckpointError,
@@ -20,18 +20,26 @@ from dist_ckpt.errors import (
     NotFound,
     StorageError,
     UsageError,
+    near,
 )
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import EPOCH_NOTE, PIN, file_key, parse_save_id, step_dir
+from dist_ckpt.format.names import (
+    EPOCH_NOTE,
+    PIN,
+    file_key,
+    parse_save_id,
+    parse_step_dir,
+    step_dir,
+)
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import keep as keeping
-from dist_ckpt.repository import marks
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.collect import removable
-from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import resolve
 
 State: TypeAlias = Literal[
     "committed", "damaged", "newer format", "unreadable", "in flight", "aborted"
@@ -158,7 +166,7 @@ def _described(store: Store, manifest: Manifest) -> Listed:
     # One listing for all marks: asking a shared folder for a file that it lacks takes several looks
     # each time, as another host may just have put it there.
     names = store.list_children(file_key(step, save_id, PIN).removesuffix(PIN))
-    note = marks.read_epoch_note(store, step, save_id) if EPOCH_NOTE in names else None
+    note = read_epoch_note(store, step, save_id) if EPOCH_NOTE in names else None
     pinned = ("pinned",) * (PIN in names)
     hosts = len(set(manifest.hosts.values()))
     spread = (f"1 of {hosts} hosts",) * (hosts > 1)
@@ -268,3 +276,47 @@ def decisions(
         elif each.is_bad:
             found.append(KeepDecision(each.step, True, (each.state,), 0))
     return found
+
+
+# Finding runs below a place.
+
+
+_DEEP = 3
+
+
+def runs_below(
+    url: str | Store, *, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """Yield the urls of the runs at or below a place, up to three folders below it.
+
+    Raises:
+        StorageError: a listing failed.
+    """
+    store = url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
+    folders = [""]
+    for depth in range(_DEEP + 1):
+        below: list[str] = []
+        for folder in folders:
+            names = [name[:-1] for name in store.list_children(folder) if name.endswith("/")]
+            if any(parse_step_dir(name) is not None for name in names):
+                yield f"{store.url}/{folder}".rstrip("/")
+            elif depth < _DEEP:
+                below += [f"{folder}{name}/" for name in names]
+        folders = below
+
+
+def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
+    """Return the names beside `url` that are like its own, as the end of a message; "" for none.
+
+    Where nobody may look there is nothing to say.
+    """
+    parent, _, name = url.rstrip("/").rpartition("/")
+    try:
+        store = resolve(parent, storage_options=storage_options)
+        try:
+            children = store.list_children()
+        finally:
+            store.close()
+    except CheckpointError:
+        return ""
+    return near(name, [child[:-1] for child in children if child.endswith("/")])

@@ -17,7 +17,7 @@ from dist_ckpt.format.names import (
     step_dir,
 )
 from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository import discard, marks
+from dist_ckpt.repository import discard
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.collect import (
     collect_garbage,
@@ -26,7 +26,7 @@ from dist_ckpt.repository.collect import (
     remembered,
     removable,
 )
-from dist_ckpt.repository.history import History, Record
+from dist_ckpt.repository.history import History, Record, is_pinned, pin, unpin
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
@@ -288,7 +288,7 @@ class Repository:
         for record in remembered(self.candidates(), history, may_go, self._committed_of):
             # One that this user may not delete, or that lies behind a link, keeps no other.
             with passing_by(self.store, f"step {record.step}"):
-                if marks.is_pinned(self.store, record.step, record.save_id):
+                if is_pinned(self.store, record.step, record.save_id):
                     continue
                 # Only the owner deletes, and a newer claim may have been made since the commit.
                 claims.check_owner(self.store, claim)
@@ -309,10 +309,10 @@ class Repository:
             StorageError: the pin could not be stored.
         """
         save_id = self.open(step).manifest.save_id
-        marks.pin(self.store, step, save_id, reason)
+        pin(self.store, step, save_id, reason)
         # Retention may have looked for a pin just before and gone on to delete.
         if not self._is_committed(step):
-            marks.unpin(self.store, step, save_id)
+            unpin(self.store, step, save_id)
             raise self.not_found(step)
 
     def unpin(self, step: int) -> None:
@@ -321,14 +321,14 @@ class Repository:
         Raises:
             NotFound: the step is not committed.
         """
-        marks.unpin(self.store, step, self.open(step).manifest.save_id)
+        unpin(self.store, step, self.open(step).manifest.save_id)
 
     def pinned(self) -> list[int]:
         """Return the pinned steps, ascending."""
         return [
             record.step
             for record in self.records()
-            if marks.is_pinned(self.store, record.step, record.save_id)
+            if is_pinned(self.store, record.step, record.save_id)
         ]
 
     def collect(self, *, claim: int, in_flight: Collection[str]) -> list[str]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 from dist_ckpt import events
-from dist_ckpt.storage.stream import Stream
+from dist_ckpt.storage.base import Stream
 
 
 class Tally:

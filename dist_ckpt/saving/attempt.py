@@ -1,8 +1,9 @@
-"""One rank's share of one save, as the background writer carries it out."""
+"""One rank's share of one save, as the background writer carries it out, and may break it off."""
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,17 +18,13 @@ from dist_ckpt.errors import (
     as_ours,
     describe,
 )
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.digest import BLOCK_BYTES, digest_blocks
 from dist_ckpt.format.names import segment_name
-from dist_ckpt.format.root import SegmentNote
-from dist_ckpt.format.segment import Segment
-from dist_ckpt.planning.files import StagedFile, extra_name
-from dist_ckpt.planning.index import Document, WrittenFile, describe_share
+from dist_ckpt.format.segments import Segment, SegmentNote, encode_segment
+from dist_ckpt.planning.files import Document, StagedFile, WrittenFile, describe_share, extra_name
 from dist_ckpt.ranks.coordinator import LOST
 from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
-from dist_ckpt.saving.cancellation import CancelToken
 from dist_ckpt.saving.handle import ProgressMeter, SaveHandle, SaveHooks, SaveProgress
 from dist_ckpt.saving.messages import RankPlan, Report
 from dist_ckpt.saving.stager import Staged
@@ -129,7 +126,7 @@ class FileWriter:
         """
         begun = time.perf_counter()
         self._stop.check()
-        data = segment_format.encode(segment)
+        data = encode_segment(segment)
         if self._rank:
             self._transaction.put_file(segment_name(self._rank), [data])
         else:
@@ -396,3 +393,82 @@ class Attempt:
                 nbytes_total=progress.nbytes_total,
             )
         )
+
+
+# Whether a save is still wanted: asked before every piece that leaves, and before the commit.
+
+
+class CancelToken:
+    """What ends one save before its commit: a cancel or a failure on any rank, or its deadline.
+
+    Args:
+        coordinator: the way to the other ranks; used from any thread.
+        topic: of the round that the save ends with.
+    """
+
+    def __init__(self, coordinator: Coordinator, topic: Topic) -> None:
+        self._coordinator = coordinator
+        self._topic = topic
+        self._reason: CheckpointError | None = None
+        self._lock = threading.Lock()
+
+    def cancel(self) -> None:
+        """Give the save up on every rank, unless it is committed first."""
+        cancelled = _cancelled(self._topic, self._coordinator.rank)
+        self._end(cancelled)
+        self._coordinator.refuse(self._topic, cancelled)
+
+    def give_up(self, error: CheckpointError) -> None:
+        """End what this rank still does for the save: it has been told that it failed."""
+        # Of no class that a store would take for its own and try again after.
+        self._end(CoordinationError(error.message, kind=error.kind, ranks=error.ranks))
+
+    def fail(self, error: BaseException) -> None:
+        """End the other puts of this rank: one of them failed with `error`."""
+        rank = self._coordinator.rank
+        self._end(
+            CoordinationError(
+                f"{self._topic.label}: another file of rank {rank} failed: {describe(error)}",
+                ranks={rank: describe(error)},
+            )
+        )
+
+    def check(self) -> None:
+        """Raise if the save is not wanted any more; cheap enough to be asked for every piece.
+
+        Raises:
+            CoordinationError: it was cancelled, or it has failed, be it on another rank.
+        """
+        error = None if self._reason else self._coordinator.verdict(self._topic)
+        if error is not None:
+            self.give_up(error)
+        if self._reason is not None:
+            raise self._reason
+
+    def confirm(self, deadline: Deadline) -> None:
+        """Raise if the save may not be committed any more.
+
+        Raises:
+            CoordinationError: it was cancelled, or `deadline` has passed.
+        """
+        # Never after the deadline: a rank that has reported a failure must not be proved wrong.
+        if deadline.passed:
+            raise CoordinationError(
+                f"{self._topic.label} took too long: {deadline.span_seconds:g} s are over",
+                kind=ErrorKind.TIMEOUT,
+                ranks={self._coordinator.rank: "took too long"},
+            )
+        self.check()
+
+    def _end(self, reason: CheckpointError) -> None:
+        with self._lock:
+            # The first reason stands: it is the one that others are told.
+            self._reason = self._reason or reason
+
+
+def _cancelled(topic: Topic, rank: int) -> CheckpointError:
+    return CoordinationError(
+        f"{topic.label} was cancelled on rank {rank}",
+        kind=ErrorKind.CANCELLED,
+        ranks={rank: "cancelled it"},
+    )

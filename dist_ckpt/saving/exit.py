@@ -28,8 +28,7 @@ from typing import Any, Protocol
 
 from dist_ckpt.errors import describe
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.saving import untold
-from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.handle import SaveHandle, note_untold, take_untold, untold_number
 from dist_ckpt.waiting import Bell, Latch, start
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.
@@ -294,7 +293,7 @@ def _close_all() -> None:
             break  # what is left of it are threads and memory, which go anyway
         except Exception as error:
             text = f"{label} failed, and nobody waited for it: {describe(error)}"
-            untold.keep(untold.number(), text)
+            note_untold(untold_number(), text)
     # The last thing that a save lets go of, and not only its outcome.
     wait_for_threads(_PATIENCE_SECONDS)
     _tell()
@@ -313,7 +312,7 @@ def _finish_first() -> None:
 
 def _tell() -> None:
     """Tell what nobody was told, and let the process fail."""
-    for text in untold.take():
+    for text in take_untold():
         _say(text)
         if not isinstance(sys.stderr, _FailingStream):
             sys.stderr = _FailingStream(sys.stderr)

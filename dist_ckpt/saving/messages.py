@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.format.root import SegmentNote
+from dist_ckpt.format.segments import SegmentNote
 from dist_ckpt.planning.owners import Owned, OwnedShare
 
 ObjectName = tuple[str, str]

@@ -22,17 +22,14 @@ from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.across_hosts import begin_folders, run_across_hosts
 from dist_ckpt.saving.agreement import Agreement, Asked, as_asked
 from dist_ckpt.saving.attempt import Attempt, StagedShare
-from dist_ckpt.saving.commit import Commit
+from dist_ckpt.saving.commit import Commit, Housekeeping
 from dist_ckpt.saving.exit import WriterThread, end_with, end_without, finish_before
-from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.housekeeping import Housekeeping
+from dist_ckpt.saving.handle import Outcomes, SaveHandle, Tolerance
 from dist_ckpt.saving.messages import RankPlan
-from dist_ckpt.saving.metrics import Metrics, as_numbers
-from dist_ckpt.saving.outcomes import Outcomes, Tolerance
-from dist_ckpt.saving.provenance import Provenance, SaveContext
+from dist_ckpt.saving.provenance import Metrics, Provenance, SaveContext, as_numbers
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.saving.stager import Stager
-from dist_ckpt.staging.gc_pause import no_collection
+from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.train_state import TrainState
 
 _GIVE_UP_SECONDS = 10.0

@@ -12,11 +12,11 @@ import torch
 import xxhash
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.format import document
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.manifest import encode_document
 from dist_ckpt.planning.columns import Table, numbers_of
 from dist_ckpt.planning.describe import Describer, Held, LocalBox
-from dist_ckpt.planning.index import Document
+from dist_ckpt.planning.files import Document
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.messages import Description, ObjectName, ReplicaDigests
 from dist_ckpt.staging.checksum import bytes_of, checksum
@@ -98,7 +98,7 @@ class Snapshot:
             assert data is not None  # the plan was made of what this rank described
             chosen.setdefault(part, {})[name] = data
         every = chosen | {part: dict(objects) for part, objects in self.per_rank.items()}
-        return {part: document.encode(objects) for part, objects in every.items()}
+        return {part: encode_document(objects) for part, objects in every.items()}
 
     def _find(self, part: str, name: str, versions: Versions) -> bytes | None:
         return self.shared.get(part, {}).get(versions.get(part, {}).get(name, name))

@@ -30,8 +30,15 @@ from dist_ckpt.planning.files import (
     stage_documents,
 )
 from dist_ckpt.planning.owners import Owned
-from dist_ckpt.staging.arena import Arena, Pin
-from dist_ckpt.staging.copies import CopyEngine, InFlight, engine_for, hold_steps, release_steps
+from dist_ckpt.staging.arena import (
+    Arena,
+    CopyEngine,
+    InFlight,
+    Pin,
+    engine_for,
+    hold_steps,
+    release_steps,
+)
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.train_state import TrainState

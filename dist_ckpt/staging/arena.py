@@ -1,17 +1,28 @@
-"""The arena: page-aligned host memory that holds the image of a rank's files."""
+"""The arena: page-aligned host memory that holds the image of a rank's files, and copies into it.
+
+The one seam between staging and a device. `HostCopies` serves whatever torch can copy by itself;
+`CudaCopies` enqueues on a stream of its own and lets the device do the waiting.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import mmap
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dist_ckpt.errors import describe
+from dist_ckpt.errors import UsageError, describe
+from dist_ckpt.format.boxes import Box
+from dist_ckpt.staging.checksum import checksum
 from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.waiting import Worker
 
@@ -204,3 +215,347 @@ def as_tensor(
     """Return a tensor over `buffer` from byte `offset` on, without a copy; `shape` is not empty."""
     count = math.prod(shape)
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+# The collector of cyclic garbage, kept out of saves and loads.
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Put the collection of cyclic garbage off until the block ends, in the whole process.
+
+    A first save or load makes thousands of small objects, and they set off the collection that all
+    imports of a program are waiting for: 0.2 s, more than the copy of a gigabyte takes. Where two
+    threads overlap here it may begin again too early, which costs time and nothing else.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+# Copies of many tensors into the arena: at once, or in flight while training goes on.
+
+
+# What of a live tensor a box names.
+
+
+def view_box(tensor: torch.Tensor, box: Box, *, origin: tuple[int, ...]) -> torch.Tensor:
+    """Return the view of `tensor` that `box` names, `origin` being where the tensor starts."""
+    view = tensor.detach()
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        view = view.narrow(dim, offset - origin[dim], size)
+    return view
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Return how many elements of memory a tensor with elements spans, gaps between them too."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
+# Page-locked host memory, which a CUDA device reads and writes by itself.
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device, not for the current one alone
+
+
+def pin_for(device: torch.device) -> Pin:
+    """Return what pins memory for copies from `device`."""
+
+    def pin(memory: memoryview) -> Unpin:
+        # On another thread device 0 is the current one, and a call there would open it.
+        with torch.cuda.device(device):
+            address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            code = int(runtime.cudaHostRegister(address, len(memory), _PORTABLE))
+        if code:
+            raise RuntimeError(f"cudaHostRegister refused with error {code}")
+        return lambda: _unpin(address, device)
+
+    return pin
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+Tensors = Sequence[torch.Tensor]
+
+
+class InFlight(Protocol):
+    """Copies that run beside the training."""
+
+    def begin(self) -> None:
+        """Begin; called once."""
+        ...
+
+    def wait(self) -> None:
+        """Block until all are done; raise what failed, each time."""
+        ...
+
+    def before_change(self) -> None:
+        """Let what this thread does to the sources next come after the copies; never raises."""
+        ...
+
+
+class CopyEngine(Protocol):
+    """How tensors of one device come into host memory.
+
+    Attributes:
+        pin: what makes the arena fit for the fastest copies, None if nothing has to be done.
+    """
+
+    pin: Pin | None
+
+    def copy(self, targets: Tensors, sources: Tensors) -> None:
+        """Fill each of `targets` from the one of `sources` beside it, of equal dtype and shape."""
+        ...
+
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+        """Return what will do as `copy`, of the values that the sources have when it begins.
+
+        A step of an optimizer waits for it. Whatever else changes a source meanwhile either does
+        not reach the target, or `InFlight.wait` raises and says which source it was.
+
+        Args:
+            targets: see `copy`.
+            sources: see `copy`.
+            names: of the sources, for messages.
+        """
+        ...
+
+
+class HostCopies:
+    """Copies by this process: from host memory, and from devices of which torch hides the rest."""
+
+    pin: Pin | None = None
+
+    def copy(self, targets: Tensors, sources: Tensors) -> None:
+        """See `CopyEngine.copy`."""
+        _copy_all(targets, sources, non_blocking=False)
+
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+        """See `CopyEngine.prepare`; a thread copies, and leaves the interpreter to others."""
+        return _HostCopying(targets, sources)
+
+
+class _HostCopying:
+    """A thread that copies from memory which torch moves every writer away from."""
+
+    def __init__(self, targets: Tensors, sources: Tensors) -> None:
+        self._targets = targets
+        self._sources = sources
+        self._pairs: tuple[Tensors, Tensors] | None = None
+        self._error: BaseException | None = None
+        self._copying: Worker | None = None
+
+    def begin(self) -> None:
+        self._pairs = self._freeze()
+        # No daemon: it ends by itself, and must not use memory after the interpreter is gone.
+        self._copying = Worker(self._run, name="dist_ckpt-copy", daemon=False)
+        try:
+            self._copying.start()
+        except RuntimeError:
+            self._run()  # no more threads can be had, as when the interpreter ends
+
+    def wait(self) -> None:
+        self.before_change()
+        if self._error is not None:
+            raise self._error
+
+    def before_change(self) -> None:
+        if self._copying is not None:
+            self._copying.wait()
+
+    def _freeze(self) -> tuple[Tensors, Tensors]:
+        """Return what can be copied later; the rest is copied now."""
+        targets, sources = self._targets, self._sources
+        self._targets = self._sources = ()
+        frozen = [_frozen(source) for source in sources]
+        later: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        now: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for target, source, clone in zip(targets, sources, frozen, strict=True):
+            chosen, value = (now, source) if clone is None else (later, clone)
+            chosen[0].append(target)
+            chosen[1].append(value)
+        _copy_all(*now, non_blocking=False)
+        return later
+
+    def _run(self) -> None:
+        # Dropped with the end of this function: from then on a writer takes the memory as it is.
+        pairs, self._pairs = self._pairs, None
+        try:
+            if pairs is not None:
+                _copy_all(*pairs, non_blocking=False)
+        except BaseException as error:  # for whoever waits: a thread has nobody above it
+            self._error = error
+
+
+class CudaCopies:
+    """Copies from one CUDA device on a stream of its own, beside the training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.pin: Pin | None = pin_for(device)
+
+    def copy(self, targets: Tensors, sources: Tensors) -> None:
+        """See `CopyEngine.copy`; the device copies in the order of the current stream."""
+        # Nameless: this thread waits, so nothing can change beside the copies.
+        copying = self.prepare(targets, sources, ())
+        copying.begin()
+        copying.wait()
+
+    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+        """See `CopyEngine.prepare`."""
+        return _CudaCopying(self._device, self._stream, targets, sources, names)
+
+
+class _CudaCopying:
+    """Copies on a side stream, and the event at their end.
+
+    Device memory cannot be moved away from under a writer, as host memory is: graphs and
+    communicators know its address. So what has a name is summed up before the copies, in the order
+    of the training, and after them, in that of the copies.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+        targets: Tensors,
+        sources: Tensors,
+        names: Sequence[str],
+    ) -> None:
+        self._device = device
+        self._stream = stream
+        # Kept for as long as this is: the device writes to memory that it does not own.
+        self._targets = targets
+        self._sources = sources
+        self._names = names
+        self._sums: tuple[Tensors, Tensors] = ((), ())
+        self._changed: str | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        sources, self._sources = self._sources, ()
+        # On the stream of the training: whatever is enqueued there later comes after these.
+        before = [checksum(source) for source in sources] if self._names else []
+        # What was enqueued before the save belongs to what is saved.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with torch.cuda.stream(self._stream):
+                _copy_all(self._targets, sources, non_blocking=True)
+                # Behind the copies: a change before or during one shows here, unless it was undone
+                # before the device came to this sum.
+                after = [checksum(source) for source in sources] if self._names else []
+            self._sums = before, after
+        finally:
+            # Also when it failed half-way: some copies are on their way.
+            for source in sources:
+                # The allocator must not give freed memory to others while this stream reads it.
+                source.record_stream(self._stream)
+            self._done = self._stream.record_event()
+
+    def wait(self) -> None:
+        if self._done is None:
+            return
+        self._done.synchronize()
+        if self._changed is None:
+            self._changed = self._find_changed()
+        if self._changed:
+            raise UsageError(
+                f"{self._changed} was changed between the save and the next step of an optimizer, "
+                'while it was being copied: save with staging="blocking", or change it before '
+                "save() or after the step"
+            )
+
+    def before_change(self) -> None:
+        # The device waits, this thread does not.
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def _find_changed(self) -> str:
+        """Return the name of the first source that changed, "" for none."""
+        (before, after), self._sums = self._sums, ((), ())
+        if not before:
+            return ""
+        # On the stream of the copies, not to wait for the training.
+        with torch.cuda.stream(self._stream):
+            equal = (torch.stack(list(before)) == torch.stack(list(after))).tolist()
+        return next((name for name, same in zip(self._names, equal, strict=True) if not same), "")
+
+
+def engine_for(device: torch.device) -> CopyEngine:
+    """Return what copies from `device`."""
+    return CudaCopies(device) if device.type == "cuda" else HostCopies()
+
+
+def _copy_all(targets: Tensors, sources: Tensors, *, non_blocking: bool) -> None:
+    if not targets:
+        return
+    with torch.no_grad():
+        # One call for all: no work of Python between two tensors, and the interpreter is free.
+        torch._foreach_copy_(list(targets), list(sources), non_blocking=non_blocking)
+
+
+def _frozen(source: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor that keeps the values of `source`, and shares its memory while it can.
+
+    Whoever writes to that memory through torch first gets a copy of its own (copy on write): in
+    place, through `.data` or a view, by resizing it to nothing. None where torch cannot do that:
+    memory of files, of other processes, or that numpy knows the address of.
+
+    Torch 2.13 refuses to write, by an internal assertion, to a storage that was resized while it
+    was shared like this: that raises in the program that does it, and nothing wrong is stored.
+    """
+    if not source.untyped_storage().resizable():
+        return None  # numpy writes to it past torch
+    try:
+        # No public call does this; without it the copy is made at once.
+        return torch._lazy_clone(source.detach())  # noqa: SLF001
+    except (RuntimeError, AttributeError):
+        return None
+
+
+# Optimizer steps wait for copies in flight: nobody has to remember a call.
+#
+# One hook for all optimizers of the process, and not one for each optimizer of a state: a wrapper
+# or a second optimizer may step the same parameters. It is registered once and never removed,
+# because torch walks its hooks without a lock, and removing one on another thread would break
+# that walk.
+
+
+_lock = threading.Lock()
+_registered = False
+# Added to and taken from in single operations, which threads cannot see half done.
+_in_flight: dict[int, Sequence[InFlight]] = {}
+
+
+def hold_steps(copies: Sequence[InFlight]) -> None:
+    """Let no optimizer step change anything before `copies` are done."""
+    global _registered
+    with _lock:
+        if not _registered:
+            register_optimizer_step_pre_hook(_before_step)
+            _registered = True
+    _in_flight[id(copies)] = copies
+
+
+def release_steps(copies: Sequence[InFlight]) -> None:
+    """Hold steps no longer for `copies`."""
+    _in_flight.pop(id(copies), None)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for copies in tuple(_in_flight.values()):
+        for copying in copies:
+            copying.before_change()

@@ -1,26 +1,40 @@
-"""From plain Python values to tagged JSON: the walk behind `dist_ckpt.state.objects.encode`."""
+"""From plain Python values to tagged JSON: the walk behind `dist_ckpt.state.objects.encode`.
+
+What stays in the encoding is how to read them, and their digest: values that must be equal on all
+ranks are compared by their encodings, and so the bytes are compared at every save, too.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
-from dist_ckpt.state.aside import ASIDE_BYTES, take_aside
-from dist_ckpt.state.layout import check_tensor
-from dist_ckpt.state.leaves import leaf_of, tensor_to_json
+from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.state.layout import check_tensor, is_wrapped
 from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.spread import pieces
-from dist_ckpt.state.standard import NAMEDTUPLE, RESERVED, WRAPPED, standard_of
-from dist_ckpt.state.wrapped import is_wrapped
+from dist_ckpt.state.standard import (
+    NAMEDTUPLE,
+    RESERVED,
+    WRAPPED,
+    Refuse,
+    dtype_from_json,
+    dtype_to_json,
+    leaf_of,
+    standard_of,
+    tensor_to_json,
+)
 
 UNREADABLE = "unreadable"
 """The tag of what a foreign checkpoint holds and nobody can decode; its payload tells why."""
@@ -70,7 +84,7 @@ class Encoded:
 
 TAG = "!"
 LAYOUT = "layout"
-"""Beside the tag `tensor` of a DTensor: how it lay (`dist_ckpt.state.laying_out`)."""
+"""Beside the tag `tensor` of a DTensor: how it lay (`dist_ckpt.loading.fitting`)."""
 
 MAX_DEPTH = 64
 
@@ -339,3 +353,64 @@ def _apart(name: str, parts: list[Any]) -> Any:
 def _label(kind: type) -> str:
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return f"{module}{kind.__qualname__}"
+
+
+# Large arrays and byte strings, whose bytes are stored beside the encoding as a tensor.
+
+
+ASIDE_BYTES = 16 * 1024
+"""From here on base64 in JSON costs more than one more tensor in a plan does."""
+
+# What a tensor can be as it is; other arrays are put aside as their bytes.
+_NATIVE = frozenset(
+    np.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+    )
+)
+
+NDARRAY, BYTES = "ndarray", "bytes"
+"""The names under which the two are stored."""
+
+
+def take_aside(value: Any, refuse: Refuse) -> tuple[str, list[Any], torch.Tensor] | None:
+    """Return the name, the head and the bytes of a large value; None for any other.
+
+    The tensor of a writable array is the array's own memory, as that of a tensor of the state is.
+    """
+    kind = type(value)
+    if kind is bytes and len(value) >= ASIDE_BYTES:
+        # Copied: what is immutable must never be written through a tensor.
+        return BYTES, [bytes_digest(value)], torch.frombuffer(bytearray(value), dtype=torch.uint8)
+    if kind is np.ndarray and value.nbytes >= ASIDE_BYTES:
+        described = dtype_to_json(value.dtype, value, refuse)
+        packed = np.require(value, requirements=["C", "W"])
+        flat = packed.reshape(-1).view(np.uint8)
+        head = [described, list(value.shape), bytes_digest(flat.data)]
+        return NDARRAY, head, torch.from_numpy(packed if packed.dtype in _NATIVE else flat)
+    return None
+
+
+def from_aside(name: str, head: Any, body: Any) -> Any:
+    """Return the value that was put aside as `name`.
+
+    Raises:
+        ValueError, TypeError: head and tensor do not belong together.
+    """
+    if not isinstance(body, torch.Tensor) or body.device.type != "cpu":
+        raise ValueError("its bytes are no tensor")
+    flat = body.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    *kind, digest = head
+    # The blocks of the file were verified; this finds that another tensor took the name.
+    if bytes_digest(flat.data) != digest:
+        raise ValueError("its bytes are those of another value")
+    if name == BYTES:
+        return flat.tobytes()
+    described, shape = kind
+    dtype = dtype_from_json(described)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError("not the shape of an array")
+    if math.prod(shape) * dtype.itemsize != flat.nbytes:
+        raise ValueError(f"{flat.nbytes} bytes for shape {shape} of {dtype}")
+    return flat.view(dtype).reshape(shape)

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.state.encoding import MAX_DEPTH, TAG, is_wrapped_node
 from dist_ckpt.state.holders import is_held, is_of_module
+from dist_ckpt.state.layout import is_wrapped, local_of
 from dist_ckpt.state.spread import pieces
-from dist_ckpt.state.wrapped import is_wrapped, local_of
 
 
 def held_containers(value: object) -> set[int]:

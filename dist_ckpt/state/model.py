@@ -10,21 +10,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
 from dist_ckpt.state.layout import check_storable
-from dist_ckpt.state.module_fit import ModuleFit, fit_module
 from dist_ckpt.state.module_state import (
     ModuleEntry,
+    ModuleFit,
     ParameterNames,
+    fit_module,
     module_entries,
     names_of_parameters,
 )
 from dist_ckpt.state.names import refuse_fsdp1
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
-from dist_ckpt.state.pending import has_pending, watch
 from dist_ckpt.state.shown import give_quantized
 from dist_ckpt.state.told import Say, tell_after, tell_part
 
@@ -388,3 +389,69 @@ class Trained:
 def _mark(buffer: torch.Tensor) -> _Mark:
     # torch counts the writes to a tensor, except where it was made without that.
     return id(buffer), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001
+
+
+# Gradients that no step has used yet: no checkpoint has them, so a resumed run would lose them.
+
+
+_Used = tuple[int, int, int] | None
+
+
+class _Watch:
+    """Which gradients of one optimizer have been used, told by those of its first parameter.
+
+    Most programs keep gradients until the next backward pass, so that there are some says nothing:
+    what counts is whether they were written since the last step.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._used = _use_of(_first(optimizer))
+        optimizer.register_step_post_hook(self.stepped)
+
+    def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note that what there is has been used; one look at one tensor, in every step."""
+        self._used = _use_of(_first(optimizer))
+
+    def has_pending(self, optimizer: Optimizer) -> bool:
+        """Tell whether gradients were written since the last step."""
+        parameter = _first(optimizer)
+        if parameter is None or _use_of(parameter) == self._used:
+            return False
+        gradient = parameter.grad
+        assert gradient is not None  # `_first` looked
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        # `zero_grad(set_to_none=False)` writes, too.
+        return bool(local.any())
+
+
+_watches: WeakKeyDictionary[Optimizer, _Watch] = WeakKeyDictionary()
+
+
+def watch(optimizer: Optimizer) -> None:
+    """Watch the steps of `optimizer` from now on, if it is one of torch's kind."""
+    if isinstance(optimizer, Optimizer) and optimizer not in _watches:
+        _watches[optimizer] = _Watch(optimizer)
+
+
+def has_pending(optimizer: Optimizer) -> bool:
+    """Tell whether `optimizer`, if it is watched, has gradients that no step has used yet."""
+    if not isinstance(optimizer, Optimizer) or optimizer not in _watches:
+        return False
+    with torch.no_grad():
+        return _watches[optimizer].has_pending(optimizer)
+
+
+def _first(optimizer: Optimizer) -> torch.Tensor | None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                found: torch.Tensor = parameter
+                return found
+    return None
+
+
+def _use_of(parameter: torch.Tensor | None) -> _Used:
+    if parameter is None or parameter.grad is None:
+        return None
+    gradient = parameter.grad
+    return id(parameter), id(gradient), gradient._version  # noqa: SLF001

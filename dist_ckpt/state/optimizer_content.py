@@ -24,13 +24,13 @@ from dist_ckpt.state.layout import (
     dtype_of,
     empty_beside,
     in_order,
+    is_wrapped,
     memory_order,
 )
 from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.spread import pieces
-from dist_ckpt.state.wrapped import is_wrapped
 
 # What a checkpoint says of an optimizer's tensors beside their values.
 #

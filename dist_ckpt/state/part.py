@@ -120,7 +120,7 @@ class Stored:
         resize: gives the rule by which a name of another shape is loaded in part
             (`dist_ckpt.state.resizing`); None where it is not.
         lay_out: returns an unfilled tensor for what was a DTensor and is not there yet
-            (`dist_ckpt.state.laying_out`); None where nobody knows how.
+            (`dist_ckpt.loading.fitting`); None where nobody knows how.
         peek: reads stored tensors at once, for what depends on their values; small ones.
     """
 

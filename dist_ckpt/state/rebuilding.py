@@ -22,12 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, describe, is_refusal
-from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.registry import is_namedtuple
-from dist_ckpt.state.spread import cuts_of, lay_beside, shards_of
-from dist_ckpt.state.wrapped import (
+from dist_ckpt.state.layout import (
     attributes_of,
+    dtype_of,
     inner_of,
     is_wrapped,
     label_of,
@@ -36,6 +33,9 @@ from dist_ckpt.state.wrapped import (
     shard_like,
     shown,
 )
+from dist_ckpt.state.part import TensorSpec
+from dist_ckpt.state.registry import is_namedtuple
+from dist_ckpt.state.spread import cuts_of, lay_beside, shards_of
 
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype)
 _TAG = "@"

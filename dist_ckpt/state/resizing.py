@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.state.layout import local_of, unfilled_like
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.wrapped import local_of, unfilled_like
 
 ResizeRule: TypeAlias = Literal["pad", "crop", "overlap"]
 RESIZE_RULES: tuple[ResizeRule, ...] = get_args(ResizeRule)

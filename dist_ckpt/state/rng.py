@@ -1,16 +1,18 @@
-"""The random number generators of this process: Python, numpy, torch CPU, every CUDA device."""
+"""Random number generators: those of this process, and those that the program made itself."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import singledispatch
+from hashlib import blake2b
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from dist_ckpt.errors import IncompatibleError, describe
-from dist_ckpt.state.generators import fresh_note, fresh_seed
+from dist_ckpt.errors import IncompatibleError, UsageError, describe
 from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets
 
@@ -89,9 +91,9 @@ def _set_all(values: Mapping[str, Any], stored: Stored) -> None:
 
 
 def _seed_all(stored: Stored) -> None:
-    random.seed(_seed(stored, "python"))
+    random.seed(_seed_of(stored, "python"))
     np.random.seed(np.frombuffer(_fresh(stored, "numpy"), dtype="<u4").astype(np.uint32))
-    torch.default_generator.manual_seed(_seed(stored, "torch"))
+    torch.default_generator.manual_seed(_seed_of(stored, "torch"))
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             _seed_cuda(device, stored)
@@ -99,11 +101,11 @@ def _seed_all(stored: Stored) -> None:
 
 def _seed_cuda(device: int, stored: Stored) -> None:
     # By a generator of its own: making the device current would set up a context on it.
-    seeded = torch.Generator(f"cuda:{device}").manual_seed(_seed(stored, f"cuda:{device}"))
+    seeded = torch.Generator(f"cuda:{device}").manual_seed(_seed_of(stored, f"cuda:{device}"))
     torch.cuda.set_rng_state(seeded.get_state(), device)
 
 
-def _seed(stored: Stored, kind: str) -> int:
+def _seed_of(stored: Stored, kind: str) -> int:
     # 63 bits: torch takes a signed integer.
     return int.from_bytes(_fresh(stored, kind)[:8], "little") >> 1
 
@@ -113,3 +115,184 @@ def _fresh(stored: Stored, kind: str) -> bytes:
     # A GPU's stream also depends on torch's, because a save without GPUs has nothing of its own.
     own = kind.partition(":")[0]
     return fresh_seed(stored, kind, (own, "torch") if own == "cuda" else (own,))
+
+
+# Random number generators that the program made itself, as parts.
+
+
+# Streams of random numbers for ranks that have none of their own to continue.
+
+
+def fresh_seed(stored: Stored, kind: str, sources: Iterable[str]) -> bytes:
+    """Return 32 bytes to seed a generator with: repeatable, and different on every rank.
+
+    Args:
+        stored: what the checkpoint holds; the world size and the rank in it are those of now.
+        kind: what is seeded, so that two generators of one rank differ.
+        sources: the stored objects that the seed comes from.
+    """
+    # Not Python's hash, which is salted per process, nor a sum, by which near ranks would collide.
+    digest = blake2b(digest_size=32)
+    for name in sources:
+        digest.update(stored.objects.get(name, b""))
+    digest.update(f"/{kind}/{stored.world_size}/{stored.rank}".encode())
+    return digest.digest()
+
+
+def fresh_note(name: str, stored: Stored) -> str | None:
+    """Return what a report says of generators that could not be continued, None if they were."""
+    if stored.world_size == stored.saved_world_size:
+        return None
+    return (
+        f"{name}: saved by {stored.saved_world_size} ranks and loaded by {stored.world_size}, so "
+        "every rank draws from a new stream, made from the checkpoint, the world size and its rank"
+    )
+
+
+Generator: TypeAlias = np.random.Generator | np.random.RandomState | torch.Generator | random.Random
+
+_NAME = "value"
+# Beside the keys that numpy has in the state of a generator.
+_SEED = "seed_seq"
+
+
+class GeneratorPart:
+    """One generator, per rank; at another world size it starts a new stream, as `RngPart` does.
+
+    Generators that numpy's `Generator.spawn` made are parts of their own. How many were spawned is
+    kept, so that the next one is not like one that there is already.
+    """
+
+    def __init__(self, generator: Generator, *, name: str) -> None:
+        self.generator = generator
+        self.name = name
+
+    def capture(self) -> Captured:
+        """Return the state of the generator, encoded."""
+        data = encode(_read(self.generator), path=self.name)
+        return Captured({}, {_NAME: data}, per_rank=True)
+
+    def targets(self, stored: Stored) -> Targets:
+        """Return no tensors: the state is an object."""
+        missing = [] if _NAME in stored.objects else [_NAME]
+        unexpected = sorted(stored.tensors.keys() | (stored.objects.keys() - {_NAME}))
+        return Targets({}, missing, unexpected, fresh_note(self.name, stored))
+
+    def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the generator; programs that hold it go on with it.
+
+        Raises:
+            IncompatibleError: it is of another kind than the stored one.
+        """
+        if _NAME not in stored.objects:
+            return
+        if stored.world_size != stored.saved_world_size:
+            _seed_one(self.generator, fresh_seed(stored, self.name, [_NAME]))
+            return
+        state = decode(stored.objects[_NAME], tensors={}, path=self.name)
+        try:
+            _write(self.generator, state)
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
+            kind = type(self.generator).__qualname__
+            raise IncompatibleError(
+                f"{self.name}: this {kind} refused the stored state: {describe(error)}; make it "
+                "of the kind that was saved, or leave the part out"
+            ) from error
+
+
+@singledispatch
+def _read(generator: object) -> object:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_read.register
+def _(generator: np.random.Generator) -> object:
+    state = dict(generator.bit_generator.state)
+    seed = getattr(generator.bit_generator, "seed_seq", None)  # numpy before 1.25 shows none
+    # One of another kind cannot be made anew, and one that was given a key alone has none.
+    if type(seed) is np.random.SeedSequence:
+        state[_SEED] = seed.state
+    return state
+
+
+@_read.register
+def _(generator: np.random.RandomState) -> object:
+    return generator.get_state(legacy=False)
+
+
+@_read.register
+def _(generator: torch.Generator) -> object:
+    return generator.get_state()
+
+
+@_read.register
+def _(generator: random.Random) -> object:
+    return generator.getstate()
+
+
+@singledispatch
+def _write(generator: object, state: Any) -> None:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_write.register
+def _(generator: np.random.Generator, state: Any) -> None:
+    state = dict(state)
+    seed = state.pop(_SEED, None)
+    generator.bit_generator.state = state
+    if seed is not None:
+        _seed_from(generator, np.random.SeedSequence(**seed))
+
+
+def _seed_from(generator: np.random.Generator, seed: np.random.SeedSequence) -> None:
+    """Let what `generator` spawns come from `seed`; its own stream stays what it is."""
+    bits: Any = generator.bit_generator
+    # As numpy's own unpickling does, from 2 on: before, there is no way to give it one, and what is
+    # spawned begins anew.
+    with suppress(TypeError):
+        bits.__setstate__((bits.state, seed))
+
+
+@_write.register
+def _(generator: np.random.RandomState, state: Any) -> None:
+    generator.set_state(state)
+
+
+@_write.register
+def _(generator: torch.Generator, state: Any) -> None:
+    generator.set_state(state)
+
+
+@_write.register
+def _(generator: random.Random, state: Any) -> None:
+    generator.setstate(state)
+
+
+@singledispatch
+def _seed_one(generator: object, seed: bytes) -> None:
+    raise UsageError(f"{type(generator).__qualname__} is no random number generator")
+
+
+@_seed_one.register
+def _(generator: np.random.Generator, seed: bytes) -> None:
+    # A bit generator cannot be seeded again: another one of its kind lends its state.
+    kind: Any = type(generator.bit_generator)
+    fresh = kind(int.from_bytes(seed, "little"))
+    generator.bit_generator.state = fresh.state
+    _seed_from(generator, fresh.seed_seq)
+
+
+@_seed_one.register
+def _(generator: np.random.RandomState, seed: bytes) -> None:
+    generator.seed(np.frombuffer(seed, dtype="<u4").astype(np.uint32))
+
+
+@_seed_one.register
+def _(generator: torch.Generator, seed: bytes) -> None:
+    # 63 bits: torch takes a signed integer.
+    generator.manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+
+
+@_seed_one.register
+def _(generator: random.Random, seed: bytes) -> None:
+    generator.seed(seed)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.errors import ErrorKind, UsageError
-from dist_ckpt.state.wrapped import Piece, Shape, as_piece, is_wrapped, leaves_of, local_of
+from dist_ckpt.state.layout import Piece, Shape, as_piece, is_wrapped, leaves_of, local_of
 
 
 def inner_tensors(value: Any, name: str) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, singledispatch
-from typing import Any
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -15,18 +16,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.names import check_part
-from dist_ckpt.state.generators import Generator, GeneratorPart
+from dist_ckpt.format.names import check_part, plain_step
+from dist_ckpt.repository import Repository, ranking
+from dist_ckpt.repository.ranking import Criterion, Measured, Mode
+from dist_ckpt.state.early_stopping import EarlyStopping
+from dist_ckpt.state.holders import is_of_module
 from dist_ckpt.state.layout import address
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
-from dist_ckpt.state.optimizer_faces import holds_optimizers
+from dist_ckpt.state.optimizer_live import holds_optimizers
 from dist_ckpt.state.part import Part
-from dist_ckpt.state.rng import RngPart
+from dist_ckpt.state.rng import Generator, GeneratorPart, RngPart
 from dist_ckpt.state.scheduler import SchedulerPart
 from dist_ckpt.state.several import ModulesPart, holds_modules
 from dist_ckpt.state.slots import PerRank
-from dist_ckpt.state.snapshots import refuse_class, refuse_snapshots, refuse_state_dict
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart, keeps_state
 
@@ -394,3 +397,288 @@ def _memory(parts: Mapping[str, Part]) -> set[tuple[int, int]]:
         if not isinstance(part, OptimizerPart | RngPart) and not _is_per_rank(part)
         for tensor in part.capture().tensors.values()
     }
+
+
+# Values that are copies of something's state: as parts of a training they can only go stale.
+
+
+# By the keys that tell them: what torch's `state_dict` methods return, each a new dict per call.
+_SHAPES: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"state", "param_groups"}), "an optimizer"),
+    (frozenset({"last_epoch", "_step_count"}), "a learning rate scheduler"),
+    (frozenset({"last_epoch", "num_bad_epochs"}), "a learning rate scheduler"),
+    (frozenset({"scale", "growth_factor", "_growth_tracker"}), "a GradScaler"),
+    (frozenset({"epoch", "consumed", "global_batch", "shuffle"}), "an ElasticSampler"),
+    (frozenset({"_snapshot", "_steps_since_snapshot"}), "a StatefulDataLoader"),
+)
+_EXTRA = "_extra_state"
+# Of Python's generator: the words of the Mersenne Twister, and the place in them.
+_WORDS = 625
+_DEEPEST = 8
+
+
+def refuse_snapshots(part: str, value: object) -> None:
+    """Check that nothing in `value` is a copy of a state that goes on without it.
+
+    Dicts of tensors are no copies: the state dict of a module holds the memory of its parameters.
+
+    Raises:
+        UsageError: something is; says what to give instead.
+    """
+    for where, what in _snapshots(value, part, 0):
+        kind = what.split(" ", 1)[1]
+        raise UsageError(
+            f"{where} is what state_dict() of {what} returned: a copy, which training does not "
+            f"change and a load does not bring back. Give the {kind} itself as a part "
+            "(a dict that was saved before can be read by open_checkpoint(...).read_values(...))"
+        )
+
+
+def refuse_generator_states(part: str, value: object) -> None:
+    """Check that `value` is no copy of the state of a random number generator, nor a tuple of some.
+
+    Each save would store it as it was, and whoever sets a generator by it after a restart draws the
+    numbers of the beginning again.
+
+    Raises:
+        UsageError: something is; says what to give instead.
+    """
+    for where, what in _generator_states(value, part):
+        raise UsageError(
+            f"{where} is what {what} returned: a copy, which is the same at each save. Leave it "
+            "out, for the generators of Python, numpy, torch and CUDA are part of every state; a "
+            "generator of your own is a part itself"
+        )
+
+
+def refuse_state_dict(state: Mapping[str, object], parts: Mapping[str, object]) -> None:
+    """Check that a state is not what `state_dict` of a module or an optimizer returned.
+
+    Each entry would be a part, of a name that the next load of the object does not ask for.
+
+    Args:
+        state: what was given.
+        parts: the entries of it that are parts.
+
+    Raises:
+        UsageError: it is; says what to give instead.
+    """
+    if _kind(parts) == "an optimizer":
+        what = "an optimizer"
+    elif _is_of_module(state, parts):
+        what = "a module"
+    else:
+        return
+    called = "model" if what == "a module" else "optimizer"
+    raise UsageError(
+        f"a state is a TrainState or a dict of parts by name, and this is what state_dict() of "
+        f"{what} returned ({', '.join(list(parts)[:3])}, ...): each entry would be a part. Give "
+        f'{{"{called}": {called}}}'
+    )
+
+
+def _is_of_module(state: Mapping[str, object], parts: Mapping[str, object]) -> bool:
+    # No part has a dot in its name. What torch marks and has no dots is one of a single layer.
+    if any("." in name and isinstance(item, torch.Tensor) for name, item in parts.items()):
+        return True
+    return (
+        is_of_module(state)
+        and bool(parts)
+        and all(isinstance(item, torch.Tensor) or key == _EXTRA for key, item in parts.items())
+    )
+
+
+def refuse_class(part: str, value: object) -> None:
+    """Check that `value` is no class whose objects would be a part.
+
+    Raises:
+        UsageError: it is.
+    """
+    if isinstance(value, type) and hasattr(value, "state_dict"):
+        raise UsageError(
+            f"part {part!r} is {value.__qualname__}, a class, not an object of it: give what "
+            f"{value.__qualname__}(...) returned"
+        )
+
+
+def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str]]:
+    if depth > _DEEPEST:
+        return
+    if isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            yield from _snapshots(item, f"{where}[{at}]", depth + 1)
+    if not isinstance(value, Mapping):
+        return
+    kind = _kind(value)
+    if kind is not None:
+        yield where, kind
+        return
+    extra = [key for key in _module_entries(value) if str(key).endswith(_EXTRA)]
+    if extra:
+        yield f"{where}[{extra[0]!r}]", "a module"
+    for key, item in value.items():
+        yield from _snapshots(item, f"{where}[{key!r}]", depth + 1)
+
+
+def _generator_states(value: object, where: str) -> Iterator[tuple[str, str]]:
+    what = _generator_of(value)
+    if what is not None:
+        yield where, what
+    elif isinstance(value, tuple):
+        # What stands in a list or a dict may be another one by the time of the next save.
+        for at, item in enumerate(value):
+            yield from _generator_states(item, f"{where}[{at}]")
+
+
+def _generator_of(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        return "bit_generator.state" if value.keys() >= {"bit_generator", "state"} else None
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.uint8 or value.device.type != "cpu":
+            return None
+        return "torch.get_rng_state()" if torch.equal(value, torch.get_rng_state()) else None
+    if not isinstance(value, tuple):
+        return None
+    if len(value) == 5 and isinstance(value[0], str) and isinstance(value[1], np.ndarray):
+        return "np.random.get_state()"
+    if len(value) == 3 and isinstance(value[1], tuple) and len(value[1]) == _WORDS:
+        return "random.getstate()"
+    return None
+
+
+def _kind(value: Mapping[Any, Any]) -> str | None:
+    keys = value.keys()
+    for shape, what in _SHAPES:
+        if keys >= shape:
+            if "param_groups" in shape and not _is_optimizer(value):
+                continue
+            return what
+    return None
+
+
+def _is_optimizer(value: Mapping[Any, Any]) -> bool:
+    groups, state = value["param_groups"], value["state"]
+    return (
+        isinstance(state, Mapping)
+        and isinstance(groups, (list, tuple))
+        and all(isinstance(group, Mapping) and "params" in group for group in groups)
+    )
+
+
+def _module_entries(value: Mapping[Any, Any]) -> Iterator[Any]:
+    """Yield the keys of the state dict of a module under which no tensor is."""
+    if is_of_module(value):
+        yield from (key for key, item in value.items() if not isinstance(item, torch.Tensor))
+
+
+# How a training begins: which parts of a state are what, and which checkpoint is the best.
+
+
+Role: TypeAlias = Literal["model", "optimizer", "scheduler", "other"]
+
+
+def parts_of(state: TrainState, *roles: Role) -> list[str]:
+    """Return the names of the parts that are of one of `roles`."""
+    return [name for name in state if _role(state[name]) in roles]
+
+
+def stoppers_of(state: TrainState) -> list[EarlyStopping]:
+    """Return the early stoppings among the parts."""
+    return [value for name in state if isinstance(value := state[name], EarlyStopping)]
+
+
+def main_model(state: TrainState) -> str:
+    """Return the name of the model that given weights are for.
+
+    Raises:
+        UsageError: none is called `model`, and there is not exactly one.
+    """
+    models = parts_of(state, "model")
+    if "model" in models:
+        return "model"
+    if len(models) != 1:
+        raise UsageError(
+            f"weights are for one model, and the state has {', '.join(models) or 'none'}: call one "
+            "of the parts 'model'"
+        )
+    return models[0]
+
+
+def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, where: str) -> int:
+    """Return the step of the best checkpoint by the first of `criteria`.
+
+    Raises:
+        UsageError: there is no criterion.
+        NotFound: no checkpoint has its metric.
+    """
+    if not criteria:
+        raise UsageError(
+            "which checkpoint is the best? Say by which metric: put an EarlyStopping into the "
+            "state, or give when=policy.better(...) or keep=keep.best(...)"
+        )
+    return ranking.best_among(records, criteria[0], where=where).step
+
+
+def which_of(
+    step: SupportsIndex | Literal["best"] | None,
+    metric: str | None,
+    mode: Mode,
+    criteria: Sequence[Criterion] = (),
+) -> int | Criterion | None:
+    """Return which checkpoint is meant by the arguments of a call that only reads.
+
+    Args:
+        step: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: whether small or large values of that are good.
+        criteria: what else says what the best is, where `metric` does not.
+
+    Raises:
+        UsageError: nobody says what the best is, or what is said is of no use.
+    """
+    if isinstance(step, str) and step != "best":
+        raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
+    if step != "best":
+        if metric is not None or mode != "min":
+            raise UsageError("metric= and mode= say what the best is: give step='best' with them")
+        return None if step is None else plain_step(step)
+    if metric is not None:
+        return Criterion(metric, mode)
+    if not criteria:
+        raise UsageError("by which metric is it the best? Give metric='val/loss', say")
+    return criteria[0]
+
+
+def best_of(run: Repository, criterion: Criterion) -> int:
+    """Return the step of the best checkpoint of `run`, which is read and not taken over.
+
+    Raises:
+        NotFound: there is no run, or no checkpoint has the metric.
+    """
+    records = run.records()
+    if not records and run.latest() is None:
+        raise run.no_checkpoint()
+    return best_step(records, [criterion], where=run.store.url)
+
+
+@singledispatch
+def _role(value: object) -> Role:
+    # By what it looks like: a wrapper, or a list of modules or optimizers, has no class to go by.
+    if holds_modules(value):
+        return "model"
+    return "optimizer" if holds_optimizers(value) else "other"
+
+
+@_role.register
+def _(value: nn.Module) -> Role:
+    return "model"
+
+
+@_role.register
+def _(value: Optimizer) -> Role:
+    return "optimizer"
+
+
+@_role.register
+def _(value: LRScheduler) -> Role:
+    return "scheduler"

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.state.decoding import Layout, layouts_in, parse_document
 from dist_ckpt.state.holders import is_held
-from dist_ckpt.state.layout import dtype_name, empty_beside
+from dist_ckpt.state.layout import alias_of, dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
-from dist_ckpt.state.objects import fillable
+from dist_ckpt.state.objects import Layout, fillable, layouts_in, parse_document
 from dist_ckpt.state.part import Stored, TensorSpec
-from dist_ckpt.state.wrapped import alias_of
 
 VALUE = "value"
 """The name of the one object that such a part consists of."""

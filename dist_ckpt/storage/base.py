@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, Protocol, runtime_checkable
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
@@ -398,3 +400,95 @@ def read_all(
     data = bytearray(nbytes)
     count = store.read_into(key, 0, memoryview(data))
     return bytes(data[:count])
+
+
+# Several buffers that are filled as if they were one.
+
+
+class Scatter:
+    """Flat views of bytes, thought of as one after another.
+
+    Args:
+        views: where the bytes go; empty ones count for nothing.
+
+    Attributes:
+        nbytes: how many bytes the views have together.
+    """
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = [view for view in views if view.nbytes]
+        self._stops = list(accumulate(view.nbytes for view in self._views))
+        self.nbytes = self._stops[-1] if self._stops else 0
+
+    def write(self, start: int, data: bytes | memoryview) -> None:
+        """Copy `data` to the bytes from `start` on; it does not reach beyond the end."""
+        views = self.cut(start, start + len(data))
+        if len(views) == 1:  # nearly always: what arrives at once is small
+            views[0][:] = data
+            return
+        source, done = memoryview(data), 0
+        for view in views:
+            view[:] = source[done : done + view.nbytes]
+            done += view.nbytes
+
+    def cut(self, start: int, stop: int) -> list[memoryview]:
+        """Return views of the bytes from `start` up to, not including, `stop`."""
+        found = []
+        number = bisect_right(self._stops, start)
+        while start < stop and number < len(self._views):
+            view, end = self._views[number], self._stops[number]
+            first = start - (end - view.nbytes)
+            last = min(stop, end) - (end - view.nbytes)
+            found.append(view if last - first == view.nbytes else view[first:last])
+            start, number = end, number + 1
+        return found
+
+
+# Objects that are made while they are stored, so that memory never holds all of one.
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The bytes of one object, made piece by piece.
+
+    Iterating begins anew each time, since a put may have to. It yields flat views of bytes, of
+    which there are `nbytes` in all; none is empty, and none changes afterwards.
+
+    Attributes:
+        nbytes: of the whole.
+        pieces: begins to make them, from the first one on.
+    """
+
+    nbytes: int
+    pieces: Callable[[], Iterator[memoryview]]
+
+    @classmethod
+    def of(cls, views: Sequence[memoryview]) -> Stream:
+        """Return the stream of what is there already."""
+        return cls(sum(view.nbytes for view in views), lambda: iter(views))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self.pieces()
+
+
+@runtime_checkable
+class Streamer(Protocol):
+    """What a store also offers that can begin to store an object before all of it is there."""
+
+    def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+        """Store what `stream` makes under `key`, whole or not at all, as `Store.put` does."""
+        ...
+
+
+def put_stream(store: Store, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
+    """Store what `stream` makes under `key`, whole or not at all.
+
+    A store that is no `Streamer` gets all of it at once, and so memory has to hold it.
+
+    Raises:
+        CheckpointError: those of `Store.put`, and whatever the stream raises; nothing is stored.
+    """
+    if isinstance(store, Streamer):
+        store.put_stream(key, stream, mode=mode)
+    else:
+        store.put(key, list(stream), mode=mode)

@@ -28,6 +28,8 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Scatter,
+    Stream,
     Watch,
     check_key,
     check_keys,
@@ -38,8 +40,6 @@ from dist_ckpt.storage.base import (
     is_key,
     watched,
 )
-from dist_ckpt.storage.scatter import Scatter
-from dist_ckpt.storage.stream import Stream
 
 _WHOLE_BYTES = 8 << 20
 # How often an object may be replaced during one read of its end.

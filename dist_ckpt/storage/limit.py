@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
-from dist_ckpt.storage.stream import Stream
+from dist_ckpt.storage.base import Buffer, PutMode, Store, Stream, Watch, fill_views, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.waiting import Bell
 

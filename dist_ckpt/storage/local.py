@@ -23,6 +23,7 @@ from dist_ckpt.storage.base import (
     Entry,
     MayGo,
     PutMode,
+    Stream,
     Watch,
     check_key,
     check_keys,
@@ -35,6 +36,7 @@ from dist_ckpt.storage.base import (
 )
 from dist_ckpt.storage.direct import DirectIO
 from dist_ckpt.storage.durable import (
+    Naming,
     free_bytes,
     look_again,
     nearest_existing,
@@ -44,8 +46,6 @@ from dist_ckpt.storage.durable import (
     sync_directory,
     write_file,
 )
-from dist_ckpt.storage.naming import Naming
-from dist_ckpt.storage.stream import Stream
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -14,6 +14,8 @@ from dist_ckpt.storage.base import (
     Capabilities,
     Entry,
     PutMode,
+    Scatter,
+    Stream,
     Watch,
     check_key,
     check_keys,
@@ -23,8 +25,6 @@ from dist_ckpt.storage.base import (
     flat_views,
     watched,
 )
-from dist_ckpt.storage.scatter import Scatter
-from dist_ckpt.storage.stream import Stream
 
 
 @dataclass(slots=True)

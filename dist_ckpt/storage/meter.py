@@ -13,8 +13,16 @@ from typing import Any, TypeVar
 
 from dist_ckpt import events
 from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound
-from dist_ckpt.storage.base import Buffer, Entry, PutMode, Store, Watch, flat_views
-from dist_ckpt.storage.stream import Stream, put_stream
+from dist_ckpt.storage.base import (
+    Buffer,
+    Entry,
+    PutMode,
+    Store,
+    Stream,
+    Watch,
+    flat_views,
+    put_stream,
+)
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")

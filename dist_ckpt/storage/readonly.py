@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from dist_ckpt.errors import ErrorKind, StorageError
-from dist_ckpt.storage.base import Buffer, Capabilities, MayGo, PutMode, Watch, everything
-from dist_ckpt.storage.stream import Stream
+from dist_ckpt.storage.base import Buffer, Capabilities, MayGo, PutMode, Stream, Watch, everything
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 
 _T = TypeVar("_T")

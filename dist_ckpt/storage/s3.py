@@ -21,6 +21,8 @@ from dist_ckpt.storage.base import (
     Entry,
     MayGo,
     PutMode,
+    Scatter,
+    Stream,
     Watch,
     check_key,
     check_keys,
@@ -46,10 +48,7 @@ from dist_ckpt.storage.s3_errors import (
     judge,
     to_error,
 )
-from dist_ckpt.storage.s3_stream import StreamUpload
-from dist_ckpt.storage.s3_upload import Download, Upload
-from dist_ckpt.storage.scatter import Scatter
-from dist_ckpt.storage.stream import Stream
+from dist_ckpt.storage.s3_upload import Download, StreamUpload, Upload
 
 _T = TypeVar("_T")
 

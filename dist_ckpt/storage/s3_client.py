@@ -1,10 +1,16 @@
-"""Requests to S3: one client a process, made by s3fs, and how requests are repeated."""
+"""Requests to S3: one client a process, made by s3fs, and how requests are repeated.
+
+The loop of fsspec would do but for its helpers: once the main thread has ended, Python takes no
+more work for pools of threads, and a save that is still going on then could reach no server.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import random
+import threading
 import time
 import weakref
 from collections.abc import (
@@ -16,10 +22,11 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache, partial
 from multiprocessing.util import Finalize
-from typing import Any, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import s3fs
 from aiobotocore.session import AioSession
@@ -28,9 +35,9 @@ from s3fs.utils import ParamKwargsHelper
 
 from dist_ckpt.errors import CheckpointError, UsageError, describe
 from dist_ckpt.storage.limit import AdaptiveLimit
-from dist_ckpt.storage.loop import OnLoop, process_loop
 from dist_ckpt.storage.retry import Backoff
 from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, judge
+from dist_ckpt.waiting import Latch
 
 _T = TypeVar("_T")
 
@@ -363,3 +370,119 @@ async def together(jobs: Iterable[Callable[[], Awaitable[_T]]], *, at_once: int)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return [results[number] for number in range(len(results))]
+
+
+# One event loop for each process, on a thread of its own, that works until the process is gone.
+
+
+_P = ParamSpec("_P")
+
+_WORKERS = 4
+
+_lock = threading.Lock()
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+
+# Held over a fork, so that the child never finds it locked by a thread that it does not have.
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
+
+
+def process_loop() -> asyncio.AbstractEventLoop:
+    """Return the running loop of this process; a child after a fork starts its own."""
+    with _lock:
+        found = _loops.get(os.getpid())
+        if found is None:
+            found = _loops[os.getpid()] = _start()
+    return found
+
+
+def _start() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    # For names of hosts, certificates and digests: whatever would hold the loop up.
+    loop.set_default_executor(_Workers(_WORKERS))
+    threading.Thread(target=loop.run_forever, name="dist_ckpt-io", daemon=True).start()
+    return loop
+
+
+class OnLoop(Generic[_T]):
+    """Work on the loop of this process, begun from another thread.
+
+    Args:
+        work: makes the coroutine, on the loop.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+        self._outcome: list[_T] = []
+        self._error: BaseException | None = None
+        self._over = Latch()
+        self._loop = process_loop()
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is over, for at most `timeout` seconds; return whether it is."""
+        return self._over.wait(timeout)
+
+    def result(self) -> _T:
+        """Wait until it is over, and return what it returned or raise what it raised."""
+        self.wait()
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._outcome[0]
+        finally:
+            del error  # its traceback leads here: a cycle would keep the buffers that were sent
+
+    def cancel(self) -> None:
+        """Ask it to end by `asyncio.CancelledError`, wherever it waits."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._run())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            self._outcome.append(await self._work())
+        except BaseException as error:
+            self._error = error
+        finally:
+            del self._work
+            # Here, as Python loses an interrupt that comes while asyncio's record of it is kept.
+            self._task = None
+            self._over.open()
+
+
+class _Workers(ThreadPoolExecutor):
+    """A pool of daemon threads that all exist from the begin: at exit none can be started."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for number in range(count):
+            threading.Thread(target=self._work, name=f"dist_ckpt-io-{number}", daemon=True).start()
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Run `fn` on one of the threads."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._jobs.put(run)
+        return future
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()

@@ -15,13 +15,14 @@ from dist_ckpt.storage.base import (
     MayGo,
     PutMode,
     Store,
+    Stream,
     Sweeper,
     Watch,
     check_keys,
     delete_exactly,
     everything,
+    put_stream,
 )
-from dist_ckpt.storage.stream import Stream, put_stream
 
 _T = TypeVar("_T")
 

@@ -12,8 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, TypeVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.storage.base import Buffer, PutMode, Store, Watch, fill_views, flat_views
-from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.base import Buffer, PutMode, Scatter, Store, Watch, fill_views, flat_views
 from dist_ckpt.storage.wrapper import CHANGES, OPERATIONS, Operation, StoreWrapper
 
 __all__ = [

@@ -10,14 +10,12 @@ from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.format.manifest import plain_metadata
 from dist_ckpt.options import SaveKeywords, SaveOptions
 from dist_ckpt.policy.moment import checked_seconds
-from dist_ckpt.ranks.job_ranks import JobRanks
-from dist_ckpt.saving.outcomes import Tolerance, WhenFailed
-from dist_ckpt.staging.gc_pause import no_collection
-from dist_ckpt.state.generators import GeneratorPart
+from dist_ckpt.ranks.rendezvous import JobRanks
+from dist_ckpt.saving.handle import Tolerance, WhenFailed
+from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.part import Captured, dry_capture
-from dist_ckpt.state.rng import RngPart
-from dist_ckpt.state.snapshots import refuse_generator_states
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.rng import GeneratorPart, RngPart
+from dist_ckpt.state.train_state import TrainState, refuse_generator_states
 from dist_ckpt.state.values import ValuePart
 
 

@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 
 from dist_ckpt.errors import CheckpointError, describe
 from dist_ckpt.format.names import parse_save_id
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import status
 from dist_ckpt.repository.status import JobStatus, Phase
-from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.outcomes import Outcomes
+from dist_ckpt.saving.handle import Outcomes, SaveHandle
 from dist_ckpt.waiting import Latch, start
 
 # How long the end of a training waits for its last word, which nobody needs for certain.

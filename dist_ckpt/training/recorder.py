@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from dist_ckpt.errors import UsageError
-from dist_ckpt.loading.report import LoadReport
+import torch
+
+from dist_ckpt.errors import IncompatibleError, NotFound, UsageError, near
+from dist_ckpt.loading.loader import LoadReport
+from dist_ckpt.policy import SavePolicy, counted, passed_over
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
+from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.handle import SaveHandle
-from dist_ckpt.saving.metrics import Metrics
-from dist_ckpt.saving.provenance import Provenance, SaveContext
+from dist_ckpt.saving.provenance import Metrics, Provenance, SaveContext
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.training.bests import SavePolicies
-from dist_ckpt.training.course import Course, ToldStep, WatchedMetrics
 from dist_ckpt.training.early import TrainingOptions
 from dist_ckpt.training.heartbeat import Heartbeat
 from dist_ckpt.training.resuming import Resumer
@@ -238,3 +243,252 @@ class Recorder:
         # Last: who is told of the save before has this one all the same.
         self._saver.tell_earlier(step)
         return handle
+
+
+# What a Checkpointer was told of the training so far, and what of it is stored.
+
+
+@dataclass(frozen=True, slots=True)
+class ToldStep:
+    """The last thing that was told.
+
+    Attributes:
+        step: which step the state stood after.
+        epoch: which epoch ended with it, None in the middle of one.
+        metrics: what was given with it.
+    """
+
+    step: int
+    epoch: int | None
+    metrics: Metrics = field(default_factory=dict)
+
+
+class Course:
+    """Knows which steps are done, and which one would be lost if the training ended here.
+
+    All of it follows from calls that every rank makes alike, so all ranks know the same.
+
+    Attributes:
+        leads: whether this rank is the one to say something.
+    """
+
+    def __init__(self, url: str, when: SavePolicy, watched: WatchedMetrics) -> None:
+        self._url = url
+        self._when = when
+        self._watched = watched
+        self._last: ToldStep | None = None
+        # Whether the state is still the one that the last call told of.
+        self._live = False
+        self._done: dict[int, SaveHandle] = {}
+        self._saved: int | None = None
+        self._newest = -1
+        self._kinds: set[str] = set()
+        self._told_step: int | None = None
+        self._said: set[str] = set()
+        self.leads = False
+        self._refusal: UsageError | None = None
+
+    @property
+    def told_step(self) -> int | None:
+        """The step that was told last; None where only ends of epochs were."""
+        return self._told_step
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step that was saved last."""
+        return self._saved
+
+    @property
+    def unsaved(self) -> ToldStep | None:
+        """What was told last, if no save of it was begun and the state is still that."""
+        last = self._last
+        return None if last is None or not self._live or last.step in self._done else last
+
+    @property
+    def lost(self) -> ToldStep | None:
+        """What was told last, if the save of it failed and the state is still that."""
+        last = self._last
+        handle = self._done.get(last.step) if last is not None and self._live else None
+        return last if handle is not None and handle.failed else None
+
+    def tell(self, step: int, epoch: int | None, metrics: Metrics, *, kind: str) -> None:
+        """Take note that the state stands after `step`; see `Checkpointer.step`.
+
+        Args:
+            step: which.
+            epoch: which epoch ended with it.
+            metrics: what was given with it.
+            kind: what told it: "steps", "epochs" or "saves".
+
+        Raises:
+            UsageError: training may not go on from here.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        # What is no step at all is refused by the save of it, on all ranks together.
+        if isinstance(step, int) and step < self._newest and step not in self._done:
+            self._say(
+                "backwards",
+                f"step {step} was told to the Checkpointer of {self._url} after step "
+                f"{self._newest} was stored: steps that were saved are not saved again, and older "
+                "ones are refused. Restore an earlier step, or go on from the last one",
+            )
+        if kind == "epochs" and "steps" not in self._kinds and "steps" in counted(self._when):
+            self._say(
+                "steps",
+                f"{self._when} of {self._url} counts steps, and only the end of an epoch was told: "
+                "call step() after each step, or save by when=policy.every(epochs=1)",
+            )
+        self._kinds.add(kind)
+        last = self._told_step
+        # Asked of integers alone: whatever else was told as a step is refused elsewhere.
+        if kind == "steps" and isinstance(last, int) and isinstance(step, int) and step > last + 1:
+            missed = passed_over(self._when, previous=last, step=step)
+            if missed is not None:
+                self._say(
+                    "passed over",
+                    f"{missed} of {self._url} saves at its multiples, and none of the steps from "
+                    f"{last} to {step} that were told is one: tell each step, or choose a number "
+                    "that the steps told come to",
+                )
+        if self.leads:
+            self._watched.tell(step, metrics.keys(), epoch_over=epoch is not None)
+        if kind != "epochs":
+            self._told_step = step
+        self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
+
+    def save_begun(self, step: int, handle: SaveHandle) -> None:
+        """Take note of a save."""
+        self._done[step] = handle
+        self._saved = step
+        self._newest = max(self._newest, step)
+
+    def restored(self, report: LoadReport | None, *, own: bool, refusal: UsageError | None) -> None:
+        """Take note that the state is another one.
+
+        Args:
+            report: where it comes from.
+            own: whether from the run itself.
+            refusal: why training may not go on from it.
+        """
+        self._live = False
+        self._refusal = refusal
+        self._done.clear()
+        self._saved, self._newest = None, -1
+        if report is not None and own:
+            self._done[report.step] = SaveHandle.committed(report.step, report.save_id)
+            self._newest = report.step
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Put another state in the place of the one after the last step, in a `with` block."""
+        try:
+            yield
+        except (UsageError, NotFound, IncompatibleError):
+            raise  # found out before anything was changed
+        except BaseException:
+            self._live = False
+            raise
+        self._live = False
+
+    def let_go(self) -> None:
+        """Take note that the last step is not to be saved: its save failed, and that was told."""
+        self._live = False
+
+    def is_done(self, step: int) -> bool:
+        """Whether a save of `step` was begun, or it was restored; the handle tells its end."""
+        return step in self._done
+
+    def done(self, step: int) -> SaveHandle | None:
+        """Return the handle of the checkpoint of `step` that was saved or restored, if there is.
+
+        Waits until that save is over: only then do all ranks know how it ended.
+        """
+        # `True` and `1.0` are no steps, though they are found where 1 is.
+        handle = self._done.get(step) if type(step) is int else None
+        if handle is None:
+            return None
+        handle.settle()
+        return handle if handle.outcome == "committed" else None
+
+    def close(self) -> None:
+        """Say what the end of the training shows to have been a mistake."""
+        if "epochs" in counted(self._when) and self._kinds == {"steps"}:
+            self._say(
+                "epochs",
+                f"{self._when} of {self._url} counts the ends of epochs, and none was told: call "
+                "epoch_end() after each epoch",
+            )
+        if self.leads:
+            self._watched.close()
+
+    def _say(self, what: str, text: str) -> None:
+        """Say it once; the other ranks would say the same."""
+        if self.leads and what not in self._said:
+            self._said.add(what)
+            _log.warning("%s", text)
+
+
+def _let_go(metrics: Metrics) -> Metrics:
+    """Return the metrics without what tensors in them hold on to: the graph of a loss is large."""
+    return {
+        name: value.detach() if isinstance(value, torch.Tensor) else value
+        for name, value in metrics.items()
+    }
+
+
+# Metrics by which something is decided, and that nobody ever tells: they may be misspelt.
+
+
+# So alike are slips of the pen, and not yet `train/loss` and `val/loss`.
+_SLIP = 0.8
+
+
+class WatchedMetrics:
+    """Says once of each metric which is watched, and never told, that it is not.
+
+    A name like it among those that are told is a slip of the pen, and said at once. Else it is said
+    after the first epoch whose metrics do not have it, and at the end at the latest: most metrics
+    are known at the ends of epochs only.
+    """
+
+    def __init__(self, criteria: Sequence[Criterion], url: str) -> None:
+        self._missing = {criterion.metric for criterion in criteria}
+        self._url = url
+        self._seen: set[str] = set()
+        self._step: int | None = None
+
+    def tell(self, step: int, names: Collection[str], *, epoch_over: bool) -> None:
+        """Take note of the metrics told with `step`."""
+        self._step = step
+        if not self._missing:
+            return  # the usual case, from the first complete telling on
+        self._seen |= {name for name in names if isinstance(name, str)}
+        self._missing -= self._seen
+        slips = {
+            name
+            for name in self._missing
+            if difflib.get_close_matches(name, self._seen, n=1, cutoff=_SLIP)
+        }
+        self._say(self._missing.copy() if epoch_over and names else slips)
+
+    def close(self) -> None:
+        """Say what was never told, if anything was told at all."""
+        if self._step is not None:
+            self._say(self._missing.copy())
+
+    def _say(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            self._missing.discard(name)
+            known = ", ".join(map(repr, sorted(self._seen))) or "none"
+            _log.warning(
+                "step %d in %s has no metric %r (it has: %s)%s, so nothing can be the best by it, "
+                "be kept for it or stop the training: give it as metrics={%r: ...}, or watch "
+                "another one",
+                self._step,
+                self._url,
+                name,
+                known,
+                near(name, self._seen),
+                name,
+            )

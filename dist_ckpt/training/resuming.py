@@ -11,8 +11,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError
 from dist_ckpt.format.names import discard_key
-from dist_ckpt.loading.loader import Loader
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import on_every_rank
@@ -23,13 +22,12 @@ from dist_ckpt.repository.history import (
     StepMetrics,
     join_metrics,
     list_metrics,
+    read_epoch_note,
 )
-from dist_ckpt.repository.marks import read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import reason
 from dist_ckpt.saving.exit import finish_before
-from dist_ckpt.state.roles import best_step, main_model, parts_of, stoppers_of
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import TrainState, best_step, main_model, parts_of, stoppers_of
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start
 

@@ -29,8 +29,8 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.saving.metrics import Metrics, as_numbers
-from dist_ckpt.saving.outcomes import Outlook
+from dist_ckpt.saving.handle import Outlook
+from dist_ckpt.saving.provenance import Metrics, as_numbers
 from dist_ckpt.training.notices import NoticeWatch, SignalNote
 
 _log = logging.getLogger("dist_ckpt")

@@ -11,14 +11,11 @@ from typing import Any
 
 import msgspec
 
-from dist_ckpt.format import document
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.digest import bytes_digest, digest_blocks
 from dist_ckpt.format.index import FileEntry, Index
-from dist_ckpt.format.manifest import FilesTotal, ManifestFile
-from dist_ckpt.format.segment import join_segments
+from dist_ckpt.format.manifest import FilesTotal, ManifestFile, decode_document
+from dist_ckpt.format.segments import decode_root, decode_segment, join_segments
 from dist_ckpt.format.shard import ShardEntry, layout
 from dist_ckpt.format.whole import encode_whole
 
@@ -157,8 +154,8 @@ class Sealed:
         (self._index_key,) = (key for key in files if key.endswith("/index.msgpack"))
         self._folder = self._index_key.rpartition("/")[0]
         self.manifest = manifest_format.decode(files[self._manifest_key], step=step)
-        root = root_format.decode(files[self._index_key])
-        (segment,) = (segment_format.decode(each.inside, root, 0) for each in root.segments)
+        root = decode_root(files[self._index_key])
+        (segment,) = (decode_segment(each.inside, root, 0) for each in root.segments)
         self.index = join_segments(root, {0: segment})
 
     def documents(self) -> dict[tuple[str, int | None], dict[str, bytes]]:
@@ -166,7 +163,7 @@ class Sealed:
         found = {}
         for entry in self.index.objects:
             data = self._data(entry.file)[entry.offset : entry.offset + entry.nbytes]
-            found[entry.part, entry.rank] = document.decode(data, where="test")
+            found[entry.part, entry.rank] = decode_document(data, where="test")
         return found
 
     def with_documents(self, documents: Mapping[tuple[str, int | None], bytes]) -> dict[str, bytes]:

@@ -9,10 +9,9 @@ import torch
 
 import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, IntegrityError
-from dist_ckpt.storage.base import read_all
+from dist_ckpt.storage.base import Stream, put_stream, read_all
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.storage.s3 import S3Store
-from dist_ckpt.storage.stream import Stream, put_stream
 from tests.services.s3 import S3Service
 
 PART_BYTES = 5 << 20

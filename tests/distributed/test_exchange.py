@@ -15,8 +15,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.loading import exchange, reading
+from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.channels import running_loop
 from dist_ckpt.ranks.rendezvous import join_job

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import dist_ckpt
 from dist_ckpt.dcp import Reader, Writer
-from dist_ckpt.state.wrapped import shard_like
+from dist_ckpt.state.layout import shard_like
 from dist_ckpt.testing.ranks import run_ranks
 from tests import quantized as ao
 from tests.distributed.scaled import same

@@ -18,7 +18,8 @@ from dist_ckpt.errors import (
     NotFound,
     UsageError,
 )
-from dist_ckpt.format import root as root_format
+from dist_ckpt.format import segments as root_format
+from dist_ckpt.format.segments import Root, decode_root
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
@@ -301,9 +302,9 @@ def test_what_a_damaged_checkpoint_filled_by_half_is_not_kept(tmp_path: Path) ->
 
 def test_the_index_is_decoded_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    original = root_format.decode
+    original = decode_root
 
-    def decode(data: bytes) -> root_format.Root:
+    def decode(data: bytes) -> Root:
         decoded.append(data)
         return original(data)
 

@@ -27,7 +27,8 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
-from dist_ckpt.repository import Repository, marks
+from dist_ckpt.repository import Repository
+from dist_ckpt.repository.history import EpochNote, put_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Entry, Store, read_all
 from dist_ckpt.storage.local import LocalStore
@@ -319,8 +320,8 @@ def test_what_was_noted_after_the_save_goes_with_a_copy(store: MemoryStore) -> N
     fill(store, 1.0)
     other = MemoryStore(f"unit-run-{next(_names)}")
     Run(store).copy(1, other)
-    note = marks.EpochNote(3, {"f1": 0.5})
-    marks.put_epoch_note(store, 1, Run(store).manifest(1).save_id, note)
+    note = EpochNote(3, {"f1": 0.5})
+    put_epoch_note(store, 1, Run(store).manifest(1).save_id, note)
     for _ in range(2):
         Run(store).copy(1, other)
         (record,) = Run(other).records()

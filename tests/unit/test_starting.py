@@ -16,7 +16,7 @@ import dist_ckpt
 from dist_ckpt import Checkpointer, TrainState, keep, policy
 from dist_ckpt.errors import IncompatibleError, NotFound, UsageError
 from dist_ckpt.repository import Repository
-from dist_ckpt.state.roles import main_model
+from dist_ckpt.state.train_state import main_model
 from dist_ckpt.storage.memory import MemoryStore
 
 _names = itertools.count()

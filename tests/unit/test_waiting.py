@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, subprocess, sys, threading
 from dist_ckpt.storage.limit import LimitStore
-from dist_ckpt.storage.loop import OnLoop
+from dist_ckpt.storage.s3_client import OnLoop
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel, in_two_steps
 from dist_ckpt.waiting import Latch, Worker

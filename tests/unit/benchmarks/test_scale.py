@@ -15,7 +15,7 @@ from benchmarks.scale.jobs import JOBS
 from benchmarks.scale.planning import measure
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.ranks.rounds import unpack
-from dist_ckpt.saving.job_plan import put_together
+from dist_ckpt.saving.agreement import put_together
 from dist_ckpt.saving.messages import Description
 from dist_ckpt.storage.memory import MemoryStore
 

@@ -23,7 +23,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.foreign.dcp_runs import path_of
-from dist_ckpt.format.index_values import TensorEntry
+from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import Checkpoint

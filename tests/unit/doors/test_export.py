@@ -15,9 +15,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 import dist_ckpt
 from dist_ckpt.doors import image
-from dist_ckpt.doors.export import parse_bytes
+from dist_ckpt.doors.export import aliases_of, parse_bytes
 from dist_ckpt.doors.placing import NOTE
-from dist_ckpt.doors.safetensors import aliases_of
 from dist_ckpt.errors import (
     AlreadyExists,
     ErrorKind,

@@ -11,7 +11,7 @@ import dist_ckpt
 from dist_ckpt import Run
 from dist_ckpt.doors.parts import copy_parts
 from dist_ckpt.errors import AlreadyExists, IntegrityError, UsageError
-from dist_ckpt.repository import marks
+from dist_ckpt.repository.history import EpochNote, put_epoch_note
 from dist_ckpt.storage.local import LocalStore
 
 
@@ -28,7 +28,7 @@ def fill(root: Path) -> LocalStore:
 def test_it_holds_them_and_says_where_the_rest_is(tmp_path: Path) -> None:
     store = fill(tmp_path / "run")
     save_id = Run(store).manifest(7).save_id
-    marks.put_epoch_note(store, 7, save_id, marks.EpochNote(3, {"f1": 0.5}))
+    put_epoch_note(store, 7, save_id, EpochNote(3, {"f1": 0.5}))
     report = copy_parts(store, tmp_path / "copy", step=7, parts=["ema", "model"])
     assert (report.step, report.parts, report.was_there) == (7, ("ema", "model"), False)
     copied = Run(str(tmp_path / "copy"))

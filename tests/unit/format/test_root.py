@@ -14,16 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
-from dist_ckpt.format import tables
+from dist_ckpt.format import limits
 from dist_ckpt.format.boxes import Box, split_rows
 from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest, cut_blocks, digest_blocks
 from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
-from dist_ckpt.format.root import Root, Spent
-from dist_ckpt.format.segment import Segment, join_segments
+from dist_ckpt.format.limits import column
+from dist_ckpt.format.segments import (
+    Root,
+    Segment,
+    Spent,
+    decode_root,
+    decode_segment,
+    join_segments,
+)
 from dist_ckpt.format.shard import DTYPES
-from dist_ckpt.format.tables import column
 from dist_ckpt.format.whole import encode_whole
 from tests.compat.hostile import mutated
 
@@ -85,9 +89,9 @@ def indexes(draw: st.DrawFn) -> Index:
 
 
 def read(data: bytes) -> tuple[Root, dict[int, Segment]]:
-    root = root_format.decode(data)
+    root = decode_root(data)
     places = range(len(root.segments))
-    return root, {n: segment_format.decode(root.segments[n].inside, root, n) for n in places}
+    return root, {n: decode_segment(root.segments[n].inside, root, n) for n in places}
 
 
 @settings(max_examples=60)
@@ -259,7 +263,7 @@ def test_a_broken_rule_is_named(
 
 
 def test_a_table_is_not_inflated_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "LIMIT_BYTES", 1 << 20)
     with pytest.raises(IntegrityError, match="too large"):
         read(remade("root", put("structure", zlib.compress(bytes((1 << 20) + 1)))))
 

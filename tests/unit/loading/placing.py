@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, Ranges, cut
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.state.layout import dtype_name
 from tests.unit.planning.boxes import held

@@ -13,9 +13,8 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import BLOCK_BYTES
 from dist_ckpt.loading import fetching
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
 from tests.unit.planning.boxes import held

@@ -12,9 +12,8 @@ from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import FileEntry, Index, TensorEntry
 from dist_ckpt.loading import filling
-from dist_ckpt.loading.filling import ReadTargets
+from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, cut
-from dist_ckpt.loading.wanted import Wanted
 from dist_ckpt.planning.describe import LocalBox
 from tests.unit.loading.placing import (
     Situation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dist_ckpt.loading.report import LoadReport
+from dist_ckpt.loading.loader import LoadReport
 
 REPORT = LoadReport(
     url="/runs/17",

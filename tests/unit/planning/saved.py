@@ -13,8 +13,7 @@ from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.describe import LocalBox
-from dist_ckpt.planning.files import StagedFile
-from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.planning.files import Document, RankShare, StagedFile, WrittenFile, build_index
 from dist_ckpt.planning.owners import Owned, decide
 from dist_ckpt.repository import Checkpoint, Repository, Transaction
 from dist_ckpt.saving.stager import Stager

@@ -24,8 +24,8 @@ from dist_ckpt.planning.columns import (
     unpack_steps,
 )
 from dist_ckpt.planning.describe import Held
+from dist_ckpt.planning.files import plan_index
 from dist_ckpt.planning.holdings import Holdings
-from dist_ckpt.planning.index import plan_index
 from dist_ckpt.planning.owners import decide, read_owned, share_out
 from tests.unit.planning import by_boxes
 from tests.unit.planning.boxes import held, whole

@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IntegrityError
-from dist_ckpt.format import root as root_format
-from dist_ckpt.format import segment as segment_format
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.digest import digest_blocks
-from dist_ckpt.format.segment import join_segments
+from dist_ckpt.format.segments import decode_root, decode_segment, join_segments
 from dist_ckpt.format.shard import ShardLayout
 from dist_ckpt.format.whole import encode_whole
-from dist_ckpt.planning.files import plan_extra, plan_files
-from dist_ckpt.planning.index import Document, RankShare, WrittenFile, build_index
+from dist_ckpt.planning.files import (
+    Document,
+    RankShare,
+    WrittenFile,
+    build_index,
+    plan_extra,
+    plan_files,
+)
 from dist_ckpt.planning.owners import decide
 from tests.unit.planning.boxes import whole
 from tests.unit.planning.saved import checkpoint, content, local
@@ -53,9 +57,9 @@ def test_every_box_and_every_document_is_in_it() -> None:
     ]
     for entry in index.objects:
         assert index.files[entry.file].name.startswith("extra.")
-    root = root_format.decode(encode_whole(index))
+    root = decode_root(encode_whole(index))
     places = range(len(root.segments))
-    read = {n: segment_format.decode(root.segments[n].inside, root, n) for n in places}
+    read = {n: decode_segment(root.segments[n].inside, root, n) for n in places}
     assert join_segments(root, read) == index, "a reader takes it"
 
 

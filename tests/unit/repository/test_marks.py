@@ -8,8 +8,8 @@ import pytest
 
 from dist_ckpt.errors import NotFound, StorageError
 from dist_ckpt.format.names import PIN, file_key, manifest_key
-from dist_ckpt.repository import History, Repository, keep, marks
-from dist_ckpt.repository.marks import EpochNote
+from dist_ckpt.repository import History, Repository, keep
+from dist_ckpt.repository.history import EpochNote, put_epoch_note
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 from tests.unit.repository.runs import commit, keys, new_store, save
 
@@ -71,9 +71,7 @@ def test_a_note_tells_epoch_and_metrics_that_came_after_the_save() -> None:
     repository = Repository(store)
     claim = repository.claim()
     manifest = commit(repository.begin(5, claim), metrics={"loss": 1.0, "f1": 0.5})
-    marks.put_epoch_note(
-        store, 5, manifest.save_id, EpochNote(2, {"loss": 0.5, "gap": float("nan")})
-    )
+    put_epoch_note(store, 5, manifest.save_id, EpochNote(2, {"loss": 0.5, "gap": float("nan")}))
     (record,) = repository.records()
     assert (record.epoch, record.metrics["loss"], record.metrics["f1"]) == (2, 0.5, 0.5)
     assert record.metrics["gap"] != record.metrics["gap"]
@@ -83,7 +81,7 @@ def test_a_note_goes_with_its_checkpoint_and_is_not_of_the_next_one() -> None:
     store = new_store()
     claim = save(store, 5, 6)
     save_id = Repository(store).open(5).manifest.save_id
-    marks.put_epoch_note(store, 5, save_id, EpochNote(1, {"loss": 0.1}))
+    put_epoch_note(store, 5, save_id, EpochNote(1, {"loss": 0.1}))
     # Deleted by hand, in part, and saved again.
     store.delete([manifest_key(5)])
     save(store, 5, claim=claim)

@@ -22,8 +22,7 @@ from dist_ckpt.planning.owners import Owned
 from dist_ckpt.planning.owners import decide as decide_owners
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
-from dist_ckpt.saving.agreement import Agreed, Agreement, Asked
-from dist_ckpt.saving.job_plan import share_objects
+from dist_ckpt.saving.agreement import Agreed, Agreement, Asked, share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.state.train_state import PerRank, TrainState

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from dist_ckpt.saving.metrics import as_numbers
+from dist_ckpt.saving.provenance import as_numbers
 
 
 def test_a_loss_with_a_gradient_is_a_number_without_a_warning() -> None:

@@ -18,11 +18,10 @@ import dist_ckpt
 from dist_ckpt import events, keep
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
 from dist_ckpt.ranks import job as job_module
-from dist_ckpt.ranks.job_ranks import JobRanks
+from dist_ckpt.ranks.rendezvous import JobRanks
 from dist_ckpt.repository import Record, Repository
 from dist_ckpt.saving import exit as ending
-from dist_ckpt.saving import untold
-from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.saving.handle import SaveHandle, take_untold
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule
@@ -382,7 +381,7 @@ def test_a_save_that_tells_of_the_one_before_is_made_all_the_same() -> None:
     ckpt.wait()
     ckpt.close()
     assert Repository(inner).steps() == [2]
-    assert untold.take() == []
+    assert take_untold() == []
 
 
 def test_a_save_that_cannot_begin_tells_of_the_one_before_as_well() -> None:

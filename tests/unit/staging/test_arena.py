@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.staging import Arena
-from dist_ckpt.staging.arena import aligned, as_tensor
-from dist_ckpt.staging.copies import view_box
+from dist_ckpt.staging.arena import aligned, as_tensor, view_box
 
 PAGE = mmap.PAGESIZE
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dist_ckpt.staging.copies import HostCopies, InFlight, hold_steps, release_steps
+from dist_ckpt.staging.arena import HostCopies, InFlight, hold_steps, release_steps
 from dist_ckpt.testing.ranks import run_ranks
 
 

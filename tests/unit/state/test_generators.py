@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IncompatibleError
-from dist_ckpt.state.generators import Generator, GeneratorPart
+from dist_ckpt.state.rng import Generator, GeneratorPart
 from dist_ckpt.state.train_state import PerRank, TrainState
 from tests.unit.state.roundtrip import load, save
 

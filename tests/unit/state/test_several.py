@@ -12,7 +12,7 @@ from torch import nn
 
 import dist_ckpt
 from dist_ckpt.errors import IncompatibleError, UsageError
-from dist_ckpt.state.roles import main_model
+from dist_ckpt.state.train_state import main_model
 
 Modules = Any
 

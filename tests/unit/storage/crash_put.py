@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from dist_ckpt.storage import LocalStore, PutMode, direct, naming
+from dist_ckpt.storage import LocalStore, PutMode, direct, durable
 
 CALLS = ["mkdir", "open", "writev", "pwrite", "fsync", "link", "replace", "unlink", "close"]
 CALLS += ["dup", "lstat", "rename"]
@@ -40,7 +40,7 @@ def go_linkless() -> None:
         raise PermissionError(errno.EPERM, "no hard links", source)
 
     os.link = link  # type: ignore[assignment]
-    naming._renameat2 = None
+    durable._renameat2 = None
 
 
 def crash_before(number: int) -> None:

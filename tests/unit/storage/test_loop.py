@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_ckpt.storage.loop import process_loop
+from dist_ckpt.storage.s3_client import process_loop
 
 PREAMBLE = """
 import asyncio, atexit, os
-from dist_ckpt.storage.loop import process_loop
+from dist_ckpt.storage.s3_client import process_loop
 
 async def add(*numbers):
     return await asyncio.to_thread(sum, numbers)

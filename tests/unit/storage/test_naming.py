@@ -17,7 +17,7 @@ import pytest
 import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, StorageError, UsageError
 from dist_ckpt.repository import Repository
-from dist_ckpt.storage import Entry, LocalStore, Store, naming, read_all, resolve
+from dist_ckpt.storage import Entry, LocalStore, Store, durable, read_all, resolve
 from dist_ckpt.storage.direct import aligned_buffer
 
 # What file systems without links answer: FAT, SMB, FUSE, a limit of one link, a union of disks.
@@ -41,7 +41,7 @@ class Linkless:
 def linkless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Linkless:
     """No links, and with or without a rename that replaces nothing."""
     if request.param == "rename":
-        monkeypatch.setattr(naming, "_renameat2", None)
+        monkeypatch.setattr(durable, "_renameat2", None)
     return Linkless(monkeypatch, errno.EPERM)
 
 
@@ -180,7 +180,7 @@ def test_rename_whose_answer_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     Linkless(monkeypatch, errno.EPERM)
-    monkeypatch.setattr(naming, "_renameat2", None)
+    monkeypatch.setattr(durable, "_renameat2", None)
     real = os.rename
 
     def rename(source: str, target: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.storage.scatter import Scatter
+from dist_ckpt.storage.base import Scatter
 
 
 def views_of(memory: bytearray, sizes: list[int]) -> list[memoryview]:

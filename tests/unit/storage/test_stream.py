@@ -9,7 +9,7 @@ import pytest
 
 from dist_ckpt.errors import AlreadyExists, IntegrityError, StorageError
 from dist_ckpt.storage import direct
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, Stream, put_stream, read_all
 from dist_ckpt.storage.fsspec import FsspecStore
 from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
@@ -17,7 +17,6 @@ from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore
 from dist_ckpt.storage.retry import RetryStore
-from dist_ckpt.storage.stream import Stream, put_stream
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 
 # Larger than what any of them takes at once.

@@ -17,7 +17,7 @@ from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.saving.outcomes import Outlook
+from dist_ckpt.saving.handle import Outlook
 from dist_ckpt.training import trigger as pace_module
 from dist_ckpt.training.notices import SignalNote
 from dist_ckpt.training.trigger import Decision, SaveTrigger
