@@ -17,6 +17,7 @@ from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, S
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode
+from dist_ckpt.saving.exit import finish_before
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
 from dist_ckpt.saving.saver import Saver
@@ -122,7 +123,8 @@ def load(
     what it had. A dict that is a copy, as `optimizer.state_dict()` returns one, is refused: give
     the optimizer.
 
-    Nothing is written: a training that uses the run goes on undisturbed.
+    Nothing is written: a training that uses the run goes on undisturbed. A save to the run that
+    this process has in flight, of the same ranks, is waited for first.
 
     Every rank makes the call, with the same arguments. All that does not fit is found before the
     first byte of a tensor is read, and is one error on every rank.
@@ -225,6 +227,7 @@ def _load(
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), commits=False)
     failed: Exception | None = None
     chosen: Which = None
+    finish_before(job)  # what is asked for may be what this very process is still writing
     try:
         state = make_state()
         check_job_holds_all(state, job.ranks)

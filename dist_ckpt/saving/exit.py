@@ -195,12 +195,13 @@ def end_without(saver: Closing) -> None:
 
 
 def finish_before(job: Job, *, besides: Closing | None = None) -> None:
-    """Wait for what others in this process save to a run, before `job` takes it over anew.
+    """Wait for what others in this process save to a run, before `job` takes it over or loads.
 
     A claim that is taken now would end such a save, and nobody meant that: a cell of a notebook
-    that is run twice, or `async_save` in a loop, goes on with what this very process does. Its
-    failure is told to whoever waits for it, or at the end. One of other ranks is not waited for:
-    they may be gone, and be the reason to begin anew without them.
+    that is run twice, or `async_save` in a loop, goes on with what this very process does. And a
+    load means what was saved before it, in the background or not. The failure of a save is told to
+    whoever waits for it, or at the end. One of other ranks is not waited for: they may be gone, and
+    be the reason to begin anew without them.
 
     Args:
         job: what begins.

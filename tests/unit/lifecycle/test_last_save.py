@@ -211,6 +211,13 @@ def test_saves_in_the_background_in_a_row_are_all_made(held: EndlessPut) -> None
     assert steps(held) == [1, 2, 3, 4]
 
 
+def test_a_load_takes_what_the_process_is_still_saving(held: EndlessPut) -> None:
+    handle = dist_ckpt.async_save(state(1), held, step=1)
+    held.reached.wait()
+    assert dist_ckpt.load(state(), held).step == 1
+    assert handle.wait()
+
+
 def test_one_step_off_after_a_restart_is_no_error(store: MemoryStore) -> None:
     run_of(store, 4)
     with Checkpointer(store, state(), every_steps=4) as ckpt:
