@@ -18,9 +18,8 @@ from dist_ckpt.errors import (
     NotFound,
     UsageError,
 )
-from dist_ckpt.format import segments as root_format
 from dist_ckpt.format.segments import Root, decode_root
-from dist_ckpt.repository import Repository
+from dist_ckpt.repository import Repository, checkpoint
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 
@@ -308,6 +307,6 @@ def test_the_index_is_decoded_once(run: Path, monkeypatch: pytest.MonkeyPatch) -
         decoded.append(data)
         return original(data)
 
-    monkeypatch.setattr(root_format, "decode", decode)
+    monkeypatch.setattr(checkpoint, "decode_root", decode)
     dist_ckpt.load(fresh(), run)
     assert len(decoded) == 1
