@@ -271,7 +271,7 @@ def export(
     ```python
     import dist_ckpt
     import torch
-    from torch import load_file
+    from safetensors.torch import load_file
 
     model = torch.nn.Linear(4, 8)
     dist_ckpt.save({"model": model}, "runs/17")
