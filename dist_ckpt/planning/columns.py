@@ -10,7 +10,7 @@ one shape a rank mostly has the same box, so nearly all of them are 0, and defla
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -27,6 +27,8 @@ from dist_ckpt.planning.describe import Held
 Numbers = NDArray[np.int64]
 
 _BYTES = 8
+_SIGN = 63  # the bit that says it
+_SIDES = 2  # between which the runs of `pack_runs` go to and fro
 
 
 @decodable
@@ -75,18 +77,23 @@ class Table:
     @cached_property
     def _order(self) -> Numbers:
         """All columns, those next to one another that have the same say of boxes of one shape."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for row, start in zip(self.rows, self.columns, strict=False):
-            by_shape.setdefault(row.shape, []).append(start)
         found = [
-            np.add.outer(np.arange(2 * len(shape)), np.array(starts)).ravel()
-            for shape, starts in by_shape.items()
+            np.add.outer(np.arange(2 * len(shape)), self.starts[positions]).ravel()
+            for shape, positions in _by_shape(row.shape for row in self.rows).items()
         ]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
+    @cached_property
+    def places(self) -> Numbers:
+        """For each row where it stands once they are ordered as `shape_order` does."""
+        order = shape_order(row.shape for row in self.rows)
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return places
+
     def pack(self, numbers: Numbers) -> bytes:
         """Return the numbers of a rank that holds these tensors, as they travel."""
-        return pack_steps(numbers[self._order])
+        return pack_numbers(steps_of(numbers[self._order]))
 
     def unpack(self, data: bytes) -> Numbers:
         """Return the numbers that `pack` made `data` of.
@@ -229,38 +236,63 @@ def numbers_of(held: Sequence[Held]) -> Numbers:
     return np.fromiter(chain.from_iterable((*h.offsets, *h.sizes) for h in held), np.int64)
 
 
+def shape_order(shapes: Iterable[tuple[int, ...]]) -> Numbers:
+    """Return the positions of boxes in another order: those in tensors of one shape together."""
+    return np.concatenate([np.zeros(0, np.int64), *_by_shape(shapes).values()])
+
+
+def _by_shape(shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Numbers]:
+    found: dict[tuple[int, ...], list[int]] = {}
+    for position, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(position)
+    return {shape: np.array(positions, np.int64) for shape, positions in found.items()}
+
+
 def pack_numbers(numbers: Numbers) -> bytes:
-    """Return numbers as they travel: the lowest bytes of all, then the next, deflated."""
-    by_number = np.ascontiguousarray(numbers, "<i8").view(np.uint8).reshape(-1, _BYTES)
-    return zlib.compress(by_number.T.tobytes())
+    """Return numbers as they travel: the lowest bytes of all, then the next, deflated.
+
+    The sign becomes the lowest bit, so that the high bytes of small numbers are 0 whichever it is.
+    Bytes that are 0 in all of them are left out; the first byte says how many are not.
+    """
+    signed = np.asarray(numbers, np.int64)
+    unsigned = ((signed << 1) ^ (signed >> _SIGN)).view(np.uint64)
+    width = max(1, (int(unsigned.max(initial=0)).bit_length() + 7) // 8)
+    by_number = unsigned.astype("<u8").view(np.uint8).reshape(-1, _BYTES)
+    return bytes([width]) + zlib.compress(by_number[:, :width].T.tobytes())
 
 
-def unpack_numbers(data: bytes, *, count: int | None = None) -> Numbers:
+def unpack_numbers(data: bytes, *, count: int | None = None, most: int | None = None) -> Numbers:
     """Return the numbers that travelled as `data`.
 
     Args:
         data: what `pack_numbers` made.
         count: how many they are; None if that is not known.
+        most: how many there can be; None for any number, or where `count` says it.
 
     Raises:
         CoordinationError: they are not so many.
     """
+    width = data[0] if data else 0
+    if not 1 <= width <= _BYTES:
+        raise _not_numbers(f"{width} bytes each")
     unpacker = zlib.decompressobj()
-    most = 0 if count is None else _BYTES * count + 1
+    limit = most if count is None else count
     try:
-        raw = unpacker.decompress(data, most)
+        # One byte more than is wanted, so that no other number of them is taken for it.
+        raw = unpacker.decompress(data[1:], 0 if limit is None else width * limit + 1)
     except zlib.error as error:
         raise _not_numbers(str(error)) from error
-    is_whole = unpacker.eof and not len(raw) % _BYTES
-    if not is_whole or (count is not None and len(raw) != _BYTES * count):
-        raise _not_numbers(f"{len(raw)} bytes, not {count} numbers")
-    by_byte = np.frombuffer(raw, np.uint8).reshape(_BYTES, -1)
-    return np.ascontiguousarray(by_byte.T).view("<i8").reshape(-1).astype(np.int64, copy=False)
-
-
-def pack_steps(numbers: Sequence[int] | Numbers) -> bytes:
-    """Return numbers that mostly ascend by one, as they travel: as steps, deflated to nothing."""
-    return pack_numbers(steps_of(np.asarray(numbers, np.int64)))
+    is_whole = unpacker.eof and not len(raw) % width
+    is_short = count is not None and len(raw) < width * count
+    is_long = limit is not None and len(raw) > width * limit
+    if not is_whole or is_short or is_long:
+        raise _not_numbers(f"{len(raw)} bytes, not {limit} numbers of {width}")
+    by_byte = np.frombuffer(raw, np.uint8).reshape(width, -1)
+    by_number = np.zeros((by_byte.shape[1], _BYTES), np.uint8)
+    by_number[:, :width] = by_byte.T
+    unsigned = by_number.view("<u8").reshape(-1).astype(np.uint64, copy=False)
+    numbers: Numbers = (unsigned >> 1).view(np.int64) ^ -(unsigned & 1).view(np.int64)
+    return numbers
 
 
 def steps_of(numbers: Numbers) -> Numbers:
@@ -268,9 +300,43 @@ def steps_of(numbers: Numbers) -> Numbers:
     return np.diff(numbers, prepend=np.int64(0))
 
 
-def unpack_steps(data: bytes) -> list[int]:
-    """Return the numbers that `pack_steps` made `data` of."""
-    numbers: list[int] = np.cumsum(unpack_numbers(data)).tolist()
+def pack_runs(numbers: Sequence[int] | Numbers) -> bytes:
+    """Return numbers that mostly ascend by one, as they travel: as runs, deflated to nothing.
+
+    Of each run travels how far it begins behind the end of the last but one, and how long it is. A
+    rank that has some of the experts of each layer goes to and fro between what all hold and what
+    few do: either side is as regular as the layers are, the way from one to the other never.
+    """
+    every = np.asarray(numbers, np.int64)
+    first = np.flatnonzero(np.diff(every, prepend=every[:1] - 2) != 1)
+    starts, lengths = every[first], np.diff(first, append=len(every))
+    before = np.concatenate([np.zeros(_SIDES, np.int64), starts + lengths])[: len(starts)]
+    return pack_numbers(np.concatenate([starts - before, lengths]))
+
+
+def unpack_runs(data: bytes, *, most: int) -> list[int]:
+    """Return the numbers that `pack_runs` made `data` of.
+
+    Args:
+        data: as they travelled.
+        most: how many there can be: a run says in a few bytes how long it is.
+
+    Raises:
+        CoordinationError: there are more, or it is nothing that `pack_runs` made.
+    """
+    told = unpack_numbers(data, most=2 * most)
+    if len(told) % 2:
+        raise _not_numbers(f"{len(told)} of them, no pairs")
+    distances, lengths = told.reshape(2, -1)
+    # Each of them first, or their sum could be too large to be seen.
+    if ((lengths < 1) | (lengths > most)).any() or lengths.sum() > most:
+        raise _not_numbers(f"more than {most}")
+    ends = distances + lengths
+    for side in range(_SIDES):
+        ends[side::_SIDES] = np.cumsum(ends[side::_SIDES])
+    # From each run on, what a number is more than its place among all.
+    ahead = ends - np.cumsum(lengths)
+    numbers: list[int] = (np.repeat(ahead, lengths) + np.arange(lengths.sum())).tolist()
     return numbers
 
 

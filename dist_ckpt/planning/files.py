@@ -26,7 +26,7 @@ from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
 from dist_ckpt.format.segments import Segment
 from dist_ckpt.format.shard import ALIGN_BYTES, ShardEntry, ShardLayout, entry_nbytes, layout
 from dist_ckpt.format.structure import Layout, RankChunks, Structure
-from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_steps
+from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_runs
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, OwnedByRank
@@ -385,7 +385,7 @@ class IndexPlan:
     Attributes:
         structure: of the checkpoint, encoded.
         tensors: by rank, for each box that it holds, the number of its tensor, as they travel
-            (`dist_ckpt.planning.columns.unpack_steps`).
+            (`dist_ckpt.planning.columns.unpack_runs`).
     """
 
     structure: bytes
@@ -407,7 +407,7 @@ def plan_index(
     """
     packed = [b""] * len(held_by_rank)
     for group, numbers in zip(held_by_rank.groups, holdings.numbers, strict=True):
-        told = pack_steps(numbers)
+        told = pack_runs(numbers)
         for rank in group.ranks.tolist():  # the very same object for all: they are thousands
             packed[rank] = told
     return IndexPlan(

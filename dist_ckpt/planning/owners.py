@@ -29,6 +29,7 @@ from dist_ckpt.planning.columns import (
     HeldByRank,
     Numbers,
     pack_numbers,
+    shape_order,
     steps_of,
     unpack_numbers,
 )
@@ -63,8 +64,9 @@ class OwnedShare(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         whole: a bit for each of its boxes, whether it writes it as it is; deflated.
         pieces: the other ones, those of so many dimensions together: how many they are, the steps
-            from position to position, and then, column by column, by how much their offsets and
-            sizes differ from those of the box that the rank holds.
+            from place to place (`Table.places`), and then, column by column, by how much their
+            offsets and sizes differ from those of the box that the rank holds. Shape by shape, as
+            what is poured over many ranks is cut much alike where the shapes are equal.
     """
 
     whole: bytes
@@ -146,9 +148,12 @@ class OwnedByRank(Sequence[list[Owned]]):
         told = [np.zeros(0, np.int64)]
         for mine in (each.of(rank) for each in self._pieces):
             if len(mine):
+                places = table.places[mine[:, 0]]
+                order = np.argsort(places, kind="stable")
+                mine, places = mine[order], places[order]
                 columns = table.starts[mine[:, 0], None] + np.arange(mine.shape[1] - 1)
                 differ = (mine[:, 1:] - held[columns]).T
-                told += [np.array([len(mine)]), steps_of(mine[:, 0]), differ.ravel()]
+                told += [np.array([len(mine)]), steps_of(places), differ.ravel()]
         return OwnedShare(zlib.compress(whole), pack_numbers(np.concatenate(told)))
 
 
@@ -166,10 +171,10 @@ def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
         Owned(position, held[position].offsets, held[position].sizes)
         for position in np.flatnonzero(bits).tolist()
     ]
-    numbers = unpack_numbers(share.pieces)
+    numbers, order = unpack_numbers(share.pieces), shape_order(box.shape for box in held)
     while numbers.size:
         count = int(numbers[0])
-        positions = np.cumsum(numbers[1 : count + 1]).tolist()
+        positions = order[np.cumsum(numbers[1 : count + 1])].tolist()
         ndim = len(held[positions[0]].shape)
         of_all, numbers = np.split(numbers[count + 1 :], [2 * ndim * count])
         for position, differ in zip(positions, of_all.reshape(2 * ndim, count).T, strict=True):

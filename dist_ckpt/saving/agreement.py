@@ -19,7 +19,7 @@ from dist_ckpt.errors import (
     to_wire,
 )
 from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, pack_steps, unpack_steps
+from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, pack_runs, unpack_runs
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import IndexPlan, plan_index
 from dist_ckpt.planning.holdings import Holdings
@@ -267,11 +267,12 @@ class Agreement:
         if plan.twin_of is not None:
             # What may differ there is sent by the one whose values count.
             owned = [box for box in owned if not snapshot.held[box.held].unequal]
+        most = len(snapshot.held)
         plan = structs.replace(
             plan,
             owned=owned,
-            numbers=unpack_steps(plan.tensors),
-            replicas={group: unpack_steps(where) for group, where in plan.alike.items()},
+            numbers=unpack_runs(plan.tensors, most=most),
+            replicas={group: unpack_runs(at, most=most) for group, at in plan.alike.items()},
         )
         self._own = _Own(snapshot.fingerprint, digest, plan)
         return self._own
@@ -400,7 +401,7 @@ class JobPlan:
 
     def _pack(self, positions: list[int]) -> bytes:
         if (packed := self._packed.get(id(positions))) is None:
-            packed = self._packed[id(positions)] = pack_steps(positions)
+            packed = self._packed[id(positions)] = pack_runs(positions)
         return packed
 
 

@@ -94,7 +94,7 @@ class RankPlan(msgspec.Struct, frozen=True):
         groups: the encoded values that must be equal on several ranks, by number of the group.
         alike: positions, in what it holds, of the boxes that other ranks hold too, and that must
             have equal values there, by number of the group of ranks that hold them; as they travel
-            (`dist_ckpt.planning.columns.unpack_steps`).
+            (`dist_ckpt.planning.columns.unpack_runs`).
         replicated: whether any rank has such boxes.
         versions: by part and name in `objects` and `groups`, what this rank itself calls a value
             that is stored under another name.

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.scale import loads, requests, steady
 from benchmarks.scale.jobs import JOBS
 from benchmarks.scale.planning import measure
+from benchmarks.scale.report import BYTES_TARGET
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.agreement import put_together
@@ -48,6 +49,20 @@ def test_of_a_mixture_of_experts_each_way_of_cutting_is_planned_once() -> None:
     assert len(holdings.tensors) > 24_000
     # Two matrices in two dtypes and their counter, for each of the groups; and those of all ranks.
     assert len(holdings.tiles) < 8 * GROUPS
+
+
+def test_of_replicas_poured_over_many_ranks_each_is_told_little() -> None:
+    """The most that one is told: a matrix has about as many least pieces as there are ranks."""
+    (number,) = (number for number, job in enumerate(JOBS) if job.layout == "ddp")
+    row = measure(number, 1536)
+    # What a first save says besides, it says at each save, which has a bound of its own.
+    assert row.received + row.sent < BYTES_TARGET - steady.BYTES_TARGET / 2
+
+
+def test_a_rank_says_and_is_told_little_of_many_experts() -> None:
+    (number,) = (number for number, job in enumerate(JOBS) if job.layout == "moe")
+    row = measure(number, GROUPS)
+    assert row.received + row.sent < MOST_BYTES_A_RANK
 
 
 def test_a_save_of_a_known_structure_says_little_for_each_rank() -> None:

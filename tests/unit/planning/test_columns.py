@@ -20,8 +20,9 @@ from dist_ckpt.planning.columns import (
     Table,
     numbers_of,
     pack_numbers,
+    pack_runs,
     unpack_numbers,
-    unpack_steps,
+    unpack_runs,
 )
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import plan_index
@@ -141,7 +142,9 @@ def test_the_structure_is_that_of_all_the_boxes(by_rank: list[list[Held]]) -> No
     index = plan_index(together, owned, holdings)
     assert index.structure == encode(structure_of(cuts, owners))
     tensors = list(cuts)
-    found = [[tensors[number] for number in mine] for mine in map(unpack_steps, index.tensors)]
+    pairs = zip(index.tensors, by_rank, strict=True)
+    told = [unpack_runs(each, most=len(mine)) for each, mine in pairs]
+    found = [[tensors[number] for number in mine] for mine in told]
     assert found == [[each.tensor for each in mine] for mine in by_rank]
 
 
@@ -203,6 +206,8 @@ def test_numbers_travel(numbers: Sequence[int]) -> None:
     [
         b"",
         b"x",
+        b"\0" + pack_numbers(np.arange(3))[1:],
+        b"\2" + pack_numbers(np.arange(3))[1:],
         pack_numbers(np.arange(3))[:-1],
         pack_numbers(np.arange(4)),
         pack_numbers(np.arange(2)),
@@ -213,6 +218,48 @@ def test_other_numbers_than_were_announced_are_refused(data: bytes) -> None:
         unpack_numbers(data, count=3)
 
 
-def test_nobody_unpacks_more_than_was_announced() -> None:
-    with pytest.raises(CoordinationError, match="16777217"):
-        unpack_numbers(pack_numbers(np.zeros(1 << 24, np.int64)), count=1 << 21)
+@pytest.mark.parametrize("value", [0, 1 << 60])
+def test_nobody_unpacks_more_than_was_announced(value: int) -> None:
+    width, many = (1 if value == 0 else 8), pack_numbers(np.full(1 << 24, value, np.int64))
+    for limit in ({"count": 1 << 20}, {"most": 1 << 20}):
+        with pytest.raises(CoordinationError, match=f"{width << 20 | 1} bytes"):
+            unpack_numbers(many, **limit)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-(2**40), 2**40), st.integers(1, 50)))
+    | st.lists(st.tuples(st.integers(0, 9), st.just(1)))
+)
+def test_runs_travel(runs: list[tuple[int, int]]) -> None:
+    numbers = [each for start, length in runs for each in range(start, start + length)]
+    assert unpack_runs(pack_runs(numbers), most=len(numbers)) == numbers
+
+
+def test_runs_between_two_places_take_no_room() -> None:
+    """As of a rank that has some of the experts of each layer, beside what all have."""
+
+    def rank(layers: int) -> list[int]:
+        everywhere = [range(30 * at, 30 * at + 6) for at in range(layers)]
+        here = [range(100_000 + 12 * at, 100_012 + 12 * at) for at in range(layers)]
+        pairs = zip(everywhere, here, strict=True)
+        return [number for pair in pairs for each in pair for number in each]
+
+    few, many = (pack_runs(rank(layers)) for layers in (20, 2000))
+    assert len(many) < len(few) + 100
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ([0, 1 << 60], "more than 8"),  # of which no list can be made
+        ([0, 0, 1 << 62, 1 << 62], "more than 8"),  # twice that is less than 0
+        ([0] * 4 + [3, 3, 3, 0], "more than 8"),
+        ([0, 0, 5, 4], "more than 8"),
+        ([0, -1], "more than 8"),
+        ([0, 1, 2], "no pairs"),
+        ([0] * 17, "17 bytes"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(told: list[int], why: str) -> None:
+    with pytest.raises(CoordinationError, match=why):
+        unpack_runs(pack_numbers(np.array(told)), most=8)
