@@ -133,11 +133,12 @@ def _diff(
     Example: dist-ckpt diff runs/17@100 200 --values
     """
     places.check_metric(metric, one, other)
-    run, step = places.find_step(one, storage_option, metric)
-    if other.isdecimal():
+    here, *rest = places.share_options(storage_option, one, *([] if other.isdecimal() else [other]))
+    run, step = places.find_step(one, here, metric)
+    if not rest:
         there, second = run, int(other)
     else:
-        there, second = places.find_step(other, storage_option, metric)
+        there, second = places.find_step(other, rest[0], metric)
     rows = [asdict(each) for each in run.diff(step, second, of=there)]
     differing = run.diff_values(step, second, of=there)
     parts = [asdict(each) for each in differing]

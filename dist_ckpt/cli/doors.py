@@ -10,7 +10,7 @@ import typer
 import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json
-from dist_ckpt.cli.places import Json, Metric, Place
+from dist_ckpt.cli.places import Json, Metric, Options, Place
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError
 
@@ -47,6 +47,7 @@ def _export(
     max_shard: MaxShard = None,
     like: Like = None,
     metric: Metric = None,
+    storage_option: Options = None,
     json: Json = False,
 ) -> None:
     """Write weights for other programs: read back, verified, there as a whole or not at all.
@@ -56,7 +57,9 @@ def _export(
     if form not in _FORMATS:
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
     places.check_metric(metric, source)
-    url, step = places.opened_at(source, metric)
+    named = [source, out, *([like] if like else [])]
+    here, *_ = places.share_options(storage_option, *named)
+    url, step = places.opened_at(source, here, metric)
     chosen: dict[str, Any] = {"max_shard": max_shard, "like": like, "step": step}
     names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
     with showing_work():
@@ -67,6 +70,7 @@ def _export(
             part=part,
             dtype=dtype,
             rename=names or None,
+            storage_options=places.storage_options(storage_option),
             **{name: value for name, value in chosen.items() if value is not None},
         )
     _tell(report, json=json)
@@ -80,6 +84,7 @@ def _import(
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="stored with it; repeatable")
     ] = None,
+    storage_option: Options = None,
     json: Json = False,
 ) -> None:
     """Make a checkpoint of a run from another program's: torch.save, DCP, safetensors, HF.
@@ -87,6 +92,7 @@ def _import(
     Example: dist-ckpt import old.pt runs/18 --step 1000
     """
     places.check_target(url)
+    options = places.storage_options(storage_option)
     metrics = {}
     for each in metric or ():
         name, value = _pair(each, "--metric takes NAME=VALUE")
@@ -95,7 +101,9 @@ def _import(
         except ValueError as error:
             raise UsageError(f"--metric takes a number, not {value!r}") from error
     with showing_work():
-        report = dist_ckpt.import_(source, url, step=step, metrics=metrics or None)
+        report = dist_ckpt.import_(
+            source, url, step=step, metrics=metrics or None, storage_options=options
+        )
     _tell(report, json=json)
 
 
@@ -113,6 +121,7 @@ def _average(
     ] = None,
     step: Annotated[int | None, typer.Option(help="under which step of the run")] = None,
     metric: Metric = None,
+    storage_option: Options = None,
     json: Json = False,
 ) -> None:
     """Average the weights of several checkpoints.
@@ -124,7 +133,9 @@ def _average(
     places.check_metric(metric, *sources)
     if form is None:
         places.check_target(out)
-    named = [places.opened_at(each, metric) for each in sources]
+    *given, _ = places.share_options(storage_option, *sources, out)
+    pairs = zip(sources, given, strict=True)
+    named = [places.opened_at(each, options, metric) for each, options in pairs]
     wanted: list[Any] = [url if which is None else (url, which) for url, which in named]
     try:
         numbers = [float(each) for each in weights.split(",")] if weights else None
@@ -138,6 +149,7 @@ def _average(
             part=part,
             format=form,  # type: ignore[arg-type]  # looked at above
             step=step,
+            storage_options=places.storage_options(storage_option),
         )
     _tell(report, json=json)
 

@@ -62,6 +62,22 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
+def share_options(options: Sequence[str] | None, *named: str) -> list[Sequence[str] | None]:
+    """Return for each of the places of a command the options that go to it: a path takes none.
+
+    Raises:
+        UsageError: they go to none, or are malformed.
+    """
+    if not options:
+        return [None] * len(named)
+    # Imported by this very use, as the run is.
+    resolving: Any = import_module("dist_ckpt.storage.resolve")
+    given = storage_options(options)
+    resolving.check_options_taken(given, *named)
+    taken = [resolving.options_for(each, given) is not None for each in named]
+    return [options if each else None for each in taken]
+
+
 def split(place: str) -> tuple[str, str]:
     """Return the url of a place, and which checkpoint of it: "latest" where it does not say."""
     found = _AT.fullmatch(place)
@@ -121,7 +137,9 @@ def check_metric(metric: str | None, *named: str) -> None:
         raise UsageError(f"--metric says which one @best is, and it is not in {' '.join(named)}")
 
 
-def opened_at(place: str, metric: str | None) -> tuple[str, int | None]:
+def opened_at(
+    place: str, options: Sequence[str] | None, metric: str | None
+) -> tuple[str, int | None]:
     """Return what is to be opened and which step of it, None where it is no run of ours.
 
     Raises:
@@ -131,7 +149,7 @@ def opened_at(place: str, metric: str | None) -> tuple[str, int | None]:
     url, which = split(place)
     if which.isdecimal():
         return url, int(which)
-    run = open_run(url, None)
+    run = open_run(url, options)
     if which == "best":
         return url, find_named(run, which, metric)
     try:

@@ -179,15 +179,16 @@ def _cp(
 
     Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss --parts model
     """
-    target = places.open_target(destination, storage_option)
+    here, there = places.share_options(storage_option, source, destination)
+    target = places.open_target(destination, there)
     left: list[Listed] = []
     if every:
-        run = places.open_every(source, storage_option, metric)
+        run = places.open_every(source, here, metric)
         listed = run.listed()
         left = [each for each in listed if each.is_bad]
         steps = [each.step for each in listed if each.manifest is not None]
     else:
-        run, step = places.open_step(source, storage_option, metric)
+        run, step = places.open_step(source, here, metric)
         steps = [step]
     done = []
     for step in steps:

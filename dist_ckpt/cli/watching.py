@@ -66,10 +66,8 @@ def _mirror(
 
     Example: dist-ckpt mirror runs/17 s3://bucket/kept/17 --watch --best val/loss --keep 3
     """
-    run, target = (
-        places.open_run(source, storage_option),
-        places.open_target(destination, storage_option),
-    )
+    here, there = places.share_options(storage_option, source, destination)
+    run, target = places.open_run(source, here), places.open_target(destination, there)
     criterion = None if best is None else places.criterion(best)
 
     if criterion is not None and not watch:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
+from typing import Any, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
 
 import torch
 
@@ -26,6 +26,7 @@ from dist_ckpt.loading.location import place_name
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.storage.resolve import check_options_taken, options_for
 
 AverageSource: TypeAlias = Place | tuple[Place, WhichStep]
 """A checkpoint to be averaged: a place, or a run and which step of it."""
@@ -36,6 +37,7 @@ class AverageKeywords(TypedDict):
 
     max_shard: NotRequired[int | str | None]
     like: NotRequired[Place | None]
+    storage_options: NotRequired[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,8 @@ def average(
         part: which part.
         format: of an export; None for a checkpoint of a run.
         step: under which step of the run; by default the highest of those that are averaged.
-        **options: for an export to "hf", `max_shard` and `like`.
+        **options: for an export to "hf", `max_shard` and `like`; `storage_options` for each of the
+            places that takes any, as for `export`.
 
     Raises:
         NotFound: there is no such checkpoint or part.
@@ -110,11 +113,11 @@ def average(
     if isinstance(sources, str) or len(sources) < 2:
         raise UsageError("an average is of two checkpoints or more: give a list of them")
     shares = _shares(weights, len(sources))
-    choice = None if format is None else ExportChoice.of(format, options)
-    if choice is None and any(value is not None for value in options.values()):
-        raise UsageError(f"{', '.join(sorted(options))}: that is of an export, give its format=")
+    choice = _choice(format, options)
+    given = options.get("storage_options")
+    check_options_taken(given, *map(_place_of, sources), out, options.get("like"))
     with ExitStack() as stack:
-        opened = [stack.enter_context(_open(source)) for source in sources]
+        opened = [stack.enter_context(_open(source, options)) for source in sources]
         contents = [StoredContent(each, part) for each in opened]
         where = [each.where for each in opened]
         averaged = AveragedContent(contents, shares, where)
@@ -122,27 +125,53 @@ def average(
         if choice is not None:
             work = {"average": where, "weights": list(shares), "part": part}
             return write_content(averaged, out, choice, work=work, step=highest)
-        return _commit(averaged, out, part, highest if step is None else plain_step(step), shares)
+        number = highest if step is None else plain_step(step)
+        return _commit(averaged, out, part, number, shares, storage_options=given)
+
+
+def _choice(format: Format | None, options: AverageKeywords) -> ExportChoice | None:  # noqa: A002
+    """Return how to export, None for a checkpoint of a run.
+
+    Raises:
+        UsageError: an option is malformed, or is of an export alone.
+    """
+    if format is not None:
+        return ExportChoice.of(format, options)
+    of_exports = [name for name in sorted(options) if name != "storage_options"]
+    if any(options.get(name) is not None for name in of_exports):
+        raise UsageError(f"{', '.join(of_exports)}: that is of an export, give its format=")
+    return None
 
 
 def _commit(
-    averaged: AveragedContent, out: Place, part: str, step: int, shares: tuple[float, ...]
+    averaged: AveragedContent,
+    out: Place,
+    part: str,
+    step: int,
+    shares: tuple[float, ...],
+    *,
+    storage_options: Mapping[str, Any] | None,
 ) -> AverageReport:
-    was_there = is_saved({part: averaged}, {}, out, step, stored=StoredContent)
+    given, contents = options_for(out, storage_options), {part: averaged}
+    was_there = is_saved(contents, {}, out, step, stored=StoredContent, storage_options=given)
     if not was_there:
-        save_parts({part: averaged}, {}, out, step=step, metrics={})
-    return AverageReport(place_name(out), step, shares, len(averaged.items), was_there)
+        save_parts(contents, {}, out, step=step, metrics={}, storage_options=given)
+    return AverageReport(place_name(out, given), step, shares, len(averaged.items), was_there)
 
 
 _ARGUMENTS = ("sources", "out", "weights", "part", "format", "step")
 
 
-def _open(source: AverageSource) -> OpenedCheckpoint:
+def _open(source: AverageSource, options: AverageKeywords) -> OpenedCheckpoint:
     if isinstance(source, tuple):
         if len(source) != 2:
             raise UsageError(f"{source!r}: a source is a place, or a run and a step of it")
-        return open_at(source[0], source[1], {})
-    return open_at(source, None, {})
+        return open_at(source[0], source[1], options)
+    return open_at(source, None, options)
+
+
+def _place_of(source: AverageSource) -> object:
+    return source[0] if isinstance(source, tuple) and source else source
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

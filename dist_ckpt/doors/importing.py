@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from dist_ckpt.doors.content import StoredContent
+from dist_ckpt.doors.export import open_at
 from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.called_alike import ALIKE
 from dist_ckpt.loading.location import place_name
-from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
+from dist_ckpt.loading.opened import OpenedCheckpoint
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.names import wrapper_prefix
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.value_fit import VALUE
+from dist_ckpt.storage.resolve import check_options_taken, options_for
 
 _MODEL = "model"
 _METRICS = "metrics"
@@ -67,6 +69,7 @@ def import_(
     *,
     step: SupportsIndex | None = None,
     metrics: Mapping[str, float] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> ImportReport:
     """Commit what another program saved as a checkpoint of a run.
 
@@ -95,6 +98,7 @@ def import_(
             `iteration` or `epoch`, and 0 where it says nothing.
         metrics: numbers by name, besides those that are found: floats at the top, and a dict
             `metrics`.
+        storage_options: for each of the two places that takes any, as for `export`.
 
     Returns:
         What was committed.
@@ -106,28 +110,44 @@ def import_(
         UsageError: it is a checkpoint of dist_ckpt, or an argument is malformed.
         StorageError: the run, or the folder for temporary files, is full or failed.
     """
-    with open_checkpoint(source) as opened:
+    check_options_taken(storage_options, source, url)
+    with open_at(source, None, {"storage_options": storage_options}) as opened:
         if opened.manifest is not None:
             raise UsageError(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
             )
-        return _import(_Reading(opened), url, step, metrics or {})
+        to = options_for(url, storage_options)
+        return _import(_Reading(opened), url, step, metrics or {}, storage_options=to)
 
 
 def _import(
-    reading: _Reading, url: Place, step: SupportsIndex | None, metrics: Mapping[str, float]
+    reading: _Reading,
+    url: Place,
+    step: SupportsIndex | None,
+    metrics: Mapping[str, float],
+    *,
+    storage_options: Mapping[str, Any] | None,
 ) -> ImportReport:
+    given = storage_options
     number = reading.step() if step is None else plain_step(step)
     numbers = {**reading.metrics(), **metrics}
     contents = {new: reading.content(old, new) for old, new in reading.parts.items()}
     objects = {new: reading.objects[old] for old, new in reading.parts.items()}
-    was_there = is_saved(contents, objects, url, number, metrics=numbers, stored=StoredContent)
+    was_there = is_saved(
+        contents,
+        objects,
+        url,
+        number,
+        metrics=numbers,
+        stored=StoredContent,
+        storage_options=given,
+    )
     if not was_there:
-        save_parts(contents, objects, url, step=number, metrics=numbers)
+        save_parts(contents, objects, url, step=number, metrics=numbers, storage_options=given)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)
     left_out = tuple(reading.left_out)
     return ImportReport(
-        place_name(url), number, reading.parts, tensors, numbers, left_out, was_there
+        place_name(url, given), number, reading.parts, tensors, numbers, left_out, was_there
     )
 
 

@@ -28,7 +28,8 @@ from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.storage.base import Stream
+from dist_ckpt.storage.base import Store, Stream
+from dist_ckpt.storage.resolve import resolve
 
 _IN_MEMORY_BYTES = 256 << 20
 _SAVE_BYTES = 128 << 20
@@ -75,6 +76,7 @@ def save_parts(
     step: int,
     metrics: Mapping[str, float],
     metadata: Mapping[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Save parts as the checkpoint `step` of the run at `url`, by this process alone.
 
@@ -85,27 +87,36 @@ def save_parts(
         step: which checkpoint it becomes.
         metrics: stored with it.
         metadata: stored with it.
+        storage_options: for the backend of the run.
 
     Raises:
         StorageError: the run, or the folder for temporary files, is full or failed.
         CheckpointError: nothing was committed.
     """
     nbytes = sum(_nbytes(content) for content in contents.values() if content is not None)
-    tally = Tally(place_name(url), "reading", nbytes)
+    tally = Tally(place_name(url, storage_options), "reading", nbytes)
     named: dict[str, object] = {
         part: SpooledPart(content, objects.get(part, {}), tally)
         for part, content in contents.items()
     }
-    save(
-        TrainState(rng=None, **named),  # type: ignore[arg-type]
-        url,
-        step=step,
-        metrics=metrics,
-        metadata=metadata,
-        ranks="alone",
-        memory_limit_bytes=_SAVE_BYTES,
-        command=False,
-    )
+    # A store that was given has its own, and belongs to the caller.
+    own = None
+    if storage_options and not isinstance(url, Store):
+        own = resolve(url, storage_options=storage_options)
+    try:
+        save(
+            TrainState(rng=None, **named),  # type: ignore[arg-type]
+            own or url,
+            step=step,
+            metrics=metrics,
+            metadata=metadata,
+            ranks="alone",
+            memory_limit_bytes=_SAVE_BYTES,
+            command=False,
+        )
+    finally:
+        if own is not None:
+            own.close()
 
 
 def is_saved(
@@ -116,6 +127,7 @@ def is_saved(
     *,
     stored: Callable[[OpenedCheckpoint, str], Outgoing],
     metrics: Mapping[str, float] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> bool:
     """Tell whether a checkpoint is committed already, as after a call that was cut off.
 
@@ -126,14 +138,16 @@ def is_saved(
         step: which checkpoint.
         stored: how the tensors of a part of an opened checkpoint are called and read.
         metrics: what is stored with it; None where they are not compared.
+        storage_options: for the backend of the run.
 
     Raises:
         AlreadyExists: the step is something else.
     """
     try:
-        there = open_checkpoint(url, step=step)
+        there = open_checkpoint(url, step=step, storage_options=storage_options)
     except NotFound:
         return False
+    where = place_name(url, storage_options)
     with there:
         known = {} if there.manifest is None else there.manifest.metrics
         alike = metrics is None or _as_text(metrics) == _as_text(known)
@@ -142,12 +156,12 @@ def is_saved(
             or set(there.parts) != set(contents)
             or not all(
                 (part not in objects or there.read_encoded(part) == objects[part])
-                and (content is None or _is_same(content, stored(there, part), place_name(url)))
+                and (content is None or _is_same(content, stored(there, part), where))
                 for part, content in contents.items()
             )
         ):
             raise AlreadyExists(
-                f"step {step} is committed in {place_name(url)}, and is another checkpoint than "
+                f"step {step} is committed in {where}, and is another checkpoint than "
                 "this would be: give another step=, or another run",
                 kind=ErrorKind.STEP_EXISTS,
             )

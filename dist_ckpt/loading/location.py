@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from typing import Any
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, without_secrets
 from dist_ckpt.foreign.detect import FILE_SUFFIXES, looked_for, open_foreign
@@ -35,6 +36,7 @@ class Location:
         text: from what `store` was resolved, None for a store that was given.
         file: the file in `store` that was pointed at, for a checkpoint that is one file.
         detached: whether `store` is one step directory, seen as a run; see `DetachedStep`.
+        options: of the storage, with which `store` was resolved.
     """
 
     store: Store
@@ -42,9 +44,10 @@ class Location:
     text: str | None = None
     file: str | None = None
     detached: bool = False
+    options: Mapping[str, Any] | None = None
 
 
-def place_name(place: Place) -> str:
+def place_name(place: Place, storage_options: Mapping[str, Any] | None = None) -> str:
     """Return what messages call `place`, the same on ranks that mean the same; asks nobody.
 
     Raises:
@@ -52,15 +55,18 @@ def place_name(place: Place) -> str:
     """
     if isinstance(place, Store):
         return without_secrets(place.url)
-    return without_secrets(resolve(place).url)
+    return without_secrets(resolve(place, storage_options=storage_options).url)
 
 
-def locate(place: Place, step: int | None) -> Location:
+def locate(
+    place: Place, step: int | None, storage_options: Mapping[str, Any] | None = None
+) -> Location:
     """Find what `place` is: a run, a step directory inside one, or a file of another program.
 
     Args:
         place: a path, a URL, or a store.
         step: which checkpoint the caller asks for besides, None for none in particular.
+        storage_options: for the backend; a store has its own.
 
     Raises:
         UsageError: the place is malformed, or is the directory of another step than `step`.
@@ -75,24 +81,26 @@ def locate(place: Place, step: int | None) -> Location:
     head, _, name = text.rpartition("/")
     above = head or ("/" if text.startswith("/") else ".")
     own = parse_step_dir(name)
+    opened = partial(resolve, storage_options=storage_options)
+    located = partial(Location, options=storage_options)
     # Only if it was committed there: a run may have been given the name of a step directory.
-    if own is not None and _has(resolve(above), manifest_key(own)):
-        if named_step(resolve(above), manifest_key(own)) in (None, own):
+    if own is not None and _has(opened(above), manifest_key(own)):
+        if named_step(opened(above), manifest_key(own)) in (None, own):
             _check_step(text, own, step)
-            return Location(resolve(above), own, above)
+            return located(opened(above), own, above)
         # Renamed: what the manifest says counts.
-        return find_detached(Location(resolve(place), step, str(place))) or Location(
-            resolve(above), own, above
+        return find_detached(located(opened(place), step, str(place))) or located(
+            opened(above), own, above
         )
-    if name.endswith(FILE_SUFFIXES) and _has(resolve(above), name):
-        return Location(resolve(above), step, above, name)
-    store = resolve(place)
+    if name.endswith(FILE_SUFFIXES) and _has(opened(above), name):
+        return located(opened(above), step, above, name)
+    store = opened(place)
     if os.path.isfile(store.url):  # of a disk that is the path
         raise UsageError(
             f"{text} is a file and no folder, and no checkpoint that is one file: the names of "
             f"those end in {', '.join(FILE_SUFFIXES)}"
         )
-    return Location(store, step, str(place))
+    return located(store, step, str(place))
 
 
 def find_detached(location: Location) -> Location | None:
@@ -184,7 +192,8 @@ def find_foreign(location: Location, *, whole: Collection[str] = ()) -> ForeignS
 
 def _run_of(location: Location) -> Repository:
     # Nearly always a place without a run is a mistyped one.
-    return Repository(location.store, similar=partial(similar_beside, location.store.url, None))
+    similar = partial(similar_beside, location.store.url, location.options)
+    return Repository(location.store, similar=similar)
 
 
 def open_told(store: Store, step: int, digest: str) -> Checkpoint:

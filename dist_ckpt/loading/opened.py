@@ -27,6 +27,7 @@ from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.train_state import which_of
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import check_options_taken
 
 Subscript: TypeAlias = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 """What selects a box of a tensor: integers, slices with positive steps, an ellipsis."""
@@ -277,6 +278,7 @@ def open_checkpoint(
     metric: str | None = None,
     mode: Mode = "min",
     verify: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
     **unknown: Never,
 ) -> OpenedCheckpoint:
     """Look into a checkpoint: only its description is read here. One process, no other rank.
@@ -291,6 +293,7 @@ def open_checkpoint(
         metric: by what it is the best.
         mode: "min" when smaller is better, "max" when larger is.
         verify: whether what is read later is compared with its digests.
+        storage_options: for the backend, see `dist_ckpt.storage.resolve`; a `Store` has its own.
         **unknown: refused, with the nearest name that is known.
 
     Raises:
@@ -298,13 +301,15 @@ def open_checkpoint(
         IntegrityError: its description is damaged.
         UsageError: the place is malformed, or there is no such argument.
     """
-    check_known(unknown, ("step", "metric", "mode", "verify"), verb="look into a checkpoint")
+    known = ("step", "metric", "mode", "verify", "storage_options")
+    check_known(unknown, known, verb="look into a checkpoint")
     if not isinstance(verify, bool):
         raise UsageError(f"verify is True or False, not {verify!r}")
     which = which_of(step, metric, mode)
     best = which if isinstance(which, Criterion) else None
     exact = None if which is None or isinstance(which, Criterion) else check_step(which)
-    location = locate(url, exact)
+    check_options_taken(storage_options, url)
+    location = locate(url, exact, storage_options)
     try:
         source = open_source(location, best)
         if source.manifest is not None and NAMING in source.manifest.versions:

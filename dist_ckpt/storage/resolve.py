@@ -73,6 +73,39 @@ def resolve(
     return store
 
 
+def options_for(
+    place: object, storage_options: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """Return what of the options of a call with several places goes to `place`: all, or None.
+
+    A path and memory take none, and a `Store` has its own: so what a bucket needs can be said of a
+    call that copies between it and a disk.
+
+    Raises:
+        UsageError: the place is malformed.
+    """
+    if not isinstance(place, str | os.PathLike) or not isinstance(text := os.fspath(place), str):
+        return None
+    return None if _split(_checked(text))[0] in _PLAIN else storage_options
+
+
+def check_options_taken(storage_options: object, *places: object) -> None:
+    """Check that the options of a call go to one of its places at least; see `options_for`.
+
+    Raises:
+        UsageError: they go to none, or are no mapping.
+    """
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise UsageError(
+            f"storage_options are a mapping from names to values, not {type(storage_options)}"
+        )
+    if storage_options and all(options_for(place, storage_options) is None for place in places):
+        raise UsageError(
+            f"no place of this call takes storage_options, but it has {sorted(storage_options)}: "
+            "leave them out; paths and memory take none, and a Store has its own"
+        )
+
+
 def _checked(text: str) -> str:
     if not text.strip():
         raise UsageError(f"bad url {text!r}: give a path or a url such as file:///data/run")
