@@ -1,7 +1,7 @@
 """What planners of users do on their own account, and the plan cache of the stock one.
 
-With it a rank whose plan did not change sends an empty one that is not `usable`, and takes what
-it finished before from a cache of the class, with the storage's data of that earlier save. A
+With that cache a rank whose plan did not change sends an empty one that is not `usable`, and takes
+what it finished before from a cache of the class, with the storage's data of that earlier save. A
 writer has to tell each rank of each save where it writes, so what is left out is put back, and
 what was cached during a save is forgotten: plans are made anew each time, as without the cache.
 """

@@ -1,4 +1,7 @@
-"""A storage reader for torch.distributed.checkpoint: verified byte ranges under the stock load."""
+"""A storage reader for torch.distributed.checkpoint: verified byte ranges under the stock load.
+
+What is several tensors behind one face is filled by those that it is made of (`_face_targets`).
+"""
 
 from __future__ import annotations
 
@@ -248,12 +251,12 @@ class Reader(StorageReader):
     def _read_at_once(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         """Read for a planner whose tensors are those of the state dict."""
         wanted = [item for item in plan.items if _is_tensor(item)]
-        faces = {id(item): live_face(self._opened, item, planner) for item in wanted}
+        faces = {id(item): _live_face(self._opened, item, planner) for item in wanted}
         targets: dict[int, list[Wanted]] = {}
         for item in wanted:
             live = faces[id(item)]
             if live is not None:
-                targets[id(item)] = face_targets(self._opened, item, live)
+                targets[id(item)] = _face_targets(self._opened, item, live)
             else:
                 targets[id(item)] = [self._target(item, planner.resolve_tensor(item))]
         self._fill([each for found in targets.values() for each in found])
@@ -275,17 +278,17 @@ class Reader(StorageReader):
             staged = {
                 id(item): self._staged(item)
                 for item in window
-                if _is_tensor(item) and live_face(self._opened, item, planner) is None
+                if _is_tensor(item) and _live_face(self._opened, item, planner) is None
             }
             self._fill([*staged.values()])
             for item in window:
                 if not _is_tensor(item):
                     self._hand_over(item, planner)
                     continue
-                live = live_face(self._opened, item, planner)
+                live = _live_face(self._opened, item, planner)
                 if live is not None:
                     given = planner.resolve_tensor(item)
-                    self._fill(face_targets(self._opened, item, live, given))
+                    self._fill(_face_targets(self._opened, item, live, given))
                     planner.commit_tensor(item, given)
                     continue
                 target = self._target(item, planner.resolve_tensor(item)).local.memory
@@ -410,7 +413,7 @@ def _as_stock_wants(value: object) -> io.BytesIO:
 # Where stored tensors go in what is several of them behind one face, under torch's own loads.
 
 
-def live_face(found: Catalog, item: ReadItem, planner: LoadPlanner) -> torch.Tensor | None:
+def _live_face(found: Catalog, item: ReadItem, planner: LoadPlanner) -> torch.Tensor | None:
     """Return the live tensor for `item` if that is several behind one face, live or as stored.
 
     Not so where a plain tensor takes what is one of them, and whole by itself.
@@ -420,7 +423,7 @@ def live_face(found: Catalog, item: ReadItem, planner: LoadPlanner) -> torch.Ten
     return live if several and isinstance(live, torch.Tensor) else None
 
 
-def face_targets(
+def _face_targets(
     found: Catalog, item: ReadItem, live: torch.Tensor, given: torch.Tensor | None = None
 ) -> list[Wanted]:
     """Return where the tensors go that are stored for `item`.

@@ -2,10 +2,11 @@
 
 The stock protocol is a plan round and a write round, both of which carry errors to every rank, so
 no round of our own is needed: rank 0 begins the attempt while it has all plans, and commits when
-it has all results. What belongs to a save is kept by its thread: see `dist_ckpt.dcp.writer`.
+it has all results.
 
 All calls of one save come on one thread, and a thread has one save at a time: there its state is
-kept. What the other ranks send for it bears its token, so that none takes what is another's.
+kept (`_OfThread`). What the other ranks send for it bears its token, so that none takes what is
+another's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plai
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.tree import tree_file
-from dist_ckpt.dcp.turns import ThreadEnd, tell_when_gone
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
 from dist_ckpt.format.digest import digest_blocks
 from dist_ckpt.format.names import check_step
@@ -96,7 +96,7 @@ class Writer(StorageWriter, AsyncStager):
         self._repository = Repository(open_store(url))
         self._ownership = process.Ownership()
         self._types: process.RegisteredTypes | None = None  # from another process
-        self._here = OfThread()
+        self._here = _OfThread()
 
     def __getstate__(self) -> dict[str, Any]:
         # To another process: what is asked for, and no connection, thread or save.
@@ -106,7 +106,7 @@ class Writer(StorageWriter, AsyncStager):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        self._here = OfThread()
+        self._here = _OfThread()
         self._ownership = self._ownership.shared()
         if self._types is not None:
             self._types.register()
@@ -179,7 +179,7 @@ class Writer(StorageWriter, AsyncStager):
             plan = whole_local(plan)
             described(plan)
         save = self._here.save or self._begin()
-        asked = Wish(save.step, self._repository.store.url, save.token)
+        asked = _Wish(save.step, self._repository.store.url, save.token)
         return replace(plan, storage_data=asked)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -194,13 +194,13 @@ class Writer(StorageWriter, AsyncStager):
             try:
                 plans = whole_global(plans)
             finally:
-                forget_global(Wish)
-            asked: list[Wish] = [plan.storage_data for plan in plans]
-            check_wishes(asked)
+                forget_global(_Wish)
+            asked: list[_Wish] = [plan.storage_data for plan in plans]
+            _check_wishes(asked)
             save = self._here.save
             # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
             if save is None or save.token not in [each.token for each in asked]:
-                raise mixed_up()
+                raise _mixed_up()
             transaction = self._repository.begin(save.step, self._claim())
             whole = without_empty(plans)
             save.attempt = StockAttempt(transaction, whole)
@@ -209,7 +209,7 @@ class Writer(StorageWriter, AsyncStager):
             return [
                 replace(
                     plan,
-                    storage_data=Assigned(save.step, transaction.save_id, rank, each.token),
+                    storage_data=_Assigned(save.step, transaction.save_id, rank, each.token),
                 )
                 for rank, (plan, each) in enumerate(zip(whole, asked, strict=True))
             ]
@@ -227,12 +227,12 @@ class Writer(StorageWriter, AsyncStager):
             # Given away here, so that it is over when stock lets go of the results, or of the
             # error; or when this thread ends or begins another one.
             if save is None or save.token != plan.storage_data.token:
-                raise mixed_up()
+                raise _mixed_up()
             self._here.writing = weakref.ref(save)
             self._here.end = turns.ThreadEnd(save.over)
             report = self._write(plan, planner)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(Results(report, save))
+        future.set_result(_Results(report, save))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -249,9 +249,9 @@ class Writer(StorageWriter, AsyncStager):
             save = self._here.writing() if self._here.writing is not None else None
             attempt = None if save is None else save.attempt
             if save is None or attempt is None:
-                raise mixed_up()
+                raise _mixed_up()
             if any(each.save_id != attempt.transaction.save_id for each in reports):
-                raise mixed_up()
+                raise _mixed_up()
             begun = time.perf_counter()
             try:
                 file = tree_file(metadata, attempt.faces(reports))
@@ -372,7 +372,7 @@ def _put(transaction: Transaction, rank: int, file: StagedFile) -> WrittenFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class _Wish:
     """What a rank was asked to save, on its way to rank 0; `token` is that of the rank's save."""
 
     step: int
@@ -381,7 +381,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Assigned:
+class _Assigned:
     """Which attempt a rank writes for, and as whom, on its way back."""
 
     step: int
@@ -407,10 +407,10 @@ class Save:
         self.token = secrets.token_hex(8)
         self.attempt: StockAttempt | None = None
         self.over = Latch()
-        tell_when_gone(self, self.over)
+        turns.tell_when_gone(self, self.over)
 
 
-class Results(list[WriteResult]):
+class _Results(list[WriteResult]):
     """What `write_data` returns. It keeps the save, as stock keeps it until the save is over."""
 
     def __init__(self, report: StockReport, save: Save) -> None:
@@ -421,7 +421,7 @@ class Results(list[WriteResult]):
         return list, (list(self),)
 
 
-class OfThread(threading.local):
+class _OfThread(threading.local):
     """What a thread knows of its save.
 
     Attributes:
@@ -436,10 +436,10 @@ class OfThread(threading.local):
     refusal: UsageError | None = None
     save: Save | None = None
     writing: weakref.ref[Save] | None = None
-    end: ThreadEnd | None = None
+    end: turns.ThreadEnd | None = None
 
 
-def check_wishes(asked: Sequence[Wish]) -> None:
+def _check_wishes(asked: Sequence[_Wish]) -> None:
     """Raise unless all ranks were asked for the same.
 
     Raises:
@@ -453,7 +453,7 @@ def check_wishes(asked: Sequence[Wish]) -> None:
             )
 
 
-def mixed_up() -> UsageError:
+def _mixed_up() -> UsageError:
     """Return the error of a save that was sent what is another one's."""
     return UsageError(
         "this save was sent what is another one's: several were under way over one process group. "

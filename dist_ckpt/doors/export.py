@@ -27,165 +27,8 @@ from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.base import Store, Stream, read_all
 from dist_ckpt.storage.resolve import check_options_taken, options_for, resolve
 
-INDEX_FILE = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
-
-# What heads are called that share their weights with the embedding below.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out|decoder|generator)\.\w+$"
-)
-_SHARED = re.compile(r"(^|\.)shared\.\w+$")
-
-
-def check_dtypes(items: Iterable[Item]) -> None:
-    """Check that safetensors has the dtypes of `items`.
-
-    Raises:
-        IncompatibleError: it has not.
-    """
-    for item in items:
-        name = dtype_name(item.dtype)
-        code, _ = DTYPES.get(name, ("U8", 1))
-        if code == "U8" and name != "uint8":
-            raise IncompatibleError(
-                f"{item.name} has the dtype {name}, which safetensors does not know: export with "
-                "format='torch' or 'dcp'",
-                kind=ErrorKind.STATE_MISMATCH,
-            )
-
-
-def draw_shard(items: Sequence[Item], aliases: Mapping[str, str]) -> Callable[[], Image]:
-    """Return what draws the file of `items`.
-
-    Args:
-        items: in any order.
-        aliases: names that are left out, and the item that has their memory.
-    """
-    entries = [ShardEntry(item.name, dtype_name(item.dtype), item.shape) for item in items]
-    # As transformers asks for it, and as `safetensors.torch.save_model` notes what it leaves out.
-    placed = layout(entries, {"format": "pt", **dict(sorted(aliases.items()))})
-    order = sorted(zip(placed.offsets, items, strict=True), key=lambda pair: pair[0])
-
-    def draw() -> Image:
-        image = Image()
-        image.add_bytes(placed.header)
-        for _, item in order:
-            image.add_tensor(item)
-        return image
-
-    return draw
-
-
-def aliases_of(ties: Iterable[tuple[str, ...]]) -> dict[str, str]:
-    """Return for each tied name that is left out the one that is kept.
-
-    Transformers keeps the embedding and ties the head to it anew: a file that had the head alone
-    would be loaded with a new embedding.
-    """
-    found: dict[str, str] = {}
-    for group in ties:
-        names = sorted(name for name in group if not _HEAD.search(name)) or sorted(group)
-        kept = next((name for name in names if _SHARED.search(name)), names[0])
-        found |= {name: kept for name in group if name != kept}
-    return found
-
-
-def cut_shards(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
-    """Return `items` in shards of at most `max_bytes`; a tensor that is larger has one of its own.
-
-    The order is kept.
-    """
-    shards: list[list[Item]] = [[]]
-    nbytes = 0
-    for item in items:
-        if shards[-1] and nbytes + item.nbytes > max_bytes:
-            shards.append([])
-            nbytes = 0
-        shards[-1].append(item)
-        nbytes += item.nbytes
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    """Return what the shards are called."""
-    if count == 1:
-        return [ONE_FILE]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def weight_index(shards: Sequence[Sequence[Item]]) -> bytes:
-    """Return the index of several shards."""
-    names = shard_names(len(shards))
-    files = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-    total = sum(item.nbytes for shard in shards for item in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
-
-
-# A directory as `torch.distributed.checkpoint.save` writes it: `.distcp` files and `.metadata`.
-
-
-DATA_FILE = "__0_0.distcp"
-METADATA_FILE = ".metadata"
-_CLASSES = "torch.distributed.checkpoint.metadata"
-_ALIGN_BYTES = 64
-
-
-def draw_data(items: Mapping[str, Item]) -> tuple[Image, dict[str, tuple[int, int]]]:
-    """Return the image of the one data file, and by name where in it a tensor's archive lies."""
-    image = Image()
-    places: dict[str, tuple[int, int]] = {}
-    for name, item in items.items():
-        image.skip_to(image.nbytes + -image.nbytes % _ALIGN_BYTES)
-        start = image.nbytes
-        Archive(image).add(whole_storage(item, 0), [item])
-        places[name] = start, image.nbytes - start
-    return image, places
-
-
-def describe_data(items: Mapping[str, Item], places: Mapping[str, tuple[int, int]]) -> bytes:
-    """Return the `.metadata` of that file: a pickle of what DCP plans a load by."""
-    fields = {
-        "state_dict_metadata": {name: _tensor(item) for name, item in items.items()},
-        "planner_data": {name: (name,) for name in items},
-        "storage_data": Pairs(
-            tuple((_index(item), _place(*places[name])) for name, item in items.items())
-        ),
-        "storage_meta": None,
-    }
-    return pickled(Built(Name(_CLASSES, "Metadata"), fields))
-
-
-def _tensor(item: Item) -> Built:
-    dtype = Name("torch", dtype_name(item.dtype))
-    layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
-    contiguous = Call(Name(_CLASSES, "_MEM_FORMAT_ENCODING"), (0,))
-    properties = (dtype, layout, False, contiguous, False)
-    whole = {"offsets": _size((0,) * len(item.shape)), "sizes": _size(item.shape)}
-    fields = {
-        "properties": Built(Name(_CLASSES, "TensorProperties"), properties),
-        "size": _size(item.shape),
-        "chunks": [Built(Name(_CLASSES, "ChunkStorageMetadata"), whole)],
-    }
-    return Built(Name(_CLASSES, "TensorStorageMetadata"), fields)
-
-
-def _index(item: Item) -> Built:
-    fields = {"fqn": item.name, "offset": _size((0,) * len(item.shape)), "index": 0}
-    return Built(Name(_CLASSES, "MetadataIndex"), fields)
-
-
-def _place(offset: int, nbytes: int) -> Built:
-    fields = {"relative_path": DATA_FILE, "offset": offset, "length": nbytes}
-    return Built(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), fields)
-
-
-def _size(sizes: tuple[int, ...]) -> Call:
-    return Call(Name("torch", "Size"), (sizes,))
-
-
-# Weights out of a checkpoint, to the formats that other programs read.
-
+_INDEX_FILE = "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
 
 Format: TypeAlias = Literal["safetensors", "hf", "torch", "dcp"]
 FORMATS: tuple[Format, ...] = ("safetensors", "hf", "torch", "dcp")
@@ -194,7 +37,7 @@ WhichStep: TypeAlias = SupportsIndex | Literal["latest", "best"] | None
 
 # What a file is called where the place is a folder, and by which ends a place is a file.
 _ONE_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "safetensors": (ONE_FILE, (".safetensors",)),
+    "safetensors": (_ONE_FILE, (".safetensors",)),
     "torch": ("model.pt", (".pt", ".pth", ".bin", ".ckpt")),
 }
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -216,7 +59,6 @@ class ExportKeywords(TypedDict):
     mode: NotRequired[Mode]
     max_shard: NotRequired[int | str | None]
     like: NotRequired[Place | None]
-    storage_options: NotRequired[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +124,9 @@ def export(
 
     Args:
         source: a run, one of its step directories, or whatever `open_checkpoint` opens.
-        out: a path or URL where nothing is yet: a file, by its ending (`.safetensors`; `.pt`,
-            `.pth`, `.bin`, `.ckpt`), or the folder for one; for "hf" and "dcp" the folder.
+        out: a path or URL where nothing is yet. For "safetensors" and "torch" a file, by its
+            ending (`.safetensors`; `.pt`, `.pth`, `.bin`, `.ckpt`), or the folder for one. For the
+            others the folder.
         format: "safetensors", one file; "hf", as transformers and the hub have it, several files
             with an index where one would be too large; "torch", what `torch.load` reads with
             `weights_only=True`; "dcp", a directory of stock `torch.distributed.checkpoint`.
@@ -293,7 +136,7 @@ def export(
         rename: patterns to names, as `{"net.*": "model.*"}`, or beginnings up to a dot.
         **options: `metric` and `mode`, by which a checkpoint is the best; for "hf" `max_shard`, the
             most bytes of a file (5 GB; `"500MB"`), and `like`, a folder whose `config.json` and
-            tokenizer files are copied; `storage_options` for each place that takes any.
+            tokenizer files are copied.
 
     Returns:
         What was written.
@@ -309,7 +152,6 @@ def export(
     check_known(options, list(ExportKeywords.__annotations__), besides=_ARGUMENTS, verb="export")
     chosen = ExportChoice.of(format, options)
     cast = dtype_to_cast(dtype)
-    check_options_taken(chosen.storage_options, source, out, chosen.like)
     with open_at(source, step, options) as opened:
         content = StoredContent(opened, part, dtype=cast, rename=rename)
         return _export(opened, content, out, chosen, cast=cast)
@@ -345,8 +187,7 @@ def open_at(source: Place, step: WhichStep, options: Mapping[str, Any]) -> Opene
     which: SupportsIndex | Literal["best"] | None
     which = None if isinstance(step, str) and step == "latest" else step
     metric, mode = options.get("metric"), options.get("mode", "min")
-    given = options_for(source, options.get("storage_options"))
-    return open_checkpoint(source, step=which, metric=metric, mode=mode, storage_options=given)
+    return open_checkpoint(source, step=which, metric=metric, mode=mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,13 +198,11 @@ class ExportChoice:
         format: of the files.
         max_shard_bytes: the most that a file of "hf" holds.
         like: the folder that "hf" takes its configuration from.
-        storage_options: for each place that takes any.
     """
 
     format: Format
     max_shard_bytes: int = _MAX_SHARD_BYTES
     like: Place | None = None
-    storage_options: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, format: object, options: Mapping[str, Any]) -> ExportChoice:  # noqa: A002
@@ -379,7 +218,7 @@ class ExportChoice:
                 raise UsageError(f"{name} goes with format='hf', not with {format!r}")
         max_shard = options.get("max_shard")
         nbytes = _MAX_SHARD_BYTES if max_shard is None else parse_bytes(max_shard)
-        return cls(format, nbytes, options.get("like"), options.get("storage_options"))
+        return cls(format, nbytes, options.get("like"))
 
 
 def parse_bytes(size: object) -> int:
@@ -419,7 +258,7 @@ def write_content(
         left_out: for the report.
         cast: what the tensors were cast to, for the configuration.
     """
-    store, key, owned = _destination(out, choice)
+    store, key, owned = _destination(out, choice.format)
     try:
         files, aliases = _files(content, choice, key, cast)
         if key is not None:
@@ -442,18 +281,18 @@ def write_content(
             store.close()
 
 
-def _destination(out: Place, choice: ExportChoice) -> tuple[Store, str | None, bool]:
+def _destination(out: Place, format: Format) -> tuple[Store, str | None, bool]:  # noqa: A002
     """Return the store, the key if it is one file, and whether the store is to be closed."""
-    default, suffixes = _ONE_FILES.get(choice.format, (None, ()))
+    default, suffixes = _ONE_FILES.get(format, (None, ()))
     if isinstance(out, Store):
         return out, default, False
     if not isinstance(out, str | PathLike):
         raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
-    text, options = str(out), options_for(out, choice.storage_options)
+    text = str(out)
     head, slash, name = text.rpartition("/")
     if default is not None and name.endswith(suffixes) and name not in suffixes:
-        return resolve(head or slash or ".", storage_options=options), name, True
-    return resolve(text, storage_options=options), default, True
+        return resolve(head or slash or "."), name, True
+    return resolve(text), default, True
 
 
 def _files(
@@ -469,22 +308,22 @@ def _files(
         assert key is not None
         return [OutFile(key, drawn(torch_archive.draw_file(items, content.ties)))], {}
     if choice.format == "dcp":
-        metadata = describe_data(items, draw_data(items)[1])
-        data = drawn(lambda: draw_data(items)[0])
-        return [OutFile(DATA_FILE, data), _small(METADATA_FILE, metadata)], {}
-    check_dtypes(items.values())
+        metadata = _describe_data(items, _draw_data(items)[1])
+        data = drawn(lambda: _draw_data(items)[0])
+        return [OutFile(_DATA_FILE, data), _small(_METADATA_FILE, metadata)], {}
+    _check_dtypes(items.values())
     if choice.format == "safetensors":
         assert key is not None
-        return [OutFile(key, drawn(draw_shard(list(items.values()), {})))], {}
+        return [OutFile(key, drawn(_draw_shard(list(items.values()), {})))], {}
     aliases = aliases_of(content.ties)
-    shards = cut_shards(
+    shards = _cut_shards(
         [item for name, item in items.items() if name not in aliases], choice.max_shard_bytes
     )
-    files = _configuration(choice, cast)
-    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        files.append(OutFile(name, drawn(draw_shard(shard, _of(shard, aliases)))))
+    files = _configuration(choice.like, cast)
+    for name, shard in zip(_shard_names(len(shards)), shards, strict=True):
+        files.append(OutFile(name, drawn(_draw_shard(shard, _of(shard, aliases)))))
     if len(shards) > 1:
-        files.append(_small(INDEX_FILE, weight_index(shards)))
+        files.append(_small(_INDEX_FILE, _weight_index(shards)))
     return files, aliases
 
 
@@ -497,17 +336,15 @@ def _small(key: str, data: bytes) -> OutFile:
     return OutFile(key, Stream.of([memoryview(data)]))
 
 
-def _configuration(choice: ExportChoice, cast: torch.dtype | None) -> list[OutFile]:
-    """Return what stands beside the weights, of the folder `choice.like`.
+def _configuration(like: Place | None, cast: torch.dtype | None) -> list[OutFile]:
+    """Return what stands beside the weights, of the folder `like`.
 
     Raises:
         NotFound: it has no configuration.
     """
-    like = choice.like
     if like is None:
         return []
-    options = options_for(like, choice.storage_options)
-    store = like if isinstance(like, Store) else resolve(like, storage_options=options)
+    store = like if isinstance(like, Store) else resolve(like)
     try:
         names = [name for name in store.list_children() if _BESIDE.fullmatch(name)]
         found = {name: read_all(store, name, limit_bytes=_BESIDE_LIMIT_BYTES) for name in names}
@@ -531,3 +368,160 @@ def _of_dtype(config: bytes, cast: torch.dtype) -> bytes:
     key = "dtype" if "dtype" in fields else "torch_dtype"
     fields[key] = dtype_name(cast)
     return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"
+
+
+# Shards of safetensors, with their index.
+
+
+# What heads are called that share their weights with the embedding below.
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out|decoder|generator)\.\w+$"
+)
+_SHARED = re.compile(r"(^|\.)shared\.\w+$")
+
+
+def _check_dtypes(items: Iterable[Item]) -> None:
+    """Check that safetensors has the dtypes of `items`.
+
+    Raises:
+        IncompatibleError: it has not.
+    """
+    for item in items:
+        name = dtype_name(item.dtype)
+        code, _ = DTYPES.get(name, ("U8", 1))
+        if code == "U8" and name != "uint8":
+            raise IncompatibleError(
+                f"{item.name} has the dtype {name}, which safetensors does not know: export with "
+                "format='torch' or 'dcp'",
+                kind=ErrorKind.STATE_MISMATCH,
+            )
+
+
+def _draw_shard(items: Sequence[Item], aliases: Mapping[str, str]) -> Callable[[], Image]:
+    """Return what draws the file of `items`.
+
+    Args:
+        items: in any order.
+        aliases: names that are left out, and the item that has their memory.
+    """
+    entries = [ShardEntry(item.name, dtype_name(item.dtype), item.shape) for item in items]
+    # As transformers asks for it, and as `safetensors.torch.save_model` notes what it leaves out.
+    placed = layout(entries, {"format": "pt", **dict(sorted(aliases.items()))})
+    order = sorted(zip(placed.offsets, items, strict=True), key=lambda pair: pair[0])
+
+    def draw() -> Image:
+        image = Image()
+        image.add_bytes(placed.header)
+        for _, item in order:
+            image.add_tensor(item)
+        return image
+
+    return draw
+
+
+def aliases_of(ties: Iterable[tuple[str, ...]]) -> dict[str, str]:
+    """Return for each tied name that is left out the one that is kept.
+
+    Transformers keeps the embedding and ties the head to it anew: a file that had the head alone
+    would be loaded with a new embedding.
+    """
+    found: dict[str, str] = {}
+    for group in ties:
+        names = sorted(name for name in group if not _HEAD.search(name)) or sorted(group)
+        kept = next((name for name in names if _SHARED.search(name)), names[0])
+        found |= {name: kept for name in group if name != kept}
+    return found
+
+
+def _cut_shards(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
+    """Return `items` in shards of at most `max_bytes`; a tensor that is larger has one of its own.
+
+    The order is kept.
+    """
+    shards: list[list[Item]] = [[]]
+    nbytes = 0
+    for item in items:
+        if shards[-1] and nbytes + item.nbytes > max_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(item)
+        nbytes += item.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    """Return what the shards are called."""
+    if count == 1:
+        return [_ONE_FILE]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _weight_index(shards: Sequence[Sequence[Item]]) -> bytes:
+    """Return the index of several shards."""
+    names = _shard_names(len(shards))
+    files = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+    total = sum(item.nbytes for shard in shards for item in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+
+
+# A directory as `torch.distributed.checkpoint.save` writes it: `.distcp` files and `.metadata`.
+
+
+_DATA_FILE = "__0_0.distcp"
+_METADATA_FILE = ".metadata"
+_CLASSES = "torch.distributed.checkpoint.metadata"
+_ALIGN_BYTES = 64
+
+
+def _draw_data(items: Mapping[str, Item]) -> tuple[Image, dict[str, tuple[int, int]]]:
+    """Return the image of the one data file, and by name where in it a tensor's archive lies."""
+    image = Image()
+    places: dict[str, tuple[int, int]] = {}
+    for name, item in items.items():
+        image.skip_to(image.nbytes + -image.nbytes % _ALIGN_BYTES)
+        start = image.nbytes
+        Archive(image).add(whole_storage(item, 0), [item])
+        places[name] = start, image.nbytes - start
+    return image, places
+
+
+def _describe_data(items: Mapping[str, Item], places: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the `.metadata` of that file: a pickle of what DCP plans a load by."""
+    fields = {
+        "state_dict_metadata": {name: _tensor(item) for name, item in items.items()},
+        "planner_data": {name: (name,) for name in items},
+        "storage_data": Pairs(
+            tuple((_index(item), _place(*places[name])) for name, item in items.items())
+        ),
+        "storage_meta": None,
+    }
+    return pickled(Built(Name(_CLASSES, "Metadata"), fields))
+
+
+def _tensor(item: Item) -> Built:
+    dtype = Name("torch", dtype_name(item.dtype))
+    layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Call(Name(_CLASSES, "_MEM_FORMAT_ENCODING"), (0,))
+    properties = (dtype, layout, False, contiguous, False)
+    whole = {"offsets": _size((0,) * len(item.shape)), "sizes": _size(item.shape)}
+    fields = {
+        "properties": Built(Name(_CLASSES, "TensorProperties"), properties),
+        "size": _size(item.shape),
+        "chunks": [Built(Name(_CLASSES, "ChunkStorageMetadata"), whole)],
+    }
+    return Built(Name(_CLASSES, "TensorStorageMetadata"), fields)
+
+
+def _index(item: Item) -> Built:
+    fields = {"fqn": item.name, "offset": _size((0,) * len(item.shape)), "index": 0}
+    return Built(Name(_CLASSES, "MetadataIndex"), fields)
+
+
+def _place(offset: int, nbytes: int) -> Built:
+    fields = {"relative_path": _DATA_FILE, "offset": offset, "length": nbytes}
+    return Built(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), fields)
+
+
+def _size(sizes: tuple[int, ...]) -> Call:
+    return Call(Name("torch", "Size"), (sizes,))

@@ -1,6 +1,6 @@
 """Checkpoints of stock `torch.distributed.checkpoint`: `.metadata` and `.distcp` files.
 
-The metadata is a pickle, of which nothing is executed or built: see `stock_metadata`. Each chunk is
+The metadata is a pickle, of which nothing is executed or built (`_parse_metadata`). Each chunk is
 a `torch.save` archive inside of a `.distcp` file; where its raw bytes lie is looked up once, and
 from then on such a checkpoint is read as one of ours: by ranges, at any layout.
 """
@@ -108,11 +108,11 @@ def read_stock(
     return replace(_described(reading, placed, leaves.chunks, leaves.whole), step=leaves.step)
 
 
-def _metadata(store: Store) -> StockMetadata:
+def _metadata(store: Store) -> _StockMetadata:
     # The first byte is looked at before the others: what a file claims to hold may be a hole.
     data = read_all(store, METADATA, limit_bytes=_METADATA_LIMIT_BYTES, begins=_PICKLE)
     try:
-        return parse_metadata(data)
+        return _parse_metadata(data)
     except ValueError as error:
         problem = f"it cannot be read as DCP's metadata: {describe(error)}"
         raise _broken(f"{METADATA} in {store.url}", problem) from error
@@ -137,7 +137,7 @@ class _Leaves:
         self.step = 0
         self._reading = reading
 
-    def add_described(self, found: StockMetadata, *, by_megatron: bool) -> None:
+    def add_described(self, found: _StockMetadata, *, by_megatron: bool) -> None:
         """Add what the metadata describe."""
         blobs = _Blobs(found, self._reading)
         for number, each in enumerate(found.entries):
@@ -191,7 +191,7 @@ def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
 class _Blobs:
     """The archives of one checkpoint, by what is in them."""
 
-    def __init__(self, found: StockMetadata, reading: _Reading) -> None:
+    def __init__(self, found: _StockMetadata, reading: _Reading) -> None:
         self._places = found.places
         self._reading = reading
         self._numbers = {key: number for number, key in enumerate(reading.keys)}
@@ -404,7 +404,7 @@ def _broken(where: str, problem: str) -> IntegrityError:
 # The `.metadata` of a stock checkpoint: a pickle of DCP's own classes, none of which is built.
 
 
-_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = "torch.distributed.checkpoint.metadata"
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _KINDS = frozenset(
     {
@@ -441,7 +441,7 @@ _CONSTRUCTORS: dict[tuple[str, str], object] = {
 
 
 @dataclass(frozen=True, slots=True)
-class StockTensor:
+class _StockTensor:
     """A tensor: its dtype as torch names it without "torch.", its shape, and its boxes."""
 
     dtype: str
@@ -450,16 +450,16 @@ class StockTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class StockEntry:
+class _StockEntry:
     """An entry of the saved state dict: its flattened name, its path, the tensor if it is one."""
 
     fqn: str
     path: tuple[Any, ...]
-    tensor: StockTensor | None
+    tensor: _StockTensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class StockPlace:
+class _StockPlace:
     """Where an archive lies: key of the file, offset and length in it; whether it was changed."""
 
     key: str
@@ -469,7 +469,7 @@ class StockPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class StockMetadata:
+class _StockMetadata:
     """What a `.metadata` says.
 
     Attributes:
@@ -477,11 +477,11 @@ class StockMetadata:
         places: by flattened name, and where the box begins: () if it does not say.
     """
 
-    entries: tuple[StockEntry, ...]
-    places: dict[tuple[str, tuple[int, ...]], StockPlace]
+    entries: tuple[_StockEntry, ...]
+    places: dict[tuple[str, tuple[int, ...]], _StockPlace]
 
 
-def parse_metadata(data: bytes) -> StockMetadata:
+def _parse_metadata(data: bytes) -> _StockMetadata:
     """Read the pickle `data`, trusting nothing in it; nothing of it is executed or built.
 
     Raises:
@@ -501,11 +501,11 @@ def parse_metadata(data: bytes) -> StockMetadata:
     # What a constructor makes of its operands is chosen by whoever wrote them.
     except (TypeError, AttributeError, LookupError, OverflowError) as error:
         raise ValueError(describe(error)) from error
-    return StockMetadata(tuple(entries), dict(places))
+    return _StockMetadata(tuple(entries), dict(places))
 
 
 def _named(module: str, name: str) -> object:
-    if module == _METADATA and name in _KINDS:
+    if module == _CLASSES and name in _KINDS:
         return Kind(name)
     if (module, name) in _CONSTRUCTORS:
         return _CONSTRUCTORS[module, name]
@@ -532,19 +532,19 @@ def _mapping(fields: dict[str, Any], name: str) -> dict[Any, Any]:
     return found
 
 
-def _entry(fqn: object, kept: object, path: object) -> StockEntry:
+def _entry(fqn: object, kept: object, path: object) -> _StockEntry:
     if type(fqn) is not str or type(path) is not tuple or not path:
         raise ValueError("it has an entry without a name")
     if not all(type(key) in (str, int) for key in path):
         raise ValueError(f"the path of {fqn!r} has something else than names and numbers")
     if isinstance(kept, Made) and kept.kind.name == "BytesStorageMetadata":
-        return StockEntry(fqn, path, None)
+        return _StockEntry(fqn, path, None)
     fields = _fields(kept, "TensorStorageMetadata")
     chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     boxes = tuple(Box(_ints(each["offsets"]), _ints(each["sizes"])) for each in chunks)
     shape = _ints(fields["size"])
     count_elements(shape)
-    return StockEntry(fqn, path, StockTensor(_dtype(fields["properties"]), shape, boxes))
+    return _StockEntry(fqn, path, _StockTensor(_dtype(fields["properties"]), shape, boxes))
 
 
 def _dtype(properties: object) -> str:
@@ -558,14 +558,14 @@ def _dtype(properties: object) -> str:
     return dtype_name(dtype)
 
 
-def _place(index: object, info: object) -> tuple[tuple[str, tuple[int, ...]], StockPlace]:
+def _place(index: object, info: object) -> tuple[tuple[str, tuple[int, ...]], _StockPlace]:
     said, where = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
     key, offset, nbytes = (where.get(name) for name in ("relative_path", "offset", "length"))
     if type(said.get("fqn")) is not str or type(key) is not str:
         raise ValueError("it has a place without a name")
     if type(offset) is not int or type(nbytes) is not int or offset < 0 or nbytes < 0:
         raise ValueError(f"{said['fqn']!r} lies nowhere in {key!r}")
-    place = StockPlace(key, offset, nbytes, bool(where.get("transform_descriptors")))
+    place = _StockPlace(key, offset, nbytes, bool(where.get("transform_descriptors")))
     return (said["fqn"], _ints(said.get("offset") or ())), place
 
 

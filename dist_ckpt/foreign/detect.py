@@ -24,8 +24,166 @@ from dist_ckpt.format.shard import DTYPES, ShardHeader, header_nbytes, parse_hea
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store, is_key, read_all
 
-INDEX_SUFFIX = ".safetensors.index.json"
-SUFFIX = ".safetensors"
+_SAFETENSORS_SUFFIX = ".safetensors"
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+FILE_SUFFIXES = (_SAFETENSORS_SUFFIX, *_TORCH_SUFFIXES, ".pkl")
+"""How a single file is called that is a checkpoint by itself."""
+
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"
+_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
+_SAFETENSORS_INDEX_SUFFIX = ".safetensors.index.json"
+_TORCH_INDEX_SUFFIX = ".bin.index.json"
+
+_Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
+
+
+def open_foreign(
+    store: Store, file: str | None = None, *, whole: Collection[str] = ()
+) -> ForeignSource | None:
+    """Open what another program wrote in `store`, or in one file of it.
+
+    Args:
+        store: a directory.
+        file: the key of the file that is meant; None to look what there is: a stock DCP
+            checkpoint, then safetensors, then `torch.save` files, each with an index of several
+            files before a single one.
+        whole: see `dist_ckpt.foreign.names.sort_into_parts`.
+
+    Returns:
+        The checkpoint; None if there is nothing of all this.
+
+    Raises:
+        IntegrityError: what is there is malformed or incomplete.
+        IncompatibleError: it holds something that cannot be read.
+        NotFound: `file` is not there.
+    """
+    as_torch = partial(_read_torch, whole=whole)
+    if file is not None:
+        return ForeignSource.of(store, _one_file(store, file, as_torch))
+    if is_stock(store):
+        return ForeignSource.of(store, read_stock(store, whole=whole))
+    names = sorted(name for name in store.list_children() if not name.endswith("/"))
+    kinds: list[tuple[str, tuple[str, ...], _Reader]] = [
+        (_SAFETENSORS_INDEX_SUFFIX, (_SAFETENSORS_SUFFIX,), _read_safetensors),
+        (_TORCH_INDEX_SUFFIX, _TORCH_SUFFIXES, as_torch),
+    ]
+    for index_suffix, suffixes, each in kinds:
+        indexes = [name for name in names if name.endswith(index_suffix)]
+        found = [name for name in names if name.endswith(suffixes)]
+        if indexes:
+            _one(indexes, store)
+            return ForeignSource.of(store, _indexed(store, indexes[0], each))
+        if found:
+            only = _one(_weights(found), store)
+            return ForeignSource.of(store, _one_file(store, only, as_torch))
+    return None
+
+
+def _one_file(store: Store, file: str, as_torch: _Reader) -> Found:
+    reader: _Reader = _read_safetensors if file.endswith(_SAFETENSORS_SUFFIX) else as_torch
+    found = reader(store, [file])
+    return replace(found, is_adapter=file.startswith(_ADAPTER) or has(store, _ADAPTER_CONFIG))
+
+
+def _weights(names: Sequence[str]) -> Sequence[str]:
+    """Return those of `names` that are weights by their names, all of them where none is.
+
+    A trainer keeps the state of its optimizer and its arguments beside the weights.
+    """
+    return [name for name in names if name.partition(".")[0] in _WEIGHTS] or names
+
+
+def looked_for() -> str:
+    """Return what `open_foreign` knows, for the message when nothing of it is there."""
+    return (
+        f"no step directories of dist_ckpt, no {METADATA} of torch.distributed.checkpoint, no "
+        f"*{_SAFETENSORS_SUFFIX} and none of "
+        f"{', '.join('*' + suffix for suffix in _TORCH_SUFFIXES)}"
+    )
+
+
+def _indexed(store: Store, index: str, reader: _Reader) -> Found:
+    """Describe the files that an index names, and check that each has what the index says."""
+    weight_map = _read_weight_map(store, index)
+    keys = sorted(set(weight_map.values()))
+    try:
+        found = reader(store, keys)
+    except NotFound as error:
+        raise IntegrityError(
+            f"{index} in {store.url} names a file that is not there: {error.message}",
+            kind=ErrorKind.MISSING_FILE,
+        ) from error
+    absent = sorted(set(weight_map) - {tensor.name for tensor in found.tensors})
+    if absent:
+        raise IntegrityError(
+            f"{index} in {store.url} names {len(absent)} tensors that its files have not, such as "
+            f"{absent[0]!r}",
+            kind=ErrorKind.COVERAGE,
+        )
+    return found
+
+
+def _one(names: Sequence[str], store: Store) -> str:
+    if len(names) > 1:
+        raise IntegrityError(
+            f"{store.url} has {', '.join(names[:4])}{' ...' if names[4:] else ''} and nothing that "
+            "says which of them belong together: name one file",
+            kind=ErrorKind.MALFORMED,
+        )
+    return names[0]
+
+
+# Files of `torch.save`.
+
+
+def _read_torch(store: Store, keys: Sequence[str], *, whole: Collection[str] = ()) -> Found:
+    """Describe the tensors and values in `torch.save` files; nothing in them is executed.
+
+    A value that only a program which executes pickles could read is told once, and is an error
+    only for whoever wants it.
+
+    Raises:
+        IntegrityError: a file is malformed, or holds nothing but such values.
+        IncompatibleError: a tensor does not fill one run of bytes of its file.
+    """
+    entries: list[ForeignLeaf] = []
+    unreadable: list[str] = []
+    found: dict[int, tuple[int, TorchTensor]] = {}
+    for file, key in enumerate(keys):
+        for path, leaf in torch_leaves(store, key):
+            if isinstance(leaf, TorchTensor):
+                found[len(entries)] = file, leaf
+                entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
+                continue
+            if isinstance(leaf, Unreadable):
+                unreadable.append(leaf.reason)
+            entries.append(ForeignLeaf(path, None, (), leaf))
+    where = f"{', '.join(keys)} in {store.url}"
+    if unreadable and len(unreadable) == len(entries):
+        # A whole module, say: what cannot be read is all that there is.
+        raise torch_files.malformed(where, unreadable[0])
+    tell_unreadable(store.url, where, unreadable)
+    placed = sort_into_parts(entries, where, whole=whole)
+    chunks: list[Chunk] = []
+    runs = Runs(len(keys))
+    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
+    for number, entry in enumerate(placed.tensors):
+        file, tensor = found[entry]
+        box = Box((0,) * len(tensor.shape), tensor.shape)
+        chunks.append((number, *runs.place(tensor, file), box))
+    return Found(
+        "torch.save",
+        keys,
+        [store.size(key) for key in keys],
+        list(placed.tensors.values()),
+        chunks,
+        placed.objects,
+        permuted=runs.permuted,
+    )
+
+
+# Files of safetensors, and the index of several.
+
 
 # Of the dtypes that share a code only the one that the code is named after.
 _DTYPE_OF = {code: name for name, (code, _) in DTYPES.items() if code != "U8"} | {"U8": "uint8"}
@@ -33,13 +191,13 @@ _INDEX_LIMIT_BYTES = 1 << 28
 
 
 @decodable
-class WeightMap(msgspec.Struct):
+class _WeightMap(msgspec.Struct):
     """The part of a hub index that counts: which file a tensor is in."""
 
     weight_map: dict[str, str]
 
 
-def read_weight_map(store: Store, key: str) -> dict[str, str]:
+def _read_weight_map(store: Store, key: str) -> dict[str, str]:
     """Return which file, beside the index under `key`, holds which tensor.
 
     Raises:
@@ -47,7 +205,7 @@ def read_weight_map(store: Store, key: str) -> dict[str, str]:
     """
     try:
         data = read_all(store, key, limit_bytes=_INDEX_LIMIT_BYTES)
-        found = msgspec.json.decode(data, type=WeightMap).weight_map
+        found = msgspec.json.decode(data, type=_WeightMap).weight_map
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{key} in {store.url} is no index of weight files: {error}", kind=ErrorKind.MALFORMED
@@ -62,7 +220,7 @@ def read_weight_map(store: Store, key: str) -> dict[str, str]:
     return found
 
 
-def read_safetensors(store: Store, keys: Sequence[str], *, part: str = "model") -> Found:
+def _read_safetensors(store: Store, keys: Sequence[str], *, part: str = "model") -> Found:
     """Describe the tensors in safetensors files.
 
     Args:
@@ -117,158 +275,3 @@ def _header(store: Store, key: str, nbytes: int) -> ShardHeader:
         raise IntegrityError(
             f"{key} in {store.url} is no whole safetensors file: {error.message}", kind=error.kind
         ) from error
-
-
-# Which program wrote what is in a directory, and opening it.
-
-
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-FILE_SUFFIXES = (SUFFIX, *TORCH_SUFFIXES, ".pkl")
-"""How a single file is called that is a checkpoint by itself."""
-
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.", "adapter_config.json"
-_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")
-_TORCH_INDEX_SUFFIX = ".bin.index.json"
-
-_Reader: TypeAlias = Callable[[Store, Sequence[str]], Found]
-
-
-def open_foreign(
-    store: Store, file: str | None = None, *, whole: Collection[str] = ()
-) -> ForeignSource | None:
-    """Open what another program wrote in `store`, or in one file of it.
-
-    Args:
-        store: a directory.
-        file: the key of the file that is meant; None to look what there is: a stock DCP
-            checkpoint, then safetensors, then `torch.save` files, each with an index of several
-            files before a single one.
-        whole: see `dist_ckpt.foreign.names.sort_into_parts`.
-
-    Returns:
-        The checkpoint; None if there is nothing of all this.
-
-    Raises:
-        IntegrityError: what is there is malformed or incomplete.
-        IncompatibleError: it holds something that cannot be read.
-        NotFound: `file` is not there.
-    """
-    as_torch = partial(read_torch, whole=whole)
-    if file is not None:
-        return ForeignSource.of(store, _one_file(store, file, as_torch))
-    if is_stock(store):
-        return ForeignSource.of(store, read_stock(store, whole=whole))
-    names = sorted(name for name in store.list_children() if not name.endswith("/"))
-    kinds: list[tuple[str, tuple[str, ...], _Reader]] = [
-        (INDEX_SUFFIX, (SUFFIX,), read_safetensors),
-        (_TORCH_INDEX_SUFFIX, TORCH_SUFFIXES, as_torch),
-    ]
-    for index_suffix, suffixes, each in kinds:
-        indexes = [name for name in names if name.endswith(index_suffix)]
-        found = [name for name in names if name.endswith(suffixes)]
-        if indexes:
-            _one(indexes, store)
-            return ForeignSource.of(store, _indexed(store, indexes[0], each))
-        if found:
-            only = _one(_weights(found), store)
-            return ForeignSource.of(store, _one_file(store, only, as_torch))
-    return None
-
-
-def _one_file(store: Store, file: str, as_torch: _Reader) -> Found:
-    reader: _Reader = read_safetensors if file.endswith(SUFFIX) else as_torch
-    found = reader(store, [file])
-    return replace(found, is_adapter=file.startswith(_ADAPTER) or has(store, _ADAPTER_CONFIG))
-
-
-def _weights(names: Sequence[str]) -> Sequence[str]:
-    """Return those of `names` that are weights by their names, all of them where none is.
-
-    A trainer keeps the state of its optimizer and its arguments beside the weights.
-    """
-    return [name for name in names if name.partition(".")[0] in _WEIGHTS] or names
-
-
-def looked_for() -> str:
-    """Return what `open_foreign` knows, for the message when nothing of it is there."""
-    return (
-        f"no step directories of dist_ckpt, no {METADATA} of torch.distributed.checkpoint, no "
-        f"*{SUFFIX} and none of {', '.join('*' + suffix for suffix in TORCH_SUFFIXES)}"
-    )
-
-
-def read_torch(store: Store, keys: Sequence[str], *, whole: Collection[str] = ()) -> Found:
-    """Describe the tensors and values in `torch.save` files; nothing in them is executed.
-
-    A value that only a program which executes pickles could read is told once, and is an error
-    only for whoever wants it.
-
-    Raises:
-        IntegrityError: a file is malformed, or holds nothing but such values.
-        IncompatibleError: a tensor does not fill one run of bytes of its file.
-    """
-    entries: list[ForeignLeaf] = []
-    unreadable: list[str] = []
-    found: dict[int, tuple[int, TorchTensor]] = {}
-    for file, key in enumerate(keys):
-        for path, leaf in torch_leaves(store, key):
-            if isinstance(leaf, TorchTensor):
-                found[len(entries)] = file, leaf
-                entries.append(ForeignLeaf(path, leaf.dtype, leaf.shape))
-                continue
-            if isinstance(leaf, Unreadable):
-                unreadable.append(leaf.reason)
-            entries.append(ForeignLeaf(path, None, (), leaf))
-    where = f"{', '.join(keys)} in {store.url}"
-    if unreadable and len(unreadable) == len(entries):
-        # A whole module, say: what cannot be read is all that there is.
-        raise torch_files.malformed(where, unreadable[0])
-    tell_unreadable(store.url, where, unreadable)
-    placed = sort_into_parts(entries, where, whole=whole)
-    chunks: list[Chunk] = []
-    runs = Runs(len(keys))
-    # By the number of the entry on both sides: whatever else there is, nothing is shifted.
-    for number, entry in enumerate(placed.tensors):
-        file, tensor = found[entry]
-        box = Box((0,) * len(tensor.shape), tensor.shape)
-        chunks.append((number, *runs.place(tensor, file), box))
-    return Found(
-        "torch.save",
-        keys,
-        [store.size(key) for key in keys],
-        list(placed.tensors.values()),
-        chunks,
-        placed.objects,
-        permuted=runs.permuted,
-    )
-
-
-def _indexed(store: Store, index: str, reader: _Reader) -> Found:
-    """Describe the files that an index names, and check that each has what the index says."""
-    weight_map = read_weight_map(store, index)
-    keys = sorted(set(weight_map.values()))
-    try:
-        found = reader(store, keys)
-    except NotFound as error:
-        raise IntegrityError(
-            f"{index} in {store.url} names a file that is not there: {error.message}",
-            kind=ErrorKind.MISSING_FILE,
-        ) from error
-    absent = sorted(set(weight_map) - {tensor.name for tensor in found.tensors})
-    if absent:
-        raise IntegrityError(
-            f"{index} in {store.url} names {len(absent)} tensors that its files have not, such as "
-            f"{absent[0]!r}",
-            kind=ErrorKind.COVERAGE,
-        )
-    return found
-
-
-def _one(names: Sequence[str], store: Store) -> str:
-    if len(names) > 1:
-        raise IntegrityError(
-            f"{store.url} has {', '.join(names[:4])}{' ...' if names[4:] else ''} and nothing that "
-            "says which of them belong together: name one file",
-            kind=ErrorKind.MALFORMED,
-        )
-    return names[0]

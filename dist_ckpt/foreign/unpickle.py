@@ -78,7 +78,7 @@ class _Machine:
         value = self._pop()
         if self.stack:
             raise ValueError("it leaves values behind")
-        check_tree(value, self._limit)
+        _check_tree(value, self._limit)
         return value
 
     def _spend(self, nodes: int) -> None:
@@ -212,7 +212,7 @@ class _Machine:
         if type(called) is not Constructor:
             raise ValueError(f"it calls a {type(called).__name__}")
         # A call copies what it is given: as often as a stream asks for it.
-        self._spend(sum(map(nodes_of, arguments)))
+        self._spend(sum(map(_nodes_of, arguments)))
         if called.hashes:
             for each in arguments:
                 self._check_keys(each, each)
@@ -223,7 +223,7 @@ class _Machine:
         listed = list(keys)
         for key in listed:
             if type(key) is not str:
-                self._spend(hash_nodes(key))
+                self._spend(_hash_nodes(key))
         if len(target) + len(listed) <= _FEW_KEYS:
             return
         kept = self._hashes.get(id(target))
@@ -335,7 +335,7 @@ _TEXT_PER_NODE = 16
 _INT_BITS_PER_NODE = 256
 
 
-def hash_nodes(key: Any) -> int:
+def _hash_nodes(key: Any) -> int:
     """Return how many values the hash of `key` goes through; it goes down tuples, unguarded.
 
     Raises:
@@ -357,7 +357,7 @@ def hash_nodes(key: Any) -> int:
     return nodes
 
 
-def nodes_of(value: Any) -> int:
+def _nodes_of(value: Any) -> int:
     """Return what a copy of `value`, without what is in its items, costs."""
     if isinstance(value, bytes | bytearray):
         # Each is written once: only text, as the names of parameters, is shared to save bytes.
@@ -371,7 +371,7 @@ def nodes_of(value: Any) -> int:
     return 1
 
 
-def check_tree(value: Any, limit: int) -> None:
+def _check_tree(value: Any, limit: int) -> None:
     """Refuse a value that is small only because it shares its pieces, or that is in itself.
 
     Whoever walks over it later meets a shared piece as often as it is shared.
@@ -385,7 +385,7 @@ def check_tree(value: Any, limit: int) -> None:
         for item in walk[-1]:
             kind = type(item)
             inner = () if kind is str or kind is int else _inside(item)
-            left -= 1 if inner else nodes_of(item)
+            left -= 1 if inner else _nodes_of(item)
             if left < 0:
                 raise ValueError("its values share one another until there are too many")
             if inner:

@@ -1,8 +1,8 @@
 """The index: which files a checkpoint has, which tensors, where each chunk of them lies.
 
-And its bytes in format 1 (`encode`), with their strict reading (`decode`).
-
-Chunks are columns, not objects: a checkpoint of thousands of ranks has millions of them.
+Chunks are columns, not objects: a checkpoint of thousands of ranks has millions of them. How all of
+it is written differs from format to format: in format 1 as one object (`encode`, `decode`), in
+format 2 by each rank (`dist_ckpt.format.segments`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format.boxes import INT64_MAX, Box, find_uncovered
+from dist_ckpt.format.boxes import Box, find_uncovered
 from dist_ckpt.format.digest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -28,7 +28,7 @@ from dist_ckpt.format.digest import (
     digest_blocks,
     file_digest,
 )
-from dist_ckpt.format.limits import bad_index, count_elements
+from dist_ckpt.format.limits import INT64_MAX, bad_index, count_elements
 from dist_ckpt.format.names import RANK_LIMIT, is_part, parse_shard_name
 from dist_ckpt.format.shard import DTYPES
 
@@ -280,24 +280,11 @@ class Index:
         return cls(tuple(files), tuple(tensors), tuple(objects), chunks)
 
 
-# The one index of format 1: its bytes (`encode`), and their strict reading (`decode`).
+# The index of format 1, which is one object: its bytes, and their strict reading.
 
-
-__all__ = [
-    "FORMAT",
-    "ChunkRows",
-    "ChunkTable",
-    "FileEntry",
-    "Index",
-    "ObjectEntry",
-    "TensorEntry",
-    "decode",
-    "encode",
-]
 
 FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{16}")
-
 
 _Number = TypeVar("_Number", np.uint32, np.uint64, np.int64)
 

@@ -1,4 +1,4 @@
-"""Bounds on what bytes may claim, and tables of format 2, which are read within them.
+"""Numbers that nobody vouches for: of callers, in what bytes claim, in the tables of format 2.
 
 A table is named columns of whole numbers in one zlib stream.
 """
@@ -17,7 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 
-# Whole numbers as callers give them.
+INT64_MAX = 2**63 - 1
+MAX_NDIM = 64
+"""Of a tensor of torch, and of an array of numpy."""
+
+_MAX_EQUAL_HASHES = 64
+# Fewer keys than this cannot take long, however they collide.
+_FEW = 256
 
 
 def as_integer(value: Any) -> int | None:
@@ -32,15 +38,6 @@ def as_integer(value: Any) -> int | None:
         return index(value)
     except Exception:  # a foreign __index__ may do anything
         return None
-
-
-MAX_NDIM = 64
-"""Of a tensor of torch, and of an array of numpy."""
-
-INT64_MAX = 2**63 - 1
-_MAX_EQUAL_HASHES = 64
-# Fewer keys than this cannot take long, however they collide.
-_FEW = 256
 
 
 def count_elements(shape: Sequence[object]) -> int:
@@ -125,7 +122,7 @@ def column(numbers: ArrayLike) -> bytes:
     return np.diff(values, prepend=np.int64(0)).astype("<i8").tobytes()
 
 
-def read_column(data: bytes, *, most: int = 2**63 - 1, where: str) -> Column:
+def read_column(data: bytes, *, most: int = INT64_MAX, where: str) -> Column:
     """Return the numbers of a column.
 
     Raises:

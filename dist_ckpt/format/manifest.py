@@ -2,8 +2,7 @@
 
 It ends with a digest of everything before it, since nothing else vouches for it.
 
-A document is the JSON object `{"name": value, ...}`; the values are JSON that the state made and
-that this room neither reads nor changes.
+A document, the other JSON in a checkpoint, has the encoded Python values of one part, by name.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.limits import INT64_MAX
 from dist_ckpt.format.names import (
     INDEX,
     RANK_LIMIT,
@@ -36,7 +36,6 @@ LIMIT_BYTES = 1 << 28
 NODE_LOCAL = "node_local"
 """Under this name `origin` says which ranks wrote to a folder of which host alone."""
 
-_INT64_MAX = 2**63 - 1
 # A manifest is for people: of thousands of ranks they look at those that were slow.
 _MOST_TIMINGS = 64
 _MAX_DEPTH = 64
@@ -267,7 +266,7 @@ def _check_files(manifest: Manifest, step: int) -> None:
     prefix = f"{manifest.save_id}/"
     if manifest.index.key != prefix + INDEX:
         raise _malformed(step, f"its index is {manifest.index.key!r}, not {prefix + INDEX!r}")
-    if manifest.files.count < 0 or not 0 <= manifest.files.nbytes <= _INT64_MAX:
+    if manifest.files.count < 0 or not 0 <= manifest.files.nbytes <= INT64_MAX:
         raise _malformed(step, "its files cannot be so many, or so large")
     listed = manifest.listed or []
     if len({file.key for file in listed}) != len(listed):
@@ -280,7 +279,7 @@ def _check_files(manifest: Manifest, step: int) -> None:
             raise _malformed(step, f"file key {file.key!r} is not a shard in {prefix!r}")
         if shard is not None and shard[1] >= manifest.world_size:
             raise _malformed(step, f"file {name} is of a rank beyond {manifest.world_size} ranks")
-        if not 0 <= file.nbytes <= _INT64_MAX or _DIGEST.fullmatch(file.digest) is None:
+        if not 0 <= file.nbytes <= INT64_MAX or _DIGEST.fullmatch(file.digest) is None:
             raise _malformed(step, f"file {file.key} has an impossible size or digest")
 
 
@@ -289,7 +288,7 @@ def _check_timings(manifest: Manifest, step: int) -> None:
         if _RANK.fullmatch(rank) is None or int(rank) >= manifest.world_size:
             raise _malformed(step, f"it has timings of rank {rank!r}")
         seconds = (timing.stage_seconds, timing.write_seconds)
-        if min(seconds) < 0 or not 0 <= timing.nbytes <= _INT64_MAX:
+        if min(seconds) < 0 or not 0 <= timing.nbytes <= INT64_MAX:
             raise _malformed(step, f"the timings of rank {rank} are negative")
 
 
@@ -392,7 +391,8 @@ def _malformed(step: int, problem: str) -> IntegrityError:
     )
 
 
-# The encoded Python values of one part as one entry of an `extra` file.
+# The encoded Python values of one part as one entry of an `extra` file: `{"name": value, ...}`. The
+# values are JSON that the state made, and are neither read nor changed here.
 
 
 def encode_document(objects: Mapping[str, bytes]) -> bytes:

@@ -197,7 +197,7 @@ def decode_root(data: bytes) -> Root:
     The caller has compared `data` with the digest in the manifest.
 
     Raises:
-        IntegrityError: cut short, bad_index, or a rule of the format is broken.
+        IntegrityError: cut short, malformed, or a rule of the format is broken.
         IncompatibleError: another format version.
     """
     version = _version(data)
@@ -235,8 +235,8 @@ def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple
     count = len(rank)
     check_lengths("segments", (len(nbytes), count), (len(within), count))
     check_lengths("segments", (len(table.digests), count * DIGEST_BYTES))
-    files = _files(table, rank)
-    objects = _objects(table, count)
+    files = _root_files(table, rank)
+    objects = _root_objects(table, count)
     sizes = [size * flag for size, flag in zip(nbytes.tolist(), within, strict=True)]
     if sum(sizes) != len(inside) or sizes.count(0) != within.count(0):
         raise bad_index("the segments behind the root are not as long as it says")
@@ -255,7 +255,7 @@ def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple
     return segments, _spent(table)
 
 
-def _files(table: _RootTable, rank: Column) -> list[list[tuple[str, int]]]:
+def _root_files(table: _RootTable, rank: Column) -> list[list[tuple[str, int]]]:
     if not all(name == EXTRA or is_part(name) for name in table.names):
         raise bad_index("a file has a name that cannot be")
     check_distinct(table.names, "the list of names")
@@ -276,7 +276,7 @@ def _files(table: _RootTable, rank: Column) -> list[list[tuple[str, int]]]:
     return [found[first:last] for first, last in itertools.pairwise(ends)]
 
 
-def _objects(table: _RootTable, count: int) -> list[list[tuple[str, bool]]]:
+def _root_objects(table: _RootTable, count: int) -> list[list[tuple[str, bool]]]:
     if not all(map(is_part, table.object_parts)):
         raise bad_index("values are of a part that cannot be")
     check_distinct(table.object_parts, "the list of parts")
@@ -394,7 +394,7 @@ def encode_segment(segment: Segment) -> bytes:
     digests = b"".join(file.blocks for file in segment.files)
     data = encode_map(_SegmentWire(FORMAT, segment.rank, table, digests))
     # Nothing may be committed that no reader would take.
-    _read(data, segment.noted(data, inside=False))
+    _read_segment(data, segment.noted(data, inside=False))
     return data
 
 
@@ -404,12 +404,12 @@ def decode_segment(data: bytes, root: Root, place: int) -> Segment:
     The caller has compared `data` with the digest in the root.
 
     Raises:
-        IntegrityError: bad_index, or it does not describe what the root says that it does.
+        IntegrityError: malformed, or it does not describe what the root says that it does.
         IncompatibleError: a newer release wrote it.
     """
     note = root.segments[place]
     where = _where(note)
-    table, files, objects = _read(data, note)
+    table, files, objects = _read_segment(data, note)
     file = read_column(table.file, most=len(files) - 1, where=f"a file in {where}")
     offset = read_column(table.offset, where=f"an offset in {where}")
     chunks = _chunks(table, root.structure, note.rank, where)
@@ -423,7 +423,7 @@ def _where(note: SegmentNote) -> str:
     return f"the segment of rank {note.rank}"
 
 
-def _read(
+def _read_segment(
     data: bytes, note: SegmentNote
 ) -> tuple[_SegmentTable, tuple[FileEntry, ...], tuple[ObjectEntry, ...]]:
     """Read what is no chunk."""
@@ -438,11 +438,11 @@ def _read(
     if wire.rank != note.rank:
         raise bad_index(f"{where} says that it is of rank {wire.rank}")
     table = inflate(wire.table, _SegmentTable, where=where)
-    files = _files_of(table, wire.digests, note, where)
-    return table, files, _objects_of(table, note, files, where)
+    files = _segment_files(table, wire.digests, note, where)
+    return table, files, _segment_objects(table, note, files, where)
 
 
-def _files_of(
+def _segment_files(
     table: _SegmentTable, digests: bytes, note: SegmentNote, where: str
 ) -> tuple[FileEntry, ...]:
     counts = read_column(table.blocks, where=f"the count of blocks in {where}")
@@ -473,7 +473,7 @@ def _chunks(table: _SegmentTable, structure: Structure, rank: int, where: str) -
     return chunks
 
 
-def _objects_of(
+def _segment_objects(
     table: _SegmentTable, note: SegmentNote, files: Sequence[FileEntry], where: str
 ) -> tuple[ObjectEntry, ...]:
     if [(entry.part, entry.own) for entry in table.objects] != note.objects:

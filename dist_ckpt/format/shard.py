@@ -13,6 +13,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.format.digest import cut_blocks
+from dist_ckpt.format.limits import INT64_MAX
 
 ALIGN_BYTES = 4096
 HEADER_LIMIT_BYTES = 100_000_000
@@ -47,7 +48,6 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 _CODE_BYTES = {code: nbytes for code, nbytes in DTYPES.values() if code != "U8"} | {"U8": 1}
 _LENGTH = struct.Struct("<Q")
-_INT64_MAX = 2**63 - 1
 # The 64 dimensions of torch and the one that dtypes without a code add.
 _MAX_STORED_NDIM = 65
 _T = TypeVar("_T")
@@ -267,7 +267,7 @@ def _check_entry(name: str, wire: _WireEntry, position: int, base: int) -> Store
     if wire.dtype not in _CODE_BYTES:
         raise _malformed(f"entry {name!r} has the unknown dtype {wire.dtype!r}")
     # Bounded before it is multiplied: a header can hold millions of dimensions.
-    if len(wire.shape) > _MAX_STORED_NDIM or not all(0 <= n <= _INT64_MAX for n in wire.shape):
+    if len(wire.shape) > _MAX_STORED_NDIM or not all(0 <= n <= INT64_MAX for n in wire.shape):
         raise _malformed(f"entry {name!r} has an impossible shape")
     nbytes = math.prod(wire.shape) * _CODE_BYTES[wire.dtype]
     if (begin, end) != (position, position + nbytes):

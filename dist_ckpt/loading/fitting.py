@@ -1,9 +1,8 @@
 """What of a checkpoint goes where in a state, and everything that does not fit.
 
-What a program fills as it goes (a moving average, a cache) is empty when a fresh one loads. A
-plain tensor in that place would be the whole of it on every rank, and torch mixes it with none that
-is sharded. So an encoding says which of its tensors were DTensors, and how they lay; where they are
-to lie now is asked of the live ones: of the parameter that is called so, or of the mesh.
+`fit` asks each part where its tensors go. Before that, `gather` finds what there is to load under
+the names of the state, and reads the small values; what a part may ask in turn is below: the
+entries of a dict, the layout of a tensor that is not there yet, the value of a small one.
 """
 
 from __future__ import annotations
@@ -39,6 +38,138 @@ from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import ValuePart, is_taken_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What of a checkpoint goes where: nothing live has been changed yet.
+
+    Attributes:
+        source: the checkpoint.
+        holdings: what is to be loaded of it.
+        targets: by part, where its tensors go.
+        mismatches: what does not fit.
+        known: the names of both sides.
+        notes: what else to know.
+        first: the parts to restore before any tensor is filled.
+    """
+
+    source: Source
+    holdings: StoredParts
+    targets: Mapping[str, Mapping[str, torch.Tensor]]
+    mismatches: Mismatches
+    known: frozenset[str]
+    notes: Sequence[str]
+    first: Sequence[str]
+
+
+def fit(
+    source: Source,
+    options: LoadOptions,
+    parts: Mapping[str, Part],
+    *,
+    rank: int,
+    world_size: int,
+) -> Matched:
+    """Find where each stored byte would go on this rank, and everything that does not fit."""
+    source, options, notes = _named_here(source, options, parts)
+    held = gather(
+        source,
+        options,
+        live=parts,
+        rank=rank,
+        world_size=world_size,
+        by_name=[name for name, part in parts.items() if goes_by_name(part)],
+        lay_out=_laid_out(parts, world_size),
+    )
+    missing: list[str] = []
+    unexpected: list[str] = []
+    unlike: list[str] = []
+    compared: list[Mismatches] = []
+    targets: dict[str, Mapping[str, torch.Tensor]] = {}
+    filled: list[str] = []
+    empty: list[str] = []
+    known = {*held.names, *parts}
+    for name, part in parts.items():
+        if not options.selects_part(name):
+            continue
+        stored = held.parts.get(name)
+        fits = isinstance(part, RngPart)  # always, so it is never all that is meant
+        if stored is None:
+            missing.append(name)
+            empty += [] if fits else [name]
+            continue
+        found = part.targets(stored)
+        notes += filter(None, [found.note])
+        wanted = [f"{name}/{entry}" for entry in found.missing]
+        known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
+        unexpected += [f"{name}/{entry}" for entry in found.unexpected]
+        unlike += found.unlike
+        compared.append(_compare(name, found, stored, options))
+        missing += [*filter(options.selects, wanted), *compared[-1].missing]
+        targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
+        plain = not (found.tensors or found.missing or stored.tensors)
+        (filled if targets[name] or plain else empty).extend([] if fits else [name])
+    unexpected += [name for name in held.parts if name not in parts and options.selects_part(name)]
+    mismatches = Mismatches(
+        missing,
+        unexpected,
+        *_tensors_apart(compared),
+        unmatched(options, known, held.idle),
+        unlike,
+        filled=filled,
+        empty=empty,
+        resized=[entry for each in compared for entry in each.resized],
+    )
+    first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
+    return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
+
+
+def taken_whole(live: Mapping[str, Part], options: LoadOptions) -> frozenset[str]:
+    """Return what the parts may be called that take what was saved as the one value that it was.
+
+    Only such a part knows what its state is made of: names sorted out of it would be of no use.
+
+    Args:
+        live: the parts of the state.
+        options: what the program asked for.
+    """
+    found = {name for name, part in live.items() if is_taken_whole(part)}
+    others = {name for part in found for name in alike(part) if name not in live}
+    renamed: set[str] = set()
+    if isinstance(options.rename, Mapping):
+        renamed = {old for old, new in options.rename.items() if new in found}
+    return frozenset(found | others | renamed)
+
+
+def _named_here(
+    source: Source, options: LoadOptions, live: Mapping[str, Part]
+) -> tuple[Source, LoadOptions, list[str]]:
+    """Return the checkpoint with its names sorted into parts, and the parts called as in `live`."""
+    notes: list[str] = []
+    if source.manifest is None or NAMING in source.manifest.versions:
+        # Of another program, or of the Writer for one: a state may call its parts otherwise.
+        source = in_parts(source, whole=taken_whole(live, options))
+        options, notes = called_alike(source, options, live)
+    return source, options, notes
+
+
+def _compare(name: str, found: Targets, stored: Stored, options: LoadOptions) -> Mismatches:
+    return compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
+
+
+def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:
+    """Return what was found of shapes, of dtypes, and of casts."""
+    return (
+        [entry for each in compared for entry in each.shapes],
+        [entry for each in compared for entry in each.dtypes],
+        [entry for each in compared for entry in each.casts],
+    )
+
+
+def _goes_first(part: Part, stored: Stored) -> bool:
+    return isinstance(part, ValuePart) and part.goes_first(stored)
+
 
 # What a checkpoint holds, under the names of the state, of all that is to be loaded.
 
@@ -91,7 +222,7 @@ class _Gathering:
         objects = self.source.read_objects(part, rank=self.rank)
         # To a part that has names of its own, a dict that was saved is what its entries are.
         if objects.keys() == {VALUE} and self._goes_by_name(part):
-            taken = entries_of(objects[VALUE], path=part)
+            taken = _entries_of(objects[VALUE], path=part)
             if taken is not None:
                 objects = taken.objects
                 self.entries.update({(part, old): new for old, new in taken.tensors.items()})
@@ -265,7 +396,7 @@ def _peek_within(
 
 def _laid_out(parts: Mapping[str, Part], world_size: int) -> LayOut:
     # Made when it is asked for, which is hardly ever.
-    live = cache(lambda: LiveLayouts(parts, world_size=world_size))
+    live = cache(lambda: _LiveLayouts(parts, world_size=world_size))
     return lambda name, spec, layout: live().empty(name, spec, layout)
 
 
@@ -282,142 +413,11 @@ def _idle(options: LoadOptions, stored: Iterable[str], unread: Collection[str]) 
     return frozenset(keys - used)
 
 
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """What of a checkpoint goes where: nothing live has been changed yet.
-
-    Attributes:
-        source: the checkpoint.
-        holdings: what is to be loaded of it.
-        targets: by part, where its tensors go.
-        mismatches: what does not fit.
-        known: the names of both sides.
-        notes: what else to know.
-        first: the parts to restore before any tensor is filled.
-    """
-
-    source: Source
-    holdings: StoredParts
-    targets: Mapping[str, Mapping[str, torch.Tensor]]
-    mismatches: Mismatches
-    known: frozenset[str]
-    notes: Sequence[str]
-    first: Sequence[str]
-
-
-def fit(
-    source: Source,
-    options: LoadOptions,
-    parts: Mapping[str, Part],
-    *,
-    rank: int,
-    world_size: int,
-) -> Matched:
-    """Find where each stored byte would go on this rank, and everything that does not fit."""
-    source, options, notes = _named_here(source, options, parts)
-    held = gather(
-        source,
-        options,
-        live=parts,
-        rank=rank,
-        world_size=world_size,
-        by_name=[name for name, part in parts.items() if goes_by_name(part)],
-        lay_out=_laid_out(parts, world_size),
-    )
-    missing: list[str] = []
-    unexpected: list[str] = []
-    unlike: list[str] = []
-    compared: list[Mismatches] = []
-    targets: dict[str, Mapping[str, torch.Tensor]] = {}
-    filled: list[str] = []
-    empty: list[str] = []
-    known = {*held.names, *parts}
-    for name, part in parts.items():
-        if not options.selects_part(name):
-            continue
-        stored = held.parts.get(name)
-        fits = isinstance(part, RngPart)  # always, so it is never all that is meant
-        if stored is None:
-            missing.append(name)
-            empty += [] if fits else [name]
-            continue
-        found = part.targets(stored)
-        notes += filter(None, [found.note])
-        wanted = [f"{name}/{entry}" for entry in found.missing]
-        known.update(wanted, (f"{name}/{entry}" for entry in found.tensors))
-        unexpected += [f"{name}/{entry}" for entry in found.unexpected]
-        unlike += found.unlike
-        compared.append(_compare(name, found, stored, options))
-        missing += [*filter(options.selects, wanted), *compared[-1].missing]
-        targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
-        plain = not (found.tensors or found.missing or stored.tensors)
-        (filled if targets[name] or plain else empty).extend([] if fits else [name])
-    unexpected += [name for name in held.parts if name not in parts and options.selects_part(name)]
-    mismatches = Mismatches(
-        missing,
-        unexpected,
-        *_tensors_apart(compared),
-        unmatched(options, known, held.idle),
-        unlike,
-        filled=filled,
-        empty=empty,
-        resized=[entry for each in compared for entry in each.resized],
-    )
-    first = [name for name in targets if _goes_first(parts[name], held.parts[name])]
-    return Matched(source, held, targets, mismatches, frozenset(known), notes, first)
-
-
-def taken_whole(live: Mapping[str, Part], options: LoadOptions) -> frozenset[str]:
-    """Return what the parts may be called that take what was saved as the one value that it was.
-
-    Only such a part knows what its state is made of: names sorted out of it would be of no use.
-
-    Args:
-        live: the parts of the state.
-        options: what the program asked for.
-    """
-    found = {name for name, part in live.items() if is_taken_whole(part)}
-    others = {name for part in found for name in alike(part) if name not in live}
-    renamed: set[str] = set()
-    if isinstance(options.rename, Mapping):
-        renamed = {old for old, new in options.rename.items() if new in found}
-    return frozenset(found | others | renamed)
-
-
-def _named_here(
-    source: Source, options: LoadOptions, live: Mapping[str, Part]
-) -> tuple[Source, LoadOptions, list[str]]:
-    """Return the checkpoint with its names sorted into parts, and the parts called as in `live`."""
-    notes: list[str] = []
-    if source.manifest is None or NAMING in source.manifest.versions:
-        # Of another program, or of the Writer for one: a state may call its parts otherwise.
-        source = in_parts(source, whole=taken_whole(live, options))
-        options, notes = called_alike(source, options, live)
-    return source, options, notes
-
-
-def _compare(name: str, found: Targets, stored: Stored, options: LoadOptions) -> Mismatches:
-    return compare(name, found.tensors, stored.tensors, cast=options.cast, resized=found.resized)
-
-
-def _tensors_apart(compared: Sequence[Mismatches]) -> tuple[list[str], list[str], list[str]]:
-    """Return what was found of shapes, of dtypes, and of casts."""
-    return (
-        [entry for each in compared for entry in each.shapes],
-        [entry for each in compared for entry in each.dtypes],
-        [entry for each in compared for entry in each.casts],
-    )
-
-
-def _goes_first(part: Part, stored: Stored) -> bool:
-    return isinstance(part, ValuePart) and part.goes_first(stored)
-
-
 # A dict that was saved as one value, seen as the named entries that it has.
 
 
 @dataclass(frozen=True, slots=True)
-class Entries:
+class _Entries:
     """The entries of a dict, by their keys joined with dots, without the prefix of a wrapper.
 
     Attributes:
@@ -429,7 +429,7 @@ class Entries:
     objects: dict[str, bytes] = field(default_factory=dict)
 
 
-def entries_of(data: bytes, *, path: str) -> Entries | None:
+def _entries_of(data: bytes, *, path: str) -> _Entries | None:
     """Return the entries of the encoded dict `data`; None if it is no dict of strings.
 
     Raises:
@@ -438,7 +438,7 @@ def entries_of(data: bytes, *, path: str) -> Entries | None:
     pairs = _pairs(parse_document(data, path))
     if pairs is None:
         return None
-    found = Entries()
+    found = _Entries()
     walked = list(_walk(pairs, ()))
     prefix = wrapper_prefix([name for name, _ in walked])
     for full, node in walked:
@@ -489,8 +489,14 @@ def _is_tensor(node: Any) -> bool:
 # How a DTensor is laid out that a part held when it was saved and does not hold yet.
 
 
-class LiveLayouts:
+class _LiveLayouts:
     """What the live tensors of a state tell about how others are laid out.
+
+    What a program fills as it goes (a moving average, a cache) is empty when a fresh one loads. A
+    plain tensor in that place would be the whole of it on every rank, and torch mixes it with none
+    that is sharded. So an encoding says which of its tensors were DTensors, and how they lay; where
+    they are to lie now is asked of the live ones: of the parameter that is called so, or of the
+    mesh.
 
     Args:
         parts: the state.
@@ -568,9 +574,9 @@ def _called(name: str, spec: TensorSpec, live: Mapping[str, DTensor]) -> DTensor
 
 def _alone(spec: TensorSpec, live: Mapping[str, DTensor]) -> DTensor | None:
     """Return a live tensor of that shape, if all of them are laid out alike."""
-    alike = [tensor for tensor in live.values() if tuple(tensor.shape) == spec.shape]
-    places = {(tensor.device_mesh, tensor.placements) for tensor in alike}
-    return alike[0] if len(places) == 1 else None
+    found = [tensor for tensor in live.values() if tuple(tensor.shape) == spec.shape]
+    places = {(tensor.device_mesh, tensor.placements) for tensor in found}
+    return found[0] if len(places) == 1 else None
 
 
 def _placed(layout: Layout, live: Mapping[str, DTensor], spec: TensorSpec) -> torch.Tensor | None:

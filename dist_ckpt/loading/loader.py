@@ -98,7 +98,7 @@ class Loader:
                 not fit (`IncompatibleError`); after a later failure the message says that tensors
                 may be partly restored.
         """
-        progress = LoadProgress()
+        progress = _Progress()
         call = LoadCall.of(step, place, options, failed)
         call = replace(call, whole=lambda: taken_whole(self._state.parts, call.options))
         chooser = self._chooser_of(place)(self._job, call, own=own, claims=claims)
@@ -119,7 +119,7 @@ class Loader:
                 self._give_up(topic, chosen, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
-                tell_report(error, progress)
+                _raise_told(error, progress)
             except BaseException as error:  # as it is: whoever handles it knows its class
                 if progress.changed:
                     error.add_note(progress.changed)
@@ -134,13 +134,13 @@ class Loader:
         return HostsChooser if place is None and self._job.ranks.node_local else Chooser
 
     def _choose(
-        self, topic: Topic, chooser: Chooser, progress: LoadProgress, *, fall_back: bool
+        self, topic: Topic, chooser: Chooser, progress: _Progress, *, fall_back: bool
     ) -> Chosen | None:
         since = time.perf_counter()
         try:
             chosen, news = chooser.choose(topic, fall_back=fall_back)
         except CheckpointError as error:
-            tell_report(error, progress)
+            _raise_told(error, progress)
         progress.clock("choose", since)
         self._announce(chooser.url, news)
         return chosen
@@ -150,7 +150,7 @@ class Loader:
         topic: Topic,
         chosen: Chosen,
         options: LoadOptions,
-        progress: LoadProgress,
+        progress: _Progress,
         stack: ExitStack,
     ) -> LoadReport:
         since = time.perf_counter()
@@ -218,7 +218,7 @@ class Loader:
         return _Prepared(targets, ties, compared)
 
     def _read(
-        self, reading: JointRead, matched: Matched, prepared: _Prepared, progress: LoadProgress
+        self, reading: JointRead, matched: Matched, prepared: _Prepared, progress: _Progress
     ) -> ReadResult:
         """Read everything to its place, after what code of the program may refuse."""
         since = time.perf_counter()
@@ -300,7 +300,7 @@ class Loader:
         result: ReadResult,
         *,
         options: LoadOptions,
-        progress: LoadProgress,
+        progress: _Progress,
     ) -> LoadReport:
         return LoadReport(
             url=chosen.url,
@@ -348,7 +348,7 @@ class Loader:
         topic: Topic,
         chosen: Chosen,
         chooser: Chooser,
-        progress: LoadProgress,
+        progress: _Progress,
         error: IntegrityError,
         *,
         fall_back: bool,
@@ -366,10 +366,10 @@ class Loader:
             # That is no damage, so nothing is noted: what there is by now is chosen next.
             progress.lost += 1
             if progress.lost == _MOST_LOST:
-                tell_report(deleted_meanwhile(chosen.store, chosen.step), progress, error)
+                _raise_told(deleted_meanwhile(chosen.store, chosen.step), progress, error)
             return
         if not fall_back:
-            tell_report(error, progress)
+            _raise_told(error, progress)
         chooser.refuse(chosen.step, error.message)
         self._announce(chooser.url, {chosen.step: error.message})
 
@@ -502,7 +502,7 @@ def _size(nbytes: int) -> str:
 
 
 @dataclass(slots=True)
-class LoadProgress:
+class _Progress:
     """One load on its way.
 
     Attributes:
@@ -533,8 +533,8 @@ class LoadProgress:
         return ""
 
 
-def tell_report(
-    error: CheckpointError, progress: LoadProgress, cause: CheckpointError | None = None
+def _raise_told(
+    error: CheckpointError, progress: _Progress, cause: CheckpointError | None = None
 ) -> NoReturn:
     """Raise `error`, with what became of the state where that may have changed.
 

@@ -42,7 +42,7 @@ class Ties:
         where: how messages name the checkpoint.
         rule: "refuse": values that differ are an error; "last": the last name in the order of
             `wanted` has its way.
-        window_bytes: host memory for values that are to be compared. Only tensors that overlap
+        window_bytes: host memory for values that are to be compared. Only tensors that _overlap
             without being one and the same are compared whole, however large they are.
 
     Attributes:
@@ -65,7 +65,7 @@ class Ties:
     ) -> None:
         self._where = where
         self._rule = rule
-        groups = clusters(wanted)
+        groups = _clusters(wanted)
         tied = {number for cluster in groups for number in cluster}
         self.wanted = [each for number, each in enumerate(wanted) if number not in tied]
         cases: list[_Case] = []
@@ -127,12 +127,12 @@ class _Case:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is enough."""
+        """_Bytes of what is enough."""
         return sum(map(_nbytes, self.to_read))
 
     @property
     def nbytes_beside(self) -> int:
-        """Bytes of all members."""
+        """_Bytes of all members."""
         return sum(map(_nbytes, self.members))
 
     def cut(self, most_bytes: int) -> list[_Case]:
@@ -170,16 +170,16 @@ class _Case:
             IncompatibleError: two members differ; names both.
         """
         values = [
-            in_memory(memory, each.local.memory)
+            _in_memory(memory, each.local.memory)
             for each, memory in zip(self.members, self.scratch, strict=True)
         ]
         if self.same:
-            first = flat_bytes(values[0])
+            first = _flat_bytes(values[0])
             for each, value in zip(self.members, values, strict=True):
-                if not np.array_equal(flat_bytes(value), first):
+                if not np.array_equal(_flat_bytes(value), first):
                     raise _differ(where, self.members[0], each)
             return
-        written = WrittenMemory(self.members)
+        written = _WrittenMemory(self.members)
         for number, value in enumerate(values):
             written.put(number, value)
         for number, value in enumerate(values):
@@ -195,7 +195,7 @@ class _Case:
     def _rival(self, number: int, values: Sequence[torch.Tensor]) -> Wanted:
         """Return a member that writes something else over member `number`."""
         for other, value in enumerate(values):
-            written = WrittenMemory(self.members)
+            written = _WrittenMemory(self.members)
             written.put(number, values[number])
             written.put(other, value)
             if not written.has(number, values[number]):
@@ -209,12 +209,12 @@ def _sort_out(
     """Return those of a cluster that can be read to their places, and the others as cases."""
     views: dict[object, list[Wanted]] = {}
     for each in members:
-        views.setdefault(lie(each.local.memory), []).append(each)
+        views.setdefault(_lie(each.local.memory), []).append(each)
     # A tie that was stored as one: the very same bytes need no comparison and only one reading.
     distinct = {key: _distinct(index, same) for key, same in views.items()}
     alone: list[Wanted] = []
     cases: list[_Case] = []
-    if overlap([same[0] for same in views.values()]):
+    if _overlap([same[0] for same in views.values()]):
         kept = {id(each) for same in distinct.values() for each in same}
         return alone, [_Case([each for each in members if id(each) in kept], same=False)]
     for same in distinct.values():
@@ -264,7 +264,7 @@ def _nbytes(each: Wanted) -> int:
 
 def _differ(where: str, first: Wanted, second: Wanted) -> IncompatibleError:
     return IncompatibleError(
-        f"{where} has different values for {full_name(first)} and {full_name(second)}, which share "
+        f"{where} has different values for {_called(first)} and {_called(second)}, which share "
         "memory in this state; nothing was changed. Untie them, load only one of the two, or let "
         "the last one have its way with ties='last'"
     )
@@ -367,13 +367,13 @@ def compare_ties(
     return nbytes
 
 
-# Targets that have memory in common: found by where their elements lie, byte by byte at need.
+# Targets that have memory in common: found by where their elements _lie, byte by byte at need.
 
 
-Bytes: TypeAlias = NDArray[np.uint8]
+_Bytes: TypeAlias = NDArray[np.uint8]
 
 
-def clusters(wanted: Sequence[Wanted]) -> list[list[int]]:
+def _clusters(wanted: Sequence[Wanted]) -> list[list[int]]:
     """Return the numbers of targets that reach into one another's memory, each group in order.
 
     Raises:
@@ -402,12 +402,12 @@ def clusters(wanted: Sequence[Wanted]) -> list[list[int]]:
     return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
-def overlap(views: Sequence[Wanted]) -> bool:
+def _overlap(views: Sequence[Wanted]) -> bool:
     """Tell whether any two of these views, or of their elements, have a byte in common."""
     # The columns of one matrix reach into one another, and have nothing in common.
     if len(views) == 1 or _tile(views):
         return False
-    return WrittenMemory(views).fill() != sum(each.local.memory.nbytes for each in views)
+    return _WrittenMemory(views).fill() != sum(each.local.memory.nbytes for each in views)
 
 
 def _tile(views: Sequence[Wanted]) -> bool:
@@ -453,15 +453,15 @@ def _check_apart(each: Wanted) -> None:
     if _is_apart(memory.shape, memory.stride()):
         return
     # What reaches into a wider step may still miss it: that is looked at element by element.
-    if WrittenMemory([each]).fill() != memory.nbytes:
+    if _WrittenMemory([each]).fill() != memory.nbytes:
         raise IncompatibleError(
-            f"{full_name(each)}: several elements of the tensor to be filled are one memory (it "
+            f"{_called(each)}: several elements of the tensor to be filled are one memory (it "
             "was expanded), and can have one value only: give it memory of its own (.clone()); "
             "nothing was changed"
         )
 
 
-class WrittenMemory:
+class _WrittenMemory:
     """The memory of several targets as bytes on this host, to see what they would make of it."""
 
     def __init__(self, members: Sequence[Wanted]) -> None:
@@ -469,7 +469,7 @@ class WrittenMemory:
         starts = [memory.data_ptr() for memory in memories]
         first = min(starts)
         stops = [_stop(memory) for memory in memories]
-        self._bytes: Bytes = np.zeros(max(stops) - first, np.uint8)
+        self._bytes: _Bytes = np.zeros(max(stops) - first, np.uint8)
         self._views = [
             _view(self._bytes, memory, start - first)
             for memory, start in zip(memories, starts, strict=True)
@@ -478,12 +478,12 @@ class WrittenMemory:
     def put(self, number: int, value: torch.Tensor) -> None:
         """Write `value` to member `number`, over whatever others wrote there."""
         view = self._views[number]
-        view[...] = flat_bytes(value).reshape(view.shape)
+        view[...] = _flat_bytes(value).reshape(view.shape)
 
     def has(self, number: int, value: torch.Tensor) -> bool:
         """Tell whether member `number` is `value`, bit for bit."""
         view = self._views[number]
-        return np.array_equal(view, flat_bytes(value).reshape(view.shape))
+        return np.array_equal(view, _flat_bytes(value).reshape(view.shape))
 
     def fill(self) -> int:
         """Write to every view; return to how many bytes."""
@@ -492,14 +492,14 @@ class WrittenMemory:
         return int(np.count_nonzero(self._bytes))
 
 
-def _view(data: Bytes, memory: torch.Tensor, offset: int) -> Bytes:
+def _view(data: _Bytes, memory: torch.Tensor, offset: int) -> _Bytes:
     """Return the bytes of each element of `memory`, which begins at `offset` of `data`."""
     item = memory.itemsize
     strides = (*(step * item for step in memory.stride()), 1)
     return np.ndarray((*memory.shape, item), np.uint8, data, offset, strides)
 
 
-def lie(memory: torch.Tensor) -> object:
+def _lie(memory: torch.Tensor) -> object:
     """Return what two views have in common only if they are the same elements in one order."""
     # The stride of a single row means nothing.
     steps = zip(memory.stride(), memory.shape, strict=True)
@@ -514,7 +514,7 @@ def lie(memory: torch.Tensor) -> object:
     )
 
 
-def in_memory(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _in_memory(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return what is in the memory of `target` when it has taken `value`, on this host."""
     value = value.to(target.dtype)
     if target.is_conj():
@@ -526,11 +526,11 @@ def _stop(memory: torch.Tensor) -> int:
     return memory.data_ptr() + reach(memory) * memory.itemsize
 
 
-def flat_bytes(value: torch.Tensor) -> Bytes:
+def _flat_bytes(value: torch.Tensor) -> _Bytes:
     """Return the bytes of the elements of a tensor on this host, in their order."""
     return value.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def full_name(each: Wanted) -> str:
+def _called(each: Wanted) -> str:
     """Return `part/name` as the state has it."""
     return f"{each.local.held.part}/{each.local.held.name}"

@@ -37,6 +37,13 @@ from dist_ckpt.storage.base import Store, holds, read_all
 from dist_ckpt.storage.direct import aligned_buffer
 from dist_ckpt.storage.parallel import in_parallel
 
+_PAGE_BYTES = 4096
+_MANY_FILES = 64
+_THREADS = 16
+
+PIECE_BYTES = 16 << 20
+"""About how much of a file is read at once by who goes through all of it."""
+
 
 def read_manifest(store: Store, step: int) -> bytes:
     """Return the manifest of `step` as it is stored, not decoded.
@@ -52,14 +59,6 @@ def read_manifest(store: Store, step: int) -> bytes:
         raise NotFound(
             f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
         ) from None
-
-
-_PAGE_BYTES = 4096
-_MANY_FILES = 64
-_THREADS = 16
-
-PIECE_BYTES = 16 << 20
-"""About how much of a file is read at once by who goes through all of it."""
 
 
 class Checkpoint:
@@ -87,11 +86,11 @@ class Checkpoint:
         self.step = step
         self.manifest_bytes = manifest_bytes
         self.index_bytes = index_bytes
-        self._values = Values(self)
+        self._values = _Values(self)
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         index = self.manifest.index
         self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
-        self._described = open_description(self.manifest, index_bytes, self._read_segment)
+        self._described = _open_description(self.manifest, index_bytes, self._read_segment)
         self.tensors: tuple[TensorEntry, ...] = self._described.tensors
         self.files: Sequence[tuple[str, int]] = self._described.files
         self.beside: Mapping[str, SegmentNote] = self._described.beside
@@ -346,7 +345,7 @@ class Checkpoint:
         """Return the same checkpoint, its files being read from another store."""
         moved = copy(self)
         moved.store = store
-        moved._values = Values(moved)  # noqa: SLF001 a checkpoint as well
+        moved._values = _Values(moved)  # noqa: SLF001 a checkpoint as well
         return moved
 
     def read_beside(self, name: str) -> bytes:
@@ -410,11 +409,11 @@ class Checkpoint:
 # What a checkpoint says of its files, whichever format it has: one view of both.
 
 
-ReadSegment = Callable[[SegmentNote], bytes]
+_ReadSegment = Callable[[SegmentNote], bytes]
 """Returns the bytes of a segment that is a file of its own, compared with its digest."""
 
 
-class Described(Protocol):
+class _Described(Protocol):
     """What is asked of a description."""
 
     @property
@@ -458,7 +457,7 @@ class Described(Protocol):
         ...
 
 
-def open_description(manifest: Manifest, data: bytes, read: ReadSegment) -> Described:
+def _open_description(manifest: Manifest, data: bytes, read: _ReadSegment) -> _Described:
     """Return what `data`, the index that `manifest` names, describes.
 
     Args:
@@ -513,7 +512,7 @@ class _OneIndex:
 class _Segments:
     """Of format 2."""
 
-    def __init__(self, root: Root, read: ReadSegment) -> None:
+    def __init__(self, root: Root, read: _ReadSegment) -> None:
         self._root = root
         self._read = read
         self._known: dict[int, Segment] = {}
@@ -585,45 +584,15 @@ class _Segments:
 _KEPT_BYTES = 4 * BLOCK_BYTES
 
 
-class VerifiedFiles(Protocol):
-    """Files that are read by whole blocks: a checkpoint."""
-
-    @property
-    def where(self) -> str:
-        """How messages name them."""
-        ...
-
-    @property
-    def files(self) -> Sequence[tuple[str, int]]:
-        """Name and size of each."""
-        ...
-
-    def file(self, number: int) -> FileEntry:
-        """Return one with the digests of its blocks."""
-        ...
-
-    def read_blocks(self, file: int, start: int, stop: int) -> memoryview:
-        """Return bytes, verified."""
-        ...
-
-    def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
-        """Fill `buffers`, not verified."""
-        ...
-
-    def compare(self, file: int, start: int, *buffers: memoryview) -> None:
-        """Compare bytes with their digests."""
-        ...
-
-
-class Values:
+class _Values:
     """Reads documents of one checkpoint; safe from threads.
 
     A small file of them is read whole and kept: it has the values of all parts, which are asked for
     one after another.
     """
 
-    def __init__(self, files: VerifiedFiles) -> None:
-        self._files = files
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._kept: tuple[int, memoryview] = -1, memoryview(b"")
 
     def fetch(self, entries: Iterable[ObjectEntry]) -> None:
@@ -635,7 +604,7 @@ class Values:
         files = {entry.file for entry in entries}
         if len(files) == 1:
             (file,) = files
-            if self._files.files[file][1] <= _KEPT_BYTES:
+            if self._checkpoint.files[file][1] <= _KEPT_BYTES:
                 self._keep(file)
 
     def read_all(self, entries: Iterable[ObjectEntry], *, part: str) -> dict[str, bytes]:
@@ -644,7 +613,7 @@ class Values:
         Raises:
             IntegrityError: see `read`; or a value is stored twice.
         """
-        where = f"part {part!r} of {self._files.where}"
+        where = f"part {part!r} of {self._checkpoint.where}"
         known: dict[str, bytes] = {}
         for entry in entries:
             found = decode_document(self.read(entry), where=where)
@@ -663,25 +632,26 @@ class Values:
             IntegrityError: the file is missing, truncated, or differs from its digests.
         """
         stop = entry.offset + entry.nbytes
-        first, last = self._files.file(entry.file).around(entry.offset, stop)
+        first, last = self._checkpoint.file(entry.file).around(entry.offset, stop)
         data = bytes(self._blocks(entry.file, first, last)[entry.offset - first : stop - first])
         if bytes_digest(data) != entry.digest:
             raise IntegrityError(
-                f"{self._files.where}: the values of part {entry.part!r} differ from their digest"
+                f"{self._checkpoint.where}: the values of part {entry.part!r} differ from their "
+                "digest"
             )
         return data
 
     def _blocks(self, file: int, start: int, stop: int) -> memoryview:
-        if self._files.files[file][1] > _KEPT_BYTES:
-            return self._files.read_blocks(file, start, stop)
+        if self._checkpoint.files[file][1] > _KEPT_BYTES:
+            return self._checkpoint.read_blocks(file, start, stop)
         kept_file, kept = self._kept  # one look: another thread may replace it
         if kept_file != file:
             kept = self._keep(file)
-        self._files.compare(file, start, kept[start:stop])
+        self._checkpoint.compare(file, start, kept[start:stop])
         return kept[start:stop]
 
     def _keep(self, file: int) -> memoryview:
-        kept = memoryview(bytearray(self._files.files[file][1]))
-        self._files.read_into(file, 0, kept)
+        kept = memoryview(bytearray(self._checkpoint.files[file][1]))
+        self._checkpoint.read_into(file, 0, kept)
         self._kept = file, kept
         return kept

@@ -1,6 +1,6 @@
 """What a run says of its checkpoints: marks beside their files, and manifests, read once each.
 
-They lie in the directory of the save id, so they are of that very checkpoint, and go with it
+The marks lie in the directory of the save id, so they are of that very checkpoint, and go with it
 (commit-v1, section 7).
 """
 

@@ -27,6 +27,8 @@ from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.saving.messages import Report
 from dist_ckpt.saving.provenance import Metrics, SaveContext, as_numbers, tell_differing
 
+_log = logging.getLogger("dist_ckpt")
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
@@ -138,9 +140,6 @@ def _files(report: Report) -> Sequence[tuple[str, int]]:
 
 
 # What is done after a commit, once for a folder: retention and garbage, beside later saves.
-
-
-_log = logging.getLogger("dist_ckpt")
 
 
 class Housekeeping:

@@ -25,14 +25,15 @@ from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.storage.base import Watch
 from dist_ckpt.waiting import Latch
 
-# How far a save is: read from any thread, and told as events.
-
+SaveOutcome = Literal["committed", "failed", "cancelled", "skipped"]
+"""How a save ended; only the first of these leaves a checkpoint."""
 
 SavePhase = Literal["staging", "writing", "committing", "done"]
 """What a rank does for a save: copy, then digest and write, then wait for the others, then none."""
 
-_TOLD = 16
-"""How often a rank tells how many bytes it has written, besides the changes of phase."""
+_LOOK_SECONDS = 0.05
+
+_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,70 +50,6 @@ class SaveProgress:
     phase: SavePhase
     nbytes_done: int
     nbytes_total: int
-
-
-class ProgressMeter:
-    """Counts what one rank does for one save.
-
-    Args:
-        tell: told at every change of phase, and about 16 times while bytes are written.
-    """
-
-    def __init__(self, tell: Callable[[SaveProgress], None]) -> None:
-        self._now = SaveProgress("staging", 0, 0)
-        self._tell = tell
-        self._lock = threading.Lock()
-        self._told_phase: SavePhase | None = None
-        self._next_told = 0
-
-    @property
-    def now(self) -> SaveProgress:
-        """How far it is."""
-        return self._now  # replaced whole, so it is read without the lock
-
-    def staged(self, nbytes_total: int) -> None:
-        """Note how many bytes this rank writes in all, which is known once they are staged."""
-        with self._lock:
-            self._now = replace(self._now, nbytes_total=nbytes_total)
-            self._next_told = self._now.nbytes_done + max(nbytes_total // _TOLD, 1)
-
-    def enter(self, phase: SavePhase) -> None:
-        """Note that `phase` has begun, or is going on."""
-        with self._lock:
-            if phase != self._told_phase:
-                self._told_phase = phase
-                self._now = replace(self._now, phase=phase)
-                self._tell(self._now)
-
-    def file(self, nbytes: int) -> Watch:
-        """Return the watch for the put of one file of `nbytes`."""
-        seen = 0
-
-        def watch(count: int) -> None:
-            nonlocal seen
-            with self._lock:
-                # What is sent again after a failure is told again, and counted once.
-                fresh = min(seen + count, nbytes) - seen
-                seen += fresh
-                self._advance(fresh)
-
-        return watch
-
-    def _advance(self, nbytes: int) -> None:
-        done = self._now.nbytes_done + nbytes
-        # What leaves while the rest is still to be staged belongs to a whole of unknown size.
-        now = replace(self._now, nbytes_done=done, nbytes_total=max(done, self._now.nbytes_total))
-        self._now = now
-        if now.phase == "writing" and done >= self._next_told:
-            self._next_told = done + max(now.nbytes_total // _TOLD, 1)
-            # Under the lock: whoever listens hears no number after a higher one.
-            self._tell(now)
-
-
-_LOOK_SECONDS = 0.05
-
-SaveOutcome = Literal["committed", "failed", "cancelled", "skipped"]
-"""How a save ended; only the first of these leaves a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,16 +288,81 @@ _NO_HOOKS = SaveHooks(
 )
 
 
+# How far a save is: read from any thread, and told as events.
+
+
+_TOLD = 16
+"""How often a rank tells how many bytes it has written, besides the changes of phase."""
+
+
+class ProgressMeter:
+    """Counts what one rank does for one save.
+
+    Args:
+        tell: told at every change of phase, and about 16 times while bytes are written.
+    """
+
+    def __init__(self, tell: Callable[[SaveProgress], None]) -> None:
+        self._now = SaveProgress("staging", 0, 0)
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._told_phase: SavePhase | None = None
+        self._next_told = 0
+
+    @property
+    def now(self) -> SaveProgress:
+        """How far it is."""
+        return self._now  # replaced whole, so it is read without the lock
+
+    def staged(self, nbytes_total: int) -> None:
+        """Note how many bytes this rank writes in all, which is known once they are staged."""
+        with self._lock:
+            self._now = replace(self._now, nbytes_total=nbytes_total)
+            self._next_told = self._now.nbytes_done + max(nbytes_total // _TOLD, 1)
+
+    def enter(self, phase: SavePhase) -> None:
+        """Note that `phase` has begun, or is going on."""
+        with self._lock:
+            if phase != self._told_phase:
+                self._told_phase = phase
+                self._now = replace(self._now, phase=phase)
+                self._tell(self._now)
+
+    def file(self, nbytes: int) -> Watch:
+        """Return the watch for the put of one file of `nbytes`."""
+        seen = 0
+
+        def watch(count: int) -> None:
+            nonlocal seen
+            with self._lock:
+                # What is sent again after a failure is told again, and counted once.
+                fresh = min(seen + count, nbytes) - seen
+                seen += fresh
+                self._advance(fresh)
+
+        return watch
+
+    def _advance(self, nbytes: int) -> None:
+        done = self._now.nbytes_done + nbytes
+        # What leaves while the rest is still to be staged belongs to a whole of unknown size.
+        now = replace(self._now, nbytes_done=done, nbytes_total=max(done, self._now.nbytes_total))
+        self._now = now
+        if now.phase == "writing" and done >= self._next_told:
+            self._next_told = done + max(now.nbytes_total // _TOLD, 1)
+            # Under the lock: whoever listens hears no number after a higher one.
+            self._tell(now)
+
+
 # Failures of saves that nobody was told of yet: the end of the process tells them.
 
 
 _numbers = itertools.count()
 # Single operations on a dict, which threads cannot see half done: no lock that a fork could leave
 # locked for ever. Texts and no errors: an error keeps the frames alive that it passed.
-_texts: dict[int, str] = {}
+_untold: dict[int, str] = {}
 
 # What became of its parent's saves is nothing that a child has to tell.
-os.register_at_fork(after_in_child=_texts.clear)
+os.register_at_fork(after_in_child=_untold.clear)
 
 
 def untold_number() -> int:
@@ -370,17 +372,17 @@ def untold_number() -> int:
 
 def note_untold(save: int, text: str) -> None:
     """Remember that a save failed, as `text` says, until somebody is told."""
-    _texts[save] = text
+    _untold[save] = text
 
 
 def drop_untold(save: int) -> None:
     """Forget the failure: somebody was told."""
-    _texts.pop(save, None)
+    _untold.pop(save, None)
 
 
 def take_untold() -> list[str]:
     """Return what nobody was told, the oldest first, and forget it."""
-    found = sorted(_texts.items())
+    found = sorted(_untold.items())
     for save, _ in found:
         drop_untold(save)
     return [text for _, text in found]
@@ -390,8 +392,6 @@ def take_untold() -> list[str]:
 
 
 WhenFailed = Literal["raise", "warn"]
-
-_log = logging.getLogger("dist_ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
