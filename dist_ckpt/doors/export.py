@@ -28,7 +28,7 @@ from dist_ckpt.storage.base import Store, Stream, read_all
 from dist_ckpt.storage.resolve import check_options_taken, options_for, resolve
 
 _INDEX_FILE = "model.safetensors.index.json"
-_ONE_FILE = "model.safetensors"
+_WEIGHTS_FILE = "model.safetensors"
 
 Format: TypeAlias = Literal["safetensors", "hf", "torch", "dcp"]
 FORMATS: tuple[Format, ...] = ("safetensors", "hf", "torch", "dcp")
@@ -37,7 +37,7 @@ WhichStep: TypeAlias = SupportsIndex | Literal["latest", "best"] | None
 
 # What a file is called where the place is a folder, and by which ends a place is a file.
 _ONE_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "safetensors": (_ONE_FILE, (".safetensors",)),
+    "safetensors": (_WEIGHTS_FILE, (".safetensors",)),
     "torch": ("model.pt", (".pt", ".pth", ".bin", ".ckpt")),
 }
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -452,7 +452,7 @@ def _cut_shards(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
 def _shard_names(count: int) -> list[str]:
     """Return what the shards are called."""
     if count == 1:
-        return [_ONE_FILE]
+        return [_WEIGHTS_FILE]
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 

@@ -21,7 +21,8 @@ from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.tensors import TensorsPart
-from dist_ckpt.state.values import VALUE, ValuePart
+from dist_ckpt.state.value_fit import VALUE
+from dist_ckpt.state.values import ValuePart
 
 _log = logging.getLogger("dist_ckpt")
 

@@ -391,7 +391,7 @@ def _within(part: str, options: LoadOptions) -> Callable[[str], bool]:
 def _peek_within(
     part: str, source: Source, numbers: Mapping[tuple[str, str], int]
 ) -> Callable[[Sequence[str]], list[torch.Tensor]]:
-    return lambda names: peek(source, [numbers[part, name] for name in names])
+    return lambda names: _peek(source, [numbers[part, name] for name in names])
 
 
 def _laid_out(parts: Mapping[str, Part], world_size: int) -> LayOut:
@@ -598,7 +598,7 @@ def _placed(layout: Layout, live: Mapping[str, DTensor], spec: TensorSpec) -> to
 # Reading small tensors before anything is decided, because the decision depends on them.
 
 
-def peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
+def _peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
     """Return stored tensors, whole, on the CPU; each rank reads for itself.
 
     Raises:
@@ -610,7 +610,7 @@ def peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
         wanted,
         ReadOptions(exchange="never"),
         coordinator=SoloCoordinator(),
-        topic=Topic("peek", "look at small tensors"),
+        topic=Topic("_peek", "look at small tensors"),
         deadline=Deadline.after(TIMEOUT_SECONDS),
     )
     return [each.local.memory for each in wanted]

@@ -1,7 +1,9 @@
 """The arena: page-aligned host memory that holds the image of a rank's files, and copies into it.
 
-The one seam between staging and a device. `HostCopies` serves whatever torch can copy by itself;
-`CudaCopies` enqueues on a stream of its own and lets the device do the waiting.
+The copies are the one seam between staging and a device. `HostCopies` serves whatever torch can
+copy by itself; `CudaCopies` enqueues on a stream of its own and lets the device do the waiting.
+`hold_steps` keeps optimizers from changing what is being copied, and `no_collection` the collector
+of garbage from slowing all this down.
 """
 
 from __future__ import annotations
@@ -217,31 +219,7 @@ def as_tensor(
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-# The collector of cyclic garbage, kept out of saves and loads.
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Put the collection of cyclic garbage off until the block ends, in the whole process.
-
-    A first save or load makes thousands of small objects, and they set off the collection that all
-    imports of a program are waiting for: 0.2 s, more than the copy of a gigabyte takes. Where two
-    threads overlap here it may begin again too early, which costs time and nothing else.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-# Copies of many tensors into the arena: at once, or in flight while training goes on.
-
-
-# What of a live tensor a box names.
+# What of a live tensor a box names, and how much memory that spans.
 
 
 def view_box(tensor: torch.Tensor, box: Box, *, origin: tuple[int, ...]) -> torch.Tensor:
@@ -287,7 +265,10 @@ def _unpin(address: int, device: torch.device) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
-Tensors = Sequence[torch.Tensor]
+# Copies of many tensors into the arena: at once, or in flight while training goes on.
+
+
+_Tensors = Sequence[torch.Tensor]
 
 
 class InFlight(Protocol):
@@ -315,11 +296,11 @@ class CopyEngine(Protocol):
 
     pin: Pin | None
 
-    def copy(self, targets: Tensors, sources: Tensors) -> None:
+    def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """Fill each of `targets` from the one of `sources` beside it, of equal dtype and shape."""
         ...
 
-    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+    def prepare(self, targets: _Tensors, sources: _Tensors, names: Sequence[str]) -> InFlight:
         """Return what will do as `copy`, of the values that the sources have when it begins.
 
         A step of an optimizer waits for it. Whatever else changes a source meanwhile either does
@@ -338,11 +319,11 @@ class HostCopies:
 
     pin: Pin | None = None
 
-    def copy(self, targets: Tensors, sources: Tensors) -> None:
+    def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """See `CopyEngine.copy`."""
         _copy_all(targets, sources, non_blocking=False)
 
-    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+    def prepare(self, targets: _Tensors, sources: _Tensors, names: Sequence[str]) -> InFlight:
         """See `CopyEngine.prepare`; a thread copies, and leaves the interpreter to others."""
         return _HostCopying(targets, sources)
 
@@ -350,10 +331,10 @@ class HostCopies:
 class _HostCopying:
     """A thread that copies from memory which torch moves every writer away from."""
 
-    def __init__(self, targets: Tensors, sources: Tensors) -> None:
+    def __init__(self, targets: _Tensors, sources: _Tensors) -> None:
         self._targets = targets
         self._sources = sources
-        self._pairs: tuple[Tensors, Tensors] | None = None
+        self._pairs: tuple[_Tensors, _Tensors] | None = None
         self._error: BaseException | None = None
         self._copying: Worker | None = None
 
@@ -375,7 +356,7 @@ class _HostCopying:
         if self._copying is not None:
             self._copying.wait()
 
-    def _freeze(self) -> tuple[Tensors, Tensors]:
+    def _freeze(self) -> tuple[_Tensors, _Tensors]:
         """Return what can be copied later; the rest is copied now."""
         targets, sources = self._targets, self._sources
         self._targets = self._sources = ()
@@ -407,14 +388,14 @@ class CudaCopies:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pin: Pin | None = pin_for(device)
 
-    def copy(self, targets: Tensors, sources: Tensors) -> None:
+    def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """See `CopyEngine.copy`; the device copies in the order of the current stream."""
         # Nameless: this thread waits, so nothing can change beside the copies.
         copying = self.prepare(targets, sources, ())
         copying.begin()
         copying.wait()
 
-    def prepare(self, targets: Tensors, sources: Tensors, names: Sequence[str]) -> InFlight:
+    def prepare(self, targets: _Tensors, sources: _Tensors, names: Sequence[str]) -> InFlight:
         """See `CopyEngine.prepare`."""
         return _CudaCopying(self._device, self._stream, targets, sources, names)
 
@@ -431,8 +412,8 @@ class _CudaCopying:
         self,
         device: torch.device,
         stream: torch.cuda.Stream,
-        targets: Tensors,
-        sources: Tensors,
+        targets: _Tensors,
+        sources: _Tensors,
         names: Sequence[str],
     ) -> None:
         self._device = device
@@ -441,7 +422,7 @@ class _CudaCopying:
         self._targets = targets
         self._sources = sources
         self._names = names
-        self._sums: tuple[Tensors, Tensors] = ((), ())
+        self._sums: tuple[_Tensors, _Tensors] = ((), ())
         self._changed: str | None = None
         self._done: torch.cuda.Event | None = None
 
@@ -499,7 +480,7 @@ def engine_for(device: torch.device) -> CopyEngine:
     return CudaCopies(device) if device.type == "cuda" else HostCopies()
 
 
-def _copy_all(targets: Tensors, sources: Tensors, *, non_blocking: bool) -> None:
+def _copy_all(targets: _Tensors, sources: _Tensors, *, non_blocking: bool) -> None:
     if not targets:
         return
     with torch.no_grad():
@@ -559,3 +540,24 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for copies in tuple(_in_flight.values()):
         for copying in copies:
             copying.before_change()
+
+
+# The collector of cyclic garbage, kept out of saves and loads.
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Put the collection of cyclic garbage off until the block ends, in the whole process.
+
+    A first save or load makes thousands of small objects, and they set off the collection that all
+    imports of a program are waiting for: 0.2 s, more than the copy of a gigabyte takes. Where two
+    threads overlap here it may begin again too early, which costs time and nothing else.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,7 +1,8 @@
 """From plain Python values to tagged JSON: the walk behind `dist_ckpt.state.objects.encode`.
 
-What stays in the encoding is how to read them, and their digest: values that must be equal on all
-ranks are compared by their encodings, and so the bytes are compared at every save, too.
+The bytes of large arrays and byte strings are put aside, to be stored as a tensor. What stays of
+them in the encoding is how to read them, and their digest: values that must be equal on all ranks
+are compared by their encodings, and so these bytes are compared at every save, too.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Encoder:
         if leaf is not None:
             # In a key there is no tensor.
             if self._aside and not self._hashed:
-                aside = take_aside(value, self._refuse)
+                aside = _take_aside(value, self._refuse)
                 if aside is not None:
                     return _apart(aside[0], [aside[1], self._beside(aside[2], aside[2])])
             plain, payload = leaf.encode(value, self._refuse)
@@ -328,7 +329,7 @@ def is_wrapped_node(node: Any) -> bool:
 
 
 def _is_large(tensor: torch.Tensor) -> bool:
-    return type(tensor) is not DTensor and tensor.nbytes >= ASIDE_BYTES
+    return type(tensor) is not DTensor and tensor.nbytes >= _ASIDE_BYTES
 
 
 def _layout_of(value: DTensor) -> list[list[Any]]:
@@ -358,7 +359,7 @@ def _label(kind: type) -> str:
 # Large arrays and byte strings, whose bytes are stored beside the encoding as a tensor.
 
 
-ASIDE_BYTES = 16 * 1024
+_ASIDE_BYTES = 16 * 1024
 """From here on base64 in JSON costs more than one more tensor in a plan does."""
 
 # What a tensor can be as it is; other arrays are put aside as their bytes.
@@ -374,16 +375,16 @@ NDARRAY, BYTES = "ndarray", "bytes"
 """The names under which the two are stored."""
 
 
-def take_aside(value: Any, refuse: Refuse) -> tuple[str, list[Any], torch.Tensor] | None:
+def _take_aside(value: Any, refuse: Refuse) -> tuple[str, list[Any], torch.Tensor] | None:
     """Return the name, the head and the bytes of a large value; None for any other.
 
     The tensor of a writable array is the array's own memory, as that of a tensor of the state is.
     """
     kind = type(value)
-    if kind is bytes and len(value) >= ASIDE_BYTES:
+    if kind is bytes and len(value) >= _ASIDE_BYTES:
         # Copied: what is immutable must never be written through a tensor.
         return BYTES, [bytes_digest(value)], torch.frombuffer(bytearray(value), dtype=torch.uint8)
-    if kind is np.ndarray and value.nbytes >= ASIDE_BYTES:
+    if kind is np.ndarray and value.nbytes >= _ASIDE_BYTES:
         described = dtype_to_json(value.dtype, value, refuse)
         packed = np.require(value, requirements=["C", "W"])
         flat = packed.reshape(-1).view(np.uint8)

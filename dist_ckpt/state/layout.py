@@ -107,7 +107,7 @@ def check_storable(tensor: torch.Tensor, *path: str, meta: bool = False) -> None
             "what it is made of as dense tensors in the state",
             kind=ErrorKind.UNENCODABLE,
         )
-    if hides_values(tensor):
+    if _hides_values(tensor):
         raise UsageError(
             f"cannot store {where}: a {type(tensor).__qualname__} keeps its values in other "
             "tensors and has no __tensor_flatten__ that says in which; keep these as dense tensors "
@@ -376,7 +376,7 @@ def local_of(value: torch.Tensor) -> torch.Tensor:
     return value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
 
 
-def hides_values(tensor: torch.Tensor) -> bool:
+def _hides_values(tensor: torch.Tensor) -> bool:
     """Tell whether `tensor` is a face without memory whose class does not say what is behind it."""
     if type(tensor) in _PLAIN or tensor.is_meta or is_wrapped(tensor):
         return False

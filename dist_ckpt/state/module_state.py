@@ -49,7 +49,7 @@ class ModuleEntry:
     owner: Any
 
 
-def raw_state(module: nn.Module) -> Mapping[str, Any]:
+def _raw_state(module: nn.Module) -> Mapping[str, Any]:
     """Return the state dict of `module` with its own tensors, not copies without gradient."""
     try:
         # The module's own tensors are in it themselves, so a copy that a hook made can be told from
@@ -62,7 +62,7 @@ def raw_state(module: nn.Module) -> Mapping[str, Any]:
 
 
 @dataclass
-class Owners:
+class _Owners:
     """The parameters and persistent buffers of a module, found by what a state dict shows."""
 
     module: nn.Module
@@ -135,8 +135,8 @@ def _base(module: nn.Module) -> nn.Module:
     That is another one where a wrapper hides its own name there.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    owners = Owners(module)
-    for raw_name, value in raw_state(module).items():
+    owners = _Owners(module)
+    for raw_name, value in _raw_state(module).items():
         full = names.get(id(owners.of(value)), raw_name)
         if full != raw_name:
             prefix = full.removesuffix(f".{raw_name}")
@@ -157,9 +157,9 @@ def module_entries(
     Raises:
         UsageError: two entries have one name.
     """
-    owners = Owners(module)
+    owners = _Owners(module)
     entries: dict[str, ModuleEntry] = {}
-    for raw_name, value in raw_state(module).items():
+    for raw_name, value in _raw_state(module).items():
         name = names(raw_name)
         # What modules make up by the book is never memory of theirs, and is not looked for.
         owner = None if raw_name.endswith("_extra_state") else owners.of(value)
@@ -182,9 +182,9 @@ def names_of_parameters(module: nn.Module, names: Callable[[str], str]) -> dict[
     That is what the state dict calls it: a wrapper may hide its own name there and show it in
     `named_parameters`, and an optimizer's state has to be found under the name of the parameter.
     """
-    owners = Owners(module)
+    owners = _Owners(module)
     found: dict[int, str] = {}
-    for raw_name, value in raw_state(module).items():
+    for raw_name, value in _raw_state(module).items():
         owner = owners.of(value)
         if isinstance(owner, nn.Parameter):
             found.setdefault(id(owner), names(raw_name))
@@ -201,7 +201,7 @@ def names_of_parameters(module: nn.Module, names: Callable[[str], str]) -> dict[
     return found
 
 
-def extra_state_names(module: nn.Module, names: Callable[[str], str]) -> Iterator[str]:
+def _extra_state_names(module: nn.Module, names: Callable[[str], str]) -> Iterator[str]:
     """Yield the names under which modules take extra state, whether they have some now or not."""
     for prefix, each in module.named_modules():
         if type(each).set_extra_state is not nn.Module.set_extra_state:
@@ -269,7 +269,7 @@ def fit_module(
     }
     fitting = _Fitting(module, say, wanted, stored, part)
     fitting.place(required)
-    fitting.take_extra_states(set(extra_state_names(module, names)))
+    fitting.take_extra_states(set(_extra_state_names(module, names)))
     found = fitting.found
     others = fitting.unclaimed()
     if say.any and (found.targets.missing or others or fitting.of_another_shape):
@@ -310,7 +310,7 @@ class _Fitting:
         for name, entry in self._wanted.items():
             partner = both.get(name)
             inside = partner is not None and partner in stored.objects and entry.live
-            if partner is not None and inside and self._is_whole(partner, entry.value):
+            if partner is not None and inside and self._is_kept_inside(partner, entry.value):
                 found.partner[name] = partner
                 found.handed.append(name)
                 continue
@@ -359,7 +359,7 @@ class _Fitting:
             found.targets.tensors[partner] = empty_beside(live, spec, device=live.device)
             return
         if self._again is None:
-            self._again = raw_state(self._module)
+            self._again = _raw_state(self._module)
         if isinstance(live, torch.Tensor) and live is self._again.get(raw_name):
             found.targets.tensors[partner] = check_tensor(live, f"{self._part}.{name}")
             return
@@ -370,7 +370,7 @@ class _Fitting:
             kind=ErrorKind.STATE_MISMATCH,
         )
 
-    def _is_whole(self, partner: str, live: torch.Tensor) -> bool:
+    def _is_kept_inside(self, partner: str, live: torch.Tensor) -> bool:
         """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.
 
         So a planner stores the state dict of a module that takes nothing apart.

@@ -3,10 +3,10 @@
 `None`, bools, integers, finite floats and strings are themselves; a list is an array; a dict
 whose keys are all strings (and none is `"!"`) is an object. Everything else is a tagged object
 `{"!": tag, "v": payload}`, whose tags are those of `dist_ckpt.state.standard`, of containers,
-`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type; those of
-`dist_ckpt.state.standard` are registered out of the box. Large arrays and byte strings are stored
-beside the encoding, too (`dist_ckpt.state.encoding`).
-Reading an encoding imports nothing, evaluates nothing and allocates nothing beyond its length.
+`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type, as those are
+that `dist_ckpt.state.standard` takes apart. Large arrays and byte strings are stored beside the
+encoding, too (`dist_ckpt.state.encoding`). Reading an encoding imports nothing, evaluates nothing
+and allocates nothing beyond its length.
 
 A list that is reached twice comes back as two lists. The order of sets is not kept.
 """
@@ -45,21 +45,8 @@ from dist_ckpt.state.encoding import (
     from_aside,
 )
 from dist_ckpt.state.rebuilding import Building
-from dist_ckpt.state.registry import REGISTRY, register
+from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED, STANDARD_BY_NAME, WRAPPED
-
-__all__ = [
-    "decode",
-    "encode",
-    "fillable",
-    "may_refer",
-    "needs_classes",
-    "references",
-    "references_aside",
-    "register",
-    "unordered_digest",
-    "wrapped_as_json",
-]
 
 # What is written as pairs, because a key of it is no text.
 _UNORDERED = re.compile(rb'"!":"(?:dict|counter)"')
@@ -156,7 +143,7 @@ def references_aside(data: bytes, *, path: str = "value") -> tuple[str, ...]:
     Raises:
         IntegrityError: `data` is not an encoding.
     """
-    return tuple(dict.fromkeys(names_aside(parse_document(data, path))))
+    return tuple(dict.fromkeys(_names_aside(parse_document(data, path))))
 
 
 def unordered_digest(data: bytes) -> str:
@@ -186,7 +173,7 @@ def needs_classes(data: bytes) -> bool:
     return f'"@{RESERVED}{NAMEDTUPLE}"'.encode() in data
 
 
-# From tagged JSON to plain Python values: the walk behind `dist_ckpt.state.objects.decode`.
+# From tagged JSON to plain Python values: the walk behind `decode`.
 
 
 _FROM_PAIRS: dict[str, Callable[[dict[Any, Any]], object]] = {
@@ -211,7 +198,7 @@ Layout = tuple[tuple[str | None, int | None], ...]
 
 
 class Decoder:
-    """One walk over one parsed encoding; see `dist_ckpt.state.objects.decode`."""
+    """One walk over one parsed encoding; see `decode`."""
 
     def __init__(self, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self._path = path
@@ -407,7 +394,7 @@ def tensor_names(node: Any) -> Iterator[str]:
             yield from tensor_names(item)
 
 
-def names_aside(node: Any) -> Iterator[str]:
+def _names_aside(node: Any) -> Iterator[str]:
     """Yield the name of each tensor in `node` that is the bytes of an array or of a string."""
     if isinstance(node, dict):
         if node.get(TAG) in _ASIDE_TAGS:
@@ -416,7 +403,7 @@ def names_aside(node: Any) -> Iterator[str]:
         node = list(node.values())
     if isinstance(node, list):
         for item in node:
-            yield from names_aside(item)
+            yield from _names_aside(item)
 
 
 def layouts_in(node: Any) -> Iterator[tuple[str, Layout]]:

@@ -67,7 +67,8 @@ from dist_ckpt.state.optimizer_names import (
 from dist_ckpt.state.optimizer_own import Faces, Own
 from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import grown_moment, live_copy
-from dist_ckpt.state.values import VALUE, StatefulPart
+from dist_ckpt.state.value_fit import VALUE
+from dist_ckpt.state.values import StatefulPart
 
 
 class OptimizerPart:
@@ -203,7 +204,7 @@ class OptimizerPart:
             told, _ = self._read()
             new = Reading(self._prefix)
             for prefix, (view, content) in told.optimizers.items():
-                fit = OptimizerFit.of(view, stored, self.name)
+                fit = _OptimizerFit.of(view, stored, self.name)
                 new.optimizers[prefix] = (view, fit.content(tensors, content))
             new.further = self._own.read(stored, tensors, told)
             # From here on nothing can fail where the optimizer is torch's own.
@@ -322,7 +323,7 @@ class OptimizerPart:
                 show_classes(type(face))
             told, parameters = self._read()
             for view, content in told.optimizers.values():
-                fit = OptimizerFit.of(view, stored, self.name)
+                fit = _OptimizerFit.of(view, stored, self.name)
                 tensors, objects = fit.targets(content.state, in_place=live.in_place)
                 found.tensors.update(tensors)
                 found.resized.update(fit.resized(tensors))
@@ -350,7 +351,7 @@ _AS_IT_IS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
-class OptimizerFit:
+class _OptimizerFit:
     """One live optimizer beside what is stored under its prefix.
 
     Attributes:
@@ -372,7 +373,7 @@ class OptimizerFit:
     back: Mapping[str, str]
 
     @classmethod
-    def of(cls, view: View, given: Stored, part: str) -> OptimizerFit:
+    def of(cls, view: View, given: Stored, part: str) -> _OptimizerFit:
         """Match groups.
 
         Raises:

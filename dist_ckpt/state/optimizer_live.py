@@ -18,8 +18,8 @@ from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, des
 from dist_ckpt.state.groups import View, options_of
 from dist_ckpt.state.optimizer_content import Content, check_own
 
-INNER = "inner."
-PACKED = "@optimizer"
+_INNER = "inner."
+_PACKED = "@optimizer"
 """The key that stands, in what an optimizer tells, for the state of one of torch's form."""
 
 _KEYS = ("state", "param_groups")
@@ -34,7 +34,7 @@ class Reading:
         optimizers: those of torch's form, by the prefix of their names; that of the face is there
             if it has this form.
         further: by its place, what else the face tells: a pair of the key and of the value, in
-            which `{PACKED: prefix}` stands for one of `optimizers`.
+            which `{_PACKED: prefix}` stands for one of `optimizers`.
     """
 
     prefix: str
@@ -143,7 +143,7 @@ class InAttributes:
             yield holder, {n: p for n, p in view.parameters.items() if id(p) in mine}
 
 
-class ByContract:
+class _ByContract:
     """An optimizer that is asked by `state_dict` or given by `load_state_dict`, or both."""
 
     in_place = False  # a load_state_dict may compare old with new
@@ -203,15 +203,15 @@ class ByContract:
 
 def live_of(optimizer: Any, part: str) -> Live:
     """Return how `optimizer` is to be read and written."""
-    if is_zero(optimizer):
+    if _is_zero(optimizer):
         # Each rank has the state of its own parameters in an optimizer inside, and only a
         # collective that copies all of it to one rank would let `state_dict` tell of it.
         return InAttributes([optimizer.optim], part, face=optimizer, alone=True, inside=True)
     inner = list(inner_optimizers(optimizer).values())
-    if inner and is_container(optimizer) and not any(is_told(i) or is_given(i) for i in inner):
+    if inner and _is_container(optimizer) and not any(is_told(i) or is_given(i) for i in inner):
         return InAttributes(inner, part, alone=True, inside=True)
     if is_told(optimizer) or is_given(optimizer):
-        return ByContract(optimizer, part)
+        return _ByContract(optimizer, part)
     return InAttributes([optimizer], part, alone=not inner)
 
 
@@ -246,13 +246,13 @@ class _Unpacking:
 
     def skeleton(self, value: Any, path: tuple[str, ...]) -> Any:
         """Return `value` with marks in the places of what was taken."""
-        prefix = f"{self._told.prefix}{INNER}{'.'.join(path)}."
+        prefix = f"{self._told.prefix}{_INNER}{'.'.join(path)}."
         if self.take(value, prefix):
             # An entry beside the two that torch has is the wrapper's own.
             more = {
                 k: self.skeleton(v, (*path, str(k))) for k, v in value.items() if k not in _KEYS
             }
-            return {PACKED: prefix, **more}
+            return {_PACKED: prefix, **more}
         if type(value) is dict:
             return {k: self.skeleton(v, (*path, str(k))) for k, v in value.items()}
         if type(value) in (list, tuple):
@@ -321,15 +321,15 @@ def _packed(view: View, content: Content) -> dict[str, Any]:
 def _filled(value: Any, packed: Mapping[str, dict[str, Any]]) -> Any:
     """Return what a skeleton stands for."""
     if type(value) is dict:
-        more = {key: _filled(each, packed) for key, each in value.items() if key != PACKED}
-        if PACKED not in value:
+        more = {key: _filled(each, packed) for key, each in value.items() if key != _PACKED}
+        if _PACKED not in value:
             return more
-        if value[PACKED] not in packed:
+        if value[_PACKED] not in packed:
             raise IncompatibleError(
-                f"the checkpoint has the state of an optimizer as {value[PACKED]!r}, and this "
+                f"the checkpoint has the state of an optimizer as {value[_PACKED]!r}, and this "
                 "program has none there: build the optimizer that was saved"
             )
-        return {**packed[value[PACKED]], **more}
+        return {**packed[value[_PACKED]], **more}
     if type(value) in (list, tuple):
         return type(value)(_filled(each, packed) for each in value)
     return value
@@ -432,12 +432,12 @@ def is_given(optimizer: Any) -> bool:
     return not own or _has_hooks(optimizer, "load_state_dict")
 
 
-def is_zero(optimizer: object) -> bool:
+def _is_zero(optimizer: object) -> bool:
     """Tell whether `optimizer` is torch's, whose every rank keeps the state of some parameters."""
     return any((cls.__module__, cls.__qualname__) == _ZERO for cls in type(optimizer).__mro__)
 
 
-def is_container(optimizer: object) -> bool:
+def _is_container(optimizer: object) -> bool:
     """Tell whether all that `optimizer` does is to hold others, and to flatten what these say.
 
     `get_optimizer_state_dict` makes an optimizer without state take a step, so that there is
@@ -478,7 +478,7 @@ def class_name(optimizer: Any) -> str:
     """Return what `optimizer` is, as `package.Class`; of a mere wrapper what is inside."""
     kind = type(optimizer)
     inner = list(inner_optimizers(optimizer).values())
-    if inner and (kind.__name__ in _TRANSPARENT or is_zero(optimizer) or is_container(optimizer)):
+    if inner and (kind.__name__ in _TRANSPARENT or _is_zero(optimizer) or _is_container(optimizer)):
         return "+".join(sorted({class_name(each) for each in inner}))
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
@@ -489,7 +489,7 @@ def check_face(optimizer: Any, part: str) -> None:
     Raises:
         UsageError: it is one of those; the message has the way out.
     """
-    if is_zero(optimizer) and not isinstance(getattr(optimizer, "optim", None), Optimizer):
+    if _is_zero(optimizer) and not isinstance(getattr(optimizer, "optim", None), Optimizer):
         raise UsageError(
             f"{part}: a ZeroRedundancyOptimizer with overlap_with_ddp=True keeps its state in no "
             "optimizer of torch's: leave that option out, or shard with fully_shard"

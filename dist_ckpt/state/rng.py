@@ -46,7 +46,7 @@ class RngPart:
         """Return no tensors: the states are objects."""
         unexpected = stored.tensors.keys() | (stored.objects.keys() - _READ.keys())
         missing = sorted(_READ.keys() - stored.objects.keys())
-        return Targets({}, missing, sorted(unexpected), fresh_note(self.name, stored))
+        return Targets({}, missing, sorted(unexpected), _fresh_note(self.name, stored))
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set every generator; the last thing to restore, since anything before may draw.
@@ -114,16 +114,13 @@ def _fresh(stored: Stored, kind: str) -> bytes:
     # Only of its own kind: a program that seeds torch and not Python is repeatable all the same.
     # A GPU's stream also depends on torch's, because a save without GPUs has nothing of its own.
     own = kind.partition(":")[0]
-    return fresh_seed(stored, kind, (own, "torch") if own == "cuda" else (own,))
-
-
-# Random number generators that the program made itself, as parts.
+    return _fresh_seed(stored, kind, (own, "torch") if own == "cuda" else (own,))
 
 
 # Streams of random numbers for ranks that have none of their own to continue.
 
 
-def fresh_seed(stored: Stored, kind: str, sources: Iterable[str]) -> bytes:
+def _fresh_seed(stored: Stored, kind: str, sources: Iterable[str]) -> bytes:
     """Return 32 bytes to seed a generator with: repeatable, and different on every rank.
 
     Args:
@@ -139,7 +136,7 @@ def fresh_seed(stored: Stored, kind: str, sources: Iterable[str]) -> bytes:
     return digest.digest()
 
 
-def fresh_note(name: str, stored: Stored) -> str | None:
+def _fresh_note(name: str, stored: Stored) -> str | None:
     """Return what a report says of generators that could not be continued, None if they were."""
     if stored.world_size == stored.saved_world_size:
         return None
@@ -147,6 +144,9 @@ def fresh_note(name: str, stored: Stored) -> str | None:
         f"{name}: saved by {stored.saved_world_size} ranks and loaded by {stored.world_size}, so "
         "every rank draws from a new stream, made from the checkpoint, the world size and its rank"
     )
+
+
+# Random number generators that the program made itself, as parts.
 
 
 Generator: TypeAlias = np.random.Generator | np.random.RandomState | torch.Generator | random.Random
@@ -176,7 +176,7 @@ class GeneratorPart:
         """Return no tensors: the state is an object."""
         missing = [] if _NAME in stored.objects else [_NAME]
         unexpected = sorted(stored.tensors.keys() | (stored.objects.keys() - {_NAME}))
-        return Targets({}, missing, unexpected, fresh_note(self.name, stored))
+        return Targets({}, missing, unexpected, _fresh_note(self.name, stored))
 
     def restore(self, stored: Stored, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the generator; programs that hold it go on with it.
@@ -187,7 +187,7 @@ class GeneratorPart:
         if _NAME not in stored.objects:
             return
         if stored.world_size != stored.saved_world_size:
-            _seed_one(self.generator, fresh_seed(stored, self.name, [_NAME]))
+            _seed_one(self.generator, _fresh_seed(stored, self.name, [_NAME]))
             return
         state = decode(stored.objects[_NAME], tensors={}, path=self.name)
         try:

@@ -17,7 +17,8 @@ from torch.optim.swa_utils import SWALR
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
 from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.part import Captured, Stored, Targets
-from dist_ckpt.state.values import VALUE, StatefulPart
+from dist_ckpt.state.value_fit import VALUE
+from dist_ckpt.state.values import StatefulPart
 
 KIND = "kind"
 """The name of the object that says of which classes the schedule is made."""

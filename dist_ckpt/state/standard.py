@@ -1,9 +1,10 @@
 """What stands in a state out of the box: leaves, each with its tag, and what is taken apart.
 
-A value is a head, which says what is special about it, and a body, which is walked as part of the
-state: the items of a deque, the attributes of a namespace. Stored as `[head, body]` under a name
-that begins with `RESERVED`, as if the user had registered the type: a reader that does not know
-the name says which type it lacks.
+A leaf is written at once, as its tag and its JSON. What is taken apart is a head, which says what
+is special about the value, and a body, which is walked as part of the state: the items of a deque,
+the attributes of a namespace. It is stored as `[head, body]` under a name that begins with
+`RESERVED`, as if the user had registered the type: a reader that does not know the name says which
+type it lacks.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ from dist_ckpt.state.layout import dtype_name, dtype_of
 RESERVED = "dist_ckpt:"
 """How the names of these types begin; no type of the user's may be registered under one."""
 
-
 NAMEDTUPLE = "namedtuple"
 """What every namedtuple is stored as that is not registered."""
 
 WRAPPED = "wrapped_tensor"
 """What a tensor is stored as that is several behind one face (`dist_ckpt.state.layout`)."""
 
-ValueT = TypeVar("ValueT")
+Refuse = Callable[[object, str], NoReturn]
+"""Called with a value that has no exact form, and the reason; raises."""
+
+_ValueT = TypeVar("_ValueT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def _array(head: list[Any], data: bytes) -> array.array[Any]:
 
 
 def _time_parts(value: datetime.time, refuse: Refuse) -> tuple[object, object]:
-    checked_zone(value, refuse)
+    _checked_zone(value, refuse)
     return value.fold, value.isoformat()
 
 
@@ -264,7 +267,7 @@ def standard_of(kind: type) -> Standard | None:
     return _DTYPE if found is None and issubclass(kind, np.dtype) else found
 
 
-def _of(kind: type[ValueT], value: object) -> ValueT:
+def _of(kind: type[_ValueT], value: object) -> _ValueT:
     if type(value) is not kind:
         raise ValueError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
@@ -274,9 +277,6 @@ def _number_code(code: object) -> Any:
     if code not in tuple(_NUMBERS):
         raise ValueError(f"no typecode of numbers: {code!r}")
     return code
-
-
-# The values that hold no others, each with its tag and its exact JSON form.
 
 
 # numpy arrays as JSON: dtype, shape and bytes in C order, without pickle.
@@ -289,9 +289,7 @@ _MAX_DEPTH = 16
 _MAX_ITEM_BYTES = 1 << 20
 
 
-def array_to_json(
-    array: np.ndarray[Any, Any], refuse: Callable[[object, str], NoReturn]
-) -> list[Any]:
+def _array_to_json(array: np.ndarray[Any, Any], refuse: Refuse) -> list[Any]:
     """Return `array` as JSON, or call `refuse(array, reason)` if its dtype has no exact form."""
     described = dtype_to_json(array.dtype, array, refuse)
     if not array.size and array.dtype.itemsize > _MAX_ITEM_BYTES:
@@ -300,9 +298,7 @@ def array_to_json(
     return [described, list(array.shape), data]
 
 
-def dtype_to_json(
-    dtype: np.dtype[Any], value: object, refuse: Callable[[object, str], NoReturn]
-) -> Any:
+def dtype_to_json(dtype: np.dtype[Any], value: object, refuse: Refuse) -> Any:
     """Return `dtype` as JSON, or call `refuse(value, reason)` if it has no exact form."""
     described: Any = None
     try:
@@ -329,8 +325,8 @@ def dtype_from_json(described: Any) -> np.dtype[Any]:
     return dtype
 
 
-def array_from_json(payload: Any) -> np.ndarray[Any, Any]:
-    """Return the array of `array_to_json`; it owns its memory and is writable.
+def _array_from_json(payload: Any) -> np.ndarray[Any, Any]:
+    """Return the array of `_array_to_json`; it owns its memory and is writable.
 
     Raises:
         ValueError, TypeError: the JSON does not describe such an array.
@@ -349,10 +345,10 @@ def array_from_json(payload: Any) -> np.ndarray[Any, Any]:
 
 
 def _dtype(described: Any) -> np.dtype[Any]:
-    return npy.descr_to_dtype(_checked_array(described, 0))
+    return npy.descr_to_dtype(_as_numpy_has_it(described, 0))
 
 
-def _checked_array(described: Any, depth: int) -> Any:
+def _as_numpy_has_it(described: Any, depth: int) -> Any:
     """Return a description as numpy takes it; each part of it is looked at once."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"a dtype nests more than {_MAX_DEPTH} deep")
@@ -369,7 +365,7 @@ def _field(field: Any, depth: int) -> tuple[Any, ...]:
     for sizes in shape:
         count_elements(sizes)
     name = tuple(name) if isinstance(name, list) else name
-    return (name, _checked_array(kind, depth), *map(tuple, shape))
+    return (name, _as_numpy_has_it(kind, depth), *map(tuple, shape))
 
 
 def _lists(described: Any) -> Any:
@@ -378,7 +374,7 @@ def _lists(described: Any) -> Any:
     return described
 
 
-Refuse = Callable[[object, str], NoReturn]
+# The values that hold no others, each with its tag and its exact JSON form.
 
 
 @dataclass(frozen=True)
@@ -408,23 +404,23 @@ def _float_to_json(value: float, refuse: Refuse) -> tuple[bool, Any]:
 
 
 def _str_to_json(value: str, refuse: Refuse) -> tuple[bool, Any]:
-    return True, _checked(value, refuse)
+    return True, _checked_text(value, refuse)
 
 
-def _checked(value: str, refuse: Refuse) -> str:
+def _checked_text(value: str, refuse: Refuse) -> str:
     if not value.isascii() and any(0xD800 <= ord(char) < 0xE000 for char in value):
         refuse(value, "it holds a lone surrogate, which has no UTF-8 form")
     return value
 
 
-def checked_zone(value: datetime.datetime | datetime.time, refuse: Refuse) -> None:
+def _checked_zone(value: datetime.datetime | datetime.time, refuse: Refuse) -> None:
     """Call `refuse` for a time whose zone is a rule and not an offset."""
     if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
         refuse(value, "only a naive time or one with a fixed datetime.timezone is exact")
 
 
 def _datetime_to_json(value: datetime.datetime, refuse: Refuse) -> tuple[bool, Any]:
-    checked_zone(value, refuse)
+    _checked_zone(value, refuse)
     # isoformat leaves out which of two equal clock times at the end of summer time is meant.
     return False, [value.isoformat(), value.fold]
 
@@ -439,7 +435,7 @@ def _timedelta_to_json(value: datetime.timedelta, refuse: Refuse) -> tuple[bool,
 
 
 def _scalar_to_json(value: np.generic, refuse: Refuse) -> tuple[bool, Any]:
-    return False, array_to_json(np.asarray(value), refuse)
+    return False, _array_to_json(np.asarray(value), refuse)
 
 
 def tensor_to_json(value: torch.Tensor, refuse: Refuse) -> list[Any]:
@@ -452,7 +448,7 @@ def tensor_to_json(value: torch.Tensor, refuse: Refuse) -> list[Any]:
     return [dtype_name(value.dtype), list(value.shape), _base64(flat.view(torch.uint8).numpy())]
 
 
-def tensor_from_json(payload: Any) -> torch.Tensor:
+def _tensor_from_json(payload: Any) -> torch.Tensor:
     """Return the tensor of `tensor_to_json`, on the CPU."""
     name, shape, text = payload
     dtype = dtype_of(name)
@@ -489,19 +485,19 @@ _LEAVES: dict[type, Leaf] = {
     datetime.date: Leaf("date", lambda v, _: (False, v.isoformat()), datetime.date.fromisoformat),
     datetime.timedelta: Leaf("timedelta", _timedelta_to_json, lambda p: datetime.timedelta(*p)),
     np.ndarray: Leaf(
-        "np.ndarray", lambda v, refuse: (False, array_to_json(v, refuse)), array_from_json
+        "np.ndarray", lambda v, refuse: (False, _array_to_json(v, refuse)), _array_from_json
     ),
     # As arrays these two would lose trailing zeros.
-    np.str_: Leaf("np.str_", lambda v, refuse: (False, _checked("".join(v), refuse)), np.str_),
+    np.str_: Leaf("np.str_", lambda v, refuse: (False, _checked_text("".join(v), refuse)), np.str_),
     np.bytes_: Leaf(
         "np.bytes_",
         lambda v, _: (False, _base64(v)),
         lambda text: np.bytes_(b64decode(text, validate=True)),
     ),
 }
-_SCALAR = Leaf("np.generic", _scalar_to_json, lambda payload: array_from_json(payload)[()])
+_SCALAR = Leaf("np.generic", _scalar_to_json, lambda payload: _array_from_json(payload)[()])
 _INLINE = Leaf(
-    "tensor_data", lambda v, refuse: (False, tensor_to_json(v, refuse)), tensor_from_json
+    "tensor_data", lambda v, refuse: (False, tensor_to_json(v, refuse)), _tensor_from_json
 )
 
 BY_TAG: dict[str, Leaf] = {leaf.tag: leaf for leaf in (*_LEAVES.values(), _SCALAR, _INLINE)}

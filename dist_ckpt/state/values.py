@@ -42,7 +42,16 @@ from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
 from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
 
-__all__ = ["VALUE", "Reshard", "Stateful", "StatefulPart", "ValuePart"]
+_log = logging.getLogger("dist_ckpt")
+# What None, and a dict or list without content, are when they are stored.
+_NOTHING = frozenset({b"null", b"{}", b"[]", b'{"!":"ordered_dict","v":[]}'})
+_STATE_DICT = ("state_dict", "load_state_dict")
+_STATE = ("get_state", "set_state")
+# Of these kinds a value stays itself and takes the content of the loaded one.
+_CHANGES = (
+    *(MutableMapping, MutableSequence, MutableSet, np.ndarray, torch.Tensor),
+    *(Namespace, SimpleNamespace, BytesIO),
+)
 
 
 @runtime_checkable
@@ -77,18 +86,6 @@ def keeps_state(value: object) -> TypeGuard[Stateful | Settable]:
         return True
     # Of a registered type the program has said what it is made of.
     return isinstance(value, Settable) and REGISTRY.by_type(type(value)) is None
-
-
-_log = logging.getLogger("dist_ckpt")
-# What None, and a dict or list without content, are when they are stored.
-_NOTHING = frozenset({b"null", b"{}", b"[]", b'{"!":"ordered_dict","v":[]}'})
-_STATE_DICT = ("state_dict", "load_state_dict")
-_STATE = ("get_state", "set_state")
-# Of these kinds a value stays itself and takes the content of the loaded one.
-_CHANGES = (
-    *(MutableMapping, MutableSequence, MutableSet, np.ndarray, torch.Tensor),
-    *(Namespace, SimpleNamespace, BytesIO),
-)
 
 
 class ValuePart:
@@ -248,7 +245,7 @@ class ValuePart:
     def _check(self, value: Any, stored: Stored) -> None:
         """Raise if `value` cannot be taken, as far as that can be known."""
 
-    def _by_names(self, stored: Stored) -> ByNames | None:
+    def _by_names(self, stored: Stored) -> _ByNames | None:
         return None if self._per_rank else by_names(self._read(), stored, self.name)
 
     def _as_mine(self, value: Any) -> Any:
@@ -358,11 +355,11 @@ class StatefulPart(ValuePart):
                     fit.resized[name] = rule
         return fit
 
-    def _by_names(self, stored: Stored) -> ByNames | None:
+    def _by_names(self, stored: Stored) -> _ByNames | None:
         return None  # only it knows what its state dict is made of
 
     def _as_mine(self, value: Any) -> Any:
-        return as_live(value, self._read())
+        return _as_live(value, self._read())
 
     def _read(self) -> object:
         found: object = getattr(self._stateful, self._gives)()
@@ -398,11 +395,8 @@ def is_taken_whole(part: Part) -> bool:
 # Loading named tensors into a plain value: a state dict takes what a module, or DCP, has saved.
 
 
-_PREFIX = "value"
-
-
 @dataclass(frozen=True, slots=True)
-class ByNames:
+class _ByNames:
     """How the names of a plain value and those of a checkpoint fit.
 
     Attributes:
@@ -433,7 +427,7 @@ class ByNames:
                 container[key] = tensors[partner]
 
 
-def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
+def by_names(value: object, stored: Stored, path: str) -> _ByNames | None:
     """Find where named tensors and objects go in `value`; None if it is no container.
 
     Args:
@@ -449,8 +443,8 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
     if not isinstance(value, (dict, list)):
         return None
     live = {
-        name.removeprefix(f"{_PREFIX}."): tensor
-        for name, tensor in fillable(value, path=path, prefix=_PREFIX).items()
+        name.removeprefix(f"{VALUE}."): tensor
+        for name, tensor in fillable(value, path=path, prefix=VALUE).items()
     }
     places = {
         name: (container, key)
@@ -485,7 +479,7 @@ def by_names(value: object, stored: Stored, path: str) -> ByNames | None:
         name for name in targets.missing if name not in live or memory_of(live[name]) not in filled
     ]
     targets.unexpected.extend(sorted((stored.tensors.keys() | stored.objects.keys()) - used))
-    return ByNames(targets, stored, found, places, path)
+    return _ByNames(targets, stored, found, places, path)
 
 
 def _leaves(value: Any, steps: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
@@ -503,7 +497,7 @@ def _fresh(spec: TensorSpec) -> torch.Tensor:
     return empty_beside(torch.empty(0), spec)
 
 
-def as_live(value: Any, live: Any) -> Any:
+def _as_live(value: Any, live: Any) -> Any:
     """Return `value`, which DCP took apart, with the keys and the tuples that `live` has.
 
     DCP makes texts of keys and lists of tuples, and does not say what they were.
@@ -511,12 +505,12 @@ def as_live(value: Any, live: Any) -> Any:
     if isinstance(value, list):
         if not (isinstance(live, (list, tuple)) and len(live) == len(value)):
             return value
-        items = [as_live(item, other) for item, other in zip(value, live, strict=True)]
+        items = [_as_live(item, other) for item, other in zip(value, live, strict=True)]
         return tuple(items) if type(live) is tuple else items
     if type(value) is not dict or not isinstance(live, Mapping):
         return value
     keys = {str(key): key for key in live}
     return {
-        keys.get(key, key): as_live(item, live.get(keys.get(key, key)))
+        keys.get(key, key): _as_live(item, live.get(keys.get(key, key)))
         for key, item in value.items()
     }

@@ -3,7 +3,8 @@
 A `Store` is one place (a directory, a bucket prefix) that holds objects under keys.
 Keys are relative, `/`-separated, and checked by `check_key`. A store knows nothing of
 checkpoints, steps or tensors. What a backend cannot do is declared in `Capabilities`,
-never assumed.
+never assumed. Below stands what is done with any store in the same way: to read an object whole, to
+fill several buffers as one (`Scatter`), and to store what is made meanwhile (`Stream`).
 """
 
 from __future__ import annotations

@@ -5,14 +5,13 @@ name is made durable. Its writer holds a lock on the temporary until that name i
 how a sweep tells what a killed writer left from what a living one still needs. No
 directory is ever renamed, and no decision rests on a time stamp.
 
-Everything here raises plain `OSError`; the store maps it.
-
 A link is the one call of POSIX that gives a name only if nobody has it, also on a file system that
 hosts share. Mounts of object stores and of drives in the cloud, SMB shares, FAT and exFAT have no
 links. There a file is renamed, in a way that replaces nothing as far as this host can tell; other
 hosts are kept away by whoever promised to be the only writer.
 
-Everything here raises plain `OSError`, and a `StorageError` where no promise was made.
+Everything here raises plain `OSError`, which the store maps, and a `StorageError` where there are
+no links and nobody promised to be the only writer.
 """
 
 from __future__ import annotations
@@ -39,7 +38,9 @@ from dist_ckpt.storage.base import (
 from dist_ckpt.storage.direct import DirectIO, preallocate, write_buffered
 
 _ATTEMPTS = 100
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, 524)
+# What some network file systems let out: a code of the kernel for its own use.
+_ENOTSUPP = 524
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, _ENOTSUPP)
 _NO_DIRECTORY_FSYNC = (
     errno.EINVAL,
     errno.EOPNOTSUPP,
@@ -47,7 +48,7 @@ _NO_DIRECTORY_FSYNC = (
     errno.ENOSYS,
     errno.EBADF,
     errno.EISDIR,
-    524,
+    _ENOTSUPP,
 )
 
 
@@ -267,7 +268,7 @@ def _lock_if_possible(fd: int) -> bool:
     try:
         return lock(fd)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
         return True
 
@@ -295,7 +296,7 @@ def sweep_files(root: str, prefix: str, may_go: MayGo) -> tuple[int, list[OSErro
         for name in names:
             if is_temporary(name) and may_go(here + name):
                 try:
-                    count += remove_abandoned(os.path.join(directory, name))
+                    count += _remove_abandoned(os.path.join(directory, name))
                 except OSError as error:
                     failures.append(error)
         if count:
@@ -305,7 +306,7 @@ def sweep_files(root: str, prefix: str, may_go: MayGo) -> tuple[int, list[OSErro
     return removed, [error for error in failures if not isinstance(error, FileNotFoundError)]
 
 
-def remove_abandoned(path: str) -> bool:
+def _remove_abandoned(path: str) -> bool:
     """Remove the temporary file `path` unless its writer lives; return whether it was removed."""
     try:
         # What bears such a name and is a link, a pipe or a folder was made by somebody else.
@@ -324,7 +325,7 @@ def remove_abandoned(path: str) -> bool:
         return False
     except OSError as error:
         # Without locks nobody can tell that the writer is dead, so the file stays.
-        if error.errno in NO_LOCKS:
+        if error.errno in _NO_LOCKS:
             return False
         raise
     finally:
@@ -334,8 +335,7 @@ def remove_abandoned(path: str) -> bool:
 # How a finished file gets its name when that must be new: by a hard link, or by a rename.
 
 
-# Which of these a file system says that has no links is a matter of taste. 524 is what some
-# network file systems let out, a code of the kernel for its own use.
+# Which of these a file system says that has no links is a matter of taste.
 _NO_LINKS = frozenset(
     (
         errno.EPERM,
@@ -345,10 +345,10 @@ _NO_LINKS = frozenset(
         errno.EMLINK,
         errno.EXDEV,
         errno.EINVAL,
-        524,
+        _ENOTSUPP,
     )
 )
-_NO_FLAGS = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524))
+_NO_FLAGS = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, _ENOTSUPP))
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 

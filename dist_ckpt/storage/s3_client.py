@@ -1,7 +1,8 @@
 """Requests to S3: one client a process, made by s3fs, and how requests are repeated.
 
-The loop of fsspec would do but for its helpers: once the main thread has ended, Python takes no
-more work for pools of threads, and a save that is still going on then could reach no server.
+They run on an event loop of our own, below. That of fsspec would do but for its helpers: once the
+main thread has ended, Python takes no more work for pools of threads, and a save that is still
+going on then could reach no server.
 """
 
 from __future__ import annotations

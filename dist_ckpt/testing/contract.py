@@ -90,7 +90,7 @@ class WatchContract:
         assert read_all(store, "a/k") == b"new"
 
 
-# What every store must do, as tests that anybody's store can be put through.
+# All of the contract: what a module of tests derives its own class from.
 
 
 _T = TypeVar("_T")

@@ -200,7 +200,7 @@ class NamesContract:
         assert read_all(store, first) == b"1"
 
 
-# The part of the store contract that is about large objects, aligned memory and leftovers.
+# Large objects, aligned memory, and what killed writers left.
 
 
 Cut = Literal["whole", "aligned", "odd"]
