@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from dist_ckpt.state.progress import Progress
     from dist_ckpt.state.registry import register as register_type
     from dist_ckpt.state.sampler import ElasticSampler
-    from dist_ckpt.state.train_state import PerRank, TrainState
+    from dist_ckpt.state.slots import PerRank
+    from dist_ckpt.state.train_state import TrainState
 
 __version__ = "0.1.0"
 
@@ -69,7 +70,7 @@ __all__ = [
 _HOMES: dict[str, tuple[str, str | None]] = {
     "Checkpointer": ("dist_ckpt.checkpointer", "Checkpointer"),
     "TrainState": ("dist_ckpt.state.train_state", "TrainState"),
-    "PerRank": ("dist_ckpt.state.train_state", "PerRank"),
+    "PerRank": ("dist_ckpt.state.slots", "PerRank"),
     "ElasticSampler": ("dist_ckpt.state.sampler", "ElasticSampler"),
     "save": ("dist_ckpt.functional", "save"),
     "async_save": ("dist_ckpt.functional", "async_save"),

@@ -16,14 +16,14 @@ from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
-from dist_ckpt.repository.ranking import Mode
+from dist_ckpt.repository.ranking import Mode, which_of
 from dist_ckpt.saving.exit import finish_before
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.tensors import TensorsPart
-from dist_ckpt.state.train_state import TrainState, stoppers_of, which_of
+from dist_ckpt.state.train_state import TrainState, stoppers_of
 from dist_ckpt.training.early import (
     check_generators_kept,
     check_job_holds_all,

@@ -33,7 +33,8 @@ from accelerate.utils import DistributedType
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.versions import warn_if_untested
-from dist_ckpt.state.train_state import PerRank, TrainState
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
 
 __all__ = ["state_of"]
 

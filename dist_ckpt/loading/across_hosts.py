@@ -43,8 +43,8 @@ from dist_ckpt.repository.on_hosts import (
     lacks,
     list_folder,
 )
+from dist_ckpt.repository.ranking import best_step
 from dist_ckpt.repository.source import Again
-from dist_ckpt.state.train_state import best_step
 from dist_ckpt.storage.base import read_all
 
 _log = logging.getLogger("dist_ckpt")

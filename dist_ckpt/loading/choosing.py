@@ -32,7 +32,6 @@ from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Again, Source, check_share, checked, listed, reread
-from dist_ckpt.state.train_state import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 
@@ -268,7 +267,7 @@ class Chooser:
         run = Repository(location.store)
         step = location.step
         if self._call.best is not None and step is None:
-            step = best_of(run, self._call.best)
+            step = run.best(self._call.best)
         selects = self.options.selects_stored
         ranks = self._job.training.world_size
         choice = choose(

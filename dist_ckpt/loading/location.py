@@ -21,7 +21,6 @@ from dist_ckpt.repository.detached import DetachedStep, named_step
 from dist_ckpt.repository.listed import similar_beside
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.train_state import best_of
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 
@@ -159,7 +158,7 @@ def open_source(location: Location, best: Criterion | None = None) -> Source:
     run = _run_of(location)
     if best is not None:
         check_is_run(location)
-        return run.open(best_of(run, best))
+        return run.open(run.best(best))
     if location.file is not None:
         return find_foreign(location)
     if location.step is not None and find_detached(location) is None:

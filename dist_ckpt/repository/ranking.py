@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, SupportsIndex, TypeVar
 
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
+from dist_ckpt.format.names import plain_step
 
 Mode = Literal["min", "max"]
 
@@ -103,6 +104,51 @@ def best_among(candidates: Iterable[MeasuredT], criterion: Criterion, *, where: 
         said = without_metric(criterion.metric, listed, where=where)
         raise NotFound(said, kind=ErrorKind.NO_CHECKPOINT)
     return ranked[0]
+
+
+def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, where: str) -> int:
+    """Return the step of the best checkpoint by the first of `criteria`.
+
+    Raises:
+        UsageError: there is no criterion.
+        NotFound: no checkpoint has its metric.
+    """
+    if not criteria:
+        raise UsageError(
+            "which checkpoint is the best? Say by which metric: put an EarlyStopping into the "
+            "state, or give when=policy.better(...) or keep=keep.best(...)"
+        )
+    return best_among(records, criteria[0], where=where).step
+
+
+def which_of(
+    step: SupportsIndex | Literal["best"] | None,
+    metric: str | None,
+    mode: Mode,
+    criteria: Sequence[Criterion] = (),
+) -> int | Criterion | None:
+    """Return which checkpoint is meant by the arguments of a call that only reads.
+
+    Args:
+        step: its number, "best", or None for the newest.
+        metric: by what it is the best.
+        mode: whether small or large values of that are good.
+        criteria: what else says what the best is, where `metric` does not.
+
+    Raises:
+        UsageError: nobody says what the best is, or what is said is of no use.
+    """
+    if isinstance(step, str) and step != "best":
+        raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
+    if step != "best":
+        if metric is not None or mode != "min":
+            raise UsageError("metric= and mode= say what the best is: give step='best' with them")
+        return None if step is None else plain_step(step)
+    if metric is not None:
+        return Criterion(metric, mode)
+    if not criteria:
+        raise UsageError("by which metric is it the best? Give metric='val/loss', say")
+    return criteria[0]
 
 
 def without_metric(metric: str, measured: Iterable[Measured], *, where: str) -> str:

@@ -28,6 +28,7 @@ from dist_ckpt.repository.collect import (
 )
 from dist_ckpt.repository.history import History, Record, is_pinned, pin, unpin
 from dist_ckpt.repository.keep import KeepPolicy
+from dist_ckpt.repository.ranking import Criterion, best_among
 from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
@@ -373,6 +374,18 @@ class Repository:
             f"{', '.join(map(str, nearest))}",
             kind=ErrorKind.NO_CHECKPOINT,
         )
+
+    def best(self, criterion: Criterion) -> int:
+        """Return the step of the best checkpoint by `criterion`; nothing is taken over.
+
+        Raises:
+            NotFound: there is no run, or no checkpoint has the metric.
+            StorageError: see `steps`.
+        """
+        records = self.records()
+        if not records and self.latest() is None:
+            raise self.no_checkpoint()
+        return best_among(records, criterion, where=self.store.url).step
 
     def no_checkpoint(self, looked_for: str = "") -> NotFound:
         """Return the error of a place without a committed checkpoint: an empty one, or another.

@@ -1,11 +1,15 @@
-"""The state of a training run: named parts, found by what they are."""
+"""The state of a training run: named parts, found by what they are.
+
+What would be lost or go stale in it unseen is refused when it is built: parameters that are stepped
+and in no part, and copies of what some object keeps.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, singledispatch
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.names import check_part, plain_step
-from dist_ckpt.repository import Repository, ranking
-from dist_ckpt.repository.ranking import Criterion, Measured, Mode
+from dist_ckpt.format.names import check_part
 from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.holders import is_of_module
 from dist_ckpt.state.layout import address
@@ -33,17 +35,7 @@ from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart, keeps_state
 
-__all__ = ["GlobalRng", "PerRank", "TrainState", "goes_by_name"]
-
-
-def goes_by_name(part: Part) -> bool:
-    """Tell whether the tensors of `part` have names of their own.
-
-    A dict that was saved as one value is then seen as what its entries are called.
-    """
-    if type(part) is ValuePart:
-        return part.has_names()
-    return isinstance(part, (ModelPart, TensorsPart))
+_log = logging.getLogger("dist_ckpt")
 
 
 class GlobalRng:
@@ -87,10 +79,10 @@ class TrainState:
     def __init__(
         self, /, *, rng: object = GlobalRng(), trainable_only: bool = False, **parts: object
     ) -> None:
-        refuse_state_dict(parts, parts)
+        _refuse_state_dict(parts, parts)
         self._build(parts, rng=rng, trainable_only=trainable_only)
         for name, value in parts.items():
-            refuse_snapshots(name, value)
+            _refuse_snapshots(name, value)
 
     def _build(
         self,
@@ -122,7 +114,7 @@ class TrainState:
             self._parts[name] = part
             if isinstance(part, ModelPart):
                 models.append(part)
-        check_parameters_held(self._parts)
+        _check_parameters_held(self._parts)
 
     @classmethod
     def of(cls, state: TrainState | Mapping[str, object], *, once: bool = False) -> TrainState:
@@ -154,10 +146,10 @@ class TrainState:
                 )
         options = {key: state[key] for key in ("rng", "trainable_only") if key in state}
         parts = {name: value for name, value in state.items() if name not in options}
-        refuse_state_dict(state, parts)
+        _refuse_state_dict(state, parts)
         if not once:
             for name, value in parts.items():
-                refuse_snapshots(name, value)
+                _refuse_snapshots(name, value)
         made = cls.__new__(cls)
         made._build(parts, **options, home=state)  # noqa: SLF001
         return made
@@ -219,7 +211,7 @@ class TrainState:
 
 @singledispatch
 def _part_of(value: object, name: str, models: Sequence[ModelPart]) -> Part:
-    refuse_class(name, value)
+    _refuse_class(name, value)
     # Protocols, which dispatch by class cannot see. A part is taken as it is.
     if isinstance(value, Part):
         return value
@@ -256,7 +248,7 @@ def _(value: GlobalRng, name: str, models: Sequence[ModelPart]) -> Part:
 def _(value: PerRank, name: str, models: Sequence[ModelPart]) -> Part:
     # What is shared out between ranks has no copy of its own on each.
     inner = value.value
-    refuse_class(name, inner)
+    _refuse_class(name, inner)
     shared = holds_modules(inner) or holds_optimizers(inner)
     if shared or isinstance(inner, (nn.Module, Part, PerRank)):
         kind = type(inner).__qualname__
@@ -322,15 +314,23 @@ def _(value: PerRank) -> int:
     return 3 if isinstance(value.value, Generator) else 2
 
 
+def goes_by_name(part: Part) -> bool:
+    """Tell whether the tensors of `part` have names of their own.
+
+    A dict that was saved as one value is then seen as what its entries are called.
+    """
+    if type(part) is ValuePart:
+        return part.has_names()
+    return isinstance(part, (ModelPart, TensorsPart))
+
+
 # Whether what the optimizers of a state step is in the state at all.
 
 
 _SHOWN = 5
 
-_log = logging.getLogger("dist_ckpt")
 
-
-def check_parameters_held(parts: Mapping[str, Part]) -> None:
+def _check_parameters_held(parts: Mapping[str, Part]) -> None:
     """Check that every parameter that an optimizer steps is in a part.
 
     What is in none would come back as the program made it, under moments of another parameter. An
@@ -417,7 +417,7 @@ _WORDS = 625
 _DEEPEST = 8
 
 
-def refuse_snapshots(part: str, value: object) -> None:
+def _refuse_snapshots(part: str, value: object) -> None:
     """Check that nothing in `value` is a copy of a state that goes on without it.
 
     Dicts of tensors are no copies: the state dict of a module holds the memory of its parameters.
@@ -451,7 +451,7 @@ def refuse_generator_states(part: str, value: object) -> None:
         )
 
 
-def refuse_state_dict(state: Mapping[str, object], parts: Mapping[str, object]) -> None:
+def _refuse_state_dict(state: Mapping[str, object], parts: Mapping[str, object]) -> None:
     """Check that a state is not what `state_dict` of a module or an optimizer returned.
 
     Each entry would be a part, of a name that the next load of the object does not ask for.
@@ -463,7 +463,7 @@ def refuse_state_dict(state: Mapping[str, object], parts: Mapping[str, object]) 
     Raises:
         UsageError: it is; says what to give instead.
     """
-    if _kind(parts) == "an optimizer":
+    if _copied_from(parts) == "an optimizer":
         what = "an optimizer"
     elif _is_of_module(state, parts):
         what = "a module"
@@ -488,7 +488,7 @@ def _is_of_module(state: Mapping[str, object], parts: Mapping[str, object]) -> b
     )
 
 
-def refuse_class(part: str, value: object) -> None:
+def _refuse_class(part: str, value: object) -> None:
     """Check that `value` is no class whose objects would be a part.
 
     Raises:
@@ -509,7 +509,7 @@ def _snapshots(value: object, where: str, depth: int) -> Iterator[tuple[str, str
             yield from _snapshots(item, f"{where}[{at}]", depth + 1)
     if not isinstance(value, Mapping):
         return
-    kind = _kind(value)
+    kind = _copied_from(value)
     if kind is not None:
         yield where, kind
         return
@@ -546,7 +546,7 @@ def _generator_of(value: object) -> str | None:
     return None
 
 
-def _kind(value: Mapping[Any, Any]) -> str | None:
+def _copied_from(value: Mapping[Any, Any]) -> str | None:
     keys = value.keys()
     for shape, what in _SHAPES:
         if keys >= shape:
@@ -571,7 +571,7 @@ def _module_entries(value: Mapping[Any, Any]) -> Iterator[Any]:
         yield from (key for key, item in value.items() if not isinstance(item, torch.Tensor))
 
 
-# How a training begins: which parts of a state are what, and which checkpoint is the best.
+# What the parts of a state are to a training.
 
 
 Role: TypeAlias = Literal["model", "optimizer", "scheduler", "other"]
@@ -602,63 +602,6 @@ def main_model(state: TrainState) -> str:
             "of the parts 'model'"
         )
     return models[0]
-
-
-def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, where: str) -> int:
-    """Return the step of the best checkpoint by the first of `criteria`.
-
-    Raises:
-        UsageError: there is no criterion.
-        NotFound: no checkpoint has its metric.
-    """
-    if not criteria:
-        raise UsageError(
-            "which checkpoint is the best? Say by which metric: put an EarlyStopping into the "
-            "state, or give when=policy.better(...) or keep=keep.best(...)"
-        )
-    return ranking.best_among(records, criteria[0], where=where).step
-
-
-def which_of(
-    step: SupportsIndex | Literal["best"] | None,
-    metric: str | None,
-    mode: Mode,
-    criteria: Sequence[Criterion] = (),
-) -> int | Criterion | None:
-    """Return which checkpoint is meant by the arguments of a call that only reads.
-
-    Args:
-        step: its number, "best", or None for the newest.
-        metric: by what it is the best.
-        mode: whether small or large values of that are good.
-        criteria: what else says what the best is, where `metric` does not.
-
-    Raises:
-        UsageError: nobody says what the best is, or what is said is of no use.
-    """
-    if isinstance(step, str) and step != "best":
-        raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
-    if step != "best":
-        if metric is not None or mode != "min":
-            raise UsageError("metric= and mode= say what the best is: give step='best' with them")
-        return None if step is None else plain_step(step)
-    if metric is not None:
-        return Criterion(metric, mode)
-    if not criteria:
-        raise UsageError("by which metric is it the best? Give metric='val/loss', say")
-    return criteria[0]
-
-
-def best_of(run: Repository, criterion: Criterion) -> int:
-    """Return the step of the best checkpoint of `run`, which is read and not taken over.
-
-    Raises:
-        NotFound: there is no run, or no checkpoint has the metric.
-    """
-    records = run.records()
-    if not records and run.latest() is None:
-        raise run.no_checkpoint()
-    return best_step(records, [criterion], where=run.store.url)
 
 
 @singledispatch

@@ -24,10 +24,10 @@ from dist_ckpt.repository.history import (
     list_metrics,
     read_epoch_note,
 )
-from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.repository.ranking import Criterion, best_step
 from dist_ckpt.repository.source import reason
 from dist_ckpt.saving.exit import finish_before
-from dist_ckpt.state.train_state import TrainState, best_step, main_model, parts_of, stoppers_of
+from dist_ckpt.state.train_state import TrainState, main_model, parts_of, stoppers_of
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start
 

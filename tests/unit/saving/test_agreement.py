@@ -25,7 +25,8 @@ from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
 from dist_ckpt.saving.agreement import Agreed, Agreement, Asked, share_objects
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
-from dist_ckpt.state.train_state import PerRank, TrainState
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
 from tests.unit.ranks.rounds import links, long, on_every_rank, topic
 
 URL = "memory://run"

@@ -11,7 +11,8 @@ import torch
 
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.state.rng import Generator, GeneratorPart
-from dist_ckpt.state.train_state import PerRank, TrainState
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
 from tests.unit.state.roundtrip import load, save
 
 MAKE: dict[str, Callable[[int], Generator]] = {

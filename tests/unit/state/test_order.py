@@ -13,7 +13,8 @@ from torch.optim import SGD
 
 import dist_ckpt
 from dist_ckpt.errors import IncompatibleError
-from dist_ckpt.state.train_state import PerRank, TrainState
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.state.roundtrip import save
 

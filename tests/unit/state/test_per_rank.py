@@ -10,7 +10,8 @@ import pytest
 
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.state.part import Part, Stored
-from dist_ckpt.state.train_state import PerRank, TrainState
+from dist_ckpt.state.slots import PerRank
+from dist_ckpt.state.train_state import TrainState
 from tests.unit.state.roundtrip import save
 
 
