@@ -1,4 +1,4 @@
-"""A stock save: one rank's share of it, and the commit by rank 0."""
+"""A save under the stock entry points: the commit by rank 0, and one rank's share of it."""
 
 from __future__ import annotations
 

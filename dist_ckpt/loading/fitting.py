@@ -595,7 +595,7 @@ def _placed(layout: Layout, live: Mapping[str, DTensor], spec: TensorSpec) -> to
     return empty(spec.shape, dtype=dtype_of(spec.dtype), device_mesh=mesh, placements=placements)
 
 
-# Reading small tensors before anything is decided, because the decision depends on them.
+# Small tensors, read before anything is decided, because the decision depends on them.
 
 
 def _peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
@@ -610,7 +610,7 @@ def _peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
         wanted,
         ReadOptions(exchange="never"),
         coordinator=SoloCoordinator(),
-        topic=Topic("_peek", "look at small tensors"),
+        topic=Topic("peek", "look at small tensors"),
         deadline=Deadline.after(TIMEOUT_SECONDS),
     )
     return [each.local.memory for each in wanted]

@@ -157,7 +157,7 @@ def refuse_mismatches(
     }
     loose = found.missing or found.unexpected or found.unlike
     if found.shapes or found.dtypes or (strict and loose):
-        lines = [f"  {kind}: {some_names(names)}" for kind, names in findings.items() if names]
+        lines = [f"  {kind}: {_some_names(names)}" for kind, names in findings.items() if names]
         raise IncompatibleError(
             f"{where} does not fit this state; nothing was changed{_way_out(found)}\n"
             + "\n".join(lines),
@@ -218,7 +218,7 @@ def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[st
         )
 
 
-def some_names(names: Sequence[str]) -> str:
+def _some_names(names: Sequence[str]) -> str:
     """Return the first names, and the count of the rest."""
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
@@ -234,8 +234,8 @@ def _nothing_of(found: Mismatches) -> str:
     # What strict=False leaves alone would be everything.
     return (
         "not one name in common, so strict=False would load nothing; nothing was changed. rename= "
-        f"maps names\n  stored: {some_names(found.unexpected)}\n  wanted: "
-        f"{some_names(found.missing)}"
+        f"maps names\n  stored: {_some_names(found.unexpected)}\n  wanted: "
+        f"{_some_names(found.missing)}"
     )
 
 

@@ -42,7 +42,7 @@ class Ties:
         where: how messages name the checkpoint.
         rule: "refuse": values that differ are an error; "last": the last name in the order of
             `wanted` has its way.
-        window_bytes: host memory for values that are to be compared. Only tensors that _overlap
+        window_bytes: host memory for values that are to be compared. Only tensors that overlap
             without being one and the same are compared whole, however large they are.
 
     Attributes:
@@ -127,12 +127,12 @@ class _Case:
 
     @property
     def nbytes(self) -> int:
-        """_Bytes of what is enough."""
+        """Bytes of what is enough."""
         return sum(map(_nbytes, self.to_read))
 
     @property
     def nbytes_beside(self) -> int:
-        """_Bytes of all members."""
+        """Bytes of all members."""
         return sum(map(_nbytes, self.members))
 
     def cut(self, most_bytes: int) -> list[_Case]:
@@ -367,7 +367,7 @@ def compare_ties(
     return nbytes
 
 
-# Targets that have memory in common: found by where their elements _lie, byte by byte at need.
+# Targets that have memory in common: found by where their elements lie, byte by byte at need.
 
 
 _Bytes: TypeAlias = NDArray[np.uint8]

@@ -324,7 +324,7 @@ def goes_by_name(part: Part) -> bool:
     return isinstance(part, (ModelPart, TensorsPart))
 
 
-# Whether what the optimizers of a state step is in the state at all.
+# Parameters that an optimizer of the state steps, and that are in no part of it.
 
 
 _SHOWN = 5

@@ -1,4 +1,7 @@
-"""From what a training tells to the saves of it."""
+"""From what a training tells to the saves of it.
+
+`Course` is the memory of that: what was told, what of it is stored, and what was told amiss.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class Recorder:
             best=resumer.best_values,
             outlook=lambda: saver.outcomes.outlook(saver.in_flight),
         )
-        watched = WatchedMetrics(policies.criteria, job.url)
+        watched = _WatchedMetrics(policies.criteria, job.url)
         self.course = Course(job.url, policies.when, watched)
         self.program = Provenance(command=options.saves.command, best=policies.criteria)
         self.heartbeat = Heartbeat(
@@ -272,7 +275,7 @@ class Course:
         leads: whether this rank is the one to say something.
     """
 
-    def __init__(self, url: str, when: SavePolicy, watched: WatchedMetrics) -> None:
+    def __init__(self, url: str, when: SavePolicy, watched: _WatchedMetrics) -> None:
         self._url = url
         self._when = when
         self._watched = watched
@@ -444,7 +447,7 @@ def _let_go(metrics: Metrics) -> Metrics:
 _SLIP = 0.8
 
 
-class WatchedMetrics:
+class _WatchedMetrics:
     """Says once of each metric which is watched, and never told, that it is not.
 
     A name like it among those that are told is a slip of the pen, and said at once. Else it is said
