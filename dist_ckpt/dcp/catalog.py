@@ -32,7 +32,7 @@ from dist_ckpt.errors import (
 from dist_ckpt.foreign.dcp_files import read_stock
 from dist_ckpt.foreign.dcp_runs import NAMING, REST, check_naming, path_of, tensors_aside
 from dist_ckpt.foreign.dcp_tree import Tree, read_tree
-from dist_ckpt.foreign.leaves import ForeignLeaf
+from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.foreign.tensors_aside import TensorsAside
@@ -49,8 +49,6 @@ from dist_ckpt.state.optimizer_content import Notes
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import Store
-
-Path = tuple[Any, ...]
 
 # Elements of a whole for each that is stored of it: with the longest there are, of one bit each.
 _MOST_PER_ELEMENT = 128
@@ -94,12 +92,12 @@ class Catalog:
 
     def add_tensor(self, path: Path, number: int) -> None:
         """Add tensor `number` of the index as the entry at `path`."""
-        fqn = _joined(path)
+        fqn = dotted(path)
         self.tensors[fqn], self.paths[fqn] = number, path
 
     def add_face(self, path: Path, noted: Mapping[str, Any]) -> None:
         """Add the tensors that are the entry at `path` behind one face, which are there already."""
-        fqn = _joined(path)
+        fqn = dotted(path)
         inner = [fqn + suffix for suffix in Building(noted, fqn).suffixes()]
         if not isinstance(noted.get("dtype"), torch.dtype):
             return  # of before it was noted: its tensors are entries of their own
@@ -117,7 +115,7 @@ class Catalog:
 
     def add_value(self, path: Path, value: Callable[[], object]) -> None:
         """Add the Python value that `value` returns as the entry at `path`."""
-        fqn = _joined(path)
+        fqn = dotted(path)
         self.values[fqn], self.paths[fqn] = value, path
 
     def _in_order(self, planner_data: object) -> Iterator[str]:
@@ -173,7 +171,7 @@ def catalog(source: Source) -> Catalog:
     for part, name, data in objects:
         path = path_of(part, name)
         tensors: Mapping[str, torch.Tensor] = aside.get(part, {})
-        found.add_value(path, partial(decode, data, tensors=tensors, path=_joined(path)))
+        found.add_value(path, partial(decode, data, tensors=tensors, path=dotted(path)))
     for fqn, noted in (found.tree.faces if found.tree is not None else {}).items():
         found.add_face((fqn,), noted)
     return found
@@ -192,7 +190,7 @@ def stock_catalog(store: Store) -> Catalog:
         placed = Placed()
         values = placed.objects.setdefault(REST, {})
         for number, entry in enumerate(entries):
-            fqn = _joined(entry.path)
+            fqn = dotted(entry.path)
             paths[fqn] = entry.path
             if entry.dtype is not None:
                 placed.tensors[number] = TensorEntry(REST, fqn, entry.dtype, entry.shape)
@@ -238,13 +236,13 @@ def _of_parts(source: Source) -> Catalog:
             groups[part] += 1
         names = {
             each: _number_of(each, part, numbers, path)
-            for each in references(data, path=_joined(path))
+            for each in references(data, path=dotted(path))
         }
         inside |= {(part, each) for each in names}
         aside = {}
         if isinstance(source, Checkpoint):
             stored = TensorsAside(source, part)
-            aside = {each: stored[each] for each in references_aside(data, path=_joined(path))}
+            aside = {each: stored[each] for each in references_aside(data, path=dotted(path))}
         _add_nested(found, path, data, names, aside, is_group=is_group_name(name))
     for (part, name), number in numbers.items():
         if (part, name) not in inside:
@@ -258,7 +256,7 @@ def _of_parts(source: Source) -> Catalog:
 def _number_of(name: str, part: str, numbers: Mapping[tuple[str, str], int], path: Path) -> int:
     if (part, name) not in numbers:
         raise IntegrityError(
-            f"the value {_joined(path)} has the tensor {part}/{name} in it, which is not stored",
+            f"the value {dotted(path)} has the tensor {part}/{name} in it, which is not stored",
             kind=ErrorKind.MALFORMED,
         )
     return numbers[part, name]
@@ -303,10 +301,10 @@ def _add_nested(
     tensors = found.source.tensors
     blanks = {name: _blank(tensors[number]) for name, number in numbers.items()}
     try:
-        value = decode(data, tensors={**blanks, **aside}, path=_joined(path))
+        value = decode(data, tensors={**blanks, **aside}, path=dotted(path))
     except IncompatibleError:
         # Of a type that this program does not know: said when it is asked for.
-        read = partial(decode, data, tensors={**blanks, **aside}, path=_joined(path))
+        read = partial(decode, data, tensors={**blanks, **aside}, path=dotted(path))
         found.add_value(path, read)
         return
     if is_group and isinstance(value, dict):
@@ -359,7 +357,3 @@ def _holds_tensor(value: object) -> bool:
 
 def _same(value: object) -> object:
     return deepcopy(value)  # as if it were decoded for each who asks
-
-
-def _joined(path: Path) -> str:
-    return ".".join(map(str, path))

@@ -37,7 +37,7 @@ from dist_ckpt.format.limits import count_elements
 from dist_ckpt.format.names import STEP_LIMIT
 from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_name, dtype_of
-from dist_ckpt.storage.base import Store, is_key, read_all
+from dist_ckpt.storage.base import Store, has, is_key, read_all
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel
 
@@ -386,15 +386,6 @@ def value_in(data: bytes) -> Any:
 def is_stock(store: Store) -> bool:
     """Tell whether `store` holds a stock checkpoint."""
     return has(store, METADATA)
-
-
-def has(store: Store, key: str) -> bool:
-    """Tell whether `store` has something under `key`."""
-    try:
-        store.size(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _broken(where: str, problem: str) -> IntegrityError:

@@ -12,7 +12,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.foreign import torch_files
-from dist_ckpt.foreign.dcp_files import METADATA, has, is_stock, read_stock, tell_unreadable
+from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
 from dist_ckpt.foreign.leaves import ForeignLeaf
 from dist_ckpt.foreign.names import sort_into_parts
 from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
@@ -22,7 +22,7 @@ from dist_ckpt.format.boxes import Box
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.shard import DTYPES, ShardHeader, header_nbytes, parse_header
 from dist_ckpt.state.encoding import Unreadable
-from dist_ckpt.storage.base import Store, is_key, read_all
+from dist_ckpt.storage.base import Store, has, is_key, read_all
 
 _SAFETENSORS_SUFFIX = ".safetensors"
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

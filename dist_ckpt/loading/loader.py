@@ -168,11 +168,11 @@ class Loader:
             reading = stack.enter_context(self._reading(topic, matched, options, memory))
             prepared: list[_Prepared] = []
 
-            def prepare() -> Sequence[Wanted]:
+            def find_wanted() -> Sequence[Wanted]:
                 prepared.append(self._prepare(topic, source, matched, options))
                 return prepared[0].ties.wanted
 
-            reading.agree(prepare, asks=bool(matched.first))
+            reading.agree(find_wanted, asks=bool(matched.first))
         if self._job.training.rank == 0:
             tell_empty(source.where, verdict.empty)
         targets, ties, _ = prepared[0]

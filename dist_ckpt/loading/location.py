@@ -21,7 +21,7 @@ from dist_ckpt.repository.detached import DetachedStep, named_step
 from dist_ckpt.repository.listed import similar_beside
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Source
-from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.base import Store, has
 from dist_ckpt.storage.resolve import resolve
 
 
@@ -83,7 +83,7 @@ def locate(
     opened = partial(resolve, storage_options=storage_options)
     located = partial(Location, options=storage_options)
     # Only if it was committed there: a run may have been given the name of a step directory.
-    if own is not None and _has(opened(above), manifest_key(own)):
+    if own is not None and has(opened(above), manifest_key(own)):
         if named_step(opened(above), manifest_key(own)) in (None, own):
             _check_step(text, own, step)
             return located(opened(above), own, above)
@@ -91,7 +91,7 @@ def locate(
         return find_detached(located(opened(place), step, str(place))) or located(
             opened(above), own, above
         )
-    if name.endswith(FILE_SUFFIXES) and _has(opened(above), name):
+    if name.endswith(FILE_SUFFIXES) and has(opened(above), name):
         return located(opened(above), step, above, name)
     store = opened(place)
     if os.path.isfile(store.url):  # of a disk that is the path
@@ -133,14 +133,6 @@ def check_is_run(location: Location) -> None:
             f"step='best' chooses among the checkpoints of a run, and {location.text} is one "
             "checkpoint: give the run"
         )
-
-
-def _has(store: Store, key: str) -> bool:
-    try:
-        store.size(key)
-    except NotFound:
-        return False
-    return True
 
 
 def open_source(location: Location, best: Criterion | None = None) -> Source:

@@ -31,7 +31,7 @@ from dist_ckpt.format.manifest import Manifest, read_metrics, write_metrics
 from dist_ckpt.format.names import EPOCH_NOTE, PIN, REMOVED, file_key, parse_save_id
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.source import reason
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store, has, read_all
 from dist_ckpt.storage.parallel import map_in_parallel, threads_for
 
 _MOST_SECONDS = 1e12
@@ -146,18 +146,11 @@ class History:
             data = read_manifest(self._store, step)
             manifest = manifest_format.decode(data, step=step)
             note = read_epoch_note(self._store, step, manifest.save_id)
-        except (IntegrityError, IncompatibleError) as error:
+        except (IntegrityError, IncompatibleError, StorageError) as error:
+            if isinstance(error, StorageError) and error.kind is not ErrorKind.PERMISSION:
+                raise
             # Without a record nothing is decided about it: it stays, and keeps no other from it.
             # By a note that is lost it may have been the best.
-            tell_once(
-                self._store.url,
-                f"step {step} in {self._store.url} counts for no policy: "
-                f"{reason(step, self._store.url, error.message)}",
-            )
-            return None
-        except StorageError as error:
-            if error.kind is not ErrorKind.PERMISSION:
-                raise
             tell_once(
                 self._store.url,
                 f"step {step} in {self._store.url} counts for no policy: "
@@ -237,7 +230,7 @@ def is_pinned(store: Store, step: int, save_id: str) -> bool:
     Raises:
         StorageError: the backend failed; an outage never looks like a missing pin.
     """
-    return _is_there(store, file_key(step, save_id, PIN))
+    return has(store, file_key(step, save_id, PIN))
 
 
 def mark_removed(store: Store, step: int, save_id: str) -> None:
@@ -250,16 +243,7 @@ def mark_removed(store: Store, step: int, save_id: str) -> None:
 
 def is_marked_removed(store: Store, step: int, save_id: str) -> bool:
     """Tell whether `mark_removed` was called for a checkpoint, of which the mark is still there."""
-    return _is_there(store, file_key(step, save_id, REMOVED))
-
-
-def _is_there(store: Store, key: str) -> bool:
-    # Not by a listing: tens of thousands of files lie beside it.
-    try:
-        store.size(key)
-    except NotFound:
-        return False
-    return True
+    return has(store, file_key(step, save_id, REMOVED))
 
 
 def _put_once(store: Store, key: str, **said: str) -> None:

@@ -231,6 +231,20 @@ def delete_exactly(store: Store, key: str, data: bytes) -> bool:
     return True
 
 
+def has(store: Store, key: str) -> bool:
+    """Tell whether `store` has something under `key`.
+
+    Raises:
+        StorageError: the backend failed; an outage never looks like a missing object.
+    """
+    # Not by a listing: tens of thousands of objects may lie beside it.
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
+
+
 def holds(store: Store, key: str, data: bytes) -> bool:
     """Whether there is an object under `key`, and its bytes are `data`."""
     try:
