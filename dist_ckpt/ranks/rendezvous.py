@@ -70,6 +70,8 @@ class _Connection:
 
 _WORLD = "world"
 _connections: dict[str, _Connection] = {}
+# The connections of the parent are closed in a forked child, which has to make its own.
+os.register_at_fork(after_in_child=_connections.clear)
 
 
 def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
@@ -304,10 +306,6 @@ def _is_literal(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-# The connections of the parent are closed in a forked child, which has to make its own.
-os.register_at_fork(after_in_child=_connections.clear)
 
 
 # Which ranks form the job that saves and loads together.
