@@ -48,7 +48,7 @@ from dist_ckpt.storage.s3_errors import (
     judge,
     to_error,
 )
-from dist_ckpt.storage.s3_upload import Download, StreamUpload, Upload
+from dist_ckpt.storage.s3_transfer import Download, StreamUpload, Upload
 
 _T = TypeVar("_T")
 

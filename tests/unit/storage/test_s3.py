@@ -12,8 +12,7 @@ import botocore.exceptions as boto
 import pytest
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
-from dist_ckpt.storage import Backoff, Entry, S3Store, read_all
-from dist_ckpt.storage import s3_upload as s3_download
+from dist_ckpt.storage import Backoff, Entry, S3Store, read_all, s3_transfer
 from dist_ckpt.storage.s3_client import Client
 from tests.unit.storage.fake_s3 import BUCKET, FakeS3, Fault, refusal
 
@@ -220,7 +219,7 @@ class TestRead:
     @pytest.fixture(autouse=True)
     def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that `LARGE` is read by several requests."""
-        monkeypatch.setattr(s3_download, "_PIECE_BYTES", 4 * MIB)
+        monkeypatch.setattr(s3_transfer, "_PIECE_BYTES", 4 * MIB)
 
     @pytest.mark.parametrize("cuts", [[0], [1, 2], [3 * MIB, 0]])
     def test_goes_on_where_it_broke_off(

@@ -18,7 +18,7 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.handle import Outlook
-from dist_ckpt.training import trigger as pace_module
+from dist_ckpt.training import trigger as trigger_module
 from dist_ckpt.training.notices import SignalNote
 from dist_ckpt.training.trigger import Decision, SaveTrigger
 from tests.unit.ranks.rounds import long, members, on_every_rank
@@ -47,7 +47,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(pace_module.time, "monotonic", lambda: self.now)  # type: ignore[attr-defined]
+        monkeypatch.setattr(trigger_module.time, "monotonic", lambda: self.now)  # type: ignore[attr-defined]
 
 
 def test_what_all_know_is_decided_without_a_word() -> None:
@@ -122,7 +122,7 @@ def test_the_metrics_of_rank_0_count_for_all_ranks() -> None:
     assert first[49].metrics == {"loss": 1.0}
     assert first[50].metrics == {}
     word = job.paces[0]._decisions
-    assert len(word.entries) <= pace_module._MEET_CALLS, "nothing is kept for ever"
+    assert len(word.entries) <= trigger_module._MEET_CALLS, "nothing is kept for ever"
 
 
 def test_all_ranks_save_at_the_same_step_by_the_clock_of_rank_0(
@@ -147,7 +147,7 @@ def test_all_ranks_save_at_the_same_step_by_the_clock_of_rank_0(
 
 
 def test_a_signal_to_any_rank_saves_on_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace_module, "_AHEAD_SECONDS", 0.0)  # as when steps are slow
+    monkeypatch.setattr(trigger_module, "_AHEAD_SECONDS", 0.0)  # as when steps are slow
     job = EachHasItsOwn(policy.on_signal(signal.SIGUSR1), 30)
     gate = threading.Barrier(WORLD)
 
@@ -157,7 +157,7 @@ def test_a_signal_to_any_rank_saves_on_all_once(monkeypatch: pytest.MonkeyPatch)
             job.paces[rank]._note._name = "SIGUSR1"
         if step == 9 and rank == 0:  # sent at 8, and where it comes later it is heeded later
             training = job.paces[0]._job.training
-            training.wait_for(lambda: training.look(pace_module._SIGNAL), long())
+            training.wait_for(lambda: training.look(trigger_module._SIGNAL), long())
         return {}
 
     first, *others = job.run(metrics)
