@@ -1,4 +1,4 @@
-"""Numbers that nobody vouches for: of callers, in what bytes claim, in the tables of format 2.
+"""Bounds on what callers give and bytes claim, and tables of format 2, read within them.
 
 A table is named columns of whole numbers in one zlib stream.
 """
