@@ -59,6 +59,7 @@ class ExportKeywords(TypedDict):
     mode: NotRequired[Mode]
     max_shard: NotRequired[int | str | None]
     like: NotRequired[Place | None]
+    storage_options: NotRequired[Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,8 @@ def export(
 
     Args:
         source: a run, one of its step directories, or whatever `open_checkpoint` opens.
-        out: a path or URL where nothing is yet. For "safetensors" and "torch" a file, by its
-            ending (`.safetensors`; `.pt`, `.pth`, `.bin`, `.ckpt`), or the folder for one. For the
-            others the folder.
+        out: a path or URL where nothing is yet: a file, by its ending (`.safetensors`; `.pt`,
+            `.pth`, `.bin`, `.ckpt`), or the folder for one; for "hf" and "dcp" the folder.
         format: "safetensors", one file; "hf", as transformers and the hub have it, several files
             with an index where one would be too large; "torch", what `torch.load` reads with
             `weights_only=True`; "dcp", a directory of stock `torch.distributed.checkpoint`.
@@ -136,7 +136,7 @@ def export(
         rename: patterns to names, as `{"net.*": "model.*"}`, or beginnings up to a dot.
         **options: `metric` and `mode`, by which a checkpoint is the best; for "hf" `max_shard`, the
             most bytes of a file (5 GB; `"500MB"`), and `like`, a folder whose `config.json` and
-            tokenizer files are copied.
+            tokenizer files are copied; `storage_options` for each place that takes any.
 
     Returns:
         What was written.
@@ -152,6 +152,7 @@ def export(
     check_known(options, list(ExportKeywords.__annotations__), besides=_ARGUMENTS, verb="export")
     chosen = ExportChoice.of(format, options)
     cast = dtype_to_cast(dtype)
+    check_options_taken(chosen.storage_options, source, out, chosen.like)
     with open_at(source, step, options) as opened:
         content = StoredContent(opened, part, dtype=cast, rename=rename)
         return _export(opened, content, out, chosen, cast=cast)
@@ -187,7 +188,8 @@ def open_at(source: Place, step: WhichStep, options: Mapping[str, Any]) -> Opene
     which: SupportsIndex | Literal["best"] | None
     which = None if isinstance(step, str) and step == "latest" else step
     metric, mode = options.get("metric"), options.get("mode", "min")
-    return open_checkpoint(source, step=which, metric=metric, mode=mode)
+    given = options_for(source, options.get("storage_options"))
+    return open_checkpoint(source, step=which, metric=metric, mode=mode, storage_options=given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,13 @@ class ExportChoice:
         format: of the files.
         max_shard_bytes: the most that a file of "hf" holds.
         like: the folder that "hf" takes its configuration from.
+        storage_options: for each place that takes any.
     """
 
     format: Format
     max_shard_bytes: int = _MAX_SHARD_BYTES
     like: Place | None = None
+    storage_options: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, format: object, options: Mapping[str, Any]) -> ExportChoice:  # noqa: A002
@@ -218,7 +222,7 @@ class ExportChoice:
                 raise UsageError(f"{name} goes with format='hf', not with {format!r}")
         max_shard = options.get("max_shard")
         nbytes = _MAX_SHARD_BYTES if max_shard is None else parse_bytes(max_shard)
-        return cls(format, nbytes, options.get("like"))
+        return cls(format, nbytes, options.get("like"), options.get("storage_options"))
 
 
 def parse_bytes(size: object) -> int:
@@ -258,7 +262,7 @@ def write_content(
         left_out: for the report.
         cast: what the tensors were cast to, for the configuration.
     """
-    store, key, owned = _destination(out, choice.format)
+    store, key, owned = _destination(out, choice)
     try:
         files, aliases = _files(content, choice, key, cast)
         if key is not None:
@@ -281,18 +285,18 @@ def write_content(
             store.close()
 
 
-def _destination(out: Place, format: Format) -> tuple[Store, str | None, bool]:  # noqa: A002
+def _destination(out: Place, choice: ExportChoice) -> tuple[Store, str | None, bool]:
     """Return the store, the key if it is one file, and whether the store is to be closed."""
-    default, suffixes = _ONE_FILES.get(format, (None, ()))
+    default, suffixes = _ONE_FILES.get(choice.format, (None, ()))
     if isinstance(out, Store):
         return out, default, False
     if not isinstance(out, str | PathLike):
         raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
-    text = str(out)
+    text, options = str(out), options_for(out, choice.storage_options)
     head, slash, name = text.rpartition("/")
     if default is not None and name.endswith(suffixes) and name not in suffixes:
-        return resolve(head or slash or "."), name, True
-    return resolve(text), default, True
+        return resolve(head or slash or ".", storage_options=options), name, True
+    return resolve(text, storage_options=options), default, True
 
 
 def _files(
@@ -319,7 +323,7 @@ def _files(
     shards = _cut_shards(
         [item for name, item in items.items() if name not in aliases], choice.max_shard_bytes
     )
-    files = _configuration(choice.like, cast)
+    files = _configuration(choice, cast)
     for name, shard in zip(_shard_names(len(shards)), shards, strict=True):
         files.append(OutFile(name, drawn(_draw_shard(shard, _of(shard, aliases)))))
     if len(shards) > 1:
@@ -336,15 +340,17 @@ def _small(key: str, data: bytes) -> OutFile:
     return OutFile(key, Stream.of([memoryview(data)]))
 
 
-def _configuration(like: Place | None, cast: torch.dtype | None) -> list[OutFile]:
-    """Return what stands beside the weights, of the folder `like`.
+def _configuration(choice: ExportChoice, cast: torch.dtype | None) -> list[OutFile]:
+    """Return what stands beside the weights, of the folder `choice.like`.
 
     Raises:
         NotFound: it has no configuration.
     """
+    like = choice.like
     if like is None:
         return []
-    store = like if isinstance(like, Store) else resolve(like)
+    options = options_for(like, choice.storage_options)
+    store = like if isinstance(like, Store) else resolve(like, storage_options=options)
     try:
         names = [name for name in store.list_children() if _BESIDE.fullmatch(name)]
         found = {name: read_all(store, name, limit_bytes=_BESIDE_LIMIT_BYTES) for name in names}
