@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 import time
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
+
+ResultT = TypeVar("ResultT")
 
 _MIB = 1 << 20
 _GIB = 1 << 30
@@ -98,6 +102,18 @@ def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def in_own_process(measure: Callable[..., ResultT], *arguments: object) -> ResultT:
+    """Return what `measure` returns in a new process, whose peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as alone:
+        return alone.apply(measure, arguments)
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process ever had, in MiB."""
+    # Not that of `getrusage`, which is at least what the parent had when it started this process.
+    return _status_bytes("VmHWM") / _MIB
 
 
 def _reset_peak() -> int:

@@ -8,7 +8,6 @@ what it wants, and plans its reads. No byte of a tensor is there.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
 import sys
 import time
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from benchmarks.measure import say
+from benchmarks.measure import in_own_process, peak_mib, say
 from benchmarks.scale.index import described, segment, structure
-from benchmarks.scale.planning import peak_mib
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.boxes import Box
@@ -162,11 +160,9 @@ def rows(arguments: Sequence[str]) -> list[Row]:
     found: list[Row] = []
     say("| saved by | loaded by | CPU s, a rank | MiB | read / wanted | |")
     say("|---|---|---|---|---|---|")
-    context = multiprocessing.get_context("spawn")
     for ranks in sorted(parser.parse_args(arguments).ranks):
         for factor in FACTORS:
-            with context.Pool(1) as alone:
-                row = alone.apply(measure, (ranks, int(ranks * factor)))
+            row = in_own_process(measure, ranks, int(ranks * factor))
             found.append(row)
             say(
                 f"| {row.ranks} | {row.readers} | {row.seconds:.2f} | {row.mib:.0f} | "

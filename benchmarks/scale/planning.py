@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.measure import say
+from benchmarks.measure import in_own_process, peak_mib, say
 from benchmarks.scale.jobs import JOBS
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.saving.agreement import plan_job
@@ -93,15 +90,6 @@ def measure(number: int, ranks: int) -> Row:
     )
 
 
-def peak_mib() -> float:
-    """Return the most memory that this process ever had, in MiB."""
-    # Not that of `getrusage`, which is at least what the parent had when it started this process.
-    (line,) = re.findall(
-        r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
-    )
-    return int(line) / 1024
-
-
 def _exponent(before: Row, after: Row) -> float:
     return math.log(after.seconds / before.seconds) / math.log(after.ranks / before.ranks)
 
@@ -117,12 +105,10 @@ def rows(arguments: Sequence[str]) -> list[Row]:
     )
     say("|---|---|---|---|---|---|---|---|---|---|")
     found: list[Row] = []
-    context = multiprocessing.get_context("spawn")
     for number in chosen.jobs:
         before: Row | None = None
         for ranks in sorted(chosen.ranks):
-            with context.Pool(1) as alone:
-                row = alone.apply(measure, (number, ranks))
+            row = in_own_process(measure, number, ranks)
             say(row.text(before))
             before = row
             found.append(row)

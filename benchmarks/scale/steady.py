@@ -8,7 +8,6 @@ tensors as the job has, of a few elements each.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
 import sys
 import time
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from benchmarks.measure import say
+from benchmarks.measure import in_own_process, peak_mib, say
 from benchmarks.scale.index import notes_of, parameters, segment, structure
-from benchmarks.scale.planning import peak_mib
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.segments import encode_segment
 from dist_ckpt.options import SaveOptions
@@ -138,10 +136,8 @@ def rows(arguments: Sequence[str]) -> list[Row]:
     found: list[Row] = []
     say("| ranks | CPU s, rank 0 | MiB, rank 0 | B a rank | CPU ms, a rank | |")
     say("|---|---|---|---|---|---|")
-    context = multiprocessing.get_context("spawn")
     for ranks in sorted(parser.parse_args(arguments).ranks):
-        with context.Pool(1) as alone:
-            row = alone.apply(measure, (ranks,))
+        row = in_own_process(measure, ranks)
         found.append(row)
         say(
             f"| {row.ranks} | {row.seconds:.3f} | {row.mib:.0f} | {row.nbytes:.0f} | "
