@@ -90,15 +90,16 @@ def value_of(planner: SavePlanner, item: WriteItem) -> object:
     data = given.getvalue()
     # Bytes that are the live value, as those of Megatron are, are no pickle of it.
     may_be_live = lookup and given is not live
+    is_leaf = isinstance(live, _LEAVES)
     # To read a pickle of many values takes ten times as long as to make one. Of one large leaf it
     # is the other way round.
-    if may_be_live and not isinstance(live, _LEAVES) and _is_as_torch_saves(data, live):
+    if may_be_live and not is_leaf and _is_as_torch_saves(data, live):
         return live
     try:
         return value_in(data)
     except CheckpointError as error:
-        # What it did not change is stored as what it is, whatever its type.
-        if may_be_live and _is_as_torch_saves(data, live):
+        # What it did not change is stored as what it is, whatever its type; others were compared.
+        if may_be_live and is_leaf and _is_as_torch_saves(data, live):
             return live
         raise UsageError(
             f"{type(planner).__qualname__} gave bytes for {item.index.fqn!r} that are no "

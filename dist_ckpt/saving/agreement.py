@@ -209,7 +209,7 @@ class Agreement:
                     for group, positions in plan.replicas.items()
                 }
         else:
-            table = bytes_digest(snapshot.table())
+            table = bytes_digest(snapshot.table().encode())
         return pack(
             PlanRequest(
                 asked.step,
@@ -257,8 +257,9 @@ class Agreement:
         # plan that the others have left.
         self._own = None
         table = snapshot.table()
-        digest = bytes_digest(table)
-        message = pack(snapshot.description(digest, table if send_table else b""))
+        encoded = table.encode()
+        digest = bytes_digest(encoded)
+        message = pack(snapshot.description(table, digest, encoded if send_table else b""))
         data = self._coordinator.round(
             topic.phase("describe"), message, self._plan, deadline=deadline
         )

@@ -51,16 +51,17 @@ class Snapshot:
         """The boxes as they are described to others."""
         return [box.held for box in self.local]
 
-    def table(self) -> bytes:
-        """Return the table of what is held, as it travels."""
-        return Table.of(self.held).encode()
+    def table(self) -> Table:
+        """Return the table of what is held."""
+        return Table.of(self.held)
 
-    def description(self, digest: str, table: bytes) -> Description:
+    def description(self, table: Table, digest: str, sent: bytes) -> Description:
         """Return all that the coordinator needs for a plan.
 
         Args:
-            digest: of the table of what is held.
-            table: the table, if this rank is to send it; else empty.
+            table: of what is held.
+            digest: of the table as it travels.
+            sent: the table as it travels, if this rank is to send it; else empty.
         """
         digests = {
             part: {name: unordered_digest(data) for name, data in objects.items()}
@@ -70,8 +71,8 @@ class Snapshot:
             part: {name: options_digest(self.shared[part][name]) for name in names}
             for part, names in self.versioned.items()
         }
-        numbers = Table.of(self.held).pack(numbers_of(self.held))
-        return Description(digest, table, numbers, digests, versioned)
+        numbers = table.pack(numbers_of(self.held))
+        return Description(digest, sent, numbers, digests, versioned)
 
     def group_digest(self, names: Iterable[ObjectName], versions: Versions | None = None) -> str:
         """Return one digest over encoded values; a missing one changes it too.
