@@ -14,6 +14,9 @@ SHARED := --dist loadscope --no-loadscope-reorder
 # A warning is an error. The theme's own notice about its successor is none of ours.
 SITE := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
+# The tests and the demos start hundreds of processes: modules are compiled once, not in each of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test soak test-matrix coverage bench-storage bench-saving bench-loading bench-doors bench-trainers bench-scale docs check venv clean
 
 help: ## show this list
