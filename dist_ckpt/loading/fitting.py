@@ -88,13 +88,13 @@ def fit(
     compared: list[Mismatches] = []
     targets: dict[str, Mapping[str, torch.Tensor]] = {}
     filled: list[str] = []
-    empty: list[str] = []
     known = {*held.names, *parts}
-    for name, part in parts.items():
-        if not options.selects_part(name):
-            continue
-        stored = held.parts.get(name)
-        fits = isinstance(part, RngPart)  # always, so it is never all that is meant
+    chosen = [name for name in parts if options.selects_part(name)]
+    empty = [] if chosen else [*parts]
+    for name in chosen:
+        part, stored = parts[name], held.parts.get(name)
+        # Always, so it is not all that is meant, unless nothing else was asked for.
+        fits = isinstance(part, RngPart) and len(chosen) > 1
         if stored is None:
             missing.append(name)
             empty += [] if fits else [name]

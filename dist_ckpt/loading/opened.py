@@ -282,7 +282,8 @@ def open_checkpoint(
 ) -> OpenedCheckpoint:
     """Look into a checkpoint: only its description is read here. One process, no other rank.
 
-    Nothing is written: a training that uses the run goes on undisturbed.
+    Nothing is written: a training that uses the run goes on undisturbed. What is still being saved,
+    by this very process too, is no checkpoint yet: wait for it first.
 
     Args:
         url: a run, of which the newest checkpoint is opened; one of its step directories; or what

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import alias_of, dtype_name, empty_beside
@@ -29,6 +30,8 @@ class ValueFit:
         exchanged: names of live tensors in whose place another one comes.
         held: the ids of the containers whose entries stay.
         resized: by name, the rule by which a tensor of another shape is loaded in part.
+        learned: by name, the live tensors that are parameters or require gradients, in whose place
+            another one comes that is to be the same.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -37,6 +40,11 @@ class ValueFit:
     exchanged: list[str] = field(default_factory=list)
     held: Collection[int] = ()
     resized: dict[str, Any] = field(default_factory=dict)
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def as_learned(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return `tensors`, each a parameter, and with gradients, where the live one is."""
+        return {name: _as_learned(self.learned.get(name), each) for name, each in tensors.items()}
 
 
 def fit_value(
@@ -102,6 +110,20 @@ def fresh(
     """Return an unfilled tensor for what has no live one: a DTensor for what was one."""
     made = stored.lay_out(name, spec, layouts[name]) if name in layouts else None
     return empty_beside(torch.empty(0), spec) if made is None else made
+
+
+def is_learned(tensor: torch.Tensor) -> bool:
+    """Tell whether a plain tensor in the place of `tensor` would not be trained as that is."""
+    return isinstance(tensor, nn.Parameter) or tensor.requires_grad
+
+
+def _as_learned(live: torch.Tensor | None, made: torch.Tensor) -> torch.Tensor:
+    if live is None:
+        return made
+    grad = live.requires_grad and (made.is_floating_point() or made.is_complex())
+    if isinstance(live, nn.Parameter):
+        return nn.Parameter(made, requires_grad=grad)
+    return made.requires_grad_(grad)
 
 
 def _fits(live: torch.Tensor, spec: TensorSpec) -> bool:

@@ -40,7 +40,7 @@ from dist_ckpt.state.part import Captured, Part, Stored, Targets, TensorSpec, is
 from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.slots import CallersSlot, OwnSlot, Reshard, Slot
-from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value
+from dist_ckpt.state.value_fit import VALUE, ValueFit, beside, fit_value, is_learned
 
 _log = logging.getLogger("dist_ckpt")
 # What None, and a dict or list without content, are when they are stored.
@@ -220,9 +220,9 @@ class ValuePart:
             self._write(self._resharded(stored), ())
         else:
             data = stored.objects[VALUE]
-            held = self._fit(stored, references(data)).held
-            value = decode(data, tensors=tensors, path=self.name)
-            self._write(self._as_mine(value) if stored.is_foreign else value, held)
+            fit = self._fit(stored, references(data))
+            value = decode(data, tensors=fit.as_learned(tensors), path=self.name)
+            self._write(self._as_mine(value) if stored.is_foreign else value, fit.held)
         self._fitted = None
 
     def goes_first(self, stored: Stored) -> bool:
@@ -340,7 +340,9 @@ class StatefulPart(ValuePart):
 
     def _fit(self, stored: Stored, wanted: Sequence[str]) -> ValueFit:
         # Fresh even where a live one would fit: a load_state_dict may compare old with new.
-        live = self.capture().tensors if wanted else {}
+        live = fillable(self._read(), path=self.name, prefix=VALUE) if wanted else {}
+        if any(each.is_meta for each in live.values()):
+            self.capture()  # which says that there is nothing to hold the values
         specs = stored.tensors
         fit = ValueFit(missing=[name for name in wanted if name not in specs])
         node = parse_document(stored.objects[VALUE], self.name) if wanted else None
@@ -348,6 +350,8 @@ class StatefulPart(ValuePart):
         for name in wanted:
             if name in specs:
                 rule = stored.resize(name) if name in live else None
+                if name in live and is_learned(live[name]):
+                    fit.learned[name] = live[name]
                 if rule is None or tuple(live[name].shape) == specs[name].shape:
                     fit.tensors[name] = beside(live.get(name), name, stored, layouts)
                 else:

@@ -249,6 +249,19 @@ def test_entries_of_a_state_dict_are_selected_and_renamed_by_their_names() -> No
             dist_ckpt.load({"model": FORMS[form](two)}, store, skip=["model/3.*"])
 
 
+@pytest.mark.parametrize("skip", ["*", ["m*", "not*", "rng"], ["model", "notes/*", "rng"]])
+def test_whoever_leaves_everything_out_is_told_that_nothing_would_be_loaded(skip: Any) -> None:
+    store = new_store()
+    dist_ckpt.save({"model": net(1), "notes": {"x": torch.ones(1)}}, store)
+    state = {"model": net(2), "notes": {"x": torch.zeros(1)}}
+    with pytest.raises(IncompatibleError, match=r"nothing of .*notes.* beside what only="):
+        dist_ckpt.load(state, store, skip=skip)
+    if skip == "*":
+        with pytest.raises(IncompatibleError, match="nothing of model to load"):
+            dist_ckpt.load_weights(net(2), store, skip=skip)
+    assert dist_ckpt.load(state, store, only="rng").missing == ()  # meant, and all there is
+
+
 def test_a_state_dict_of_a_wrapped_module_fits_that_of_the_plain_one() -> None:
     store = new_store()
     one, two = net(1), net(2)

@@ -226,6 +226,44 @@ def test_what_state_dict_returned_is_given_to_load_state_dict() -> None:
     assert old.tolist() == [0, 0, 0]  # targets are fresh: nothing live changes before restore
 
 
+class Prompt:
+    """Learns a parameter and a plain tensor, and takes over what it is given."""
+
+    def __init__(self, value: float, frozen: bool) -> None:
+        self.learned = nn.Parameter(torch.full((3,), value), requires_grad=not frozen)
+        self.scale = torch.full((2,), value, requires_grad=True)
+        self.seen = torch.full((2,), value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": self.learned, "also": [self.learned, self.scale], "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learned, self.seen = state["learned"], state["seen"]
+        assert state["also"][0] is self.learned
+        self.scale = state["also"][1]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_learned_goes_on_being_learned(frozen: bool) -> None:
+    other = Prompt(0.0, frozen)
+    load(StatefulPart(other, name="prompt"), save(StatefulPart(Prompt(4.0, frozen), name="prompt")))
+    assert type(other.learned) is nn.Parameter
+    assert other.learned.requires_grad is not frozen
+    assert other.scale.requires_grad
+    assert not other.seen.requires_grad
+    for each in (other.learned, other.scale, other.seen):
+        assert each.is_leaf
+        assert set(each.tolist()) == {4}
+
+
+def test_an_object_that_has_no_memory_yet_is_refused_by_name() -> None:
+    saved = save(StatefulPart(Counting(4), name="meter"))
+    with torch.device("meta"):
+        bare = Counting(0)
+    with pytest.raises(UsageError, match=r"meter\.sums"):
+        load(StatefulPart(bare, name="meter"), saved)
+
+
 def test_a_refusal_names_part_and_class_and_our_own_errors_pass() -> None:
     part = StatefulPart(Counting(0), name="meter")
     with pytest.raises(IncompatibleError, match=r"meter: Counting\.load_state_dict refused.* odd"):
