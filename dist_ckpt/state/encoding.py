@@ -219,8 +219,10 @@ class Encoder:
         return _apart(standard.name, [self.json_of(head), self.json_of(body)])
 
     def _items(self, value: Sequence[object]) -> list[Any]:
-        # Long lists are nearly always of these two (the names of a group's parameters, the words
-        # of a generator), and they need neither a walk nor a place in a message.
+        # Long lists are nearly always of these (the names of a group's parameters, the words of a
+        # generator, a history of losses), and they need neither a walk nor a place in a message.
+        if _are_themselves(value):
+            return list(value)
         return [
             item if _is_itself(item) else self._at(f"[{i}]", str(i), item)
             for i, item in enumerate(value)
@@ -345,6 +347,16 @@ def _layout_of(value: DTensor) -> list[list[Any]]:
 def _is_itself(item: object) -> bool:
     kind = type(item)
     return (kind is int and -(1 << 63) <= item < 1 << 63) or (kind is str and item.isascii())  # type: ignore[operator,attr-defined]
+
+
+def _are_themselves(items: Sequence[Any]) -> bool:
+    """Tell whether `items` are of one kind, and each written as it is, without a call for each."""
+    kinds = set(map(type, items))
+    if kinds == {float}:
+        return all(map(math.isfinite, items))
+    if kinds == {int}:
+        return bool(min(items) >= -(1 << 63) and max(items) < 1 << 63)
+    return kinds == {str} and all(map(str.isascii, items))
 
 
 def _apart(name: str, parts: list[Any]) -> Any:
