@@ -71,6 +71,7 @@ class Board:
 
     Attributes:
         lost: the ranks whose connection broke.
+        jobs: what is known of each job, by its number, until all ranks have left it.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class Board:
         self._others = range(1, world_size)
         self._tell = tell
         self._bell = bell
-        self._jobs: dict[int, JobBoard] = {}
+        self.jobs: dict[int, JobBoard] = {}
         self._over: set[int] = set()
 
     # Looked at by the threads of rank 0, each in operations that no other thread sees half done.
 
     def error(self, job: int, name: str) -> bytes | None:
         """Return the error of a round, be it one that rank 0 has not heeded yet."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         if board is None:
             return None
         gathering = board.rounds.get(name)
@@ -96,13 +97,13 @@ class Board:
 
     def count(self, job: int, name: str) -> int:
         """Return how many messages have come to a round."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         gathering = None if board is None else board.rounds.get(name)
         return 0 if gathering is None else len(gathering.messages)
 
     def messages(self, job: int, name: str) -> dict[int, bytes]:
         """Return what has come to a round."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         gathering = None if board is None else board.rounds.get(name)
         return {} if gathering is None else gathering.messages.copy()
 
@@ -111,7 +112,7 @@ class Board:
 
         That is another round of the same call, and it is not over: it waits for rank 0 in turn.
         """
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         if board is None or len(board.rounds) < 2:  # mostly: looked at whenever the bell rings
             return {}
         gathering, rounds = board.rounds.get(name), board.rounds.copy()
@@ -124,17 +125,17 @@ class Board:
 
     def note(self, job: int, name: str) -> bytes | None:
         """Return what another rank has put up for rank 0."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         return None if board is None else board.notes.get(name)
 
     def left(self, job: int) -> set[int]:
         """Return the ranks that have left the job."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         return set() if board is None else board.left.copy()
 
     def is_over(self, job: int) -> bool:
         """Whether nobody is left to wait for: all have gone, or were named absent."""
-        board = self._jobs.get(job)
+        board = self.jobs.get(job)
         if board is None:
             return job in self._over
         return 0 in board.left and self._all_gone(board, board.absent)
@@ -156,7 +157,7 @@ class Board:
         """
         if frame.job in self._over:
             return
-        board = self._jobs.setdefault(frame.job, JobBoard())
+        board = self.jobs.setdefault(frame.job, JobBoard())
         if frame.kind == "report":
             self._report(board, rank, frame)
         elif frame.kind == "fail":
@@ -174,7 +175,7 @@ class Board:
 
     def end(self, job: int, name: str, outcome: Frame | Sequence[Packed]) -> None:
         """End a round as rank 0 decided: by one frame for all, or by a packed one for each rank."""
-        board = self._jobs.setdefault(job, JobBoard())
+        board = self.jobs.setdefault(job, JobBoard())
         if name in board.errors or name in board.decided:
             return
         if isinstance(outcome, Frame) and outcome.kind == "fail":
@@ -192,12 +193,12 @@ class Board:
 
     def name_absent(self, job: int, ranks: Collection[int]) -> None:
         """Note that nobody has to wait for `ranks` any more, until they say something."""
-        self._jobs.setdefault(job, JobBoard()).absent.update(ranks)
+        self.jobs.setdefault(job, JobBoard()).absent.update(ranks)
 
     def join(self, rank: int) -> None:
         """Note that `rank` is connected, and tell it what all were told before."""
         self.lost.discard(rank)
-        for job, board in self._jobs.items():
+        for job, board in self.jobs.items():
             for name, error in board.errors.items():
                 self._tell(rank, packed(Frame("fail", job, name, error)), None)
             for name, data in board.told.items():
@@ -208,7 +209,7 @@ class Board:
     def lose(self, rank: int) -> None:
         """Note that the connection of `rank` broke."""
         self.lost.add(rank)
-        for job, board in list(self._jobs.items()):
+        for job, board in list(self.jobs.items()):
             self._forget_if_over(board, job)
         self._bell.ring()
 
@@ -259,7 +260,7 @@ class Board:
     def _forget_if_over(self, board: JobBoard, job: int) -> None:
         if 0 in board.left and self._all_gone(board):
             self._over.add(job)
-            self._jobs.pop(job, None)
+            self.jobs.pop(job, None)
             self._bell.ring()
 
     def _tell_all(self, board: JobBoard, frame: Frame) -> None:

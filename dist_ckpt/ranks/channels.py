@@ -212,6 +212,7 @@ class Channel:
         limit_bytes: how long a frame may be.
         seals: of all frames that follow; None for as long as the ends greet each other.
         is_open: whether it was neither closed nor lost.
+        newest: what has not left yet of `send_newest`, by name.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class Channel:
         self._socket = connection
         self._received = bytearray()
         self._queue: deque[memoryview] = deque()
-        self._newest: dict[str, Packed] = {}
+        self.newest: dict[str, Packed] = {}
         self._when_sent: list[Callable[[], None]] = []
         self._events = 0
         # What the peer has no ear for any more; what it said before is still to be heard.
@@ -260,7 +261,7 @@ class Channel:
     def send_newest(self, name: str, frame: Packed) -> None:
         """Send a frame in the place of the one of that name which has not left yet."""
         if self.is_open and not self._is_deaf:
-            self._newest[name] = frame
+            self.newest[name] = frame
             self._flush()
 
     def when_sent(self, work: Callable[[], None]) -> None:
@@ -293,7 +294,7 @@ class Channel:
 
     def _forget_queue(self) -> None:
         self._queue.clear()
-        self._newest.clear()
+        self.newest.clear()
         while self._when_sent:
             self._when_sent.pop()()
 
@@ -310,9 +311,9 @@ class Channel:
             self._receive()
 
     def _flush(self) -> None:
-        while self.is_open and (self._queue or self._newest):
+        while self.is_open and (self._queue or self.newest):
             if not self._queue:
-                self._put(self._newest.pop(next(iter(self._newest))))
+                self._put(self.newest.pop(next(iter(self.newest))))
             waiting = self._queue[0]
             try:
                 sent = self._socket.send(waiting[:_TURN_BYTES])

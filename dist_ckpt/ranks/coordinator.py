@@ -48,6 +48,8 @@ class Line:
         rank: this one.
         world_size: how many there are.
         bell: rung when something was heard.
+        heard: what rank 0 has said.
+        channel: the connection, once the thread of the loop has put it there; for that thread.
     """
 
     def __init__(self, connection: socket.socket, seals: Seals, rank: int, world_size: int) -> None:
@@ -64,19 +66,19 @@ class Line:
         self.bell = Bell()
         self.heard = Heard(self.bell)
         self._loop = running_loop()
-        self._channel: list[Channel] = []
+        self.channel: list[Channel] = []
         # Neither knows this object: the connection ends with the last that uses it.
-        self._loop.call(partial(_listen, connection, seals, self.heard, self._channel))
-        weakref.finalize(self, self._loop.call, partial(_hang_up, self._channel)).atexit = False
+        self._loop.call(partial(_listen, connection, seals, self.heard, self.channel))
+        weakref.finalize(self, self._loop.call, partial(_hang_up, self.channel)).atexit = False
 
     def send(self, frame: Frame) -> None:
         """Send a frame."""
-        data, channel = packed(frame), self._channel
+        data, channel = packed(frame), self.channel
         self._loop.call(lambda: channel[0].send(data))
 
     def wait_until_sent(self, seconds: float) -> None:
         """Wait until what was sent has left, for at most so long."""
-        sent, channel = Latch(), self._channel
+        sent, channel = Latch(), self.channel
         self._loop.call(lambda: channel[0].when_sent(sent.open))
         sent.wait(seconds)
 
@@ -96,15 +98,18 @@ class Heard:
 
     Attributes:
         lost: why the connection broke, "" while it is there.
+        awaited: the rounds whose answer is kept when it comes.
+        answers: those that came and were not taken yet.
+        firsts: the rounds in which this rank waits as the first, and rank 0 still has not come.
     """
 
     def __init__(self, bell: Bell) -> None:
         self.lost = ""
         self._bell = bell
         self._errors: dict[tuple[int, str], bytes] = {}
-        self._answers: dict[tuple[int, str], bytes] = {}
-        self._awaited: set[tuple[int, str]] = set()
-        self._firsts: set[tuple[int, str]] = set()
+        self.answers: dict[tuple[int, str], bytes] = {}
+        self.awaited: set[tuple[int, str]] = set()
+        self.firsts: set[tuple[int, str]] = set()
         self._notes: dict[tuple[int, str], bytes] = {}
         self._left: set[int] = set()
 
@@ -114,11 +119,11 @@ class Heard:
 
     def answer(self, job: int, name: str) -> bytes | None:
         """Return the answer of a round that is awaited."""
-        return self._answers.get((job, name))
+        return self.answers.get((job, name))
 
     def is_first(self, job: int, name: str) -> bool:
         """Whether this rank was the first that came to a round, and rank 0 still has not."""
-        return (job, name) in self._firsts
+        return (job, name) in self.firsts
 
     def note(self, job: int, name: str) -> bytes | None:
         """Return what rank 0 has put up."""
@@ -130,13 +135,13 @@ class Heard:
 
     def wait_for(self, job: int, name: str) -> None:
         """Keep the answer of a round when it comes; no other is kept."""
-        self._awaited.add((job, name))
+        self.awaited.add((job, name))
 
     def forget(self, job: int, name: str) -> None:
         """Keep no answer of a round."""
-        self._awaited.discard((job, name))
-        self._answers.pop((job, name), None)
-        self._firsts.discard((job, name))
+        self.awaited.discard((job, name))
+        self.answers.pop((job, name), None)
+        self.firsts.discard((job, name))
 
     def leave(self, job: int) -> None:
         """Forget what was heard in a job that this rank has left."""
@@ -149,8 +154,8 @@ class Heard:
         frame = unpacked(body)
         key = (frame.job, frame.name)
         if frame.kind == "answer":
-            if key in self._awaited:
-                self._answers[key] = frame.data
+            if key in self.awaited:
+                self.answers[key] = frame.data
         elif frame.kind == "fail":
             self._errors[key] = frame.data
         elif frame.kind == "note":
@@ -158,9 +163,9 @@ class Heard:
         elif frame.kind == "leave":
             self._left.add(frame.job)
         elif frame.kind == "first":
-            self._firsts.add(key)
+            self.firsts.add(key)
         elif frame.kind == "here":
-            self._firsts.discard(key)
+            self.firsts.discard(key)
         self._bell.ring()
 
     def lose(self, reason: str) -> None:
@@ -170,7 +175,13 @@ class Heard:
 
 
 class JobCoordinator:
-    """One of several ranks of a job. Two of them, on two threads, may share a link."""
+    """One of several ranks of a job. Two of them, on two threads, may share a link.
+
+    Attributes:
+        rank: this one.
+        world_size: how many there are.
+        link: what connects this rank with the others.
+    """
 
     def __init__(self, link: Hub | Line, job: int = 0) -> None:
         """Join a job.
@@ -181,7 +192,7 @@ class JobCoordinator:
         """
         self.rank = link.rank
         self.world_size = link.world_size
-        self._link = link
+        self.link = link
         self._job = job
         self._asked: Mapping[str, str] = {}
 
@@ -190,9 +201,9 @@ class JobCoordinator:
     ) -> bytes:
         """Take part in one round; see `Coordinator.round`."""
         try:
-            if isinstance(self._link, Hub):
-                return self._lead(self._link, topic, message, decide, deadline)
-            return self._follow(self._link, topic, message, deadline)
+            if isinstance(self.link, Hub):
+                return self._lead(self.link, topic, message, decide, deadline)
+            return self._follow(self.link, topic, message, deadline)
         except CheckpointError as error:
             if isinstance(message, CheckpointError):
                 raise error from message  # what crossed to another rank has lost its traceback
@@ -202,46 +213,46 @@ class JobCoordinator:
 
     def verdict(self, topic: Topic) -> CheckpointError | None:
         """Return the error with which the round ended; see `Coordinator.verdict`."""
-        if isinstance(self._link, Hub):
-            data = self._link.board.error(self._job, topic.key)
+        if isinstance(self.link, Hub):
+            data = self.link.board.error(self._job, topic.key)
         else:
-            data = self._link.heard.error(self._job, topic.key)
-            if data is None and self._link.heard.lost:
-                return self._lost(topic.label, self._link)
+            data = self.link.heard.error(self._job, topic.key)
+            if data is None and self.link.heard.lost:
+                return self._lost(topic.label, self.link)
         return None if data is None else decode_error(data)
 
     def refuse(self, topic: Topic, error: CheckpointError) -> None:
         """Give the round up on every rank; see `Coordinator.refuse`."""
-        self._link.send(self._failed(topic, error))
+        self.link.send(self._failed(topic, error))
 
     def post(self, name: str, data: bytes) -> None:
         """Put a note up; see `Coordinator.post`."""
         self._check_connected(f"the note {name!r}")
-        self._link.send(Frame("note", self._job, name, data))
+        self.link.send(Frame("note", self._job, name, data))
 
     def look(self, name: str) -> bytes | None:
         """Return a note; see `Coordinator.look`."""
-        if isinstance(self._link, Hub):
-            return self._link.board.note(self._job, name)
-        found = self._link.heard.note(self._job, name)
+        if isinstance(self.link, Hub):
+            return self.link.board.note(self._job, name)
+        found = self.link.heard.note(self._job, name)
         if found is None:
             self._check_connected(f"the note {name!r}")
         return found
 
     def wait_for(self, look: Callable[[], _T], deadline: Deadline) -> _T:
         """Wait for what is heard; see `Coordinator.wait_for`."""
-        return self._link.bell.wait_for(look, deadline.remaining_seconds)
+        return self.link.bell.wait_for(look, deadline.remaining_seconds)
 
     def leave(self, deadline: Deadline) -> None:
         """Leave; rank 0 waits for the others until the deadline, then goes without them."""
-        self._link.send(Frame("leave", self._job))
-        if isinstance(self._link, Hub):
+        self.link.send(Frame("leave", self._job))
+        if isinstance(self.link, Hub):
             # Not for those that were named absent: most likely they are dead, and whoever is merely
             # late has been told by an error already.
-            self.wait_for(partial(self._link.board.is_over, self._job), deadline)
+            self.wait_for(partial(self.link.board.is_over, self._job), deadline)
         else:
-            self._link.heard.leave(self._job)
-            self._link.wait_until_sent(deadline.remaining_seconds)
+            self.link.heard.leave(self._job)
+            self.link.wait_until_sent(deadline.remaining_seconds)
 
     def _follow(
         self, line: Line, topic: Topic, message: bytes | BaseException, deadline: Deadline
@@ -383,8 +394,8 @@ class JobCoordinator:
         return Frame(kind, self._job, topic.key, data)
 
     def _check_connected(self, what: str) -> None:
-        if isinstance(self._link, Line) and self._link.heard.lost:
-            raise self._lost(what, self._link)
+        if isinstance(self.link, Line) and self.link.heard.lost:
+            raise self._lost(what, self.link)
 
     def _lost(self, what: str, line: Line) -> CoordinationError:
         return CoordinationError(

@@ -43,13 +43,19 @@ from dist_ckpt.waiting import Bell
 
 _log = logging.getLogger("dist_ckpt")
 
-_GREETING_SECONDS = 30.0
-# How many may be connected that have not said yet who they are, besides one for each rank that is
-# not there yet.
-_STRANGERS = 64
-# How many are looked at in a second, besides one for each rank: each costs a part of a millisecond.
-_STRANGERS_PER_SECOND = 500
-_PAUSE_SECONDS = 0.5
+GREETING_SECONDS = 30.0
+"""How long somebody may be connected without saying who it is."""
+
+STRANGERS_LIMIT = 64
+"""How many that have not said who they are may be connected, besides the ranks still to come."""
+
+# Each costs a part of a millisecond.
+STRANGERS_PER_SECOND = 500
+"""How many are looked at in a second, besides one for each rank."""
+
+PAUSE_SECONDS = 0.5
+"""How long nobody is accepted when this process has no file left for a connection."""
+
 _SWEEP_SECONDS = 1.0
 # What this process may open besides while the job runs.
 _SPARE_FILES = 256
@@ -212,7 +218,7 @@ class _Port:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._say("ranks cannot connect to rank 0: %s", _too_few_files(self._world_size))
-                self._pause(_PAUSE_SECONDS)
+                self._pause(PAUSE_SECONDS)
             return  # else it was gone before it was there
         asked = challenge()
         channel = Channel(
@@ -222,13 +228,13 @@ class _Port:
             on_lost=lambda _: self._turn_away(channel),
             limit_bytes=GREETING_LIMIT_BYTES,
         )
-        self._strangers.add(channel, address[0], _GREETING_SECONDS)
+        self._strangers.add(channel, address[0], GREETING_SECONDS)
         awaited = self._world_size - 1 - len(self._channels)
-        if len(self._strangers) > awaited + _STRANGERS:
+        if len(self._strangers) > awaited + STRANGERS_LIMIT:
             self._turn_away(self._strangers.in_the_way())
         if not self._sweeps:
             self._sweeps = True
-            self._loop.later(_GREETING_SECONDS, self._sweep)
+            self._loop.later(GREETING_SECONDS, self._sweep)
         channel.send(with_digest(asked))
         self._count(address[0])
 
@@ -238,7 +244,7 @@ class _Port:
         if now - self._since > 1.0:
             self._came, self._since = 0, now
         self._came += 1
-        if self._came > self._world_size + _STRANGERS_PER_SECOND:
+        if self._came > self._world_size + STRANGERS_PER_SECOND:
             self._say(
                 "%d connections within a second to the coordination port %d of rank 0, the last "
                 "from %s: it looks at no more of them in a second; let only the hosts of the job "
@@ -254,7 +260,7 @@ class _Port:
             self._turn_away(each)
         self._sweeps = len(self._strangers) > 0
         if self._sweeps:
-            self._loop.later(min(_SWEEP_SECONDS, _GREETING_SECONDS), self._sweep)
+            self._loop.later(min(_SWEEP_SECONDS, GREETING_SECONDS), self._sweep)
 
     def _pause(self, seconds: float) -> None:
         """Accept nobody for a moment: who waits to be would keep this thread awake."""

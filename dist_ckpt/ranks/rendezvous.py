@@ -34,15 +34,19 @@ _log = logging.getLogger("dist_ckpt")
 
 # Most addresses answer at once or not at all; only when none does is one waited for longer.
 _QUICK_SECONDS = 1.0
-_CONNECT_SECONDS = 5.0
-# Longer, as rank 0 may be greeting thousands.
-_GREETING_SECONDS = 20.0
+CONNECT_SECONDS = 5.0
+"""How long an address of rank 0 that does not answer at once is waited for."""
+
+GREETING_SECONDS = 20.0
+"""How long rank 0 is waited for to greet: longer, as it may be greeting thousands."""
+
 _RETRY_SECONDS = 0.2
 _FIRST_NAP_SECONDS = 0.005
 # How often, at most, all ranks together ask the store of the training whether rank 0 is there.
 _QUESTIONS_PER_SECOND = 1000
-# So long a failure of rank 0 is not believed: one that was started anew replaces it.
-_DOUBT_SECONDS = 5.0
+DOUBT_SECONDS = 5.0
+"""How long a failure of rank 0 is not believed: one that was started anew replaces it."""
+
 # Even where the deadline of a save is near, a host may be out of reach for a moment.
 _LEAST_SILENCE_SECONDS = 10.0
 
@@ -100,7 +104,7 @@ def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordi
         known = _connections[name] = _Connection(group, number, itertools.count())
     if known.link is None:  # also when a try before this one failed
         prefix = f"dist_ckpt/{known.number}" + ("" if name == _WORLD else f"/{name}")
-        known.link = _open(rank, world_size, prefix, timeout_seconds)
+        known.link = open_link(rank, world_size, prefix, timeout_seconds)
     # Every rank sets its jobs up in the same order, so equal numbers meet.
     job = next(known.jobs)
     return Coordinators(JobCoordinator(known.link, job), JobCoordinator(known.link, job))
@@ -143,29 +147,45 @@ class Address(msgspec.Struct, frozen=True):
         return cls(master, socket.gethostname(), hosts, hub.port, hub.secret.hex())
 
 
-def _open(rank: int, world_size: int, prefix: str, timeout_seconds: float) -> Hub | Line:
-    shared = PrefixStore(prefix, _get_default_store())
+def training_store() -> Store:
+    """Return the store of the default process group, by which the ranks of a training meet."""
+    return _get_default_store()
+
+
+def open_link(rank: int, world_size: int, prefix: str, timeout_seconds: float) -> Hub | Line:
+    """Open the port of rank 0 and publish where, or connect another rank to it.
+
+    Args:
+        rank: this one.
+        world_size: how many there are.
+        prefix: of the keys in the store of the training.
+        timeout_seconds: how long to wait for rank 0 to appear.
+
+    Raises:
+        CoordinationError: rank 0 did not open its port in time, or it cannot be reached.
+    """
+    shared = PrefixStore(prefix, training_store())
     if rank == 0:
         _warn_of_old_store()
-        return _serve(shared, world_size, silence_seconds=_silence(timeout_seconds))
+        return _serve(shared, world_size, silence_seconds=silence_for(timeout_seconds))
     begun = time.monotonic()
     while True:
         address = _await_address(shared, world_size, timeout_seconds)
         try:
             if address.failure:
                 raise from_wire(address.failure)
-            until, silence = begun + timeout_seconds, _silence(timeout_seconds)
+            until, silence = begun + timeout_seconds, silence_for(timeout_seconds)
             return connect(address, rank, world_size, until=until, silence_seconds=silence)
         except CoordinationError:
             # A store that outlives a restart of the job may still hold the address of a dead rank
             # 0: the living one replaces it as soon as it gets here.
-            patience = min(timeout_seconds, _DOUBT_SECONDS) if address.failure else timeout_seconds
+            patience = min(timeout_seconds, DOUBT_SECONDS) if address.failure else timeout_seconds
             if time.monotonic() > begun + patience:
                 raise
             time.sleep(_RETRY_SECONDS)
 
 
-def _silence(timeout_seconds: float) -> float:
+def silence_for(timeout_seconds: float) -> float:
     """Return how long a host may say nothing: so that it is known to be gone by the deadline."""
     return min(SILENCE_SECONDS, max(_LEAST_SILENCE_SECONDS, timeout_seconds / 2))
 
@@ -240,8 +260,8 @@ def connect(
         CoordinationError: none of them is.
     """
     failures: dict[str, str] = {}
-    hosts = _hosts(address)
-    for patience in (_QUICK_SECONDS, _CONNECT_SECONDS):
+    hosts = hosts_of(address)
+    for patience in (_QUICK_SECONDS, CONNECT_SECONDS):
         silent: list[str] = []
         for host in hosts:
             try:
@@ -272,7 +292,7 @@ def _greet(
 ) -> Seals:
     """Prove to each other that both sides are of one job; return the seals of what follows."""
     try:
-        patience = min(_GREETING_SECONDS, max(until - time.monotonic(), _CONNECT_SECONDS))
+        patience = min(GREETING_SECONDS, max(until - time.monotonic(), CONNECT_SECONDS))
         connection.settimeout(patience)
         secret = bytes.fromhex(address.secret)
         asked = receive(connection, GREETING_LIMIT_BYTES)
@@ -288,10 +308,13 @@ def _greet(
         raise
 
 
-def _hosts(address: Address) -> list[str]:
+def hosts_of(address: Address) -> list[str]:
     """Return where rank 0's host may be reached from here, the likeliest first.
 
     Names come last: to ask for one that this host does not know may take many seconds.
+
+    Args:
+        address: what rank 0 has published.
     """
     here = ("127.0.0.1", "::1") if address.hostname == socket.gethostname() else ()
     masters = (address.master,) if address.master else ()

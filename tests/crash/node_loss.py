@@ -211,7 +211,7 @@ def train(
     dist.barrier()
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "wire": Tripwire(blow)}
     place: Any = Struck(url, blow) if blow else url
-    with mock.patch.object(rendezvous, "_silence", return_value=SILENCE_SECONDS):
+    with mock.patch.object(rendezvous, "silence_for", return_value=SILENCE_SECONDS):
         try:
             with dist_ckpt.Checkpointer(
                 place, state, keep=keep.latest(2), save_last=False, timeout_seconds=3600

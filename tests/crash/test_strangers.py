@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore
 
 import dist_ckpt
 from dist_ckpt import keep
-from dist_ckpt.ranks.rendezvous import Address
+from dist_ckpt.ranks.rendezvous import Address, training_store
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
@@ -46,7 +46,7 @@ def save_under_fire(root: str, saves: int, connections: int) -> int:
 
 def begin_flood(connections: int) -> subprocess.Popen[bytes]:
     """Have strangers come, and return when the first was there."""
-    known = PrefixStore("dist_ckpt/0", _get_default_store()).get("address")
+    known = PrefixStore("dist_ckpt/0", training_store()).get("address")
     port = msgspec.json.decode(known, type=Address).port
     command = [sys.executable, str(flood.__file__), str(port), str(connections), "1"]
     crowd = subprocess.Popen(command, stdout=subprocess.PIPE)

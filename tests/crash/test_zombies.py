@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError, FencedError
 from dist_ckpt.format.names import INDEX, step_dir
+from dist_ckpt.ranks.rendezvous import training_store
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
@@ -45,7 +45,7 @@ class CutOff(StoreWrapper):
         if operation == "put" and of_step and key.endswith(self._at):
             if self._hosts.is_real:
                 self._hosts.cut(0)
-            store = _get_default_store()
+            store = training_store()
             store.set("cut", "")
             store.wait(["superseded"])
             if self._hosts.is_real:
@@ -68,13 +68,13 @@ def come_back(hosts: Hosts, urls: tuple[str, str], at: str, steps: list[int]) ->
         ckpt.restore()
         ckpt.save(ZOMBIES_STEP - 1).wait()
         handle = ckpt.save(ZOMBIES_STEP)
-        _get_default_store().wait(["cut"])
+        training_store().wait(["cut"])
         # Not waited for: a new start of the job takes the run over.
         with dist_ckpt.Checkpointer(urls[1], state, ranks="alone", save_last=False) as new:
             new.restore()
             for step in steps:
                 new.save(step).wait()
-        _get_default_store().set("superseded", "")
+        training_store().set("superseded", "")
         handle.wait()
     return ""
 

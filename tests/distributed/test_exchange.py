@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
@@ -19,7 +18,7 @@ from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.reading import ReadOptions, ReadResult
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.channels import running_loop
-from dist_ckpt.ranks.rendezvous import join_job
+from dist_ckpt.ranks.rendezvous import join_job, training_store
 from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import LocalStore
@@ -190,7 +189,7 @@ def test_what_comes_from_others_is_not_read_over(tmp_path: Path) -> None:
 
 def hangs(place: str) -> tuple[str, list[int]]:
     """Rank 1 waits for its disk until the others have given up."""
-    store = _get_default_store()
+    store = training_store()
     if dist.get_rank() == 1:
         original = exchange.swap
 
@@ -216,7 +215,7 @@ def test_a_rank_that_is_silent_is_named_at_the_deadline(tmp_path: Path) -> None:
 
 def comes_to_nobody(_: object) -> str:
     """Rank 1 does not connect until rank 0 has given up."""
-    store = _get_default_store()
+    store = training_store()
     if dist.get_rank() == 1:
         store.wait(["given up"])
         return ""

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +30,7 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.options import MIN_MEMORY_BYTES
+from dist_ckpt.ranks.rendezvous import training_store
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.saving.commit import Housekeeping
@@ -403,7 +403,7 @@ def test_names_of_one_memory_are_compared_by_each_rank(tmp_path: Path) -> None:
 
 def written_before_the_leader_knows(root: str) -> bool:
     """Return, on the rank that leads the second host, whether it heard of an attempt too late."""
-    store, leader = _get_default_store(), PER_HOST
+    store, leader = training_store(), PER_HOST
     protect, put_file = Housekeeping.protect, Transaction.put_file
     late = False
 

@@ -24,7 +24,7 @@ def save_in_each_group(root: str) -> None:
     # Under torchrun one store outlives every process group of a process. gloo does not always find
     # its peers again there, so here only what dist_ckpt publishes goes to such a store.
     shared = FileStore(f"{root}/shared", world_size)
-    vars(rendezvous)["_get_default_store"] = lambda: shared
+    vars(rendezvous)["training_store"] = lambda: shared
     for number in range(GROUPS):
         if number:
             dist.barrier()

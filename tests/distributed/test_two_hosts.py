@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 import dist_ckpt
 from dist_ckpt.errors import CoordinationError, ErrorKind
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.hub import Hub
-from dist_ckpt.ranks.rendezvous import Address, connect
+from dist_ckpt.ranks.rendezvous import Address, connect, training_store
 from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
@@ -94,7 +93,7 @@ def test_hosts_that_are_loopback_addresses(tmp_path: Path) -> None:
 def lose_the_other(hosts: Hosts, cut: int) -> tuple[ErrorKind, str]:
     """Wait in a round for a host that has gone without a word."""
     enter(hosts)
-    store, silence = _get_default_store(), 1.0
+    store, silence = training_store(), 1.0
     if dist.get_rank() == 0:
         hub = Hub(2, silence_seconds=silence)
         store.set("here", f"{hub.port} {hub.secret.hex()}")

@@ -44,6 +44,6 @@ def test_interfaces_that_are_not_there_choose_nothing(
 )
 def test_addresses_are_tried_before_names(master: str, hosts: list[str]) -> None:
     address = Address(master, "node-0", ("10.1.0.1", "fd00::1"), 1)
-    assert rendezvous._hosts(address) == hosts
+    assert rendezvous.hosts_of(address) == hosts
     here = Address(master, socket.gethostname(), ("10.1.0.1", "fd00::1"), 1)
-    assert rendezvous._hosts(here)[:2] == ["127.0.0.1", "::1"]
+    assert rendezvous.hosts_of(here)[:2] == ["127.0.0.1", "::1"]

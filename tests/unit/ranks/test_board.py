@@ -65,7 +65,7 @@ def test_everybody_hears_of_one_end(world_size: int, data: st.DataObject) -> Non
             complete = len(reported) == world_size
             first_error = first_error or (b"" if complete else error)
             told.say(rank, "fail", data=error)
-        if board._jobs.get(JOB) is None:
+        if board.jobs.get(JOB) is None:
             return  # all have gone, and nobody has anything to ask
     if first_error:
         assert board.error(JOB, ROUND) == first_error
@@ -121,7 +121,7 @@ def test_a_job_that_all_have_left_is_forgotten() -> None:
     told.board.lose(2)
     assert told.board.is_over(JOB)
     told.say(2, "report")
-    assert told.board._jobs == {}
+    assert told.board.jobs == {}
 
 
 @pytest.mark.parametrize("kind", ["answer", "first", "here"])

@@ -41,12 +41,12 @@ def never(messages: Sequence[bytes]) -> bytes:
 
 def board_of(member: JobCoordinator) -> JobBoard:
     """Return what rank 0 knows of the job."""
-    return cast(Hub, member._link).board._jobs[0]
+    return cast(Hub, member.link).board.jobs[0]
 
 
 def heard_by(member: JobCoordinator) -> Heard:
     """Return what another rank has heard."""
-    return cast(Line, member._link).heard
+    return cast(Line, member.link).heard
 
 
 def heard(member: JobCoordinator, name: str, *, unlike: bytes = b"") -> bytes | None:
@@ -217,7 +217,7 @@ def test_what_a_round_left_is_forgotten_with_it() -> None:
     assert len(board.decided) < 100
     for member in job[1:]:
         heard = heard_by(member)
-        assert (heard._answers, heard._awaited, heard._firsts) == ({}, set(), set())
+        assert (heard.answers, heard.awaited, heard.firsts) == ({}, set(), set())
 
 
 def test_failed_rounds_leave_their_error_and_no_messages() -> None:
@@ -419,7 +419,7 @@ def test_jobs_on_one_connection_do_not_meet() -> None:
         both[0].post("note", f"{job}".encode())
         assert heard(both[1], "note") == f"{job}".encode()
         on_every_rank([partial(each.leave, long()) for each in both])
-    assert cast(Hub, hub).board._jobs == {}, "what is over is forgotten"
+    assert cast(Hub, hub).board.jobs == {}, "what is over is forgotten"
 
 
 def test_a_note_of_rank_0_is_for_all_and_that_of_another_for_rank_0() -> None:
@@ -492,7 +492,7 @@ def test_an_interrupt_while_a_rank_waits_breaks_nothing() -> None:
 
     def interrupt() -> None:
         # When its message has come, so that it waits for nothing but the answer.
-        board = cast(Hub, job[0]._link).board
+        board = cast(Hub, job[0].link).board
         while 1 not in board.messages(0, "round"):
             pass
         os.kill(os.getpid(), signal.SIGINT)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -123,7 +124,7 @@ def test_a_greeting_that_was_overheard_opens_no_second_connection() -> None:
 
 
 def test_strangers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_STRANGERS", 2)
+    monkeypatch.setattr(hub_module, "STRANGERS_LIMIT", 2)
     hub = hub_of(WORLD)
     with closing(plain(hub)) as oldest:
         others = [plain(hub) for _ in range(WORLD + 2)]
@@ -136,7 +137,7 @@ def test_strangers_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_crowd_is_looked_at_for_a_bounded_time(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "_STRANGERS_PER_SECOND", 5)
+    monkeypatch.setattr(hub_module, "STRANGERS_PER_SECOND", 5)
     hub = hub_of(WORLD)
     members = [JobCoordinator(line_to(hub, rank)) for rank in (1, 2)]
     with caplog.at_level(logging.WARNING, logger="dist_ckpt"):
@@ -152,7 +153,7 @@ def test_a_crowd_is_looked_at_for_a_bounded_time(
 def test_strangers_take_no_file_that_the_training_may_need() -> None:
     hub = hub_of(WORLD)
     lines = [line_to(hub, rank) for rank in (1, 2)]
-    crowd = [plain(hub) for _ in range(hub_module._STRANGERS + 5)]
+    crowd = [plain(hub) for _ in range(hub_module.STRANGERS_LIMIT + 5)]
     assert is_turned_away(crowd[0]), "room is kept for ranks that are still to come, and no other"
     agree(hub, [JobCoordinator(line) for line in lines])
     for each in crowd:
@@ -160,7 +161,7 @@ def test_strangers_take_no_file_that_the_training_may_need() -> None:
 
 
 def test_who_says_nothing_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_GREETING_SECONDS", 0.01)
+    monkeypatch.setattr(hub_module, "GREETING_SECONDS", 0.01)
     with closing(plain(hub_of(WORLD))) as mute:
         assert is_turned_away(mute)
 
@@ -203,7 +204,15 @@ class RawRank:
         self.socket.close()
 
 
-def test_a_rank_that_accepts_nothing_holds_nobody_up() -> None:
+def test_a_rank_that_accepts_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Channel] = []
+
+    class Noted(Channel):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(hub_module, "Channel", Noted)
     hub = hub_of(WORLD)
     line = line_to(hub, 1)
     first, second = JobCoordinator(hub), JobCoordinator(line)
@@ -216,12 +225,8 @@ def test_a_rank_that_accepts_nothing_holds_nobody_up() -> None:
             first.post("word", b"%d" % number)
         assert second.wait_for(lambda: second.look("word") == b"999", long())
         # What nobody could hear is not kept a thousand times.
-        (channel,) = [each for rank, each in _channels(hub).items() if rank == 2]
-        assert channel._newest.keys() == {"0/word"}
-
-
-def _channels(hub: Hub) -> dict[int, Channel]:
-    return hub.board._tell.__self__._channels  # type: ignore[attr-defined, no-any-return]
+        _, to_the_deaf = made  # in the order in which they came
+        assert to_the_deaf.newest.keys() == {"0/word"}
 
 
 def test_a_message_that_comes_slowly_holds_nobody_up() -> None:
@@ -450,9 +455,7 @@ def test_a_limit_that_cannot_be_raised_is_named_with_what_to_do() -> None:
 def test_a_rank_that_cannot_be_let_in_for_want_of_files_is_let_in_later(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "_PAUSE_SECONDS", 0.01)
-    hub = hub_of(2)
-    port = _port(hub)
+    monkeypatch.setattr(hub_module, "PAUSE_SECONDS", 0.01)
     refused = Latch()
 
     class Full:
@@ -468,32 +471,25 @@ def test_a_rank_that_cannot_be_let_in_for_want_of_files_is_let_in_later(
             refused.open()
             return self._inner.accept()
 
+        def getsockname(self) -> Any:
+            return self._inner.getsockname()
+
         def fileno(self) -> int:
             return self._inner.fileno()
 
         def close(self) -> None:
             self._inner.close()
 
-    (inner,) = port._listeners
-    exchanged = Latch()
+    def listen(*, loopback: bool) -> list[Full]:
+        return [Full(each) for each in listening(loopback=loopback)]
 
-    def exchange() -> None:
-        port._rest()
-        port._listeners[:] = [Full(inner)]  # type: ignore[list-item]  # one where it matters
-        port.open()
-        exchanged.open()
-
-    running_loop().call(exchange)
-    exchanged.wait()  # else the rank may be let in before
+    monkeypatch.setattr(hub_module, "listening", listen)
+    hub = hub_of(2)
     with caplog.at_level(logging.WARNING, logger="dist_ckpt"):
         agree(hub, [JobCoordinator(line_to(hub, 1))])
     assert refused.is_open
     (record,) = [each for each in caplog.records if "ranks cannot connect" in each.message]
     assert "RLIMIT_NOFILE" in record.message
-
-
-def _port(hub: Hub) -> hub_module._Port:
-    return hub.board._tell.__self__  # type: ignore[attr-defined, no-any-return]
 
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.data())

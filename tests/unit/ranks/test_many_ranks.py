@@ -59,7 +59,7 @@ class Crowd:
 def end(link: Hub | Line) -> None:
     """Close the connection of a rank, as the end of its process does."""
     assert isinstance(link, Line)
-    (channel,) = link._channel
+    (channel,) = link.channel
     running_loop().call(channel.close)
 
 

@@ -50,18 +50,24 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-Between = Callable[[dist_ckpt.Checkpointer], object]
+Between = Callable[[dist_ckpt.Checkpointer, Path], object]
 
 BETWEEN: dict[str, Between] = {
-    "nothing": lambda _: None,
-    "restore that step": lambda ckpt: ckpt.restore(step=4),
-    "restore an older one": lambda ckpt: (ckpt.restore(step=3), ckpt.restore(step=4)),
-    "restore the best": lambda ckpt: ckpt.restore("best"),
-    "roll back": lambda ckpt: ckpt.rollback(),
-    "restore the newest": lambda ckpt: ckpt.restore(),
-    "restore from elsewhere": lambda ckpt: ckpt.restore(url=ckpt._job.url),
-    "fail to restore it": lambda ckpt: fail_to_restore(ckpt),
+    "nothing": lambda *_: None,
+    "restore that step": lambda ckpt, _: ckpt.restore(step=4),
+    "restore an older one": lambda ckpt, _: (ckpt.restore(step=3), ckpt.restore(step=4)),
+    "restore the best": lambda ckpt, _: ckpt.restore("best"),
+    "roll back": lambda ckpt, _: ckpt.rollback(),
+    "restore the newest": lambda ckpt, _: ckpt.restore(),
+    "restore from elsewhere": lambda ckpt, root: restore_from_elsewhere(ckpt, root),
+    "fail to restore it": lambda ckpt, _: fail_to_restore(ckpt),
 }
+
+
+def restore_from_elsewhere(ckpt: dist_ckpt.Checkpointer, root: Path) -> None:
+    other = root.parent / f"{root.name}-other"
+    run_of(other, 9)
+    ckpt.restore(url=str(other), discard_newer=True)
 
 
 def fail_to_restore(ckpt: dist_ckpt.Checkpointer) -> None:
@@ -80,12 +86,7 @@ def test_a_step_that_was_passed_over_can_be_saved_again(between: str, tmp_path: 
     damage(tmp_path, 5)
     with dist_ckpt.Checkpointer(str(tmp_path), values, keep=policy) as ckpt:
         assert ckpt.restore() == 4
-        if between == "restore from elsewhere":
-            copy = tmp_path.parent / f"{tmp_path.name}-other"
-            run_of(copy, 9)
-            ckpt.restore(url=str(copy), discard_newer=True)
-        else:
-            BETWEEN[between](ckpt)
+        BETWEEN[between](ckpt, tmp_path)
         save(ckpt, values, 5)
         ckpt.wait()
         assert ckpt.save(5).outcome == "committed", "it is done"

@@ -13,7 +13,9 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, not in 
 )
 
 from dist_ckpt.errors import CoordinationError, ErrorKind
+from dist_ckpt.ranks import hub as hub_module
 from dist_ckpt.ranks import rendezvous
+from dist_ckpt.ranks.addresses import listening
 from dist_ckpt.ranks.coordinator import JobCoordinator, Line
 from dist_ckpt.ranks.hub import Hub
 from tests.unit.ranks.rounds import long, on_every_rank, topic
@@ -23,7 +25,7 @@ from tests.unit.ranks.rounds import long, on_every_rank, topic
 def shared(monkeypatch: pytest.MonkeyPatch) -> HashStore:
     """Give the ranks of this process a store of a training."""
     store = HashStore()
-    monkeypatch.setattr(rendezvous, "_get_default_store", lambda: store)
+    monkeypatch.setattr(rendezvous, "training_store", lambda: store)
     for name in ("MASTER_ADDR", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return store
@@ -31,7 +33,10 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> HashStore:
 
 def joined(world_size: int) -> list[JobCoordinator]:
     found = on_every_rank(
-        [partial(rendezvous._open, rank, world_size, "here", 60.0) for rank in range(world_size)]
+        [
+            partial(rendezvous.open_link, rank, world_size, "here", 60.0)
+            for rank in range(world_size)
+        ]
     )
     assert not [each for each in found if isinstance(each, BaseException)], found
     return [JobCoordinator(each) for each in found if not isinstance(each, BaseException)]
@@ -50,10 +55,17 @@ def test_where_all_ranks_are_on_one_host_nobody_else_can_connect(
     monkeypatch.setenv("WORLD_SIZE", "2")
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    hub = rendezvous._open(0, 2, "here", 60.0)
+    opened: list[str] = []
+
+    def listen(*, loopback: bool) -> list[socket.socket]:
+        listeners = listening(loopback=loopback)
+        opened.append(listeners[0].getsockname()[0])
+        return listeners
+
+    monkeypatch.setattr(hub_module, "listening", listen)
+    hub = rendezvous.open_link(0, 2, "here", 60.0)
     assert isinstance(hub, Hub)
-    port = hub.board._tell.__self__  # type: ignore[attr-defined]
-    found = port._listeners[0].getsockname()[0]
+    (found,) = opened
     assert found == (address or found)
     assert (found in ("::", "0.0.0.0")) is (address is None)
 
@@ -61,15 +73,15 @@ def test_where_all_ranks_are_on_one_host_nobody_else_can_connect(
 def test_another_server_at_a_name_of_rank_0_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")  # it listens on no address of others
-    hub = rendezvous._open(0, 2, "here", 60.0)
+    hub = rendezvous.open_link(0, 2, "here", 60.0)
     assert isinstance(hub, Hub)
     # A loopback name is everybody's: on this host it leads to some other program.
     with socket.create_server(("127.0.0.2", hub.port)) as other:
-        monkeypatch.setattr(rendezvous, "_hosts", lambda address: ["127.0.0.2", "127.0.0.1"])
-        monkeypatch.setattr(rendezvous, "_CONNECT_SECONDS", 0.2)
-        monkeypatch.setattr(rendezvous, "_GREETING_SECONDS", 0.2)
+        monkeypatch.setattr(rendezvous, "hosts_of", lambda address: ["127.0.0.2", "127.0.0.1"])
+        monkeypatch.setattr(rendezvous, "CONNECT_SECONDS", 0.2)
+        monkeypatch.setattr(rendezvous, "GREETING_SECONDS", 0.2)
         assert other.fileno() >= 0  # it accepts in the kernel, and never says a word
-        line = rendezvous._open(1, 2, "here", 60.0)
+        line = rendezvous.open_link(1, 2, "here", 60.0)
     job = [JobCoordinator(hub), JobCoordinator(line)]
     works = [partial(each.round, topic(), b"x", b"".join, deadline=long()) for each in job]
     assert on_every_rank(works) == [b"xx"] * 2
@@ -79,18 +91,18 @@ def test_why_rank_0_opens_no_port_is_told_to_all(monkeypatch: pytest.MonkeyPatch
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:
         pytest.skip("there is no limit")
-    monkeypatch.setattr(rendezvous, "_DOUBT_SECONDS", 0.0)
+    monkeypatch.setattr(rendezvous, "DOUBT_SECONDS", 0.0)
     for rank in (0, 1):
         with pytest.raises(CoordinationError, match="RLIMIT_NOFILE") as caught:
-            rendezvous._open(rank, hard + 1, "here", 3600.0)
+            rendezvous.open_link(rank, hard + 1, "here", 3600.0)
         assert (caught.value.kind, list(caught.value.ranks)) == (ErrorKind.PEER_FAILED, [0])
-    monkeypatch.setattr(rendezvous, "_DOUBT_SECONDS", 60.0)
+    monkeypatch.setattr(rendezvous, "DOUBT_SECONDS", 60.0)
     # Rank 0 is started anew, with another limit, and replaces what it had said.
     joined(2)
 
 
 def test_a_dead_rank_0_of_an_earlier_start_is_replaced() -> None:
-    dead = rendezvous._open(0, 2, "here", 60.0)
+    dead = rendezvous.open_link(0, 2, "here", 60.0)
     del dead
     joined(2)
 
@@ -109,7 +121,7 @@ def test_rank_0_says_that_restarted_workers_will_get_an_old_store(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts or "0")
-    rendezvous._open(0, 2, "here", 60.0)
+    rendezvous.open_link(0, 2, "here", 60.0)
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) is says
 
 
@@ -125,10 +137,10 @@ def test_a_rank_of_another_start_does_not_join_one_that_still_lives(shared: Hash
     def be_rank_0() -> Hub | Line:
         while asked.add("waiting", 0) == before:
             pass
-        return rendezvous._open(0, 2, "here", 60.0)
+        return rendezvous.open_link(0, 2, "here", 60.0)
 
     def be_rank_1() -> Hub | Line:
-        return rendezvous._open(1, 2, "here", 60.0)
+        return rendezvous.open_link(1, 2, "here", 60.0)
 
     hub, line = on_every_rank([be_rank_0, be_rank_1])
     assert isinstance(hub, Hub)
