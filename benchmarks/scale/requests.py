@@ -101,7 +101,8 @@ class AsS3(StoreWrapper):
             self.requests += 1
             yield from page
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         self.requests += 1
         return run()
 

@@ -387,7 +387,8 @@ class HostsStore(StoreWrapper):
         for key in sorted(self._nbytes):
             yield Entry(key, self._nbytes[key])
 
-    def _around(self, operation: Any, key: str, run: Any) -> Any:
+    def around(self, operation: Any, key: str, run: Any) -> Any:
+        """See `StoreWrapper.around`."""
         return run()
 
 

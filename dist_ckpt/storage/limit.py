@@ -89,7 +89,8 @@ class LimitStore(StoreWrapper):
         self._give_back(asked - count)
         return count
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         if self._most is None:
             return run()
         me = object()

@@ -102,7 +102,8 @@ class MeterStore(StoreWrapper):
         events.emit(self.usage())
         self.inner.close()
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         return self._measured(operation, key, run, lambda _: 0)
 
     def _listing(self, prefix: str, entries: Iterator[Entry]) -> Iterator[Entry]:

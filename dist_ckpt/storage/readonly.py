@@ -16,7 +16,8 @@ _T = TypeVar("_T")
 class _PassThrough(StoreWrapper):
     """Adds nothing around an operation."""
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         return run()
 
 

@@ -145,15 +145,16 @@ class RetryStore(StoreWrapper):
                 failed = True
                 raise
 
-        self._around("put", key, attempt)
+        self.around("put", key, attempt)
 
     def list_entries(self, prefix: str = "") -> Iterator[Entry]:
         """Return the whole listing, so that one which breaks off is repeated from its begin."""
-        return self._around(
+        return self.around(
             "list_entries", prefix, lambda: iter(list(self.inner.list_entries(prefix)))
         )
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         failures = 0
         began = time.monotonic()
         while True:

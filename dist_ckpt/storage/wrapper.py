@@ -45,7 +45,7 @@ class Retrying(Protocol):
 
 
 class StoreWrapper(ABC):
-    """A store that does what `inner` does, each operation through `_around`.
+    """A store that does what `inner` does, each operation through `around`.
 
     Attributes:
         delete_batch: how many keys one `delete` operation takes at most.
@@ -83,38 +83,38 @@ class StoreWrapper(ABC):
         watch: Watch | None = None,
     ) -> None:
         """See `Store.put`."""
-        self._around("put", key, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
+        self.around("put", key, lambda: self.inner.put(key, buffers, mode=mode, watch=watch))
 
     def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
         """See `Streamer.put_stream`; an operation like any other put."""
-        self._around("put", key, lambda: put_stream(self.inner, key, stream, mode=mode))
+        self.around("put", key, lambda: put_stream(self.inner, key, stream, mode=mode))
 
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """See `Store.read_into`."""
-        return self._around("read_into", key, lambda: self.inner.read_into(key, offset, *buffers))
+        return self.around("read_into", key, lambda: self.inner.read_into(key, offset, *buffers))
 
     def size(self, key: str) -> int:
         """See `Store.size`."""
-        return self._around("size", key, lambda: self.inner.size(key))
+        return self.around("size", key, lambda: self.inner.size(key))
 
     def list_entries(self, prefix: str = "") -> Iterator[Entry]:
         """See `Store.list_entries`; the operation is the call, not the iteration."""
-        return self._around("list_entries", prefix, lambda: self.inner.list_entries(prefix))
+        return self.around("list_entries", prefix, lambda: self.inner.list_entries(prefix))
 
     def list_children(self, prefix: str = "") -> list[str]:
         """See `Store.list_children`."""
-        return self._around("list_children", prefix, lambda: self.inner.list_children(prefix))
+        return self.around("list_children", prefix, lambda: self.inner.list_children(prefix))
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `Store.delete`; one operation for each `delete_batch` keys, named by the first."""
         pending = check_keys(keys)
         # Cut into lists: an operation may be run again, an iterator only once.
         while batch := list(islice(pending, self.delete_batch)):
-            self._around("delete", batch[0], partial(self.inner.delete, batch))
+            self.around("delete", batch[0], partial(self.inner.delete, batch))
 
     def delete_exactly(self, key: str, data: bytes) -> bool:
         """See `ExactDeleter.delete_exactly`; an operation like any other deletion."""
-        return self._around("delete", key, lambda: delete_exactly(self.inner, key, data))
+        return self.around("delete", key, lambda: delete_exactly(self.inner, key, data))
 
     def sweep(self, prefix: str = "", *, may_go: MayGo = everything) -> int:
         """See `Sweeper.sweep`; 0 where the inner store is none. Not counted as an operation."""
@@ -126,5 +126,5 @@ class StoreWrapper(ABC):
         self.inner.close()
 
     @abstractmethod
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         """Run the operation, and whatever this store is for."""

@@ -155,7 +155,8 @@ class FaultyStore(_KeyByKey):
         count = _run(faults, lambda: self.inner.read_into(key, offset, *buffers))
         return _damage(faults, fill_views(offset, buffers), count)
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         return _run(self._faults(operation, key), run)
 
     def _faults(self, operation: Operation, key: str) -> list[Fault]:
@@ -213,7 +214,8 @@ class CrashStore(_KeyByKey):
         with self._lock:
             return list(self._log)
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         if operation not in self._kinds:
             return run()
         with self._lock:
@@ -249,7 +251,8 @@ class LatencyStore(_KeyByKey):
         self._seconds = seconds
         self._sleep = sleep
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        """See `StoreWrapper.around`."""
         self._sleep(self._seconds)
         return run()
 

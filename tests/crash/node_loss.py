@@ -124,7 +124,7 @@ class Struck(StoreWrapper):
         super().__init__(resolve(url))
         self._blow = blow
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         self._blow.comes(operation, key, "before")
         result = run()
         self._blow.comes(operation, key, "after")

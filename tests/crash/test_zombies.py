@@ -40,7 +40,7 @@ class CutOff(StoreWrapper):
         super().__init__(resolve(url))
         self._hosts, self._at = hosts, at
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         of_step = key.startswith(step_dir(ZOMBIES_STEP))
         if operation == "put" and of_step and key.endswith(self._at):
             if self._hosts.is_real:

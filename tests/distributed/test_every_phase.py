@@ -99,7 +99,7 @@ def test_a_rank_that_raises_in_any_phase_is_named_on_all(tmp_path: Path) -> None
 class Deadly(StoreWrapper):
     """The process dies when it comes to put a shard."""
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         if operation == "put" and key.endswith(".safetensors"):
             os.kill(os.getpid(), signal.SIGKILL)
         return run()

@@ -202,7 +202,7 @@ class Dying(StoreWrapper):
         super().__init__(inner)
         self.left = changes
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         if self.left <= 0:
             raise StorageError("dead")
         self.left -= operation in CHANGES

@@ -62,7 +62,7 @@ class Host(StoreWrapper):
     def url(self) -> str:
         return "/data/run"
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         return run()
 
 
@@ -73,7 +73,7 @@ class Beside(StoreWrapper):
         super().__init__(inner)
         self._changes = [change]
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
+    def around(self, operation: Operation, key: str, run: Callable[[], T]) -> T:
         if key == manifest_key(STEP) and self._changes:
             self._changes.pop()()
         return run()

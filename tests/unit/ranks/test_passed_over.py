@@ -192,14 +192,14 @@ def test_a_job_that_was_replaced_at_the_last_moment_takes_nothing_away(
     taken = False
 
     class Suspended(CrashStore):
-        def _around(self, kind, key, run):  # type: ignore[no-untyped-def]
+        def around(self, kind, key, run):  # type: ignore[no-untyped-def]
             nonlocal taken
             if (kind, key) == (operation, manifest_key(5)) and not taken:
                 taken = True
                 with dist_ckpt.Checkpointer(str(tmp_path), state()) as new:
                     assert new.restore() == 4
                     new.save(5).wait()
-            return super()._around(kind, key, run)
+            return super().around(kind, key, run)
 
     values = state()
     with dist_ckpt.Checkpointer(Suspended(LocalStore(tmp_path)), values) as old:

@@ -235,7 +235,7 @@ def test_a_fenced_job_never_takes_away_what_its_successor_saved(
     succeeded: list[str] = []
 
     class Suspended(StoreWrapper):
-        def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
             places = {
                 "claims": operation == "list_children" and key == "claims/",
                 "delete": operation == "delete" and key == manifest_key(1),

@@ -47,14 +47,14 @@ class Meanwhile(CrashStore):
         self._wanted = (operation, part)
         self._left = nth
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], Any]) -> Any:
+    def around(self, operation: Operation, key: str, run: Callable[[], Any]) -> Any:
         wanted, part = self._wanted
         if not self.done and operation == wanted and part in key:
             self._left -= 1
             if not self._left:
                 self.done = True
                 self.then()
-        return super()._around(operation, key, run)
+        return super().around(operation, key, run)
 
 
 def commit_and_collect(inner: Store, *, gone: int, new: int | None) -> None:

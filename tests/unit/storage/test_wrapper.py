@@ -52,7 +52,7 @@ class _Noting(StoreWrapper):
         super().__init__(inner)
         self.noted: list[tuple[Operation, str]] = []
 
-    def _around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         self.noted.append((operation, key))
         return run()
 
