@@ -27,7 +27,9 @@ DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""
 
 _SECTOR_BYTES = 4096  # aligned to this is aligned for every disk and file system there is
-_READ_BYTES = 8 << 20
+READ_BYTES = 8 << 20
+"""How much one call reads, at most."""
+
 _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 # Two writers keep a disk busy, also while one of them copies; reads gain from a deeper queue.
 _WRITE_THREADS = 2
@@ -35,13 +37,16 @@ _READ_THREADS = 8
 _HUGE_PAGE_BYTES = 2 << 20
 _NOT_PREALLOCATED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)  # unknown to some systems
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+"""The flag of `open`; 0 on systems that do not know it."""
 
-# The one call that reserves room or says that it cannot: where a file system cannot,
-# os.posix_fallocate writes to every sector instead, which over a network takes minutes.
-_fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-if _fallocate is not None:
-    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+# Where a file system cannot, os.posix_fallocate writes to every sector instead, which over a
+# network takes minutes.
+fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+"""The one call that reserves room or says that it cannot; None where the C library has it not."""
+
+if fallocate is not None:
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def aligned_buffer(nbytes: int) -> memoryview:
@@ -61,9 +66,9 @@ def preallocate(fd: int, nbytes: int) -> None:
     Room that is there already needs no lock of the whole file when it is written to. Nothing
     happens where the file system cannot reserve.
     """
-    if nbytes < DIRECT_BYTES or _fallocate is None:
+    if nbytes < DIRECT_BYTES or fallocate is None:
         return
-    while _fallocate(fd, 0, 0, nbytes):
+    while fallocate(fd, 0, 0, nbytes):
         code = ctypes.get_errno()
         if code in _NOT_PREALLOCATED:
             return
@@ -113,7 +118,7 @@ class DirectIO:
                 watch(sum(view.nbytes for view in run))
             data = _in_aligned_memory(run)
             whole = data.nbytes - data.nbytes % _SECTOR_BYTES
-            _write_at(fd, data[:whole], offset)
+            write_at(fd, data[:whole], offset)
             if whole < data.nbytes:
                 tails.append((offset + whole, data[whole:]))
 
@@ -128,7 +133,7 @@ class DirectIO:
         # Only now, because a flag is of the file and not of one transfer.
         _turn_off(fd)
         for offset, tail in tails:
-            _write_at(fd, tail, offset)
+            write_at(fd, tail, offset)
         return True
 
     def read(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
@@ -145,11 +150,11 @@ class DirectIO:
         return _read_pieces(fd, views, offset, sector_bytes=1)
 
     def _turn_on(self, fd: int) -> bool:
-        if not _O_DIRECT or os.fstat(fd).st_dev in self._refused:
+        if not O_DIRECT or os.fstat(fd).st_dev in self._refused:
             return False
         try:
             # Turned on in an open file, so that it is certainly the file that was looked at.
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | _O_DIRECT)
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | O_DIRECT)
         except OSError as error:
             if error.errno not in _NOT_DIRECT:
                 raise
@@ -163,7 +168,7 @@ class DirectIO:
 
 
 def _turn_off(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
 
 
 def _cut(
@@ -207,7 +212,12 @@ def _write_group(fd: int, group: list[memoryview]) -> None:
             group[0] = group[0][count:]
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` to a file, from `offset` on.
+
+    Raises:
+        OSError: the system refused some of it.
+    """
     done = 0
     while done < data.nbytes:
         done += _some(os.pwrite(fd, data[done:], offset + done))
@@ -221,7 +231,7 @@ def _some(count: int) -> int:
 
 def _read_pieces(fd: int, views: Sequence[memoryview], offset: int, *, sector_bytes: int) -> int:
     """Read pieces of `views` in parallel; return how many bytes there are before the first gap."""
-    pieces = [(start, Scatter(run)) for start, run in _cut(views, _READ_BYTES)]
+    pieces = [(start, Scatter(run)) for start, run in _cut(views, READ_BYTES)]
     counts: dict[int, int] = {}
 
     def read(piece: tuple[int, Scatter]) -> None:

@@ -352,10 +352,11 @@ _NO_FLAGS = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTS
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
-# Python has no name for the call, and some C libraries have none either.
-_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-if _renameat2 is not None:
-    _renameat2.argtypes = (
+renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+"""Python has no name for the call, and some C libraries have none either: then None."""
+
+if renameat2 is not None:
+    renameat2.argtypes = (
         ctypes.c_int,
         ctypes.c_char_p,
         ctypes.c_int,
@@ -444,9 +445,9 @@ def _rename(fd: int, temporary: str, path: str) -> None:
 
 
 def _rename_to_new(temporary: str, path: str) -> None:
-    if _renameat2 is not None:
+    if renameat2 is not None:
         names = os.fsencode(temporary), os.fsencode(path)
-        if not _renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
+        if not renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
             return
         code = ctypes.get_errno()
         if code not in _NO_FLAGS:

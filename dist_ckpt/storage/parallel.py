@@ -77,7 +77,7 @@ def in_two_steps(
         seconds: how many second steps run at once, at most.
         under_way: how many items may be begun and not done, at most: what memory there is for.
     """
-    steps = _Steps(first, second, items, firsts, seconds, under_way)
+    steps = Steps(first, second, items, firsts, seconds, under_way)
     _run(steps, min(firsts + seconds, under_way))
 
 
@@ -190,8 +190,17 @@ class _Items(Generic[ItemT]):
         self._stopped = True
 
 
-class _Steps(Generic[ItemT, HalfT]):
-    """Two jobs for each item, one after the other."""
+class Steps(Generic[ItemT, HalfT]):
+    """Two jobs for each item, one after the other; see `in_two_steps`.
+
+    Args:
+        first: makes the first step of an item.
+        second: makes the second one, of what the first returned.
+        items: what for.
+        firsts: how many first steps may go on at once.
+        seconds: how many second ones.
+        under_way: how many items may be begun and not done.
+    """
 
     def __init__(
         self,
@@ -215,10 +224,12 @@ class _Steps(Generic[ItemT, HalfT]):
         self._changed = Bell()
 
     def next(self) -> Callable[[], None] | None:
+        """Return the next job as soon as there is one, None when there are no more."""
         found = self._changed.wait_for(self._look)
         return found[0] if found else None
 
     def stop(self) -> None:
+        """Have no more jobs begun."""
         self._stopped = True
         self._changed.ring()
 

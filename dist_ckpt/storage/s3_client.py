@@ -72,7 +72,7 @@ class Client:
         # Learned from the server, and true for every process that asks it.
         self._deletes_many = True
         self._options = {**options, "config_kwargs": self._config(config)}
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process makes its own connections.
@@ -81,7 +81,7 @@ class Client:
     @property
     def retries(self) -> int:
         """How many requests of this process were repetitions."""
-        return self._session().retries
+        return self.session().retries
 
     def run(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Run `work()` on the loop and wait for its result."""
@@ -113,7 +113,7 @@ class Client:
 
     async def send(self, name: str, parameters: Mapping[str, Any]) -> Answer:
         """Make one request without a deadline of its own, for those that watch its progress."""
-        session = self._session()
+        session = self.session()
         client, extra = await session.connected(parameters.get("Bucket"), name)
         answer: Answer = await getattr(client, name)(**{**extra, **parameters})
         return answer
@@ -124,7 +124,7 @@ class Client:
         Raises:
             Exception: what the last attempt raised, as it was.
         """
-        session = self._session()
+        session = self.session()
         began = time.monotonic()
         failures = 0
         while True:
@@ -180,12 +180,13 @@ class Client:
         if session is not None:
             session.close()
 
-    def _session(self) -> _Session:
+    def session(self) -> Session:
+        """Return what this process has."""
         # `setdefault` is atomic, and needs no lock that a fork could leave locked for ever.
         pid = os.getpid()
         found = self._sessions.get(pid)
         if found is None:
-            found = self._sessions.setdefault(pid, _Session(self._options, self.concurrency))
+            found = self._sessions.setdefault(pid, Session(self._options, self.concurrency))
         return found
 
     def _config(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,33 +223,45 @@ class Gate:
             self._changed.notify_all()
 
 
-class _Session:
-    """What belongs to one process."""
+class Session:
+    """What belongs to one process.
+
+    Args:
+        options: for `s3fs.S3FileSystem`.
+        concurrency: the most requests at once.
+
+    Attributes:
+        gate: lets as many requests run as the server bears.
+        retries: how many requests were repetitions.
+        connection: how often it has connected.
+        system: the file system of the connection, None before there is one.
+        clients: those that are connected.
+    """
 
     def __init__(self, options: Mapping[str, Any], concurrency: int) -> None:
         self.gate = Gate(concurrency)
         self.retries = 0
         self.connection = 0
         self._options = options
-        self._system: Any = None
-        self._clients: list[Any] = []
+        self.system: Any = None
+        self.clients: list[Any] = []
         self._lock = asyncio.Lock()
         # When nobody holds the store any more, or at the end of the process.
         self._pid = os.getpid()
-        weakref.finalize(self, _close_clients, self._clients, self._pid).atexit = False
+        weakref.finalize(self, _close_clients, self.clients, self._pid).atexit = False
         _open_sessions.add(self)
         _close_at_end()
 
     def close(self) -> None:
         """Close the connections; a second time does nothing."""
         # What comes after all, from whoever is called later still, connects anew.
-        self._system = None
-        _close_clients(self._clients, self._pid)
+        self.system = None
+        _close_clients(self.clients, self._pid)
 
     async def connected(self, bucket: str | None, name: str) -> tuple[Any, Mapping[str, Any]]:
         """Return the client, and the user's additional parameters of the method `name`."""
         async with self._lock:
-            system = self._system or await self._connect()
+            system = self.system or await self._connect()
         client = await system.get_s3(bucket)
         extra = ParamKwargsHelper(client).filter_dict(
             name, {**system.s3_additional_kwargs, **system.req_kw}
@@ -267,10 +280,10 @@ class _Session:
             system = s3fs.S3FileSystem(**{**self._options, **fixed})
             if system.session is None:
                 system.session = _new_session(system.kwargs)
-            self._clients.append(await system.set_session())
+            self.clients.append(await system.set_session())
         except (TypeError, KeyError, ValueError) as error:
             raise UsageError(f"bad storage_options: {describe(error)}; correct them") from error
-        self._system = system
+        self.system = system
         self.connection += 1
         return system
 
@@ -290,7 +303,7 @@ def _loader(data_path: str | None) -> Loader:
     return create_loader(data_path)
 
 
-_open_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _closed_in: int | None = None
 # The last of all that multiprocessing calls at the end of a process, and far behind the saves that
 # are finished there: whoever needs a connection has a higher priority.

@@ -338,7 +338,9 @@ def _number(part: Answer) -> int:
 
 
 # As large as what peers ask for at once: less costs processor time for each request.
-_PIECE_BYTES = 16 * MIB
+PIECE_BYTES = 16 * MIB
+"""How much of an object one request reads, at most."""
+
 _TRIES = 3
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-\d+/(?P<total>\d+)")
 
@@ -379,7 +381,7 @@ class Download:
 
     async def _read(self) -> int:
         self._version = None
-        pieces = spans(self._into.nbytes, _PIECE_BYTES)
+        pieces = spans(self._into.nbytes, PIECE_BYTES)
         counts = await together(
             (partial(self._read_piece, *piece) for piece in pieces),
             at_once=min(len(pieces), self._client.concurrency),

@@ -40,7 +40,7 @@ def go_linkless() -> None:
         raise PermissionError(errno.EPERM, "no hard links", source)
 
     os.link = link  # type: ignore[assignment]
-    durable._renameat2 = None
+    durable.renameat2 = None
 
 
 def crash_before(number: int) -> None:

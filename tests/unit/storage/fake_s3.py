@@ -94,7 +94,7 @@ class FakeS3:
         if parameters["Bucket"] != BUCKET:
             code = "404" if name == "head_object" else "NoSuchBucket"
             raise refusal(code, 404, name)
-        answer: Answer = await getattr(self, f"_{name}")(dict(parameters))
+        answer: Answer = await getattr(self, name)(dict(parameters))
         if fault is not None:
             raise fault.error
         answer["ResponseMetadata"] = {"HTTPHeaders": {"date": format_datetime(self.now)}}
@@ -108,19 +108,19 @@ class FakeS3:
         if not self.ignores_conditions and "IfNoneMatch" in asked and asked["Key"] in self.objects:
             raise refusal("PreconditionFailed", 412)
 
-    async def _put_object(self, asked: Answer) -> Answer:
+    async def put_object(self, asked: Answer) -> Answer:
         data = await _received(asked["Body"])
         self._check_condition(asked)
         self.objects[asked["Key"]] = _Object(data, asked["Metadata"])
         return {}
 
-    async def _head_object(self, asked: Answer) -> Answer:
+    async def head_object(self, asked: Answer) -> Answer:
         found = self.objects.get(asked["Key"])
         if found is None:
             raise refusal("404", 404, "HeadObject")
         return {"ContentLength": len(found.data), "Metadata": found.metadata, "ETag": found.etag}
 
-    async def _get_object(self, asked: Answer) -> Answer:
+    async def get_object(self, asked: Answer) -> Answer:
         found = self.objects.get(asked["Key"])
         if found is None:
             raise refusal("NoSuchKey", 404)
@@ -135,7 +135,7 @@ class FakeS3:
             "Body": _Stream([sent[at : at + 100_000] for at in range(0, len(sent), 100_000)]),
         }
 
-    async def _delete_object(self, asked: Answer) -> Answer:
+    async def delete_object(self, asked: Answer) -> Answer:
         if self.before_delete is not None:
             await asyncio.to_thread(self.before_delete)
         found = self.objects.get(asked["Key"])
@@ -145,7 +145,7 @@ class FakeS3:
         self.objects.pop(asked["Key"], None)
         return {}
 
-    async def _delete_objects(self, asked: Answer) -> Answer:
+    async def delete_objects(self, asked: Answer) -> Answer:
         keys = [each["Key"] for each in asked["Delete"]["Objects"]]
         assert asked["Delete"]["Quiet"]
         assert len(keys) <= 1000
@@ -157,7 +157,7 @@ class FakeS3:
                 self.objects.pop(key, None)
         return {"Errors": errors} if errors else {}
 
-    async def _list_objects_v2(self, asked: Answer) -> Answer:
+    async def list_objects_v2(self, asked: Answer) -> Answer:
         found = sorted(key for key in self.objects if key.startswith(asked["Prefix"]))
         begin = asked.get("ContinuationToken", "")
         page = [key for key in found if key > begin][:2]
@@ -169,17 +169,17 @@ class FakeS3:
             answer |= {"IsTruncated": True, "NextContinuationToken": page[-1]}
         return answer
 
-    async def _create_multipart_upload(self, asked: Answer) -> Answer:
+    async def create_multipart_upload(self, asked: Answer) -> Answer:
         name = f"upload-{len(self.calls)}"
         self.uploads[name] = {**asked, "parts": {}, "begun": self.now}
         return {"UploadId": name}
 
-    async def _upload_part(self, asked: Answer) -> Answer:
+    async def upload_part(self, asked: Answer) -> Answer:
         data = await _received(asked["Body"])
         self._upload(asked)["parts"][asked["PartNumber"]] = (data, self.now)
         return {"ETag": f'"{asked["PartNumber"]}"'}
 
-    async def _complete_multipart_upload(self, asked: Answer) -> Answer:
+    async def complete_multipart_upload(self, asked: Answer) -> Answer:
         upload = self._upload(asked)
         self._check_condition(asked)
         numbers = [part["PartNumber"] for part in asked["MultipartUpload"]["Parts"]]
@@ -189,12 +189,12 @@ class FakeS3:
         del self.uploads[asked["UploadId"]]
         return {}
 
-    async def _abort_multipart_upload(self, asked: Answer) -> Answer:
+    async def abort_multipart_upload(self, asked: Answer) -> Answer:
         self._upload(asked)
         del self.uploads[asked["UploadId"]]
         return {}
 
-    async def _list_multipart_uploads(self, asked: Answer) -> Answer:
+    async def list_multipart_uploads(self, asked: Answer) -> Answer:
         return {
             "Uploads": [
                 {"Key": upload["Key"], "UploadId": name, "Initiated": upload["begun"]}
@@ -203,7 +203,7 @@ class FakeS3:
             ]
         }
 
-    async def _list_parts(self, asked: Answer) -> Answer:
+    async def list_parts(self, asked: Answer) -> Answer:
         parts = self._upload(asked)["parts"]
         return {"Parts": [{"LastModified": time} for _, time in parts.values()]}
 

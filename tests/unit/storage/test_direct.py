@@ -27,7 +27,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     """Let files of a few sectors be what files of many megabytes are."""
     patch.setattr(direct, "DIRECT_BYTES", 2 * SECTOR)
     patch.setattr(direct, "PIECE_BYTES", PIECE)
-    patch.setattr(direct, "_READ_BYTES", PIECE)
+    patch.setattr(direct, "READ_BYTES", PIECE)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ class TestRefused:
         assert not store.capabilities.direct_io
 
     def test_on_a_system_without_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(direct, "_O_DIRECT", 0)
+        monkeypatch.setattr(direct, "O_DIRECT", 0)
         store = LocalStore(tmp_path)
         data = os.urandom(4 * PIECE + 9)
         store.put("key", [memory(data)])
@@ -296,7 +296,7 @@ class TestPreallocation:
     def test_is_not_known_to_every_system(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(direct, "_fallocate", None)
+        monkeypatch.setattr(direct, "fallocate", None)
         LocalStore(tmp_path).put("key", [memory(b"1" * 3 * PIECE)])
         assert (tmp_path / "key").read_bytes() == b"1" * 3 * PIECE
 
@@ -310,7 +310,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, codes: list[int]) -> list[int]:
         ctypes.set_errno(code)
         return -1 if code else 0
 
-    monkeypatch.setattr(direct, "_fallocate", fallocate)
+    monkeypatch.setattr(direct, "fallocate", fallocate)
     return left
 
 

@@ -6,7 +6,7 @@ import copy
 import errno
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -65,11 +65,11 @@ class _Buffered(AbstractBufferedFile):  # type: ignore[misc]
 class _Chunked(AbstractFileSystem):  # type: ignore[misc]
     protocol = "chunked"
     cachable = False
+    finished: ClassVar[list[str]] = []  # of all that are made
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.chunks = 0
-        self.finished: list[str] = []
 
     def info(self, path: str, **_: Any) -> Any:
         raise FileNotFoundError(path)
@@ -147,8 +147,7 @@ def test_failed_write_is_never_finished_later() -> None:
     with pytest.raises(StorageError) as caught:
         store.put("k", [bytes(6 << 20), bytes(6 << 20)])
     assert caught.value.kind == ErrorKind.STORAGE_FULL
-    system = store._system()
-    assert system.finished == []
+    assert _Chunked.finished == []
 
 
 def test_size_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,22 +162,42 @@ def test_size_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         store.put("k", [b"12345"])
 
 
-def test_one_file_system_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The file systems that stores ask fsspec for, in their order."""
+    found: list[Any] = []
+    original = fsspec.filesystem
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found.append(original(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(fsspec, "filesystem", noted)
+    return found
+
+
+def test_one_file_system_for_each_process(made: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     store = FsspecStore("memory://processes")
-    first = store._system()
-    assert store._system() is first
+    for _ in range(2):
+        store.put("k", [b"."], mode="replace")
+    assert len(made) == 1
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert store._system() is not first
+    for _ in range(2):
+        assert read_all(store, "k") == b"."
+    first, second = made
+    assert second is not first
 
 
-def test_travels_to_another_process() -> None:
+def test_travels_to_another_process(made: list[Any]) -> None:
     store = FsspecStore("memory://travels", storage_options={"anything": 1})
     store.put("k", [b"."], mode="replace")
     there = copy.deepcopy(store)  # by way of what a pickle would hold
-    assert there._systems == {}
+    assert len(made) == 1
     assert read_all(there, "k") == b"."
+    assert len(made) == 2, "it has a file system of its own"
     store.close()
-    assert store._systems == {}
+    assert store.size("k") == 1
+    assert len(made) == 3, "the one before was let go"
 
 
 def test_unknown_scheme() -> None:

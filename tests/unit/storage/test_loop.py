@@ -61,17 +61,17 @@ def test_one_for_all_threads_of_a_process() -> None:
 def test_connections_are_closed_after_the_last_save() -> None:
     """Whatever is finished at exit still has its connections, though it was registered earlier."""
     script = """
-from dist_ckpt.storage import S3Store
+from dist_ckpt.storage.s3_client import Client
 
 
-store = S3Store("bucket", storage_options={"anon": True})
+client = Client({"anon": True})
 
 async def connected():
-    await store._client._session().connected(None, "head_object")
-    return len(store._client._session()._clients)
+    await client.session().connected(None, "head_object")
+    return len(client.session().clients)
 
-atexit.register(lambda: print(store._client.run(connected)))
-store._client.run(connected)
+atexit.register(lambda: print(client.run(connected)))
+client.run(connected)
 """
     assert run(script) == "1\n"
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from dist_ckpt.storage.parallel import _Steps, in_parallel, in_two_steps
+from dist_ckpt.storage.parallel import Steps, in_parallel, in_two_steps
 from dist_ckpt.waiting import Bell
 
 _T = TypeVar("_T")
@@ -165,7 +165,7 @@ class TestTwoSteps:
             seen.append(f"read {number}")
             return number
 
-        steps = _Steps(first, lambda number: seen.append(f"copy {number}"), range(4), 2, 2, 2)
+        steps = Steps(first, lambda number: seen.append(f"copy {number}"), range(4), 2, 2, 2)
         while job := steps.next():
             job()
         reads = ["read 0", "read 1", "copy 0", "read 2", "copy 1", "read 3", "copy 2", "copy 3"]

@@ -37,6 +37,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeS3:
 
 
 @pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> list[Client]:
+    """The clients of the stores that are made from here on, in their order."""
+    made: list[Client] = []
+
+    class Noted(Client):
+        def __init__(self, options: Mapping[str, Any]) -> None:
+            super().__init__(options)
+            made.append(self)
+
+    monkeypatch.setattr("dist_ckpt.storage.s3.Client", Noted)
+    return made
+
+
+@pytest.fixture
 def store(fake: FakeS3) -> S3Store:
     return new_store()
 
@@ -202,14 +216,14 @@ class TestParts:
         assert list(fake.uploads) == ["theirs", "next"]
 
     def test_object_of_another_size_is_an_error(self, store: S3Store, fake: FakeS3) -> None:
-        complete = fake._complete_multipart_upload
+        complete = fake.complete_multipart_upload
 
         async def shorten(asked: dict[str, Any]) -> dict[str, Any]:
             answer = await complete(asked)
             fake.objects[KEY].data = fake.objects[KEY].data[:-1]
             return answer
 
-        fake._complete_multipart_upload = shorten  # type: ignore[method-assign]
+        fake.complete_multipart_upload = shorten  # type: ignore[method-assign]
         with pytest.raises(StorageError, match="bytes were stored"):
             store.put("k", [LARGE])
         assert fake.objects == {}
@@ -219,7 +233,7 @@ class TestRead:
     @pytest.fixture(autouse=True)
     def small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """So that `LARGE` is read by several requests."""
-        monkeypatch.setattr(s3_transfer, "_PIECE_BYTES", 4 * MIB)
+        monkeypatch.setattr(s3_transfer, "PIECE_BYTES", 4 * MIB)
 
     @pytest.mark.parametrize("cuts", [[0], [1, 2], [3 * MIB, 0]])
     def test_goes_on_where_it_broke_off(
@@ -245,7 +259,7 @@ class TestRead:
     ) -> None:
         """All bytes are of one version."""
         store.put("k", [LARGE])
-        get = fake._get_object
+        get = fake.get_object
 
         async def replacing(asked: dict[str, Any]) -> dict[str, Any]:
             answer = await get(asked)
@@ -253,7 +267,7 @@ class TestRead:
                 fake.objects[KEY].data = then
             return answer
 
-        monkeypatch.setattr(fake, "_get_object", replacing)
+        monkeypatch.setattr(fake, "get_object", replacing)
         target = bytearray(len(LARGE))
         count = store.read_into("k", 0, memoryview(target))
         assert target[:count] == then[: len(LARGE)]
@@ -262,13 +276,13 @@ class TestRead:
         self, store: S3Store, fake: FakeS3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.put("k", [LARGE])
-        get = fake._get_object
+        get = fake.get_object
 
         async def replacing(asked: dict[str, Any]) -> dict[str, Any]:
             fake.objects[KEY].data = bytes([len(fake.calls) % 256]) * len(LARGE)
             return await get(asked)
 
-        monkeypatch.setattr(fake, "_get_object", replacing)
+        monkeypatch.setattr(fake, "get_object", replacing)
         with pytest.raises(StorageError, match="what else writes to it"):
             store.read_into("k", 0, memoryview(bytearray(len(LARGE))))
 
@@ -447,14 +461,20 @@ class TestClient:
             assert caught.value.kind == ErrorKind.TIMEOUT
         assert store.retries == 3
 
-    def test_throttling_lowers_what_is_under_way(self, store: S3Store, fake: FakeS3) -> None:
+    def test_throttling_lowers_what_is_under_way(
+        self, clients: list[Client], store: S3Store, fake: FakeS3
+    ) -> None:
         fake.faults = [Fault("head_object", SLOW_DOWN)]
         store.put("k", [b"."])
         assert store.size("k") == 1
-        assert store._client._session().gate.limit.limit < 10
+        assert clients[0].session().gate.limit.limit < 10
 
     def test_expired_credentials_are_looked_up_again(
-        self, store: S3Store, fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+        self,
+        clients: list[Client],
+        store: S3Store,
+        fake: FakeS3,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         renewed: list[int] = []
 
@@ -462,14 +482,14 @@ class TestClient:
             renewed.append(connection)
 
         store.put("k", [b"."])
-        monkeypatch.setattr(type(store._client._session()), "renew", renew)
+        monkeypatch.setattr(type(clients[0].session()), "renew", renew)
         fake.faults = [Fault("head_object", refusal("ExpiredToken", 400))]
         assert store.size("k") == 1
         assert renewed == [0]
 
-    def test_credentials_are_looked_up_once_for_all(self) -> None:
+    def test_credentials_are_looked_up_once_for_all(self, clients: list[Client]) -> None:
         store = S3Store(BUCKET, storage_options={"anon": True})
-        session = store._client._session()
+        session = clients[0].session()
 
         async def expire() -> list[int]:
             await session.connected(None, "head_object")
@@ -477,7 +497,7 @@ class TestClient:
             await asyncio.gather(*(session.renew(before) for _ in range(5)))
             return [before, session.connection]
 
-        assert store._client.run(expire) == [1, 2]
+        assert clients[0].run(expire) == [1, 2]
         store.close()
 
     @pytest.mark.parametrize(

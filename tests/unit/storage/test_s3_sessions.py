@@ -26,9 +26,10 @@ def connected(options: dict[str, Any] | None = None) -> AioSession:
     client = Client({"endpoint_url": "http://127.0.0.1:1", **(options or {})})
 
     async def connect() -> AioSession:
-        session = client._session()
+        session = client.session()
         await session.connected(None, "head_object")
-        return session._system.session
+        found: AioSession = session.system.session
+        return found
 
     try:
         return client.run(connect)

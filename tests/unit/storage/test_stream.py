@@ -70,7 +70,7 @@ def test_a_disk_that_refuses_direct_writes_gets_all_of_it(
     def refused(*_: object) -> None:
         raise OSError(22, "not here")
 
-    monkeypatch.setattr(direct, "_write_at", refused)
+    monkeypatch.setattr(direct, "write_at", refused)
     log: list[int] = []
     put_stream(LocalStore(tmp_path), "a", stream(log))
     assert (tmp_path / "a").read_bytes() == WHOLE
