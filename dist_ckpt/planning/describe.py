@@ -237,7 +237,7 @@ def local_boxes(tensors: NamedTensors) -> list[LocalBox]:
     with torch.no_grad():
         for part, named in tensors.items():
             for name, tensor in named.items():
-                for held, memory, _ in _plan(part, name, tensor):
+                for held, memory, _ in plan_boxes(part, name, tensor):
                     _check_backed(part, name, memory, have=memory.untyped_storage().nbytes())
                     boxes.append(LocalBox(held, memory))
     return boxes
@@ -265,7 +265,7 @@ def _look_up(
         views = zip(known.held, known.views, strict=True)
         memories = [_viewed(local.detach(), held, view) for held, view in views]
     else:
-        planned = _plan(part, name, tensor)
+        planned = plan_boxes(part, name, tensor)
         known = _Known(sketch, [held for held, _, _ in planned], [view for _, _, view in planned])
         memories = [memory for _, memory, _ in planned]
     for memory in memories:
@@ -297,8 +297,17 @@ _Planned = tuple[Held, torch.Tensor, Box | None]
 """A box, the memory of it, and where that lies in the local tensor; None for all of it."""
 
 
-def _plan(part: str, name: str, tensor: torch.Tensor) -> list[_Planned]:
-    """Find out which boxes of one tensor lie on this rank."""
+def plan_boxes(part: str, name: str, tensor: torch.Tensor) -> list[_Planned]:
+    """Return which boxes of one tensor lie on this rank, as DCP says.
+
+    Args:
+        part: where the tensor is in the state.
+        name: of the tensor within the part.
+        tensor: a plain one, or a distributed one.
+
+    Raises:
+        UsageError: it cannot be stored.
+    """
     _check_storable(part, name, tensor)
     if type(tensor) in _PLAIN:
         # What DCP says of them, at a tenth of the cost: the first save waits for it.

@@ -28,8 +28,9 @@ _STRAYS = "strays"
 _LAST = CLAIM_LIMIT - 1
 _LIMIT_BYTES = 1 << 16
 _MOST_BLOCKED = 8
-# What this process calls itself in claims, by its number.
-_processes: dict[int, str] = {}
+
+process_names: dict[int, str] = {}
+"""What this process calls itself in claims, by its number."""
 
 
 def highest(store: Store) -> int:
@@ -115,7 +116,7 @@ def is_of_this_process(store: Store, number: int) -> bool:
 
 
 def _this_process() -> str:
-    return _processes.setdefault(os.getpid(), secrets.token_hex(8))  # a forked one is another
+    return process_names.setdefault(os.getpid(), secrets.token_hex(8))  # a forked one is another
 
 
 def _numbers(store: Store) -> list[int]:

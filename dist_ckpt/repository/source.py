@@ -218,7 +218,8 @@ def unless_deleted(source: Source) -> Iterator[None]:
 # The sizes of very many files are looked at by all ranks of a load, each of them at some.
 
 
-_MANY_FILES = 1000
+MANY_FILES = 1000
+"""How many files of a checkpoint rank 0 looks at alone, at most."""
 
 
 class _Sized(Source, Protocol):
@@ -241,7 +242,7 @@ def shares_sizes(checkpoint: _Sized, selects_part: Callable[[str], bool], ranks:
     There are so many files that the others would wait for the listing of rank 0; and all are
     wanted, so that nobody has to read what describes them to find out which.
     """
-    many = ranks > 1 and len(checkpoint.files) > _MANY_FILES
+    many = ranks > 1 and len(checkpoint.files) > MANY_FILES
     return many and all(map(selects_part, checkpoint.parts))
 
 

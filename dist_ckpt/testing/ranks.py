@@ -49,7 +49,8 @@ _PRELOAD = (
 )
 # After the first failure the others get this long to report theirs: they often have the cause.
 _GRACE_SECONDS = 10.0
-_EXIT_SECONDS = 20.0
+EXIT_SECONDS = 20.0
+"""How long a rank may take to end."""
 
 
 @dataclass(slots=True)
@@ -209,7 +210,7 @@ def _receive(each: _Rank) -> Outcome:
     try:
         return cast("Outcome", pickle.loads(each.pipe.recv_bytes()))
     except (EOFError, OSError):
-        each.process.join(_EXIT_SECONDS)
+        each.process.join(EXIT_SECONDS)
         code = each.process.exitcode
         return Outcome(
             cause=_describe_exit(code), details=each.trace(), killed=code is not None and code < 0
@@ -222,7 +223,7 @@ def _release(started: Sequence[_Rank], expect_killed: Collection[int]) -> None:
     for each in started:
         if each.outcome and not each.outcome.cause:
             _tell(each, BARRIER if whole else LEAVE)
-    deadline = time.monotonic() + _EXIT_SECONDS
+    deadline = time.monotonic() + EXIT_SECONDS
     for each in started:
         if each.outcome:
             each.process.join(max(0.0, deadline - time.monotonic()))
@@ -242,7 +243,7 @@ def _stop(started: Sequence[_Rank]) -> None:
     for each in running:
         os.kill(each.process.pid or 0, signal.SIGABRT)  # its faulthandler dumps, then it dies
     for each in running:
-        each.process.join(_EXIT_SECONDS)
+        each.process.join(EXIT_SECONDS)
         each.process.kill()
         each.process.join()
         sys.stderr.write(f"rank {each.job.rank} was stopped here:\n{each.trace()}\n")

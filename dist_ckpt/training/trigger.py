@@ -35,12 +35,16 @@ from dist_ckpt.training.notices import NoticeWatch, SignalNote
 
 _log = logging.getLogger("dist_ckpt")
 
-_WORD, _SIGNAL, _ENDED = "word", "signal", "ended"
-# How much time the decisions told cover ahead: how late a signal or the clock may be heeded.
-_AHEAD_SECONDS = 0.5
+_WORD, _ENDED = "word", "ended"
+SIGNAL = "signal"
+"""The name of the note by which another rank tells rank 0 of a signal."""
+
+AHEAD_SECONDS = 0.5
+"""How much time the decisions told cover ahead: how late a signal or the clock may be heeded."""
+
 _AHEAD_CALLS = 256
-# After so many calls the ranks meet once, so that no entry of the decisions is kept for ever.
-_MEET_CALLS = 256
+MEET_CALLS = 256
+"""After so many calls the ranks meet once, so that no entry of the decisions is kept for ever."""
 
 
 @decodable
@@ -96,6 +100,8 @@ class SaveTrigger:
         signaled: the name of the signal that all ranks have agreed to heed, "notice" for a notice,
             "" for none.
         out_of_time: whether no save was begun for it, because there was no time left for one.
+        note: where it is written down what arrives from outside.
+        decisions: what rank 0 has decided, as far as this rank has heard and it is not over.
     """
 
     def __init__(
@@ -121,7 +127,7 @@ class SaveTrigger:
         self._criteria = [each.criterion for each in parts if isinstance(each, Better)]
         self._at_once = any(each.scope is Scope.AT_ONCE for each in parts)
         self._endings = [each for each in parts if isinstance(each, OnEnding)]
-        self._note = SignalNote(
+        self.note = SignalNote(
             [each for one in parts if isinstance(one, OnSignal) for each in one.signals]
         )
         self._notices = NoticeWatch([each for each in parts if isinstance(each, OnNotice)])
@@ -140,7 +146,7 @@ class SaveTrigger:
         self._usual_seconds = math.inf
         self._heeded_call = 0
         # Nothing was said of the first call, so nothing can be due there that needs to be said.
-        self._decisions = _Decisions(0 if self._at_once else 1, {})
+        self.decisions = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
         self.out_of_time = False
 
@@ -171,7 +177,7 @@ class SaveTrigger:
         rank = self._job.training.rank
         leads = rank == 0
         if self._endings:
-            self._notices.begin(self._note, rank)
+            self._notices.begin(self.note, rank)
         entry = self._lead(moment, metrics, saves=bool(reasons)) if leads else self._follow()
         if entry.error:
             raise self._mistakes.pop(self._calls, None) or from_wire(entry.error)
@@ -179,8 +185,8 @@ class SaveTrigger:
             reasons.append(entry.reason)
         if entry.signal:
             self._heed(entry)
-        if self._calls % _MEET_CALLS == 0:
-            self._meet(step)
+        if self._calls % MEET_CALLS == 0:
+            self.meet(step)
         reason = None if entry.held else ", ".join(reasons) or None
         within = math.inf if entry.within is None else entry.within
         return Decision(reason, entry.metrics, within, urgent=bool(entry.signal))
@@ -202,7 +208,7 @@ class SaveTrigger:
 
     def end(self) -> None:
         """Take note that nothing more is told; rank 0 says that it decides nothing more."""
-        self._note.end()
+        self.note.end()
         training = self._job.training if self._shared and self._calls else None
         if training is not None and training.rank == 0:
             # Be it by an exception: the others must not wait for a word that never comes.
@@ -211,15 +217,15 @@ class SaveTrigger:
     def close(self) -> None:
         """Stop listening: only now, since a second signal must not end the last save."""
         self._notices.close()
-        self._note.close()
+        self.note.close()
         # It came too late for a step, and the caller has to know of it.
-        self.signaled = self.signaled or self._note.take()
+        self.signaled = self.signaled or self.note.take()
 
     def _heed(self, entry: _Entry) -> None:
         """All ranks: take note of the signal that was decided about."""
         self.signaled = entry.signal
         self.out_of_time = bool(entry.held)
-        self._note.take()  # one that came here too is heeded by this very save
+        self.note.take()  # one that came here too is heeded by this very save
         if entry.held and self._job.training.rank == 0:
             _log.warning("%s in %s: %s", entry.signal, self._job.url, entry.held)
 
@@ -228,13 +234,13 @@ class SaveTrigger:
         call = self._calls
         if self._at_once or self._job.training.world_size == 1:
             self._tell(call, {call: self._decide(moment, metrics, call)})
-        elif call >= self._decisions.horizon:
-            if saves or self._decisions.entries.get(call, _Entry()).reason:
+        elif call >= self.decisions.horizon:
+            if saves or self.decisions.entries.get(call, _Entry()).reason:
                 # This very call saves: what is decided here comes after that.
                 self._saved_at = time.monotonic()
             entry = self._decide(moment, metrics, call + 1)
             self._tell(call + self._span(), {} if entry == _Entry() else {call + 1: entry})
-        return self._decisions.entries.get(call, _Entry())
+        return self.decisions.entries.get(call, _Entry())
 
     def _decide(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
         try:
@@ -279,8 +285,8 @@ class SaveTrigger:
 
     def _with_signal(self, moment: Moment, call: int) -> Moment:
         """Return `moment` with the signal that arrived at any rank and was not heeded yet."""
-        name, waited = self._note.take(), self._note.age_seconds
-        posted = self._job.training.look(_SIGNAL) if self._endings else None
+        name, waited = self.note.take(), self.note.age_seconds
+        posted = self._job.training.look(SIGNAL) if self._endings else None
         if not name and posted is not None:
             arrival = msgspec.msgpack.decode(posted, type=_Arrival)
             # One signal is often sent to all ranks: what came before the last save was heeded.
@@ -302,15 +308,15 @@ class SaveTrigger:
         )
 
     def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
-        self._decisions = _Decisions(horizon, {**self._decisions.entries, **entries})
+        self.decisions = _Decisions(horizon, {**self.decisions.entries, **entries})
         self._usual_seconds = self._call_seconds()
         self._told_at, self._told_call = time.monotonic(), self._calls
         if self._job.training.world_size > 1:
-            self._job.training.post(_WORD, msgspec.msgpack.encode(self._decisions))
+            self._job.training.post(_WORD, msgspec.msgpack.encode(self.decisions))
 
     def _span(self) -> int:
-        """Return how many calls `_AHEAD_SECONDS` are, as fast as they come now."""
-        return max(1, min(_AHEAD_CALLS, int(_AHEAD_SECONDS / max(self._call_seconds(), 1e-6))))
+        """Return how many calls `AHEAD_SECONDS` are, as fast as they come now."""
+        return max(1, min(_AHEAD_CALLS, int(AHEAD_SECONDS / max(self._call_seconds(), 1e-6))))
 
     def _call_seconds(self) -> float:
         """Return how long it takes from one call to the next, as fast as they come now."""
@@ -318,27 +324,27 @@ class SaveTrigger:
 
     def _follow(self) -> _Entry:
         """Any other rank: hear what rank 0 decided for this call."""
-        name = self._note.take()
+        name = self.note.take()
         if name:
-            arrival = _Arrival(self._calls, name, self._note.age_seconds)
-            self._job.training.post(_SIGNAL, msgspec.msgpack.encode(arrival))
+            arrival = _Arrival(self._calls, name, self.note.age_seconds)
+            self._job.training.post(SIGNAL, msgspec.msgpack.encode(arrival))
         training, deadline = self._job.training, self._job.deadline()
 
         def hear() -> bool:
             posted = training.look(_WORD)
             if posted is not None:
-                self._decisions = msgspec.msgpack.decode(posted, type=_Decisions)
-            return self._decisions.horizon >= self._calls
+                self.decisions = msgspec.msgpack.decode(posted, type=_Decisions)
+            return self.decisions.horizon >= self._calls
 
         def is_told() -> bool:
             # The word once more after the end: what rank 0 decided before it ended holds.
             return hear() or (training.look(_ENDED) is not None and (hear() or True))
 
-        if self._decisions.horizon < self._calls:
+        if self.decisions.horizon < self._calls:
             training.wait_for(is_told, deadline)
-        if self._decisions.horizon < self._calls:
+        if self.decisions.horizon < self._calls:
             raise self._silence(deadline)
-        return self._decisions.entries.get(self._calls, _Entry())
+        return self.decisions.entries.get(self._calls, _Entry())
 
     def _silence(self, deadline: Deadline) -> CoordinationError:
         when = (
@@ -354,7 +360,15 @@ class SaveTrigger:
             ranks={0: "said nothing"},
         )
 
-    def _meet(self, step: int) -> None:
+    def meet(self, step: int) -> None:
+        """Wait for all ranks to come to this call: what was decided up to it can be forgotten.
+
+        Args:
+            step: that all have done.
+
+        Raises:
+            CoordinationError: one of them does not come.
+        """
         topic = self._job.topic("meet", f"meeting after step {step}")
         self._job.training.round(topic, b"", lambda _: b"", deadline=self._job.deadline())
         self._forget()
@@ -362,6 +376,6 @@ class SaveTrigger:
     def _forget(self) -> None:
         # All ranks have arrived at this call, so all have heard what was said of it and before.
         later = {
-            call: entry for call, entry in self._decisions.entries.items() if call > self._calls
+            call: entry for call, entry in self.decisions.entries.items() if call > self._calls
         }
-        self._decisions = _Decisions(self._decisions.horizon, later)
+        self.decisions = _Decisions(self.decisions.horizon, later)

@@ -201,7 +201,7 @@ def test_ranks_share_the_look_at_the_sizes_of_many_files(monkeypatch: pytest.Mon
 
     on_all(save_two)
     files = Repository(place).open(2).files
-    monkeypatch.setattr(source, "_MANY_FILES", 1)
+    monkeypatch.setattr(source, "MANY_FILES", 1)
     second = next(Repository(place).open(2).key(name) for name, _ in files[1::world])
     place.put(second, [b"short"], mode="replace")
     on_all(load_one)

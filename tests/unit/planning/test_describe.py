@@ -29,13 +29,13 @@ def describe(tensors: Mapping[str, Mapping[str, torch.Tensor]], **marks: Any) ->
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tensors that were planned."""
     names: list[str] = []
-    real = describe_module._plan
+    real = describe_module.plan_boxes
 
     def noted(part: str, name: str, tensor: torch.Tensor) -> Any:
         names.append(name)
         return real(part, name, tensor)
 
-    monkeypatch.setattr(describe_module, "_plan", noted)
+    monkeypatch.setattr(describe_module, "plan_boxes", noted)
     return names
 
 

@@ -10,6 +10,7 @@ from dist_ckpt.errors import NotFound, StorageError
 from dist_ckpt.format.names import PIN, file_key, manifest_key
 from dist_ckpt.repository import History, Repository, keep
 from dist_ckpt.repository.history import EpochNote, put_epoch_note
+from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
 from tests.unit.repository.runs import commit, keys, new_store, save
 
@@ -32,8 +33,8 @@ def test_a_pinned_checkpoint_stays_until_it_is_unpinned() -> None:
     assert not [key for key in keys(store) if key.startswith("step-0000000001/")]
 
 
-def _read(store: object, key: str) -> bytes:
-    return Repository(store).store._get(key)  # type: ignore[arg-type,attr-defined,no-any-return]
+def _read(store: Store, key: str) -> bytes:
+    return read_all(store, key)
 
 
 def test_what_is_not_there_cannot_be_pinned() -> None:

@@ -22,7 +22,7 @@ from tests.unit.repository.runs import keys, new_store, save
 @pytest.fixture
 def another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the claims that follow be those of another process."""
-    return lambda: monkeypatch.setattr(claim, "_processes", {})
+    return lambda: monkeypatch.setattr(claim, "process_names", {})
 
 
 def said(number: int = 1, *, beat: int = 0, phase: Phase = "training", **more: object) -> JobStatus:

@@ -220,7 +220,7 @@ def test_hang_is_dumped_killed_and_named(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_thread_left_behind_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_ckpt.testing.ranks._EXIT_SECONDS", 2.0)
+    monkeypatch.setattr("dist_ckpt.testing.ranks.EXIT_SECONDS", 2.0)
     with pytest.raises(CoordinationError, match="does one of its threads still run"):
         run_ranks(1, _leave_thread_behind)
 

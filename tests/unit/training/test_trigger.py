@@ -51,14 +51,15 @@ class Clock:
 
 
 def test_what_all_know_is_decided_without_a_word() -> None:
-    pace = SaveTrigger(job_of(), policy.every(2) | policy.every(epochs=1), best=nothing)
+    job = job_of()
+    pace = SaveTrigger(job, policy.every(2) | policy.every(epochs=1), best=nothing)
     assert [pace.at(step, None, {"loss": object()}).reason for step in (1, 2, 3)] == [  # type: ignore[dict-item]
         None,
         "every 2 steps",
         None,
     ]
     assert pace.at(3, 1, {}) == Decision("end of epoch 1")
-    assert "coordinators" not in pace._job.__dict__, "no rank was asked"
+    assert "coordinators" not in job.__dict__, "no rank was asked"
 
 
 def test_time_counts_from_the_last_save(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,8 @@ class EachHasItsOwn:
     """Ranks as threads that take the same steps, each with metrics of its own."""
 
     def __init__(self, when: SavePolicy, steps: int) -> None:
-        self.paces = [SaveTrigger(job_of(each), when, best=nothing) for each in members(WORLD)]
+        self.jobs = [job_of(each) for each in members(WORLD)]
+        self.paces = [SaveTrigger(each, when, best=nothing) for each in self.jobs]
         self.steps = steps
 
     def run(self, metrics: Callable[[int, int], dict[str, float]]) -> list[list[Decision]]:
@@ -97,7 +99,7 @@ class EachHasItsOwn:
             for step in range(1, self.steps + 1):
                 told.append(self.paces[rank].at(step, None, metrics(rank, step)))
                 if told[-1].reason:
-                    self.paces[rank]._meet(step)  # as in a save all ranks do
+                    self.paces[rank].meet(step)  # as in a save all ranks do
                     self.paces[rank].saved()
             return told
 
@@ -121,8 +123,8 @@ def test_the_metrics_of_rank_0_count_for_all_ranks() -> None:
     assert [step for step, told in enumerate(first, 1) if told.reason] == [*range(50, 601, 50)]
     assert first[49].metrics == {"loss": 1.0}
     assert first[50].metrics == {}
-    word = job.paces[0]._decisions
-    assert len(word.entries) <= trigger_module._MEET_CALLS, "nothing is kept for ever"
+    word = job.paces[0].decisions
+    assert len(word.entries) <= trigger_module.MEET_CALLS, "nothing is kept for ever"
 
 
 def test_all_ranks_save_at_the_same_step_by_the_clock_of_rank_0(
@@ -147,17 +149,17 @@ def test_all_ranks_save_at_the_same_step_by_the_clock_of_rank_0(
 
 
 def test_a_signal_to_any_rank_saves_on_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trigger_module, "_AHEAD_SECONDS", 0.0)  # as when steps are slow
+    monkeypatch.setattr(trigger_module, "AHEAD_SECONDS", 0.0)  # as when steps are slow
     job = EachHasItsOwn(policy.on_signal(signal.SIGUSR1), 30)
     gate = threading.Barrier(WORLD)
 
     def metrics(rank: int, step: int) -> dict[str, float]:
         gate.wait()
         if step == 8 and rank in (1, 2):
-            job.paces[rank]._note._name = "SIGUSR1"
+            job.paces[rank].note.write("SIGUSR1")
         if step == 9 and rank == 0:  # sent at 8, and where it comes later it is heeded later
-            training = job.paces[0]._job.training
-            training.wait_for(lambda: training.look(trigger_module._SIGNAL), long())
+            training = job.jobs[0].training
+            training.wait_for(lambda: training.look(trigger_module.SIGNAL), long())
         return {}
 
     first, *others = job.run(metrics)
@@ -173,7 +175,7 @@ def test_fast_steps_are_decided_many_at_a_time() -> None:
     steps = 200
     job = EachHasItsOwn(policy.every(seconds=1000), steps)
     looks = []
-    follower = job.paces[1]._job.training
+    follower = job.jobs[1].training
     look = follower.look
     follower.look = lambda name: looks.append(name) or look(name)  # type: ignore[method-assign,func-returns-value]
     gate = threading.Barrier(WORLD)
@@ -259,7 +261,7 @@ def test_signals_are_taken_on_the_main_thread_only() -> None:
 
 def ending(pace: SaveTrigger, name: str = "SIGTERM") -> Decision:
     """Return what is decided when a signal arrives before the next step."""
-    pace._note.write(name)
+    pace.note.write(name)
     return pace.at(1, None, {})
 
 
@@ -286,7 +288,7 @@ def test_what_cannot_be_done_in_time_is_not_begun(
     # Another policy wants a save at this very step: there is no time for that one either.
     when = policy.on_signal(grace_seconds=30) | policy.every(1)
     pace = SaveTrigger(job_of(), when, best=nothing, outlook=lambda: outlook)
-    pace._note.write("SIGTERM")
+    pace.note.write("SIGTERM")
     clock.now += waits
     decision = pace.at(1, None, {})
     assert decision.urgent
@@ -305,7 +307,7 @@ def test_what_cannot_be_done_in_time_is_not_begun(
 def test_the_time_runs_from_the_first_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     pace = SaveTrigger(job_of(), policy.on_signal(grace_seconds=30), best=nothing)
-    pace._note.write("SIGTERM")
+    pace.note.write("SIGTERM")
     clock.now += 20
     assert ending(pace).within_seconds == 10
     pace.close()
