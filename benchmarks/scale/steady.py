@@ -105,7 +105,7 @@ def measure(ranks: int) -> Row:
         lambda: None,
     )  # fmt: skip
     before, begun = peak_mib(), time.process_time()
-    answer = planner._answer(requests, lambda _: transaction.save_id)  # noqa: SLF001
+    answer = planner.answer(requests, lambda _: transaction.save_id)
     commit.decide(reports)
     seconds = time.process_time() - begun
     mib = peak_mib() - before

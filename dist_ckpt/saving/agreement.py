@@ -174,7 +174,7 @@ class Agreement:
         data = self._coordinator.round(
             topic.opening("plan"),
             message,
-            lambda all_: self._answer(all_, begin),
+            lambda all_: self.answer(all_, begin),
             deadline=deadline,
         )
         answer = unpack(data, PlanAnswer)
@@ -224,7 +224,16 @@ class Agreement:
             )
         )
 
-    def _answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes | list[bytes]:
+    def answer(self, messages: Sequence[bytes], begin: BeginAttempt) -> bytes | list[bytes]:
+        """Return what the ranks are answered: one answer for all, or one for each.
+
+        Args:
+            messages: what they asked, by rank.
+            begin: opens the attempt.
+
+        Raises:
+            UsageError: they do not ask for the same save.
+        """
         requests = [unpack(data, PlanRequest) for data in messages]
         check_same(requests, "save")
         # Told to all, since a rank that once missed an answer would take other samples for ever.

@@ -244,9 +244,13 @@ class Attempt:
 # From the arena to the store: bytes, several files side by side, and their digests meanwhile.
 
 
-# While one file is begun or made durable the other keeps the disk or the network busy. More would
-# gain nothing: each put has threads of its own.
-_FILES_AT_ONCE = 2
+FILES_AT_ONCE = 2
+"""How many files of one rank are put at once.
+
+While one file is begun or made durable the other keeps the disk or the network busy. More would
+gain nothing: each put has threads of its own.
+"""
+
 _DIGESTED_BYTES = 8 * BLOCK_BYTES
 
 
@@ -308,7 +312,7 @@ class FileWriter:
                 raise
 
         def put_all() -> None:
-            in_parallel(put, files, threads=_FILES_AT_ONCE)
+            in_parallel(put, files, threads=FILES_AT_ONCE)
 
         def digest_all() -> None:
             digests.extend(self._digest(file) for file in files)

@@ -186,7 +186,7 @@ def end_with(saver: Closing) -> None:
     if _registered_in != os.getpid():
         _registered_in = os.getpid()
         # Not atexit, which the processes of multiprocessing, and so torch's spawn, never come to.
-        Finalize(None, _close_all, exitpriority=10)
+        Finalize(None, close_all, exitpriority=10)
 
 
 def end_without(saver: Closing) -> None:
@@ -284,7 +284,8 @@ def _wait_for(saver: Closing) -> None:
         handle.settle()
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """Finish every save, close every saver and tell what nobody heard of, as the end does."""
     _finish_all()
     for saver in list(_open):
         label = saver.label

@@ -114,7 +114,11 @@ class _Layout:
 
 
 class Stager:
-    """Copies this rank's share of each save; one save at a time, on the training thread."""
+    """Copies this rank's share of each save; one save at a time, on the training thread.
+
+    Attributes:
+        arena: where to.
+    """
 
     def __init__(
         self, *, mode: Staging, memory_limit_bytes: int | None, apart: bool = False
@@ -129,7 +133,7 @@ class Stager:
         self._overlapped = mode == "overlapped"
         self._limit = memory_limit_bytes
         self._apart = apart
-        self._arena = Arena()
+        self.arena = Arena()
         self._layout: _Layout | None = None
         self._engines: dict[torch.device, CopyEngine] = {}
         self._in_flight: Sequence[InFlight] = ()
@@ -148,7 +152,7 @@ class Stager:
         guess = estimate(state, world_size=world_size)
         nbytes = guess.nbytes if self._limit is None else min(guess.nbytes, self._limit)
         if nbytes:
-            self._arena.prewarm(nbytes, pin=self._pin(guess.devices))
+            self.arena.prewarm(nbytes, pin=self._pin(guess.devices))
 
     def stage(
         self,
@@ -183,7 +187,7 @@ class Stager:
         extra = [stage_documents(rank, documents)] if documents else []
         for turn in layout.turns[:-1]:
             self._reset(layout, local)
-            files, copies = _place(self._arena, turn, local)
+            files, copies = _place(self.arena, turn, local)
             self._copy(copies, local)
             write_out(files)
         files = []
@@ -208,13 +212,13 @@ class Stager:
     def abandon(self) -> None:
         """Leave the memory to a writer that may never come back; the next save gets its own."""
         self._layout = None
-        self._arena = Arena()
+        self.arena = Arena()
 
     def release(self) -> None:
         """Give the memory back."""
         self.settle()
         self._layout = None
-        self._arena.release()
+        self.arena.release()
 
     def _laid_out(self, rank: int, local: Sequence[LocalBox], owned: Sequence[Owned]) -> _Layout:
         if self._layout is None or self._layout.owned is not owned:
@@ -232,15 +236,15 @@ class Stager:
         same = self._reset(layout, local)
         if len(layout.turns) > 1:
             # Nothing is kept: there may be as many turns as there are boxes.
-            return _place(self._arena, turn, local)
+            return _place(self.arena, turn, local)
         # The headers are still there from the save before, as long as the memory is the same.
         if not same or not layout.files:
-            layout.files, layout.copies = _place(self._arena, turn, local)
+            layout.files, layout.copies = _place(self.arena, turn, local)
         return layout.files, layout.copies
 
     def _reset(self, layout: _Layout, local: Sequence[LocalBox]) -> bool:
         devices = {box.memory.device for box in local}
-        return self._arena.reset(layout.arena_bytes, pin=self._pin(devices))
+        return self.arena.reset(layout.arena_bytes, pin=self._pin(devices))
 
     def _waits_for_step(self, box: LocalBox) -> bool:
         # Of other devices it is not known here how their copies and their steps are ordered.

@@ -321,15 +321,20 @@ class HostCopies:
 
     def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """See `CopyEngine.copy`."""
-        _copy_all(targets, sources, non_blocking=False)
+        copy_all(targets, sources, non_blocking=False)
 
     def prepare(self, targets: _Tensors, sources: _Tensors, names: Sequence[str]) -> InFlight:
         """See `CopyEngine.prepare`; a thread copies, and leaves the interpreter to others."""
-        return _HostCopying(targets, sources)
+        return HostCopying(targets, sources)
 
 
-class _HostCopying:
-    """A thread that copies from memory which torch moves every writer away from."""
+class HostCopying:
+    """A thread that copies from memory which torch moves every writer away from.
+
+    Args:
+        targets: where to.
+        sources: what is copied.
+    """
 
     def __init__(self, targets: _Tensors, sources: _Tensors) -> None:
         self._targets = targets
@@ -339,6 +344,7 @@ class _HostCopying:
         self._copying: Worker | None = None
 
     def begin(self) -> None:
+        """See `InFlight.begin`."""
         self._pairs = self._freeze()
         # No daemon: it ends by itself, and must not use memory after the interpreter is gone.
         self._copying = Worker(self._run, name="dist_ckpt-copy", daemon=False)
@@ -348,11 +354,13 @@ class _HostCopying:
             self._run()  # no more threads can be had, as when the interpreter ends
 
     def wait(self) -> None:
+        """See `InFlight.wait`."""
         self.before_change()
         if self._error is not None:
             raise self._error
 
     def before_change(self) -> None:
+        """See `InFlight.before_change`; this thread waits."""
         if self._copying is not None:
             self._copying.wait()
 
@@ -367,7 +375,7 @@ class _HostCopying:
             chosen, value = (now, source) if clone is None else (later, clone)
             chosen[0].append(target)
             chosen[1].append(value)
-        _copy_all(*now, non_blocking=False)
+        copy_all(*now, non_blocking=False)
         return later
 
     def _run(self) -> None:
@@ -375,7 +383,7 @@ class _HostCopying:
         pairs, self._pairs = self._pairs, None
         try:
             if pairs is not None:
-                _copy_all(*pairs, non_blocking=False)
+                copy_all(*pairs, non_blocking=False)
         except BaseException as error:  # for whoever waits: a thread has nobody above it
             self._error = error
 
@@ -434,7 +442,7 @@ class _CudaCopying:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with torch.cuda.stream(self._stream):
-                _copy_all(self._targets, sources, non_blocking=True)
+                copy_all(self._targets, sources, non_blocking=True)
                 # Behind the copies: a change before or during one shows here, unless it was undone
                 # before the device came to this sum.
                 after = [checksum(source) for source in sources] if self._names else []
@@ -480,7 +488,14 @@ def engine_for(device: torch.device) -> CopyEngine:
     return CudaCopies(device) if device.type == "cuda" else HostCopies()
 
 
-def _copy_all(targets: _Tensors, sources: _Tensors, *, non_blocking: bool) -> None:
+def copy_all(targets: _Tensors, sources: _Tensors, *, non_blocking: bool) -> None:
+    """Fill each of `targets` from the one of `sources` beside it; all copies are made here.
+
+    Args:
+        targets: where to.
+        sources: what is copied.
+        non_blocking: whether a device may still be copying at the return.
+    """
     if not targets:
         return
     with torch.no_grad():

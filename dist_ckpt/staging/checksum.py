@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-_WORDS_AT_ONCE = 1 << 21
+WORDS_AT_ONCE = 1 << 21
 """How many words are widened to 64 bits at a time: 16 MiB of weights and as much of products."""
 
 # 2**64 divided by the golden ratio, as a signed number: it spreads neighbours over all 64 bits.
@@ -23,9 +23,9 @@ def checksum(memory: torch.Tensor) -> torch.Tensor:
     flat = bytes_of(memory)
     words = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
     total = torch.zeros((), dtype=torch.int64, device=memory.device)
-    weights = _weights(memory.device, _WORDS_AT_ONCE)
-    for start in range(0, words.numel(), _WORDS_AT_ONCE):
-        part = words[start : start + _WORDS_AT_ONCE]
+    weights = _weights(memory.device, WORDS_AT_ONCE)
+    for start in range(0, words.numel(), WORDS_AT_ONCE):
+        part = words[start : start + WORDS_AT_ONCE]
         # Few and large operations: a device is told one by one what to do.
         total = total * _GOLDEN + (part * weights[: len(part)]).sum()
     return total

@@ -84,7 +84,7 @@ def save_with_crashing_os(root: str, at: int | None) -> int:
         setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
     # Files one after another: side by side they would race for their directory, and every run would
     # come to another number of calls.
-    attempt.__dict__["_FILES_AT_ONCE"] = 1
+    attempt.FILES_AT_ONCE = 1
     direct.DIRECT_BYTES = LARGE_BYTES
     direct.__dict__["PIECE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)

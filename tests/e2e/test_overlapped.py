@@ -30,7 +30,7 @@ def copy_as_late_as_allowed(patch: pytest.MonkeyPatch) -> list[str]:
     """Let copies in flight begin only when the training thread waits for them; note each."""
     asked = threading.Event()
     late: list[str] = []
-    copy_all, before_change = arena._copy_all, arena._HostCopying.before_change
+    copy_all, before_change = arena.copy_all, arena.HostCopying.before_change
 
     def copy_late(*args: Any, **kwargs: Any) -> None:
         if threading.current_thread().name == "dist_ckpt-copy":
@@ -44,8 +44,8 @@ def copy_as_late_as_allowed(patch: pytest.MonkeyPatch) -> list[str]:
             asked.set()
         before_change(self)
 
-    patch.setattr(arena, "_copy_all", copy_late)
-    patch.setattr(arena._HostCopying, "before_change", ask)
+    patch.setattr(arena, "copy_all", copy_late)
+    patch.setattr(arena.HostCopying, "before_change", ask)
     return late
 
 
@@ -189,14 +189,14 @@ def fail_in_flight(root: str) -> str:
     training.train()
     patch = pytest.MonkeyPatch()
     with dist_ckpt.Checkpointer(root, training.state, staging="overlapped") as ckpt:
-        original = arena._copy_all
+        original = arena.copy_all
 
         def broken(*args: Any, **kwargs: Any) -> None:
             if threading.current_thread().name == "dist_ckpt-copy" and dist.get_rank() == 1:
                 raise RuntimeError("the device is gone")
             original(*args, **kwargs)
 
-        patch.setattr(arena, "_copy_all", broken)
+        patch.setattr(arena, "copy_all", broken)
         handle = ckpt.save(1)
         training.train()  # a step never hears of it
         # As it was where it happened, and named on the other rank.
@@ -216,7 +216,7 @@ def test_a_copy_that_fails_fails_the_save_on_all_ranks_and_no_step(tmp_path: Pat
 def interrupt_staging(root: str) -> list[int]:
     training = Training(DistributedDataParallel)
     training.train()
-    original = arena._copy_all
+    original = arena.copy_all
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -226,7 +226,7 @@ def interrupt_staging(root: str) -> list[int]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if dist.get_rank() == 1:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(arena, "_copy_all", interrupted)
+            patch.setattr(arena, "copy_all", interrupted)
             ckpt.save(1)
     else:
         with pytest.raises(CheckpointError, match="KeyboardInterrupt"):

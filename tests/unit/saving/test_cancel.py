@@ -12,6 +12,7 @@ import torch
 import dist_ckpt
 from dist_ckpt import events
 from dist_ckpt.errors import CoordinationError, ErrorKind, StorageError
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage import Backoff, RetryStore
@@ -204,7 +205,7 @@ def test_a_share_that_goes_through_a_small_arena_is_written_in_turns(
     assert len(told) <= 20
 
 
-def test_a_turn_that_hangs_does_not_hold_up_the_training_for_ever() -> None:
+def test_a_turn_that_hangs_does_not_hold_up_the_training_for_ever(jobs: list[Job]) -> None:
     inner = new_store()
     store = EndlessPut(inner, FIRST)
     large = {"weights": {f"w{n}": torch.full((400_000,), float(n)) for n in range(6)}}
@@ -215,7 +216,7 @@ def test_a_turn_that_hangs_does_not_hold_up_the_training_for_ever() -> None:
         with pytest.raises(CoordinationError, match="writer of rank 0 did not finish") as told:
             handle.wait()
         assert told.value.kind is ErrorKind.TIMEOUT
-        ckpt._job.timeout_seconds = 60
+        jobs[0].timeout_seconds = 60
         ckpt.save(2).wait()
     assert Repository(inner).steps() == [2]
     assert Repository(inner).verify(2).ok

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 
 import dist_ckpt
 from dist_ckpt import events, policy
@@ -207,7 +208,7 @@ def test_a_lack_of_memory_is_no_error_of_a_file_system(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(FsspecStore, "_write", fail)
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", fail)
     with pytest.raises(MemoryError):
         store.put("a/b", [b"c"])
 

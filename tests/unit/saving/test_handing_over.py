@@ -12,9 +12,8 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.planning.files import BoxCopy
 from dist_ckpt.repository import Repository
-from dist_ckpt.saving.stager import Stager
+from dist_ckpt.staging.arena import HostCopies
 from dist_ckpt.storage.base import Buffer
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -31,13 +30,13 @@ def state() -> dict[str, Any]:
 
 def before_the_copy(patch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
     """Call `do` on the training thread when nothing is staged yet but the values."""
-    copy = Stager._copy
+    copy = HostCopies.copy
 
-    def interposed(self: Stager, copies: Sequence[BoxCopy], local: Any) -> None:
+    def interposed(self: HostCopies, *pairs: Sequence[torch.Tensor]) -> None:
         do()
-        copy(self, copies, local)
+        copy(self, *pairs)
 
-    patch.setattr(Stager, "_copy", interposed)
+    patch.setattr(HostCopies, "copy", interposed)
 
 
 def test_the_training_thread_is_let_go_before_anything_is_written() -> None:

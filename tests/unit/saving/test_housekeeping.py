@@ -57,7 +57,7 @@ def test_a_retention_that_hangs_holds_up_no_save() -> None:
         assert Repository(inner).steps() == [4], "who waits for all of it finds it done"
 
 
-def test_close_waits_for_a_retention_and_not_for_ever() -> None:
+def test_close_waits_for_a_retention_and_not_for_ever(jobs: list[Job]) -> None:
     hang = Hang()
     inner = new_store()
     store = FaultyStore(inner, [Rule("delete", hang, key="step-0000000001/manifest.json")])
@@ -65,7 +65,7 @@ def test_close_waits_for_a_retention_and_not_for_ever() -> None:
     ckpt.save(1).wait()
     ckpt.save(2).wait()
     hang.reached.wait()
-    ckpt._job.timeout_seconds = 0.05
+    jobs[0].timeout_seconds = 0.05
     ckpt.close()
     hang.release()
     assert Repository(inner).verify(2).ok

@@ -18,6 +18,7 @@ import dist_ckpt
 from dist_ckpt import events, keep
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
 from dist_ckpt.ranks import job as job_module
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import JobRanks
 from dist_ckpt.repository import Record, Repository
 from dist_ckpt.saving import exit as ending
@@ -131,12 +132,13 @@ def test_a_close_that_is_interrupted_leaves_the_save_to_the_end_of_the_process(
         with pytest.raises(KeyboardInterrupt):
             ckpt.close()
     hang.release()
-    ending._close_all()
+    ending.close_all()
     assert Repository(inner).steps() == [1]
 
 
 def test_a_hung_writer_is_given_up_and_the_next_save_has_its_own_thread_and_arena(
     heard: list[events.Event],
+    jobs: list[Job],
 ) -> None:
     hang = Hang()
     inner = new_store()
@@ -150,7 +152,7 @@ def test_a_hung_writer_is_given_up_and_the_next_save_has_its_own_thread_and_aren
         assert (caught.value.kind, list(caught.value.ranks)) == (ErrorKind.TIMEOUT, [0])
         (hung,) = writers() - before
         live["weights"]["w"].fill_(2.0)
-        ckpt._job.timeout_seconds = 60
+        jobs[0].timeout_seconds = 60
         ckpt.save(2).wait()
         assert len(writers() - before) == 2
         hang.release()

@@ -164,7 +164,7 @@ def test_a_share_over_the_limit_goes_through_a_small_arena_in_turns(
         assert shards == [("model", 0, number) for number in range(len(shards))]
         assert len(shards) > 4
     assert max(rank.arena_bytes) <= MIB
-    assert rank.stager._arena.capacity_bytes <= MIB
+    assert rank.stager.arena.capacity_bytes <= MIB
 
 
 def test_turns_are_filled_up_with_files_of_several_parts() -> None:
@@ -269,7 +269,7 @@ def test_the_first_save_finds_its_memory_touched() -> None:
     state = TrainState(model=layer, optimizer=optimizer, rng=None)
     stager = Stager(mode="blocking", memory_limit_bytes=None)
     stager.prewarm(state)
-    guessed = stager._arena.capacity_bytes
+    guessed = stager.arena.capacity_bytes
     layer(torch.ones(2, 1024)).sum().backward()
     optimizer.step()
     parts = {name: part.capture().tensors for name, part in state.parts.items()}
@@ -279,7 +279,7 @@ def test_the_first_save_finds_its_memory_touched() -> None:
     assert staged.nbytes <= guessed <= 1.01 * staged.nbytes + SPARE_BYTES
     small = Stager(mode="blocking", memory_limit_bytes=MIB)
     small.prewarm(state)
-    assert small._arena.capacity_bytes == MIB
+    assert small.arena.capacity_bytes == MIB
     for each in (stager, small):
         each.release()
 

@@ -26,7 +26,7 @@ def test_a_checksum_tells_any_changed_byte(content: bytes, data: st.DataObject) 
 
 
 def test_the_order_counts_over_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WORDS_AT_ONCE", 7)
+    monkeypatch.setattr(module, "WORDS_AT_ONCE", 7)
     tensor = torch.arange(21, dtype=torch.int32)
     first, second, third = tensor[:7], tensor[7:14], tensor[14:]
     sums = [

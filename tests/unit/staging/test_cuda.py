@@ -108,7 +108,7 @@ def test_a_copy_that_cannot_be_enqueued_still_guards_those_that_were(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(arena, "_copy_all", broken)
+    monkeypatch.setattr(arena, "copy_all", broken)
     copying = CudaCopies(DEVICE).prepare([torch.zeros(3)], [torch.ones(3)], ["w"])
     with pytest.raises(RuntimeError, match="out of memory"):
         copying.begin()
@@ -121,7 +121,7 @@ def test_what_changes_beside_the_copies_fails_the_save_by_its_name(
     device: Device, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     sources = [torch.ones(3), torch.ones(2)]
-    original = arena._copy_all
+    original = arena.copy_all
 
     def beside(*args: Any, **kwargs: Any) -> None:
         if when == "after its copy":
@@ -130,7 +130,7 @@ def test_what_changes_beside_the_copies_fails_the_save_by_its_name(
         if when == "before its copy":
             original(*args, **kwargs)
 
-    monkeypatch.setattr(arena, "_copy_all", beside)
+    monkeypatch.setattr(arena, "copy_all", beside)
     copying = CudaCopies(DEVICE).prepare([torch.zeros(3), torch.zeros(2)], sources, ["a", "b"])
     copying.begin()
     for _ in range(2):
