@@ -56,7 +56,8 @@ from dist_ckpt.state.layout import (
 from dist_ckpt.state.rebuilding import difference, how_made
 from dist_ckpt.state.spread import pieces
 
-_IN_FLIGHT_BYTES = 64 << 20
+IN_FLIGHT_BYTES = 64 << 20
+"""How many bytes are under way at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +348,7 @@ class Reader(StorageReader):
             wanted,
             where=source.where,
             rule=self._ties,
-            window_bytes=_IN_FLIGHT_BYTES,
+            window_bytes=IN_FLIGHT_BYTES,
         )
         for number in range(ties.windows):
             self._fetch(ties.window(number))
@@ -361,7 +362,7 @@ class Reader(StorageReader):
         files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=source.verified)
         filling = ReadTargets(index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
-            source, files, filling, verify=source.verified, in_flight_bytes=_IN_FLIGHT_BYTES
+            source, files, filling, verify=source.verified, in_flight_bytes=IN_FLIGHT_BYTES
         ).fetch_all()
 
 
@@ -377,7 +378,7 @@ def _windows(
     taken = 0
     for item in items:
         nbytes = nbytes_of(item)
-        if window and taken + nbytes > _IN_FLIGHT_BYTES:
+        if window and taken + nbytes > IN_FLIGHT_BYTES:
             yield window
             window, taken = [], 0
         window.append(item)

@@ -16,7 +16,9 @@ from dist_ckpt.errors import UsageError, near
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.state.layout import dtype_name
 
-_PIECE_BYTES = 32 << 20
+PIECE_BYTES = 32 << 20
+"""How much of the tensors is in memory at once, about."""
+
 # Two numbers in a byte: they mean something only with the scales beside them.
 _NO_NUMBERS = tuple(each for each in (getattr(torch, "float4_e2m1fn_x2", None),) if each)
 
@@ -201,13 +203,13 @@ def _batches(opened: OpenedCheckpoint, names: Iterable[str]) -> Iterator[list[to
         if info.dtype in _NO_NUMBERS:
             continue
         count = info.shape.numel()
-        size = max(_PIECE_BYTES // info.dtype.itemsize, 1)
+        size = max(PIECE_BYTES // info.dtype.itemsize, 1)
         for start in range(0, count, size):
             flat = torch.empty(min(size, count - start), dtype=info.dtype)
             targets += _boxes(name, tuple(info.shape), start, flat)
             batch.append(flat)
             nbytes += flat.nbytes
-            if nbytes >= _PIECE_BYTES:
+            if nbytes >= PIECE_BYTES:
                 opened.read_boxes(targets)
                 yield batch
                 batch, targets, nbytes = [], [], 0

@@ -31,10 +31,13 @@ from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store, Stream
 from dist_ckpt.storage.resolve import resolve
 
-_IN_MEMORY_BYTES = 256 << 20
+IN_MEMORY_BYTES = 256 << 20
+"""How much is kept in memory, at most; more goes through a file."""
+
 _SAVE_BYTES = 128 << 20
 _ALIGN_BYTES = 64
-_BATCH_BYTES = 4 * WINDOW_BYTES
+BATCH_BYTES = 4 * WINDOW_BYTES
+"""How much is read at once, about."""
 
 
 class SpooledPart:
@@ -226,13 +229,13 @@ def _tensor(mapping: mmap.mmap, item: Item, offset: int) -> torch.Tensor:
 def _batches(
     items: Sequence[Item], tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[list[BoxTarget]]:
-    """Yield what is read at once, not much more than `_BATCH_BYTES` each."""
+    """Yield what is read at once, not much more than `BATCH_BYTES` each."""
     batch: list[BoxTarget] = []
     nbytes = 0
     for item in items:
         count = math.prod(item.shape)
         flat = tensors[item.name].view(-1)
-        step = _BATCH_BYTES // item.dtype.itemsize
+        step = BATCH_BYTES // item.dtype.itemsize
         for start in range(0, count, step):
             at = start
             for offsets, sizes in boxes_of_range(item.shape, start, min(start + step, count)):
@@ -240,7 +243,7 @@ def _batches(
                 at += box.numel()
                 batch.append((item.name, offsets, box))
                 nbytes += box.nbytes
-            if nbytes >= _BATCH_BYTES:
+            if nbytes >= BATCH_BYTES:
                 yield batch
                 batch, nbytes = [], 0
     if batch:
@@ -248,7 +251,7 @@ def _batches(
 
 
 def _mapping(nbytes: int) -> mmap.mmap:
-    if nbytes <= _IN_MEMORY_BYTES:
+    if nbytes <= IN_MEMORY_BYTES:
         return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Not what Python takes in its place where that cannot be used: it was named for its room.
     folder = os.environ.get("TMPDIR") or tempfile.gettempdir()

@@ -44,17 +44,28 @@ _STORAGES = {
 
 
 @dataclass
-class _Record:
+class ArchiveRecord:
+    """A file in the archive.
+
+    Attributes:
+        name: its path there.
+        offset: where it begins.
+        nbytes: its size.
+        checksum: the CRC-32 of what was seen of it.
+    """
+
     name: str
     offset: int
     nbytes: int
     checksum: int = 0
 
     def seen(self, data: memoryview) -> None:
+        """Count `data` in, which comes next."""
         self.checksum = zlib.crc32(data, self.checksum)
 
     @property
     def is_large(self) -> bool:
+        """Whether its size needs a field of 64 bits."""
         return self.nbytes >= _LARGE
 
 
@@ -67,7 +78,7 @@ class Archive:
     """
 
     image: Image
-    _records: list[_Record] = field(default_factory=list)
+    _records: list[ArchiveRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._start = self.image.nbytes
@@ -94,8 +105,8 @@ class Archive:
         self.image.add_bytes(data)
         self._end(record)
 
-    def _begin(self, name: str, nbytes: int) -> _Record:
-        record = _Record(f"{_FOLDER}/{name}", self.image.nbytes - self._start, nbytes)
+    def _begin(self, name: str, nbytes: int) -> ArchiveRecord:
+        record = ArchiveRecord(f"{_FOLDER}/{name}", self.image.nbytes - self._start, nbytes)
         self._records.append(record)
         path = record.name.encode()
         extra = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if record.is_large else b""
@@ -109,7 +120,7 @@ class Archive:
         self.image.add_bytes(struct.pack("<4s5H3I2H", b"PK\3\4", *fields, *lengths) + path + extra)
         return record
 
-    def _end(self, record: _Record) -> None:
+    def _end(self, record: ArchiveRecord) -> None:
         form = "<4sIQQ" if record.is_large else "<4sIII"
         sizes = (record.nbytes, record.nbytes)
         self.image.add_late(
@@ -133,10 +144,11 @@ class Archive:
         self.image.add_bytes(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *counts, *ends, 0))
 
     def _directory(self) -> bytes:
-        return b"".join(map(_entry, self._records))
+        return b"".join(map(directory_entry, self._records))
 
 
-def _entry(record: _Record) -> bytes:
+def directory_entry(record: ArchiveRecord) -> bytes:
+    """Return what the directory at the end of the archive says of a file."""
     path = record.name.encode()
     wide = [record.nbytes, record.nbytes] if record.is_large else []
     wide += [record.offset] if record.offset >= _LARGE else []
@@ -148,7 +160,7 @@ def _entry(record: _Record) -> bytes:
     return head + struct.pack("<2I", 0, min(record.offset, _LARGE)) + path + extra
 
 
-def _needed(record: _Record) -> int:
+def _needed(record: ArchiveRecord) -> int:
     return _ZIP64 if record.is_large or record.offset >= _LARGE else _VERSION
 
 

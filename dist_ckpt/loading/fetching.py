@@ -22,7 +22,7 @@ from dist_ckpt.storage.parallel import in_two_steps
 
 
 @dataclass(frozen=True, slots=True)
-class _Pace:
+class Pace:
     """How a store is read.
 
     Attributes:
@@ -38,9 +38,10 @@ class _Pace:
 
 # Each read is one request of the kernel. A few large ones keep a disk busy, and take little new
 # memory and few turns from digests and copies (docs/design/006).
-_DISK = _Pace(8 << 20, reads=6, under_way=8)
+_DISK = Pace(8 << 20, reads=6, under_way=8)
 # Each is one request over a network, which many at a time fill; small ones cost processor time.
-_REMOTE = _Pace(16 << 20, reads=8, under_way=10)
+REMOTE = Pace(16 << 20, reads=8, under_way=10)
+"""How a store that is no disk of this host is read."""
 
 # Of fewer bytes than this, a read goes through the page cache whatever it is aligned to.
 _DIRECT_BYTES = 1 << 20
@@ -49,14 +50,16 @@ MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
 
 # Small reads are a matter of latency, which only many at a time can hide.
-_SMALL_BYTES, _SMALL_READS = 4 << 20, 8
+_SMALL_BYTES = 4 << 20
+SMALL_READS = 8
+"""How many small reads go on at once."""
 
 # So many digest and copy faster than disks and networks of today deliver.
 _MOST_COMPUTING = 4
 
 
-def _pace(source: Source, in_flight_bytes: int) -> _Pace:
-    pace = _DISK if source.store.capabilities.direct_io else _REMOTE
+def _pace(source: Source, in_flight_bytes: int) -> Pace:
+    pace = _DISK if source.store.capabilities.direct_io else REMOTE
     return replace(pace, nbytes=min(pace.nbytes, in_flight_bytes // pace.under_way))
 
 
@@ -208,7 +211,7 @@ class Fetcher:
         """
         reads, under_way = self._pace.reads, self._pace.under_way
         if nbytes // count <= _SMALL_BYTES:
-            reads = max(reads, _SMALL_READS)
+            reads = max(reads, SMALL_READS)
             under_way = max(under_way, reads + _computing())
         # No more memory than was made ready, and is kept, for reads of full size.
         full_bytes = self._read_bytes + self._files.largest_unit + 2 * SECTOR_BYTES
@@ -282,10 +285,11 @@ def _computing() -> int:
 # Bounce buffers: aligned host memory that bytes pass through on their way to tensors.
 
 
-_KEPT_BYTES = 64 << 20
+KEPT_BYTES = 64 << 20
 """How much memory a process keeps for its next load, at most."""
 
-_kept: list[Arena] = []  # one at most
+kept_memory: list[Arena] = []
+"""What is kept for the next load: one at most."""
 
 
 class BounceMemory:
@@ -309,9 +313,9 @@ class BounceMemory:
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         # After a failure something given up may still write to it: then nobody else may use it.
-        if failed is None and 0 < self._arena.capacity_bytes <= _KEPT_BYTES:
+        if failed is None and 0 < self._arena.capacity_bytes <= KEPT_BYTES:
             self._arena.reset(self._arena.capacity_bytes)  # nobody touches it any more
-            _kept[:] = [self._arena]
+            kept_memory[:] = [self._arena]
             self._arena = Arena()
         self.release()
 
@@ -327,7 +331,7 @@ class BounceMemory:
 
 def _taken() -> Arena:
     try:
-        return _kept.pop()  # atomic: of two loads at once one gets it
+        return kept_memory.pop()  # atomic: of two loads at once one gets it
     except IndexError:
         return Arena()
 

@@ -20,7 +20,7 @@ from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_r
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.staging.arena import reach, view_box
 
-_STRAIGHT_BYTES = 64 << 10
+STRAIGHT_BYTES = 64 << 10
 """Fewer bytes than this are copied sooner than they are listed for a read of several places."""
 
 
@@ -140,7 +140,7 @@ class ReadTargets:
         for number in self._pieces_in(start, stop):
             begin = int(self._start[number])
             low, high = max(begin, start), min(int(self._stop[number]), stop)
-            if high - low < _STRAIGHT_BYTES or not self._straight[number]:
+            if high - low < STRAIGHT_BYTES or not self._straight[number]:
                 continue
             run = self._run(number, part=high - low)
             if run is not None:

@@ -395,18 +395,18 @@ def is_wrapped(value: object) -> bool:
     return several and not isinstance(local, DTensor) and not local.is_nested
 
 
-# The classes that the state of this program has shown, by their names: no others are ever built.
-_shown: dict[str, type] = {}
+known_classes: dict[str, type] = {}
+"""The classes that the state of this program has shown, by name: no others are ever built."""
 
 
 def learn(cls: type) -> None:
     """Note a class of wrapped tensors that the state of this program has."""
-    _shown[label_of(cls)] = cls
+    known_classes[label_of(cls)] = cls
 
 
 def shown(label: str) -> type | None:
     """Return the class of that name, if it was noted."""
-    return _shown.get(label)
+    return known_classes.get(label)
 
 
 def label_of(kind: type) -> str:

@@ -32,11 +32,16 @@ class Registered:
 
 
 class Registry:
-    """Registered types, by type and by stored name."""
+    """Registered types.
+
+    Attributes:
+        types: by type.
+        names: by stored name.
+    """
 
     def __init__(self) -> None:
-        self._types: dict[type, Registered] = {}
-        self._names: dict[str, Registered] = {}
+        self.types: dict[type, Registered] = {}
+        self.names: dict[str, Registered] = {}
         self._namedtuples: dict[tuple[str, tuple[str, ...]], type] = {}
 
     def add(self, entry: Registered) -> None:
@@ -45,31 +50,31 @@ class Registry:
         Raises:
             UsageError: another class has the name, or the class has another name.
         """
-        known = self._names.get(entry.name)
+        known = self.names.get(entry.name)
         if known is not None and _label(known.type) != _label(entry.type):
             raise UsageError(
                 f"the name {entry.name!r} stands for {_label(known.type)}: "
                 f"register {_label(entry.type)} under another one"
             )
-        named = self._types.get(entry.type)
+        named = self.types.get(entry.type)
         if named is not None and named.name != entry.name:
             raise UsageError(f"{_label(entry.type)} is registered as {named.name!r} already")
         # A notebook runs its class statement again: the old class cannot be decoded to any more.
         if known is not None:
-            del self._types[known.type]
-        self._names[entry.name] = self._types[entry.type] = entry
+            del self.types[known.type]
+        self.names[entry.name] = self.types[entry.type] = entry
 
     def by_type(self, kind: type) -> Registered | None:
         """Return the entry of exactly the class `kind`."""
-        return self._types.get(kind)
+        return self.types.get(kind)
 
     def by_name(self, name: str) -> Registered | None:
         """Return the entry stored as `name`."""
-        return self._names.get(name)
+        return self.names.get(name)
 
     def entries(self) -> list[Registered]:
         """Return all entries, in the order in which they were registered."""
-        return list(self._names.values())
+        return list(self.names.values())
 
     def learn(self, kind: type) -> type:
         """Note a namedtuple class that a state holds; return the one of its name and fields.

@@ -271,7 +271,7 @@ def test_load_planner_is_asked_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["resolve a", "commit a", "bytes n", "resolve z", "commit z"]
     found: dict[str, Any] = {}
     for nbytes in (1, 1 << 20):  # a window for each, and one for all
-        monkeypatch.setattr("dist_ckpt.dcp.reader._IN_FLIGHT_BYTES", nbytes)
+        monkeypatch.setattr("dist_ckpt.dcp.reader.IN_FLIGHT_BYTES", nbytes)
         planner = InTurn(torch.float32)
         found = {"a": torch.zeros(3), "n": 0, "z": torch.zeros(2, 2)}
         load(found, storage_reader=Reader(store), planner=planner, **ALONE)

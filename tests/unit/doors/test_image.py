@@ -101,11 +101,9 @@ def test_what_cannot_be_read_ends_the_file(small_windows: int) -> None:
         list(Drawing(draw, Numbers(items, broken="b")).stream())
 
 
-def test_archives_over_four_gib_are_read_by_zip_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As if that were where the fields of 32 bits end.
-    monkeypatch.setattr(torch_archive, "_LARGE", 0xFFFFFFFF)
-    record = torch_archive._Record("archive/data/0", 5 << 30, 6 << 30, 7)
-    entry = torch_archive._entry(record)
+def test_archives_over_four_gib_are_read_by_zip_tools() -> None:
+    record = torch_archive.ArchiveRecord("archive/data/0", 5 << 30, 6 << 30, 7)
+    entry = torch_archive.directory_entry(record)
     end = b"PK\5\6" + bytes(4) + b"\1\0\1\0" + len(entry).to_bytes(4, "little") + bytes(6)
     (info,) = zipfile.ZipFile(BytesIO(entry + end)).infolist()
     assert (info.header_offset, info.file_size, info.compress_size, info.CRC) == (

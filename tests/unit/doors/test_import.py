@@ -171,8 +171,8 @@ def test_what_is_no_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
 def test_large_ones_go_through_a_file_of_which_no_room_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "_IN_MEMORY_BYTES", 100)
-    monkeypatch.setattr(spool, "_BATCH_BYTES", 64)
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(spool, "BATCH_BYTES", 64)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     torch.save(conventions(*trained())["bare"], tmp_path / "old.pt")

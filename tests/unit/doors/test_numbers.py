@@ -28,7 +28,7 @@ ODD = {
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numbers, "_PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr(numbers, "PIECE_BYTES", 1 << 12)
 
 
 def test_each_dtype_has_numbers(tmp_path: Path) -> None:

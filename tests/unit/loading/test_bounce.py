@@ -13,7 +13,7 @@ _PAGE_BYTES = 4096
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "_kept", [])
+    monkeypatch.setattr(fetching, "kept_memory", [])
 
 
 @pytest.mark.parametrize("guess", [0, 1, 3 * _PAGE_BYTES, 1 << 20], ids=str)
@@ -50,17 +50,17 @@ def test_memory_of_a_load_that_went_well_is_used_by_the_next_one() -> None:
         assert address_of(beside) != first
     with pytest.raises(KeyError), BounceMemory(1 << 20):
         raise KeyError
-    assert not fetching._kept
+    assert not fetching.kept_memory
 
 
 def test_much_memory_is_given_back() -> None:
-    with BounceMemory(fetching._KEPT_BYTES + 1):
+    with BounceMemory(fetching.KEPT_BYTES + 1):
         pass
-    assert not fetching._kept
+    assert not fetching.kept_memory
     with BounceMemory() as memory:
         memory.cut(1, 100)
         memory.release()
-    assert not fetching._kept
+    assert not fetching.kept_memory
 
 
 def test_each_borrower_has_a_buffer_of_its_own() -> None:

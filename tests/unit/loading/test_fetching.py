@@ -72,8 +72,8 @@ def test_a_read_goes_on_while_another_is_compared(
     stored: tuple[torch.Tensor, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensor, opened = stored
-    monkeypatch.setattr(fetching, "_SMALL_READS", 1)
-    monkeypatch.setattr(fetching, "_REMOTE", fetching._Pace(BLOCK_BYTES, reads=1, under_way=2))
+    monkeypatch.setattr(fetching, "SMALL_READS", 1)
+    monkeypatch.setattr(fetching, "REMOTE", fetching.Pace(BLOCK_BYTES, reads=1, under_way=2))
     source, target = Watched(opened), torch.zeros(COUNT)
     fetch(source, target)
     assert torch.equal(target, tensor)
@@ -93,6 +93,6 @@ def test_damage_is_named_wherever_the_bytes_were_read_to(
     data[2 * BLOCK_BYTES + 5] ^= 1
     opened.store.put(key, [data], mode="replace")
     if not landing:
-        monkeypatch.setattr("dist_ckpt.loading.filling._STRAIGHT_BYTES", 1 << 60)
+        monkeypatch.setattr("dist_ckpt.loading.filling.STRAIGHT_BYTES", 1 << 60)
     with pytest.raises(IntegrityError, match=r"differs from its digest.*It holds bytes of \w+/w"):
         fetch(opened, torch.zeros(COUNT))

@@ -105,7 +105,7 @@ def test_any_cut_into_any_other(data: st.DataObject) -> None:
     unit = data.draw(st.sampled_from([1, 3, 16]))
     most = unit * data.draw(st.integers(1, 40))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filling, "_STRAIGHT_BYTES", data.draw(st.integers(1, 9)))
+        patch.setattr(filling, "STRAIGHT_BYTES", data.draw(st.integers(1, 9)))
         read(opened, wanted, unit=unit, most=most, landing=data.draw(st.booleans()))
     for target in wanted:
         expected = part_of(tensors[target.held.name], target.held.box)

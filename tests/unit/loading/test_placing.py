@@ -59,7 +59,7 @@ def test_gaps_are_not_taken_for_elements(name: str) -> None:
     shape, stored, offsets, sizes = CONFUSED[name]
     for straight_bytes in (1, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(filling, "_STRAIGHT_BYTES", straight_bytes)
+            patch.setattr(filling, "STRAIGHT_BYTES", straight_bytes)
             whole = numbered(shape, torch.int32)
             target = target_of(0, whole, Box(offsets, sizes), torch.empty(sizes, dtype=torch.int32))
             for seed in range(8):
@@ -88,7 +88,7 @@ def cases(rng: random.Random, count: int) -> int:
     done = 0
     with pytest.MonkeyPatch.context() as patch:
         while done < count:
-            patch.setattr(filling, "_STRAIGHT_BYTES", rng.choice((1, 8, 64)))
+            patch.setattr(filling, "STRAIGHT_BYTES", rng.choice((1, 8, 64)))
             found = situation(rng, tensors=TENSORS)
             found.load(rng)
             wrong = [t.wanted.local.held for t in found.targets if not t.is_right]

@@ -446,8 +446,8 @@ class Color(enum.Enum):
 def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry = "dist_ckpt.state.registry.REGISTRY"
     with monkeypatch.context() as patch:
-        patch.setattr(f"{registry}._types", {})
-        patch.setattr(f"{registry}._names", {})
+        patch.setattr(f"{registry}.types", {})
+        patch.setattr(f"{registry}.names", {})
         yield
 
 

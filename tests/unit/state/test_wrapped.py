@@ -70,7 +70,7 @@ def test_quantized_moments_come_back_and_go_on_bit_for_bit(name: str, steps: int
     dist_ckpt.save({"model": model, "optimizer": optimizer}, store)
     live, other = trained(cls, seed=2, steps=steps)
     if not steps:
-        layout._shown.clear()  # as in a process that has not seen any
+        layout.known_classes.clear()  # as in a process that has not seen any
     dist_ckpt.load({"model": live, "optimizer": other}, store)
     step(model, optimizer)
     step(live, other)
@@ -141,7 +141,7 @@ def test_a_quantized_tensor_in_a_plain_value_is_built_anew() -> None:
 
 def forget(cls: type) -> None:
     """As in a process that has not seen the class yet."""
-    del layout._shown[layout.label_of(cls)]
+    del layout.known_classes[layout.label_of(cls)]
 
 
 def test_a_class_that_this_program_has_not_is_an_error_that_names_it() -> None:

@@ -110,7 +110,7 @@ def test_other_kinds_are_refused_before_anything_changes() -> None:
     other.state[live.weight]["exp_avg"] = torch.zeros(6, 4)
     dist_ckpt.load({"model": live, "optimizer": other, "ema": {}}, store)
     assert same(other.state[live.weight]["exp_avg"], scaled(6, 2))
-    del layout._shown[layout.label_of(Scaled)]  # as in a program that has not seen the class
+    del layout.known_classes[layout.label_of(Scaled)]  # as in a program that has not seen the class
     with pytest.raises(IncompatibleError, match=r"the state of this program has no .*\.Scaled"):
         dist_ckpt.load({"ema": {}}, store, only="ema")
 
