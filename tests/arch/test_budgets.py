@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import graphlib
 import sys
+from functools import cache
 from statistics import median, quantiles
+from types import ModuleType
 
 import pytest
 
@@ -159,11 +161,17 @@ def _is_property(node: Function) -> bool:
 
 
 def _is_exported(each: Definition) -> bool:
-    homes = []
-    for name in dist_ckpt.__all__:
-        home, attribute = dist_ckpt._HOMES[name]
-        homes.append(home if attribute is None else f"{home}.{attribute}")
-    return any(each.name == home or each.name.startswith(f"{home}.") for home in homes)
+    return any(each.name == home or each.name.startswith(f"{home}.") for home in _homes())
+
+
+@cache
+def _homes() -> frozenset[str]:
+    """Return where the exported names live: modules, classes and functions."""
+    found = [getattr(dist_ckpt, name) for name in dist_ckpt.__all__]
+    return frozenset(
+        each.__name__ if isinstance(each, ModuleType) else f"{each.__module__}.{each.__qualname__}"
+        for each in found
+    )
 
 
 def _parameters(each: Definition) -> tuple[int, int]:

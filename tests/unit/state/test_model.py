@@ -206,7 +206,7 @@ def test_a_copy_that_a_hook_makes_is_given_back_through_load_state_dict() -> Non
 
     def hooked() -> Any:
         linear: Any = nn.Linear(2, 2)
-        linear._register_state_dict_hook(double)
+        linear.register_state_dict_post_hook(double)
         linear.register_load_state_dict_pre_hook(halve)
         return linear
 
@@ -223,7 +223,7 @@ def test_an_entry_that_only_state_dict_knows_is_refused() -> None:
         state[prefix + "invented"] = 1
 
     linear: Any = nn.Linear(1, 1)
-    linear._register_state_dict_hook(invent)
+    linear.register_state_dict_post_hook(invent)
     with pytest.raises(IncompatibleError, match="takes no such key"):
         load(ModelPart(linear), save(ModelPart(linear)))
 
@@ -251,7 +251,7 @@ def test_two_names_that_fall_together_are_refused() -> None:
         state["weight"] = state["module.weight"].clone()
 
     wrapped: Any = nn.DataParallel(nn.Linear(1, 1))
-    wrapped._register_state_dict_hook(alias)
+    wrapped.register_state_dict_post_hook(alias)
     with pytest.raises(UsageError, match=r"'module.weight' and 'weight' are both called 'weight'"):
         ModelPart(wrapped).capture()
 
