@@ -353,7 +353,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 
 renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-"""Python has no name for the call, and some C libraries have none either: then None."""
+"""The call that renames and replaces nothing: Python has no name for it. None where C has none."""
 
 if renameat2 is not None:
     renameat2.argtypes = (

@@ -244,8 +244,8 @@ def allowed_as(name: str) -> str | None:
     """Return under which entry a private name is allowed, None for none."""
     for entry in ALLOWED:
         # What torch keeps under names of one pattern is asked for by a pattern, too.
-        begin = name.find(entry) if entry.endswith("_") else -1
-        if name == entry or name.endswith(f".{entry}") or begin == 0:
+        is_pattern = entry.endswith("_") and name.startswith(entry)
+        if name == entry or name.endswith(f".{entry}") or is_pattern:
             return entry
     return None
 
