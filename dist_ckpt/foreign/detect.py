@@ -93,6 +93,16 @@ def _weights(names: Sequence[str]) -> Sequence[str]:
     return [name for name in names if name.partition(".")[0] in _WEIGHTS] or names
 
 
+def named_like_one(store: Store) -> str | None:
+    """Return what in the folder `store` is called like a checkpoint of others; None for nothing.
+
+    Nothing is opened: for whoever only says that something is there.
+    """
+    names = store.list_children()
+    found = (name for name in names if name == METADATA or name.endswith(FILE_SUFFIXES))
+    return next(found, None)
+
+
 def looked_for() -> str:
     """Return what `open_foreign` knows, for the message when nothing of it is there."""
     return (

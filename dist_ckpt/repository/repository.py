@@ -26,6 +26,7 @@ from dist_ckpt.repository.collect import (
     remembered,
     removable,
 )
+from dist_ckpt.repository.detached import named_step
 from dist_ckpt.repository.history import History, Record, is_pinned, pin, unpin
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion, best_among
@@ -167,9 +168,25 @@ class Repository:
         raise self.no_checkpoint()
 
     def claim(self, *, at_least: int = 1) -> int:
-        """Take the run over: return the number of a new claim, higher than all before it."""
+        """Take the run over: return the number of a new claim, higher than all before it.
+
+        Raises:
+            UsageError: the place is one checkpoint and no run, or the store cannot commit.
+        """
         self._check_can_commit()
-        return claims.take(self.store, at_least=at_least, before=self._latest_claim)
+        return claims.take(self.store, at_least=at_least, before=self._before_any_claim)
+
+    def _before_any_claim(self) -> int:
+        # Only where nobody has claimed anything: begun inside of a checkpoint, a run would be a
+        # training from zero where one was to go on, and a load of the place would not look at it.
+        step = named_step(self.store)
+        if step is not None:
+            raise UsageError(
+                f"{self.store.url} is one checkpoint, of step {step}, and no run: to go on with "
+                f"its run give the folder that it is in (restore(step={step}) takes this very "
+                "one), and to begin a run from it give a new folder and restore(url=...)"
+            )
+        return self._latest_claim()
 
     def _latest_claim(self) -> int:
         """Return the highest claim under which the newest checkpoints were written, 0 for none."""

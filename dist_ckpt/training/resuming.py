@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
+from dist_ckpt.foreign.detect import named_like_one
 from dist_ckpt.format.names import discard_key
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.ranks.job import Job
@@ -211,7 +220,22 @@ class Resumer:
             )
         elif report is not None and start.place is None:
             self._hear_of_late_metrics(report)
+        elif report is None and start.is_newest and self._job.training.rank == 0:
+            self._tell_of_others()
         return report
+
+    def _tell_of_others(self) -> None:
+        """Say what lies where a run was begun, if it may be what was to be gone on from."""
+        with suppress(StorageError):  # of a word only: what matters has been looked at
+            name = named_like_one(self._job.repository.store)
+            if name is not None:
+                _log.warning(
+                    "nothing in %s is a checkpoint of dist_ckpt, so the training begins anew; "
+                    "to begin from %s, which another program wrote there, restore(url=...) or "
+                    "load_weights it",
+                    self._job.url,
+                    name,
+                )
 
     def _take_over(self) -> int:
         """Rank 0: take the run over; those in folders of several hosts all ranks take together."""

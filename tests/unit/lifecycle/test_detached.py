@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import dist_ckpt
 from dist_ckpt import Checkpointer
@@ -129,3 +131,26 @@ def test_a_read_only_place_is_read(run: Path) -> None:
     with pytest.raises(StorageError, match="read-only"):
         Checkpointer(store, {"weights": weights}, every_steps=1).restore()
     assert keys(store) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", [f"run/{STEP}", "elsewhere"])
+def test_no_run_is_begun_inside_of_it(run: Path, name: str, tmp_path: Path) -> None:
+    place = run / STEP if name.startswith("run/") else copied(run, tmp_path / name)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(UsageError, match=r"no run.*restore\(step=20\) takes this"):
+        Checkpointer(place, state(), every_steps=1).restore()
+    with pytest.raises(UsageError, match="one checkpoint, of step 20, and no run"):
+        dist_ckpt.save(state(), place, step=40)
+    with pytest.raises(CheckpointException, match="one checkpoint, of step 20, and no run"):
+        dcp_save({"w": torch.ones(2)}, storage_writer=dist_ckpt.dcp.Writer(place), no_dist=True)
+    assert sorted(place.rglob("*")) == before, "nothing was written"
+    with Checkpointer(tmp_path / "next", state(), every_steps=1) as ckpt:
+        assert ckpt.restore(url=place) == 20, "another place begins from it"
+
+
+def test_a_manifest_of_others_does_not_make_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "of a web page"}')
+    dist_ckpt.save(state(3), tmp_path, step=3)
+    live = state()
+    assert dist_ckpt.load(live, tmp_path).step == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,4 +168,35 @@ def test_a_metric_that_is_told_now_and_then_is_not_missed(
             ckpt.step(step, metrics={LOSS: 1.0} if step == 4 else {"train/loss": 1.0})
     with Checkpointer(store, **watching("better", "never")) as ckpt:
         ckpt.restore()  # only looks
+    assert warnings(caplog) == []
+
+
+# ---------------------------------------------------------------- begun beside what others wrote
+
+
+@pytest.mark.parametrize("name", [".metadata", "last.pt", "model.safetensors", "epoch=3.ckpt"])
+def test_what_another_program_wrote_there_is_not_begun_over_in_silence(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_bytes(b"theirs")
+    with Checkpointer(tmp_path, state(), every_steps=1) as ckpt:
+        assert ckpt.restore() == 0
+        assert len(warnings(caplog)) == 1
+        assert f"begin from {name}, which another program wrote" in warnings(caplog)[0]
+        ckpt.step(1)
+    with Checkpointer(tmp_path, state(), every_steps=1) as ckpt:
+        assert ckpt.restore() == 1
+    assert len(warnings(caplog)) == 1, "a run that has checkpoints is what is meant"
+    assert (tmp_path / name).read_bytes() == b"theirs"
+
+
+def test_who_says_that_the_training_begins_is_told_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "last.pt").write_bytes(b"theirs")
+    (tmp_path / "notes.txt").write_text("mine")
+    with Checkpointer(tmp_path, state(), every_steps=1) as ckpt:
+        ckpt.restore("none")
+    with Checkpointer(tmp_path / "new", state(), every_steps=1) as ckpt:
+        ckpt.restore()
     assert warnings(caplog) == []
