@@ -19,6 +19,7 @@ from dist_ckpt.format.index import Index
 from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_ranges
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.staging.arena import reach, view_box
+from dist_ckpt.state.layout import note_written
 
 STRAIGHT_BYTES = 64 << 10
 """Fewer bytes than this are copied sooner than they are listed for a read of several places."""
@@ -123,6 +124,9 @@ class ReadTargets:
         # The memory of pieces that come in several reads, where it is one run of bytes.
         self._flat: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
+        for each in wanted:
+            # Before the first byte, so that whatever becomes of the read is counted.
+            note_written(each.local.memory)
 
     def land(self, start: int, bounce: memoryview) -> list[ReadTarget]:
         """Find memory to read a range to: that of the targets where that is possible.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
+from torch.distributed.tensor import DTensor
 
 from dist_ckpt import events
 from dist_ckpt.decodable import decodable
@@ -28,6 +29,7 @@ from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
 from dist_ckpt.repository.source import Again, Source, deleted_meanwhile, reason
 from dist_ckpt.staging.arena import no_collection
+from dist_ckpt.state.layout import note_written
 from dist_ckpt.state.train_state import TrainState
 
 ResultT = TypeVar("ResultT")
@@ -228,6 +230,10 @@ class Loader:
         reading.begin(lambda: self._restore_first(matched))
         progress.clock("match", since)
         progress.touched = matched.source.save_id
+        for name in prepared.targets:
+            for target in prepared.targets[name].values():
+                if isinstance(target, DTensor):  # of others the memory is the tensor itself
+                    note_written(target)
         result = reading.read()
         return replace(
             result,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -299,6 +300,18 @@ def shard_order_of(tensor: DTensor) -> object:
 def alias_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` without gradient: the same memory, laid out alike."""
     return _alike(tensor.detach(), tensor)
+
+
+def note_written(tensor: torch.Tensor) -> None:
+    """Note that `tensor` is written to by other means than torch's, as torch does for its own.
+
+    Torch counts the writes: a backward pass that needs the values from before is an error then,
+    and no wrong gradient, and who looks whether a tensor has changed is told so. Aliases by
+    `detach` are counted together; a DTensor, of which a graph holds the whole, and what it has on
+    this rank are not.
+    """
+    if not tensor.is_inference():  # these have no count
+        increment_version(tensor)
 
 
 def unfilled_like(

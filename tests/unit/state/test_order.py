@@ -256,6 +256,21 @@ def test_what_training_changes_of_a_frozen_base_is_kept() -> None:
     assert torch.equal(other[0][0].weight, fixed)
 
 
+def test_what_was_kept_of_a_frozen_base_is_kept_after_a_resume() -> None:
+    model = adapted()
+    first, second = new_store(), new_store()
+    state = TrainState(model=model, trainable_only=True, rng=None)
+    model[1](torch.ones(3, 2))
+    dist_ckpt.save(state, first)
+    resumed = TrainState(model=adapted(), trainable_only=True, rng=None)
+    dist_ckpt.load(resumed, first)
+    dist_ckpt.save(resumed, second)  # nothing has changed it in between, as in evaluation
+    last = adapted()
+    dist_ckpt.load(TrainState(model=last, trainable_only=True, rng=None), second)
+    assert last[1].total.tolist() == [3, 3]
+    assert last[1].count == 1
+
+
 def test_a_checkpoint_without_the_statistics_of_a_frozen_base_loads() -> None:
     model = adapted()
     weights = {name: value for name, value in model.state_dict().items() if name.startswith("2.")}
