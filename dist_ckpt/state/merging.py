@@ -18,7 +18,7 @@ from collections.abc import (
     MutableSequence,
     MutableSet,
 )
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import singledispatch
 from io import BytesIO
 from types import SimpleNamespace
@@ -26,11 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
+from dist_ckpt.errors import UsageError
 from dist_ckpt.state.encoding import MAX_DEPTH, TAG, is_wrapped_node
 from dist_ckpt.state.holders import is_held, is_of_module
 from dist_ckpt.state.layout import is_wrapped, local_of
+from dist_ckpt.state.objects import encode
 from dist_ckpt.state.spread import pieces
 
 
@@ -134,19 +137,47 @@ class Merging:
 
     def __init__(self, held: Collection[int] = ()) -> None:
         self._held = held
+        # What has taken a value, by its id, with that value. The live ones too, so that no id is
+        # that of another object meanwhile.
+        self._taken: dict[int, tuple[Any, Any]] = {}
+        self._arrays: dict[int, _Filled] = {}
 
     def merged(self, live: Any, value: Any) -> Any:
         """Return what takes the place of `live`: itself with the content of `value`, if it can be.
 
         Tensors of `value` that are the memory of live ones are left as they are; those of equal
-        shape and dtype are copied.
+        shape and dtype are copied. A live object met twice takes one value; if the other is not
+        the same, that stands beside it.
         """
+        if id(live) in self._taken:
+            return live if _are_same(self._taken[id(live)][1], value) else value
+        made = self._merged(live, value)
+        if made is live and not isinstance(live, torch.Tensor):  # those are compared before
+            self._taken[id(live)] = (live, value)
+        return made
+
+    def _merged(self, live: Any, value: Any) -> Any:
         # An OrderedDict that was saved may come back to a dict: both are told by their keys.
         if isinstance(live, MutableMapping) and isinstance(value, MutableMapping):
             return _into(live, value, self)
         if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
             return _into_tensor(live, value)
         return _into(live, value, self) if type(live) is type(value) else value
+
+    def filled(self, live: NDArray[Any], value: NDArray[Any]) -> bool:
+        """Fill an array; False, with nothing changed, if that destroys what another one took."""
+        root = live
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        group = self._arrays.setdefault(id(root), _Filled())
+        shared = group.sharing(live)
+        old = live.copy() if shared else None
+        live[...] = value  # through every view that the program holds
+        if old is not None and not all(_are_same(*pair) for pair in shared):
+            live[...] = old
+            return False
+        group.add(live, value)
+        return True
 
     def keeps_entries(self, live: object) -> bool:
         """Tell whether the container `live` neither gains nor loses an entry."""
@@ -248,8 +279,62 @@ def _(live: tuple, value: Any, merging: Merging) -> Any:  # type: ignore[type-ar
 def _(live: np.ndarray, value: Any, merging: Merging) -> Any:
     if live.shape != value.shape or live.dtype != value.dtype or not live.flags.writeable:
         return value
-    live[...] = value  # through every view that the program holds
-    return live
+    return live if merging.filled(live, value) else value
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Tell whether two stored values are the same to the last bit."""
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+    try:
+        one, other = (
+            encode(each, path="value", tensors=tensors, aside=False)
+            for each, tensors in zip((one, other), found, strict=True)
+        )
+    except UsageError:  # a type that is only read: apart they are right in any case
+        return False
+    return one == other and all(
+        _same_memory(first, second)
+        for first, second in zip(found[0].values(), found[1].values(), strict=True)
+    )
+
+
+@dataclass
+class _Filled:
+    """Arrays over one memory that have taken values.
+
+    Attributes:
+        pairs: each with its value.
+        start: the address of the first byte of them all.
+        stop: that behind the last one.
+    """
+
+    pairs: list[tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=list)
+    start: int = 0
+    stop: int = 0
+
+    def sharing(self, live: NDArray[Any]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Return those that may have bytes in common with `live`."""
+        start, stop = _extent(live)
+        if not self.pairs or stop <= self.start or self.stop <= start:
+            return []  # thousands of rows, one after another, are not compared with each other
+        return [pair for pair in self.pairs if np.may_share_memory(live, pair[0])]
+
+    def add(self, live: NDArray[Any], value: NDArray[Any]) -> None:
+        """Note that `live` has taken `value`."""
+        start, stop = _extent(live)
+        self.start = min(self.start, start) if self.pairs else start
+        self.stop = max(self.stop, stop)
+        self.pairs.append((live, value))
+
+
+def _extent(array: NDArray[Any]) -> tuple[int, int]:
+    """Return the address of the first byte of `array`, and that behind its last one."""
+    start: int = array.__array_interface__["data"][0]
+    reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    if not array.size:
+        return start, start
+    low, high = sum(min(0, each) for each in reach), sum(max(0, each) for each in reach)
+    return start + low, start + high + array.itemsize
 
 
 def _into_tensor(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
