@@ -335,7 +335,9 @@ class Checkpointer:
     def close(self) -> None:
         """Save the last step (see `save_last`), finish that, and release everything.
 
-        A second call does nothing.
+        While an exception is handled that came after the last step was told, in `finally` for
+        example, that step is not saved: the state may be in the middle of the next. A second call
+        does nothing.
 
         Raises:
             CheckpointError: a save failed.

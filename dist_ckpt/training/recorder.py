@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+from weakref import finalize
 
 import torch
 
@@ -94,6 +97,8 @@ class Recorder:
         self._resumer = resumer
         self._can_save = policies.said
         self._save_last = save_last and policies.saves
+        # Not of the recorder, which is gone by then; and not of one whose process was forked.
+        self._leave = finalize(self, _say_left, self.course, os.getpid(), wanted=self._save_last)
         self._stoppers = policies.stoppers
         self._differing: set[str] = set()
         self._stepped = False
@@ -178,6 +183,15 @@ class Recorder:
         Raises:
             CheckpointError: see `Checkpointer.save`.
         """
+        if not self.interrupted and (error := self.course.ended_by()) is not None:
+            # As at the end of a `with` block, where others are not waited for either.
+            self._job.hurry()
+            self.interrupted = True
+            if self._save_last:
+                self.course.say_unsaved(
+                    f"close() came while a {type(error).__qualname__} was handled, when the state "
+                    "may be in the middle of another step (save() it before, or close later)"
+                )
         # After an exception the state may be in the middle of a step.
         wanted = self._save_last and not self.interrupted and not self.pace.out_of_time
         last = self.course.unsaved if wanted else None
@@ -199,6 +213,7 @@ class Recorder:
 
     def close(self, *, well: bool) -> None:
         """Let go of signals and say how it ended, when no save is in flight any more."""
+        self._leave.detach()
         self.heartbeat.end("ended" if well and not self.interrupted else "failed")
         self.pace.close()
 
@@ -248,6 +263,12 @@ class Recorder:
         return handle
 
 
+def _say_left(course: Course, pid: int, *, wanted: bool) -> None:
+    """Say what is lost with a Checkpointer that was never closed."""
+    if wanted and pid == os.getpid():
+        course.say_unsaved("the Checkpointer was not closed (use it in a `with` block)")
+
+
 # What a Checkpointer was told of the training so far, and what of it is stored.
 
 
@@ -282,6 +303,8 @@ class Course:
         self._last: ToldStep | None = None
         # Whether the state is still the one that the last call told of.
         self._live = False
+        # What was being handled then: a training may run as a whole where something is.
+        self._handled: int | None = None
         self._done: dict[int, SaveHandle] = {}
         self._saved: int | None = None
         self._newest = -1
@@ -306,6 +329,11 @@ class Course:
         """What was told last, if no save of it was begun and the state is still that."""
         last = self._last
         return None if last is None or not self._live or last.step in self._done else last
+
+    def ended_by(self) -> BaseException | None:
+        """Return the exception that is being handled here, if it came after the last telling."""
+        error = sys.exception()
+        return None if error is None or id(error) == self._handled else error
 
     @property
     def lost(self) -> ToldStep | None:
@@ -359,6 +387,8 @@ class Course:
         if kind != "epochs":
             self._told_step = step
         self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
+        error = sys.exception()
+        self._handled = None if error is None else id(error)
 
     def save_begun(self, step: int, handle: SaveHandle) -> None:
         """Take note of a save."""
@@ -413,6 +443,15 @@ class Course:
             return None
         handle.settle()
         return handle if handle.outcome == "committed" else None
+
+    def say_unsaved(self, why: str) -> None:
+        """Say that the step told last is not saved, if it is not."""
+        if self.unsaved is not None:
+            self._say(
+                "unsaved",
+                f"step {self.unsaved.step} of {self._url} was told, no save of it was due, and "
+                f"{why}: it is not saved",
+            )
 
     def close(self) -> None:
         """Say what the end of the training shows to have been a mistake."""

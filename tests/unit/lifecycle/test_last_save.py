@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -72,6 +74,81 @@ def test_a_save_that_was_skipped_is_made_up_for(store: MemoryStore) -> None:
         assert handle.outcome == "skipped"
         hang.release()
     assert steps(store) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [LookupError("training"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize("how", ["finally", "except", "closing", "stack"])
+def test_close_does_not_save_while_an_exception_is_handled(
+    store: MemoryStore, error: BaseException, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ckpt = Checkpointer(store, state(), every_steps=5)
+
+    def train() -> None:
+        for step in range(1, 8):
+            ckpt.step(step)
+        raise error  # in the middle of step 8
+
+    def train_and_close() -> None:
+        if how == "closing":
+            with closing(ckpt):
+                train()
+        elif how == "stack":
+            with ExitStack() as stack:
+                stack.callback(ckpt.close)
+                train()
+        try:
+            train()
+        except BaseException:
+            if how == "except":
+                ckpt.close()
+            raise
+        finally:
+            ckpt.close()
+
+    with pytest.raises(type(error)):
+        train_and_close()
+    assert steps(store) == [5]
+    assert len(warnings(caplog)) == 1
+    assert f"step 7 of {store.url} was told" in warnings(caplog)[0]
+    assert f"close() came while a {type(error).__name__} was handled" in warnings(caplog)[0]
+
+
+def test_a_training_that_is_all_in_a_handler_ends_as_any(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train() -> None:
+        ckpt = Checkpointer(store, state(), every_steps=5)
+        for step in range(1, 8):
+            ckpt.step(step)
+        ckpt.close()
+
+    try:
+        raise MemoryError("the batch did not fit")
+    except MemoryError:
+        train()  # with a smaller one
+    assert steps(store) == [5, 7]
+    assert warnings(caplog) == []
+
+
+def test_one_that_is_never_closed_says_what_is_lost(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(last: int, **options: Any) -> None:
+        ckpt = Checkpointer(store, state(), every_steps=5, **options)
+        for step in range(ckpt.restore() + 1, last + 1):
+            ckpt.step(step)
+        ckpt.wait()
+
+    train(5)
+    gc.collect()
+    train(7, save_last=False)
+    gc.collect()
+    assert warnings(caplog) == []
+    train(8)
+    gc.collect()
+    assert len(warnings(caplog)) == 1
+    assert f"step 8 of {store.url} was told, no save of it was due" in warnings(caplog)[0]
+    assert "the Checkpointer was not closed" in warnings(caplog)[0]
 
 
 @pytest.mark.parametrize("error", [LookupError("training"), KeyboardInterrupt(), SystemExit(1)])
