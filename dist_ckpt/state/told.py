@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.random import fork_rng
 
 from dist_ckpt.state.names import wrapped_attribute
 
@@ -97,11 +100,25 @@ def accepts(say: Say, state: Mapping[str, torch.Tensor], *, absent: Collection[s
     """
     if "load_state_dict" in vars(say.root):
         return False  # bound to the real module, it would load that
-    shadows: dict[int, nn.Module] = {}
+    # A program that makes tensors while it loads makes them with memory, into which nothing can be
+    # copied from here: then once more with all that is made having none.
+    return any(_accepts(say, state, absent, device) for device in (nullcontext(), _META))
+
+
+_META = torch.device("meta")
+
+
+def _accepts(
+    say: Say,
+    state: Mapping[str, torch.Tensor],
+    absent: Collection[str],
+    device: AbstractContextManager[Any],
+) -> bool:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # What it draws, it draws when it is loaded.
+        with torch.no_grad(), warnings.catch_warnings(), fork_rng(devices=[]), device:
             warnings.simplefilter("ignore")  # torch warns of what goes to the meta device
-            found = _load(_shadow(say.root, shadows, {}), dict(state), lenient=True)
+            found = _load(_shadow(say.root, {}, {}), dict(state), lenient=True)
     except Exception:
         return False  # whoever cannot take it says so by any exception
     missing = set(found.missing_keys) - set(absent)
@@ -157,6 +174,9 @@ def _is_torchs(function: Any) -> bool:
     return f"{home}.".startswith(_TORCH)
 
 
+_CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, deque})
+
+
 def _shadow(
     module: nn.Module, shadows: dict[int, nn.Module], tensors: dict[int, torch.Tensor]
 ) -> nn.Module:
@@ -167,7 +187,11 @@ def _shadow(
     # Not `__init__`, nor a `__new__` that knows better (FSDP2's gives the class without FSDP).
     shadow: nn.Module = object.__new__(type(module))
     shadows[id(module)] = shadow
-    content = dict(vars(module))
+    # What a load notes in a list of the module's must not be noted there by this.
+    content = {
+        name: copy.copy(value) if type(value) in _CONTAINERS else value
+        for name, value in vars(module).items()
+    }
     for kind in ("_parameters", "_buffers"):
         content[kind] = {
             name: None if tensor is None else _meta(tensor, tensors)

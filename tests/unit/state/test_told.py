@@ -277,6 +277,65 @@ def test_a_buffer_that_takes_the_stored_shape_by_its_own_method() -> None:
         assert torch.equal(value, two.state_dict()[name])
 
 
+class Grown(nn.Module):
+    """Makes what it is loaded with, as many programs do whose modules grow, and notes it."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.bank = nn.ParameterList([torch.randn(3) for _ in range(size)])
+        self.loads: list[str] = []
+
+    def make(self, state: Any, prefix: str) -> None:
+        size = len([name for name in state if name.startswith(f"{prefix}bank.")])
+        self.loads.append(f"{size} of {prefix}")
+        self.bank = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(size)])
+
+
+class GrownByMethod(Grown):
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.make(state, prefix)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class GrownByHook(Grown):
+    def __init__(self, size: int = 0) -> None:
+        super().__init__(size)
+        register: Any = self.register_load_state_dict_pre_hook
+        register(lambda me, state, prefix, *_: me.make(state, prefix))
+
+
+class GrownWhole(Grown):
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.make(state, "")
+        return super().load_state_dict(state, strict, assign)
+
+
+@pytest.mark.parametrize("kind", [GrownByMethod, GrownByHook, GrownWhole])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_module_that_makes_its_tensors_when_it_is_loaded(kind: Any, inside: bool) -> None:
+    def wrapped(module: Any) -> Any:
+        return (
+            nn.Sequential(module, nn.Linear(2, 2)) if inside and kind is not GrownWhole else module
+        )
+
+    one, two, expected = kind(3), kind(1), kind(1)
+    torch.manual_seed(3)
+    state = wrapped(one).state_dict()
+    outer, outer_expected = wrapped(two), wrapped(expected)
+    torch.manual_seed(4)
+    outer_expected.load_state_dict(state)
+    after = torch.get_rng_state()
+    store = new_store()
+    dist_ckpt.save({"model": state, "rng": None}, store)
+    torch.manual_seed(4)
+    dist_ckpt.load({"model": outer, "rng": None}, store)
+    assert torch.equal(torch.get_rng_state(), after), "what it draws is drawn once"
+    assert two.loads == expected.loads, "it is loaded once"
+    for name, value in outer_expected.state_dict().items():
+        assert torch.equal(value, outer.state_dict()[name]), name
+
+
 def test_a_module_that_refuses_is_asked_before_anything_changes() -> None:
     class Picky(nn.Linear):
         def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
