@@ -43,7 +43,19 @@ class RngPart:
         return Captured({}, objects, per_rank=True)
 
     def targets(self, stored: Stored) -> Targets:
-        """Return no tensors: the states are objects."""
+        """Return no tensors: the states are objects.
+
+        Raises:
+            IncompatibleError: as `restore`, before anything has changed.
+        """
+        if stored.world_size == stored.saved_world_size:
+            # Tried out and taken back: nobody else can tell what a generator takes.
+            before = {kind: read() for kind, read in _READ.items() if kind != "cuda"}
+            values = self._decoded(stored)
+            try:
+                self._asked(lambda: _set_host(values))
+            finally:
+                _set_host(before)
         unexpected = stored.tensors.keys() | (stored.objects.keys() - _READ.keys())
         missing = sorted(_READ.keys() - stored.objects.keys())
         return Targets({}, missing, sorted(unexpected), _fresh_note(self.name, stored))
@@ -58,13 +70,24 @@ class RngPart:
             _seed_all(stored)
             return
         # All are decoded before the first is set.
-        values = {
+        values = self._decoded(stored)
+
+        def set_all() -> None:
+            _set_host(values)
+            _set_devices(values, stored)
+
+        self._asked(set_all)
+
+    def _decoded(self, stored: Stored) -> dict[str, Any]:
+        return {
             kind: decode(stored.objects[kind], tensors={}, path=f"{self.name}.{kind}")
             for kind in _READ
             if kind in stored.objects
         }
+
+    def _asked(self, act: Callable[[], None]) -> None:
         try:
-            _set_all(values, stored)
+            act()
         # Whatever they make of a state that they never had.
         except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise IncompatibleError(
@@ -73,13 +96,16 @@ class RngPart:
             ) from error
 
 
-def _set_all(values: Mapping[str, Any], stored: Stored) -> None:
+def _set_host(values: Mapping[str, Any]) -> None:
     if "python" in values:
         random.setstate(values["python"])
     if "numpy" in values:
         np.random.set_state(values["numpy"])
     if "torch" in values:
         torch.set_rng_state(values["torch"])
+
+
+def _set_devices(values: Mapping[str, Any], stored: Stored) -> None:
     if torch.cuda.is_available():
         states = values.get("cuda", [])
         # One by one: the number of devices may have changed while the number of ranks has not.
@@ -173,7 +199,17 @@ class GeneratorPart:
         return Captured({}, {_NAME: data}, per_rank=True)
 
     def targets(self, stored: Stored) -> Targets:
-        """Return no tensors: the state is an object."""
+        """Return no tensors: the state is an object.
+
+        Raises:
+            IncompatibleError: as `restore`, before anything has changed.
+        """
+        if _NAME in stored.objects and stored.world_size == stored.saved_world_size:
+            before = _read(self.generator)  # tried out, and taken back
+            try:
+                self._set(stored)
+            finally:
+                _write(self.generator, before)
         missing = [] if _NAME in stored.objects else [_NAME]
         unexpected = sorted(stored.tensors.keys() | (stored.objects.keys() - {_NAME}))
         return Targets({}, missing, unexpected, _fresh_note(self.name, stored))
@@ -189,6 +225,9 @@ class GeneratorPart:
         if stored.world_size != stored.saved_world_size:
             _seed_one(self.generator, _fresh_seed(stored, self.name, [_NAME]))
             return
+        self._set(stored)
+
+    def _set(self, stored: Stored) -> None:
         state = decode(stored.objects[_NAME], tensors={}, path=self.name)
         try:
             _write(self.generator, state)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import dist_ckpt
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.state.rng import Generator, GeneratorPart
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.state.roundtrip import load, save
 
 MAKE: dict[str, Callable[[int], Generator]] = {
@@ -118,3 +121,24 @@ def test_a_generator_of_another_kind_is_refused_by_name() -> None:
     for other in (np.random.Generator(np.random.Philox(1)), torch.Generator(), random.Random(1)):
         with pytest.raises(IncompatibleError, match=r"noise: this .* refused the stored state"):
             load(GeneratorPart(other, name="noise"), saved)
+
+
+@pytest.mark.parametrize("name", ["rng", "noise"])
+def test_a_refusal_comes_before_anything_has_changed(name: str) -> None:
+    of_numpy: Any = np.random
+    own = of_numpy.get_bit_generator()
+    of_numpy.set_bit_generator(np.random.PCG64(3))
+    noise = np.random.default_rng(1)
+    store = MemoryStore(f"unit-generators-{name}")
+    try:
+        dist_ckpt.save({"w": {"w": torch.ones(2)}, "noise": noise}, store)
+    finally:
+        of_numpy.set_bit_generator(own)
+    other = noise if name == "rng" else np.random.Generator(np.random.Philox(1))
+    before = [repr(random.getstate()), repr(other.bit_generator.state)]
+    live: dict[str, Any] = {"w": {"w": torch.zeros(2)}, "noise": other}
+    skip = [] if name == "rng" else ["rng"]
+    with pytest.raises(IncompatibleError, match=rf"^{name}: .* refused (its|the) stored state"):
+        dist_ckpt.load(live, store, skip=skip)
+    assert live["w"]["w"].tolist() == [0, 0]
+    assert [repr(random.getstate()), repr(other.bit_generator.state)] == before
