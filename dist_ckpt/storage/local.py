@@ -63,7 +63,7 @@ class LocalStore:
     and never when deleting. Files whose names are no valid keys are left alone and not listed.
 
     Args:
-        path: relative to the working directory of now.
+        path: relative to the working directory of now; links on it are followed now, once.
         single_writer: the caller promises that one host at a time creates objects there. It counts
             only on a mount without hard links, where creating is refused otherwise.
 
@@ -76,7 +76,14 @@ class LocalStore:
         text = os.fspath(path)
         if not text or "\0" in text:
             raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
-        self._root = os.path.abspath(text)
+        self._url = os.path.abspath(text)
+        # A link on the way (`current` to the run of today) may point elsewhere tomorrow, and the
+        # files of one job must not come into the run of another. One into nothing, such as a disk
+        # that is not mounted, is refused later: nothing is made where it would lead.
+        met = self._url
+        while not os.path.lexists(met):
+            met = os.path.dirname(met)
+        self._root = os.path.realpath(self._url) if os.path.exists(met) else self._url
         self._direct = DirectIO()
         self._naming = Naming(single_writer=single_writer)
         # What did not exist at this point may have been created since by a process that has not
@@ -85,12 +92,12 @@ class LocalStore:
             self._anchor = nearest_existing(self._root)
 
     def __repr__(self) -> str:
-        return f"LocalStore({self._root!r})"
+        return f"LocalStore({self._url!r})"
 
     @property
     def url(self) -> str:
-        """The absolute path."""
-        return self._root
+        """The absolute path, as it was given."""
+        return self._url
 
     @property
     def capabilities(self) -> Capabilities:

@@ -523,3 +523,30 @@ def test_failing_disk_is_one_storage_error(
     assert error.kind == ErrorKind.STORAGE
     assert "input/output error" in str(error)
     assert isinstance(error.__cause__, OSError)
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_link_that_is_turned_elsewhere_does_not_lead_there(tmp_path: Path, above: bool) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "current"
+    link.symlink_to("one")
+    store = LocalStore(link / "run" if above else link)
+    assert store.url == str(link / "run" if above else link), "called as it was given"
+    store.put("a/first", [b"1"])
+    link.unlink()
+    link.symlink_to("two")
+    store.put("a/second", [b"2"])
+    assert store.list_children("a/") == ["first", "second"]
+    store.delete(["a/first"])
+    assert [path.name for path in (tmp_path / "one").rglob("*") if path.is_file()] == ["second"]
+    assert list((tmp_path / "two").iterdir()) == []
+    assert list(LocalStore(link).list_entries()) == [], "who opens it now is where it points now"
+
+
+@pytest.mark.parametrize("path", ["link", "link/run", "link/a/b"])
+def test_nothing_is_made_where_a_link_leads_that_leads_nowhere(tmp_path: Path, path: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "not mounted" / "data")
+    with pytest.raises(UsageError, match="is not a directory, nor a link to one"):
+        LocalStore(tmp_path / path).put("a/key", [b"."])
+    assert [each.name for each in tmp_path.iterdir()] == ["link"]
