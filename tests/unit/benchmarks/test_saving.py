@@ -28,6 +28,7 @@ def test_state_is_that_of_gpt_2_small() -> None:
     assert 3 * 4 * parameters == pytest.approx(1.493e9, rel=1e-3)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("without_peers")
 def test_saves_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["stall", "training", "--place", str(tmp_path / "place"), "--repeats", "1"]

@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import dist_ckpt
 from dist_ckpt import Run
 from tests.unit.cli.shell import Shell, fill
 
@@ -79,27 +82,40 @@ def on_terminal(*arguments: str) -> tuple[str, bytes]:
     return out, shown
 
 
-def test_long_work_shows_its_bytes_on_a_terminal_alone(
-    url: str, shell: Shell, tmp_path: Path
-) -> None:
+def test_long_work_shows_its_bytes_on_a_terminal_alone(url: str, shell: Shell) -> None:
     out, shown = on_terminal("verify", url, "--all")
     assert out == shell.screen("verify", url, "--all")
     assert b"step 30" in shown
     assert b"bytes" in shown or b"kB" in shown
-    weights, run = str(tmp_path / "w.safetensors"), str(tmp_path / "imported")
-    for arguments, says, doing in (
-        (("export", f"{url}@20", weights), "exported step 20", b"reading back"),
-        (("import", weights, run), "step 0 of", b"reading"),
-        (("average", f"{url}@10", f"{url}@20", "--out", run), "step 20 of", b"reading"),
-        (("cp", f"{url}@20", run + "-cp"), "step 20: 2 files", b"copying step 20"),
-        (("cp", f"{url}@20", run + "-parts", "--parts", "model"), "step 20: model", b"reading"),
-        (("mirror", url, run + "-mirror"), "step 30: 2 files", b"copying step 30"),
-        (("bench", str(tmp_path), "--size", "1", "--repeat", "1"), "medians of 1", b"bench"),
-    ):
-        out, shown = on_terminal(*arguments)
-        assert says in out, arguments
-        assert doing in shown, (arguments, shown)
-        assert b"bytes" in shown or b"kB" in shown or b"MB" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "doing"),
+    [
+        (("export", "{}@20", "{}.safetensors"), "exported step 20", b"reading back"),
+        (("cp", "{}@20", "{}-cp"), "step 20: 2 files", b"copying step 20"),
+        *(
+            pytest.param(*each, marks=pytest.mark.soak)
+            for each in (
+                (("import", "{}.safetensors", "{}-in"), "step 0 of", b"reading"),
+                (("average", "{}@10", "{}@20", "--out", "{}-av"), "step 20 of", b"reading"),
+                (("cp", "{}@20", "{}-cp", "--parts", "model"), "step 20: model", b"reading"),
+                (("mirror", "{}", "{}-mirror"), "step 30: 2 files", b"copying step 30"),
+                (("bench", "{}-b", "--size", "1", "--repeat", "1"), "medians of 1", b"bench"),
+            )
+        ),
+    ],
+    ids=lambda value: " ".join(value).replace("{}", "") if isinstance(value, tuple) else "",
+)
+def test_all_that_takes_long_shows_its_bytes(
+    url: str, arguments: tuple[str, ...], says: str, doing: bytes
+) -> None:
+    if arguments[0] == "import":
+        dist_ckpt.export(url, f"{url}.safetensors", step=20)
+    out, shown = on_terminal(*(each.format(url) for each in arguments))
+    assert says in out
+    assert doing in shown
+    assert b"bytes" in shown or b"kB" in shown or b"MB" in shown
 
 
 def test_a_mirror_goes_on_when_a_checkpoint_is_damaged(url: str, tmp_path: Path) -> None:
