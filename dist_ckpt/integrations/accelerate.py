@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from accelerate import Accelerator
@@ -104,7 +105,7 @@ def _loaders_of(accelerator: Accelerator) -> Mapping[str, object]:
             "call state_of(accelerator, dataloaders=False)",
             len(loaders),
         )
-    return _numbered("dataloader", [PerRank(each) for each in stateful])
+    return _numbered("dataloader", [PerRank(_Position(each)) for each in stateful])
 
 
 def _numbered(kind: str, found: Sequence[object]) -> dict[str, object]:
@@ -132,3 +133,20 @@ class _Batches:
     def load_state_dict(self, state_dict: Mapping[str, int], /) -> None:
         """Go on from it."""
         self._accelerator.step = state_dict["step"]
+
+
+class _Position:
+    """Where a dataloader stands, which Accelerate forgets from a restore to the next batch."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, as of the last batch."""
+        found: dict[str, Any] = self._loader.state_dict()
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Go on from it; a save before the next batch has it again."""
+        self._loader.load_state_dict(state_dict)
+        self._loader.dl_state_dict = deepcopy(state_dict)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import dist_ckpt
-from dist_ckpt.errors import UsageError
+from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.integrations.accelerate import state_of
 
 # torchdata calls what torch 2.13 no longer has.
@@ -82,6 +82,40 @@ def test_a_resumed_training_gives_the_same(tmp_path: Path) -> None:
     assert other.accelerator.step == ACCUMULATED
     assert other.batches() == given[ACCUMULATED:]
     assert other.schedule.get_last_lr() == one.schedule.get_last_lr()
+
+
+def begun(save: Callable[[Accelerator], object]) -> list[float]:
+    """Train an epoch and call `save` within; return what the batches after that gave."""
+    one = Training()
+    given = []
+    for number, (batch,) in enumerate(one.loader):
+        given.append(one.take(batch))
+        if number == ACCUMULATED - 1:
+            save(one.accelerator)
+    return given[ACCUMULATED:]
+
+
+def test_a_position_that_was_restored_is_saved_again_before_any_batch(tmp_path: Path) -> None:
+    rest = begun(lambda at: dist_ckpt.save(state_of(at), tmp_path / "run", step=ACCUMULATED))
+    other = Training()
+    dist_ckpt.load(state_of(other.accelerator), tmp_path / "run")
+    dist_ckpt.save(state_of(other.accelerator), tmp_path / "again", step=ACCUMULATED)
+    third = Training()
+    dist_ckpt.load(state_of(third.accelerator), tmp_path / "again")
+    assert third.batches() == other.batches() == rest
+
+
+def test_what_accelerate_saved_itself_is_loaded_by_it_once(tmp_path: Path) -> None:
+    rest = begun(lambda at: at.save_state(str(tmp_path / "theirs")))
+    other = Training()
+    with pytest.raises(IncompatibleError, match="missing in the checkpoint: accelerate"):
+        dist_ckpt.load(state_of(other.accelerator), tmp_path / "theirs")
+    with dist_ckpt.Checkpointer(tmp_path / "run", state_of(other.accelerator)) as ckpt:
+        assert ckpt.restore() == 0
+        other.accelerator.load_state(str(tmp_path / "theirs"))
+        assert other.batches() == rest
+        ckpt.save(SAMPLES // BATCH)
+    assert dist_ckpt.Run(str(tmp_path / "run")).steps() == [SAMPLES // BATCH]
 
 
 def test_loaders_without_a_position_are_said(caplog: pytest.LogCaptureFixture) -> None:
