@@ -49,13 +49,31 @@ def run_of_experiment(name: str = "run") -> str:
     """
     warn_if_untested("ray", first=TESTED, last=TESTED)
     storage = train.get_context().get_storage()
-    kind = storage.storage_filesystem.type_name
+    return _url(storage.storage_filesystem, f"{storage.experiment_fs_path}/{check_part(name)}")
+
+
+def url_of(checkpoint: train.Checkpoint) -> str:
+    """Return the place of a checkpoint that Ray was told of, such as `result.checkpoint`.
+
+    Ray keeps its path without a scheme, so on S3 `checkpoint.path` alone names no place.
+
+    Args:
+        checkpoint: what `Reports` reported.
+
+    Raises:
+        UsageError: it is on a file system that no URL names.
+    """
+    return _url(checkpoint.filesystem, checkpoint.path)
+
+
+def _url(filesystem: Any, path: str) -> str:
+    kind = filesystem.type_name
     if kind not in _SCHEMES:
         raise UsageError(
             f"the storage of this experiment is a file system of type {kind!r}, which no URL "
             "names: give storage_path as a path or an s3:// URL"
         )
-    return f"{_SCHEMES[kind]}{storage.experiment_fs_path}/{check_part(name)}"
+    return f"{_SCHEMES[kind]}{path}"
 
 
 class Reports:

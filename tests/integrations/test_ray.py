@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import dist_ckpt
+from tests.services.s3 import S3Service
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 
@@ -18,10 +20,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("ray.train")
     import ray
+    from ray import train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from dist_ckpt.integrations.ray import Reports, run_of_experiment
+    from dist_ckpt.integrations.ray import Reports, run_of_experiment, url_of
 
 
 def work(config: dict[str, Any]) -> None:
@@ -43,36 +46,64 @@ def work(config: dict[str, Any]) -> None:
                 os._exit(1)
 
 
-def test_what_was_committed_is_reported_and_gone_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cluster of this host, whose workers see what the environment says now."""
     # Workers import torch and this package first, which a busy machine takes its time for.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     monkeypatch.setenv("PYTHONPATH", str(Path(dist_ckpt.__file__).parents[1]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        losses = []
-        for fails in False, True:
-            trainer = TorchTrainer(
-                work,
-                train_loop_config={"fails": fails},
-                scaling_config=ScalingConfig(num_workers=2),
-                run_config=RunConfig(
-                    name=f"fails-{fails}",
-                    storage_path=str(tmp_path),
-                    failure_config=FailureConfig(max_failures=1),
-                ),
-            )
-            result = trainer.fit()
-            run = tmp_path / f"fails-{fails}" / "run"
-            assert result.checkpoint is not None
-            assert result.checkpoint.path == str(run / "step-0000000008")
-            assert result.metrics is not None
-            assert result.metrics["began"] == (4 if fails else 0)
-            assert dist_ckpt.Run(str(run)).steps() == [2, 4, 6, 8]
-            losses.append(result.metrics["loss"])
-            model = torch.nn.Linear(4, 1)
-            assert dist_ckpt.load_weights(model, result.checkpoint.path).step == 8
-        assert losses[0] == losses[1]
-    finally:
-        ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def trained(storage_path: str, *, fails: bool) -> train.Result:
+    """Train to the end, in an experiment of its own; if it `fails`, a worker ends on the way."""
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"fails": fails},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            name=f"fails-{fails}",
+            storage_path=storage_path,
+            failure_config=FailureConfig(max_failures=1),
+        ),
+    )
+    return trainer.fit()
+
+
+def check(storage_path: str) -> None:
+    """Train without and with a failure, and compare what Ray was told with what there is."""
+    losses = []
+    for fails in False, True:
+        result = trained(storage_path, fails=fails)
+        run = f"{storage_path}/fails-{fails}/run"
+        assert result.checkpoint is not None
+        assert url_of(result.checkpoint) == f"{run}/step-0000000008"
+        assert result.metrics is not None
+        assert result.metrics["began"] == (4 if fails else 0)
+        assert dist_ckpt.Run(run).steps() == [2, 4, 6, 8]
+        losses.append(result.metrics["loss"])
+        model = torch.nn.Linear(4, 1)
+        assert dist_ckpt.load_weights(model, url_of(result.checkpoint)).step == 8
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_was_committed_is_reported_and_gone_on_from(tmp_path: Path) -> None:
+    check(str(tmp_path))
+
+
+@pytest.fixture
+def s3_for_ray(s3_service: S3Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes by pyarrow, which else sends checksums that older servers do not understand."""
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+
+
+# The server before the cluster, whose workers take its address from the environment.
+@pytest.mark.usefixtures("s3_for_ray", "cluster")
+@pytest.mark.timeout(1800)
+def test_an_experiment_on_s3_has_its_run_there(s3_service: S3Service, s3_name: str) -> None:
+    check(s3_service.url(s3_name))
+    elsewhere = [key for key in s3_service.keys(s3_name) if "/run/" not in key]
+    assert not [key for key in elsewhere if key.endswith(".safetensors")], "Ray copied nothing"
