@@ -35,6 +35,7 @@ from dist_ckpt.integrations.lightning_content import (
     asked_for,
     optimizers_of,
     read_as_lightning,
+    refuse_strategy,
     say_imported,
 )
 from dist_ckpt.integrations.named_run import NamedRun, random_of
@@ -58,7 +59,6 @@ __all__ = [
     "as_file",
     "newest_in",
 ]
-
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -238,6 +238,9 @@ class DistCkptStrategy:
         discard_newer: see `DistCkptIO`.
         timeout_seconds: after this long a save or a load fails on every rank.
         **kwargs: of the strategy.
+
+    Raises:
+        UsageError: it is FSDP1, or DeepSpeed.
     """
 
     # Of the strategy that this is mixed into.
@@ -257,6 +260,7 @@ class DistCkptStrategy:
         **kwargs: Any,
     ) -> None:
         warn_if_untested("lightning", first=TESTED, last=TESTED)
+        refuse_strategy(self)
         super().__init__(*args, **kwargs)
         self._trainable_only = trainable_only
         self._options: dict[str, Any] = {

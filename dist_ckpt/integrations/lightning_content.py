@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.named_run import AskedSave, of_all_ranks, rank_and_size
@@ -204,12 +210,56 @@ def read_as_lightning(
     return found
 
 
+def refuse_strategy(strategy: object) -> None:
+    """Refuse to save what is no tensor of the model's own by its own name.
+
+    Raises:
+        UsageError: the strategy flattens parameters, or keeps them in an engine of its own.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise UsageError(
+            "FSDPStrategy is FSDP1, which flattens parameters until nobody can say which is where: "
+            "take DistCkptModelParallelStrategy in its place, and shard in configure_model with "
+            "torch.distributed.fsdp.fully_shard, as docs/guides/lightning.md shows"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise UsageError(
+            "DeepSpeed keeps model and optimizer in an engine of its own: "
+            "docs/guides/other-trainers.md says what can be done"
+        )
+
+
+def refuse_idle_plugin(strategy: Strategy) -> None:
+    """Refuse a plugin that is given to a strategy which never asks it to save.
+
+    Raises:
+        UsageError: it would be left out without a word.
+    """
+    plugin = vars(strategy)["_checkpoint_io"]
+    if plugin is None or isinstance(plugin, TorchCheckpointIO):
+        return
+    refuse_strategy(strategy)
+    if type(strategy).save_checkpoint is ModelParallelStrategy.save_checkpoint:
+        raise UsageError(
+            f"{type(strategy).__name__} saves by itself and asks no plugin: take "
+            "DistCkptModelParallelStrategy in its place, without a plugin"
+        )
+
+
 class RandomState(Callback):
     """Keeps the random number generators of every rank in the checkpoints, beside `DistCkptIO`.
 
     The strategies of this module keep them by themselves. At another number of ranks each rank
     gets streams of its own, the same each time.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to begin where the plugin beside it would never be asked to save.
+
+        Raises:
+            UsageError: the strategy saves by itself.
+        """
+        refuse_idle_plugin(trainer.strategy)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator, of every rank."""

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.format.manifest import Manifest
+from dist_ckpt.integrations.begun import begun_by_another, refuse
 from dist_ckpt.integrations.names import Names, PointedAt, StepName
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
@@ -27,6 +28,8 @@ from dist_ckpt.state.part import Stored
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.resolve import resolve
+
+OWN = "lightning"  # the part in which the trainer says where a training stands
 
 Gather: TypeAlias = Callable[[Any], list[Any]]
 """Returns what every rank gave, by rank; all of them call it."""
@@ -182,6 +185,7 @@ class NamedRun:
 
         Raises:
             NotFound: there is none.
+            IncompatibleError: another program began the run.
             CheckpointError: see `Checkpointer.restore`.
         """
         self.close()
@@ -290,19 +294,28 @@ class NamedRun:
         return made, list(state)
 
     def _not_in(self, found: PointedAt, parts: list[str]) -> list[str]:
-        """Return those of `parts` that were not saved."""
+        """Return those of `parts` that were not saved.
 
-        def look() -> list[str]:
+        Raises:
+            IncompatibleError: another program began the run.
+        """
+
+        def look() -> tuple[list[str], str]:
             run = Run(self.place)
             try:
                 manifest = run.newest() if found.step is None else run.manifest(found.step)
             except CheckpointError:
-                return []  # the restore finds it too, on all ranks together
+                return [], ""  # the restore finds it too, on all ranks together
+            stored = list(manifest.parts)
+            if OWN not in stored:
+                return [], begun_by_another(self.place, stored, own=OWN, trainer="Lightning")
             alone = not _told(manifest).get("full", True)
             without = {"optimizer", "rng"} if alone else set()
-            return [part for part in parts if part not in manifest.parts or part in without]
+            return [part for part in parts if part not in stored or part in without], ""
 
-        return list(self._gather(look() if self._leads else [])[0])
+        missing, said = self._gather(look() if self._leads else ([], ""))[0]
+        refuse(said)
+        return list(missing)
 
     def _opened(self) -> Checkpointer:
         """Return what saves, having told it where training goes on from."""

@@ -36,6 +36,7 @@ from dist_ckpt import keep
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import UsageError
 from dist_ckpt.functional import load
+from dist_ckpt.integrations.begun import told_by_its_parts
 from dist_ckpt.integrations.versions import warn_if_untested
 from dist_ckpt.options import TIMEOUT_SECONDS
 from dist_ckpt.repository.repository import Repository
@@ -190,11 +191,13 @@ class DistCkptManager(BaseCheckpointManager):
             )
         # Step 0 is a seed, made by one process: its optimizer and its loader are nobody's.
         seed = (there[0] if step == -1 else step) == 0
-        self._ckpt.restore(
-            step=None if step == -1 else step,
-            only=["model"] if seed else sorted(set(self._state) - left_out),
-            discard_newer=self._config.discard_newer,
-        )
+        asked = None if step == -1 else step
+        with told_by_its_parts(self.folder, asked, own="train_state", trainer="torchtitan"):
+            self._ckpt.restore(
+                step=asked,
+                only=["model"] if seed else sorted(set(self._state) - left_out),
+                discard_newer=self._config.discard_newer,
+            )
         return True
 
     def _load_initial(self, step: int) -> bool:

@@ -20,6 +20,7 @@ from dist_ckpt import policy
 from dist_ckpt.checkpointer import Checkpointer
 from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.format.names import STEP_LIMIT, step_dir
+from dist_ckpt.integrations.begun import told_by_its_parts
 from dist_ckpt.integrations.transformers_start import TrainerStart
 from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.repository import keep
@@ -185,7 +186,9 @@ class TrainerRun:
         Raises:
             CheckpointError: see `TrainerStart.restore`.
         """
-        self.report = start.restore(self._checkpointer)
+        place = self._place if start.place is None else start.place
+        with told_by_its_parts(place, start.step, own=PART, trainer="transformers"):
+            self.report = start.restore(self._checkpointer)
         if self.report is None:
             return None
         told = self._state[PART]

@@ -15,7 +15,7 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.errors import NotFound, UsageError
+from dist_ckpt.errors import IncompatibleError, NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 from tests.e2e import guides
 from tests.services.s3 import S3Service
@@ -25,12 +25,18 @@ with warnings.catch_warnings():
     pytest.importorskip("lightning")
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import (
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+    )
 
     from dist_ckpt.integrations.lightning import (
         DistCkptDDPStrategy,
         DistCkptIO,
         DistCkptModelParallelStrategy,
         DistCkptSingleDeviceStrategy,
+        DistCkptStrategy,
         RandomState,
         as_file,
         newest_in,
@@ -265,6 +271,58 @@ def test_a_save_is_finished_though_training_ends_by_an_exception(tmp_path: Path)
             fit(by)
         assert steps(run) == [8, 12]
         assert dist_ckpt.Run(str(run)).verify(12).ok
+
+
+def test_a_run_of_another_program_is_told_by_its_parts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = Small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    dist_ckpt.save({"model": model, "optimizer": optimizer}, run, step=5)
+    for strategy in "", "strategy":
+        with pytest.raises(IncompatibleError, match="lightning") as raised:
+            fit(trainer(run, 2, strategy=of(strategy)), resume=newest_in(run))
+        assert "parts model, optimizer, rng" in str(raised.value)
+    assert steps(run) == [5]
+
+
+class Flat(DistCkptStrategy, FSDPStrategy):
+    """FSDP1, which flattens parameters."""
+
+
+class Engine(DistCkptStrategy, DeepSpeedStrategy):
+    """DeepSpeed, which keeps everything itself."""
+
+
+def test_strategies_that_keep_tensors_nameless_are_refused_before_any_training() -> None:
+    with pytest.raises(UsageError, match="DistCkptModelParallelStrategy"):
+        Flat()
+    with pytest.raises(UsageError, match="other-trainers"):
+        Engine()
+
+
+def plugin_beside(strategy: str, run: str) -> str:
+    """Begin to train with the plugin and a strategy which saves by itself; return the error."""
+    warnings.simplefilter("ignore")
+    # A class of its own: Lightning lets its own FSDPStrategy run on GPUs only.
+    kind = {"fsdp1": FSDPStrategy, "fsdp2": ModelParallelStrategy}[strategy]
+    by = trainer(run, 1, strategy=type("Theirs", (kind,), {})(), devices=2)
+    by.strategy.checkpoint_io = DistCkptIO()
+    by.callbacks.append(RandomState())
+    try:
+        fit(by, make=lambda: Sharded(dropout=0.0))
+    except UsageError as error:
+        return str(error)
+    return f"it trained, into {os.listdir(run)}"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_a_plugin_that_is_never_asked_is_refused_before_any_training(
+    strategy: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    for found in run_ranks(2, plugin_beside, strategy, run, timeout_seconds=240.0):
+        assert "take DistCkptModelParallelStrategy in its place" in found
+    assert not Path(run).exists()
 
 
 def sharded(run: str, epochs: int, shards: int) -> tuple[list[tuple[int, float]], dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 import dist_ckpt
 from dist_ckpt import events
-from dist_ckpt.errors import IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
@@ -310,6 +310,14 @@ class Rotated(Chunk):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.ones(3), persistent=False)
+
+
+def test_a_run_of_another_program_is_told_by_its_parts(tmp_path: Path) -> None:
+    dist_ckpt.save({"model": Chunk()}, tmp_path / "run", step=5)
+    with pytest.raises(IncompatibleError) as raised:
+        Training(tmp_path / "run", [Chunk()]).train(8)
+    (note,) = raised.value.__notes__
+    assert "the parts model, rng, and not 'train_state'" in note
 
 
 def test_buffers_that_are_made_anew_are_not_saved(tmp_path: Path) -> None:

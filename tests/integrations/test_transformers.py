@@ -421,6 +421,14 @@ def test_a_run_of_another_program_is_told_by_its_parts(tmp_path: Path) -> None:
     dist_ckpt.save({"model": model, "progress": dist_ckpt.Progress()}, tmp_path / "run", step=5)
     with pytest.raises(IncompatibleError, match="trainer"):
         trainer(tmp_path / "run").train(resume_from_checkpoint=True)
+    # As plugins of others save an optimizer: it is refused before any names are compared.
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    state = {"model": model, "optimizer": optimizer, "lightning": {"epoch": 1}}
+    dist_ckpt.save(state, tmp_path / "other", step=5)
+    with pytest.raises(IncompatibleError) as raised:
+        trainer(tmp_path / "other").train(resume_from_checkpoint=True)
+    (note,) = raised.value.__notes__
+    assert "the parts model, optimizer, lightning, rng, and not 'trainer'" in note
 
 
 def test_another_batch_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
