@@ -54,6 +54,8 @@ ALLOWED = {
     "optimizer._new_buffer": "makes a quantized moment",
     "weight._precomputed_scale": "what a float8 weight has beside its values",
     "weight._tensor": "the values behind a float8 weight",
+    # torchtitan: the way of a step without CUDA graphs.
+    "self._forward_backward_body": "what its Trainer calls itself, chosen in its __init__",
     # transformers: no other method is around all of a save.
     "super()._save_checkpoint": "what a Trainer saves with",
 }
