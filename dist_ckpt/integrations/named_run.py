@@ -294,11 +294,7 @@ class NamedRun:
         return made, list(state)
 
     def _not_in(self, found: PointedAt, parts: list[str]) -> list[str]:
-        """Return those of `parts` that were not saved.
-
-        Raises:
-            IncompatibleError: another program began the run.
-        """
+        """Return those of `parts` that were not saved; refuse a run of another program."""
 
         def look() -> tuple[list[str], str]:
             run = Run(self.place)
@@ -326,7 +322,9 @@ class NamedRun:
                 # All is read once more, so that it finds out itself what is damaged.
                 ckpt.restore(discard_newer=self._discard_newer)
             elif self._origin is not None:
-                ckpt.restore(step=self._origin, skip=parts, discard_newer=self._discard_newer)
+                # The one part that the save puts anew: a load of nothing is refused.
+                skip = [part for part in parts if part != OWN]
+                ckpt.restore(step=self._origin, skip=skip, discard_newer=self._discard_newer)
             elif self._discard_newer:
                 ckpt.restore("none", discard_newer=True)
             self._tidy_names()
