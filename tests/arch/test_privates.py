@@ -36,6 +36,7 @@ ALLOWED = {
     "torch.distributed.checkpoint._fsspec_filesystem": "where stock DCP is measured on S3",
     "apply_optimizer_in_backward._apply_optimizer_in_backward": "steps within backward",
     "apply_optimizer_in_backward._get_in_backward_optimizers": "the optimizers of that",
+    "tensor._version": "torch's own count of the writes to a tensor",
     "torch.utils._pytree": "torch.utils.pytree is not in the oldest torch",
     # torch: what stands in stored files, or in the way of stock DCP.
     "SavePlanner._cached_": "what stock DCP keeps between saves; its name ends in what it is",

@@ -60,11 +60,11 @@ def test_under_dcp_too() -> None:
     store = new_store()
     state = {"w": torch.ones(3, 3)}
     dist_ckpt.save({"state": state}, store)
-    wanted = {"state.w": torch.zeros(3, 3)}
-    before = wanted["state.w"]._version
-    dcp_load(wanted, storage_reader=dist_ckpt.dcp.Reader(store), no_dist=True)
-    assert wanted["state.w"].tolist() == state["w"].tolist()
-    assert wanted["state.w"]._version > before
+    tensor = torch.zeros(3, 3)
+    before = tensor._version
+    dcp_load({"state.w": tensor}, storage_reader=dist_ckpt.dcp.Reader(store), no_dist=True)
+    assert tensor.tolist() == state["w"].tolist()
+    assert tensor._version > before
 
 
 def test_whatever_is_filled_in_place_counts_as_written() -> None:
@@ -81,7 +81,7 @@ def test_whatever_is_filled_in_place_counts_as_written() -> None:
     before = [tensor._version for tensor in counted]
     uncounted.numpy()[:] = 1
     dist_ckpt.load(state, store)
-    assert all(t._version > was for t, was in zip(counted, before, strict=True))
+    assert all(tensor._version > was for tensor, was in zip(counted, before, strict=True))
     assert uncounted.tolist() == [0, 0]
 
 
