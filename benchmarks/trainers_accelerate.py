@@ -13,7 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from benchmarks.trainers_beside import EVERY, STEPS, Clock, Side, beside, newest_step
+from benchmarks.trainers_beside import (
+    EVERY,
+    STEPS,
+    Clock,
+    Side,
+    beside,
+    newest_numbered,
+    newest_step,
+)
 from benchmarks.trainers_transformers import gpt2, rows
 from dist_ckpt import Checkpointer
 from dist_ckpt.integrations.accelerate import state_of
@@ -25,7 +33,7 @@ _Way = Callable[[Accelerator, Path], AbstractContextManager[tuple[Any, Any]]]
 def measure(place: Path, chosen: argparse.Namespace) -> bool:
     """Measure both, with checkpoints that are numbered and all kept."""
     ways: dict[str, tuple[_Way, Callable[[Path], Path]]] = {
-        "accelerate": (_theirs, _newest_folder),
+        "accelerate": (_theirs, partial(newest_numbered, pattern="checkpoints/*")),
         "dist_ckpt": (_ours, newest_step),
     }
     sides = [
@@ -83,8 +91,3 @@ def _theirs(accelerator: Accelerator, out: Path) -> Iterator[tuple[Any, Any]]:
 def _ours(accelerator: Accelerator, out: Path) -> Iterator[tuple[Any, Any]]:
     with Checkpointer(str(out), state_of(accelerator)) as ckpt:
         yield ckpt.save, ckpt.restore
-
-
-def _newest_folder(out: Path) -> Path:
-    folders = (out / "checkpoints").iterdir()
-    return max(folders, key=lambda each: int(each.name.rpartition("_")[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,16 @@ def beside(what: str, sides: Sequence[Side], place: Path, *, repeats: int) -> bo
 def newest_step(run: Path) -> Path:
     """Return the newest step directory of a run of ours."""
     return max(each for each in run.iterdir() if parse_step_dir(each.name) is not None)
+
+
+def newest_numbered(out: Path, pattern: str) -> Path:
+    """Return what matches `pattern` in `out` and has the highest number at the end of its name."""
+
+    def number(each: Path) -> int:
+        found = re.search(r"\d+$", each.stem)
+        return int(found[0]) if found else -1
+
+    return max(out.glob(pattern), key=number)
 
 
 def _files_of(checkpoint: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
-from benchmarks.trainers_beside import EVERY, STEPS, Clock, Side, beside, newest_step
+from benchmarks.trainers_beside import (
+    EVERY,
+    STEPS,
+    Clock,
+    Side,
+    beside,
+    newest_numbered,
+    newest_step,
+)
 from benchmarks.trainers_transformers import gpt2, rows
 from dist_ckpt.integrations.lightning import DistCkptIO, DistCkptSingleDeviceStrategy, newest_in
 
@@ -93,5 +102,4 @@ def _train_and_resume(
     return fit, newest, resume
 
 
-def _newest_file(out: Path) -> Path:
-    return max(out.glob("*step=*.ckpt"), key=lambda each: int(each.stem.rpartition("=")[2]))
+_newest_file = partial(newest_numbered, pattern="*step=*.ckpt")

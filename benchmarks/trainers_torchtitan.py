@@ -15,7 +15,15 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from torchtitan.components.checkpointer import BaseCheckpointManager, CheckpointManager
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 
-from benchmarks.trainers_beside import EVERY, STEPS, Clock, Side, beside, newest_step
+from benchmarks.trainers_beside import (
+    EVERY,
+    STEPS,
+    Clock,
+    Side,
+    beside,
+    newest_numbered,
+    newest_step,
+)
 from benchmarks.workload import Weights
 from dist_ckpt.integrations.torchtitan import DistCkptManager
 
@@ -25,9 +33,10 @@ _Config = Callable[..., BaseCheckpointManager.Config]
 def measure(place: Path, chosen: argparse.Namespace) -> bool:
     """Measure its ways that need no GPU, and ours; all checkpoints are kept."""
     theirs = partial(CheckpointManager.Config, last_save_model_only=False)
+    newest_folder = partial(newest_numbered, pattern="step-*")
     ways: dict[str, tuple[_Config, Callable[[Path], Path]]] = {
-        "torchtitan": (theirs, _newest_folder),
-        "torchtitan async": (partial(theirs, async_mode="async"), _newest_folder),
+        "torchtitan": (theirs, newest_folder),
+        "torchtitan async": (partial(theirs, async_mode="async"), newest_folder),
         "dist_ckpt": (DistCkptManager.Config, newest_step),
     }
     sides = [
@@ -114,7 +123,3 @@ def _resume(config: _Config, scale: float, out: Path) -> int:
     finally:
         training.manager.close()
     return training.progress.step
-
-
-def _newest_folder(out: Path) -> Path:
-    return max(out.glob("step-*"), key=lambda each: int(each.name.rpartition("-")[2]))

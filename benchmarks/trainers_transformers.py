@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.trainers_beside import EVERY, STEPS, Clock, Side, beside
+from benchmarks.trainers_beside import EVERY, STEPS, Clock, Side, beside, newest_numbered
 from dist_ckpt.integrations.transformers import DistCkptTrainer
 
 
@@ -61,15 +61,12 @@ def _ways(kind: type[Any], make: Any) -> tuple[Any, Any, Any]:
 
         make(Timed, out).train()
 
-    def newest(out: Path) -> Path:
-        return max(out.glob("*-*[0-9]"), key=lambda each: int(each.name.rpartition("-")[2]))
-
     def resume(out: Path) -> int:
         start = _Start()
         make(kind, out, callbacks=[start]).train(resume_from_checkpoint=True)
         return start.step
 
-    return train, newest, resume
+    return train, partial(newest_numbered, pattern="*-*[0-9]"), resume
 
 
 def _trainer(

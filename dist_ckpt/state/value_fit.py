@@ -44,7 +44,9 @@ class ValueFit:
 
     def as_learned(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Return `tensors`, each a parameter, and with gradients, where the live one is."""
-        return {name: _as_learned(self.learned.get(name), each) for name, each in tensors.items()}
+        here = self.learned.keys() & tensors.keys()
+        made = {name: _as_learned(self.learned[name], tensors[name]) for name in here}
+        return {**tensors, **made} if made else tensors
 
 
 def fit_value(
@@ -117,9 +119,7 @@ def is_learned(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or tensor.requires_grad
 
 
-def _as_learned(live: torch.Tensor | None, made: torch.Tensor) -> torch.Tensor:
-    if live is None:
-        return made
+def _as_learned(live: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     grad = live.requires_grad and (made.is_floating_point() or made.is_complex())
     if isinstance(live, nn.Parameter):
         return nn.Parameter(made, requires_grad=grad)
