@@ -94,6 +94,7 @@ class _Jobs(Protocol):
 def _run(jobs: _Jobs, threads: int) -> None:
     crew = _Crew(jobs)
     helpers: list[threading.Thread] = []
+    interrupt: BaseException | None = None
     try:
         for _ in range(threads - 1):
             # A daemon: one whose start is interrupted may never begin, nor end.
@@ -105,10 +106,18 @@ def _run(jobs: _Jobs, threads: int) -> None:
             helpers.append(helper)
         crew.work()
     finally:
-        # After an interrupt too: the threads still use what the caller is about to close.
-        crew.dismiss()
+        # After an interrupt too: the threads still use what the caller is about to close. The loop
+        # is here because an interrupt may come before the first line of what is called.
+        while True:
+            try:
+                crew.dismiss()
+                break
+            except BaseException as error:
+                interrupt = error
         for helper in helpers:
             helper.join()
+    if interrupt is not None:
+        raise interrupt
     if crew.failures:
         raise crew.failures[0]
 
@@ -153,20 +162,12 @@ class _Crew:
         """Let nobody begin any more, and wait until nobody is at work.
 
         Raises:
-            BaseException: an interrupt, once nobody is at work.
+            BaseException: an interrupt; somebody may be at work.
         """
-        interrupt: BaseException | None = None
-        while True:
-            try:
-                with self._lock:
-                    self._dismissed = True
-                self._jobs.stop()
-                self._someone_left.wait_for(lambda: not self._at_work)
-                break
-            except BaseException as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        with self._lock:
+            self._dismissed = True
+        self._jobs.stop()
+        self._someone_left.wait_for(lambda: not self._at_work)
 
 
 class _Items(Generic[ItemT]):

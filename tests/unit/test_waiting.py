@@ -14,9 +14,10 @@ from dist_ckpt.waiting import Bell, Latch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Each round begins an interruptible wait, is sent a SIGINT at a random moment, and then looks at
-# what is left. A signal that comes late is nothing: the next round has another.
-PROGRAM = """
+# A wait is interrupted where each of its functions begins, one after the other, and then by a
+# SIGINT at a random moment of each round, after which it is looked at what is left. A signal that
+# comes late is nothing: the next round has another.
+PROGRAM = r'''
 import os, signal, subprocess, sys, threading
 from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.s3_client import OnLoop
@@ -24,14 +25,14 @@ from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel, in_two_steps
 from dist_ckpt.waiting import Latch, Worker
 
-SENDER = '''
+SENDER = """
 import os, random, sys, time
 for line in sys.stdin:
     until = time.perf_counter() + random.random() * float(line)
     while time.perf_counter() < until:
         pass
     os.kill(int(sys.argv[1]), 2)
-'''
+"""
 armed = False
 
 def handle(number, frame):
@@ -44,14 +45,16 @@ signal.signal(signal.SIGINT, handle)
 sender = subprocess.Popen(
     [sys.executable, "-c", SENDER, str(os.getpid())], stdin=subprocess.PIPE, bufsize=0
 )
-way, rounds, at_most = sys.argv[1], int(sys.argv[2]), b"0.001\\n"
+way, rounds, at_most = sys.argv[1], int(sys.argv[2]), b"0.001\n"
 at_work = set()
 
 def work(item):
     me = object()
     try:
         at_work.add(me)
-        Latch().wait(0.00005)
+        # Others take longer: the thread that is interrupted is the first that has nothing to do.
+        is_main = threading.current_thread() is threading.main_thread()
+        Latch().wait(0.00005 if is_main else 0.005)
         return item
     finally:
         at_work.discard(me)
@@ -71,46 +74,90 @@ def until_interrupted(wait):
     finally:
         armed = False
 
-latch = Latch()
 store = LimitStore(MemoryStore("interrupted"), max_concurrent=1)
 store.put("key", [b"value"])
-for _ in range(rounds):
-    if way == "latch":
-        until_interrupted(lambda: latch.wait(0.00002))
-        other = threading.Thread(target=latch.open, daemon=True)
-        other.start()
-        assert latch.wait(60)
-        latch = Latch()
-    elif way == "threads":
-        until_interrupted(lambda: in_parallel(work, range(8), threads=3))
-    elif way == "two steps":
-        until_interrupted(
-            lambda: in_two_steps(work, work, range(8), firsts=2, seconds=2, under_way=3)
-        )
-    elif way == "loop":
-        until_interrupted(lambda: OnLoop(answer).result())
-        assert OnLoop(answer).result() == "fine"
-    elif way == "worker":
-        def begin_and_wait():
-            worker = Worker(lambda: work(None), name="worker", daemon=True)
-            workers.append(worker)
-            worker.start()
-            worker.wait()
+once = [Latch()]
+workers = []
 
-        workers = []
-        until_interrupted(begin_and_wait)
-        for worker in workers:
-            worker.wait()
-    elif way == "limit":
-        until_interrupted(lambda: store.size("key"))
-        other = threading.Thread(target=store.size, args=["key"], daemon=True)
-        other.start()
-        other.join(60)
-        assert not other.is_alive()
+def wait_for_worker():
+    worker = Worker(lambda: work(None), name="worker", daemon=True)
+    workers.append(worker)
+    worker.start()
+    worker.wait()
+
+def is_whole_after_latch():
+    latch, once[0] = once[0], Latch()
+    threading.Thread(target=latch.open, daemon=True).start()
+    assert latch.wait(60)
+
+def is_whole_after_limit():
+    other = threading.Thread(target=store.size, args=["key"], daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive()
+
+def is_whole_after_loop():
+    assert OnLoop(answer).result() == "fine"
+
+def is_whole_after_worker():
+    while workers:
+        workers.pop().wait()
+
+def nothing_is_left():
+    pass
+
+# What waits, and what must hold after it was interrupted.
+WAYS = {
+    "latch": (lambda: once[0].wait(0.00002), is_whole_after_latch),
+    "threads": (lambda: in_parallel(work, range(8), threads=3), nothing_is_left),
+    "two steps": (
+        lambda: in_two_steps(work, work, range(8), firsts=2, seconds=2, under_way=3),
+        nothing_is_left,
+    ),
+    "loop": (lambda: OnLoop(answer).result(), is_whole_after_loop),
+    "worker": (wait_for_worker, is_whole_after_worker),
+    "limit": (lambda: store.size("key"), is_whole_after_limit),
+}
+wait, look = WAYS[way]
+
+def interrupt_at_call(number):
+    """Interrupt the wait where its so manieth function begins; return whether there was one.
+
+    Python looks for signals at the first line of a function, which is so short a moment that
+    random ones find it once in thousands of rounds.
+    """
+    left = number
+
+    def at_call(frame, event, argument):
+        nonlocal left
+        left -= 1
+        if not left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    try:
+        sys.settrace(at_call)
+        wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+def check():
+    look()
     assert not at_work, "nobody works on what the caller may close now"
+
+number = 1
+while interrupt_at_call(number):
+    check()
+    number += 1
+for _ in range(rounds):
+    until_interrupted(wait)
+    check()
 sender.kill()
 print("fine")
-"""
+'''
 
 
 @pytest.mark.parametrize("way", ["latch", "threads", "two steps", "loop", "worker", "limit"])
