@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks.measure import say
-from benchmarks.scale import index, loads, planning, report, requests, rounds, steady
+from benchmarks.scale import index, load_rounds, loads, planning, report, requests, rounds, steady
 
 if __name__ == "__main__":
     say("\n## Rounds\n")
@@ -22,9 +22,16 @@ if __name__ == "__main__":
     steady_rows = steady.rows([])
     say("\n## Loads\n")
     load_rows = loads.rows([])
+    said_rows = load_rounds.rows([])
     say("\n## Requests\n")
     measured = report.Measured(
-        round_rows, plan_rows, index_rows, steady_rows, load_rows, requests.rows([])
+        round_rows,
+        plan_rows,
+        index_rows,
+        steady_rows,
+        load_rows,
+        said_rows,
+        requests.rows([]),
     )
     found = report.verdicts(measured)
     say("\n## The bounds\n")

@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.scale import loads, requests, steady
+from benchmarks.scale import load_rounds, loads, requests, steady
 from benchmarks.scale.index import CHUNK_TARGET, MANIFEST_TARGET, ROOT_TARGET, Sizes
 from benchmarks.scale.planning import MIB_TARGET, SECONDS_TARGET
 from benchmarks.scale.planning import Row as Plan
@@ -34,6 +34,7 @@ LARGEST = 16_384
 BYTES_TARGET = 2048.0
 
 T = TypeVar("T")
+_Row = TypeVar("_Row", Plan, load_rounds.Row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Measured:
     indexes: Sequence[Sizes]
     steady: Sequence[steady.Row] = ()
     loads: Sequence[loads.Row] = ()
+    load_rounds: Sequence[load_rounds.Row] = ()
     requests: Sequence[requests.Row] = ()
 
 
@@ -110,7 +112,6 @@ def verdicts(measured: Measured) -> list[Verdict]:
     saves = [row for row in measured.steady if row.ranks == LARGEST]
     # What a first save says besides, it says at each save.
     often = max((row.nbytes for row in saves), default=0.0)
-    seen = "seen in tests/distributed/test_load_rounds.py, at 2 and 4 ranks"
     return [
         _worst(
             "empty round, 1,024 ranks", empty, lambda r: r.wall_seconds, ROUND_TARGET_SECONDS, "s",
@@ -132,8 +133,7 @@ def verdicts(measured: Measured) -> list[Verdict]:
         _worst(
             "manifest", indexes, lambda r: r.manifest_bytes / 1024, MANIFEST_TARGET / 1024, "KiB",
         ),
-        Verdict("load, through rank 0 for each rank", "2,048 B", seen, None),
-        Verdict("load, rounds", "6", seen, None),
+        *_load_rounds(measured.load_rounds),
         *_loads(measured.loads),
         *_requests(measured.requests),
     ]  # fmt: skip
@@ -167,6 +167,19 @@ def _loads(rows: Sequence[loads.Row]) -> list[Verdict]:
             "load, bytes read for each wanted", rows, lambda r: r.read, loads.READ_TARGET, "", name
         ),
     ]
+
+
+def _load_rounds(rows: Sequence[load_rounds.Row]) -> list[Verdict]:
+    def name(row: load_rounds.Row) -> str:
+        return f"({row.what}, {row.ranks} ranks)"
+
+    return [
+        _worst(
+            "load, through rank 0 for each rank", rows, lambda r: r.nbytes,
+            load_rounds.BYTES_TARGET, "B", name,
+        ),
+        _worst("load, rounds", rows, lambda r: r.rounds, load_rounds.ROUNDS_TARGET, "", name),
+    ]  # fmt: skip
 
 
 def _requests(rows: Sequence[requests.Row]) -> list[Verdict]:
@@ -205,14 +218,15 @@ def panels(measured: Measured) -> dict[str, list[Curve]]:
     """Return the curves, by what they are of."""
     empty = [row for row in measured.rounds if row.what == "empty round"]
     return {
-        "first plan, CPU s": _by_job(measured.plans, lambda row: row.seconds),
-        "first plan, MiB": _by_job(measured.plans, lambda row: max(row.mib, 1.0)),
-        "first save, B a rank": _by_job(measured.plans, lambda row: row.received + row.sent),
+        "first plan, CPU s": _by(measured.plans, _of_job, lambda row: row.seconds),
+        "first plan, MiB": _by(measured.plans, _of_job, lambda row: max(row.mib, 1.0)),
+        "first save, B a rank": _by(measured.plans, _of_job, lambda row: row.received + row.sent),
         "empty round, s": [
             Curve("wall", [(row.ranks, row.wall_seconds) for row in empty]),
             Curve("CPU, rank 0", [(row.ranks, row.rank_0_seconds) for row in empty]),
         ],
         "empty round, B a rank": [Curve("both ways", [(row.ranks, row.nbytes) for row in empty])],
+        "load, B a rank": _by(measured.load_rounds, lambda r: r.what, lambda r: r.nbytes),
         "other CPU s": [
             Curve("steady save, rank 0", [(row.ranks, row.seconds) for row in measured.steady]),
             Curve("plan of a load, to half as many", _halves(measured.loads)),
@@ -228,11 +242,17 @@ def _halves(rows: Iterable[loads.Row]) -> list[tuple[int, float]]:
     return [(row.ranks, row.seconds) for row in rows if row.readers * 2 == row.ranks]
 
 
-def _by_job(plans: Iterable[Plan], value: Callable[[Plan], float]) -> list[Curve]:
+def _of_job(row: Plan) -> str:
+    return row.job
+
+
+def _by(
+    rows: Iterable[_Row], name: Callable[[_Row], str], value: Callable[[_Row], float]
+) -> list[Curve]:
     points: dict[str, list[tuple[int, float]]] = {}
-    for row in plans:
-        points.setdefault(row.job, []).append((row.ranks, value(row)))
-    return [Curve(job, found) for job, found in points.items()]
+    for row in rows:
+        points.setdefault(name(row), []).append((row.ranks, value(row)))
+    return [Curve(each, found) for each, found in points.items()]
 
 
 def write(measured: Measured, page: Path = PAGE) -> None:
@@ -251,7 +271,8 @@ the clock. Each bound, and how it is kept:
 
 _BETWEEN = f"""
 What is not measured here is said to be so, and is no promise. What a rank does itself in a steady
-save, and loads, are those of 7B, FSDP2; of loads four ranks are looked at, each reading for itself.
+save, and plans of loads, are those of 7B, FSDP2; of loads four ranks are looked at, each reading
+for itself. What a load says through rank 0 is of real processes, as many as one machine holds.
 Requests are counted by pages of 1,000 names and deletions of 1,000 keys. Retention is that of a
 process which has read the manifests before (the first after a restart reads each, several at
 once), a deletion apart. A restore by one rank alone also lists the files of the checkpoint, 50

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.ranks.coordinator import JobCoordinator
-from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
+from benchmarks.scale.load_rounds import BYTES_TARGET, ROUNDS_TARGET, Rounds, counted
 from dist_ckpt.testing.ranks import run_ranks
 
-MOST_ROUNDS = 6
-MOST_BYTES_A_RANK = 2 << 10
 IN_FLIGHT_BYTES = 4 << 20  # a sixth of what there is to read, so there are several windows
-
-Rounds = list[tuple[str, int]]
-"""Phase, and bytes of the message and of the answer, of each round of one rank."""
 
 
 class Counter:
@@ -48,29 +40,6 @@ def empty(tensors: int) -> dict[str, Any]:
         each.zero_()
     found["counter"].count = 0
     return found
-
-
-def counted(work: Callable[[], object]) -> Rounds:
-    """Do `work`, and return the rounds that this rank took part in."""
-    rounds: Rounds = []
-    original = JobCoordinator.round
-
-    def counting(
-        self: JobCoordinator,
-        topic: Topic,
-        message: bytes | BaseException,
-        decide: Decide,
-        *,
-        deadline: Deadline,
-    ) -> bytes:
-        answer = original(self, topic, message, decide, deadline=deadline)
-        assert isinstance(message, bytes), message
-        rounds.append((topic.key.rpartition("/")[2], len(message) + len(answer)))
-        return answer
-
-    with mock.patch.object(JobCoordinator, "round", counting):
-        work()
-    return rounds
 
 
 def load_in_every_way(root: str, tensors: int) -> dict[str, Rounds]:
@@ -116,8 +85,8 @@ def test_rounds_and_bytes_do_not_grow_with_what_is_read(world: int, tmp_path: Pa
     for name in few[0]:
         phases = [[phase for phase, _ in result[name]] for result in (*few, *many)]
         assert all(each == phases[0] for each in phases), (name, phases)
-        assert len(phases[0]) <= MOST_ROUNDS, (name, phases[0])
+        assert len(phases[0]) <= ROUNDS_TARGET, (name, phases[0])
         for results in (few, many):
             through = sum(nbytes for result in results for _, nbytes in result[name])
             by_phase = dict(results[-1][name])
-            assert through <= MOST_BYTES_A_RANK * world, (name, through, by_phase)
+            assert through <= BYTES_TARGET * world, (name, through, by_phase)

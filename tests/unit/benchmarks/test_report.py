@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scale.index import Sizes
+from benchmarks.scale.load_rounds import Row as Load
 from benchmarks.scale.planning import Row as Plan
 from benchmarks.scale.report import LARGEST, PICTURE, Curve, Measured, verdicts, write
 from benchmarks.scale.rounds import RANKS
@@ -23,7 +24,8 @@ PLANS = [
     Plan("70B", LARGEST, 256_000, 20.0, 100.0, 900.0, 1000.0, 5),
 ]
 INDEXES = [Sizes(LARGEST, 1000, 3.0, 200.0, 300 << 10, 11 << 10, 0.5)]
-MEASURED = Measured(ROUNDS, PLANS, INDEXES)
+LOADS = [Load("restore", 2, 5, 600.0), Load("restore", 32, 7, 640.0)]
+MEASURED = Measured(ROUNDS, PLANS, INDEXES, load_rounds=LOADS)
 
 
 def test_a_bound_that_is_missed_says_by_how_much_and_where() -> None:
@@ -32,7 +34,11 @@ def test_a_bound_that_is_missed_says_by_how_much_and_where() -> None:
         "| 4,096 MiB | 8,192 MiB (7B) | MISSED, 2.0 times the bound |"
     )
     assert found["first plan, CPU"].text.endswith("| 60 s | 20 s (70B) | met |")
-    assert [each.figure for each in found.values() if each.is_missed] == ["first plan, memory"]
+    assert found["load, rounds"].text.endswith(
+        "| 7 (restore, 32 ranks) | MISSED, 1.2 times the bound |"
+    )
+    missed = [each.figure for each in found.values() if each.is_missed]
+    assert missed == ["first plan, memory", "load, rounds"]
 
 
 def test_what_was_not_measured_at_the_largest_size_is_no_verdict() -> None:
@@ -52,5 +58,6 @@ def test_page_and_plot_are_written(tmp_path: Path) -> None:
     write(MEASURED, page)
     text = page.read_text()
     assert "| first plan, CPU s | 7B | 64: 1, 16,384: 16 | 0.50 |" in text
+    assert "| load, B a rank | restore | 2: 600, 32: 640 | 0.02 |" in text
     assert f"]({PICTURE})" in text
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
