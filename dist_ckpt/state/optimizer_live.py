@@ -354,11 +354,21 @@ def _uncast(state: Any, parameter: torch.Tensor, given: Any) -> None:
 
 
 def _in_place(live: Any, value: Any) -> Any:
-    """Return what an option becomes: a live tensor stays itself and takes the value."""
-    if isinstance(live, torch.Tensor) and isinstance(value, (torch.Tensor, int, float)):
-        new = torch.as_tensor(value)
+    """Return what an option becomes: a live tensor stays itself and takes the value.
+
+    What its dtype or shape cannot hold is put in its place, as torch puts each. The program decides
+    that a number is a tensor of float32.
+    """
+    if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
+        if live.shape == value.shape and torch.equal(value.to(live.dtype).to(value.dtype), value):
+            with torch.no_grad():
+                return live.copy_(value)
+        return value.to(live.device)
+    if isinstance(live, torch.Tensor) and isinstance(value, (int, float)):
+        if live.ndim or (isinstance(value, float) and not live.is_floating_point()):
+            return value
         with torch.no_grad():
-            return live.copy_(new) if new.shape == live.shape else new
+            return live.fill_(value)
     if isinstance(live, tuple) and isinstance(value, tuple) and len(live) == len(value):
         return tuple(map(_in_place, live, value))
     # The program decides if a rate is a tensor; a float32 becomes the same number as a float.

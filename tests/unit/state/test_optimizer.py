@@ -202,6 +202,20 @@ def test_a_live_tensor_option_stays_itself_and_takes_the_value() -> None:
     assert lr.item() == 0.25
 
 
+@pytest.mark.parametrize("stored", [0.1, torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)])
+@pytest.mark.parametrize("live", [torch.float32, torch.float64, torch.int64])
+def test_no_option_is_rounded_into_the_dtype_of_a_tensor(stored: Any, live: torch.dtype) -> None:
+    model = net()
+    saved = save(part_of(AdamW(model.parameters(), lr=stored), model))
+    optimizer = AdamW(model.parameters(), lr=torch.tensor(0.7).double().to(live))
+    load(part_of(optimizer, model), saved)
+    loaded = optimizer.param_groups[0]["lr"]
+    if stored == 0.1 and isinstance(stored, float) and live is torch.float32:
+        assert loaded == torch.tensor(0.1)  # what the program would have made of it, too
+    else:
+        assert float(loaded) == float(stored)
+
+
 def test_the_program_decides_if_a_learning_rate_is_a_tensor() -> None:
     model = net()
     as_float = save(part_of(AdamW(model.parameters(), lr=0.25), model))
