@@ -120,7 +120,8 @@ def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "val
         IncompatibleError: it holds a type that is not registered in this program, or whose
             decoder refuses it.
     """
-    return Decoder(path, tensors, at_most=_at_most(data)).value_of(parse_document(data, path))
+    at_most = _at_most(data)
+    return Decoder(path, tensors, at_most=at_most).value_of(_parsed(data, path, at_most))
 
 
 def references(data: bytes, *, path: str = "value") -> tuple[str, ...]:
@@ -329,9 +330,13 @@ def _sized(built: Any, parts: list[Any]) -> Any:
 
 def parse_document(data: bytes, path: str) -> Any:
     """Return the JSON in `data`, an IntegrityError that names `path` if there is none."""
+    return _parsed(data, path, _at_most(data))
+
+
+def _parsed(data: bytes, path: str, at_most: int) -> Any:
     node = _decoded(data)
     if node is not _OTHER:
-        nkeys = _check_levels(node, path, _at_most(data))
+        nkeys = _check_levels(node, path, at_most)
         # Of a key that occurs twice this reader drops one. Each has a colon: where all colons are
         # those of keys that are there, none was dropped. Else what is written again tells.
         if data.count(b":") == nkeys or msgspec.json.encode(node) == data:
