@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.util import is_exiting
 from typing import Any
 
@@ -343,7 +344,23 @@ class Saver:
         attempt.tell_staged(share)
         # Known before it is submitted: from then on somebody has to wait for it.
         self._pending = attempt.handle
-        self._writer.submit(lambda: self._run(attempt, share, commit))
+        # Of both calls the first that comes runs it: nobody else would ever end the save.
+        runs = iter([partial(self._run, attempt, share, commit)])
+
+        def run() -> None:
+            for each in runs:
+                each()
+
+        try:
+            self._writer.submit(run)
+        except RuntimeError as error:  # no thread is to be had: this one tells the others
+            attempt.handle.take_error()
+            self._run(attempt, StagedShare(error, stall_seconds=share.stall_seconds), commit)
+            raise
+        except BaseException:
+            # An interrupt, before or after: the save goes on, and the end waits for it.
+            self._writer.submit(run)
+            raise
         if isinstance(share.staged, BaseException) and not isinstance(share.staged, Exception):
             # An interrupt: the other ranks are told, and this one stops. It knows why.
             attempt.handle.take_error()

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import JobRanks
 from dist_ckpt.repository import Record, Repository
 from dist_ckpt.saving import exit as ending
+from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.saving.handle import SaveHandle, take_untold
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.ranks import run_ranks
@@ -114,6 +115,46 @@ def test_an_interrupt_while_waiting_leaves_the_save_in_flight_alone(
     assert Repository(inner).steps() == [1, 3]
     for step in (1, 3):
         assert Repository(inner).verify(step).ok
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_save_that_is_interrupted_as_it_is_handed_on_goes_on(
+    monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    submit = WriterThread.submit
+    calls: list[str] = []
+
+    def interrupted(self: WriterThread, job: Callable[[], None]) -> None:
+        calls.append("submit")
+        if len(calls) > 1 or moment == "after":
+            submit(self, job)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state(1.0)) as ckpt:
+        monkeypatch.setattr(WriterThread, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.save(1)
+        monkeypatch.undo()
+        ckpt.save(2)
+    assert Repository(store).steps() == [1, 2]
+
+
+def test_a_save_without_a_thread_to_write_it_fails_and_the_next_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(self: WriterThread, job: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store = new_store()
+    with dist_ckpt.Checkpointer(store, state(1.0)) as ckpt:
+        monkeypatch.setattr(WriterThread, "submit", refused)
+        with pytest.raises(RuntimeError, match="new thread"):
+            ckpt.save(1)
+        monkeypatch.undo()
+        ckpt.save(2)
+    assert Repository(store).steps() == [2]
 
 
 def test_a_close_that_is_interrupted_leaves_the_save_to_the_end_of_the_process(
