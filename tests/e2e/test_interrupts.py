@@ -154,3 +154,77 @@ def test_an_interrupt_as_the_end_begins_is_not_forgotten_over_the_save(tmp_path:
     assert not handle.done()
     store.let_go.set()
     assert handle.wait()
+
+
+# Python looks for signals where a function begins, which random ones hardly ever find: each of
+# these calls is interrupted at one function after the other, and then others do what comes next.
+EVERYWHERE = """
+import itertools, sys, tempfile
+import torch
+import dist_ckpt
+
+def state():
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return {"model": model, "optimizer": optimizer, "loop": {"step": 3}}
+
+def is_interrupted(number, work):
+    left = number
+
+    def at_call(frame, event, argument):
+        nonlocal left
+        left -= 1
+        if not left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    try:
+        sys.settrace(at_call)
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+what, first, stride = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+for number in itertools.count(first, stride):
+    with tempfile.TemporaryDirectory() as place:
+        live = state()
+        dist_ckpt.save(live, place, step=1)
+        ckpt = dist_ckpt.Checkpointer(place, live, every_steps=1)
+        match what:
+            case "save":
+                work = lambda: dist_ckpt.save(live, place, step=2)
+            case "async_save":
+                work = lambda: dist_ckpt.async_save(live, place, step=2).wait()
+            case "Checkpointer":
+                ckpt.restore()
+                work = lambda: ckpt.save(2)
+        more = is_interrupted(number, work)
+        if what == "Checkpointer":
+            ckpt.save(5)
+            ckpt.close()
+        dist_ckpt.save(live, place, step=9)
+        steps = dist_ckpt.Run(place).steps()
+        assert {1, 9} <= set(steps) <= {1, 2, 5, 9}, steps
+        for step in steps:
+            dist_ckpt.load(state(), place, step=step)
+    if not more:
+        print("fine", number)
+        break
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("what", ["save", "async_save", "Checkpointer"])
+def test_an_interrupt_at_any_function_of_a_save_leaves_nothing_to_wait_for(what: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", EVERYWHERE, what, "1", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert ran.stdout.startswith("fine"), ran.stderr[-4000:]
