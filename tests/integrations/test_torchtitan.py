@@ -70,6 +70,13 @@ class Numbers(IterableDataset[torch.Tensor]):
         self.next = state["next"]
 
 
+class Forgetful(IterableDataset[torch.Tensor]):
+    """The same, from its beginning each time."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(Numbers())
+
+
 class Steps:
     """What the trainer of torchtitan says of itself."""
 
@@ -93,6 +100,8 @@ class Training:
         parts: list[nn.Module],
         *,
         config: type = DistCkptManager.Config,
+        data: type[IterableDataset[torch.Tensor]] = Numbers,
+        batch: int = 4,
         **k: Any,
     ) -> None:
         options = {"enable": True, "folder": str(run), "interval": 2, "keep_latest_k": 2, **k}
@@ -103,7 +112,8 @@ class Training:
         schedule = LRSchedulersContainer.Config(warmup_steps=2)
         self.schedulers = schedule.build(optimizers=self.optimizers, training_steps=20)
         self.state = Steps()
-        self.loader = ParallelAwareDataloader(Numbers(), dp_rank=0, dp_world_size=1, batch_size=4)
+        self.loader = ParallelAwareDataloader(data(), dp_rank=0, dp_world_size=1, batch_size=batch)
+        self.taken: list[int] = []
         self.manager = config(**options).build(
             dataloader=self.loader,
             model_parts=parts,
@@ -122,6 +132,7 @@ class Training:
         while self.state.step < steps:
             self.state.step += 1
             batch = next(batches)
+            self.taken += [round(each * 100) for each in batch[:, 0].tolist()]
             # Chunks are not chained: a pipeline would pass on what comes out of each.
             loss = sum((part(batch).square().mean() for part in self.parts), torch.zeros(()))
             loss.backward()
@@ -166,6 +177,31 @@ def test_killed_in_a_save_it_goes_on_as_if_it_had_not_stopped(tmp_path: Path) ->
     (again,) = run_ranks(1, train_whole, run, 8, timeout_seconds=SECONDS)
     assert again == whole[4:]
     assert steps(run) == [4, 6, 8], "two are kept, and the one that it went on from"
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_another_batch_takes_each_sample_once(tmp_path: Path, batch: int) -> None:
+    first = Training(tmp_path / "run", [Chunk()])
+    first.train(4)
+    again = Training(tmp_path / "run", [Chunk()], batch=batch)
+    again.train(7)
+    assert first.taken == list(range(1, 17))
+    assert again.taken == list(range(17, 17 + 3 * batch))
+
+
+def test_data_without_a_position_is_skipped_by_batches_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Training(tmp_path / "run", [Chunk()], data=Forgetful).train(4)
+    assert "fast-forwarding" not in caplog.text
+    again = Training(tmp_path / "run", [Chunk()], data=Forgetful, batch=6)
+    again.train(5)
+    assert again.taken == list(range(25, 31)), "4 batches of 6, where there were 4 of 4"
+    assert "fast-forwarding your dataset by 4 steps" in caplog.text
+    third = Training(tmp_path / "run", [Chunk()], data=Forgetful, batch=6)
+    third.train(6)
+    assert third.taken == list(range(55, 61)), "9 batches: those that were skipped count twice"
+    assert "fast-forwarding your dataset by 9 steps" in caplog.text
 
 
 def interleaved(run: str, until: int, ranks: int) -> dict[str, Any]:

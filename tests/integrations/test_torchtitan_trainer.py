@@ -87,7 +87,7 @@ class Noted:
         pass
 
 
-def config_for(run: str) -> Any:
+def config_for(run: str, batch: int = BATCH) -> Any:
     """Return the config of a small Llama 3 that saves into a run."""
     config = llama3_debugmodel()
     config.model_spec = model_registry("debugmodel")
@@ -99,7 +99,7 @@ def config_for(run: str) -> Any:
     config.parallelism.spmd_backend = "partial_dtensor"
     config.optimizer.implementation = "for-loop"
     config.training.seq_len = TOKENS
-    config.training.local_batch_size = BATCH
+    config.training.local_batch_size = batch
     config.training.disable_cuda_graphs = True
     config.checkpoint = DistCkptManager.Config(enable=True, folder=run, interval=2, keep_latest_k=2)
     return config
@@ -146,7 +146,7 @@ class OnCpu(Trainer):
             Rows(rank, decoder_vocab_size(config.model_spec)),
             dp_rank=rank,
             dp_world_size=ranks,
-            batch_size=BATCH,
+            batch_size=config.training.local_batch_size,
         )
         self.checkpointer = config.checkpoint.build(
             dataloader=self.dataloader,
@@ -196,6 +196,22 @@ def test_killed_in_a_save_its_losses_go_on_bit_for_bit(tmp_path: Path) -> None:
         assert list(again[rank]) == [5, 6, 7, 8]
         assert again[rank] == {step: whole[rank][step] for step in again[rank]}
     assert again[0] != again[1], "each rank has data of its own"
+
+
+def train_by(run: str, until: int, batch: int) -> tuple[int, int]:
+    """Train on every rank; return how many rows and tokens of its data were taken."""
+    warnings.simplefilter("ignore")
+    trainer = OnCpu(config_for(run, batch))
+    trainer.train(until)
+    return trainer.dataloader.dataset.next, trainer.ntokens_seen
+
+
+@pytest.mark.timeout(2000)
+def test_another_batch_goes_on_behind_the_rows_that_were_taken(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    for until, batch, rows in (2, 2, 4), (4, 3, 10):
+        taken = run_ranks(2, train_by, run, until, batch, timeout_seconds=SECONDS)
+        assert taken == [(rows, rows * TOKENS)] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it runs where there is a GPU")
