@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
 
 import dist_ckpt
 from tests.services.s3 import S3Service
@@ -22,9 +24,12 @@ with warnings.catch_warnings():
     import ray
     from ray import train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchTrainer, prepare_data_loader
 
     from dist_ckpt.integrations.ray import Reports, run_of_experiment, url_of
+
+
+SAMPLES = 24
 
 
 def work(config: dict[str, Any]) -> None:
@@ -52,7 +57,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Workers import torch and this package first, which a busy machine takes its time for.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     monkeypatch.setenv("PYTHONPATH", str(Path(dist_ckpt.__file__).parents[1]))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # Two workers, and one that reads for Ray Data.
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 
@@ -92,6 +98,52 @@ def check(storage_path: str) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_what_was_committed_is_reported_and_gone_on_from(tmp_path: Path) -> None:
     check(str(tmp_path))
+
+
+def take_samples(config: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Take samples in batches of the size that `config` says; return those of each worker.
+
+    Those by our sampler first, then those by a shard of Ray Data.
+    """
+    torch.manual_seed(0)
+    sampler = dist_ckpt.ElasticSampler(SAMPLES, global_batch=config["batch"])
+    loader = DataLoader(TensorDataset(torch.arange(SAMPLES)), batch_sampler=sampler)
+    loader = prepare_data_loader(loader, add_dist_sampler=False)
+    state = dist_ckpt.TrainState(model=torch.nn.Linear(4, 1), sampler=sampler)
+    taken: list[int] = []
+    run = run_of_experiment()
+    with dist_ckpt.Checkpointer(run, state, every_steps=1) as ckpt, Reports() as reports:
+        steps = range(ckpt.restore() + 1, config["until"] + 1)
+        for step, (batch,) in zip(steps, sampler.batches(loader), strict=False):
+            taken += batch.tolist()
+            reports.add(ckpt.step(step), {})
+    shard = train.get_dataset_shard("train")
+    of_shard = [row["id"] for row in shard.iter_rows()]
+    of_workers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_workers, (taken, of_shard))
+    return of_workers
+
+
+@pytest.mark.usefixtures("cluster")
+def test_another_batch_takes_each_sample_once_but_those_of_a_shard_come_again(
+    tmp_path: Path,
+) -> None:
+    taken: list[int] = []
+    for until, batch in (3, 4), (5, 6):
+        trainer = TorchTrainer(
+            take_samples,
+            train_loop_config={"until": until, "batch": batch},
+            datasets={"train": ray.data.range(SAMPLES)},
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="batches", storage_path=str(tmp_path)),
+        )
+        of_workers = trainer.fit().return_value
+        for ours, _ in of_workers:
+            assert len(ours) == SAMPLES // 4
+            taken += ours
+        assert sorted(each for _, shard in of_workers for each in shard) == list(range(SAMPLES))
+    assert sorted(taken) == list(range(SAMPLES))
+    assert dist_ckpt.Run(str(tmp_path / "batches/run")).steps() == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture
