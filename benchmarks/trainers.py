@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.measure import say
 from benchmarks.sections import run_sections
 
-FRAMEWORKS = ("transformers", "accelerate", "lightning", "torchtitan")
+FRAMEWORKS = ("transformers", "accelerate", "lightning", "torchtitan", "ray")
 
 
 def main(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ WAYS = {
         "dist_ckpt strategy",
     ],
     "torchtitan": ["torchtitan", "torchtitan async", "dist_ckpt"],
+    "ray": ["Ray", "Ray async", "dist_ckpt"],
 }
 ROW = re.compile(
     r"^  (?P<way>\S.*?) +blocked +[\d.]+ s a save \([\d.]+ to [\d.]+\), +[\d.]+ s in all, "
