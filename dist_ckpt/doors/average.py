@@ -10,7 +10,7 @@ from typing import Any, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
 
 import torch
 
-from dist_ckpt.doors.content import Item, Outgoing, StoredContent
+from dist_ckpt.doors.content import Item, Outgoing, StoredContent, own_memory, split_alike
 from dist_ckpt.doors.export import (
     ExportChoice,
     ExportReport,
@@ -222,20 +222,18 @@ class AveragedContent:
 
     def fill(self, boxes: Sequence[BoxTarget]) -> None:
         """Fill memory with averages. See `Outgoing.fill`."""
-        sums = [
-            torch.zeros(memory.shape, dtype=_wide(memory.dtype)) if _is_averaged(memory) else None
-            for _, _, memory in boxes
-        ]
+        averaged = [memory for _, _, memory in boxes if _is_averaged(memory)]
+        totals = own_memory([(memory.shape, _wide(memory.dtype)) for memory in averaged])
         for content, weight in zip(self._contents, self._weights, strict=True):
             # The memory of the result is free until the end: it takes each of them in turn.
             content.fill(boxes)
-            for total, (_, _, memory) in zip(sums, boxes, strict=True):
-                # A weight of 0 takes nothing of it, be it infinite.
-                if total is not None and weight:
-                    total.add_(memory.to(total.dtype), alpha=weight)
-        for total, (_, _, memory) in zip(sums, boxes, strict=True):
-            if total is not None:
-                memory.copy_(total)
+            # A weight of 0 takes nothing of it, be it infinite.
+            if weight:
+                for total, memory in zip(totals, averaged, strict=True):
+                    for whole, part in split_alike(total, memory):
+                        whole.add_(part.to(whole.dtype), alpha=weight)
+        for total, memory in zip(totals, averaged, strict=True):
+            memory.copy_(total)
 
 
 def _is_averaged(memory: torch.Tensor) -> bool:

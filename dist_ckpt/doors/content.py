@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,10 @@ from dist_ckpt.loading.called_alike import alike
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import is_key
+from dist_ckpt.storage.direct import aligned_buffer
+
+_CACHE_LINE_BYTES = 64
+_PIECE_ELEMENTS = 1 << 16
 
 _CASTS = {
     name: dtype
@@ -143,26 +147,66 @@ class StoredContent:
 
     def fill(self, boxes: Sequence[BoxTarget]) -> None:
         """Fill memory with boxes of the tensors, cast. See `Outgoing.fill`."""
-        asked: list[BoxTarget] = []
-        casts: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-        for name, offsets, memory in boxes:
-            full = f"{self.part}/{self._names[name]}"
-            stored = self._opened.info[full].dtype
-            read = memory
-            if stored != memory.dtype:
-                read = torch.empty(memory.shape, dtype=stored)
-                casts.append((name, read, memory))
-            asked.append((full, offsets, read))
+        full = [f"{self.part}/{self._names[name]}" for name, _, _ in boxes]
+        targets = _beside([self._opened.info[name].dtype for name in full], boxes)
+        asked = [
+            (name, offsets, read)
+            for name, (_, offsets, _), read in zip(full, boxes, targets, strict=True)
+        ]
         if asked:
             self._opened.read_boxes(asked)
-        for name, read, memory in casts:
-            memory.copy_(read)
-            if _narrows(read.dtype, memory.dtype) and _overflows(read, memory):
+        for (name, _, memory), read in zip(boxes, targets, strict=True):
+            if read is not memory and not _cast(read, memory):
                 raise IncompatibleError(
                     f"{name} of {self._opened.where} has values beyond {memory.dtype}, which would "
                     "become infinite: cast to bfloat16, or not at all",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
+
+
+def _beside(stored: Sequence[torch.dtype], boxes: Sequence[BoxTarget]) -> list[torch.Tensor]:
+    """Return the memory of each box, or for one that is stored in another dtype some of that."""
+    pairs = list(zip(stored, [memory for _, _, memory in boxes], strict=True))
+    others = own_memory([(memory.shape, own) for own, memory in pairs if own != memory.dtype])
+    aside = iter(others)
+    return [memory if own == memory.dtype else next(aside) for own, memory in pairs]
+
+
+def own_memory(
+    tensors: Sequence[tuple[Sequence[int], torch.dtype]],
+) -> list[torch.Tensor]:
+    """Return zeroed tensors of these shapes and dtypes, which share a mapping of their own.
+
+    A window is filled on a thread of its own, and what `malloc` gave a thread stays with the arena
+    of that thread: with one window after the other, that adds up to hundreds of megabytes. A
+    mapping is gone with the last of its tensors.
+    """
+    starts, nbytes = [], 0
+    for shape, dtype in tensors:
+        starts.append(nbytes)
+        nbytes += _rounded_up(math.prod(shape) * dtype.itemsize)
+    if not nbytes:
+        return [torch.zeros(tuple(shape), dtype=dtype) for shape, dtype in tensors]
+    memory = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
+    found = []
+    for start, (shape, dtype) in zip(starts, tensors, strict=True):
+        stop = start + math.prod(shape) * dtype.itemsize
+        found.append(memory[start:stop].view(dtype).view(tuple(shape)))
+    return found
+
+
+def split_alike(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield views of contiguous tensors of one shape, piece by piece.
+
+    What a calculation puts aside for so few elements is no matter for `own_memory`.
+    """
+    flat = [tensor.view(-1) for tensor in tensors]
+    for start in range(0, flat[0].numel(), _PIECE_ELEMENTS):
+        yield tuple(tensor[start : start + _PIECE_ELEMENTS] for tensor in flat)
+
+
+def _rounded_up(nbytes: int) -> int:
+    return -(-nbytes // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 
 def cast_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
@@ -174,6 +218,16 @@ def cast_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 def _narrows(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return torch.finfo(wanted).max < torch.finfo(stored).max
+
+
+def _cast(read: torch.Tensor, memory: torch.Tensor) -> bool:
+    """Put `read` into `memory`, piece by piece; return whether nothing became infinite by that."""
+    narrows = _narrows(read.dtype, memory.dtype)
+    for before, after in split_alike(read, memory):
+        after.copy_(before)
+        if narrows and _overflows(before, after):
+            return False
+    return True
 
 
 def _overflows(read: torch.Tensor, memory: torch.Tensor) -> bool:

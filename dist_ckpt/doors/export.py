@@ -109,8 +109,8 @@ def export(
 ) -> ExportReport:
     """Write the tensors of one part to a format of others, read it back, and compare.
 
-    One process does it, in some 100 MB of memory whatever the model measures. The destination
-    appears whole or not at all; where the call was cut off, the same one goes on with it.
+    One process does it, in some 100 MB of memory whatever the model measures, twice that to cast.
+    The destination appears whole or not at all; where it was cut off, the same call goes on.
 
     ```python
     import dist_ckpt
