@@ -320,9 +320,9 @@ def _files(
         assert key is not None
         return [OutFile(key, drawn(_draw_shard(list(items.values()), {})))], {}
     aliases = aliases_of(content.ties)
-    shards = _cut_shards(
-        [item for name, item in items.items() if name not in aliases], choice.max_shard_bytes
-    )
+    # By name: the files keep no other order, and an import of them would be cut otherwise.
+    kept = [item for name, item in sorted(items.items()) if name not in aliases]
+    shards = _cut_shards(kept, choice.max_shard_bytes)
     files = _configuration(choice, cast)
     for name, shard in zip(_shard_names(len(shards)), shards, strict=True):
         files.append(OutFile(name, drawn(_draw_shard(shard, _of(shard, aliases)))))

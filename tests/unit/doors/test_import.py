@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import dist_ckpt
 from dist_ckpt.doors import spool
+from dist_ckpt.doors.export import ExportKeywords, Format
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
@@ -121,6 +122,24 @@ def test_safetensors_and_folders_of_hugging_face(tmp_path: Path) -> None:
         model = build()[0]
         dist_ckpt.load_weights(model, tmp_path / "run", step=step)
         check_equal(model.state_dict(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("safetensors", {}), ("torch", {}), ("dcp", {}), ("hf", {"max_shard": 200})],
+)
+def test_out_in_and_out_again_is_the_same_in_every_byte(
+    kind: Format, options: ExportKeywords, tmp_path: Path
+) -> None:
+    dist_ckpt.save({"model": build()[0]}, tmp_path / "run", step=1)
+    dist_ckpt.export(tmp_path / "run", tmp_path / "first", format=kind, **options)
+    dist_ckpt.import_(tmp_path / "first", tmp_path / "again", step=1)
+    dist_ckpt.export(tmp_path / "again", tmp_path / "second", format=kind, **options)
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("first", "second")
+    )
+    assert first == second
 
 
 def test_ties_are_stored_once(tmp_path: Path) -> None:
