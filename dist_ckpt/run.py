@@ -51,7 +51,7 @@ from dist_ckpt.repository.listed import (
     Listed,
     bests_of,
     decisions,
-    look,
+    look_at_all,
     marked,
     newest_down,
     protected,
@@ -64,10 +64,8 @@ from dist_ckpt.repository.repository import Repository
 from dist_ckpt.repository.status import JobStatus
 from dist_ckpt.repository.verify import Sample, VerifyReport
 from dist_ckpt.storage.base import Store, delete_exactly
-from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
 
-_AT_ONCE = 16
 _log = logging.getLogger("dist_ckpt")
 
 
@@ -175,8 +173,7 @@ class Run:
         steps = sorted(self._repository.candidates())
         if not steps:
             raise self._repository.no_checkpoint()
-        found = map_in_parallel(partial(look, self.store), steps, threads=_AT_ONCE)
-        return marked(found)
+        return marked(look_at_all(self.store, steps))
 
     def manifest(self, step: int) -> Manifest:
         """Return what was committed under `step`.

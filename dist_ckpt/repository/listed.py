@@ -1,13 +1,13 @@
 """What is there: runs below a place, and what is there of a run, step by step.
 
-One request for the manifest of a step and one listing beside it: thousands of them are looked at in
-a second, on a disk as on S3.
+One request for the manifest of a step, several at once, and one listing beside it; where there are
+no folders a listing of the run, by the page, in place of those of its steps.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -39,6 +39,7 @@ from dist_ckpt.repository.collect import removable
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
 
 State: TypeAlias = Literal[
@@ -46,6 +47,14 @@ State: TypeAlias = Literal[
 ]
 """What is known of a step. The last two have files and no manifest: of the newest job of the run,
 which may be saving it, and of one that was replaced."""
+
+Marks: TypeAlias = Mapping[str, Collection[str]]
+"""Which of the files that say something of a checkpoint there are, by its folder, which ends in
+a slash."""
+
+_AT_ONCE = 16
+# One page, of a thousand names, in place of ten listings at least.
+_FILES_A_STEP = 100
 
 _BEST = "best "
 _WHY_BAD: Mapping[State, str] = {
@@ -99,14 +108,20 @@ class Listed:
         return {} if self.record is None else self.record.metrics
 
 
-def look(store: Store, step: int) -> Listed:
+def look(store: Store, step: int, marks: Marks | None = None) -> Listed:
     """Return what is there of `step`.
+
+    Args:
+        store: where the run is.
+        step: which.
+        marks: those of the whole run, where they are known.
 
     Raises:
         StorageError: the backend failed, other than by refusing this user.
     """
     try:
-        return _described(store, manifest_format.decode(read_manifest(store, step), step=step))
+        manifest = manifest_format.decode(read_manifest(store, step), step=step)
+        return _described(store, manifest, marks)
     except NotFound:
         return _unfinished(store, step)
     except StorageError as error:
@@ -117,6 +132,24 @@ def look(store: Store, step: int) -> Listed:
         return Listed(step, "newer format", problem=error.message)
     except CheckpointError as error:
         return Listed(step, "damaged", problem=error.message)
+
+
+def look_at_all(store: Store, steps: Sequence[int]) -> list[Listed]:
+    """Return what is there of each of `steps`; see `look`."""
+    marks = _marks(store, len(steps)) if store.capabilities.flat else None
+    return map_in_parallel(lambda step: look(store, step, marks), steps, threads=_AT_ONCE)
+
+
+def _marks(store: Store, nsteps: int) -> Marks | None:
+    """Return the marks of a run, None if it has so many files that its steps are asked faster."""
+    marks: dict[str, set[str]] = {}
+    for number, entry in enumerate(store.list_entries()):
+        if number >= _FILES_A_STEP * nsteps:
+            return None
+        folder, _, name = entry.key.rpartition("/")
+        if name in (PIN, EPOCH_NOTE):
+            marks.setdefault(f"{folder}/", set()).add(name)
+    return marks
 
 
 def newest_down(store: Store, newest_first: Iterable[int]) -> list[Listed]:
@@ -161,11 +194,12 @@ def _unfinished(store: Store, step: int) -> Listed:
     return Listed(step, "in flight", problem=problem)
 
 
-def _described(store: Store, manifest: Manifest) -> Listed:
+def _described(store: Store, manifest: Manifest, marks: Marks | None) -> Listed:
     step, save_id = manifest.step, manifest.save_id
+    folder = file_key(step, save_id, PIN).removesuffix(PIN)
     # One listing for all marks: asking a shared folder for a file that it lacks takes several looks
     # each time, as another host may just have put it there.
-    names = store.list_children(file_key(step, save_id, PIN).removesuffix(PIN))
+    names = store.list_children(folder) if marks is None else marks.get(folder, ())
     note = read_epoch_note(store, step, save_id) if EPOCH_NOTE in names else None
     pinned = ("pinned",) * (PIN in names)
     hosts = len(set(manifest.hosts.values()))

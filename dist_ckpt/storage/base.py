@@ -48,6 +48,8 @@ class Capabilities:
         direct_io: reads and writes go past the page cache where memory is page-aligned.
         max_part_bytes: the most bytes that one request carries; None where there are no parts.
         max_object_bytes: the most bytes that one object holds; None where only the disk is a limit.
+        flat: there are no folders: a listing of all keys takes one request for each thousand of
+            them, as one of a single prefix does.
     """
 
     atomic_create: bool
@@ -56,6 +58,7 @@ class Capabilities:
     direct_io: bool = False
     max_part_bytes: int | None = None
     max_object_bytes: int | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,7 @@ class S3Store:
             durable=True,
             max_part_bytes=MAX_PART_BYTES,
             max_object_bytes=MAX_OBJECT_BYTES,
+            flat=True,
         )
 
     @property

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -30,10 +32,13 @@ from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.history import EpochNote, put_epoch_note
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.storage.base import Entry, Store, read_all
+from dist_ckpt.storage.base import Capabilities, Entry, Store, read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
+
+_T = TypeVar("_T")
 
 LOSS = "loss"
 _names = itertools.count()
@@ -52,6 +57,23 @@ def fill(store: Store, *losses: float, first: int = 1) -> None:
         for step, loss in enumerate(losses, first):
             state["model"]["w"].fill_(step)
             ckpt.save(step, metrics={LOSS: loss}).wait()
+
+
+class Asked(StoreWrapper):
+    """Counts what is asked of a place, which has folders or not."""
+
+    def __init__(self, inner: Store, *, flat: bool) -> None:
+        super().__init__(inner)
+        self.flat = flat
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, flat=self.flat)
+
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        self.counts[operation] += 1
+        return run()
 
 
 class CutOffError(Exception):
@@ -509,3 +531,21 @@ def test_epochs_that_no_checkpoint_ended_keep_none_and_are_refused(store: Memory
     with pytest.raises(UsageError, match="end of an epoch"):
         Run(store).keep(keep.every(epochs=2))
     assert Run(store).steps() == [1, 2]
+
+
+def test_where_there_are_no_folders_a_run_is_listed_by_the_page(store: MemoryStore) -> None:
+    fill(store, *map(float, range(20)))
+    Run(store).pin(7, reason="kept")
+    put_epoch_note(store, 9, Repository(store).open(9).manifest.save_id, EpochNote(3, {LOSS: 0.5}))
+    by_folder = Run(places := Asked(store, flat=False)).listed()
+    by_page = Run(pages := Asked(store, flat=True)).listed()
+    assert by_page == by_folder
+    assert [each.step for each in by_page if "pinned" in each.marks] == [7]
+    assert by_page[8].metrics[LOSS] == 0.5
+    assert pages.counts["list_entries"] == 1
+    assert places.counts["list_children"] - pages.counts["list_children"] == 20
+    # Of many files a page holds few checkpoints.
+    for number in range(2001):
+        store.put(f"step-0000000001/other/{number}", [b""])
+    assert Run(crowded := Asked(store, flat=True)).listed() == by_folder
+    assert crowded.counts["list_children"] == places.counts["list_children"]
