@@ -156,36 +156,18 @@ def test_an_interrupt_as_the_end_begins_is_not_forgotten_over_the_save(tmp_path:
     assert handle.wait()
 
 
-# Python looks for signals where a function begins, which random ones hardly ever find: each of
-# these calls is interrupted at one function after the other, and then others do what comes next.
+# Each of these calls is interrupted at one function after the other, and then others do what comes
+# next.
 EVERYWHERE = """
 import itertools, sys, tempfile
 import torch
 import dist_ckpt
+from tests.interrupted import is_interrupted
 
 def state():
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     return {"model": model, "optimizer": optimizer, "loop": {"step": 3}}
-
-def is_interrupted(number, work):
-    left = number
-
-    def at_call(frame, event, argument):
-        nonlocal left
-        left -= 1
-        if not left:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-
-    try:
-        sys.settrace(at_call)
-        work()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-    return left <= 0
 
 what, first, stride = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for number in itertools.count(first, stride):

@@ -24,6 +24,7 @@ from dist_ckpt.storage.s3_client import OnLoop
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.parallel import in_parallel, in_two_steps
 from dist_ckpt.waiting import Latch, Worker
+from tests.interrupted import is_interrupted
 
 SENDER = """
 import os, random, sys, time
@@ -120,36 +121,12 @@ WAYS = {
 }
 wait, look = WAYS[way]
 
-def interrupt_at_call(number):
-    """Interrupt the wait where its so manieth function begins; return whether there was one.
-
-    Python looks for signals at the first line of a function, which is so short a moment that
-    random ones find it once in thousands of rounds.
-    """
-    left = number
-
-    def at_call(frame, event, argument):
-        nonlocal left
-        left -= 1
-        if not left:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-
-    try:
-        sys.settrace(at_call)
-        wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-    return left <= 0
-
 def check():
     look()
     assert not at_work, "nobody works on what the caller may close now"
 
 number = 1
-while interrupt_at_call(number):
+while is_interrupted(number, wait):
     check()
     number += 1
 for _ in range(rounds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,23 +22,24 @@ def peak():
     # Not ru_maxrss, which an exec hands on: it would be that of the tests.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
-folder, kind, dtype = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+run, out, kind, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4] or None
 # All that is imported late, and what a first call takes.
-dist_ckpt.save({"model": {"w": torch.zeros(1 << 20)}}, folder / "small", ranks="alone")
-dist_ckpt.export(folder / "small", folder / "small-out", format=kind, dtype=dtype)
+dist_ckpt.save({"model": {"w": torch.zeros(1 << 20)}}, out / "small", ranks="alone")
+dist_ckpt.export(out / "small", out / "small-out", format=kind, dtype=dtype)
 before = peak()
-dist_ckpt.export(folder / "run", folder / f"out-{kind}", format=kind, dtype=dtype)
+dist_ckpt.export(run, out / "whole", format=kind, dtype=dtype)
 print(before, peak())
 """
 
 
 def peaks(folder: Path, kind: str, dtype: str = "") -> tuple[int, int]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), kind, dtype],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder / "run"), out, kind, dtype],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     before, after = map(int, done.stdout.split())
     return before, after
 
@@ -48,11 +50,13 @@ def save(folder: Path, mib: int) -> None:
 
 
 # A window is made of what it is cast from, which is in memory beside it.
-@pytest.mark.parametrize(("dtype", "mib"), [("", 192), ("bfloat16", 256)])
+@pytest.mark.parametrize(("dtype", "mib"), [("", 128), ("bfloat16", 256)])
 def test_a_quarter_of_a_gigabyte(dtype: str, mib: int, tmp_path: Path) -> None:
     save(tmp_path, 256)
-    before, after = peaks(tmp_path, "safetensors", dtype)
-    assert 0 < after - before < mib << 20
+    # How many windows are on their way at once is up to the threads; a leak is there each time.
+    both = [peaks(tmp_path, "safetensors", dtype) for _ in range(3)]
+    grown = [after - before for before, after in both]
+    assert 0 < min(grown) < mib << 20
 
 
 @pytest.mark.soak
