@@ -184,7 +184,7 @@ def own_memory(
     starts, nbytes = [], 0
     for shape, dtype in tensors:
         starts.append(nbytes)
-        nbytes += _rounded_up(math.prod(shape) * dtype.itemsize)
+        nbytes += rounded_up(math.prod(shape) * dtype.itemsize)
     if not nbytes:
         return [torch.zeros(tuple(shape), dtype=dtype) for shape, dtype in tensors]
     memory = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
@@ -205,7 +205,8 @@ def split_alike(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         yield tuple(tensor[start : start + _PIECE_ELEMENTS] for tensor in flat)
 
 
-def _rounded_up(nbytes: int) -> int:
+def rounded_up(nbytes: int) -> int:
+    """Return how much room a tensor of `nbytes` takes where others lie beside it."""
     return -(-nbytes // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.doors.content import Item, Outgoing
+from dist_ckpt.doors.content import Item, Outgoing, rounded_up
 from dist_ckpt.doors.image import WINDOW_BYTES, Image, boxes_of_range, windows
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, describe
 from dist_ckpt.functional import save
@@ -35,7 +35,6 @@ IN_MEMORY_BYTES = 256 << 20
 """How much is kept in memory, at most; more goes through a file."""
 
 _SAVE_BYTES = 128 << 20
-_ALIGN_BYTES = 64
 BATCH_BYTES = 4 * WINDOW_BYTES
 """How much is read at once, about."""
 
@@ -182,7 +181,7 @@ def _is_same(one: Outgoing, other: Outgoing, where: str) -> bool:
         return False
     image = Image()
     for item in one.items.values():
-        image.skip_to(_aligned(image.nbytes))
+        image.skip_to(rounded_up(image.nbytes))
         image.add_tensor(item)
     ours, theirs = (Stream(image.nbytes, partial(windows, image, each)) for each in (one, other))
     tally = Tally(where, "comparing", image.nbytes)
@@ -191,12 +190,12 @@ def _is_same(one: Outgoing, other: Outgoing, where: str) -> bool:
 
 def _read(content: Outgoing, tally: Tally) -> dict[str, torch.Tensor]:
     first, stored = _first_names(content), _stored_items(content)
-    mapping = _mapping(sum(_aligned(item.nbytes) for item in stored))
+    mapping = _mapping(sum(rounded_up(item.nbytes) for item in stored))
     found: dict[str, torch.Tensor] = {}
     at = 0
     for item in stored:
         found[item.name] = _tensor(mapping, item, at)
-        at += _aligned(item.nbytes)
+        at += rounded_up(item.nbytes)
     for number, batch in enumerate(_batches(stored, found)):
         content.fill(batch)
         tally.note((id(content), number), sum(memory.nbytes for _, _, memory in batch))
@@ -268,7 +267,3 @@ def _mapping(nbytes: int) -> mmap.mmap:
             f"{describe(error)}; name another one by TMPDIR",
             kind=ErrorKind.STORAGE_FULL if full else None,
         ) from error
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
