@@ -20,7 +20,7 @@ import dist_ckpt
 from benchmarks.measure import Case, Samples, interleave, no_warnings
 from dist_ckpt import TrainState
 from dist_ckpt.storage import Store, resolve
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 from tests.services.s3 import S3Service
 
 OURS = "dist_ckpt"

@@ -16,7 +16,7 @@ from benchmarks.measure import Case, interleave, no_warnings, table, verdict
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.storage import LocalStore
 from dist_ckpt.storage.direct import aligned_buffer
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 WRITE_TARGET = 1.25
 READ_TARGET = 1.25

@@ -47,7 +47,7 @@ def measure(
         StorageError: the backend failed.
     """
     direct: Any = import_module("dist_ckpt.storage.direct")
-    parallel: Any = import_module("dist_ckpt.storage.parallel")
+    parallel: Any = import_module("dist_ckpt.threads")
     data = direct.aligned_buffer(max(nbytes // files, 1))
     # Not zeros, which a file system may leave out, and no more of it than takes a moment to make.
     noise = os.urandom(_RANDOM_BYTES)

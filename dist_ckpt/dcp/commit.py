@@ -46,7 +46,7 @@ from dist_ckpt.repository.collect import delete_attempt
 from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.state.objects import encode
 from dist_ckpt.storage.direct import aligned_buffer
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 
 _LOOK_SECONDS = 0.2
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from dist_ckpt.state.layout import is_wrapped, leaves_of, local_of, shard_like
 from dist_ckpt.state.rebuilding import remade
 from dist_ckpt.state.registry import is_namedtuple
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 
 _STOCK_SAVE = ("_save_state_dict", "torch.distributed.checkpoint.state_dict_saver")
 

@@ -40,8 +40,7 @@ from dist_ckpt.format.digest import digest_blocks
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.files import StagedFile, WrittenFile
 from dist_ckpt.repository import Repository, Transaction
-from dist_ckpt.storage.parallel import in_parallel
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch, in_parallel
 
 _log = logging.getLogger("dist_ckpt")
 

@@ -20,7 +20,7 @@ from dist_ckpt.format.digest import block_digests
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Stream, Sweeper, put_stream, read_all
 from dist_ckpt.storage.direct import aligned_buffer
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 NOTE = "unfinished-export.json"
 _NOTE_LIMIT_BYTES = 1 << 26

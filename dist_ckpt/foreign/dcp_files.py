@@ -39,7 +39,7 @@ from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.storage.base import Store, has, is_key, read_all
 from dist_ckpt.storage.memory import MemoryStore
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 METADATA = ".metadata"
 

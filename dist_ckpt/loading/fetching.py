@@ -18,7 +18,7 @@ from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
 from dist_ckpt.storage.base import Scatter
-from dist_ckpt.storage.parallel import in_two_steps
+from dist_ckpt.threads import in_two_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dist_ckpt.ranks.channels import Frame, packed
 from dist_ckpt.ranks.seals import Packed
-from dist_ckpt.waiting import Bell
+from dist_ckpt.threads import Bell
 
 
 @dataclass(slots=True)

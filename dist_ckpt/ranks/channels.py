@@ -25,7 +25,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import describe
 from dist_ckpt.ranks.seals import SEAL_BYTES, Packed, Seals, with_digest
-from dist_ckpt.waiting import start
+from dist_ckpt.threads import start
 
 _log = logging.getLogger("dist_ckpt")
 

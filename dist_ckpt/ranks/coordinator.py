@@ -30,7 +30,7 @@ from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic, apart, asked_by
 from dist_ckpt.ranks.seals import Packed, Seals
 from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, encode_error, failure, noted
-from dist_ckpt.waiting import Bell, Latch
+from dist_ckpt.threads import Bell, Latch
 
 LOST = {0: "connection lost"}
 """The cause by rank where rank 0 could not be asked: unlike its verdict, it says nothing of it."""

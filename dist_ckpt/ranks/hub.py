@@ -39,7 +39,7 @@ from dist_ckpt.ranks.greeting import (
     seals,
 )
 from dist_ckpt.ranks.seals import Packed, with_digest
-from dist_ckpt.waiting import Bell
+from dist_ckpt.threads import Bell
 
 _log = logging.getLogger("dist_ckpt")
 

@@ -17,7 +17,7 @@ from dist_ckpt.errors import (
     from_wire,
     to_wire,
 )
-from dist_ckpt.waiting import Bell
+from dist_ckpt.threads import Bell
 
 _T = TypeVar("_T")
 

@@ -34,7 +34,7 @@ from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.history import History, Record, is_marked_removed
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.storage.base import Store, Sweeper, is_temporary
-from dist_ckpt.storage.parallel import map_in_parallel, threads_for
+from dist_ckpt.threads import map_in_parallel, threads_for
 
 _LOOKED_AT_ONCE = 128
 _ASKED_AGAIN = 2

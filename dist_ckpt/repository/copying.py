@@ -18,7 +18,7 @@ from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.history import put_epoch_note, read_epoch_note
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Stream, Sweeper, holds, put_stream
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 _AT_ONCE = 4
 

@@ -32,7 +32,7 @@ from dist_ckpt.format.names import EPOCH_NOTE, PIN, REMOVED, file_key, parse_sav
 from dist_ckpt.repository.checkpoint import read_manifest
 from dist_ckpt.repository.source import reason
 from dist_ckpt.storage.base import Store, has, read_all
-from dist_ckpt.storage.parallel import map_in_parallel, threads_for
+from dist_ckpt.threads import map_in_parallel, threads_for
 
 _MOST_SECONDS = 1e12
 

@@ -39,8 +39,8 @@ from dist_ckpt.repository.collect import removable
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.parallel import map_in_parallel
 from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.threads import map_in_parallel
 
 State: TypeAlias = Literal[
     "committed", "damaged", "newer format", "unreadable", "in flight", "aborted"

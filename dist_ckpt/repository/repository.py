@@ -34,7 +34,7 @@ from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.parallel import in_parallel, threads_for
+from dist_ckpt.threads import in_parallel, threads_for
 
 # Claims rise with the steps.
 _LOOKED_AT = 32

@@ -28,7 +28,7 @@ from dist_ckpt.repository import Transaction
 from dist_ckpt.saving.handle import ProgressMeter, SaveHandle, SaveHooks, SaveProgress
 from dist_ckpt.saving.messages import RankPlan, Report
 from dist_ckpt.saving.stager import Staged
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from dist_ckpt.errors import describe
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.saving.handle import SaveHandle, note_untold, take_untold, untold_number
-from dist_ckpt.waiting import Bell, Latch, start
+from dist_ckpt.threads import Bell, Latch, start
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.
 

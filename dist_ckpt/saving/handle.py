@@ -23,7 +23,7 @@ from dist_ckpt.errors import (
 from dist_ckpt.format.limits import as_integer
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.storage.base import Watch
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 
 SaveOutcome = Literal["committed", "failed", "cancelled", "skipped"]
 """How a save ended; only the first of these leaves a checkpoint."""

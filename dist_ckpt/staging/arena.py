@@ -26,7 +26,7 @@ from dist_ckpt.errors import UsageError, describe
 from dist_ckpt.format.boxes import Box
 from dist_ckpt.staging.checksum import checksum
 from dist_ckpt.storage.direct import aligned_buffer
-from dist_ckpt.waiting import Worker
+from dist_ckpt.threads import Worker
 
 Unpin = Callable[[], None]
 Pin = Callable[[memoryview], Unpin]

@@ -21,7 +21,7 @@ from contextlib import suppress
 import numpy as np
 
 from dist_ckpt.storage.base import PIECE_BYTES, Scatter, Stream, Watch
-from dist_ckpt.storage.parallel import in_parallel
+from dist_ckpt.threads import in_parallel
 
 DIRECT_BYTES = 1 << 20
 """From how many bytes on it pays to share a transfer out and to go past the page cache."""

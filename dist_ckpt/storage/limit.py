@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Buffer, PutMode, Store, Stream, Watch, fill_views, flat_views
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
-from dist_ckpt.waiting import Bell
+from dist_ckpt.threads import Bell
 
 _T = TypeVar("_T")
 

@@ -38,7 +38,7 @@ from dist_ckpt.errors import CheckpointError, UsageError, describe
 from dist_ckpt.storage.limit import AdaptiveLimit
 from dist_ckpt.storage.retry import Backoff
 from dist_ckpt.storage.s3_errors import FOREIGN, Verdict, judge
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 
 _T = TypeVar("_T")
 

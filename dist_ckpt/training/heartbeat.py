@@ -17,7 +17,7 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import status
 from dist_ckpt.repository.status import JobStatus, Phase
 from dist_ckpt.saving.handle import Outcomes, SaveHandle
-from dist_ckpt.waiting import Latch, start
+from dist_ckpt.threads import Latch, start
 
 # How long the end of a training waits for its last word, which nobody needs for certain.
 _LAST_SECONDS = 5.0

@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 
 from dist_ckpt.errors import UsageError, describe, without_secrets
 from dist_ckpt.policy.ending import NOTICE, OnNotice
-from dist_ckpt.waiting import Latch, start
+from dist_ckpt.threads import Latch, start
 
 _log = logging.getLogger("dist_ckpt")
 

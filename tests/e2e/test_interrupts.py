@@ -28,7 +28,7 @@ import sys, threading
 import torch
 import dist_ckpt
 from dist_ckpt.storage.local import LocalStore
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 from tests.unit.saving.slow_store import EndlessPut
 
 store = EndlessPut(LocalStore(sys.argv[1]), "step-0000000001/*/weights.*")

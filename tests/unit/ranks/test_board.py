@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dist_ckpt.ranks.board import Board
 from dist_ckpt.ranks.channels import Frame, unpacked
 from dist_ckpt.ranks.seals import Packed
-from dist_ckpt.waiting import Bell
+from dist_ckpt.threads import Bell
 
 JOB = 3
 ROUND = "round"

@@ -34,7 +34,7 @@ from dist_ckpt.ranks.greeting import (
 from dist_ckpt.ranks.hub import Hub, allow_files
 from dist_ckpt.ranks.rendezvous import Address, connect
 from dist_ckpt.ranks.rounds import Decide
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 from tests.unit.ranks.rounds import hub_of, line_to, long, on_every_rank, topic
 
 WORLD = 3

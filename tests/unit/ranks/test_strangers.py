@@ -6,7 +6,7 @@ import socket
 
 from dist_ckpt.ranks.channels import Channel, running_loop
 from dist_ckpt.ranks.hub import Strangers
-from dist_ckpt.waiting import Latch
+from dist_ckpt.threads import Latch
 
 
 def some(count: int) -> list[Channel]:
