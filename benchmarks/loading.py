@@ -22,7 +22,7 @@ from benchmarks.sections import run_sections
 from benchmarks.workload import State
 from dist_ckpt.format.digest import bytes_digest
 from dist_ckpt.options import LoadOptions
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 from tests.services.s3 import s3_service
 
 COLD_TARGET = 1.3

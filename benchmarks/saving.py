@@ -22,7 +22,7 @@ from benchmarks.peers import BACKGROUND, NAMES, OURS, STOCK, Peer, empty, make, 
 from benchmarks.sections import run_sections
 from benchmarks.under_dcp import under_dcp
 from benchmarks.workload import Loop, State
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 STALL_TARGET = 1.15
 FIRST_TARGET = 1.5

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import local, s3
 from benchmarks.measure import say
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 _MIB = 1 << 20
 

@@ -46,15 +46,15 @@ def measure(
         IntegrityError: what was read is not what was written.
         StorageError: the backend failed.
     """
-    direct: Any = import_module("dist_ckpt.storage.direct")
+    disk: Any = import_module("dist_ckpt.storage.disk")
     parallel: Any = import_module("dist_ckpt.threads")
-    data = direct.aligned_buffer(max(nbytes // files, 1))
+    data = disk.aligned_buffer(max(nbytes // files, 1))
     # Not zeros, which a file system may leave out, and no more of it than takes a moment to make.
     noise = os.urandom(_RANDOM_BYTES)
     for start in range(0, data.nbytes, _RANDOM_BYTES):
         piece = data[start : start + _RANDOM_BYTES]
         piece[:] = noise[: piece.nbytes]
-    buffers = [direct.aligned_buffer(data.nbytes) for _ in range(files)]
+    buffers = [disk.aligned_buffer(data.nbytes) for _ in range(files)]
     keys = [f"{folder}{number}" for number in range(files)]
 
     def put(key: str) -> None:

@@ -45,7 +45,7 @@ from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.collect import delete_attempt
 from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.state.objects import encode
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import Latch
 
 _LOOK_SECONDS = 0.2

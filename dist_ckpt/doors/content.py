@@ -15,7 +15,7 @@ from dist_ckpt.loading.called_alike import alike
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import is_key
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 _CACHE_LINE_BYTES = 64
 _PIECE_ELEMENTS = 1 << 16

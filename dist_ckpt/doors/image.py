@@ -18,7 +18,7 @@ import torch
 from dist_ckpt.doors.content import Item, Outgoing
 from dist_ckpt.loading.opened import BoxTarget
 from dist_ckpt.storage.base import Stream
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import Worker
 
 _AHEAD = 2

@@ -19,7 +19,7 @@ from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
 from dist_ckpt.format.digest import block_digests
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Stream, Sweeper, put_stream, read_all
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel
 
 NOTE = "unfinished-export.json"

@@ -31,7 +31,7 @@ from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, OwnedByRank
 from dist_ckpt.staging.arena import Arena, aligned, as_tensor
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 MANY_PARTS = 16
 """From so many parts on a rank puts the small ones together, so that a file is worth its cost."""

@@ -34,7 +34,7 @@ from dist_ckpt.format.segments import (
 )
 from dist_ckpt.repository.source import deleted_meanwhile, read_file, reread
 from dist_ckpt.storage.base import Store, holds, read_all
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel
 
 _PAGE_BYTES = 4096

@@ -33,16 +33,16 @@ from dist_ckpt.storage.base import (
     fill_views,
     flat_views,
     is_key,
+    is_temporary,
 )
-from dist_ckpt.storage.direct import DirectIO
-from dist_ckpt.storage.durable import (
+from dist_ckpt.storage.disk import (
+    NO_LOCKS,
+    DirectIO,
     Naming,
-    free_bytes,
+    lock,
     look_again,
     nearest_existing,
-    prune,
     remove_exactly,
-    sweep_files,
     sync_directory,
     write_file,
 )
@@ -405,3 +405,81 @@ def _listed_name(entry: os.DirEntry[str]) -> str:
         if entry.is_symlink():
             return ""
         raise
+
+
+def free_bytes(path: str) -> int:
+    """Return what the file system of `path`, or of where it would be, has left for this user."""
+    status = os.statvfs(nearest_existing(path))
+    return status.f_bavail * status.f_frsize
+
+
+def prune(directory: str, root: str) -> None:
+    """Remove `directory` and those above it, below `root`, as far as they are empty."""
+    while len(directory) > len(root):
+        try:
+            os.rmdir(directory)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            # Not empty, in use, or not ours to remove: an empty folder is never listed anyway.
+            return
+        directory = os.path.dirname(directory)
+
+
+# What killed writers left in a directory: by its exact names, and never through a link.
+
+
+def sweep_files(root: str, prefix: str, may_go: MayGo) -> tuple[int, list[OSError]]:
+    """Remove the temporary files of killed writers below the folder `prefix` of `root`.
+
+    Returns:
+        How many there were, and what failed: a folder that cannot be looked into, or a file that
+        cannot be removed, keeps nobody from the others.
+    """
+    removed = 0
+    failures: list[OSError] = []
+    for directory, folders, names in os.walk(
+        os.path.join(root, prefix).rstrip("/"), onerror=failures.append
+    ):
+        here = os.path.relpath(directory, root) + "/"
+        here = "" if here == "./" else here
+        # A folder that may hold nothing of ours is not looked into: it may be large, or closed.
+        folders[:] = [name for name in folders if is_key(here + name) and may_go(f"{here}{name}/")]
+        count = 0
+        for name in names:
+            if is_temporary(name) and may_go(here + name):
+                try:
+                    count += _remove_abandoned(os.path.join(directory, name))
+                except OSError as error:
+                    failures.append(error)
+        if count:
+            prune(directory, root)
+        removed += count
+    # A folder that was there a moment ago was emptied by somebody else.
+    return removed, [error for error in failures if not isinstance(error, FileNotFoundError)]
+
+
+def _remove_abandoned(path: str) -> bool:
+    """Remove the temporary file `path` unless its writer lives; return whether it was removed."""
+    try:
+        # What bears such a name and is a link, a pipe or a folder was made by somebody else.
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        if not lock(fd):
+            return False
+        # Still locked: a writer that opened it just now finds it gone and takes another name.
+        os.unlink(path)
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        # Without locks nobody can tell that the writer is dead, so the file stays.
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    finally:
+        os.close(fd)

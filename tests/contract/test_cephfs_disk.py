@@ -10,7 +10,7 @@ import pytest
 
 from dist_ckpt.errors import ErrorKind, StorageError
 from dist_ckpt.storage import LocalStore
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 MIB = 1 << 20
 

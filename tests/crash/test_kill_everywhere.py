@@ -19,7 +19,7 @@ import pytest
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.saving import attempt
-from dist_ckpt.storage import direct, durable, local
+from dist_ckpt.storage import disk, local
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import CHANGES, OPERATIONS, CrashStore, Operation
@@ -80,13 +80,13 @@ def save_with_crash(
 
 def save_with_crashing_os(root: str, at: int | None) -> int:
     crashing = CrashingOs(at)
-    for module in (direct, durable, local, durable):
+    for module in (disk, local):
         setattr(module, "os", crashing)  # noqa: B010 - mypy will not have it otherwise
     # Files one after another: side by side they would race for their directory, and every run would
     # come to another number of calls.
     attempt.FILES_AT_ONCE = 1
-    direct.DIRECT_BYTES = LARGE_BYTES
-    direct.__dict__["PIECE_BYTES"] = LARGE_BYTES
+    disk.DIRECT_BYTES = LARGE_BYTES
+    disk.__dict__["PIECE_BYTES"] = LARGE_BYTES
     save(root, CRASH_STEP)
     return crashing.count
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import local, storage
 from benchmarks.measure import Case, Samples, interleave, table, verdict
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 _TAKES_32_MIB = """
 from benchmarks.measure import Case, interleave

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from dist_ckpt.storage import LocalStore, PutMode, direct, durable
+from dist_ckpt.storage import LocalStore, PutMode, disk
 
 CALLS = ["mkdir", "open", "writev", "pwrite", "fsync", "link", "replace", "unlink", "close"]
 CALLS += ["dup", "lstat", "rename"]
@@ -29,8 +29,8 @@ NEW = b"new " * 10_000 + b"bytes"
 
 def go_direct() -> None:
     """Let `NEW` be taken for large: five pieces and a tail, by two writers."""
-    direct.DIRECT_BYTES = 8192
-    direct.__dict__["PIECE_BYTES"] = 8192
+    disk.DIRECT_BYTES = 8192
+    disk.__dict__["PIECE_BYTES"] = 8192
 
 
 def go_linkless() -> None:
@@ -40,7 +40,7 @@ def go_linkless() -> None:
         raise PermissionError(errno.EPERM, "no hard links", source)
 
     os.link = link  # type: ignore[assignment]
-    durable.renameat2 = None
+    disk.renameat2 = None
 
 
 def crash_before(number: int) -> None:

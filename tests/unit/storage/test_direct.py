@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, StorageError
-from dist_ckpt.storage import LocalStore, direct
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage import LocalStore, disk
+from dist_ckpt.storage.disk import aligned_buffer
 
 SECTOR = 4096
 PIECE = 4 * SECTOR
@@ -25,9 +25,9 @@ PIECE = 4 * SECTOR
 
 def make_small(patch: pytest.MonkeyPatch) -> None:
     """Let files of a few sectors be what files of many megabytes are."""
-    patch.setattr(direct, "DIRECT_BYTES", 2 * SECTOR)
-    patch.setattr(direct, "PIECE_BYTES", PIECE)
-    patch.setattr(direct, "READ_BYTES", PIECE)
+    patch.setattr(disk, "DIRECT_BYTES", 2 * SECTOR)
+    patch.setattr(disk, "PIECE_BYTES", PIECE)
+    patch.setattr(disk, "READ_BYTES", PIECE)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +175,7 @@ class TestRefused:
         assert not store.capabilities.direct_io
 
     def test_on_a_system_without_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(direct, "O_DIRECT", 0)
+        monkeypatch.setattr(disk, "O_DIRECT", 0)
         store = LocalStore(tmp_path)
         data = os.urandom(4 * PIECE + 9)
         store.put("key", [memory(data)])
@@ -296,7 +296,7 @@ class TestPreallocation:
     def test_is_not_known_to_every_system(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(direct, "fallocate", None)
+        monkeypatch.setattr(disk, "fallocate", None)
         LocalStore(tmp_path).put("key", [memory(b"1" * 3 * PIECE)])
         assert (tmp_path / "key").read_bytes() == b"1" * 3 * PIECE
 
@@ -310,7 +310,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, codes: list[int]) -> list[int]:
         ctypes.set_errno(code)
         return -1 if code else 0
 
-    monkeypatch.setattr(direct, "fallocate", fallocate)
+    monkeypatch.setattr(disk, "fallocate", fallocate)
     return left
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dist_ckpt.errors import AlreadyExists, StorageError
-from dist_ckpt.storage import Entry, LocalStore, PutMode, direct, read_all
+from dist_ckpt.storage import Entry, LocalStore, PutMode, disk, read_all
 from tests.unit.storage.crash_put import NEW
 
 REPOSITORY = Path(__file__).parents[3]
@@ -30,8 +30,8 @@ def put_new(store: LocalStore, mode: PutMode) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the bytes of a put travel: the order around them must be the same."""
     if request.param == "direct":
-        monkeypatch.setattr(direct, "DIRECT_BYTES", 8192)
-        monkeypatch.setattr(direct, "PIECE_BYTES", 8192)
+        monkeypatch.setattr(disk, "DIRECT_BYTES", 8192)
+        monkeypatch.setattr(disk, "PIECE_BYTES", 8192)
     return str(request.param)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from dist_ckpt.errors import CheckpointError, ErrorKind, NotFound, StorageError, UsageError
 from dist_ckpt.storage import Entry, LocalStore, Store, read_all
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage.disk import aligned_buffer
 
 REPOSITORY = Path(__file__).parents[3]
 NOBODY = 65534

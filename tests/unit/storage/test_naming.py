@@ -17,8 +17,8 @@ import pytest
 import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, StorageError, UsageError
 from dist_ckpt.repository import Repository
-from dist_ckpt.storage import Entry, LocalStore, Store, durable, read_all, resolve
-from dist_ckpt.storage.direct import aligned_buffer
+from dist_ckpt.storage import Entry, LocalStore, Store, disk, read_all, resolve
+from dist_ckpt.storage.disk import aligned_buffer
 
 # What file systems without links answer: FAT, SMB, FUSE, a limit of one link, a union of disks.
 CODES = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL, 524]
@@ -41,7 +41,7 @@ class Linkless:
 def linkless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Linkless:
     """No links, and with or without a rename that replaces nothing."""
     if request.param == "rename":
-        monkeypatch.setattr(durable, "renameat2", None)
+        monkeypatch.setattr(disk, "renameat2", None)
     return Linkless(monkeypatch, errno.EPERM)
 
 
@@ -180,7 +180,7 @@ def test_rename_whose_answer_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     Linkless(monkeypatch, errno.EPERM)
-    monkeypatch.setattr(durable, "renameat2", None)
+    monkeypatch.setattr(disk, "renameat2", None)
     real = os.rename
 
     def rename(source: str, target: str) -> None:
@@ -225,7 +225,7 @@ def test_a_mount_that_knows_almost_nothing_is_used(
     monkeypatch.setattr(fcntl, "fcntl", control)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(fcntl, "flock", _fail(errno.ENOSYS))
-    monkeypatch.setattr("dist_ckpt.storage.direct.fallocate", None)
+    monkeypatch.setattr("dist_ckpt.storage.disk.fallocate", None)
     store: Store = LocalStore(tmp_path, single_writer=True)
     data = aligned_buffer(3 << 20)
     store.put("a/large", [data])

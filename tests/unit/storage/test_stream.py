@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_ckpt.errors import AlreadyExists, IntegrityError, StorageError
-from dist_ckpt.storage import direct
+from dist_ckpt.storage import disk
 from dist_ckpt.storage.base import Store, Stream, put_stream, read_all
 from dist_ckpt.storage.fsspec import FsspecStore
 from dist_ckpt.storage.limit import LimitStore
@@ -70,7 +70,7 @@ def test_a_disk_that_refuses_direct_writes_gets_all_of_it(
     def refused(*_: object) -> None:
         raise OSError(22, "not here")
 
-    monkeypatch.setattr(direct, "write_at", refused)
+    monkeypatch.setattr(disk, "write_at", refused)
     log: list[int] = []
     put_stream(LocalStore(tmp_path), "a", stream(log))
     assert (tmp_path / "a").read_bytes() == WHOLE
