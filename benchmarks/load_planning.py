@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dist_ckpt.format import index as index_format
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, block_count, file_digest
-from dist_ckpt.format.index import ChunkTable, FileEntry, Index, TensorEntry
+from dist_ckpt.format import whole as whole_format
+from dist_ckpt.format.files import BLOCK_BYTES, DIGEST_BYTES, FileEntry, block_count, file_digest
+from dist_ckpt.format.index import ChunkTable, Index, TensorEntry
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files
@@ -45,7 +45,7 @@ def index_bytes(tensors: int = TENSORS, chunks: int = CHUNKS) -> bytes:
         np.repeat(np.arange(tensors, dtype=np.uint64) * np.uint64(chunk_bytes), chunks),
         boxes.reshape(-1),
     )
-    return index_format.encode(Index(files, entries, (), table))
+    return whole_format.encode(Index(files, entries, (), table))
 
 
 def shares(data: bytes) -> dict[str, Callable[[], float]]:
@@ -54,7 +54,7 @@ def shares(data: bytes) -> dict[str, Callable[[], float]]:
     Args:
         data: the bytes of the index.
     """
-    entries = index_format.decode(data).tensors
+    entries = whole_format.decode(data).tensors
     rows = entries[0].shape[0]
     size = -(-rows // READERS)
     middle = READERS // 2 * size if READERS // 2 * size < rows else 0
@@ -82,7 +82,7 @@ def _planner(
 
     def run() -> float:
         begun = time.perf_counter()
-        index = index_format.decode(data)
+        index = whole_format.decode(data)
         sizes = [file.nbytes for file in index.files]
         files = Files(sizes, unit_bytes=BLOCK_BYTES, apart_bytes=_GAP_BYTES)
         ReadTargets(index, wanted, files, max_gap_bytes=_GAP_BYTES)

@@ -20,7 +20,7 @@ from benchmarks.measure import Case, interleave, say, table
 from benchmarks.s3 import environment_of
 from benchmarks.sections import run_sections
 from benchmarks.workload import State
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.storage.disk import aligned_buffer
 from tests.services.s3 import s3_service

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.measure import Case, interleave, no_warnings, table, verdict
-from dist_ckpt.format.digest import block_digests
+from dist_ckpt.format.files import block_digests
 from dist_ckpt.storage import LocalStore
 from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel

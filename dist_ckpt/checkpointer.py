@@ -8,8 +8,7 @@ from typing import Any, Self, SupportsIndex, Unpack
 
 from dist_ckpt import flags
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.limits import as_integer
-from dist_ckpt.format.names import check_step, plain_step
+from dist_ckpt.format.names import as_integer, check_step, plain_step
 from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords
 from dist_ckpt.policy import SavePolicy

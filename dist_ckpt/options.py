@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 import torch
 
 from dist_ckpt.errors import UsageError, describe, is_refusal, near
-from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.files import BLOCK_BYTES, bytes_digest
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobKeywords
 from dist_ckpt.state.resizing import ResizeRule, check_resize, rule_for
 

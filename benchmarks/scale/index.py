@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks.measure import say
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.digest import DIGEST_BYTES, cut_blocks
-from dist_ckpt.format.index import FileEntry, TensorEntry
+from dist_ckpt.format.files import ALIGN_BYTES, DIGEST_BYTES, FileEntry, cut_blocks
+from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.manifest import FilesTotal, Manifest, ManifestFile, RankTimings
 from dist_ckpt.format.names import segment_name, shard_name
 from dist_ckpt.format.segments import (
@@ -32,7 +32,6 @@ from dist_ckpt.format.segments import (
     encode_root,
     encode_segment,
 )
-from dist_ckpt.format.shard import ALIGN_BYTES
 from dist_ckpt.format.structure import Layout, Structure
 from dist_ckpt.saving.provenance import few_hosts
 

@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.planning.columns import Numbers, Row, Table
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.saving.messages import Description

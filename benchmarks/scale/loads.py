@@ -21,8 +21,8 @@ from benchmarks.measure import in_own_process, peak_mib, say
 from benchmarks.scale.index import described, segment, structure
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.format.index import Box
 from dist_ckpt.format.manifest import FilesTotal, ManifestFile
 from dist_ckpt.format.names import (
     file_key,

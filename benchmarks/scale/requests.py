@@ -22,7 +22,7 @@ from benchmarks.s3 import environment_of
 from benchmarks.scale.index import described
 from dist_ckpt import keep
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import ManifestFile
 from dist_ckpt.format.names import (
     INDEX,

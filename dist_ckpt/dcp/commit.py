@@ -23,8 +23,8 @@ from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.foreign.dcp_runs import NAMING, aside_name, naming_version
-from dist_ckpt.format.boxes import volume
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.format.index import volume
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, encode_document, longest
 from dist_ckpt.format.segments import Spent
 from dist_ckpt.format.whole import encode_whole

@@ -23,7 +23,7 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.foreign.leaves import dotted
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
 from dist_ckpt.state.layout import is_wrapped, local_of, shard_like
 from dist_ckpt.state.rebuilding import difference, how_made

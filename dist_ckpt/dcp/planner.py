@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import (
 
 from dist_ckpt.dcp.edge import plain_errors
 from dist_ckpt.dcp.items import box_of, held_of, paths_of
-from dist_ckpt.format.boxes import Box, volume
+from dist_ckpt.format.index import Box, volume
 from dist_ckpt.planning.owners import decide
 from dist_ckpt.staging.arena import view_box
 from dist_ckpt.state.layout import is_wrapped

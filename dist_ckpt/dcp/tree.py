@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.foreign.dcp_tree import FACES, TREE, TREE_FILE, encode_faces, encode_tree
-from dist_ckpt.format.index import FileEntry, Index
+from dist_ckpt.format.files import FileEntry
+from dist_ckpt.format.index import Index
 from dist_ckpt.planning.files import StagedFile, WrittenFile, stage_documents
 
 

@@ -36,7 +36,7 @@ from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.tree import tree_file
 from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
-from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.files import digest_blocks
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.files import StagedFile, WrittenFile
 from dist_ckpt.repository import Repository, Transaction

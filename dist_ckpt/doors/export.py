@@ -18,7 +18,7 @@ from dist_ckpt.doors.pickling import Built, Call, Name, Pairs, pickled
 from dist_ckpt.doors.placing import OutFile, place_folder, place_one
 from dist_ckpt.doors.torch_archive import Archive, whole_storage
 from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError
-from dist_ckpt.format.shard import DTYPES, ShardEntry, layout
+from dist_ckpt.format.files import DTYPES, ShardEntry, layout
 from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place

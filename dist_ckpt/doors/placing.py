@@ -16,7 +16,7 @@ import msgspec
 
 from dist_ckpt.doors.image import WINDOW_BYTES
 from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
-from dist_ckpt.format.digest import block_digests
+from dist_ckpt.format.files import block_digests
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Stream, Sweeper, put_stream, read_all
 from dist_ckpt.storage.disk import aligned_buffer

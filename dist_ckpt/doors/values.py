@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.copying import ValuesDiffer

@@ -31,10 +31,8 @@ from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Unknown
 from dist_ckpt.foreign.torch_files import DtypeName, TorchTensor
 from dist_ckpt.foreign.torch_leaves import torch_leaves
 from dist_ckpt.foreign.unpickle import unpickle
-from dist_ckpt.format.boxes import Box, volume
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.limits import count_elements
-from dist_ckpt.format.names import STEP_LIMIT
+from dist_ckpt.format.index import Box, TensorEntry, volume
+from dist_ckpt.format.names import STEP_LIMIT, count_elements
 from dist_ckpt.state.encoding import Inline, Unreadable
 from dist_ckpt.state.layout import dtype_name, dtype_of
 from dist_ckpt.storage.base import Store, has, is_key, read_all

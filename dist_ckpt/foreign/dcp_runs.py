@@ -19,8 +19,7 @@ from dist_ckpt.foreign.dcp_tree import Tree, read_tree
 from dist_ckpt.foreign.leaves import ForeignLeaf, Path, dotted
 from dist_ckpt.foreign.names import Placed, sort_into_parts
 from dist_ckpt.foreign.tensors_aside import TensorsAside
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import Index, TensorEntry
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest, decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.files import parse_header
 from dist_ckpt.format.manifest import decode_document, encode_document
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.format.shard import parse_header
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.state.objects import decode, encode
 

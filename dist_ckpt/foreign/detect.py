@@ -18,9 +18,8 @@ from dist_ckpt.foreign.names import sort_into_parts
 from dist_ckpt.foreign.source import Chunk, ForeignSource, Found, Runs
 from dist_ckpt.foreign.torch_files import TorchTensor
 from dist_ckpt.foreign.torch_leaves import torch_leaves
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.shard import DTYPES, ShardHeader, header_nbytes, parse_header
+from dist_ckpt.format.files import DTYPES, ShardHeader, header_nbytes, parse_header
+from dist_ckpt.format.index import Box, TensorEntry
 from dist_ckpt.state.encoding import Unreadable
 from dist_ckpt.storage.base import Store, has, is_key, read_all
 

@@ -13,13 +13,11 @@ import numpy as np
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, describe
 from dist_ckpt.foreign.torch_files import TorchTensor
-from dist_ckpt.format import index as index_format
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import DIGEST_BYTES, block_count, file_digest
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format import whole as whole_format
+from dist_ckpt.format.files import DIGEST_BYTES, FileEntry, block_count, file_digest, itemsize
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import FILES_LIMIT, shard_name
-from dist_ckpt.format.shard import itemsize
 from dist_ckpt.repository.source import read_file
 from dist_ckpt.storage.base import Scatter, Store
 
@@ -143,7 +141,7 @@ class ForeignSource:
         self.message = message
         self.format = told.format
         # Decoding checks everything that is checked of our own: names, bounds, coverage.
-        self.index: Index = index_format.decode(told.index)
+        self.index: Index = whole_format.decode(told.index)
         self._keys = told.keys
         self._objects = told.objects
         self._step = told.step
@@ -198,7 +196,7 @@ class ForeignSource:
         message = _Message(
             found.format,
             list(found.keys),
-            index_format.encode(index),
+            whole_format.encode(index),
             objects,
             found.step,
             list(found.permuted),

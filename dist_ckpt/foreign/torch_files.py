@@ -18,8 +18,8 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, Inte
 from dist_ckpt.foreign.stand_ins import Constructor, Unknown
 from dist_ckpt.foreign.torch_values import CONSTRUCTORS, KINDS, completed, unknown_in, what_of
 from dist_ckpt.foreign.unpickle import unpickle
-from dist_ckpt.format.limits import INT64_MAX, count_elements
-from dist_ckpt.format.shard import DTYPES, itemsize
+from dist_ckpt.format.files import DTYPES, itemsize
+from dist_ckpt.format.names import INT64_MAX, count_elements
 from dist_ckpt.storage.base import Store
 
 _PICKLE_LIMIT_BYTES = 1 << 28

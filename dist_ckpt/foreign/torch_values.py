@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Unknown
-from dist_ckpt.format.limits import INT64_MAX, count_elements
+from dist_ckpt.format.names import INT64_MAX, count_elements
 
 _BUFFER = Kind("_io.BytesIO")
 _NAME_SHOWN = 200

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dist_ckpt.foreign.stand_ins import Constructor, Kind, Made, Names, Unknown
-from dist_ckpt.format.limits import HashCounts
+from dist_ckpt.format.names import HashCounts
 
 _FREE_NODES = 1 << 20
 _NODES_PER_BYTE = 4

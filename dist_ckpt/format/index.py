@@ -1,112 +1,339 @@
-"""The index: which files a checkpoint has, which tensors, where each chunk of them lies.
+"""The index: which tensors a checkpoint has, in which boxes, and in which file each of those lies.
 
-Chunks are columns, not objects: a checkpoint of thousands of ranks has millions of them. How all of
-it is written differs from format to format: in format 1 as one object (`encode`, `decode`), in
-format 2 by each rank (`dist_ckpt.format.segments`).
+A box is an axis-aligned block of elements of a tensor; what can be computed from boxes alone is
+here too. Stored boxes, the chunks, are columns, not objects: a checkpoint of thousands of ranks has
+millions of them. How all of it is written differs from format to format: in format 1 as one object
+(`dist_ckpt.format.whole`), in format 2 by each rank (`dist_ckpt.format.segments`).
 """
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format.boxes import Box, find_uncovered
-from dist_ckpt.format.digest import (
-    BLOCK_BYTES,
-    DIGEST_BYTES,
-    block_count,
-    digest_blocks,
-    file_digest,
-)
-from dist_ckpt.format.limits import INT64_MAX, bad_index, count_elements
-from dist_ckpt.format.names import RANK_LIMIT, is_part, parse_shard_name
-from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.errors import UsageError
+from dist_ckpt.format.files import DTYPES, FileEntry
+from dist_ckpt.format.names import INT64_MAX, bad_index, count_elements, is_part
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of the attempt.
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The elements `offsets[i] <= index[i] < offsets[i] + sizes[i]` of a tensor.
 
-    Attributes:
-        name: inside the directory of the save id.
-        nbytes: its size.
-        digest: of the file, 16 hex digits; empty where its blocks are not known here.
-        blocks: digest of each block, 8 bytes each.
-        lengths: of the blocks, uint32 each; empty where each has 1 MiB and the last one the rest.
+    A box of a 0-dim tensor has no offsets and holds its one element.
     """
 
-    name: str
-    nbytes: int
-    digest: str
-    blocks: bytes
-    lengths: bytes = field(default=b"", repr=False)
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
-    @classmethod
-    def of(
-        cls, name: str, nbytes: int, blocks: bytes, lengths: Sequence[int] | NDArray[np.int64] = ()
-    ) -> FileEntry:
-        """Return the entry of a file, given the digests and the lengths of its blocks."""
-        return cls(name, nbytes, file_digest(blocks), blocks, np.array(lengths, "<u4").tobytes())
 
-    @cached_property
-    def edges(self) -> NDArray[np.int64]:
-        """Where its blocks begin and end: int64[blocks + 1], from 0 to its size."""
-        if not self.lengths:
-            grid = np.arange(0, self.nbytes, BLOCK_BYTES, dtype=np.int64)
-            return np.append(grid, self.nbytes)
-        lengths = np.frombuffer(self.lengths, "<u4")
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+def volume(box: Box) -> int:
+    """Return the number of elements of `box`."""
+    return math.prod(box.sizes)
 
-    def blocks_in(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the number of the block that begins at `start`, and that of the one at `stop`.
 
-        Raises:
-            UsageError: none does.
-        """
-        first, last = np.searchsorted(self.edges, (start, stop)).tolist()
-        if last >= len(self.edges) or self.edges[[first, last]].tolist() != [start, stop]:
-            raise UsageError(f"bytes {start} to {stop} of file {self.name} are not whole blocks")
-        return first, last
+def intersect(first: Box, second: Box) -> Box | None:
+    """Return the box of the elements that both hold, or None where there is none.
 
-    def find_damaged(self, start: int, *buffers: memoryview) -> tuple[int, int, int] | None:
-        """Compare whole blocks from `start` on; return the first that differs, and where it lies.
+    Raises:
+        UsageError: the boxes differ in their number of dimensions.
+    """
+    _check_ndim(first, second)
+    offsets = tuple(max(a, b) for a, b in zip(first.offsets, second.offsets, strict=True))
+    ends = map(min, _stops(first), _stops(second))
+    sizes = tuple(end - start for start, end in zip(offsets, ends, strict=True))
+    return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
 
-        Raises:
-            UsageError: these are no whole blocks.
-        """
-        first, last = self.blocks_in(start, start + sum(map(len, buffers)))
-        edges = self.edges[first : last + 1].tolist()
-        lengths = (b - a for a, b in itertools.pairwise(edges))
-        found = digest_blocks(lengths, *buffers)
-        stored = self.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
-        if found == stored:
+
+def is_whole(box: Box, shape: Sequence[int]) -> bool:
+    """Tell whether `box` is all of a tensor of `shape`."""
+    return not any(box.offsets) and box.sizes == tuple(shape)
+
+
+def split_rows(box: Box, pieces: int) -> list[Box]:
+    """Cut `box` along its first dimension of more than one element, in order of its elements.
+
+    Each piece is contiguous in the C order of `box`; sizes differ by at most one row, the larger
+    ones first. There are never more pieces than rows, so none is empty; a box of no element or of
+    one comes back as it is.
+
+    Raises:
+        UsageError: `pieces` is less than one.
+    """
+    if pieces < 1:
+        raise UsageError(f"cannot split a box into {pieces} pieces: ask for at least one")
+    dim = next((i for i, size in enumerate(box.sizes) if size > 1), None)
+    if dim is None or volume(box) == 0:
+        return [box]
+    rows = box.sizes[dim]
+    count = min(pieces, rows)
+    short, longer = divmod(rows, count)
+    result: list[Box] = []
+    start = box.offsets[dim]
+    for i in range(count):
+        size = short + (i < longer)
+        offsets = (*box.offsets[:dim], start, *box.offsets[dim + 1 :])
+        result.append(Box(offsets, (*box.sizes[:dim], size, *box.sizes[dim + 1 :])))
+        start += size
+    return result
+
+
+def element_span(outer: Box, inner: Box) -> tuple[int, int]:
+    """Return the smallest range (first, stop) of elements of `outer` that covers `inner`.
+
+    Elements are counted in the C order of `outer`, from its first one. An `inner` without
+    elements has the span (0, 0).
+
+    Raises:
+        UsageError: `inner` is not inside `outer`.
+    """
+    _check_ndim(outer, inner)
+    if volume(inner) == 0:
+        return 0, 0
+    inside = zip(outer.offsets, inner.offsets, _stops(inner), _stops(outer), strict=True)
+    if not all(low <= start and stop <= high for low, start, stop, high in inside):
+        raise UsageError(f"{inner} is not inside {outer}: intersect them first")
+    first = last = 0
+    for dim, width in enumerate(outer.sizes):
+        start = inner.offsets[dim] - outer.offsets[dim]
+        first = first * width + start
+        last = last * width + start + inner.sizes[dim] - 1
+    return first, last + 1
+
+
+def run_boxes(outer: Box, first: int, stop: int) -> list[Box]:
+    """Return the boxes that hold the elements `first` up to `stop` of `outer`, in their order.
+
+    Elements are counted as in `element_span`. At most two boxes for each dimension: the rest of
+    the row that `first` is in, whole rows, and the begin of the row that `stop` is in.
+
+    Raises:
+        UsageError: the elements are none, or not inside `outer`.
+    """
+    if not 0 <= first < stop <= volume(outer):
+        raise UsageError(f"elements {first} to {stop} are not inside {outer}, or none")
+    return [
+        Box(tuple(a + b for a, b in zip(outer.offsets, offsets, strict=True)), sizes)
+        for offsets, sizes in _runs(outer.sizes, first, stop)
+    ]
+
+
+_Run = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _runs(sizes: tuple[int, ...], first: int, stop: int) -> list[_Run]:
+    """Return (offsets, sizes) of `run_boxes`, relative to the outer box."""
+    if not sizes:
+        return [((), ())]
+    inner = sizes[1:]
+    row_elements = math.prod(inner)
+    row, begin = divmod(first, row_elements)
+    last, end = divmod(stop, row_elements)
+    if row == last:
+        return _in_row(row, _runs(inner, begin, end))
+    head: list[_Run] = []
+    if begin:
+        head = _in_row(row, _runs(inner, begin, row_elements))
+        row += 1
+    rows = [((row, *(0 for _ in inner)), (last - row, *inner))] if row < last else []
+    tail = _in_row(last, _runs(inner, 0, end)) if end else []
+    return [*head, *rows, *tail]
+
+
+def _in_row(row: int, runs: Sequence[_Run]) -> list[_Run]:
+    return [((row, *offsets), (1, *sizes)) for offsets, sizes in runs]
+
+
+def _stops(box: Box) -> list[int]:
+    return [start + size for start, size in zip(box.offsets, box.sizes, strict=True)]
+
+
+def _check_ndim(first: Box, second: Box) -> None:
+    if len(first.offsets) != len(second.offsets):
+        raise UsageError(f"{first} and {second} differ in their number of dimensions")
+
+
+# Do the chunks of each tensor hold every element exactly once? Exact, and near-linear.
+#
+# Chunks that differ in one dimension only, which is how almost all tensors are cut, are checked
+# as chains: each one starts where the one before it ends. What is left is checked by its corners.
+# The function that counts how many boxes hold an element is the sum of the boxes, and a sum of
+# boxes is fixed by its corners, each with the sign that alternates from corner to corner: boxes
+# tile a tensor if and only if their corners cancel against those of the whole tensor. Nothing
+# here allocates by a claimed size, only by the number of chunks.
+
+
+Rows = NDArray[np.int64]
+
+# Corners alive at once, for each chunk: boxes that tile cancel long before this.
+_MAX_CORNERS_PER_BOX = 64
+_MIN_CORNERS = 1 << 16
+
+
+def check_cover(shape: Sequence[int], starts: Rows, sizes: Rows) -> str | None:
+    """Return what is wrong with the chunks of one tensor, or None if they tile it.
+
+    A tensor without elements has exactly one chunk, of its whole shape.
+
+    Args:
+        shape: of the tensor; each entry, and the number of elements, fits into int64.
+        starts: int64[n, d], first index of each chunk.
+        sizes: int64[n, d], its extent.
+    """
+    shapes = np.array([shape], np.int64).reshape(1, len(shape))
+    bad = find_uncovered(shapes, np.array([len(starts)], np.int64), starts, sizes)
+    return None if bad is None else bad[1]
+
+
+def find_uncovered(
+    shapes: Rows, counts: NDArray[np.int64], starts: Rows, sizes: Rows
+) -> tuple[int, str] | None:
+    """Return (tensor, problem) for one tensor that its chunks do not tile, or None.
+
+    Args:
+        shapes: int64[t, d], one row for each tensor.
+        counts: int64[t], how many chunks each tensor has.
+        starts: int64[n, d], the chunks of the first tensor, then those of the second, ...
+        sizes: int64[n, d].
+    """
+    if len(shapes) == 0:
+        return None
+    if not counts.all():
+        return int(np.argmin(counts)), "missing: it has no chunk"
+    owner = np.repeat(np.arange(len(shapes)), counts)
+    whole = shapes[owner]
+    # `whole - starts` may wrap only where `starts < 0` has already condemned the row.
+    outside = ((starts < 0) | (sizes < 0) | (starts > whole) | (sizes > whole - starts)).any(axis=1)
+    if outside.any():
+        row = int(np.argmax(outside))
+        tensor = int(owner[row])
+        box = f"{starts[row].tolist()} + {sizes[row].tolist()}"
+        return tensor, f"out of bounds: chunk {box} in shape {shapes[tensor].tolist()}"
+    first = np.cumsum(counts) - counts
+    cut = np.logical_or.reduceat(sizes != whole, first, axis=0)
+    alone = (counts == 1) & ~cut.any(axis=1)
+    wrong = (shapes == 0).any(axis=1) & ~alone
+    if wrong.any():
+        problem = "overlap: a tensor without elements has one chunk, of its whole shape"
+        return int(np.argmax(wrong)), problem
+    suspect = ~alone & ~_chained(shapes, first, cut, starts, sizes)
+    if not suspect.any():
+        return None
+    rows = suspect[owner]
+    # Dimensions that are cut come first: once they are done, the boxes left over are all equal.
+    order = np.argsort(~cut, axis=1, kind="stable")
+    turned = order[owner[rows]]
+    bad = _uncancelled(
+        np.take_along_axis(shapes, order, axis=1),
+        owner[rows],
+        np.take_along_axis(starts[rows], turned, axis=1),
+        np.take_along_axis(sizes[rows], turned, axis=1),
+    )
+    if bad is None:
+        return None
+    tensor, problem = bad
+    return tensor, problem or _describe(shapes[tensor], sizes[owner == tensor])
+
+
+def _chained(
+    shapes: Rows, first: NDArray[np.int64], cut: NDArray[np.bool_], starts: Rows, sizes: Rows
+) -> NDArray[np.bool_]:
+    """Which tensors are cut in one dimension only, into chunks that lie end to end, in order."""
+    if shapes.shape[1] == 0:
+        return np.zeros(len(shapes), np.bool_)
+    dim = cut.argmax(axis=1)
+    counts = np.diff(first, append=len(starts))
+    column = np.repeat(dim, counts)[:, None]
+    begin = np.take_along_axis(starts, column, axis=1)[:, 0]
+    extent = np.take_along_axis(sizes, column, axis=1)[:, 0]
+    end = begin + extent
+    expected = np.empty_like(begin)
+    expected[1:] = end[:-1]
+    expected[first] = 0
+    good = np.logical_and.reduceat((begin == expected) & (extent > 0), first)
+    last = end[first + counts - 1] == shapes[np.arange(len(shapes)), dim]
+    result: NDArray[np.bool_] = good & last & (cut.sum(axis=1) == 1)
+    return result
+
+
+def _uncancelled(
+    shapes: Rows, owner: NDArray[np.intp], starts: Rows, sizes: Rows
+) -> tuple[int, str] | None:
+    """Return a tensor whose corners do not cancel, with a problem where the search was given up."""
+    # An empty box has no element to cover and its corners cancel by themselves: it is never right.
+    empty = (sizes == 0).any(axis=1)
+    if empty.any():
+        return int(owner[np.argmax(empty)]), "overlap: a chunk has no element"
+    tensors = np.unique(owner)
+    tensor = np.concatenate([owner, tensors])
+    low = np.concatenate([starts, np.zeros((len(tensors), shapes.shape[1]), np.int64)])
+    high = np.concatenate([starts + sizes, shapes[tensors]])
+    rest = _suffix_ids(low, high)
+    # A term is a corner fixed in the dimensions done, times the box `row` in those to come.
+    row = np.arange(len(tensor))
+    sign = np.concatenate([np.ones(len(owner), np.int64), np.full(len(tensors), -1, np.int64)])
+    point = tensor.astype(np.int64)
+    limit = max(_MIN_CORNERS, _MAX_CORNERS_PER_BOX * len(tensor))
+    row, sign, point = _cancel(row, sign, point, rest[0][row])
+    for dim in range(shapes.shape[1]):
+        if len(row) == 0:
             return None
-        bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
-        return first + bad, edges[bad], edges[bad + 1]
+        if 2 * len(row) > limit:
+            problem = "overlap or missing: it is cut in too many dimensions to be checked"
+            return int(np.bincount(tensor[row]).argmax()), problem
+        edge = np.concatenate([low[row, dim], high[row, dim]])
+        row = np.concatenate([row, row])
+        sign = np.concatenate([sign, -sign])
+        point = _ids(np.concatenate([point, point]), edge)
+        row, sign, point = _cancel(row, sign, point, rest[dim + 1][row])
+    return None if len(row) == 0 else (int(tensor[row[0]]), "")
 
-    def around(self, start: int, stop: int) -> tuple[int, int]:
-        """Return where the blocks begin and end that hold the bytes `start:stop`."""
-        first = int(np.searchsorted(self.edges, start, side="right")) - 1
-        return int(self.edges[first]), int(self.edges[np.searchsorted(self.edges, stop)])
 
-    def spans(self, most_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the file in pieces of whole blocks, of at most so many bytes or of one block."""
-        first, edges = 0, self.edges
-        while first + 1 < len(edges):
-            last = int(np.searchsorted(edges, edges[first] + most_bytes, side="right")) - 1
-            last = max(last, first + 1)
-            yield int(edges[first]), int(edges[last])
-            first = last
+def _cancel(
+    row: NDArray[np.intp], sign: NDArray[np.int64], point: NDArray[np.int64], rest: Rows
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
+    """Add up the terms at equal points with equal boxes to come; drop those that vanish."""
+    key = _ids(point, rest)
+    order = np.argsort(key, kind="stable")
+    heads = np.flatnonzero(np.diff(key[order], prepend=-1))
+    total = np.add.reduceat(sign[order], heads)
+    alive = order[heads[total != 0]]
+    return row[alive], total[total != 0], point[alive]
+
+
+def _suffix_ids(low: Rows, high: Rows) -> list[NDArray[np.int64]]:
+    """For each dimension, a number for each row that says which box it is from there on."""
+    ids = [np.zeros(len(low), np.int64)]
+    for dim in range(low.shape[1] - 1, -1, -1):
+        ids.append(_ids(_ids(low[:, dim], high[:, dim]), ids[-1]))
+    return ids[::-1]
+
+
+def _ids(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the distinct pairs from 0 on."""
+    # Ranks are less than the number of rows, so the product of two stays far below 2**63.
+    a = np.unique(first, return_inverse=True)[1]
+    b = np.unique(second, return_inverse=True)[1]
+    pair = a.astype(np.int64) * (int(b.max(initial=0)) + 1) + b
+    ids: NDArray[np.int64] = np.unique(pair, return_inverse=True)[1].astype(np.int64)
+    return ids
+
+
+def _describe(shape: NDArray[np.int64], sizes: Rows) -> str:
+    whole = math.prod(shape.tolist())
+    # Python integers: the volumes of bad boxes may add up to more than int64 holds.
+    held = sum(math.prod(size) for size in sizes.tolist())
+    kind = "overlap" if held > whole else "missing" if held < whole else "overlap and missing"
+    return f"{kind}: its {len(sizes)} chunks hold {held} elements, the tensor has {whole}"
+
+
+# What a checkpoint holds, and where.
 
 
 @decodable
@@ -178,8 +405,8 @@ class ChunkRows:
 class Index:
     """The whole description of one checkpoint's bytes.
 
-    An index made by hand is whatever it was made of; `decode` and `encode` let only a valid one
-    pass.
+    An index made by hand is whatever it was made of; what reads or writes one lets only a valid
+    one pass.
     """
 
     files: tuple[FileEntry, ...]
@@ -280,126 +507,6 @@ class Index:
         return cls(tuple(files), tuple(tensors), tuple(objects), chunks)
 
 
-# The index of format 1, which is one object: its bytes, and their strict reading.
-
-
-FORMAT = 1
-_DIGEST = re.compile(r"[0-9a-f]{16}")
-
-_Number = TypeVar("_Number", np.uint32, np.uint64, np.int64)
-
-
-@decodable
-class _Version(msgspec.Struct):
-    format: int
-
-
-@decodable
-class _WireFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    name: str
-    nbytes: int
-    digest: str
-    blocks: bytes
-
-
-@decodable
-class _Wire(msgspec.Struct, forbid_unknown_fields=True):
-    format: int
-    files: tuple[_WireFile, ...]
-    tensors: tuple[TensorEntry, ...]
-    objects: tuple[ObjectEntry, ...]
-    chunk_tensor: bytes
-    chunk_file: bytes
-    chunk_offset: bytes
-    chunk_box: bytes
-
-
-def encode(index: Index) -> bytes:
-    """Return the bytes of `index`, having read them back.
-
-    Raises:
-        IntegrityError: `decode` would refuse them; the message says why.
-        UsageError: a name that is not Unicode text, or a number over 64 bits.
-    """
-    chunks = index.chunks
-    wire = _Wire(
-        FORMAT,
-        tuple(_WireFile(f.name, f.nbytes, f.digest, f.blocks) for f in index.files),
-        index.tensors,
-        index.objects,
-        chunks.tensor.astype("<u4").tobytes(),
-        chunks.file.astype("<u4").tobytes(),
-        chunks.offset.astype("<u8").tobytes(),
-        chunks.boxes.astype("<i8").tobytes(),
-    )
-    try:
-        data = msgspec.msgpack.encode(wire)
-    except (UnicodeEncodeError, OverflowError) as error:
-        raise UsageError(f"the index cannot hold this state: {error}") from error
-    # Nothing may be committed that no reader would take.
-    decode(data)
-    return data
-
-
-def decode(data: bytes) -> Index:
-    """Read an index, trusting nothing in it; nothing is allocated by a size that it claims.
-
-    The caller has compared `data` with the digest in the manifest.
-
-    Raises:
-        IntegrityError: cut short, malformed, or a rule of the format is broken: chunks that do
-            not tile their tensor, bytes outside their file, a name or a number out of range.
-        IncompatibleError: another format version.
-    """
-    try:
-        version = msgspec.msgpack.decode(data, type=_Version).format
-        if version != FORMAT:
-            raise IncompatibleError(
-                f"index of format version {version}, this program reads version {FORMAT}: "
-                "use the release that wrote it or a newer one",
-                kind=ErrorKind.VERSION,
-            )
-        wire = msgspec.msgpack.decode(data, type=_Wire)
-    # RecursionError: how deep the bytes nest is chosen by whoever wrote them.
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise bad_index(f"it cannot be decoded ({error})") from error
-    files = tuple(FileEntry(f.name, f.nbytes, f.digest, f.blocks) for f in wire.files)
-    _check_files(files)
-    check_tensors(wire.tensors)
-    _check_objects(wire.objects, files)
-    chunks = ChunkTable(
-        _column(wire.chunk_tensor, np.uint32),
-        _column(wire.chunk_file, np.uint32),
-        _column(wire.chunk_offset, np.uint64),
-        _column(wire.chunk_box, np.int64),
-    )
-    _check_columns(chunks, files, wire.tensors)
-    for number, starts, sizes in _by_ndim(chunks, wire.tensors):
-        _check_tiles(wire.tensors, chunks.tensor[number], starts, sizes)
-        _check_bytes(files, wire.tensors, chunks, (number, sizes))
-    return Index(files, wire.tensors, wire.objects, chunks)
-
-
-def _check_files(files: tuple[FileEntry, ...]) -> None:
-    if len({file.name for file in files}) != len(files):
-        raise bad_index("two files have the same name")
-    for file in files:
-        # The one pattern keeps every key inside the directory of the save id.
-        if parse_shard_name(file.name) is None:
-            raise bad_index(f"{file.name!r} is not the name of a shard file")
-        if not 0 <= file.nbytes <= INT64_MAX:
-            raise bad_index(f"file {file.name} claims {file.nbytes} bytes")
-        if len(file.blocks) != DIGEST_BYTES * block_count(file.nbytes):
-            raise bad_index(
-                f"file {file.name} of {file.nbytes} bytes has {len(file.blocks)} bytes of digests"
-            )
-        if file_digest(file.blocks) != file.digest:
-            raise IntegrityError(
-                f"index: the block digests of file {file.name} differ from its digest. "
-                "Use another checkpoint"
-            )
-
-
 def check_tensors(tensors: Sequence[TensorEntry]) -> None:
     """Check names, types and shapes of tensors.
 
@@ -421,109 +528,3 @@ def check_tensors(tensors: Sequence[TensorEntry]) -> None:
         # In Python integers: from here on, no product of sizes that lie inside can overflow int64.
         if elements * DTYPES[tensor.dtype][1] > INT64_MAX:
             raise bad_index(f"{where} claims more than 2**63 bytes")
-
-
-def _check_objects(objects: tuple[ObjectEntry, ...], files: tuple[FileEntry, ...]) -> None:
-    # Several files may hold shared values of one part: stages of a pipeline each have their own.
-    if len({(entry.part, entry.rank, entry.file) for entry in objects}) != len(objects):
-        raise bad_index("a part has its Python values twice in one file")
-    for entry in objects:
-        where = f"the Python values of part {entry.part!r}"
-        if not is_part(entry.part):
-            raise bad_index(f"{where} have a name that cannot be")
-        if entry.rank is not None and not 0 <= entry.rank < RANK_LIMIT:
-            raise bad_index(f"{where} are of rank {entry.rank}")
-        if not 0 <= entry.file < len(files):
-            raise bad_index(f"{where} are in file {entry.file} of {len(files)}")
-        file = files[entry.file]
-        if entry.offset < 0 or entry.nbytes < 0 or entry.offset + entry.nbytes > file.nbytes:
-            raise bad_index(
-                f"{where} take {entry.nbytes} bytes at {entry.offset} of file {file.name}, "
-                f"which has {file.nbytes}"
-            )
-        if _DIGEST.fullmatch(entry.digest) is None:
-            raise bad_index(f"{where} have no digest")
-
-
-def _column(data: bytes, kind: type[_Number]) -> NDArray[_Number]:
-    dtype = np.dtype(kind).newbyteorder("<")
-    if len(data) % dtype.itemsize:
-        raise bad_index(f"a column of chunks of {len(data)} bytes is no array of {dtype}")
-    return np.frombuffer(data, dtype)
-
-
-def _check_columns(
-    chunks: ChunkTable, files: tuple[FileEntry, ...], tensors: tuple[TensorEntry, ...]
-) -> None:
-    if not len(chunks.tensor) == len(chunks.file) == len(chunks.offset):
-        raise bad_index("the columns of chunks differ in length")
-    if (chunks.tensor[1:] < chunks.tensor[:-1]).any():
-        raise bad_index("the chunks are not sorted by tensor")
-    if (chunks.tensor >= len(tensors)).any() or (chunks.file >= len(files)).any():
-        raise bad_index("a chunk is of a tensor, or in a file, that does not exist")
-    ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)
-    if int(ndim[chunks.tensor].sum()) * 2 != len(chunks.boxes):
-        raise bad_index("the boxes do not fit the dimensions of their tensors")
-    counts = np.bincount(chunks.tensor, minlength=len(tensors))
-    if not counts.all():
-        tensor = tensors[int(np.argmin(counts))]
-        raise _uncovered(tensor, "missing: it has no chunk")
-
-
-def _by_ndim(
-    chunks: ChunkTable, tensors: tuple[TensorEntry, ...]
-) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (row numbers, starts, sizes) of all chunks of 0 dimensions, then of 1, ..."""
-    ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)[chunks.tensor]
-    for value in np.unique(ndim).tolist():
-        mine = ndim == value
-        rows = np.flatnonzero(mine)
-        flat = chunks.boxes if mine.all() else chunks.boxes[np.repeat(mine, 2 * ndim)]
-        boxes = flat.reshape(len(rows), 2, value)
-        yield rows, boxes[:, 0], boxes[:, 1]
-
-
-def _check_tiles(
-    tensors: tuple[TensorEntry, ...],
-    owner: NDArray[np.uint32],
-    starts: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-) -> None:
-    numbers, counts = np.unique(owner, return_counts=True)
-    shapes = np.array([tensors[number].shape for number in numbers], np.int64)
-    shapes = shapes.reshape(len(numbers), starts.shape[1])
-    bad = find_uncovered(shapes, counts.astype(np.int64), starts, sizes)
-    if bad is not None:
-        raise _uncovered(tensors[numbers[bad[0]]], bad[1])
-
-
-def _check_bytes(
-    files: Sequence[FileEntry],
-    tensors: Sequence[TensorEntry],
-    chunks: ChunkTable,
-    boxes: tuple[NDArray[np.intp], NDArray[np.int64]],
-) -> None:
-    number, sizes = boxes
-    items = np.array([DTYPES[tensor.dtype][1] for tensor in tensors], np.int64)
-    # The boxes lie inside their tensors, whose bytes int64 holds: the product cannot overflow.
-    nbytes = (sizes.prod(axis=1) * items[chunks.tensor[number]]).astype(np.uint64)
-    ends = np.array([file.nbytes for file in files], np.uint64)[chunks.file[number]]
-    offset = chunks.offset[number]
-    # `ends - offset` may wrap only where `offset > ends` has already condemned the row.
-    outside = (offset > ends) | (nbytes > ends - offset)
-    if outside.any():
-        row = int(np.argmax(outside))
-        tensor = tensors[chunks.tensor[number[row]]]
-        file = files[chunks.file[number[row]]]
-        raise bad_index(
-            f"a chunk of tensor {tensor.name!r} takes {nbytes[row]} bytes at {offset[row]} "
-            f"of file {file.name}, which has {file.nbytes}"
-        )
-
-
-def _uncovered(tensor: TensorEntry, problem: str) -> IntegrityError:
-    return IntegrityError(
-        f"index: the chunks of tensor {tensor.name!r} of part {tensor.part!r} do not hold each "
-        f"element once: {problem}. Use another checkpoint",
-        kind=ErrorKind.COVERAGE,
-    )

@@ -17,10 +17,10 @@ import msgspec
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.format.limits import INT64_MAX
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import (
     INDEX,
+    INT64_MAX,
     RANK_LIMIT,
     STEP_LIMIT,
     is_part,

@@ -15,12 +15,15 @@ import numpy as np
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.digest import BLOCK_BYTES, DIGEST_BYTES, bytes_digest
-from dist_ckpt.format.index import ChunkTable, FileEntry, Index, ObjectEntry
-from dist_ckpt.format.limits import (
+from dist_ckpt.format.files import BLOCK_BYTES, DIGEST_BYTES, DTYPES, FileEntry, bytes_digest
+from dist_ckpt.format.index import ChunkTable, Index, ObjectEntry
+from dist_ckpt.format.names import (
+    EXTRA,
+    FILES_LIMIT,
     FORMAT,
     LIMIT_BYTES,
     MOST_NAMES,
+    RANK_LIMIT,
     Column,
     bad_index,
     check_distinct,
@@ -30,19 +33,13 @@ from dist_ckpt.format.limits import (
     deflate,
     encode_map,
     inflate,
+    is_part,
+    parse_shard_name,
     positions,
     read_column,
     runs,
-)
-from dist_ckpt.format.names import (
-    EXTRA,
-    FILES_LIMIT,
-    RANK_LIMIT,
-    is_part,
-    parse_shard_name,
     shard_name,
 )
-from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.format.structure import RankChunks, Structure
 
 

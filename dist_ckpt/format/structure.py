@@ -16,11 +16,11 @@ import numpy as np
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.boxes import Box, find_uncovered
-from dist_ckpt.format.index import TensorEntry, check_tensors
-from dist_ckpt.format.limits import (
+from dist_ckpt.format.index import Box, TensorEntry, check_tensors, find_uncovered
+from dist_ckpt.format.names import (
     MAX_NDIM,
     MOST_NAMES,
+    RANK_LIMIT,
     Column,
     bad_index,
     check_distinct,
@@ -32,7 +32,6 @@ from dist_ckpt.format.limits import (
     read_column,
     runs,
 )
-from dist_ckpt.format.names import RANK_LIMIT
 
 MOST_CHUNKS = 1 << 31
 MOST_BYTES = 2**63 - 1

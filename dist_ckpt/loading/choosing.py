@@ -12,7 +12,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.foreign.source import ForeignSource
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.location import (
     Location,

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.boxes import Box, element_span, intersect, run_boxes, volume
-from dist_ckpt.format.index import Index
+from dist_ckpt.format.index import Box, Index, element_span, intersect, run_boxes, volume
 from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_ranges
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.staging.arena import reach, view_box

@@ -12,7 +12,7 @@ from typing import Any
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError, without_secrets
 from dist_ckpt.foreign.detect import FILE_SUFFIXES, looked_for, open_foreign
 from dist_ckpt.foreign.source import ForeignSource
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import manifest_key, parse_step_dir
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository import Repository

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES
-from dist_ckpt.format.index import Index
-from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.format.files import BLOCK_BYTES, DTYPES
+from dist_ckpt.format.index import Box, Index
 
 Column = NDArray[np.int64]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.loading.exchange import Exchange, Lost, Peers, check_nobody_lost
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, BounceMemory, Counts, Fetcher
 from dist_ckpt.loading.filling import ReadTargets, Wanted

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.loading.ranges import Files, Ranges, merge_ranges
 
 PAGE_BYTES = 4096

@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import IncompatibleError
-from dist_ckpt.format.boxes import Box, check_cover, intersect, split_rows
-from dist_ckpt.format.index import Index
+from dist_ckpt.format.index import Box, Index, check_cover, intersect, split_rows
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.reading import ReadOptions, boxes_of, read_targets
 from dist_ckpt.options import LoadOptions, TieRule

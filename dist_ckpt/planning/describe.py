@@ -26,10 +26,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.format.files import DTYPES, bytes_digest
+from dist_ckpt.format.index import Box, TensorEntry
 from dist_ckpt.planning.placing import boxes_here
 from dist_ckpt.staging.arena import reach, view_box
 from dist_ckpt.state.layout import (

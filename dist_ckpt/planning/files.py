@@ -20,11 +20,17 @@ import torch
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format import structure as structure_format
-from dist_ckpt.format.boxes import Box, is_whole
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.files import (
+    ALIGN_BYTES,
+    FileEntry,
+    ShardEntry,
+    ShardLayout,
+    entry_nbytes,
+    layout,
+)
+from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry, is_whole
 from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
 from dist_ckpt.format.segments import Segment
-from dist_ckpt.format.shard import ALIGN_BYTES, ShardEntry, ShardLayout, entry_nbytes, layout
 from dist_ckpt.format.structure import Layout, RankChunks, Structure
 from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_runs
 from dist_ckpt.planning.describe import Held, LocalBox

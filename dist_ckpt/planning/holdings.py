@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.format.boxes import check_cover
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.shard import itemsize
+from dist_ckpt.format.files import itemsize
+from dist_ckpt.format.index import TensorEntry, check_cover
 from dist_ckpt.planning.columns import Alike, HeldByRank, Numbers, Row
 from dist_ckpt.planning.describe import Held
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.format.boxes import Box, split_rows, volume
+from dist_ckpt.format.index import Box, split_rows, volume
 from dist_ckpt.planning.columns import (
     HeldByRank,
     Numbers,

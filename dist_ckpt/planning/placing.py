@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.state.layout import local_of, shard_order_of
 
 _Run = tuple[int, int]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.policy.ending import on_notice, on_signal
 from dist_ckpt.policy.moment import (
     AnyOf,

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from typing import ClassVar, TypedDict
 
 from dist_ckpt.errors import UsageError, without_secrets
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.policy.moment import Composable, Moment, SavePolicy, Scope, checked_seconds
 
 NOTICE = "notice"

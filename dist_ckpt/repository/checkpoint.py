@@ -16,14 +16,12 @@ import msgspec
 import numpy as np
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format import index as index_format
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
-from dist_ckpt.format.limits import Column
+from dist_ckpt.format import whole as whole_format
+from dist_ckpt.format.files import BLOCK_BYTES, FileEntry, bytes_digest
+from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest, decode_document
-from dist_ckpt.format.names import INDEX, file_key, manifest_key, segment_name, step_dir
+from dist_ckpt.format.names import INDEX, Column, file_key, manifest_key, segment_name, step_dir
 from dist_ckpt.format.segments import (
     Root,
     Segment,
@@ -469,8 +467,8 @@ def _open_description(manifest: Manifest, data: bytes, read: _ReadSegment) -> _D
         IntegrityError: it breaks a rule of its format.
         IncompatibleError: it is of another format than the manifest, or of a newer one.
     """
-    if manifest.format == index_format.FORMAT:
-        return _OneIndex(index_format.decode(data))
+    if manifest.format == whole_format.FORMAT:
+        return _OneIndex(whole_format.decode(data))
     return _Segments(decode_root(data), read)
 
 

@@ -10,10 +10,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format.digest import DIGEST_BYTES
+from dist_ckpt.format.files import DIGEST_BYTES, DTYPES
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, file_key, manifest_key
-from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.history import put_epoch_note, read_epoch_note
 from dist_ckpt.repository.tally import Tally

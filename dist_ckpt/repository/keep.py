@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion, Mode, without_metric
 

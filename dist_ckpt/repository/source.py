@@ -14,8 +14,7 @@ from dist_ckpt.errors import (
     StorageError,
     describe,
 )
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import Index, TensorEntry
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.storage.base import Store
 

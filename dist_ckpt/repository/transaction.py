@@ -17,7 +17,7 @@ from dist_ckpt.errors import (
     describe,
 )
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import Manifest, ManifestFile
 from dist_ckpt.format.names import file_key, index_key, manifest_key, parse_save_id, step_dir
 from dist_ckpt.repository.claim import check_owner

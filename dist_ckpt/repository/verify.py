@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.format.files import header_nbytes, parse_header
 from dist_ckpt.format.names import INDEX
-from dist_ckpt.format.shard import header_nbytes, parse_header
 from dist_ckpt.repository.checkpoint import PIECE_BYTES, Checkpoint
 from dist_ckpt.repository.on_hosts import files_elsewhere
 

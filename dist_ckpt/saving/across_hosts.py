@@ -18,7 +18,7 @@ import msgspec
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import NODE_LOCAL, Manifest
 from dist_ckpt.format.names import segment_name
 from dist_ckpt.planning.files import extra_name

@@ -18,7 +18,7 @@ from dist_ckpt.errors import (
     may_pass,
     to_wire,
 )
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, pack_runs, unpack_runs
 from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import IndexPlan, plan_index

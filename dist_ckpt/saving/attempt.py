@@ -18,7 +18,7 @@ from dist_ckpt.errors import (
     as_ours,
     describe,
 )
-from dist_ckpt.format.digest import BLOCK_BYTES, digest_blocks
+from dist_ckpt.format.files import BLOCK_BYTES, digest_blocks
 from dist_ckpt.format.names import segment_name
 from dist_ckpt.format.segments import Segment, SegmentNote, encode_segment
 from dist_ckpt.planning.files import Document, StagedFile, WrittenFile, describe_share, extra_name

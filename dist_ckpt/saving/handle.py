@@ -20,7 +20,7 @@ from dist_ckpt.errors import (
     describe,
     may_pass,
 )
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.storage.base import Watch
 from dist_ckpt.threads import Latch

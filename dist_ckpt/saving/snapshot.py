@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import encode_document
 from dist_ckpt.planning.columns import Table, numbers_of
 from dist_ckpt.planning.describe import Describer, Held, LocalBox

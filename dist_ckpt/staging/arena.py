@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dist_ckpt.errors import UsageError, describe
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.staging.checksum import checksum
 from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import Worker

@@ -8,7 +8,7 @@ from operator import index
 from typing import Any, SupportsIndex
 
 from dist_ckpt.errors import IncompatibleError, UsageError
-from dist_ckpt.format.limits import as_integer
+from dist_ckpt.format.names import as_integer
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 _COUNTS = ("best_score", "best_step", "looks")

@@ -20,7 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_ckpt.errors import ErrorKind, UsageError, describe, is_refusal
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.state.layout import check_tensor, is_wrapped
 from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple

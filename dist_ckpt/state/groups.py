@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.state.encoding import dumps
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.objects import parse_document

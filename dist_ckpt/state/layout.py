@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.state.part import TensorSpec
 
 # str(torch.float) is "torch.float32": aliases fall together, so the table is one to one.

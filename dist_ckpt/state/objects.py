@@ -30,8 +30,8 @@ from dist_ckpt.errors import (
     describe,
     is_refusal,
 )
-from dist_ckpt.format.digest import bytes_digest
-from dist_ckpt.format.limits import check_hashes
+from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.format.names import check_hashes
 from dist_ckpt.state.encoding import (
     BYTES,
     LAYOUT,

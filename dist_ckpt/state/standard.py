@@ -32,7 +32,7 @@ import torch
 from numpy.lib import format as npy
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.format.limits import count_elements
+from dist_ckpt.format.names import count_elements
 from dist_ckpt.state.layout import dtype_name, dtype_of
 
 RESERVED = "dist_ckpt:"

@@ -12,11 +12,10 @@ from typing import Any
 import msgspec
 
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import bytes_digest, digest_blocks
-from dist_ckpt.format.index import FileEntry, Index
+from dist_ckpt.format.files import FileEntry, ShardEntry, bytes_digest, digest_blocks, layout
+from dist_ckpt.format.index import Index
 from dist_ckpt.format.manifest import FilesTotal, ManifestFile, decode_document
 from dist_ckpt.format.segments import decode_root, decode_segment, join_segments
-from dist_ckpt.format.shard import ShardEntry, layout
 from dist_ckpt.format.whole import encode_whole
 
 NUMBERS = (0, 1, 2**7, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63 - 1, 2**63, 2**64 - 1)

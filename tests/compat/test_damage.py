@@ -12,7 +12,7 @@ from torch import nn
 import dist_ckpt
 from dist_ckpt import TrainState
 from dist_ckpt.errors import CheckpointError, IntegrityError, NotFound
-from dist_ckpt.format.shard import header_nbytes
+from dist_ckpt.format.files import header_nbytes
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.memory import MemoryStore
 from tests.distributed.layouts import same_bits

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import block_digests, file_digest
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.files import FileEntry, ShardEntry, block_digests, file_digest, layout
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.format.shard import ShardEntry, layout
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, Transaction
 

@@ -25,7 +25,7 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
-from dist_ckpt.format.shard import ALIGN_BYTES
+from dist_ckpt.format.files import ALIGN_BYTES
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import (
     FilesTotal,
     Manifest,

@@ -14,11 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.format import limits
-from dist_ckpt.format.boxes import Box, split_rows
-from dist_ckpt.format.digest import BLOCK_BYTES, bytes_digest, cut_blocks, digest_blocks
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
-from dist_ckpt.format.limits import column
+from dist_ckpt.format import names
+from dist_ckpt.format.files import (
+    BLOCK_BYTES,
+    DTYPES,
+    FileEntry,
+    bytes_digest,
+    cut_blocks,
+    digest_blocks,
+)
+from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry, split_rows
+from dist_ckpt.format.names import column
 from dist_ckpt.format.segments import (
     Root,
     Segment,
@@ -27,7 +33,6 @@ from dist_ckpt.format.segments import (
     decode_segment,
     join_segments,
 )
-from dist_ckpt.format.shard import DTYPES
 from dist_ckpt.format.whole import encode_whole
 from tests.compat.hostile import mutated
 
@@ -263,7 +268,7 @@ def test_a_broken_rule_is_named(
 
 
 def test_a_table_is_not_inflated_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "LIMIT_BYTES", 1 << 20)
+    monkeypatch.setattr(names, "LIMIT_BYTES", 1 << 20)
     with pytest.raises(IntegrityError, match="too large"):
         read(remade("root", put("structure", zlib.compress(bytes((1 << 20) + 1)))))
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.files import FileEntry
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, Ranges, cut
 from dist_ckpt.planning.describe import LocalBox

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IntegrityError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.format.files import BLOCK_BYTES
+from dist_ckpt.format.index import Box
 from dist_ckpt.loading import fetching
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
 from dist_ckpt.loading.filling import ReadTargets, Wanted

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.files import FileEntry
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.loading import filling
 from dist_ckpt.loading.filling import ReadTarget, ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, cut

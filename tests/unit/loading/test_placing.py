@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IntegrityError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import FileEntry, Index, TensorEntry
+from dist_ckpt.format.files import FileEntry
+from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.loading import filling
 from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, cut

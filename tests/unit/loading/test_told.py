@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.loading.location import open_told

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.planning.describe import Held
 
 

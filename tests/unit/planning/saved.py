@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import bytes_digest, digest_blocks
-from dist_ckpt.format.index import Index
+from dist_ckpt.format.files import bytes_digest, digest_blocks
+from dist_ckpt.format.index import Box, Index
 from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.describe import LocalBox

@@ -12,8 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import CoordinationError, IncompatibleError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.index import Box, TensorEntry
 from dist_ckpt.format.structure import Cut, encode, structure_of
 from dist_ckpt.planning.columns import (
     HeldByRank,

@@ -9,9 +9,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 import dist_ckpt
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.index import TensorEntry
-from dist_ckpt.format.shard import DTYPES
+from dist_ckpt.format.files import DTYPES
+from dist_ckpt.format.index import Box, TensorEntry
 from dist_ckpt.planning.describe import Describer, local_boxes
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.testing.ranks import run_ranks

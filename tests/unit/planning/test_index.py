@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IntegrityError
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import digest_blocks
+from dist_ckpt.format.files import ShardLayout, digest_blocks
+from dist_ckpt.format.index import Box
 from dist_ckpt.format.segments import decode_root, decode_segment, join_segments
-from dist_ckpt.format.shard import ShardLayout
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.planning.files import (
     Document,

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, empty
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_ckpt.format.shard import itemsize
+from dist_ckpt.format.files import itemsize
 from dist_ckpt.planning.describe import Held, local_boxes
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
 from tests.unit.planning.test_owners import cells, loads

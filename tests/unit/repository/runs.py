@@ -7,12 +7,17 @@ from typing import Any
 
 import msgspec
 
-from dist_ckpt.format.boxes import Box
-from dist_ckpt.format.digest import block_digests, bytes_digest, file_digest
-from dist_ckpt.format.index import FileEntry, Index, ObjectEntry, TensorEntry
+from dist_ckpt.format.files import (
+    FileEntry,
+    ShardEntry,
+    block_digests,
+    bytes_digest,
+    file_digest,
+    layout,
+)
+from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry
 from dist_ckpt.format.manifest import FilesTotal, Manifest
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.format.shard import ShardEntry, layout
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.storage.base import Store

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.format.files import BLOCK_BYTES
 from dist_ckpt.format.manifest import FilesTotal, Manifest, ManifestFile
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.repository.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ import torch
 
 import dist_ckpt
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.format.digest import BLOCK_BYTES
+from dist_ckpt.format.files import BLOCK_BYTES
 from dist_ckpt.repository import Checkpoint, Repository
 from dist_ckpt.storage import LocalStore
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dist_ckpt.errors import StorageError
-from dist_ckpt.format.digest import BLOCK_BYTES, block_digests
-from dist_ckpt.format.index import FileEntry, Index
+from dist_ckpt.format.files import BLOCK_BYTES, FileEntry, block_digests
+from dist_ckpt.format.index import Index
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository

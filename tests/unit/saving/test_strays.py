@@ -15,7 +15,7 @@ import torch
 import dist_ckpt
 from dist_ckpt import events, keep
 from dist_ckpt.errors import StorageError
-from dist_ckpt.format.digest import bytes_digest
+from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.format.boxes import Box
+from dist_ckpt.format.index import Box
 from dist_ckpt.staging import Arena
 from dist_ckpt.staging.arena import aligned, as_tensor, view_box
 

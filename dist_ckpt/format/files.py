@@ -1,19 +1,210 @@
-"""Shard files: valid safetensors files whose data start on a page boundary."""
+"""Files of a checkpoint: shards, which are valid safetensors files, and digests of their blocks.
+
+The data of a shard start on a page boundary. Digests are xxh3-64, one for each block of a file, and
+one of those for the file. They find damage, not forgery: whoever can write to the store can write
+matching digests too.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
-from dist_ckpt.format.digest import cut_blocks
-from dist_ckpt.format.limits import INT64_MAX
+from dist_ckpt.format.names import INT64_MAX
+
+Buffer = bytes | bytearray | memoryview
+
+BLOCK_BYTES = 1 << 20
+DIGEST_BYTES = 8
+
+SMALL_BYTES = 4096
+"""Chunks of fewer bytes share a block, and no block inside a larger one has fewer."""
+
+# A reader of a part of a chunk reads up to two blocks in vain, of at least so many.
+_BLOCKS_OF_A_CHUNK = 32
+
+
+def block_count(nbytes: int) -> int:
+    """Return how many blocks a file of `nbytes` bytes has; the last one may be short."""
+    return -(-nbytes // BLOCK_BYTES)
+
+
+def cut_blocks(head_bytes: int, chunks: Iterable[int]) -> list[int]:
+    """Return the lengths of the blocks of a file, so that a part of a chunk is read by itself.
+
+    Args:
+        head_bytes: what comes before the first chunk.
+        chunks: bytes of each chunk, in the order in which they follow one another.
+    """
+    lengths = _pieces(head_bytes, BLOCK_BYTES)
+    together = 0
+    for nbytes in chunks:
+        if nbytes < SMALL_BYTES:
+            together += nbytes
+        if together and (nbytes >= SMALL_BYTES or together >= SMALL_BYTES):
+            lengths.append(together)
+            together = 0
+        if nbytes >= SMALL_BYTES:
+            power = (nbytes // _BLOCKS_OF_A_CHUNK).bit_length() - 1
+            lengths += _pieces(nbytes, min(max(1 << power, SMALL_BYTES), BLOCK_BYTES))
+    return [*lengths, together] if together else lengths
+
+
+def _pieces(nbytes: int, most: int) -> list[int]:
+    whole, rest = divmod(nbytes, most)
+    return [most] * whole + [rest] * bool(rest)
+
+
+def block_digests(*buffers: Buffer) -> bytes:
+    """Return the digest of each 1 MiB of `buffers`, 8 bytes big-endian each, b"" for no bytes.
+
+    The digests of a file may be computed in pieces and joined, as long as every piece but the
+    last is a whole number of blocks.
+
+    Args:
+        buffers: the bytes, one buffer after another, C-contiguous, of any element type.
+    """
+    nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+    return digest_blocks(_pieces(nbytes, BLOCK_BYTES), *buffers)
+
+
+def digest_blocks(lengths: Iterable[int], *buffers: Buffer) -> bytes:
+    """Return the digests of blocks of `lengths`, 8 bytes big-endian each.
+
+    Args:
+        lengths: none is 0, and all together they are the bytes of `buffers`.
+        buffers: the bytes, one buffer after another, C-contiguous, of any element type.
+    """
+    digests: list[bytes] = []
+    following = iter(lengths)
+    block, room = None, 0
+    for buffer in buffers:
+        view, start = memoryview(buffer).cast("B"), 0
+        while start < len(view):
+            fresh = not room
+            room = room or next(following)
+            piece = view[start : start + room]
+            start += len(piece)
+            room -= len(piece)
+            if fresh and not room:
+                digests.append(xxhash.xxh3_64_digest(piece))
+                continue
+            block = block or xxhash.xxh3_64()
+            block.update(piece)
+            if not room:
+                digests.append(block.digest())
+                block = None
+    return b"".join(digests)
+
+
+def file_digest(digests: bytes) -> str:
+    """Return the digest of a file, 16 hex digits, from its joined block digests.
+
+    Raises:
+        UsageError: `digests` is not a whole number of block digests.
+    """
+    if len(digests) % DIGEST_BYTES:
+        raise UsageError(
+            f"{len(digests)} bytes of block digests: pass what block_digests returned, joined"
+        )
+    return bytes_digest(digests)
+
+
+def bytes_digest(data: Buffer) -> str:
+    """Return the digest of `data` as one piece, 16 hex digits: for the index and for objects."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the attempt.
+
+    Attributes:
+        name: inside the directory of the save id.
+        nbytes: its size.
+        digest: of the file, 16 hex digits; empty where its blocks are not known here.
+        blocks: digest of each block, 8 bytes each.
+        lengths: of the blocks, uint32 each; empty where each has 1 MiB and the last one the rest.
+    """
+
+    name: str
+    nbytes: int
+    digest: str
+    blocks: bytes
+    lengths: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def of(
+        cls, name: str, nbytes: int, blocks: bytes, lengths: Sequence[int] | NDArray[np.int64] = ()
+    ) -> FileEntry:
+        """Return the entry of a file, given the digests and the lengths of its blocks."""
+        return cls(name, nbytes, file_digest(blocks), blocks, np.array(lengths, "<u4").tobytes())
+
+    @cached_property
+    def edges(self) -> NDArray[np.int64]:
+        """Where its blocks begin and end: int64[blocks + 1], from 0 to its size."""
+        if not self.lengths:
+            grid = np.arange(0, self.nbytes, BLOCK_BYTES, dtype=np.int64)
+            return np.append(grid, self.nbytes)
+        lengths = np.frombuffer(self.lengths, "<u4")
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+    def blocks_in(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the number of the block that begins at `start`, and that of the one at `stop`.
+
+        Raises:
+            UsageError: none does.
+        """
+        first, last = np.searchsorted(self.edges, (start, stop)).tolist()
+        if last >= len(self.edges) or self.edges[[first, last]].tolist() != [start, stop]:
+            raise UsageError(f"bytes {start} to {stop} of file {self.name} are not whole blocks")
+        return first, last
+
+    def find_damaged(self, start: int, *buffers: memoryview) -> tuple[int, int, int] | None:
+        """Compare whole blocks from `start` on; return the first that differs, and where it lies.
+
+        Raises:
+            UsageError: these are no whole blocks.
+        """
+        first, last = self.blocks_in(start, start + sum(map(len, buffers)))
+        edges = self.edges[first : last + 1].tolist()
+        lengths = (b - a for a, b in itertools.pairwise(edges))
+        found = digest_blocks(lengths, *buffers)
+        stored = self.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last]
+        if found == stored:
+            return None
+        bad = next(at for at in range(len(found)) if found[at] != stored[at]) // DIGEST_BYTES
+        return first + bad, edges[bad], edges[bad + 1]
+
+    def around(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where the blocks begin and end that hold the bytes `start:stop`."""
+        first = int(np.searchsorted(self.edges, start, side="right")) - 1
+        return int(self.edges[first]), int(self.edges[np.searchsorted(self.edges, stop)])
+
+    def spans(self, most_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the file in pieces of whole blocks, of at most so many bytes or of one block."""
+        first, edges = 0, self.edges
+        while first + 1 < len(edges):
+            last = int(np.searchsorted(edges, edges[first] + most_bytes, side="right")) - 1
+            last = max(last, first + 1)
+            yield int(edges[first]), int(edges[last])
+            first = last
+
+
+# Shard files: where each chunk of one lies, and what its header says.
+
 
 ALIGN_BYTES = 4096
 HEADER_LIMIT_BYTES = 100_000_000
