@@ -21,17 +21,24 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import check_step, manifest_key
+from dist_ckpt.format.names import check_step, manifest_key, step_dir
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, status
 from dist_ckpt.repository import keep as keeping
@@ -245,10 +252,10 @@ class Run:
             StorageError: a deletion failed.
         """
         decisions = self.plan_keep(policy)
-        for each in decisions:
-            if not each.kept:
-                self._delete(each.step, pinned_too=False)
-        self.sweep()
+        deleted = [
+            self._delete(each.step, pinned_too=False) for each in decisions if not each.kept
+        ]
+        self._sweep(deleted=deleted)
         return decisions
 
     def remove(self, step: int, *, force: bool = False) -> None:
@@ -283,18 +290,37 @@ class Run:
 
         Raises:
             NotFound: there is nothing at all.
+            StorageError: this user may not remove some of it; all else is gone.
             UsageError: this storage does not say when an object was put.
         """
-        before = None if older_than is None else time.time() - older_than.total_seconds()
-        newest = claims.highest(self.store)
-        # Where no job ever was there are copies, and of those only the age tells who is gone.
-        older = sys.maxsize if before is not None and not newest else newest - 1
-        gone = collect_garbage(self.store, claim=older, in_flight=(), before=before)
-        gone += scratches.remove_leftovers(self.store, before=before)
+        refused: list[str] = []
+        gone = self._sweep(older_than=older_than, refused=refused)
+        if refused:
+            raise StorageError(
+                f"{len(gone)} folders were removed from {self.url}, and this is left as it is: "
+                f"{'; '.join(refused)}",
+                kind=ErrorKind.PERMISSION,
+            )
         # Only now: uploads that were given up are gone, which no listing shows.
         if not gone and not self.store.list_children():
             raise self._repository.no_checkpoint()
         return gone
+
+    def _sweep(
+        self,
+        *,
+        older_than: timedelta | None = None,
+        deleted: Collection[str] = (),
+        refused: list[str] | None = None,
+    ) -> list[str]:
+        before = None if older_than is None else time.time() - older_than.total_seconds()
+        newest = claims.highest(self.store)
+        # Where no job ever was there are copies, and of those only the age tells who is gone.
+        older = sys.maxsize if before is not None and not newest else newest - 1
+        gone = collect_garbage(
+            self.store, claim=older, in_flight=(), before=before, deleted=deleted, refused=refused
+        )
+        return gone + scratches.remove_leftovers(self.store, before=before, refused=refused)
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""
@@ -369,21 +395,23 @@ class Run:
         """Return whose Python values differ by their digests; see `diff`."""
         return copying.diff_values(self.open(step), (of or self).open(other))
 
-    def _delete(self, step: int, *, pinned_too: bool) -> None:
+    def _delete(self, step: int, *, pinned_too: bool) -> str:
+        """Delete a checkpoint; return the folder of its files, "" for nothing that is known of."""
         try:
             data = read_manifest(self.store, step)
             save_id = manifest_format.decode(data, step=step).save_id
         except NotFound:
-            return  # the retention of the job was faster
+            return ""  # the retention of the job was faster
         except (IntegrityError, IncompatibleError):
             delete_checkpoint(self.store, step)  # only asked for by name, and forced
-            return
+            return ""
         if not pinned_too and is_pinned(self.store, step, save_id):
-            return  # since the plan was made
+            return ""  # since the plan was made
         mark_removed(self.store, step, save_id)
         # Itself alone: a job that went back may have saved the step anew since the look.
         delete_exactly(self.store, manifest_key(step), data)
         delete_attempt(self.store, step, save_id)
+        return f"{step_dir(step)}/{save_id}/"
 
     def _newest(self) -> Listed | None:
         tell_bad(self.store, found := self.newest_down())

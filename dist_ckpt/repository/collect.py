@@ -102,13 +102,19 @@ def delete_attempt(store: Store, step: int, save_id: str) -> None:
 
 
 def collect_garbage(
-    store: Store, *, claim: int, in_flight: Collection[str], before: float | None = None
+    store: Store,
+    *,
+    claim: int,
+    in_flight: Collection[str],
+    before: float | None = None,
+    deleted: Collection[str] = (),
+    refused: list[str] | None = None,
 ) -> list[str]:
     """Remove the files of attempts that can no longer commit; return their folders.
 
     An attempt is dead when its claim is not newer than `claim`, no manifest names it, and it is
     not in `in_flight`. A step that this user may not look into, or that lies behind a link, is
-    told once and left alone.
+    left alone, and told.
 
     Args:
         store: where the run is.
@@ -116,6 +122,8 @@ def collect_garbage(
         in_flight: save_ids that the caller is writing now; looked at whenever that matters, so it
             may change meanwhile.
         before: only of folders in which nothing was put since, in seconds since 1970.
+        deleted: folders of attempts whose checkpoints the caller deleted just now.
+        refused: gets what this user has no right to; for None a warning tells it, once.
 
     Raises:
         StorageError: a listing or a deletion failed.
@@ -124,33 +132,40 @@ def collect_garbage(
     # Asked once: what a folder held tells its age also after that is gone.
     is_old = cache(partial(_is_old, store, before=before))
     removed: list[str] = []
-    for folder in garbage(store, claim=claim, in_flight=in_flight):
-        with passing_by(store, folder):
+    for folder in garbage(store, claim=claim, in_flight=in_flight, refused=refused):
+        with passing_by(store, folder, refused):
             if is_old(folder):
                 _delete_attempt(store, folder)
                 removed.append(folder)
     if before is None:
-        with passing_by(store, "what jobs before said of themselves"):
+        with passing_by(store, "what jobs before said of themselves", refused):
             store.delete(status.old_keys(store, claim))
     if isinstance(store, Sweeper):
         # Unfinished objects of killed writers.
         def may_go(key: str) -> bool:
-            if not _may_go(key, claim=claim, in_flight=in_flight):
-                return False
             folder, _, name = key.rpartition("/")
+            mark = is_temporary(name) and _is_of_a_mark(store, folder, {*removed, *deleted})
+            if not mark and not _may_go(key, claim=claim, in_flight=in_flight):
+                return False
             return not name or is_old(f"{folder}/")
 
-        with passing_by(store, "what killed writers left"):
+        with passing_by(store, "what killed writers left", refused):
             store.sweep(may_go=may_go)
     return removed
 
 
-def garbage(store: Store, *, claim: int, in_flight: Collection[str]) -> Iterator[str]:
+def garbage(
+    store: Store,
+    *,
+    claim: int,
+    in_flight: Collection[str],
+    refused: list[str] | None = None,
+) -> Iterator[str]:
     """Yield the folders of dead attempts, as they are found. See `collect_garbage`."""
 
     def dead(child: str) -> list[str]:
         found: list[str] = []
-        with passing_by(store, child):
+        with passing_by(store, child, refused):
             found += _dead_in(store, child, claim=claim, in_flight=in_flight)
         return found
 
@@ -178,8 +193,8 @@ def _is_old(store: Store, folder: str, *, before: float | None) -> bool:
 
 
 @contextmanager
-def passing_by(store: Store, what: str) -> Iterator[None]:
-    """Leave `what` alone, and tell so once, where this user has no right to it.
+def passing_by(store: Store, what: str, refused: list[str] | None = None) -> Iterator[None]:
+    """Leave `what` alone where this user has no right to it: tell so once, or note it in `refused`.
 
     Any other failure is an outage, and stays one.
     """
@@ -188,7 +203,10 @@ def passing_by(store: Store, what: str) -> Iterator[None]:
     except StorageError as error:
         if error.kind is not ErrorKind.PERMISSION:
             raise
-        tell_once(store.url, f"{what} in {store.url} is left as it is: {error.message}")
+        if refused is None:
+            tell_once(store.url, f"{what} in {store.url} is left as it is: {error.message}")
+        else:
+            refused.append(f"{what}: {error.message}")
 
 
 def _may_go(key: str, *, claim: int, in_flight: Collection[str]) -> bool:
@@ -204,9 +222,27 @@ def _may_go(key: str, *, claim: int, in_flight: Collection[str]) -> bool:
     if parse_step_dir(top) is None:
         return False
     owner = parse_save_id(attempt)
-    if owner is None or owner > claim or attempt in in_flight:
+    if owner is None:
         return False
-    return not name or is_attempt_file(name) or is_temporary(name)
+    if not name:
+        # Looked into whosever it is: what is left of a mark may stand in any of them.
+        return True
+    if owner > claim or attempt in in_flight:
+        return False
+    return is_attempt_file(name) or is_temporary(name)
+
+
+def _is_of_a_mark(store: Store, folder: str, deleted: Collection[str]) -> bool:
+    """Whether unfinished objects in `folder` are of marks: of pins, notes, deletions.
+
+    Beside the files of a committed or deleted attempt nothing else is ever put, and a mark that was
+    not is of no use to anybody. Whose claim the attempt is does not matter.
+    """
+    top, _, attempt = folder.partition("/")
+    step = parse_step_dir(top)
+    if step is None or parse_save_id(attempt) is None:
+        return False
+    return f"{folder}/" in deleted or attempt in _named(store, step, set())
 
 
 def _dead_in(store: Store, folder: str, *, claim: int, in_flight: Collection[str]) -> Iterator[str]:

@@ -70,14 +70,16 @@ def leftovers(store: Store, *, before: float | None = None) -> list[str]:
     ]
 
 
-def remove_leftovers(store: Store, *, before: float | None = None) -> list[str]:
+def remove_leftovers(
+    store: Store, *, before: float | None = None, refused: list[str] | None = None
+) -> list[str]:
     """Remove what `leftovers` finds; return those folders.
 
-    What this user may not delete is told once and left alone.
+    What this user may not delete is left alone, and told; see `collect_garbage`.
     """
     removed = []
     for folder in leftovers(store, before=before):
-        with passing_by(store, folder):
+        with passing_by(store, folder, refused):
             if isinstance(store, Sweeper):
                 store.sweep(folder)
             store.delete([entry.key for entry in store.list_entries(folder)])

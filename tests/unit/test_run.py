@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import subprocess
@@ -25,14 +26,15 @@ from dist_ckpt.errors import (
     IncompatibleError,
     IntegrityError,
     NotFound,
+    StorageError,
     UsageError,
 )
 from dist_ckpt.format import manifest as manifest_format
-from dist_ckpt.format.names import INDEX, REMOVED, manifest_key
+from dist_ckpt.format.names import INDEX, REMOVED, manifest_key, step_dir
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.history import EpochNote, put_epoch_note
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.storage.base import Capabilities, Entry, Store, read_all
+from dist_ckpt.storage.base import Capabilities, Entry, Store, read_all, temporary_name
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
@@ -286,6 +288,61 @@ def test_a_deletion_that_was_cut_off_is_ended_by_the_next(store: MemoryStore) ->
         if faulty.fired == [0]:
             break
     assert at > len(keys), "one by one, and the mark"
+
+
+def half_a_mark(run: Path, step: int) -> Path:
+    """Leave what a writer leaves that is killed while it puts a mark beside a checkpoint."""
+    folder = run / step_dir(step) / Run(str(run)).manifest(step).save_id
+    left = folder / temporary_name()
+    left.write_bytes(b"{")
+    return left
+
+
+def test_half_a_mark_of_removal_goes_with_what_was_to_be_removed(tmp_path: Path) -> None:
+    fill(LocalStore(tmp_path), 1.0, 2.0)
+    left = half_a_mark(tmp_path, 1)
+    run = Run(str(tmp_path))
+    run.keep(keep.latest(1))
+    assert run.steps() == [2]
+    assert not left.parent.parent.exists(), "the job that owns the run may never come back"
+
+
+def test_half_a_mark_goes_with_a_sweep_and_half_a_file_of_the_owner_stays(tmp_path: Path) -> None:
+    fill(LocalStore(tmp_path), 1.0, 2.0)
+    left = half_a_mark(tmp_path, 1)
+    own = tmp_path / unfinished(LocalStore(tmp_path), 9, 1) / temporary_name()
+    own.write_bytes(b"data")
+    run = Run(str(tmp_path))
+    assert run.sweep() == []
+    assert (left.exists(), own.exists()) == (False, True)
+    assert all(run.verify(step).ok for step in run.steps())
+
+
+def test_half_a_mark_whose_writer_lives_stays(tmp_path: Path) -> None:
+    fill(LocalStore(tmp_path), 1.0, 2.0)
+    left = half_a_mark(tmp_path, 1)
+    with left.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Run(str(tmp_path)).sweep()
+        assert left.exists()
+
+
+def test_a_sweep_that_is_refused_removes_the_rest_and_says_what_is_left(
+    store: MemoryStore,
+) -> None:
+    fill(store, 1.0, 1.0)
+    fill(store, 2.0, first=3)
+    closed, open_ = unfinished(store, 8, 1), unfinished(store, 9, 1)
+    denied = StorageError("not yours", kind=ErrorKind.PERMISSION)
+    faulty = FaultyStore(store, [Rule("delete", Fail(denied), key=f"{closed}*", nth=None)])
+    with pytest.raises(StorageError, match=f"1 folders were removed.*{closed}: not yours") as told:
+        Run(faulty).sweep()
+    assert told.value.kind is ErrorKind.PERMISSION
+    assert [entry.key for entry in store.list_entries(open_)] == []
+    assert [entry.key for entry in store.list_entries(closed)]
+    # A policy does what it can, and what others closed is told.
+    Run(faulty).keep(keep.latest(1))
+    assert Run(store).steps() == [2, 3], "the run went on from 2"
 
 
 def test_a_mark_of_removal_alone_changes_nothing(store: MemoryStore) -> None:
