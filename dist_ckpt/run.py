@@ -252,9 +252,7 @@ class Run:
             StorageError: a deletion failed.
         """
         decisions = self.plan_keep(policy)
-        deleted = [
-            self._delete(each.step, pinned_too=False) for each in decisions if not each.kept
-        ]
+        deleted = [self._delete(each.step, pinned_too=False) for each in decisions if not each.kept]
         self._sweep(deleted=deleted)
         return decisions
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -44,21 +43,61 @@ class _Tallies:
         self.reading_back = Tally(store.url, "reading back", nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some of a file: where it begins, its size and digests, how much of it nobody compared."""
+
+    start: int
+    nbytes: int
+    digests: bytes
+    unread: int
+
+
 @dataclass
-class _Digests:
-    """Digests of a stream as it goes to a store: of each part of it, with its size."""
+class _Written:
+    """What is known of a stream that goes to a store.
+
+    Attributes:
+        stream: what goes there.
+        tally: told of what was read back.
+        parts: the size and the digests of each part that was made.
+        compared: where the store compared, while it wrote, what it wrote, and how many bytes.
+    """
 
     stream: Stream
+    tally: Tally
+    key: str
     parts: list[tuple[int, bytes]] = field(default_factory=list)
+    compared: dict[int, int] = field(default_factory=dict)
 
     def watched(self) -> Stream:
         def pieces() -> Iterator[memoryview]:
-            self.parts.clear()  # a put that failed begins anew
+            # A put that failed begins anew.
+            self.parts.clear()
+            self.compared.clear()
             for piece in self.stream:
                 self.parts += ((part.nbytes, block_digests(part)) for part in _parts(piece))
                 yield piece
 
-        return Stream(self.stream.nbytes, pieces)
+        return Stream(self.stream.nbytes, pieces, compared=self._note)
+
+    def left(self) -> list[_Part]:
+        """Return the parts that are to be read back."""
+        found = []
+        reached = start = 0
+        for nbytes, digests in self.parts:
+            while reached in self.compared:
+                reached += self.compared[reached]
+            if reached < start + nbytes:
+                found.append(_Part(start, nbytes, digests, start + nbytes - reached))
+                reached = start + nbytes
+            start += nbytes
+        return found
+
+    def _note(self, start: int, nbytes: int) -> None:
+        self.compared[start] = nbytes
+        # By its end: where it begins is the end of another one.
+        self.tally.note((self.key, start + nbytes), nbytes)
 
 
 def _parts(piece: memoryview) -> Iterator[memoryview]:
@@ -130,39 +169,37 @@ def _put_or_compare(store: Store, file: OutFile, tallies: _Tallies, *, replace: 
             f"{file.key} already exists in {store.url}, with another content: export elsewhere, or "
             "remove it"
         )
-    digests = _Digests(tallies.writing.counted(file.key, file.stream))
-    put_stream(store, file.key, digests.watched(), mode="create" if size is None else "replace")
-    _read_back(store, file, digests.parts, tallies.reading_back)
+    stream = tallies.writing.counted(file.key, file.stream)
+    written = _Written(stream, tallies.reading_back, file.key)
+    put_stream(store, file.key, written.watched(), mode="create" if size is None else "replace")
+    _read_back(store, written)
 
 
-def _read_back(
-    store: Store, file: OutFile, digests: Sequence[tuple[int, bytes]], tally: Tally
-) -> None:
-    """Compare what is stored with what was made.
+def _read_back(store: Store, written: _Written) -> None:
+    """Compare what is stored with what was made, as far as the store did not.
 
     Raises:
         IntegrityError: they differ; the file is removed.
     """
-    buffers = [aligned_buffer(WINDOW_BYTES) for _ in range(min(_AT_ONCE, len(digests)))]
-    starts = accumulate((nbytes for nbytes, _ in digests), initial=0)
+    left = written.left()
+    buffers = [aligned_buffer(WINDOW_BYTES) for _ in range(min(_AT_ONCE, len(left)))]
 
-    def compare(part: tuple[int, tuple[int, bytes]]) -> None:
-        start, (nbytes, digest) = part
+    def compare(part: _Part) -> None:
         buffer = buffers.pop()  # there is one for each thread
-        count = store.read_into(file.key, start, buffer[:nbytes])
-        if block_digests(buffer[:count]) != digest:
+        count = store.read_into(written.key, part.start, buffer[: part.nbytes])
+        if block_digests(buffer[:count]) != part.digests:
             raise IntegrityError(
-                f"{file.key} in {store.url} reads otherwise than it was written, around byte "
-                f"{start}: it was removed. Check the disk or the server"
+                f"{written.key} in {store.url} reads otherwise than it was written, around byte "
+                f"{part.start}: it was removed. Check the disk or the server"
             )
         buffers.append(buffer)
-        tally.note((file.key, start), count)
+        written.tally.note((written.key, part.start + part.nbytes), part.unread)
 
     try:
         # A disk and a server are only as fast as they are asked for several parts at once.
-        in_parallel(compare, zip(starts, digests, strict=False), threads=len(buffers))
+        in_parallel(compare, left, threads=max(1, len(buffers)))
     except IntegrityError:
-        store.delete([file.key])
+        store.delete([written.key])
         raise
 
 

@@ -475,10 +475,14 @@ class Stream:
     Attributes:
         nbytes: of the whole.
         pieces: begins to make them, from the first one on.
+        compared: asks for what is written to be read again. A store that can do so while it writes,
+            before the object can be seen, compares the two and tells, from any thread, at which
+            byte and how many it found equal; what is not told was not compared.
     """
 
     nbytes: int
     pieces: Callable[[], Iterator[memoryview]]
+    compared: Callable[[int, int], None] | None = None
 
     @classmethod
     def of(cls, views: Sequence[memoryview]) -> Stream:
@@ -494,7 +498,11 @@ class Streamer(Protocol):
     """What a store also offers that can begin to store an object before all of it is there."""
 
     def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
-        """Store what `stream` makes under `key`, whole or not at all, as `Store.put` does."""
+        """Store what `stream` makes under `key`, whole or not at all, as `Store.put` does.
+
+        Raises:
+            IntegrityError: what was written reads otherwise, see `Stream.compared`.
+        """
         ...
 
 

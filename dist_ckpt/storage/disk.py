@@ -15,8 +15,9 @@ cache. What is not aligned is copied through aligned memory or goes through the 
 a file system takes it at all is found by trying, once for each mount: it may refuse the flag, or
 only the first transfer (both with `EINVAL`).
 
-Everything here raises plain `OSError`, which the store maps, and a `StorageError` where there are
-no links and nobody promised to be the only writer.
+Everything here raises plain `OSError`, which the store maps, a `StorageError` where there are no
+links and nobody promised to be the only writer, and an `IntegrityError` for bytes that read
+otherwise than they were written.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from dist_ckpt.errors import StorageError
+from dist_ckpt.errors import ErrorKind, IntegrityError, StorageError
 from dist_ckpt.storage.base import (
     PIECE_BYTES,
     PutMode,
@@ -189,7 +190,8 @@ def _open_temporary(directory: str) -> tuple[int, str, str]:
         temporary = os.path.join(directory, temporary_name())
         try:
             top = _make_directories(directory)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            # To be read as well: what was written may be compared before it gets its name.
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue  # a deleter pruned the directory in between
         try:
@@ -424,6 +426,9 @@ READ_BYTES = 8 << 20
 _BUFFERS_PER_CALL = 1024  # IOV_MAX of Linux
 # Two writers keep a disk busy, also while one of them copies; reads gain from a deeper queue.
 _WRITE_THREADS = 2
+# Where each of them reads what it wrote, two write and one reads, on average.
+_COMPARE_THREADS = 3
+_COMPARED_BYTES = 2 << 20
 _READ_THREADS = 8
 _HUGE_PAGE_BYTES = 2 << 20
 _NOT_PREALLOCATED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
@@ -498,10 +503,14 @@ class DirectIO:
         Returns:
             Whether it was done. If not, some places may hold bytes already, and the position of the
             file is still its start: `write_buffered` does it all.
+
+        Raises:
+            IntegrityError: see `Stream.compared`; bytes behind the last whole sector are not read.
         """
         if stream.nbytes < DIRECT_BYTES or not self._turn_on(fd):
             return False
         tails: list[tuple[int, memoryview]] = []
+        buffers: list[memoryview] = []
 
         def write(piece: tuple[int, Sequence[memoryview]]) -> None:
             offset, run = piece
@@ -510,11 +519,16 @@ class DirectIO:
             data = _in_aligned_memory(run)
             whole = data.nbytes - data.nbytes % _SECTOR_BYTES
             write_at(fd, data[:whole], offset)
+            if stream.compared is not None and whole:
+                # While another thread writes: the disk has one way in and another one out.
+                _compare(fd, data[:whole], offset, buffers)
+                stream.compared(offset, whole)
             if whole < data.nbytes:
                 tails.append((offset + whole, data[whole:]))
 
         try:
-            threads = min(_WRITE_THREADS, -(-stream.nbytes // PIECE_BYTES))
+            most = _WRITE_THREADS if stream.compared is None else _COMPARE_THREADS
+            threads = min(most, -(-stream.nbytes // PIECE_BYTES))
             in_parallel(write, _cut(stream, PIECE_BYTES), threads=threads)
         except OSError as error:
             if error.errno not in _NOT_DIRECT:
@@ -591,6 +605,31 @@ def _in_aligned_memory(run: Sequence[memoryview]) -> memoryview:
         np.copyto(_as_array(copy[done : done + view.nbytes]), _as_array(view))
         done += view.nbytes
     return copy
+
+
+def _compare(fd: int, data: memoryview, offset: int, buffers: list[memoryview]) -> None:
+    """Compare whole sectors that were written at `offset` with what the disk has there.
+
+    Args:
+        fd: the file, past the page cache: what that holds says nothing about the disk.
+        data: what was written.
+        offset: where.
+        buffers: memory to read to, taken from and given back by one thread at a time.
+    """
+    buffer = buffers.pop() if buffers else aligned_buffer(_COMPARED_BYTES)
+    for start in range(0, data.nbytes, _COMPARED_BYTES):
+        written = data[start : start + _COMPARED_BYTES]
+        found = buffer[: written.nbytes]
+        count = _read_at(fd, Scatter([found]), offset + start, sector_bytes=_SECTOR_BYTES)
+        # By words, without the lock of the interpreter; memoryviews compare byte by byte.
+        ours, there = (_as_array(view).view(np.uint64) for view in (written, found))
+        if count != written.nbytes or not np.array_equal(ours, there):
+            raise IntegrityError(
+                f"what was written reads otherwise between the bytes {offset + start} and "
+                f"{offset + start + written.nbytes}: nothing was stored. Check the disk",
+                kind=ErrorKind.DIGEST,
+            )
+    buffers.append(buffer)
 
 
 def _write_group(fd: int, group: list[memoryview]) -> None:

@@ -26,8 +26,10 @@ from dist_ckpt.errors import (
     StorageError,
     UsageError,
 )
+from dist_ckpt.events import Event, WorkProgressed, subscribe
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
+from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Flip, Rule
 from tests.unit.doors.models import check_equal, load_torch, saved
 
@@ -238,6 +240,24 @@ def test_what_reads_otherwise_than_it_was_written_is_told_and_removed(tmp_path: 
     with pytest.raises(IntegrityError, match="reads otherwise than it was written"):
         dist_ckpt.export(run, store)
     assert list(LocalStore(tmp_path / "out").list_entries()) == []
+
+
+def test_a_disk_is_read_once_as_it_is_written(tmp_path: Path) -> None:
+    weights = {"w": torch.randn(3, 1 << 20), "v": torch.randn(1001)}
+    dist_ckpt.save({"model": weights}, tmp_path / "run", ranks="alone")
+    store = MeterStore(LocalStore(tmp_path / "out"))
+    told: list[Event] = []
+    unsubscribe = subscribe(told.append)
+    dist_ckpt.export(tmp_path / "run", store)
+    unsubscribe()
+    if not store.capabilities.direct_io:
+        pytest.skip(f"{tmp_path} takes no direct transfers")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    usage = store.usage().operations
+    assert usage["read_into"].count == 1, "the last window, whose last sector is not whole"
+    progress = [each for each in told if isinstance(each, WorkProgressed)]
+    read = [each.nbytes_done for each in progress if each.doing == "reading back"]
+    assert (read[-1], max(read)) == (size, size)
 
 
 def test_a_damaged_source_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from dist_ckpt.errors import AlreadyExists, IntegrityError, StorageError
 from dist_ckpt.storage import disk
-from dist_ckpt.storage.base import Store, Stream, put_stream, read_all
+from dist_ckpt.storage.base import PutMode, Store, Stream, put_stream, read_all
 from dist_ckpt.storage.fsspec import FsspecStore
 from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
@@ -75,6 +76,65 @@ def test_a_disk_that_refuses_direct_writes_gets_all_of_it(
     put_stream(LocalStore(tmp_path), "a", stream(log))
     assert (tmp_path / "a").read_bytes() == WHOLE
     assert log[-len(PIECES) :] == list(range(len(PIECES))), "made anew from the first piece on"
+
+
+def compared(told: list[tuple[int, int]]) -> Stream:
+    return Stream(len(WHOLE), stream().pieces, compared=lambda *where: told.append(where))
+
+
+def test_what_a_disk_wrote_is_compared_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[list[tuple[int, int]]] = []
+    link = os.link
+    told: list[tuple[int, int]] = []
+
+    def watch(*names: str) -> None:
+        named.append(sorted(told))
+        link(*names)
+
+    monkeypatch.setattr(os, "link", watch)
+    store = LocalStore(tmp_path)
+    put_stream(store, "a", compared(told))
+    assert read_all(store, "a") == WHOLE
+    if not store.capabilities.direct_io:
+        pytest.skip(f"{tmp_path} takes no direct transfers")
+    reached = 0
+    for start, nbytes in named[0]:
+        assert start == reached
+        reached += nbytes
+    assert 0 <= len(WHOLE) - reached < 4096, "all but the last part of a sector"
+
+
+@pytest.mark.parametrize("mode", ["create", "replace"])
+def test_what_a_disk_gives_back_otherwise_is_not_stored(
+    mode: PutMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a" if mode == "replace" else "b", [b"before"])
+    read = os.preadv
+
+    def flip(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = read(fd, buffers, offset)
+        if offset == 8 << 20:
+            buffers[0][count - 1] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", flip)
+    if not store.capabilities.direct_io:
+        pytest.skip(f"{tmp_path} takes no direct transfers")
+    with pytest.raises(IntegrityError, match="reads otherwise between the bytes 8388608 and"):
+        put_stream(store, "a", compared([]), mode=mode)
+    monkeypatch.undo()
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"before"]
+
+
+def test_what_nobody_asks_for_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "preadv", never)
+    put_stream(LocalStore(tmp_path), "a", stream())
 
 
 def test_wrappers_hand_it_on_and_count_it(tmp_path: Path) -> None:
