@@ -30,7 +30,7 @@ PUBLIC_CALLS = [
     each for each in DEFINITIONS if each.is_public and isinstance(each.node, ast.FunctionDef)
 ]
 
-MODULE_LINES = 700
+MODULE_LINES = 800
 FUNCTION_LINES = 60
 FUNCTION_LINES_P90 = 35
 EXPORTED_NAMES = 21
