@@ -18,7 +18,6 @@ from dist_ckpt.storage.base import (
     check_prefix,
     read_all,
 )
-from dist_ckpt.storage.fsspec import FsspecStore
 from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
@@ -29,6 +28,7 @@ from dist_ckpt.storage.retry import Backoff, RetryStore
 from dist_ckpt.storage.wrapper import StoreWrapper
 
 if TYPE_CHECKING:
+    from dist_ckpt.storage.fsspec import FsspecStore
     from dist_ckpt.storage.s3 import S3Store
 
 __all__ = [
@@ -58,11 +58,15 @@ __all__ = [
 ]
 
 
+# Only for who goes there: the client library for S3 is most of what there is to import, and fsspec
+# half of what a command waits for.
+_LATE = {"FsspecStore": "fsspec", "S3Store": "s3"}
+
+
 def __getattr__(name: str) -> object:
-    # The client library for S3 is most of what there is to import: only for who goes there.
-    if name != "S3Store":
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = import_module(f"{__name__}.s3").S3Store
+    value: object = getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     globals()[name] = value  # the next use does not come here
     return value
 

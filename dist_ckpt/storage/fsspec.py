@@ -29,6 +29,7 @@ from dist_ckpt.storage.base import (
     Entry,
     PutMode,
     Scatter,
+    Store,
     Stream,
     Watch,
     check_key,
@@ -40,6 +41,7 @@ from dist_ckpt.storage.base import (
     is_key,
     watched,
 )
+from dist_ckpt.storage.retry import RetryStore
 
 _WHOLE_BYTES = 8 << 20
 # How often an object may be replaced during one read of its end.
@@ -294,3 +296,52 @@ def _modified(info: Mapping[str, Any]) -> float | None:
         if isinstance(value, int | float):
             return float(value)
     return None
+
+
+# What fsspec can read but not list truthfully, and other names of local disks.
+_NO_STORES = frozenset({"http", "https", "data", "local", "reference", "cached", "dir"})
+
+_PACKAGES: Mapping[str, str] = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "adl": "adlfs",
+    "oci": "ocifs",
+    "oss": "ossfs",
+    "hdfs": "pyarrow",
+    "hf": "huggingface_hub",
+}
+
+
+def open_fsspec(
+    url: str, scheme: str, rest: str, *, storage_options: Mapping[str, Any] | None = None
+) -> Store:
+    """Return the store that a url of a file system of fsspec names; it repeats what failed.
+
+    Args:
+        url: as it was written, for messages.
+        scheme: what stands before `://`.
+        rest: what follows that.
+        storage_options: for the file system.
+
+    Raises:
+        UsageError: fsspec has no such file system, or one that cannot be a store, or it needs a
+            package.
+    """
+    if scheme in _NO_STORES or scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
+        known = ", ".join(f"{name}://" for name in ("file", "memory", "s3", *_PACKAGES))
+        raise UsageError(f"bad url {url!r}: unknown scheme {scheme!r}; known are paths, {known}")
+    host = rest.partition("/")[0]
+    if "@" in host and ":" in host.rpartition("@")[0]:
+        # Not shown: it holds a password, and messages travel far.
+        raise UsageError(f"bad {scheme} url: put credentials into storage_options, not the url")
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        install = f"pip install {package}" if package else str(error)
+        raise UsageError(f"bad url {url!r}: {scheme}:// needs a package: {install}") from error
+    # Here whole operations; S3 repeats its single requests itself, which is cheaper.
+    return RetryStore(FsspecStore(f"{scheme}://{rest}", storage_options=storage_options))

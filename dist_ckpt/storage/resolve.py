@@ -9,17 +9,13 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
-
 from dist_ckpt.errors import UsageError
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.fsspec import FsspecStore
 from dist_ckpt.storage.limit import LimitStore
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
-from dist_ckpt.storage.retry import RetryStore
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
@@ -57,9 +53,7 @@ def resolve(
     text = _checked(text)
     scheme, rest = _split(text)
     store = _open(text, scheme, rest, options=storage_options, single_writer=single_writer)
-    # From the inside to the outside; s3 repeats single requests itself, which is cheaper.
-    if isinstance(store, FsspecStore):
-        store = RetryStore(store)
+    # From the inside to the outside.
     if single_writer and not store.capabilities.atomic_create:
         store = SingleWriterStore(store)
     if max_concurrent is not None or max_bytes_per_second is not None:
@@ -128,35 +122,19 @@ def _split(text: str) -> tuple[str, str]:
 def _open(
     url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None, single_writer: bool
 ) -> Store:
+    opened: Store
     if scheme in ("s3", "s3a"):
-        # Imported here, or every program that saves to a disk would load a client for S3.
+        # Imported where they are needed: a program that saves to a disk waits for neither.
         s3 = import_module("dist_ckpt.storage.s3")
-        opened: Store = s3.open_s3(
-            url, rest, storage_options=options, conditional=not single_writer
-        )
+        opened = s3.open_s3(url, rest, storage_options=options, conditional=not single_writer)
         return opened
     if scheme in _PLAIN:
         if options:
             raise UsageError(f"{url!r} takes no storage_options, but has {sorted(options)}")
         return _PLAIN[scheme](url, rest, single_writer)
-    return _open_fsspec(url, scheme, rest, options=options)
-
-
-def _open_fsspec(url: str, scheme: str, rest: str, *, options: Mapping[str, Any] | None) -> Store:
-    if scheme in _NO_STORES or scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
-        known = ", ".join(f"{name}://" for name in ("file", "memory", "s3", *_PACKAGES))
-        raise UsageError(f"bad url {url!r}: unknown scheme {scheme!r}; known are paths, {known}")
-    host = rest.partition("/")[0]
-    if "@" in host and ":" in host.rpartition("@")[0]:
-        # Not shown: it holds a password, and messages travel far.
-        raise UsageError(f"bad {scheme} url: put credentials into storage_options, not the url")
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        package = _PACKAGES.get(scheme)
-        install = f"pip install {package}" if package else str(error)
-        raise UsageError(f"bad url {url!r}: {scheme}:// needs a package: {install}") from error
-    return FsspecStore(f"{scheme}://{rest}", storage_options=options)
+    others = import_module("dist_ckpt.storage.fsspec")
+    opened = others.open_fsspec(url, scheme, rest, storage_options=options)
+    return opened
 
 
 def _open_path(_: str, rest: str, single_writer: bool) -> Store:  # noqa: FBT001
@@ -183,20 +161,4 @@ _PLAIN: Mapping[str, Callable[[str, str, bool], Store]] = {
     "": _open_path,
     "file": _open_file,
     "memory": _open_memory,
-}
-
-# What fsspec can read but not list truthfully, and other names of local disks.
-_NO_STORES = frozenset({"http", "https", "data", "local", "reference", "cached", "dir"})
-
-_PACKAGES: Mapping[str, str] = {
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "adl": "adlfs",
-    "oci": "ocifs",
-    "oss": "ossfs",
-    "hdfs": "pyarrow",
-    "hf": "huggingface_hub",
 }
