@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -42,17 +43,32 @@ _LONG_SECONDS = 1000
 _SERVERS = re.compile(r"\b(ceph|cephfs|linkless_folder|s3_name|s3_service|shared_folder)\s*[:,)]")
 
 
+_SOURCE = re.compile(r"^from tests\.arch\.source import [^)]*\bmodules\b", re.MULTILINE)
+
+
 class TogetherWhatShares(LoadScopeScheduling):  # type: ignore[misc]
     """Shares tests out to workers one by one, except for those that share what is slow to make.
 
-    All files that need a server go to one worker, so that each server is started once; so does a
-    file with fixtures of its own for all its tests. (The groups of pytest-xdist 3.8 have no effect
+    All files that need a server go to one worker, so that each server is started once; so do those
+    that look at the source, which is parsed once, and a file with fixtures of its own for all its
+    tests. (The groups of pytest-xdist 3.8 have no effect
     under pytest 9.2.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return _scope_of(self.config.rootpath / file) or nodeid
+
+
+def pytest_collection() -> None:
+    """Collect without a look for garbage: what is collected is some million objects that stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was collected out of every later look, in this process and its children."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TogetherWhatShares:
@@ -64,6 +80,8 @@ def _scope_of(file: Path) -> str:
     text = file.read_text()
     if _SERVERS.search(text):
         return "servers"
+    if _SOURCE.search(text):
+        return "source"
     return str(file) if 'scope="module"' in text else ""
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +52,14 @@ class Definition:
         return not any(part.startswith("_") for part in self.name.split("."))
 
 
-def modules(folder: Path = PACKAGE) -> list[Module]:
-    """Return the modules under `folder`, sorted by name."""
+@cache
+def modules(folder: Path = PACKAGE) -> tuple[Module, ...]:
+    """Return the modules under `folder`, sorted by name: each is parsed once in a process."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         found.append(Module(".".join(parts).removesuffix(".__init__"), path))
-    return found
+    return tuple(found)
 
 
 def definitions(module: Module) -> Iterator[Definition]:
@@ -100,7 +101,7 @@ def imports(module: Module, known: set[str]) -> set[str]:
     return found
 
 
-def comment_ratio(all_modules: list[Module]) -> float:
+def comment_ratio(all_modules: Sequence[Module]) -> float:
     """Return the lines with a comment per line of code, docstrings and blank lines left out."""
     comments = code = 0
     layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -25,10 +25,6 @@ from tests.arch.source import (
 )
 
 MODULES = modules()
-DEFINITIONS = [each for module in MODULES for each in definitions(module)]
-PUBLIC_CALLS = [
-    each for each in DEFINITIONS if each.is_public and isinstance(each.node, ast.FunctionDef)
-]
 
 MODULE_LINES = 800
 FUNCTION_LINES = 60
@@ -62,7 +58,7 @@ def test_exported_names_are_few() -> None:
 
 
 def test_a_backend_has_few_methods_to_write() -> None:
-    store = next(each for each in DEFINITIONS if each.name == "dist_ckpt.storage.base.Store")
+    store = next(each for each in _definitions() if each.name == "dist_ckpt.storage.base.Store")
     methods = [
         node for node in store.node.body if isinstance(node, Function) and not _is_property(node)
     ]
@@ -70,13 +66,13 @@ def test_a_backend_has_few_methods_to_write() -> None:
 
 
 def test_calls_take_few_parameters() -> None:
-    over = {each.name for each in PUBLIC_CALLS if _parameters(each)[1] > PARAMETERS}
+    over = {each.name for each in _public_calls() if _parameters(each)[1] > PARAMETERS}
     assert over == set()
 
 
 def test_parameters_are_named_by_the_caller() -> None:
     over = {}
-    for each in PUBLIC_CALLS:
+    for each in _public_calls():
         positions, _ = _parameters(each)
         limit = POSITIONS_EXPORTED if _is_exported(each) else POSITIONS
         if positions > limit:
@@ -86,7 +82,7 @@ def test_parameters_are_named_by_the_caller() -> None:
 
 def test_public_names_have_a_docstring() -> None:
     bare = [m.name for m in MODULES if ast.get_docstring(m.tree) is None]
-    bare += [d.name for d in DEFINITIONS if d.is_public and ast.get_docstring(d.node) is None]
+    bare += [d.name for d in _definitions() if d.is_public and ast.get_docstring(d.node) is None]
     assert bare == []
 
 
@@ -131,7 +127,7 @@ def test_only_dcp_knows_distributed_checkpoint() -> None:
 
 def test_a_public_name_means_one_thing() -> None:
     homes: dict[str, set[str]] = {}
-    for each in DEFINITIONS:
+    for each in _definitions():
         home, _, name = each.name.rpartition(".")
         if home in {module.name for module in MODULES} and not name.startswith("_"):
             homes.setdefault(name, set()).add(home)
@@ -154,6 +150,17 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     )
     with capsys.disabled():
         sys.stdout.write(f"\nbudgets: {report}\n")
+
+
+@cache
+def _definitions() -> tuple[Definition, ...]:
+    return tuple(each for module in MODULES for each in definitions(module))
+
+
+def _public_calls() -> list[Definition]:
+    return [
+        each for each in _definitions() if each.is_public and isinstance(each.node, ast.FunctionDef)
+    ]
 
 
 def _is_property(node: Function) -> bool:

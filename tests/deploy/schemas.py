@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any, TypeAlias
 
-import kubeflow_trainer_api.models as published
 from jsonschema import Draft202012Validator
 
 Schema: TypeAlias = dict[str, Any]
 
-_MODELS: dict[tuple[str, str], type[Any]] = {
-    ("v1", "ConfigMap"): published.IoK8sApiCoreV1ConfigMap,
-    ("v1", "PersistentVolume"): published.IoK8sApiCoreV1PersistentVolume,
-    ("v1", "PersistentVolumeClaim"): published.IoK8sApiCoreV1PersistentVolumeClaim,
-    ("v1", "ServiceAccount"): published.IoK8sApiCoreV1ServiceAccount,
-    ("batch/v1", "CronJob"): published.IoK8sApiBatchV1CronJob,
-    ("jobset.x-k8s.io/v1alpha2", "JobSet"): published.JobsetV1alpha2JobSet,
-    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): published.TrainerV1alpha1TrainJob,
-    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): published.TrainerV1alpha1TrainingRuntime,
+# The names of classes: their module takes seconds to import, which only who asks should wait for.
+_MODELS: dict[tuple[str, str], str] = {
+    ("v1", "ConfigMap"): "IoK8sApiCoreV1ConfigMap",
+    ("v1", "PersistentVolume"): "IoK8sApiCoreV1PersistentVolume",
+    ("v1", "PersistentVolumeClaim"): "IoK8sApiCoreV1PersistentVolumeClaim",
+    ("v1", "ServiceAccount"): "IoK8sApiCoreV1ServiceAccount",
+    ("batch/v1", "CronJob"): "IoK8sApiBatchV1CronJob",
+    ("jobset.x-k8s.io/v1alpha2", "JobSet"): "JobsetV1alpha2JobSet",
+    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): "TrainerV1alpha1TrainJob",
+    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): "TrainerV1alpha1TrainingRuntime",
 }
 _TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 _TEXTS = {"type": "object", "additionalProperties": _TEXT}
@@ -50,8 +51,9 @@ def _schema(version: str, kind: str) -> Schema:
     return _closed(model) if model else _WRITTEN[version, kind]()
 
 
-def _closed(model: type[Any]) -> Schema:
-    """Return the schema of `model` with nothing besides, and without the choice of null."""
+def _closed(name: str) -> Schema:
+    """Return the schema of a published class, with nothing besides and no choice of null."""
+    model = getattr(import_module("kubeflow_trainer_api.models"), name)
     schema: Schema = _without_null(model.model_json_schema())
     for name, described in schema["$defs"].items():
         if "actual_instance" in described.get("properties", {}):
@@ -100,7 +102,7 @@ def _one_of(*values: str) -> Schema:
 
 def _resource(spec: Schema) -> Schema:
     """Return the schema of a resource, whose pods are described as Kubernetes does."""
-    pods = _closed(published.IoK8sApiCoreV1PodTemplateSpec)
+    pods = _closed("IoK8sApiCoreV1PodTemplateSpec")
     metadata = _object(["name"], name=_TEXT, labels=_TEXTS, annotations=_TEXTS)
     names = {"apiVersion": _TEXT, "kind": _TEXT, "metadata": metadata, "spec": spec}
     # The references inside of it are to its own definitions, which lie at the top.
