@@ -7,10 +7,11 @@ whole tensor must be, bit for bit, without having seen the save.
 from __future__ import annotations
 
 import zlib
+from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -86,9 +87,15 @@ class Net(torch.nn.Module):
         return torch.stack([part.sum() for part in parts]).sum()
 
 
+@cache
+def all_ranks(world_size: int) -> DeviceMesh:
+    """Return the mesh of all ranks; making one takes longer than a small tensor."""
+    return init_device_mesh("cpu", (world_size,))
+
+
 def shard(whole: torch.Tensor) -> DTensor:
     """Return `whole` as a DTensor cut by rows over all ranks; needs no communication."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = all_ranks(dist.get_world_size())
     rows = -(-whole.shape[0] // mesh.size())
     start = min(rows * mesh.get_local_rank(), whole.shape[0])
     local = whole[start : start + rows].clone()
@@ -102,7 +109,7 @@ def build(layout: str, seed: int | None) -> TrainState:
     net = Net()
     model: torch.nn.Module = net
     if layout == "fsdp":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = all_ranks(dist.get_world_size())
         for child in net.children():
             fully_shard(child, mesh=mesh)
         fully_shard(net, mesh=mesh)

@@ -460,18 +460,29 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(("names", "host", "at"), DAMAGED)
-def test_a_copy_that_is_damaged_on_one_host_is_read_from_another(
-    names: str, host: str, at: float, tmp_path: Path
-) -> None:
-    run_ranks(4, save_steps, str(tmp_path), "ddp", (10, 20))
-    for found in (tmp_path / host / step_dir(20)).glob(f"*/{names}"):
-        flipped(found, at)
-    for step in (None, 20):
-        for told, wrong, refused, notes in run_ranks(4, told_of, str(tmp_path), "ddp", step):
-            assert (told, wrong, refused) == (20, [], {})
-            assert "is damaged on" in notes
-            assert host in notes
+def told_of_each(root: str) -> list[list[tuple[int, list[str], dict[int, str], str]]]:
+    """Save, and damage a copy of that in each way; return what is told of each."""
+    save_steps(f"{root}/whole", "ddp", (10, 20))
+    found = []
+    for number, (names, host, at) in enumerate(DAMAGED):
+        place = Path(root) / str(number)
+        dist.barrier()  # on all hosts it is saved
+        if dist.get_rank() == 0:
+            shutil.copytree(Path(root) / "whole", place)
+            for each in (place / host / step_dir(20)).glob(f"*/{names}"):
+                flipped(each, at)
+        dist.barrier()
+        found.append([told_of(str(place), "ddp", step) for step in (None, 20)])
+    return found
+
+
+def test_a_copy_that_is_damaged_on_one_host_is_read_from_another(tmp_path: Path) -> None:
+    for results in run_ranks(4, told_of_each, str(tmp_path)):
+        for (names, host, _), found in zip(DAMAGED, results, strict=True):
+            for told, wrong, refused, notes in found:
+                assert (told, wrong, refused) == (20, [], {}), (names, host)
+                assert "is damaged on" in notes, (names, host)
+                assert host in notes, (names, host)
 
 
 def test_several_damaged_copies_on_several_hosts(tmp_path: Path) -> None:
