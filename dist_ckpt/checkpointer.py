@@ -15,10 +15,9 @@ from dist_ckpt.policy import SavePolicy
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.saving.exit import leave
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import Metrics, as_given
-from dist_ckpt.saving.saver import Saver
+from dist_ckpt.saving.saver import Saver, leave
 from dist_ckpt.state.train_state import TrainState, stoppers_of
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.early import (

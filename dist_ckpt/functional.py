@@ -17,10 +17,9 @@ from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, S
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
 from dist_ckpt.repository.ranking import Mode, which_of
-from dist_ckpt.saving.exit import finish_before
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
-from dist_ckpt.saving.saver import Saver
+from dist_ckpt.saving.saver import Saver, finish_before
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState, stoppers_of

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import math
 import os
+import queue
+import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -412,3 +415,114 @@ class Steps(Generic[ItemT, HalfT]):
             self._seconds -= 1
             self._under_way -= 1
         self._changed.ring()
+
+
+# The background threads of a rank: one writes, and on rank 0 another tidies up.
+
+
+_NICE = 10
+"""How much later than the training this is served by the processors, as `nice` counts."""
+
+_changed = Bell()
+# Threads that run a job or let go of what it held. Not those that were left to themselves.
+_at_work: set[threading.Thread] = set()
+
+os.register_at_fork(after_in_child=_at_work.clear)
+
+
+def wait_for_threads(seconds: float) -> bool:
+    """Wait until no background thread has anything in its hands; return whether that is so.
+
+    A daemon that lets go of a tensor while the interpreter goes ends the process by an abort: torch
+    asks for the interpreter in a destructor, which must not be left by an exception.
+    """
+    return _changed.wait_for(lambda: not _at_work, seconds)
+
+
+def is_background() -> bool:
+    """Whether this thread is one of those."""
+    return threading.current_thread() in _at_work
+
+
+class WriterThread:
+    """Runs jobs one after another on a daemon thread that starts with the first one.
+
+    A daemon, because a backend that never answers must not keep a process from ending; who must not
+    lose a save at exit waits for it (`dist_ckpt.saving.saver.Saver.close`).
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str = "dist_ckpt-writer") -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] | None = None
+        self._thread: threading.Thread | None = None
+        self._idle = Latch()
+        self._idle.open()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` in the background, after those before it; it must not raise."""
+        # Not alive: a listener or a backend ended it with SystemExit, or this process was forked.
+        if self._jobs is None or self._thread is None or not self._thread.is_alive():
+            self._jobs = queue.SimpleQueue()
+            self._thread = threading.Thread(
+                target=_run_jobs, args=(self._jobs,), name=self._name, daemon=True
+            )
+            start(self._thread)
+            # The thread knows the queue alone, so it ends with an owner that forgot to stop it.
+            weakref.finalize(self, self._jobs.put, None).atexit = False
+        # Of this job alone: one that was given up must not make the next one look finished.
+        idle = self._idle = Latch()
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                idle.open()
+
+        self._jobs.put(run)
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until no job runs or waits; return whether that is so."""
+        return self._idle.wait(timeout)
+
+    def abandon(self) -> None:
+        """Leave a job that does not come back; the next one gets a thread of its own."""
+        self.stop()
+        _at_work.difference_update([self._thread] if self._thread else [])
+        _changed.ring()
+        self._idle = Latch()
+        self._idle.open()
+
+    def stop(self) -> None:
+        """Let the thread end when its jobs are done."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+            self._jobs = None
+
+
+def _run_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    _yield_to_training()
+    me = threading.current_thread()
+    while (job := jobs.get()) is not None:
+        _at_work.add(me)
+        try:
+            job()
+        finally:
+            del job  # else it, and all that it looks at, would live until the next one
+            _at_work.discard(me)
+            _changed.ring()
+
+
+def _yield_to_training() -> None:
+    """Let this thread, and those that it starts, have what the training leaves of the processors.
+
+    On Linux a priority is that of a thread; elsewhere it would slow the whole process down.
+    """
+    if sys.platform == "linux":
+        # Refused in some sandboxes: then saving competes with the training, and is as right.
+        with suppress(OSError):
+            thread = threading.get_native_id()
+            nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, nice)

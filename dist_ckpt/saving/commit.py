@@ -23,9 +23,9 @@ from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.history import EpochNote, History, put_epoch_note
 from dist_ckpt.repository.keep import KeepPolicy
-from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.saving.messages import Report
 from dist_ckpt.saving.provenance import Metrics, SaveContext, as_numbers, tell_differing
+from dist_ckpt.threads import WriterThread
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -149,6 +149,7 @@ class Housekeeping:
 
     Attributes:
         litter: whether files of dead attempts may lie around: at the start, after a failed save.
+        thread: where it works, beside later saves.
     """
 
     def __init__(self, job: Job, policy: KeepPolicy | None) -> None:
@@ -156,7 +157,7 @@ class Housekeeping:
         self._job = job
         self._policy = policy
         self._history = History(job.repository.store)
-        self._thread = WriterThread("dist_ckpt-tidy")
+        self.thread = WriterThread("dist_ckpt-tidy")
         # Looked at while garbage is collected, so it must always hold what is being written.
         self._in_flight: set[str] = set()
         self.litter = True
@@ -179,7 +180,7 @@ class Housekeeping:
         if self._job.leads and at_once:
             self.run(step)
         elif self._job.leads:
-            self._thread.submit(lambda: self.run(step))
+            self.thread.submit(lambda: self.run(step))
 
     def run(self, step: int) -> None:
         """Tidy up after the commit of `step`. A failure here never undoes the commit."""
@@ -225,7 +226,7 @@ class Housekeeping:
             # Not raised: the other ranks have nothing to convert, and would go on alone.
             self.tell_failed(step, error)
             return
-        after(lambda: self._thread.submit(lambda: self.note_epoch(step, note)))
+        after(lambda: self.thread.submit(lambda: self.note_epoch(step, note)))
 
     def note_epoch(self, step: int, note: EpochNote) -> None:
         """Say of the committed `step` what is known only now, then delete what need not be kept.
@@ -246,14 +247,6 @@ class Housekeeping:
         failure = as_ours(error)
         events.emit(events.RetentionFailed(self._job.url, step, 0, failure))
         _log.warning("noting metrics of step %d in %s failed: %s", step, self._job.url, failure)
-
-    def wait(self, timeout_seconds: float) -> bool:
-        """Wait until nothing is left to tidy up; return whether that is so."""
-        return self._thread.wait_idle(timeout_seconds)
-
-    def stop(self) -> None:
-        """Let the thread end when it is done."""
-        self._thread.stop()
 
     def _retain(self, step: int) -> None:
         """Delete what need not be kept, now that `step` is committed.

@@ -1,13 +1,21 @@
-"""Saves, from the call to the commit: agree and stage at once, write in the background."""
+"""Saves, from the call to the end of the process: agree and stage at once, write behind it."""
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  see `_finish_first`
+import inspect
 import math
+import os
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from multiprocessing.util import is_exiting
+from multiprocessing import parent_process
+from multiprocessing.util import Finalize, is_exiting
 from typing import Any
 
 from dist_ckpt import events
@@ -24,14 +32,21 @@ from dist_ckpt.saving.across_hosts import begin_folders, run_across_hosts
 from dist_ckpt.saving.agreement import Agreement, Asked, as_asked
 from dist_ckpt.saving.attempt import Attempt, StagedShare
 from dist_ckpt.saving.commit import Commit, Housekeeping
-from dist_ckpt.saving.exit import WriterThread, end_with, end_without, finish_before
-from dist_ckpt.saving.handle import Outcomes, SaveHandle, Tolerance
+from dist_ckpt.saving.handle import (
+    Outcomes,
+    SaveHandle,
+    Tolerance,
+    note_untold,
+    take_untold,
+    untold_number,
+)
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.provenance import Metrics, Provenance, SaveContext, as_numbers
 from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
 from dist_ckpt.saving.stager import Stager
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.threads import WriterThread, is_background, wait_for_threads
 
 _GIVE_UP_SECONDS = 10.0
 
@@ -217,7 +232,7 @@ class Saver:
         # A retention that hangs is left to itself in the end: nothing depends on it.
         seconds = self._job.timeout_seconds
         if self._writer.wait_idle(seconds):
-            self._housekeeping.wait(seconds)
+            self._housekeeping.thread.wait_idle(seconds)
         return error
 
     def close(self) -> None:
@@ -263,7 +278,7 @@ class Saver:
 
     def _release(self) -> None:
         self._writer.stop()
-        self._housekeeping.stop()
+        self._housekeeping.thread.stop()
         self._stager.release()
         self._job.leave()
         # Last: until rank 0 has left, the end of its interpreter would cut the others off.
@@ -414,3 +429,207 @@ class Saver:
         self._writer.abandon()
         self._stager.abandon()
         self._housekeeping.litter = True
+
+
+# The end of the process, in one order: saves, failures that nobody heard of, connections.
+#
+# 1. Saves in flight are finished, before Python lets its pools of threads go: a file system that
+#    resolves a name in one could reach no server any more.
+# 2. When `multiprocessing` ends the process, the saves that were begun since, by threads that
+#    Python waits for, are finished too, and all is let go.
+# 3. A failure that nobody waited for is told on standard error, and the exit status is not 0.
+# 4. Then, and not before, storage closes its connections (`dist_ckpt.storage.s3_client`).
+#
+# A forked child has none of its parent's saves: it neither waits for them nor ends them. It has all
+# of this for its own.
+
+
+_PATIENCE_SECONDS = 2.0
+"""How long the end waits without a word: most saves are over by then."""
+
+# What a signal raises in the main thread, by Python's handler or by one as programs have it.
+_INSISTENCE = (KeyboardInterrupt, SystemExit)
+
+
+_open_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+_registered_in: int | None = None
+
+os.register_at_fork(after_in_child=_open_savers.clear)
+
+
+def end_with(saver: Saver) -> None:
+    """Let this process not end before the save that `saver` begins now is over."""
+    global _registered_in
+    _open_savers.add(saver)
+    if _registered_in != os.getpid():
+        _registered_in = os.getpid()
+        # Not atexit, which the processes of multiprocessing, and so torch's spawn, never come to.
+        Finalize(None, close_all, exitpriority=10)
+
+
+def end_without(saver: Saver) -> None:
+    """Forget `saver`: it was closed."""
+    _open_savers.discard(saver)
+
+
+def finish_before(job: Job, *, besides: Saver | None = None) -> None:
+    """Wait for what others in this process save to a run, before `job` takes it over or loads.
+
+    A claim that is taken now would end such a save, and nobody meant that: a cell of a notebook
+    that is run twice, or `async_save` in a loop, goes on with what this very process does. And a
+    load means what was saved before it, in the background or not. The failure of a save is told to
+    whoever waits for it, or at the end. One of other ranks is not waited for: they may be gone, and
+    be the reason to begin anew without them.
+
+    Args:
+        job: what begins.
+        besides: who asks.
+    """
+    if is_background():
+        return  # called by such a save, as a listener is: it would wait for itself
+    for saver in list(_open_savers):
+        alike = saver.job.url == job.url and saver.job.ranks == job.ranks
+        if alike and saver is not besides:
+            _wait_for(saver)
+
+
+def leave(saver: Saver, close: Callable[[], None], error: BaseException | None) -> None:
+    """Call `close` at the end of a `with` block, which `error` ends if it is one.
+
+    Raises:
+        Exception: what `close` raised; where `error` ends the block that is a note to it.
+    """
+    try:
+        if error is not None:
+            _say_waiting(saver)  # in here: who reads it may interrupt before the waiting begins
+        close()
+    except KeyboardInterrupt:
+        if isinstance(error, KeyboardInterrupt):
+            saver.give_up()  # asked once more: nobody waits for the save any longer
+        raise
+    except Exception as failure:
+        if error is None:
+            raise
+        # The exception that ended the loop is the news; the failed save is a note to it.
+        error.add_note(f"besides, the save in flight failed: {describe(failure)}")
+
+
+def _say_waiting(saver: Saver) -> None:
+    """Say on standard error what is waited for, if anything is, and how to give that up."""
+    handle = saver.in_flight
+    if handle is not None:
+        _print(f"{_waiting(saver, handle)}; interrupt it to give that up")
+
+
+def _waiting(saver: Saver, handle: SaveHandle) -> str:
+    now = handle.progress
+    done = f", {now.nbytes_done:,} of {now.nbytes_total:,} bytes" if now.nbytes_total else ""
+    return f"waiting for {saver.label} ({now.phase}{done})"
+
+
+def _print(text: str) -> None:
+    # Not by the log, which may go anywhere: this is for the person at the terminal.
+    with suppress(Exception):  # there may be no such stream, or nobody at its other end
+        sys.stderr.write(f"dist_ckpt: {text}\n")
+        sys.stderr.flush()
+
+
+def _finish_all() -> None:
+    """Wait for the saves in flight; who interrupts that twice, whenever, has them given up."""
+    interrupted = isinstance(_last_error(), KeyboardInterrupt)
+    for saver in list(_open_savers):
+        said = False
+        while saver.in_flight is not None:
+            try:
+                if interrupted and not said:
+                    said = True
+                    _say_waiting(saver)
+                _wait_for(saver)
+            except _INSISTENCE:
+                if interrupted:
+                    # Asked to end, and asked again: nobody waits for a checkpoint any more. Given
+                    # up on every rank and not just left, so that none waits for this one's report.
+                    with suppress(*_INSISTENCE):
+                        saver.give_up()
+                    break
+                interrupted = True
+
+
+def _wait_for(saver: Saver) -> None:
+    handle = saver.in_flight
+    if handle is not None and not handle.settle(_PATIENCE_SECONDS):
+        _print(_waiting(saver, handle))
+        handle.settle()
+
+
+def close_all() -> None:
+    """Finish every save, close every saver and tell what nobody heard of, as the end does."""
+    _finish_all()
+    for saver in list(_open_savers):
+        label = saver.label
+        try:
+            saver.close()
+        except _INSISTENCE:
+            break  # what is left of it are threads and memory, which go anyway
+        except Exception as error:
+            text = f"{label} failed, and nobody waited for it: {describe(error)}"
+            note_untold(untold_number(), text)
+    # The last thing that a save lets go of, and not only its outcome.
+    wait_for_threads(_PATIENCE_SECONDS)
+    _tell_untold()
+
+
+def _finish_first() -> None:
+    """Do the first step, as early as Python lets anything be done at its end.
+
+    Registered after the pools of threads have registered their own end, so called before that.
+    """
+    _finish_all()
+    if parent_process() is not None:
+        # Its exit status is made up next, before what multiprocessing would call afterwards.
+        _tell_untold()
+
+
+def _tell_untold() -> None:
+    """Tell what nobody was told, and let the process fail."""
+    for text in take_untold():
+        _print(text)
+        if not isinstance(sys.stderr, _FailingStream):
+            sys.stderr = _FailingStream(sys.stderr)
+
+
+class _FailingStream:
+    """Standard error, but for the last flush of the process, which fails.
+
+    That is the one thing after which both Python (with 120) and `multiprocessing` (with 1) end with
+    an exit status other than 0 when everything else is over: an exception at exit is only printed,
+    and to end the process here would cut off whatever is still to be called at its end.
+    """
+
+    closed = False
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def flush(self) -> None:
+        """Flush, and fail if this is the last time."""
+        if self._stream is not None:
+            self._stream.flush()
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_code.co_name if frame is not None and frame.f_back else ""
+        if sys.is_finalizing() or caller == "_flush_std_streams":
+            raise SystemExit(1)
+
+
+def _last_error() -> BaseException | None:
+    """Return what ended the program, where that was an exception that nobody caught."""
+    return getattr(sys, "last_value", None)
+
+
+# Not public, but what the pools of threads themselves use; without it, or where the process ends
+# already, the second step does what this one would have done.
+with suppress(AttributeError, RuntimeError):
+    threading._register_atexit(_finish_first)  # type: ignore[attr-defined]  # noqa: SLF001

@@ -35,7 +35,7 @@ from dist_ckpt.repository.history import (
 )
 from dist_ckpt.repository.ranking import Criterion, best_step
 from dist_ckpt.repository.source import reason
-from dist_ckpt.saving.exit import finish_before
+from dist_ckpt.saving.saver import finish_before
 from dist_ckpt.state.train_state import TrainState, main_model, parts_of, stoppers_of
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start

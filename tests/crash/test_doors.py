@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 import dist_ckpt
 from dist_ckpt.repository import Repository
-from dist_ckpt.saving.exit import wait_for_threads
 from dist_ckpt.storage.local import LocalStore
+from dist_ckpt.storage.wrapper import OPERATIONS, Operation
 from dist_ckpt.testing.ranks import run_ranks
-from dist_ckpt.testing.stores import OPERATIONS, CrashStore, Operation
+from dist_ckpt.testing.stores import CrashStore
+from dist_ckpt.threads import wait_for_threads
 from tests.unit.doors.models import check_equal, load_torch, saved
 
 SHARD_BYTES = 3500

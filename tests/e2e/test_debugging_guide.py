@@ -25,8 +25,6 @@ BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTA
 
 # Every message is longer; what is not holds a message that is made elsewhere.
 _SHORTEST = 15
-# Says what it has to say on standard error.
-_AT_EXIT = "dist_ckpt.saving.exit"
 
 # How the program of the guide runs a shell block: as a person would, and it may not fail.
 SHELL = """
@@ -103,7 +101,7 @@ def _warnings() -> set[str]:
     found = set()
     for module in modules():
         for node in ast.walk(module.tree):
-            if not (isinstance(node, ast.Call) and node.args) or module.name == _AT_EXIT:
+            if not (isinstance(node, ast.Call) and node.args):
                 continue
             name = ast.unparse(node.func).rpartition(".")[2]
             if name in ("warning", "tell_once", "_say", "_say_once"):

@@ -10,9 +10,8 @@ import weakref
 
 import pytest
 
-from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.testing.ranks import run_ranks
-from dist_ckpt.threads import in_parallel
+from dist_ckpt.threads import WriterThread, in_parallel
 
 
 def thread_of(writer: WriterThread) -> threading.Thread:

@@ -86,10 +86,10 @@ def test_what_is_being_written_is_no_garbage() -> None:
     living = Transaction(inner, 1, housekeeping.begin(1))
     key = living.put_file("model.r00000.safetensors", [b"alive"])
     hang.release()
-    assert housekeeping.wait(60)
+    assert housekeeping.thread.wait_idle(60)
     assert [entry.key for entry in inner.list_entries("step-0000000001/")] == [key]
     assert read_all(inner, key) == b"alive"
-    housekeeping.stop()
+    housekeeping.thread.stop()
 
 
 def test_what_other_ranks_write_is_no_garbage_though_no_lock_tells_so(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_other_ranks_write_is_no_garbage_though_no_lock_tells_so(tmp_path: 
     housekeeping.run(2)
     assert not unfinished[dead].exists()
     assert unfinished[living].exists()
-    housekeeping.stop()
+    housekeeping.thread.stop()
 
 
 def test_what_could_not_be_tidied_up_is_tried_again(

@@ -21,12 +21,12 @@ from dist_ckpt.ranks import job as job_module
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import JobRanks
 from dist_ckpt.repository import Record, Repository
-from dist_ckpt.saving import exit as ending
-from dist_ckpt.saving.exit import WriterThread
 from dist_ckpt.saving.handle import SaveHandle, take_untold
+from dist_ckpt.saving.saver import close_all
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.testing.ranks import run_ranks
 from dist_ckpt.testing.stores import Fail, FaultyStore, Hang, Rule
+from dist_ckpt.threads import WriterThread
 
 SHARDS = "*/weights.*.safetensors"
 _names = itertools.count()
@@ -173,7 +173,7 @@ def test_a_close_that_is_interrupted_leaves_the_save_to_the_end_of_the_process(
         with pytest.raises(KeyboardInterrupt):
             ckpt.close()
     hang.release()
-    ending.close_all()
+    close_all()
     assert Repository(inner).steps() == [1]
 
 
