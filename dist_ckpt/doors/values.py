@@ -18,8 +18,8 @@ from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.copying import ValuesDiffer
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import PAIRS, SETS, TAG
-from dist_ckpt.state.objects import parse_document
 from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED
 from dist_ckpt.state.value_fit import VALUE
 

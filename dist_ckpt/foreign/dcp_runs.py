@@ -23,8 +23,8 @@ from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest, decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.source import Source
+from dist_ckpt.state.decoding import may_refer, references
 from dist_ckpt.state.encoding import Encoded
-from dist_ckpt.state.objects import may_refer, references
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.storage.base import Store
 

@@ -19,7 +19,8 @@ from dist_ckpt.format.files import parse_header
 from dist_ckpt.format.manifest import decode_document, encode_document
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.repository.checkpoint import Checkpoint
-from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 
 TREE = "planner_data"
 """What no part is called, for the name of the file."""

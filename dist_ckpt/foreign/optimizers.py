@@ -10,8 +10,8 @@ import torch
 
 from dist_ckpt.errors import CheckpointError
 from dist_ckpt.foreign.leaves import PartLeaf, content, dotted
+from dist_ckpt.state.decoding import decode, may_refer, references, references_aside
 from dist_ckpt.state.encoding import Beside, Encoded, Inline
-from dist_ckpt.state.objects import decode, may_refer, references, references_aside
 
 _STATE, _GROUPS = "state", "param_groups"
 OPTIMIZER_KEYS = (_STATE, _GROUPS)

@@ -21,8 +21,9 @@ from lightning.pytorch.strategies import (
 from dist_ckpt.errors import UsageError
 from dist_ckpt.integrations.named_run import AskedSave, of_all_ranks, rank_and_size
 from dist_ckpt.integrations.names import StepName
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.rng import RngPart

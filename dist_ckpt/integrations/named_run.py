@@ -22,8 +22,8 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import JobRanks, Ranks
 from dist_ckpt.run import Run
 from dist_ckpt.saving.handle import SaveHandle
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.layout import address
-from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import Stored
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState

@@ -26,11 +26,11 @@ from dist_ckpt.options import TIMEOUT_SECONDS, LoadOptions, rename_key
 from dist_ckpt.planning.describe import Held, LocalBox
 from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.encoding import TAG, dumps, is_wrapped_node
+from dist_ckpt.state.decoding import Layout, parse_document, references
+from dist_ckpt.state.encoding import TAG, dumps, fillable, is_wrapped_node
 from dist_ckpt.state.layout import dtype_of, empty_beside, is_wrapped
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.names import wrapper_prefix
-from dist_ckpt.state.objects import Layout, fillable, parse_document, references
 from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
 from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart

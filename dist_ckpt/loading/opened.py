@@ -23,8 +23,8 @@ from dist_ckpt.ranks.job import Place
 from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.ranking import Criterion, Mode, which_of
 from dist_ckpt.repository.source import Source, unless_deleted
+from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.objects import decode, references
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import check_options_taken
 

@@ -20,8 +20,8 @@ from dist_ckpt.planning.files import Document
 from dist_ckpt.ranks.rounds import unpack
 from dist_ckpt.saving.messages import Description, ObjectName, ReplicaDigests
 from dist_ckpt.staging.checksum import bytes_of, checksum
+from dist_ckpt.state.decoding import unordered_digest
 from dist_ckpt.state.groups import options_digest
-from dist_ckpt.state.objects import unordered_digest
 from dist_ckpt.state.train_state import TrainState
 
 Objects = Mapping[str, Mapping[str, bytes]]

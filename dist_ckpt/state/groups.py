@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.state.decoding import parse_document
 from dist_ckpt.state.encoding import dumps
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.objects import parse_document
 
 PREFIX = "param_groups"
 MARK = "@"

@@ -30,10 +30,9 @@ from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.encoding import MAX_DEPTH, TAG, is_wrapped_node
+from dist_ckpt.state.encoding import MAX_DEPTH, TAG, encode, is_wrapped_node
 from dist_ckpt.state.holders import is_held, is_of_module
 from dist_ckpt.state.layout import is_wrapped, local_of
-from dist_ckpt.state.objects import encode
 from dist_ckpt.state.spread import pieces
 
 

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError, describe, is_refusal
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.layout import check_storable
 from dist_ckpt.state.module_state import (
     ModuleEntry,
@@ -24,7 +26,6 @@ from dist_ckpt.state.module_state import (
     names_of_parameters,
 )
 from dist_ckpt.state.names import refuse_fsdp1
-from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
 from dist_ckpt.state.shown import give_quantized
 from dist_ckpt.state.told import Say, tell_after, tell_part

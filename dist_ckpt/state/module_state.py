@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.state.adapters import fit_adapter
+from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.layout import (
     check_tensor,
     dtype_of,
@@ -24,7 +25,6 @@ from dist_ckpt.state.layout import (
     unfilled_like,
 )
 from dist_ckpt.state.names import canonical_name, partners, wrapped_attribute
-from dist_ckpt.state.objects import decode, references
 from dist_ckpt.state.part import Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import live_copy
 from dist_ckpt.state.shown import Quantized, is_untold, quantized_by

@@ -18,6 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.state.decoding import decode, parse_document, references, tensor_names
 from dist_ckpt.state.encoding import TAG
 from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of, parameter_names
 from dist_ckpt.state.layout import (
@@ -29,7 +30,6 @@ from dist_ckpt.state.layout import (
     show_classes,
 )
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.objects import decode, parse_document, references, tensor_names
 from dist_ckpt.state.optimizer_content import (
     SHARED,
     Capture,

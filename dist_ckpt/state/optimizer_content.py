@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.groups import MADE, MARK, STATE, View
 from dist_ckpt.state.layout import (
     check_storable,
@@ -27,7 +28,6 @@ from dist_ckpt.state.layout import (
     is_wrapped,
     memory_order,
 )
-from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import TensorSpec
 from dist_ckpt.state.rebuilding import how_made
 from dist_ckpt.state.spread import pieces

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
+from dist_ckpt.state.decoding import decode, references
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.groups import View
 from dist_ckpt.state.layout import address, dtype_name, empty_beside, is_wrapped, stored_shape
-from dist_ckpt.state.objects import decode, encode, references
 from dist_ckpt.state.optimizer_content import Capture, Notes, tensor_notes, wholes
 from dist_ckpt.state.optimizer_live import Reading
 from dist_ckpt.state.part import Stored, Targets, TensorSpec

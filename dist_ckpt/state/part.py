@@ -3,7 +3,7 @@
 A part says what it is made of (`capture`), where stored bytes should go (`targets`) and takes
 what was read (`restore`). It never sees a file, a rank's peers or a plan. Names are unique
 within the tensors and within the objects of one part; an object owns the tensors that its
-encoding refers to (`dist_ckpt.state.objects.references`).
+encoding refers to (`dist_ckpt.state.decoding.references`).
 """
 
 from __future__ import annotations

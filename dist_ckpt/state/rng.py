@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dist_ckpt.errors import IncompatibleError, UsageError, describe
-from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.part import Captured, Stored, Targets
 
 _READ: dict[str, Callable[[], object]] = {

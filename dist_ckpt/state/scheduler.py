@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError
-from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.decoding import decode, references
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import StatefulPart

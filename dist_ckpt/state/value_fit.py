@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_ckpt.state.decoding import Layout, layouts_in, parse_document
+from dist_ckpt.state.encoding import fillable
 from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import alias_of, dtype_name, empty_beside
 from dist_ckpt.state.merging import held_containers, named_misfits
-from dist_ckpt.state.objects import Layout, fillable, layouts_in, parse_document
 from dist_ckpt.state.part import Stored, TensorSpec
 
 VALUE = "value"

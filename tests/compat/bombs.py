@@ -21,7 +21,7 @@ import torch
 import dist_ckpt
 from dist_ckpt import TrainState
 from dist_ckpt.errors import describe
-from dist_ckpt.state.objects import decode
+from dist_ckpt.state.decoding import decode
 
 SPARE_BYTES = 768 << 20
 """How much address space a program has for all of them: no more than a few threads take."""

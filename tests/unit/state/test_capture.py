@@ -15,8 +15,9 @@ import dist_ckpt
 from dist_ckpt.errors import UsageError
 from dist_ckpt.planning.describe import Describer
 from dist_ckpt.repository import Repository
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.planning.test_layouts import rank_of

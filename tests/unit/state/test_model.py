@@ -11,9 +11,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.names import canonical_name, wrapped_attribute
-from dist_ckpt.state.objects import encode
 from dist_ckpt.state.part import Stored
 from tests.unit.state.roundtrip import Saved, assert_same, load, save
 

@@ -13,8 +13,9 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from dist_ckpt.errors import IntegrityError, UsageError
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.objects import decode, encode
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Stored, TensorSpec
 from tests.unit.state.roundtrip import Saved, assert_same, load, save

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dist_ckpt.errors import IncompatibleError
-from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.part import Stored
 from dist_ckpt.state.rng import RngPart
 from tests.unit.state.roundtrip import Saved, load, save

@@ -26,7 +26,8 @@ import torch
 
 import dist_ckpt
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.state.objects import decode, encode
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
 
 LARGE = 100_000
 # Python 3.13 warns of "u".

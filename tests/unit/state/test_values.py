@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ckpt.errors import FencedError, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.state.objects import encode
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.part import Stored, TensorSpec
 from dist_ckpt.state.values import StatefulPart, ValuePart
 from tests.unit.state.roundtrip import Saved, assert_same, load, save

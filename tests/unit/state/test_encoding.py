@@ -23,7 +23,8 @@ from torch import nn
 
 import dist_ckpt
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
-from dist_ckpt.state.objects import decode, encode, references
+from dist_ckpt.state.decoding import decode, references
+from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.registry import register
 
 Array = np.ndarray[Any, Any]

@@ -1,14 +1,7 @@
-"""Plain Python values as typed JSON: exact, readable, and never executed.
+"""From typed JSON to plain Python values, and what can be told of an encoding without its values.
 
-`None`, bools, integers, finite floats and strings are themselves; a list is an array; a dict
-whose keys are all strings (and none is `"!"`) is an object. Everything else is a tagged object
-`{"!": tag, "v": payload}`, whose tags are those of `dist_ckpt.state.standard`, of containers,
-`"tensor"` (the name of a tensor stored beside), and `"@name"` for a registered type, as those are
-that `dist_ckpt.state.standard` takes apart. Large arrays and byte strings are stored beside the
-encoding, too (`dist_ckpt.state.encoding`). Reading an encoding imports nothing, evaluates nothing
-and allocates nothing beyond its length.
-
-A list that is reached twice comes back as two lists. The order of sets is not kept.
+Reading an encoding (see `dist_ckpt.state.encoding`) imports nothing, evaluates nothing and
+allocates nothing beyond its length.
 """
 
 from __future__ import annotations
@@ -41,7 +34,6 @@ from dist_ckpt.state.encoding import (
     SETS,
     TAG,
     UNREADABLE,
-    Encoder,
     from_aside,
 )
 from dist_ckpt.state.rebuilding import Building
@@ -50,66 +42,6 @@ from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED, STANDARD_BY_N
 
 # What is written as pairs, because a key of it is no text.
 _UNORDERED = re.compile(rb'"!":"(?:dict|counter)"')
-
-
-def encode(
-    value: object,
-    *,
-    path: str,
-    tensors: dict[str, torch.Tensor] | None = None,
-    prefix: str = "",
-    aside: bool = True,
-    large_only: bool = False,
-) -> bytes:
-    """Return `value` as UTF-8 JSON; the same value gives the same bytes on every rank.
-
-    Args:
-        value: any nesting of the supported types, at most 64 deep.
-        path: what `value` is called in the state, for messages.
-        tensors: receives every tensor in `value`, by name; its bytes stay out of the encoding.
-            None puts them into the encoding.
-        prefix: the first component of those names; further ones are keys and list positions.
-        aside: whether the bytes of large arrays and byte strings go there too, as tensors.
-        large_only: whether small tensors, and DTensors, are put into the encoding all the same.
-
-    Raises:
-        UsageError: of kind `UNENCODABLE`, naming the path and type of what cannot be stored.
-    """
-    # Many times as fast as Python's json where strings are long, as those of per-rank arrays are.
-    encoder = Encoder(path, tensors, prefix, aside=aside, large_only=large_only)
-    return msgspec.json.encode(encoder.json_of(value))
-
-
-def wrapped_as_json(made: Mapping[str, Any], names: Mapping[str, str], *, path: str) -> bytes:
-    """Return the encoding of a tensor that is several behind one face, and lies nowhere whole.
-
-    Args:
-        made: how it is made; see `dist_ckpt.state.rebuilding.how_made`.
-        names: of the tensors that it is made of, by what comes behind the name of the whole.
-        path: what it is called, for messages.
-    """
-    inner = {suffix: {TAG: "tensor", "v": name} for suffix, name in names.items()}
-    parts = [msgspec.Raw(encode(dict(made), path=path)), inner]
-    return msgspec.json.encode({TAG: f"@{RESERVED}{WRAPPED}", "v": parts})
-
-
-def fillable(value: object, *, path: str, prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors in `value` that a load can fill, by the names that `encode` gives them.
-
-    They are those of `value` themselves, on the meta device too. A tensor that is reached twice is
-    there under both names.
-
-    Args:
-        value: as for `encode`.
-        path: what `value` is called in the state, for messages.
-        prefix: the first component of the names.
-
-    Raises:
-        UsageError: as for `encode`.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    Encoder(path, tensors, prefix, to_fill=True).json_of(value)
-    return tensors
 
 
 def decode(data: bytes, *, tensors: Mapping[str, torch.Tensor], path: str = "value") -> Any:
