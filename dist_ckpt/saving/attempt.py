@@ -27,7 +27,7 @@ from dist_ckpt.ranks.rounds import Coordinator, Deadline, Decide, Topic, pack
 from dist_ckpt.repository import Transaction
 from dist_ckpt.saving.handle import ProgressMeter, SaveHandle, SaveHooks, SaveProgress
 from dist_ckpt.saving.messages import RankPlan, Report
-from dist_ckpt.saving.stager import Staged
+from dist_ckpt.saving.snapshot import Staged
 from dist_ckpt.threads import in_parallel
 
 

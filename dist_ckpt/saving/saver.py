@@ -42,8 +42,7 @@ from dist_ckpt.saving.handle import (
 )
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.provenance import Metrics, Provenance, SaveContext, as_numbers
-from dist_ckpt.saving.snapshot import Snapshot, take_snapshot
-from dist_ckpt.saving.stager import Stager
+from dist_ckpt.saving.snapshot import Snapshot, Stager, take_snapshot
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.threads import WriterThread, is_background, wait_for_threads

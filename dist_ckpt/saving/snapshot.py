@@ -1,27 +1,51 @@
-"""One rank's state at the moment of a save: live tensors described, Python values encoded."""
+"""One rank's share of a save: its state is described and encoded, then copied into the arena."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-import xxhash
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.optim import ASGD, Adadelta, Adagrad, Optimizer, RMSprop, Rprop
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.manifest import encode_document
+from dist_ckpt.options import Staging
 from dist_ckpt.planning.columns import Table, numbers_of
 from dist_ckpt.planning.describe import Describer, Held, LocalBox
-from dist_ckpt.planning.files import Document
-from dist_ckpt.ranks.rounds import unpack
-from dist_ckpt.saving.messages import Description, ObjectName, ReplicaDigests
-from dist_ckpt.staging.checksum import bytes_of, checksum
+from dist_ckpt.planning.files import (
+    BoxCopy,
+    Document,
+    FilePlan,
+    StagedFile,
+    box_copies,
+    files_nbytes,
+    lay_out,
+    plan_files,
+    stage_documents,
+)
+from dist_ckpt.planning.owners import Owned
+from dist_ckpt.saving.messages import Description, ObjectName
+from dist_ckpt.staging.arena import (
+    Arena,
+    CopyEngine,
+    InFlight,
+    Pin,
+    engine_for,
+    hold_steps,
+    release_steps,
+)
 from dist_ckpt.state.decoding import unordered_digest
 from dist_ckpt.state.groups import options_digest
+from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.train_state import TrainState
 
 Objects = Mapping[str, Mapping[str, bytes]]
@@ -225,163 +249,369 @@ def _check_common(
         )
 
 
-# Are replicas equal? Ranks compare digests of what they hold alike.
-#
-# The first difference is named: rows of replicas that drifted apart would be a checkpoint of a
-# state that no rank ever had. All is compared when a plan is new, by one digest for each group of
-# ranks; only where these differ is each box told by itself. Later saves compare a sample,
-# another one each time, within the messages that they exchange anyway; all again where samples
-# differ.
+# Staging of one save after another: this rank's share, from live memory into the arena.
 
 
-_log = logging.getLogger("dist_ckpt")
-
-DIGEST_BYTES = 8
-# How the digest of a box was made. Digests are comparable where both letters are equal.
-_ON_HOST, _ON_DEVICE = b"h", b"d"
+WriteOut = Callable[[Sequence[StagedFile]], None]
+"""Writes files whose memory is used again when it returns; raises what went wrong."""
 
 
-def digest_replicas(boxes: Sequence[LocalBox]) -> ReplicaDigests:
-    """Digest the memory of each of `boxes`, without copying a device's memory to the host."""
-    methods: list[bytes] = []
-    sums: list[torch.Tensor] = []
-    host: dict[int, bytes] = {}
-    for number, box in enumerate(boxes):
-        if box.memory.device.type == "cpu":
-            host[number] = _host_digest(box.memory)
-            methods.append(_ON_HOST)
-        else:
-            sums.append(checksum(box.memory))
-            methods.append(_ON_DEVICE)
-    # Fetched together: one wait for the device, not one for each box.
-    fetched = iter(_fetch(sums))
-    parts = [host[number] if number in host else next(fetched) for number in range(len(boxes))]
-    return ReplicaDigests(b"".join(methods), b"".join(parts))
+class Staged:
+    """This rank's share of one save, or what is left of it to be written.
+
+    Attributes:
+        files: images in the arena; their bytes are right once `wait` returned.
+        nbytes: size of all files of this save, those that were written out already included.
+        plans: of all files but that of the values.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[StagedFile],
+        nbytes: int,
+        plans: Sequence[FilePlan] = (),
+        in_flight: Sequence[InFlight] = (),
+    ) -> None:
+        self.files = files
+        self.nbytes = nbytes
+        self.plans = plans
+        self._in_flight = in_flight
+
+    def wait(self) -> None:
+        """Wait until every copy is in the arena, on any thread; raise what a copy raised."""
+        try:
+            for copying in self._in_flight:
+                copying.wait()
+        finally:
+            release_steps(self._in_flight)
 
 
-SAMPLES = 32
-"""In so many saves everything is compared: what the last of them costs, each of them costs.
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The files that are in the arena together."""
 
-A digest reads 29 GiB/s where the copy of a share writes 14 (two cores, x86-64): with four replicas
-of everything a sample takes 6 % of the time that the copies take.
-"""
+    plans: tuple[FilePlan, ...]
+    nbytes: int
 
 
-def digest_sample(boxes: Sequence[LocalBox], turn: int) -> bytes:
-    """Digest one of `SAMPLES` stretches of the memory of all `boxes` laid end to end.
+@dataclass(slots=True)
+class _Layout:
+    """What was laid out for one plan, kept for the saves that follow the same plan.
+
+    `owned` is the very list that the plan has: as long as it is given again, nothing changed.
+    """
+
+    owned: Sequence[Owned]
+    turns: Sequence[_Turn]
+    files: Sequence[StagedFile] = ()
+    copies: Sequence[BoxCopy] = ()
+
+    @property
+    def plans(self) -> list[FilePlan]:
+        """All files, in their order."""
+        return [plan for turn in self.turns for plan in turn.plans]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(plan.layout.nbytes for plan in self.plans)
+
+    @property
+    def arena_bytes(self) -> int:
+        """What every turn fits into, so that the memory stays the same from turn to turn."""
+        return max(turn.nbytes for turn in self.turns)
+
+
+class Stager:
+    """Copies this rank's share of each save; one save at a time, on the training thread.
+
+    Attributes:
+        arena: where to.
+    """
+
+    def __init__(
+        self, *, mode: Staging, memory_limit_bytes: int | None, apart: bool = False
+    ) -> None:
+        """Make an empty one; memory is taken by `prewarm` or by the first save.
+
+        Args:
+            mode: "blocking", or "overlapped": see `SaveOptions.staging`.
+            memory_limit_bytes: how large the arena may be, None for no limit.
+            apart: see `plan_files`.
+        """
+        self._overlapped = mode == "overlapped"
+        self._limit = memory_limit_bytes
+        self._apart = apart
+        self.arena = Arena()
+        self._layout: _Layout | None = None
+        self._engines: dict[torch.device, CopyEngine] = {}
+        self._in_flight: Sequence[InFlight] = ()
+
+    def prewarm(self, state: TrainState, *, world_size: int = 1) -> None:
+        """Begin to allocate and touch, in the background, what a save of `state` will need.
+
+        Cheap, and without effect once something was staged: then the size is known.
+
+        Args:
+            state: what is going to be saved; an optimizer without state counts as if it had it.
+            world_size: how many ranks save it together.
+        """
+        if self._layout is not None:
+            return
+        guess = estimate(state, world_size=world_size)
+        nbytes = guess.nbytes if self._limit is None else min(guess.nbytes, self._limit)
+        if nbytes:
+            self.arena.prewarm(nbytes, pin=self._pin(guess.devices))
+
+    def stage(
+        self,
+        *,
+        rank: int,
+        local: Sequence[LocalBox],
+        owned: Sequence[Owned],
+        documents: Mapping[str, bytes],
+        write_out: WriteOut,
+        twin_of: int | None = None,
+    ) -> Staged:
+        """Copy what `rank` writes, each box once, straight to its place in a file.
+
+        When it returns, everything may change again but what only an optimizer step changes
+        (`LocalBox.stepped`), and that as well unless the mode is "overlapped". The caller makes
+        sure that nobody reads the files of the save before any more.
+
+        Args:
+            rank: this rank.
+            local: what it holds, in the order that was described.
+            owned: what it writes; the very same list for as long as the plan is the same.
+            documents: the encoded values it writes, by part.
+            write_out: called, on this thread, with each part of the share that has to leave the
+                arena before the rest can be staged.
+            twin_of: under whose names the files of tensors go; None for those of this rank.
+
+        Raises:
+            Exception: what a copy or `write_out` raised.
+        """
+        self.settle()
+        layout = self._laid_out(rank if twin_of is None else twin_of, local, owned)
+        extra = [stage_documents(rank, documents)] if documents else []
+        for turn in layout.turns[:-1]:
+            self._reset(layout, local)
+            files, copies = _place(self.arena, turn, local)
+            self._copy(copies, local)
+            write_out(files)
+        files = []
+        if layout.turns:
+            files, copies = self._last_turn(layout, local)
+            later = [copy for copy in copies if self._waits_for_step(local[copy.held])]
+            # Begun first: the others are copied meanwhile, and have to be done at the return.
+            self._begin(later, local)
+            now = [copy for copy in copies if not self._waits_for_step(local[copy.held])]
+            self._copy(now, local)
+        nbytes = layout.nbytes + sum(len(file.image) for file in extra)
+        return Staged([*extra, *files], nbytes, layout.plans, self._in_flight)
+
+    def settle(self) -> None:
+        """Wait until no copy reads the state or fills the arena any more, however it ended."""
+        for copying in self._in_flight:
+            with suppress(Exception):  # it failed the save it was for; `Staged.wait` said so
+                copying.wait()
+        release_steps(self._in_flight)
+        self._in_flight = ()
+
+    def abandon(self) -> None:
+        """Leave the memory to a writer that may never come back; the next save gets its own."""
+        self._layout = None
+        self.arena = Arena()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.settle()
+        self._layout = None
+        self.arena.release()
+
+    def _laid_out(self, rank: int, local: Sequence[LocalBox], owned: Sequence[Owned]) -> _Layout:
+        if self._layout is None or self._layout.owned is not owned:
+            # Dropped before the new one is made: its views keep the arena from being resized.
+            self._layout = None
+            held = [box.held for box in local]
+            plans = plan_files(rank, held, owned, max_file_bytes=self._limit, apart=self._apart)
+            self._layout = _Layout(owned, _turns(plans, self._limit))
+        return self._layout
+
+    def _last_turn(
+        self, layout: _Layout, local: Sequence[LocalBox]
+    ) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
+        turn = layout.turns[-1]
+        same = self._reset(layout, local)
+        if len(layout.turns) > 1:
+            # Nothing is kept: there may be as many turns as there are boxes.
+            return _place(self.arena, turn, local)
+        # The headers are still there from the save before, as long as the memory is the same.
+        if not same or not layout.files:
+            layout.files, layout.copies = _place(self.arena, turn, local)
+        return layout.files, layout.copies
+
+    def _reset(self, layout: _Layout, local: Sequence[LocalBox]) -> bool:
+        devices = {box.memory.device for box in local}
+        return self.arena.reset(layout.arena_bytes, pin=self._pin(devices))
+
+    def _waits_for_step(self, box: LocalBox) -> bool:
+        # Of other devices it is not known here how their copies and their steps are ordered.
+        return self._overlapped and box.stepped and box.memory.device.type in ("cpu", "cuda")
+
+    def _copy(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
+        for device, targets, sources, _ in _by_device(copies, local):
+            self._engine(device).copy(targets, sources)
+
+    def _begin(self, copies: Sequence[BoxCopy], local: Sequence[LocalBox]) -> None:
+        prepared = [
+            # Views of their own: `parameter.data = other` must not reach a copy in flight.
+            self._engine(device).prepare(targets, [source.detach() for source in sources], names)
+            for device, targets, sources, names in _by_device(copies, local)
+        ]
+        if not prepared:
+            return
+        # Known before the first is begun: an interrupt must not leave one that nobody waits for.
+        self._in_flight = prepared
+        hold_steps(prepared)
+        for copying in prepared:
+            copying.begin()
+
+    def _engine(self, device: torch.device) -> CopyEngine:
+        if device not in self._engines:
+            self._engines[device] = engine_for(device)
+        return self._engines[device]
+
+    def _pin(self, devices: Iterable[torch.device]) -> Pin | None:
+        # Pinned for one device is pinned for all of its kind.
+        pins = (self._engine(device).pin for device in devices)
+        return next((pin for pin in pins if pin is not None), None)
+
+
+def _turns(plans: Sequence[FilePlan], limit: int | None) -> list[_Turn]:
+    """Pack files into turns of at most `limit` bytes, in their order; a larger file is alone."""
+    turns: list[list[FilePlan]] = []
+    room = 0
+    for plan in plans:
+        nbytes = files_nbytes([plan])
+        if not turns or (limit is not None and nbytes > room):
+            turns.append([])
+            room = limit or 0
+        turns[-1].append(plan)
+        room -= nbytes
+    return [_Turn(tuple(turn), files_nbytes(turn)) for turn in turns]
+
+
+def _place(
+    arena: Arena, turn: _Turn, local: Sequence[LocalBox]
+) -> tuple[Sequence[StagedFile], Sequence[BoxCopy]]:
+    files = lay_out(arena, turn.plans)
+    held = [box.held for box in local]
+    pairs = zip(turn.plans, files, strict=True)
+    return files, [copy for plan, file in pairs for copy in box_copies(plan, file, held)]
+
+
+def _by_device(
+    copies: Sequence[BoxCopy], local: Sequence[LocalBox]
+) -> Iterator[tuple[torch.device, list[torch.Tensor], list[torch.Tensor], list[str]]]:
+    """Return for each device targets, sources and the names of the sources."""
+    grouped: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor], list[str]]] = {}
+    for copy in copies:
+        source = copy.source(local)
+        targets, sources, names = grouped.setdefault(source.device, ([], [], []))
+        targets.append(copy.target)
+        sources.append(source)
+        names.append(local[copy.held].held.name)
+    for device, columns in grouped.items():
+        yield device, *columns
+
+
+# How many bytes this rank will write, guessed from the live state before any save.
+
+
+_HEADER_BYTES_PER_TENSOR = 256
+# A little too much costs nothing; a little too little moves the memory and splits its huge pages.
+SPARE_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A guess of one rank's share.
+
+    Attributes:
+        nbytes: size of its files.
+        devices: where the tensors are.
+    """
+
+    nbytes: int
+    devices: frozenset[torch.device]
+
+
+def estimate(state: TrainState, *, world_size: int) -> Estimate:
+    """Guess this rank's share of a save of `state`; looks at shapes alone and asks nobody.
+
+    What all ranks hold is shared out evenly, as the plan does it. An optimizer that has not stepped
+    yet is taken to keep what its class keeps (two tensors for a parameter in the Adam family).
+    Modules and optimizers count, other parts do not: they are small, or their size is not known
+    without asking them for their state.
 
     Args:
-        boxes: what is held alike on other ranks, in the same order there.
-        turn: which stretch; they come round.
-
-    Returns:
-        A letter that says how it was made, and the digest; comparable where the letters are equal.
+        state: what is going to be saved.
+        world_size: how many ranks save it together.
     """
-    hasher = xxhash.xxh3_64()
-    sums: list[torch.Tensor] = []
-    methods: set[bytes] = set()
-    for memory, start, stop in _stretch([box.memory for box in boxes], turn % SAMPLES):
-        part = bytes_of(memory)[start:stop]
-        if part.device.type == "cpu":
-            methods.add(_ON_HOST)
-            hasher.update(part.numpy().data)
-        else:
-            methods.add(_ON_DEVICE)
-            sums.append(checksum(part))
-    for value in _fetch(sums):
-        hasher.update(value)
-    return b"".join(sorted(methods)) + hasher.digest()
+    nbytes, devices = 0.0, set()
+    with torch.no_grad():  # taking the local part of a DTensor is a graph operation otherwise
+        for tensor, count in _tensors(state):
+            local, holders = _local(tensor, world_size)
+            nbytes += count * (local.nbytes / holders + _HEADER_BYTES_PER_TENSOR)
+            devices.add(local.device)
+    # Without tensors nothing goes through the arena.
+    spare_bytes = SPARE_BYTES if devices else 0
+    return Estimate(math.ceil(nbytes) + spare_bytes, frozenset(devices))
 
 
-def samples_differ(samples_by_rank: Iterable[Mapping[int, bytes]]) -> bool:
-    """Tell whether two ranks of a group have comparable digests that are not equal."""
-    seen: dict[tuple[int, bytes], bytes] = {}
-    return any(
-        seen.setdefault((group, digest[:-DIGEST_BYTES]), digest) != digest
-        for samples in samples_by_rank
-        for group, digest in samples.items()
-    )
+def _tensors(state: TrainState) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield tensors, each with the number of stored ones that are as large as it."""
+    for part in state.parts.values():
+        if isinstance(part, ModelPart):
+            module = part.module
+            # Both without repetition: a tied parameter is written once.
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not is_lazy(tensor) and tensor.device.type != "meta":
+                    yield tensor, 1
+        elif isinstance(part, OptimizerPart):
+            for optimizer in part.optimizers:
+                yield from _optimizer_tensors(optimizer)
 
 
-def _stretch(
-    memories: Sequence[torch.Tensor], number: int
-) -> Iterable[tuple[torch.Tensor, int, int]]:
-    """Return which bytes of which memory belong to the stretch `number`."""
-    total = sum(memory.nbytes for memory in memories)
-    low, high = total * number // SAMPLES, total * (number + 1) // SAMPLES
-    begin = 0
-    for memory in memories:
-        start, stop = max(low - begin, 0), min(high - begin, memory.nbytes)
-        if start < stop:
-            yield memory, start, stop
-        begin += memory.nbytes
+def _optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, int]]:
+    # A wrapper may be no optimizer of torch's and have no state by that name.
+    state: Mapping[Any, Any] = getattr(optimizer, "state", {})
+    for group in optimizer.param_groups:
+        count = _moments(optimizer, group)
+        for parameter in group["params"]:
+            # By `get`, since reading an absent key would create it.
+            kept = state.get(parameter)
+            if isinstance(kept, dict) and kept:
+                yield from ((value, 1) for value in kept.values() if torch.is_tensor(value))
+            elif parameter.requires_grad and not is_lazy(parameter):
+                yield parameter, count
 
 
-def compare_replicas(
-    held_by_rank: Sequence[Sequence[Held]],
-    replicas_by_rank: Sequence[Sequence[int]],
-    messages: Sequence[bytes],
-) -> bytes:
-    """Rank 0: compare the digests of every box over the ranks that hold it; the answer is empty.
-
-    Raises:
-        IncompatibleError: a box differs; the message names the tensor and two ranks.
-    """
-    first: dict[tuple[object, ...], tuple[int, bytes, bytes]] = {}
-    incomparable: dict[str, tuple[int, int]] = {}
-    for rank, data in enumerate(messages):
-        found = unpack(data, ReplicaDigests)
-        mine = held_by_rank[rank]  # once: it may be made of columns anew each time
-        for number, position in enumerate(replicas_by_rank[rank]):
-            held = mine[position]
-            method = found.methods[number : number + 1]
-            value = found.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
-            where = (held.part, held.name, held.offsets, held.sizes)
-            other, its_method, its_value = first.setdefault(where, (rank, method, value))
-            if method != its_method:
-                incomparable.setdefault(f"{held.part}/{held.name}", (other, rank))
-            elif value != its_value:
-                raise _differ(held, other, rank)
-    _warn(incomparable)
-    return b""
+def _moments(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size its first step will make."""
+    count = 0
+    if "betas" in group or isinstance(optimizer, Adadelta | Rprop):
+        count = 2
+    elif isinstance(optimizer, Adagrad | ASGD | RMSprop):
+        count = 1
+    return count + sum(bool(group.get(key)) for key in ("momentum", "amsgrad", "centered"))
 
 
-def _host_digest(memory: torch.Tensor) -> bytes:
-    # Zero-copy where the tensor is contiguous, as nearly all are.
-    return xxhash.xxh3_64_digest(bytes_of(memory).numpy().data)
-
-
-def _fetch(sums: Sequence[torch.Tensor]) -> list[bytes]:
-    by_device: dict[torch.device, list[int]] = {}
-    for number, one in enumerate(sums):
-        by_device.setdefault(one.device, []).append(number)
-    out = [b""] * len(sums)
-    for numbers in by_device.values():
-        values = torch.stack([sums[number] for number in numbers]).cpu().numpy()
-        for number, value in zip(numbers, values.astype(np.int64), strict=True):
-            out[number] = value.tobytes()
-    return out
-
-
-def _differ(held: Held, rank: int, other: int) -> IncompatibleError:
-    where = "" if held.sizes == held.shape else f" (its box at {list(held.offsets)})"
-    return IncompatibleError(
-        f"tensor {held.name!r} of part {held.part!r}{where} has other values on rank {rank} than "
-        f"on rank {other}, which hold it as copies of one another: find out why they drifted "
-        "apart, or wrap what may differ in PerRank(...)",
-        kind=ErrorKind.REPLICAS_DIFFER,
-        ranks={rank: f"differs from rank {other}", other: f"differs from rank {rank}"},
-    )
-
-
-def _warn(incomparable: Mapping[str, tuple[int, int]]) -> None:
-    if incomparable:
-        name, (rank, other) = next(iter(incomparable.items()))
-        _log.warning(
-            "%d tensors lie on a device on some ranks and in host memory on others (%s, ranks %d "
-            "and %d): they were not compared",
-            len(incomparable),
-            name,
-            rank,
-            other,
-        )
+def _local(tensor: torch.Tensor, world_size: int) -> tuple[torch.Tensor, int]:
+    """Return what of `tensor` lies here, and how many ranks hold the same."""
+    if not isinstance(tensor, DTensor):
+        return tensor, world_size
+    mesh = tensor.device_mesh
+    holders = [mesh.size(dim) for dim, each in enumerate(tensor.placements) if each.is_replicate()]
+    return tensor.to_local(), math.prod(holders)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dist_ckpt
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.repository import Repository
-from dist_ckpt.saving.snapshot import SAMPLES
+from dist_ckpt.saving.agreement import SAMPLES
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 

@@ -19,7 +19,7 @@ import dist_ckpt
 from dist_ckpt.errors import CheckpointError, ErrorKind
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving import attempt
-from dist_ckpt.saving.stager import Stager
+from dist_ckpt.saving.snapshot import Stager
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.testing.ranks import run_ranks

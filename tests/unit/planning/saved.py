@@ -15,7 +15,7 @@ from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.planning.files import Document, RankShare, StagedFile, WrittenFile, build_index
 from dist_ckpt.planning.owners import Owned, decide
 from dist_ckpt.repository import Checkpoint, Repository, Transaction
-from dist_ckpt.saving.stager import Stager
+from dist_ckpt.saving.snapshot import Stager
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.planning.boxes import held

@@ -12,14 +12,14 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.planning.describe import Describer, LocalBox
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.ranks.rounds import pack
-from dist_ckpt.saving.messages import ReplicaDigests
-from dist_ckpt.saving.snapshot import (
+from dist_ckpt.saving.agreement import (
     SAMPLES,
     compare_replicas,
     digest_replicas,
     digest_sample,
     samples_differ,
 )
+from dist_ckpt.saving.messages import ReplicaDigests
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool]
 

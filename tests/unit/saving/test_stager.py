@@ -14,7 +14,7 @@ from dist_ckpt.options import SaveOptions, Staging
 from dist_ckpt.planning.describe import Describer, LocalBox
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.owners import Owned, decide
-from dist_ckpt.saving.stager import SPARE_BYTES, Staged, Stager
+from dist_ckpt.saving.snapshot import SPARE_BYTES, Staged, Stager
 from dist_ckpt.state.train_state import TrainState
 from tests.unit.planning.saved import content, same_bits
 
