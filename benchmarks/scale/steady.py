@@ -28,7 +28,7 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import pack
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving.agreement import Agreement
-from dist_ckpt.saving.commit import Commit
+from dist_ckpt.saving.attempt import Commit
 from dist_ckpt.saving.messages import PlanRequest, Report
 from dist_ckpt.saving.snapshot import take_snapshot
 from dist_ckpt.state.train_state import TrainState

@@ -30,8 +30,7 @@ from dist_ckpt.repository import Transaction
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.across_hosts import begin_folders, run_across_hosts
 from dist_ckpt.saving.agreement import Agreement, Asked, as_asked
-from dist_ckpt.saving.attempt import Attempt, StagedShare
-from dist_ckpt.saving.commit import Commit, Housekeeping
+from dist_ckpt.saving.attempt import Attempt, Commit, Housekeeping, StagedShare
 from dist_ckpt.saving.handle import (
     Outcomes,
     SaveHandle,

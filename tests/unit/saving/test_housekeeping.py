@@ -16,7 +16,7 @@ from dist_ckpt.errors import StorageError
 from dist_ckpt.format.names import step_dir
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.repository import Repository, Transaction
-from dist_ckpt.saving.commit import Housekeeping
+from dist_ckpt.saving.attempt import Housekeeping
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
