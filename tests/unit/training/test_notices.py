@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from dist_ckpt.policy.ending import OnNotice
-from dist_ckpt.training.notices import NoticeWatch, SignalNote, is_first_of_host, is_noticed
+from dist_ckpt.training.trigger import NoticeWatch, SignalNote, is_first_of_host, is_noticed
 
 TOKEN = "a-token-of-this-machine"
 

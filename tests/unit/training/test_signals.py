@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from dist_ckpt.training.notices import SignalNote
+from dist_ckpt.training.trigger import SignalNote
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 

@@ -19,8 +19,7 @@ from dist_ckpt.ranks.rendezvous import Coordinators
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.handle import Outlook
 from dist_ckpt.training import trigger as trigger_module
-from dist_ckpt.training.notices import SignalNote
-from dist_ckpt.training.trigger import Decision, SaveTrigger
+from dist_ckpt.training.trigger import Decision, SaveTrigger, SignalNote
 from tests.unit.ranks.rounds import long, members, on_every_rank
 
 WORLD = 3
