@@ -43,9 +43,8 @@ from dist_ckpt.repository import Checkpoint
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.decoding import decode, references, references_aside
 from dist_ckpt.state.encoding import Unreadable, encode
-from dist_ckpt.state.groups import PREFIX, STATE, is_group_name, options_of
 from dist_ckpt.state.layout import dtype_of
-from dist_ckpt.state.optimizer_content import Notes
+from dist_ckpt.state.optimizer_content import PREFIX, STATE, Notes, is_group_name, options_of
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import Store

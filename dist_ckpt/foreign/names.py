@@ -20,7 +20,7 @@ from dist_ckpt.foreign.optimizers import (
 from dist_ckpt.format.index import TensorEntry
 from dist_ckpt.format.names import is_part
 from dist_ckpt.state.encoding import Encoded, Unreadable, encode, wrapped_as_json
-from dist_ckpt.state.groups import MADE, group_name
+from dist_ckpt.state.optimizer_content import MADE, group_name
 from dist_ckpt.state.value_fit import VALUE
 
 _MODEL = "model"

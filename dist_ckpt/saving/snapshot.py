@@ -43,9 +43,9 @@ from dist_ckpt.staging.arena import (
     release_steps,
 )
 from dist_ckpt.state.decoding import unordered_digest
-from dist_ckpt.state.groups import options_digest
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
+from dist_ckpt.state.optimizer_content import options_digest
 from dist_ckpt.state.train_state import TrainState
 
 Objects = Mapping[str, Mapping[str, bytes]]

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.state.decoding import decode, parse_document, references, tensor_names
 from dist_ckpt.state.encoding import TAG
-from dist_ckpt.state.groups import GroupMatch, View, match_groups, options_of, parameter_names
 from dist_ckpt.state.layout import (
     address,
     alias_of,
@@ -34,15 +33,22 @@ from dist_ckpt.state.optimizer_content import (
     SHARED,
     Capture,
     Content,
+    Faces,
+    GroupMatch,
     Notes,
+    View,
     joined,
+    match_groups,
     optimizer_entries,
+    options_of,
+    parameter_names,
     wholes,
     write_down,
 )
 from dist_ckpt.state.optimizer_live import (
     InAttributes,
     Live,
+    Own,
     Reading,
     check_face,
     class_name,
@@ -64,7 +70,6 @@ from dist_ckpt.state.optimizer_names import (
     taken_apart,
     without_neighbours,
 )
-from dist_ckpt.state.optimizer_own import Faces, Own
 from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec
 from dist_ckpt.state.resizing import grown_moment, live_copy
 from dist_ckpt.state.value_fit import VALUE

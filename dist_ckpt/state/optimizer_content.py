@@ -1,4 +1,4 @@
-"""What one optimizer keeps, and how it is written down.
+"""What one optimizer keeps, under which names, and how it is written down.
 
 Names: `state.<parameter>.<key>` for what the optimizer keeps per parameter, tensors as tensors
 and the rest as objects; `param_groups.<first parameter>` for the options of a group and the
@@ -8,7 +8,7 @@ optimizer keeps under keys that are no parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dist_ckpt.errors import UsageError
-from dist_ckpt.state.encoding import encode
-from dist_ckpt.state.groups import MADE, MARK, STATE, View
+from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
+from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.state.decoding import parse_document
+from dist_ckpt.state.encoding import dumps, encode
 from dist_ckpt.state.layout import (
+    address,
     check_storable,
     dtype_name,
     dtype_of,
@@ -27,10 +29,235 @@ from dist_ckpt.state.layout import (
     in_order,
     is_wrapped,
     memory_order,
+    stored_shape,
 )
+from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.part import TensorSpec
-from dist_ckpt.state.rebuilding import how_made
+from dist_ckpt.state.rebuilding import Building, difference, how_made, rebuilt
 from dist_ckpt.state.spread import pieces
+
+# Which stored parameter group is which live one: pure decisions over names.
+
+
+PREFIX = "param_groups"
+MARK = "@"
+"""What the keys of a stored group begin with that are no options but notes about its state."""
+
+MADE = f"{MARK}made"
+"""The note of how what is several tensors behind one face is built of these."""
+
+# How a live group lists its parameters; everything else in it is an option.
+_STRUCTURE = frozenset({"params", "param_names"})
+
+
+def group_name(index: int, parameters: Sequence[str]) -> str:
+    """Return what the group at `index` is called in a checkpoint.
+
+    By its first parameter, so that ranks that hold different groups never share a name.
+    """
+    return f"{PREFIX}.{parameters[0]}" if parameters else f"{PREFIX}[{index}]"
+
+
+def is_group_name(name: str) -> bool:
+    """Tell whether `group_name` may have made `name`."""
+    return name.startswith((f"{PREFIX}.", f"{PREFIX}["))
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group, live or stored: no parameters, no notes."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in _STRUCTURE and not str(key).startswith(MARK)
+    }
+
+
+def options_digest(data: bytes) -> str:
+    """Return a digest of the options in an encoded group: of what its members have in common."""
+    return bytes_digest(dumps(options_of(parse_document(data, PREFIX))).encode())
+
+
+@dataclass(frozen=True)
+class GroupMatch:
+    """The stored name of each live group that has one, and the names that have no partner.
+
+    Attributes:
+        stored_of: by live group name, from which its options come: each of its parameters was
+            saved with just these.
+        missing: live groups, or `group[parameter]` where a group of that name has others.
+        unexpected: stored ones, likewise; `group[parameter]` also where another rank may have
+            that parameter.
+    """
+
+    stored_of: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def _never(first: str, second: str) -> bool:
+    return False
+
+
+def match_groups(
+    live: Mapping[str, Sequence[str]],
+    stored: Mapping[str, Sequence[str]],
+    *,
+    alike: Callable[[str, str], bool] = _never,
+) -> GroupMatch:
+    """Match live groups to stored ones, each given as name to canonical parameter names.
+
+    A group of one stage of a pipeline is a piece of what another layout has as one group. So a
+    live group may be a piece of a stored one, or be made of pieces of several that are `alike`. A
+    stored group is never shared by two live ones: whoever split it wants other options.
+
+    Args:
+        live: the groups of this rank.
+        stored: those of all ranks that saved.
+        alike: tells whether two stored groups have equal options.
+    """
+    match = GroupMatch(_same_members(live, stored))
+    taken = set(match.stored_of.values())
+    owner = {parameter: name for name, params in stored.items() for parameter in params}
+    for name, params in live.items():
+        if name in match.stored_of or not params or not owner.keys() >= set(params):
+            continue
+        first, *others = dict.fromkeys(owner[parameter] for parameter in params)
+        if taken.isdisjoint((first, *others)) and all(alike(first, each) for each in others):
+            match.stored_of[name] = first
+            taken.update((first, *others))
+            rest = {p: each for each in (first, *others) for p in stored[each]}
+            match.unexpected.extend(f"{rest[p]}[{p}]" for p in rest if p not in set(params))
+    for name, source in match.stored_of.items():
+        # What other ranks had of the same group says nothing more.
+        mine = set(live[name])
+        taken.update(
+            each
+            for each, params in stored.items()
+            if params and mine.issuperset(params) and alike(source, each)
+        )
+    _tell_unmatched(match, live, {n: params for n, params in stored.items() if n not in taken})
+    return match
+
+
+def _same_members(
+    live: Mapping[str, Sequence[str]], stored: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Return by live name the stored groups of just the same parameters."""
+    # An optimizer has each parameter in one group only, so a set of them is an identity.
+    by_parameters = {frozenset(params): name for name, params in stored.items() if params}
+    same: dict[str, str] = {}
+    for name, params in live.items():
+        found = by_parameters.get(frozenset(params))
+        # Empty groups have nothing but their place to be known by. And of two that list the same
+        # in another order, that of the rank counts which has this order.
+        if name in stored and set(stored[name]) == set(params):
+            found = name
+        if found is not None:
+            same[name] = found
+    return same
+
+
+def _tell_unmatched(
+    match: GroupMatch, live: Mapping[str, Sequence[str]], loose: dict[str, Sequence[str]]
+) -> None:
+    for name, params in live.items():
+        if name in match.stored_of:
+            continue
+        # A group of the same name but with other parameters: say which, not just that.
+        if name in loose:
+            other = loose.pop(name)
+            match.missing.extend(f"{name}[{p}]" for p in params if p not in set(other))
+            match.unexpected.extend(f"{name}[{p}]" for p in other if p not in set(params))
+        else:
+            match.missing.append(name)
+    match.unexpected.extend(loose)
+
+
+# The parameters and groups of an optimizer, by name.
+
+
+STATE = "state."
+
+
+@dataclass(frozen=True)
+class View:
+    """One optimizer as it is now.
+
+    Attributes:
+        prefix: what all its names begin with; empty for the only one of its part.
+        parameters: by name, in the order of the groups.
+        groups: the live groups by name.
+        members: by group, the names of its parameters.
+    """
+
+    prefix: str
+    parameters: dict[str, torch.Tensor]
+    groups: dict[str, dict[str, Any]]
+    members: dict[str, list[str]]
+
+    @classmethod
+    def of(
+        cls, groups: Iterable[dict[str, Any]], names: Mapping[int, str], *, prefix: str = ""
+    ) -> View:
+        """Name what is in `groups`; `names` has the parameters of models by `id`."""
+        parameters: dict[str, torch.Tensor] = {}
+        by_name: dict[str, dict[str, Any]] = {}
+        members: dict[str, list[str]] = {}
+        for i, group in enumerate(groups):
+            listed = []
+            for j, parameter in enumerate(group["params"]):
+                name = names.get(id(parameter), f"group{i}.param{j}")
+                while name in parameters:  # a module may be called group0, too
+                    name += "_"
+                parameters[name] = parameter
+                listed.append(name)
+            called = prefix + group_name(i, listed)
+            by_name[called] = group
+            members[called] = listed
+        return cls(prefix, parameters, by_name, members)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many parameters each group has."""
+        return [len(listed) for listed in self.members.values()]
+
+    def name(self, parameter: str, key: str) -> str:
+        """Return what `key` of the state of a parameter is called."""
+        return f"{self.prefix}{STATE}{parameter}.{key}"
+
+    def owner(self, name: str) -> tuple[str, str] | None:
+        """Split what `name` made, where a parameter of that name exists."""
+        start = self.prefix + STATE
+        if name.startswith(start):
+            rest = name.removeprefix(start)
+            cut = rest.rfind(".")
+            while cut > 0:  # a parameter's name has dots, and so may a key
+                if rest[:cut] in self.parameters:
+                    return rest[:cut], rest[cut + 1 :]
+                cut = rest.rfind(".", 0, cut)
+        return None
+
+    def is_group(self, name: str) -> bool:
+        """Tell whether `name` is that of a group of this optimizer, live or stored."""
+        return name.startswith(self.prefix) and is_group_name(name.removeprefix(self.prefix))
+
+
+def parameter_names(
+    models: Sequence[ModelPart], parameters: Iterable[torch.Tensor]
+) -> dict[int, str]:
+    """Return the names of those of `parameters` that belong to a model, by `id`."""
+    # By identity: a parameter does not know its name.
+    mine = {id(parameter) for parameter in parameters}
+    by_model = [(model.name, model.parameter_names()) for model in models]
+    spanned = [(name, names) for name, names in by_model if mine & names.keys()]
+    out: dict[int, str] = {}
+    for model_name, names in spanned:
+        # One model needs no prefix, so a second one in the state does not rename anything.
+        prefix = f"{model_name}." if len(spanned) > 1 else ""
+        for key, name in names.items():
+            out.setdefault(key, prefix + name)
+    return out
+
 
 # What a checkpoint says of an optimizer's tensors beside their values.
 #
@@ -343,3 +570,110 @@ def check_own(state: Mapping[Any, Any], view: View, part: str) -> dict[Any, Any]
                 "none of its groups: build the optimizer after the module is wrapped or moved"
             )
     return shared
+
+
+# What an optimizer keeps that is several tensors behind one face: filled, or built anew.
+
+
+class Faces:
+    """The wrapped tensors that are stored of one optimizer.
+
+    Args:
+        view: the live optimizer.
+        made: what is noted of each, by stored name.
+        part: what it is called, for messages.
+
+    Raises:
+        IntegrityError: a note is malformed.
+    """
+
+    def __init__(self, view: View, made: Mapping[str, Any], part: str) -> None:
+        self._view = view
+        self._part = part
+        self._faces: dict[str, tuple[Building, list[str]]] = {}
+        self._of: dict[str, tuple[str, str]] = {}
+        for name, noted in made.items():
+            if view.owner(name) is None:
+                continue
+            building = Building(noted, f"{part}.{name}")
+            suffixes = building.suffixes()
+            self._faces[name] = building, suffixes
+            self._of.update({name + suffix: (name, suffix) for suffix in suffixes})
+
+    def has(self, name: str) -> bool:
+        """Tell whether the stored tensor `name` is one of those behind a face."""
+        return name in self._of
+
+    def target(
+        self, name: str, owner: str, spec: TensorSpec, *, kept: object, in_place: bool
+    ) -> torch.Tensor:
+        """Return what to fill with a stored inner tensor.
+
+        Args:
+            name: the stored one.
+            owner: the parameter.
+            spec: what is stored.
+            kept: the live one, if there is one.
+            in_place: whether that may be filled.
+        """
+        if isinstance(kept, torch.Tensor):
+            same = (stored_shape(kept), dtype_name(kept.dtype)) == (spec.shape, spec.dtype)
+            # One of another shape or dtype is none that could be cast: it is refused as it is.
+            return kept if in_place or not same else empty_beside(kept, spec)
+        face, suffix = self._of[name]
+        return self._faces[face][0].target(suffix, spec, self._view.parameters[owner])
+
+    def check(self, live: Mapping[str, Any], targets: Mapping[str, torch.Tensor]) -> None:
+        """See that each can be put together, while nothing has changed.
+
+        Raises:
+            IncompatibleError: one cannot be built, or the live one is of another kind.
+        """
+        for name, (building, suffixes) in self._faces.items():
+            if not all(name + suffix in targets for suffix in suffixes):
+                continue
+            owner, key = self._owner(name)
+            kept = wholes(live.get(owner)).get(key)
+            if kept is None:
+                building.build({suffix: targets[name + suffix] for suffix in suffixes})
+                continue
+            problem = difference(how_made(kept), building.noted)
+            if problem is not None:
+                raise IncompatibleError(
+                    f"{self._part}.{name}: stored and kept by this optimizer are {problem}: build "
+                    "the optimizer with the options that it was saved with",
+                    kind=ErrorKind.STATE_MISMATCH,
+                )
+
+    def put_together(self, entries: dict[str, dict[str, Any]], kept: Mapping[str, Any]) -> None:
+        """Put wholes in the place of the inner tensors in `entries`, given by parameter.
+
+        Args:
+            entries: what was loaded.
+            kept: what the optimizer keeps; a whole that was filled where it lies stays itself.
+        """
+        for name, (building, suffixes) in self._faces.items():
+            owner, key = self._owner(name)
+            mine = entries.get(owner, {})
+            if all(key + suffix in mine for suffix in suffixes):
+                inner = {suffix: mine.pop(key + suffix) for suffix in suffixes}
+                mine[key] = whole_of(inner, wholes(kept.get(owner)).get(key), building)
+
+    def _owner(self, name: str) -> tuple[str, str]:
+        owner = self._view.owner(name)
+        assert owner is not None  # `__init__` left out those without one
+        return owner
+
+
+def whole_of(
+    inner: Mapping[str, torch.Tensor], kept: torch.Tensor | None, building: Building
+) -> torch.Tensor:
+    """Return the whole that `inner` are: the live one if they are its memory."""
+    if kept is None or not is_wrapped(kept):
+        return building.build(inner)
+    live = pieces(kept, building.where)
+    if live.keys() != inner.keys():
+        return building.build(inner)
+    if all(address(live[suffix]) == address(tensor) for suffix, tensor in inner.items()):
+        return kept
+    return rebuilt(kept, inner)

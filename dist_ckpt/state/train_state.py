@@ -24,16 +24,14 @@ from dist_ckpt.format.names import check_part
 from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.holders import is_of_module
 from dist_ckpt.state.layout import address
-from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.model import ModelPart, ModulesPart, holds_modules
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.optimizer_live import holds_optimizers
 from dist_ckpt.state.part import Part
 from dist_ckpt.state.rng import Generator, GeneratorPart, RngPart
-from dist_ckpt.state.scheduler import SchedulerPart
-from dist_ckpt.state.several import ModulesPart, holds_modules
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.tensors import TensorsPart
-from dist_ckpt.state.values import Stateful, StatefulPart, ValuePart, keeps_state
+from dist_ckpt.state.values import SchedulerPart, Stateful, StatefulPart, ValuePart, keeps_state
 
 _log = logging.getLogger("dist_ckpt")
 

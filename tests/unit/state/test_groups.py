@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.state.groups import group_name, is_group_name, match_groups
+from dist_ckpt.state.optimizer_content import group_name, is_group_name, match_groups
 
 
 def test_a_group_is_called_by_its_first_parameter() -> None:

@@ -20,10 +20,9 @@ from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.part import Captured, Part, Stored, Targets
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.sampler import ElasticSampler
-from dist_ckpt.state.scheduler import SchedulerPart
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.state.values import StatefulPart, ValuePart
+from dist_ckpt.state.values import SchedulerPart, StatefulPart, ValuePart
 from tests.unit.state.roundtrip import load, save
 
 
