@@ -17,7 +17,7 @@ from dist_ckpt.loading.location import place_name
 from dist_ckpt.loading.opened import OpenedCheckpoint
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.decoding import decode, references
-from dist_ckpt.state.names import wrapper_prefix
+from dist_ckpt.state.module_state import wrapper_prefix
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.resolve import check_options_taken, options_for
 

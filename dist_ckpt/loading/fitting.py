@@ -30,7 +30,7 @@ from dist_ckpt.state.decoding import Layout, parse_document, references
 from dist_ckpt.state.encoding import TAG, dumps, fillable, is_wrapped_node
 from dist_ckpt.state.layout import dtype_of, empty_beside, is_wrapped
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.names import wrapper_prefix
+from dist_ckpt.state.module_state import wrapper_prefix
 from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
 from dist_ckpt.state.resizing import ResizeRule
 from dist_ckpt.state.rng import RngPart

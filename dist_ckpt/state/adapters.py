@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
-from dist_ckpt.state.names import partners
+from dist_ckpt.state.module_state import partners
 
 _COPIES = "modules_to_save"
 _BASE = "base_model.model."

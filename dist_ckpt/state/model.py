@@ -1,10 +1,12 @@
-"""A module as a part: parameters and persistent buffers in place, extra state as objects."""
+"""A module, or several, as a part: tensors in place, extra state as objects, names as they fit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, TypeAlias, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -13,22 +15,46 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dist_ckpt.errors import CheckpointError, IncompatibleError, UsageError, describe, is_refusal
-from dist_ckpt.state.decoding import decode
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    UsageError,
+    describe,
+    is_refusal,
+)
+from dist_ckpt.state.adapters import fit_adapter
+from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.encoding import encode
-from dist_ckpt.state.layout import check_storable
+from dist_ckpt.state.layout import (
+    check_storable,
+    check_tensor,
+    dtype_of,
+    empty_beside,
+    is_beside,
+    is_wrapped,
+    memory_of,
+    stored_shape,
+    unfilled_like,
+)
 from dist_ckpt.state.module_state import (
     ModuleEntry,
-    ModuleFit,
     ParameterNames,
-    fit_module,
+    Say,
+    Trained,
+    accepts,
+    extra_state_names,
     module_entries,
     names_of_parameters,
+    partners,
+    raw_state,
+    refuse_fsdp1,
+    tell_after,
+    tell_part,
 )
-from dist_ckpt.state.names import refuse_fsdp1
-from dist_ckpt.state.part import Captured, Stored, Targets, is_dry
-from dist_ckpt.state.shown import give_quantized
-from dist_ckpt.state.told import Say, tell_after, tell_part
+from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec, is_dry
+from dist_ckpt.state.resizing import live_copy
+from dist_ckpt.state.shown import Quantized, give_quantized, is_untold, quantized_by
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -332,66 +358,6 @@ def _exchanging(module: nn.Module) -> Iterator[None]:
                 vars(parameter).setdefault(key, value)
 
 
-# Which entries of a module training changes, when most of it is frozen.
-
-
-_Mark = tuple[int, int]
-
-
-class Trained:
-    """Tells what of `module` is trained: the parameters that require gradients, and more.
-
-    Buffers beside such a parameter are, and so are statistics: those of batch normalisation, which
-    a forward pass in training mode changes also where all parameters are frozen, and any buffer
-    that was written or exchanged since this object was made.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._marks: WeakKeyDictionary[nn.Module, dict[str, _Mark]] = WeakKeyDictionary()
-        for each in module.modules():
-            self._marks[each] = {name: _mark(b) for name, b in each.named_buffers(recurse=False)}
-
-    def names(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
-        """Return the names of those `entries` that are trained."""
-        changed = {id(buffer) for buffer in self._changed()}
-        others = {name for name, entry in entries.items() if id(entry.owner) in changed}
-        return self.by_gradient(entries) | others
-
-    def by_gradient(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
-        """Return the names of those that gradients train, and of what is beside them."""
-        # By the flag and not by the gradient, which is None before the first backward. The module
-        # that owns an entry is told by the name that the state dict has for it.
-        beside = {
-            entry.raw_name.rpartition(".")[0]
-            for entry in entries.values()
-            if isinstance(entry.owner, nn.Parameter) and entry.owner.requires_grad
-        }
-        return {
-            name
-            for name, entry in entries.items()
-            if (
-                entry.owner.requires_grad
-                if isinstance(entry.owner, nn.Parameter)
-                else entry.raw_name.rpartition(".")[0] in beside
-            )
-        }
-
-    def _changed(self) -> Iterator[torch.Tensor]:
-        for each in self._module.modules():
-            marks = self._marks.get(each, {})
-            # torch's own name for all normalisations with running statistics.
-            counts = isinstance(each, nn.modules.batchnorm._NormBase)  # noqa: SLF001
-            for name, buffer in each.named_buffers(recurse=False):
-                if counts or marks.get(name) != _mark(buffer):
-                    yield buffer
-
-
-def _mark(buffer: torch.Tensor) -> _Mark:
-    # torch counts the writes to a tensor, except where it was made without that.
-    return id(buffer), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001
-
-
 # Gradients that no step has used yet: no checkpoint has them, so a resumed run would lose them.
 
 
@@ -541,3 +507,283 @@ def _joined(modules: Mapping[str, nn.Module], part: str) -> nn.Module:
                 f"({error.args[0]}): give it another key, or a part of its own"
             ) from error
     return whole
+
+
+# Which stored name goes where in a module: decided before anything of it is changed.
+
+
+@dataclass
+class ModuleFit:
+    """How the entries of a module and a checkpoint fit.
+
+    Attributes:
+        say: who in the module has a say.
+        targets: where the stored bytes go.
+        partner: the stored name of each entry that has one.
+        handed: the entries that are not filled in place but handed to the module, and the stored
+            names that it takes without having an entry for them.
+        renamed: entries that the module fills from stored names of another kind.
+        migrated: whether it makes its own entries of what is stored.
+        quantized: entries that a parameter shows of its quantization, with that parameter.
+    """
+
+    say: Say
+    targets: Targets = field(default_factory=Targets)
+    partner: dict[str, str] = field(default_factory=dict)
+    handed: list[str] = field(default_factory=list)
+    renamed: set[str] = field(default_factory=set)
+    migrated: bool = False
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+
+
+def fit_module(
+    module: nn.Module,
+    entries: Mapping[str, ModuleEntry],
+    stored: Stored,
+    *,
+    names: Callable[[str], str],
+    part: str,
+    required: Collection[str],
+    passed_over: Collection[str],
+) -> ModuleFit:
+    """Find where each stored tensor and object goes.
+
+    Args:
+        module: the live module.
+        entries: those of its state dict.
+        stored: what there is.
+        names: gives the canonical name for a raw one.
+        part: what the module is called, for messages.
+        required: the entries that are missing where they are not stored; of the others what is
+            stored is loaded, except frozen parameters.
+        passed_over: stored names that may be left.
+
+    Raises:
+        IntegrityError: a stored object is malformed.
+        IncompatibleError: a stored object cannot be made in this program.
+    """
+    say = Say(module)
+    wanted = {
+        name: entry
+        for name, entry in entries.items()
+        if name in required or not isinstance(entry.owner, nn.Parameter)
+    }
+    fitting = _Fitting(module, say, wanted, stored, part)
+    fitting.place(required)
+    fitting.take_extra_states(set(extra_state_names(module, names)))
+    found = fitting.found
+    others = fitting.unclaimed()
+    if say.any and (found.targets.missing or others or fitting.of_another_shape):
+        fitting.migrate(others, left_out=entries.keys() - required)
+    found.targets.unexpected.extend(name for name in fitting.unclaimed() if name not in passed_over)
+    return found
+
+
+class _Fitting:
+    def __init__(
+        self,
+        module: nn.Module,
+        say: Say,
+        wanted: Mapping[str, ModuleEntry],
+        stored: Stored,
+        part: str,
+    ) -> None:
+        self._module = module
+        self._again: Mapping[str, object] | None = None
+        self.found = ModuleFit(say)
+        self.of_another_shape: set[str] = set()
+        self._wanted = wanted
+        self._stored = stored
+        self._part = part
+        self._inside: set[str] = set()  # tensors of stored objects
+
+    def place(self, required: Collection[str]) -> None:
+        """Give each wanted entry its stored partner."""
+        found, stored = self.found, self._stored
+        names = stored.tensors.keys() | stored.objects.keys()
+        if stored.is_adapter:
+            adapter = fit_adapter(self._wanted, names, self._part)
+            both, required = adapter.found, adapter.own & set(required)
+        else:
+            both = partners(self._wanted, names, is_foreign=stored.is_foreign)
+        aliases: dict[int, torch.Tensor] = {}
+        seen = found.say.seen()
+        for name, entry in self._wanted.items():
+            partner = both.get(name)
+            inside = partner is not None and partner in stored.objects and entry.live
+            if partner is not None and inside and self._is_kept_inside(partner, entry.value):
+                found.partner[name] = partner
+                found.handed.append(name)
+                continue
+            if partner is None or (entry.live and partner not in stored.tensors):
+                if name in required:
+                    found.targets.missing.append(name)
+                continue
+            found.partner[name] = partner
+            if not entry.live:
+                self._take_shown(name, partner, entry)
+                continue
+            alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
+            # One alias for tied names: on the meta device that is all that ties them.
+            target = aliases.setdefault(id(entry.value), alias)
+            rule = None
+            if stored_shape(alias) != stored.tensors[partner].shape:
+                # Of what is several tensors behind one face, the rows of one are no rows.
+                rule = stored.resize(partner) if _is_whole(entry) else None
+                if rule is None:
+                    self.of_another_shape.add(name)
+                else:
+                    found.targets.resized[partner] = rule
+            if (
+                name not in self.of_another_shape
+                and id(entry.owner) in seen
+                and not alias.is_meta
+                and entry.value is entry.owner
+            ):
+                # Fresh, as torch has it: the program's own method may look at both.
+                target = unfilled_like(alias) if rule is None else live_copy(alias)
+                found.handed.append(name)
+            found.targets.tensors[partner] = target
+        self._leave_tied()
+
+    def _take_shown(self, name: str, partner: str, entry: ModuleEntry) -> None:
+        """Place what the module shows without having it as a parameter or buffer."""
+        found, raw_name, live = self.found, entry.raw_name, entry.value
+        if raw_name.endswith("_extra_state") or not is_untold(self._module, raw_name):
+            self._hand(name, partner, live)
+            return
+        quantized = quantized_by(self._module, raw_name)
+        if quantized is not None and partner in self._stored.tensors:
+            found.quantized[name] = quantized
+            # Of its own size: it becomes part of what is built of it.
+            spec = self._stored.tensors[partner]
+            found.targets.tensors[partner] = empty_beside(live, spec, device=live.device)
+            return
+        if self._again is None:
+            self._again = raw_state(self._module)
+        if isinstance(live, torch.Tensor) and live is self._again.get(raw_name):
+            found.targets.tensors[partner] = check_tensor(live, f"{self._part}.{name}")
+            return
+        raise IncompatibleError(
+            f"{self._part}: state_dict returns {raw_name!r}, which is no parameter, buffer or "
+            "extra state, and load_state_dict takes no such key: make the two agree, or leave it "
+            f"out with skip=[{self._part + '/' + name!r}]",
+            kind=ErrorKind.STATE_MISMATCH,
+        )
+
+    def _is_kept_inside(self, partner: str, live: torch.Tensor) -> bool:
+        """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.
+
+        So a planner stores the state dict of a module that takes nothing apart.
+        """
+        data, path = self._stored.objects[partner], f"{self._part}.{partner}"
+        if references(data, path=path) or isinstance(live, DTensor) or live.is_meta:
+            return False
+        value = decode(data, tensors={}, path=path)
+        return (
+            isinstance(value, torch.Tensor)
+            and value.shape == live.shape
+            and value.dtype == live.dtype
+        )
+
+    def _leave_tied(self) -> None:
+        """Do not miss a name whose memory is filled under another one."""
+        found = self.found
+        if found.targets.missing:
+            live = {name: entry for name, entry in self._wanted.items() if entry.live}
+            filled = {memory_of(live[name].value) for name in found.partner if name in live}
+            found.targets.missing[:] = [
+                name
+                for name in found.targets.missing
+                if name not in live or memory_of(live[name].value) not in filled
+            ]
+
+    def take_extra_states(self, known: Collection[str]) -> None:
+        """Take what a module is ready to take although it has none now."""
+        for name in self.unclaimed():
+            if name in known:
+                self.found.partner[name] = name
+                self._hand(name, name, None)
+
+    def unclaimed(self) -> list[str]:
+        """Return the stored names that have no place yet."""
+        claimed = {*self.found.partner.values(), *self._inside}
+        stored = self._stored
+        # What makes a weight of high precision quicker to use is nothing to who has the weight.
+        tensors = sorted(
+            name
+            for name in stored.tensors.keys() - claimed
+            if not (is_beside(name) and name.rpartition(".")[0] in claimed)
+        )
+        return tensors + sorted(stored.objects.keys() - claimed)
+
+    def migrate(self, others: Collection[str], *, left_out: Collection[str]) -> None:
+        """Let the module make what is missing of the `others`, if it says that it can."""
+        found, stored = self.found, self._stored
+        if not all(name in stored.tensors for name in others):
+            return
+        missing = set(found.targets.missing)
+        state = {
+            self._wanted[name].raw_name: _meta(stored.tensors[partner])
+            for name, partner in found.partner.items()
+            if name in self._wanted and self._wanted[name].live
+        }
+        state.update({name: _meta(stored.tensors[name]) for name in others})
+        absent = {self._wanted[n].raw_name for n in missing if not stored.selects(n)}
+        absent |= set(left_out)
+        if not accepts(found.say, state, absent=absent):
+            return
+        found.migrated = True
+        for name in (*self.of_another_shape, *others):
+            partner = found.partner.setdefault(name, name)
+            found.targets.tensors[partner] = self._beside(stored.tensors[partner], name, missing)
+            found.handed.append(name)
+        # It fills these itself, out of what has other names.
+        found.renamed |= {name for name in missing if name not in absent}
+        found.targets.missing[:] = [name for name in missing if not stored.selects(name)]
+
+    def _hand(self, name: str, partner: str, live: object) -> None:
+        """Let the stored `partner` be read, and handed to the module."""
+        found, stored = self.found, self._stored
+        found.handed.append(name)
+        if partner in stored.tensors:  # a made-up tensor may have another size each time
+            like = live if isinstance(live, torch.Tensor) else torch.empty(0)
+            found.targets.tensors[partner] = empty_beside(like, stored.tensors[partner])
+            return
+        data, path = stored.objects[partner], f"{self._part}.{name}"
+        inside = references(data, path=path)
+        if not inside:  # so that nothing is changed when it cannot be made
+            decode(data, tensors={}, path=path)
+        for each in inside:
+            if each in stored.tensors:
+                self._inside.add(each)
+                found.targets.tensors[each] = empty_beside(torch.empty(0), stored.tensors[each])
+
+    def _beside(self, spec: TensorSpec, name: str, missing: Collection[str]) -> torch.Tensor:
+        """Return memory for what the module will copy: laid out as what it is likely to become."""
+        live = {n: e.value for n, e in self._wanted.items() if e.live}
+        alike = [n for n in missing if n in live and tuple(live[n].shape) == spec.shape]
+        near = max(alike or live, key=lambda each: _common(each, name), default=None)
+        if near is None:
+            return empty_beside(torch.empty(0), spec)
+        tensor = live[near].detach()
+        if alike and not tensor.is_meta:
+            # In its dtype, so that a cast is one that was asked for.
+            return torch.empty_like(tensor)
+        if isinstance(tensor, DTensor) or not tensor.is_meta:
+            return empty_beside(tensor, spec)
+        return empty_beside(torch.empty(0), spec)
+
+
+def _is_whole(entry: ModuleEntry) -> bool:
+    return entry.value is entry.owner or not is_wrapped(entry.owner)
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many components two names begin with together."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")

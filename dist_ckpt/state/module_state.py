@@ -1,35 +1,180 @@
-"""What the state dict of a module is made of, and which stored name goes where in it."""
+"""A module as it shows itself: names without wrappers, entries, and who has a say in a load."""
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import takewhile
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.random import fork_rng
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.state.adapters import fit_adapter
-from dist_ckpt.state.decoding import decode, references
-from dist_ckpt.state.layout import (
-    check_tensor,
-    dtype_of,
-    empty_beside,
-    is_beside,
-    is_wrapped,
-    memory_of,
-    stored_shape,
-    unfilled_like,
+from dist_ckpt.errors import (
+    UsageError,
 )
-from dist_ckpt.state.names import canonical_name, partners, wrapped_attribute
-from dist_ckpt.state.part import Stored, Targets, TensorSpec
-from dist_ckpt.state.resizing import live_copy
-from dist_ckpt.state.shown import Quantized, is_untold, quantized_by
+from dist_ckpt.state.layout import (
+    is_wrapped,
+)
 from dist_ckpt.state.spread import inner_tensors
-from dist_ckpt.state.told import Say, accepts
+
+# Canonical names: what a parameter is called whatever the module is wrapped in.
+
+
+# Known by their full names, so that none of them is imported for the question alone. Value: the
+# attribute that holds the wrapped module.
+_WRAPPERS: dict[tuple[str, str], str] = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("lightning.fabric.wrappers", "_FabricModule"): "_forward_module",
+    ("lightning_fabric.wrappers", "_FabricModule"): "_forward_module",
+    # Not to be taken off by a user, but averaged weights are to load into a plain model, too.
+    ("torch.optim.swa_utils", "AveragedModel"): "module",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+    ): "_checkpoint_wrapped_module",
+}
+# Of these the names are met in stored files only: no module here is one.
+_ELSEWHERE = ("_fsdp_wrapped_module", "_fpw_module")
+_WRAPPED_IN = frozenset((*_WRAPPERS.values(), *_ELSEWHERE))
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+
+
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """Return the attribute under which the wrapper `module` holds what it wraps, if it is one."""
+    # All bases, because frameworks subclass DDP.
+    for cls in type(module).__mro__:
+        attribute = _WRAPPERS.get((cls.__module__, cls.__qualname__))
+        if attribute is not None:
+            return attribute
+    return None
+
+
+def canonical_name(root: nn.Module, name: str) -> str:
+    """Return `name`, an entry of the state dict of `root`, without what wrappers put into it.
+
+    Only a component under which a wrapper of the module tree really holds its module is
+    dropped: a submodule that a user called `module` keeps its name.
+    """
+    node: object = root
+    kept: list[str] = []
+    for component in name.split("."):
+        dropped = False
+        # Some wrappers take their component out of the names by a hook, others leave it in.
+        while isinstance(node, nn.Module) and (attribute := wrapped_attribute(node)) is not None:
+            node = getattr(node, attribute)  # go in, whether the name says so or not
+            if component == attribute:
+                dropped = True
+                break
+        if not dropped:
+            kept.append(component)
+            node = getattr(node, component, None)  # a parameter ends the walk
+    return ".".join(kept)
+
+
+def refuse_fsdp1(root: nn.Module, part: str) -> None:
+    """Raise `UsageError` if `root` holds a module whose parameters are flat and nameless."""
+    for name, module in root.named_modules():
+        if any((cls.__module__, cls.__qualname__) == _FSDP1 for cls in type(module).__mro__):
+            raise UsageError(
+                f"{part} holds a FullyShardedDataParallel module at {name or 'its root'!r}, which "
+                "flattens its parameters: shard it with torch.distributed.fsdp.fully_shard. Or let "
+                "torch name them: dcp.save of get_state_dict(model, optimizer) with "
+                "storage_writer=dist_ckpt.dcp.Writer(run), and dcp.load with dist_ckpt.dcp.Reader; "
+                "what is saved so loads into any other layout by dist_ckpt.load"
+            )
+
+
+def partners(
+    wanted: Collection[str], stored: Collection[str], *, is_foreign: bool
+) -> dict[str, str]:
+    """Return the stored name for each wanted one that has a partner.
+
+    That is the same name. What has none is looked for without the names that wrappers put in front
+    of or into others (`module.`, `_orig_mod.`): a dict of tensors does not say what it was wrapped
+    in, nor does a wrapper that nobody here knows. Two that would fall together are no partners.
+    Where not one is found, and another program gave the names, what all names of one side begin
+    with is left away (`model.`, of a module in which the network is an attribute), if one side then
+    is in the other. A model of the program's own that is another one is told so.
+    """
+    found = {name: name for name in wanted if name in stored}
+    loose = [name for name in stored if name not in found]
+    without: dict[str, str | None] = {}
+    for name in loose:
+        short = _without_wrappers(name)
+        without[short] = None if short in without else name
+    asked: dict[str, str | None] = {}
+    for name in wanted:
+        if name not in found:
+            short = _without_wrappers(name)
+            asked[short] = None if short in asked else name
+    for short, asking in asked.items():
+        partner = without.get(short)
+        if asking is not None and partner is not None:
+            found[asking] = partner
+    if found or not is_foreign:
+        return found
+    return _without_beginning(_known(asked), _known(without))
+
+
+def _known(names: Mapping[str, str | None]) -> dict[str, str]:
+    return {short: name for short, name in names.items() if name is not None}
+
+
+def _without_beginning(wanted: dict[str, str], stored: dict[str, str]) -> dict[str, str]:
+    """Return the partners of names of which one side has a beginning that the other lacks."""
+    for shorter, other, are_wanted in ((stored, wanted, False), (wanted, stored, True)):
+        rest = shorter
+        while (first := _beginning(rest)) is not None:
+            rest = {name.removeprefix(first): full for name, full in rest.items()}
+            common = rest.keys() & other.keys()
+            if common and len(common) in (len(rest), len(other)):
+                if are_wanted:
+                    return {rest[name]: other[name] for name in common}
+                return {other[name]: rest[name] for name in common}
+    return {}
+
+
+def _beginning(names: Collection[str]) -> str | None:
+    """Return the component that all `names` begin with, and its dot; None without one."""
+    firsts = {name.partition(".")[0] for name in names if "." in name}
+    if len(firsts) != 1 or not all("." in name for name in names):
+        return None
+    return f"{firsts.pop()}."
+
+
+def wrapper_prefix(names: Collection[str]) -> str:
+    """Return what a wrapper put in front of all `names`, dots included; empty without one.
+
+    Not of a name without dots: that is the wrapper's own (how often it has averaged).
+    """
+    inner = [name.split(".") for name in names if "." in name]
+    prefix = ""
+    while inner and len(firsts := {parts[0] for parts in inner if len(parts) > 1}) == 1:
+        first = firsts.pop()
+        if first not in _WRAPPED_IN or any(len(parts) == 1 for parts in inner):
+            break
+        prefix += f"{first}."
+        inner = [parts[1:] for parts in inner]
+    return prefix
+
+
+def _without_wrappers(name: str) -> str:
+    *inner, last = name.split(".")
+    return ".".join([each for each in inner if each not in _WRAPPED_IN] + [last])
+
+
+# What the state dict of a module is made of.
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +194,7 @@ class ModuleEntry:
     owner: Any
 
 
-def _raw_state(module: nn.Module) -> Mapping[str, Any]:
+def raw_state(module: nn.Module) -> Mapping[str, Any]:
     """Return the state dict of `module` with its own tensors, not copies without gradient."""
     try:
         # The module's own tensors are in it themselves, so a copy that a hook made can be told from
@@ -136,7 +281,7 @@ def _base(module: nn.Module) -> nn.Module:
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     owners = _Owners(module)
-    for raw_name, value in _raw_state(module).items():
+    for raw_name, value in raw_state(module).items():
         full = names.get(id(owners.of(value)), raw_name)
         if full != raw_name:
             prefix = full.removesuffix(f".{raw_name}")
@@ -159,7 +304,7 @@ def module_entries(
     """
     owners = _Owners(module)
     entries: dict[str, ModuleEntry] = {}
-    for raw_name, value in _raw_state(module).items():
+    for raw_name, value in raw_state(module).items():
         name = names(raw_name)
         # What modules make up by the book is never memory of theirs, and is not looked for.
         owner = None if raw_name.endswith("_extra_state") else owners.of(value)
@@ -184,7 +329,7 @@ def names_of_parameters(module: nn.Module, names: Callable[[str], str]) -> dict[
     """
     owners = _Owners(module)
     found: dict[int, str] = {}
-    for raw_name, value in _raw_state(module).items():
+    for raw_name, value in raw_state(module).items():
         owner = owners.of(value)
         if isinstance(owner, nn.Parameter):
             found.setdefault(id(owner), names(raw_name))
@@ -201,288 +346,288 @@ def names_of_parameters(module: nn.Module, names: Callable[[str], str]) -> dict[
     return found
 
 
-def _extra_state_names(module: nn.Module, names: Callable[[str], str]) -> Iterator[str]:
+def extra_state_names(module: nn.Module, names: Callable[[str], str]) -> Iterator[str]:
     """Yield the names under which modules take extra state, whether they have some now or not."""
     for prefix, each in module.named_modules():
         if type(each).set_extra_state is not nn.Module.set_extra_state:
             yield names(f"{prefix}._extra_state" if prefix else "_extra_state")
 
 
-# Which stored name goes where in a module: decided before anything of it is changed.
+# Which entries of a module training changes, when most of it is frozen.
 
 
-@dataclass
-class ModuleFit:
-    """How the entries of a module and a checkpoint fit.
+_Mark = tuple[int, int]
+
+
+class Trained:
+    """Tells what of `module` is trained: the parameters that require gradients, and more.
+
+    Buffers beside such a parameter are, and so are statistics: those of batch normalisation, which
+    a forward pass in training mode changes also where all parameters are frozen, and any buffer
+    that was written or exchanged since this object was made.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._marks: WeakKeyDictionary[nn.Module, dict[str, _Mark]] = WeakKeyDictionary()
+        for each in module.modules():
+            self._marks[each] = {name: _mark(b) for name, b in each.named_buffers(recurse=False)}
+
+    def names(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
+        """Return the names of those `entries` that are trained."""
+        changed = {id(buffer) for buffer in self._changed()}
+        others = {name for name, entry in entries.items() if id(entry.owner) in changed}
+        return self.by_gradient(entries) | others
+
+    def by_gradient(self, entries: Mapping[str, ModuleEntry]) -> set[str]:
+        """Return the names of those that gradients train, and of what is beside them."""
+        # By the flag and not by the gradient, which is None before the first backward. The module
+        # that owns an entry is told by the name that the state dict has for it.
+        beside = {
+            entry.raw_name.rpartition(".")[0]
+            for entry in entries.values()
+            if isinstance(entry.owner, nn.Parameter) and entry.owner.requires_grad
+        }
+        return {
+            name
+            for name, entry in entries.items()
+            if (
+                entry.owner.requires_grad
+                if isinstance(entry.owner, nn.Parameter)
+                else entry.raw_name.rpartition(".")[0] in beside
+            )
+        }
+
+    def _changed(self) -> Iterator[torch.Tensor]:
+        for each in self._module.modules():
+            marks = self._marks.get(each, {})
+            # torch's own name for all normalisations with running statistics.
+            counts = isinstance(each, nn.modules.batchnorm._NormBase)  # noqa: SLF001
+            for name, buffer in each.named_buffers(recurse=False):
+                if counts or marks.get(name) != _mark(buffer):
+                    yield buffer
+
+
+def _mark(buffer: torch.Tensor) -> _Mark:
+    # torch counts the writes to a tensor, except where it was made without that.
+    return id(buffer), -1 if buffer.is_inference() else buffer._version  # noqa: SLF001
+
+
+# Modules that have a say when they are loaded: hooks, and methods that replace torch's own.
+#
+# Most modules have none, and their tensors are filled where they lie without their knowledge. The
+# others are given a state dict as torch gives it to them. What they would make of names that differ
+# is found out before anything changes, on a shadow of the module that has shapes and no memory.
+
+
+# Where torch's own hooks and methods are defined: with the same names and shapes on both sides
+# they copy, or put FSDP2's parameters in place, which the state dict does as well.
+_TORCH = "torch."
+
+
+def told_root(module: nn.Module) -> nn.Module:
+    """Return the module whose `load_state_dict` is called: `module` without wrappers around it.
+
+    A wrapper that has nothing of its own (DDP, compiled modules) passes a state dict on and does
+    not call the `load_state_dict` of what it wraps, which a program may have replaced.
+    """
+    while (attribute := wrapped_attribute(module)) is not None:
+        own = (
+            *module.parameters(recurse=False),
+            *module.buffers(recurse=False),
+            *_load_hooks(module),
+            *module._state_dict_hooks.values(),  # noqa: SLF001
+        )
+        inner = getattr(module, attribute)
+        # An instance may have been given its method by hand, a class of torch's has torch's.
+        if own or not isinstance(inner, nn.Module) or "load_state_dict" in vars(module):
+            break
+        module = inner
+    return module
+
+
+class Say:
+    """Who in the tree of `root` has a say.
 
     Attributes:
-        say: who in the module has a say.
-        targets: where the stored bytes go.
-        partner: the stored name of each entry that has one.
-        handed: the entries that are not filled in place but handed to the module, and the stored
-            names that it takes without having an entry for them.
-        renamed: entries that the module fills from stored names of another kind.
-        migrated: whether it makes its own entries of what is stored.
-        quantized: entries that a parameter shows of its quantization, with that parameter.
+        root: what is told, see `told_root`.
+        whole: whether its `load_state_dict` is not torch's.
+        inside: the modules below which something is not torch's.
+        after: whether there are hooks that are called after a load.
+        any: whether anything at all is replaced or hooked, by torch's own modules too.
     """
 
-    say: Say
-    targets: Targets = field(default_factory=Targets)
-    partner: dict[str, str] = field(default_factory=dict)
-    handed: list[str] = field(default_factory=list)
-    renamed: set[str] = field(default_factory=set)
-    migrated: bool = False
-    quantized: dict[str, Quantized] = field(default_factory=dict)
+    def __init__(self, module: nn.Module) -> None:
+        self.root = told_root(module)
+        self.whole = "load_state_dict" in vars(self.root) or not _is_torchs(
+            type(self.root).load_state_dict
+        )
+        self.inside: list[nn.Module] = []
+        self.after = False
+        self.any = self.whole
+        for each in self.root.modules():
+            hooks = list(each._load_state_dict_pre_hooks.values())  # noqa: SLF001
+            method = type(each)._load_from_state_dict  # noqa: SLF001
+            own = "_load_from_state_dict" in vars(each)
+            if own or not _is_torchs(method) or not all(map(_is_torchs, hooks)):
+                self.inside.append(each)
+            self.after |= bool(each._load_state_dict_post_hooks)  # noqa: SLF001
+            plain = method is nn.Module._load_from_state_dict  # noqa: SLF001
+            self.any |= own or bool(hooks) or not plain
+
+    @property
+    def foreign(self) -> bool:
+        """Whether a method or hook that is not torch's must see what is loaded."""
+        return self.whole or bool(self.inside)
+
+    def seen(self) -> set[int]:
+        """Return the ids of the tensors that such a method or hook sees before they are loaded."""
+        modules = [self.root] if self.whole else self.inside
+        tensors = ((*module.parameters(), *module.buffers()) for module in modules)
+        return {id(tensor) for each in tensors for tensor in each}
 
 
-def fit_module(
-    module: nn.Module,
-    entries: Mapping[str, ModuleEntry],
-    stored: Stored,
-    *,
-    names: Callable[[str], str],
-    part: str,
-    required: Collection[str],
-    passed_over: Collection[str],
-) -> ModuleFit:
-    """Find where each stored tensor and object goes.
+def accepts(say: Say, state: Mapping[str, torch.Tensor], *, absent: Collection[str]) -> bool:
+    """Tell whether the module would load a state dict of these names and shapes, strictly.
 
     Args:
-        module: the live module.
-        entries: those of its state dict.
-        stored: what there is.
-        names: gives the canonical name for a raw one.
-        part: what the module is called, for messages.
-        required: the entries that are missing where they are not stored; of the others what is
-            stored is loaded, except frozen parameters.
-        passed_over: stored names that may be left.
+        say: the module.
+        state: tensors on the meta device by raw name. Extra state is left out: it is no name that
+            a module migrates, and what takes it would take it here.
+        absent: names that may be missing: what is not to be loaded.
+    """
+    if "load_state_dict" in vars(say.root):
+        return False  # bound to the real module, it would load that
+    # A program that makes tensors while it loads makes them with memory, into which nothing can be
+    # copied from here: then once more with all that is made having none.
+    return any(_accepts(say, state, absent, device) for device in (nullcontext(), _META))
+
+
+_META = torch.device("meta")
+
+
+def _accepts(
+    say: Say,
+    state: Mapping[str, torch.Tensor],
+    absent: Collection[str],
+    device: AbstractContextManager[Any],
+) -> bool:
+    try:
+        # What it draws, it draws when it is loaded.
+        with torch.no_grad(), warnings.catch_warnings(), fork_rng(devices=[]), device:
+            warnings.simplefilter("ignore")  # torch warns of what goes to the meta device
+            found = _load(_shadow(say.root, {}, {}), dict(state), lenient=True)
+    except Exception:
+        return False  # whoever cannot take it says so by any exception
+    missing = set(found.missing_keys) - set(absent)
+    return not found.unexpected_keys and all(name.endswith("_extra_state") for name in missing)
+
+
+def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]:
+    """Load `state`, in which live tensors stand for themselves; return the names that are unknown.
 
     Raises:
-        IntegrityError: a stored object is malformed.
-        IncompatibleError: a stored object cannot be made in this program.
+        Exception: whatever the module raises.
     """
-    say = Say(module)
-    wanted = {
-        name: entry
-        for name, entry in entries.items()
-        if name in required or not isinstance(entry.owner, nn.Parameter)
+    return list(_load(say.root, dict(state), lenient=lenient or not say.whole).unexpected_keys)
+
+
+def tell_after(say: Say) -> None:
+    """Call the hooks that are to be called after a load, children first, as torch does."""
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            visit(child)
+        for hook in module._load_state_dict_post_hooks.values():  # noqa: SLF001
+            hook(module, _IncompatibleKeys([], []))
+
+    if say.after:
+        visit(say.root)
+
+
+def _load(root: nn.Module, state: dict[str, Any], *, lenient: bool) -> Any:
+    if not lenient:
+        result = root.load_state_dict(state)
+    else:
+        try:
+            result = root.load_state_dict(state, strict=False)
+        except TypeError:
+            result = root.load_state_dict(state)  # one that has no such option
+    # One that is not torch's may return nothing.
+    if isinstance(result, tuple) and hasattr(result, "unexpected_keys"):
+        return result
+    return _IncompatibleKeys([], [])
+
+
+def _load_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    return [
+        *module._load_state_dict_pre_hooks.values(),  # noqa: SLF001
+        *module._load_state_dict_post_hooks.values(),  # noqa: SLF001
+    ]
+
+
+def _is_torchs(function: Any) -> bool:
+    inner = getattr(function, "hook", function)  # torch wraps what it is given
+    home = getattr(inner, "__module__", None) or type(inner).__module__
+    return f"{home}.".startswith(_TORCH)
+
+
+_CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, deque})
+
+
+def _shadow(
+    module: nn.Module, shadows: dict[int, nn.Module], tensors: dict[int, torch.Tensor]
+) -> nn.Module:
+    """Return a module of the same kind and hooks, whose tensors are on the meta device."""
+    known = shadows.get(id(module))
+    if known is not None:
+        return known
+    # Not `__init__`, nor a `__new__` that knows better (FSDP2's gives the class without FSDP).
+    shadow: nn.Module = object.__new__(type(module))
+    shadows[id(module)] = shadow
+    # What a load notes in a list of the module's must not be noted there by this.
+    content = {
+        name: copy.copy(value) if type(value) in _CONTAINERS else value
+        for name, value in vars(module).items()
     }
-    fitting = _Fitting(module, say, wanted, stored, part)
-    fitting.place(required)
-    fitting.take_extra_states(set(_extra_state_names(module, names)))
-    found = fitting.found
-    others = fitting.unclaimed()
-    if say.any and (found.targets.missing or others or fitting.of_another_shape):
-        fitting.migrate(others, left_out=entries.keys() - required)
-    found.targets.unexpected.extend(name for name in fitting.unclaimed() if name not in passed_over)
-    return found
-
-
-class _Fitting:
-    def __init__(
-        self,
-        module: nn.Module,
-        say: Say,
-        wanted: Mapping[str, ModuleEntry],
-        stored: Stored,
-        part: str,
-    ) -> None:
-        self._module = module
-        self._again: Mapping[str, object] | None = None
-        self.found = ModuleFit(say)
-        self.of_another_shape: set[str] = set()
-        self._wanted = wanted
-        self._stored = stored
-        self._part = part
-        self._inside: set[str] = set()  # tensors of stored objects
-
-    def place(self, required: Collection[str]) -> None:
-        """Give each wanted entry its stored partner."""
-        found, stored = self.found, self._stored
-        names = stored.tensors.keys() | stored.objects.keys()
-        if stored.is_adapter:
-            adapter = fit_adapter(self._wanted, names, self._part)
-            both, required = adapter.found, adapter.own & set(required)
-        else:
-            both = partners(self._wanted, names, is_foreign=stored.is_foreign)
-        aliases: dict[int, torch.Tensor] = {}
-        seen = found.say.seen()
-        for name, entry in self._wanted.items():
-            partner = both.get(name)
-            inside = partner is not None and partner in stored.objects and entry.live
-            if partner is not None and inside and self._is_kept_inside(partner, entry.value):
-                found.partner[name] = partner
-                found.handed.append(name)
-                continue
-            if partner is None or (entry.live and partner not in stored.tensors):
-                if name in required:
-                    found.targets.missing.append(name)
-                continue
-            found.partner[name] = partner
-            if not entry.live:
-                self._take_shown(name, partner, entry)
-                continue
-            alias = check_tensor(entry.value, f"{self._part}.{name}", meta=True)
-            # One alias for tied names: on the meta device that is all that ties them.
-            target = aliases.setdefault(id(entry.value), alias)
-            rule = None
-            if stored_shape(alias) != stored.tensors[partner].shape:
-                # Of what is several tensors behind one face, the rows of one are no rows.
-                rule = stored.resize(partner) if _is_whole(entry) else None
-                if rule is None:
-                    self.of_another_shape.add(name)
-                else:
-                    found.targets.resized[partner] = rule
-            if (
-                name not in self.of_another_shape
-                and id(entry.owner) in seen
-                and not alias.is_meta
-                and entry.value is entry.owner
-            ):
-                # Fresh, as torch has it: the program's own method may look at both.
-                target = unfilled_like(alias) if rule is None else live_copy(alias)
-                found.handed.append(name)
-            found.targets.tensors[partner] = target
-        self._leave_tied()
-
-    def _take_shown(self, name: str, partner: str, entry: ModuleEntry) -> None:
-        """Place what the module shows without having it as a parameter or buffer."""
-        found, raw_name, live = self.found, entry.raw_name, entry.value
-        if raw_name.endswith("_extra_state") or not is_untold(self._module, raw_name):
-            self._hand(name, partner, live)
-            return
-        quantized = quantized_by(self._module, raw_name)
-        if quantized is not None and partner in self._stored.tensors:
-            found.quantized[name] = quantized
-            # Of its own size: it becomes part of what is built of it.
-            spec = self._stored.tensors[partner]
-            found.targets.tensors[partner] = empty_beside(live, spec, device=live.device)
-            return
-        if self._again is None:
-            self._again = _raw_state(self._module)
-        if isinstance(live, torch.Tensor) and live is self._again.get(raw_name):
-            found.targets.tensors[partner] = check_tensor(live, f"{self._part}.{name}")
-            return
-        raise IncompatibleError(
-            f"{self._part}: state_dict returns {raw_name!r}, which is no parameter, buffer or "
-            "extra state, and load_state_dict takes no such key: make the two agree, or leave it "
-            f"out with skip=[{self._part + '/' + name!r}]",
-            kind=ErrorKind.STATE_MISMATCH,
-        )
-
-    def _is_kept_inside(self, partner: str, live: torch.Tensor) -> bool:
-        """Tell whether a stored value is a tensor like `live`, kept inside of a Python value.
-
-        So a planner stores the state dict of a module that takes nothing apart.
-        """
-        data, path = self._stored.objects[partner], f"{self._part}.{partner}"
-        if references(data, path=path) or isinstance(live, DTensor) or live.is_meta:
-            return False
-        value = decode(data, tensors={}, path=path)
-        return (
-            isinstance(value, torch.Tensor)
-            and value.shape == live.shape
-            and value.dtype == live.dtype
-        )
-
-    def _leave_tied(self) -> None:
-        """Do not miss a name whose memory is filled under another one."""
-        found = self.found
-        if found.targets.missing:
-            live = {name: entry for name, entry in self._wanted.items() if entry.live}
-            filled = {memory_of(live[name].value) for name in found.partner if name in live}
-            found.targets.missing[:] = [
-                name
-                for name in found.targets.missing
-                if name not in live or memory_of(live[name].value) not in filled
-            ]
-
-    def take_extra_states(self, known: Collection[str]) -> None:
-        """Take what a module is ready to take although it has none now."""
-        for name in self.unclaimed():
-            if name in known:
-                self.found.partner[name] = name
-                self._hand(name, name, None)
-
-    def unclaimed(self) -> list[str]:
-        """Return the stored names that have no place yet."""
-        claimed = {*self.found.partner.values(), *self._inside}
-        stored = self._stored
-        # What makes a weight of high precision quicker to use is nothing to who has the weight.
-        tensors = sorted(
-            name
-            for name in stored.tensors.keys() - claimed
-            if not (is_beside(name) and name.rpartition(".")[0] in claimed)
-        )
-        return tensors + sorted(stored.objects.keys() - claimed)
-
-    def migrate(self, others: Collection[str], *, left_out: Collection[str]) -> None:
-        """Let the module make what is missing of the `others`, if it says that it can."""
-        found, stored = self.found, self._stored
-        if not all(name in stored.tensors for name in others):
-            return
-        missing = set(found.targets.missing)
-        state = {
-            self._wanted[name].raw_name: _meta(stored.tensors[partner])
-            for name, partner in found.partner.items()
-            if name in self._wanted and self._wanted[name].live
+    for kind in ("_parameters", "_buffers"):
+        content[kind] = {
+            name: None if tensor is None else _meta(tensor, tensors)
+            for name, tensor in content[kind].items()
         }
-        state.update({name: _meta(stored.tensors[name]) for name in others})
-        absent = {self._wanted[n].raw_name for n in missing if not stored.selects(n)}
-        absent |= set(left_out)
-        if not accepts(found.say, state, absent=absent):
-            return
-        found.migrated = True
-        for name in (*self.of_another_shape, *others):
-            partner = found.partner.setdefault(name, name)
-            found.targets.tensors[partner] = self._beside(stored.tensors[partner], name, missing)
-            found.handed.append(name)
-        # It fills these itself, out of what has other names.
-        found.renamed |= {name for name in missing if name not in absent}
-        found.targets.missing[:] = [name for name in missing if not stored.selects(name)]
-
-    def _hand(self, name: str, partner: str, live: object) -> None:
-        """Let the stored `partner` be read, and handed to the module."""
-        found, stored = self.found, self._stored
-        found.handed.append(name)
-        if partner in stored.tensors:  # a made-up tensor may have another size each time
-            like = live if isinstance(live, torch.Tensor) else torch.empty(0)
-            found.targets.tensors[partner] = empty_beside(like, stored.tensors[partner])
-            return
-        data, path = stored.objects[partner], f"{self._part}.{name}"
-        inside = references(data, path=path)
-        if not inside:  # so that nothing is changed when it cannot be made
-            decode(data, tensors={}, path=path)
-        for each in inside:
-            if each in stored.tensors:
-                self._inside.add(each)
-                found.targets.tensors[each] = empty_beside(torch.empty(0), stored.tensors[each])
-
-    def _beside(self, spec: TensorSpec, name: str, missing: Collection[str]) -> torch.Tensor:
-        """Return memory for what the module will copy: laid out as what it is likely to become."""
-        live = {n: e.value for n, e in self._wanted.items() if e.live}
-        alike = [n for n in missing if n in live and tuple(live[n].shape) == spec.shape]
-        near = max(alike or live, key=lambda each: _common(each, name), default=None)
-        if near is None:
-            return empty_beside(torch.empty(0), spec)
-        tensor = live[near].detach()
-        if alike and not tensor.is_meta:
-            # In its dtype, so that a cast is one that was asked for.
-            return torch.empty_like(tensor)
-        if isinstance(tensor, DTensor) or not tensor.is_meta:
-            return empty_beside(tensor, spec)
-        return empty_beside(torch.empty(0), spec)
+    content["_modules"] = {
+        name: None if child is None else _shadow(child, shadows, tensors)
+        for name, child in content["_modules"].items()
+    }
+    vars(shadow).update(content)
+    for kind in ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+        hooks = content[kind].items()
+        vars(shadow)[kind] = {key: _rebound(hook, shadows) for key, hook in hooks}
+    return shadow
 
 
-def _is_whole(entry: ModuleEntry) -> bool:
-    return entry.value is entry.owner or not is_wrapped(entry.owner)
+def _meta(tensor: torch.Tensor, known: dict[int, torch.Tensor]) -> torch.Tensor:
+    meta = known.get(id(tensor))
+    if meta is None:
+        # The global shape, without layout: no rank asks another here.
+        meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
+        known[id(tensor)] = meta
+    return meta
 
 
-def _common(first: str, second: str) -> int:
-    """Return how many components two names begin with together."""
-    pairs = zip(first.split("."), second.split("."), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _meta(spec: TensorSpec) -> torch.Tensor:
-    return torch.empty(spec.shape, dtype=dtype_of(spec.dtype), device="meta")
+def _rebound(hook: Any, shadows: Mapping[int, nn.Module]) -> Any:
+    """Return `hook` such that it sees the shadow of the module that it was registered with."""
+    if isinstance(hook, MethodType):
+        shadow = shadows.get(id(hook.__self__))
+        return hook if shadow is None else MethodType(hook.__func__, shadow)
+    if not hasattr(hook, "with_module"):
+        return hook
+    again = copy.copy(hook)
+    again.hook = _rebound(hook.hook, shadows)
+    if hook.with_module:
+        shadow = shadows.get(id(hook.module()))
+        if shadow is not None:
+            again.module = lambda: shadow
+    return again

@@ -17,7 +17,7 @@ import torch
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.state.decoding import decode, parse_document, references
 from dist_ckpt.state.encoding import dumps, encode
-from dist_ckpt.state.names import partners
+from dist_ckpt.state.module_state import partners
 from dist_ckpt.state.optimizer_content import MADE, STATE, View, group_name, is_group_name
 from dist_ckpt.state.part import Stored
 from dist_ckpt.state.rebuilding import Building

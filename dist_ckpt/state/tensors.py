@@ -9,7 +9,7 @@ import torch
 from dist_ckpt.errors import UsageError
 from dist_ckpt.state.adapters import fit_adapter
 from dist_ckpt.state.layout import check_tensor, is_beside, memory_of
-from dist_ckpt.state.names import partners
+from dist_ckpt.state.module_state import partners
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.spread import pieces
 

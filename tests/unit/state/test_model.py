@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.names import canonical_name, wrapped_attribute
+from dist_ckpt.state.module_state import canonical_name, wrapped_attribute
 from dist_ckpt.state.part import Stored
 from tests.unit.state.roundtrip import Saved, assert_same, load, save
 
