@@ -16,10 +16,12 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -29,17 +31,18 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dist_ckpt import events
-from dist_ckpt.dcp import process, turns
+from dist_ckpt.dcp import turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport, file_images, resolve_share
 from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
 from dist_ckpt.dcp.tree import tree_file
-from dist_ckpt.errors import CheckpointError, UsageError, without_secrets
+from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError, without_secrets
 from dist_ckpt.format.files import digest_blocks
 from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.files import StagedFile, WrittenFile
 from dist_ckpt.repository import Repository, Transaction
+from dist_ckpt.state.registry import REGISTRY, register
 from dist_ckpt.threads import Latch, in_parallel
 
 _log = logging.getLogger("dist_ckpt")
@@ -93,14 +96,14 @@ class Writer(StorageWriter, AsyncStager):
         self._metrics = dict(metrics or {})
         self._metadata = dict(metadata or {})
         self._repository = Repository(open_store(url))
-        self._ownership = process.Ownership()
-        self._types: process.RegisteredTypes | None = None  # from another process
+        self._ownership = Ownership()
+        self._types: RegisteredTypes | None = None  # from another process
         self._here = _OfThread()
 
     def __getstate__(self) -> dict[str, Any]:
         # To another process: what is asked for, and no connection, thread or save.
         step = self._step if self._here.step is None else self._here.step
-        types = process.RegisteredTypes.here()
+        types = RegisteredTypes.here()
         return {**self.__dict__, "_step": step, "_types": types, "_here": None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -273,7 +276,7 @@ class Writer(StorageWriter, AsyncStager):
         return here.save
 
     def _claim(self) -> int:
-        with process.lock:
+        with _claiming:
             if self._ownership.claim is None:
                 self._ownership.claim = self._repository.claim()
             return self._ownership.claim
@@ -459,3 +462,100 @@ def _mixed_up() -> UsageError:
         "Leave the staging to the Writer (no async_stager), which has them take turns; or give "
         "each its process_group, or wait for the one before"
     )
+
+
+# What a Writer takes along to another process: `AsyncCheckpointerType.PROCESS` saves in one.
+#
+# That process imports what the state is made of, and does not run the program: what the program has
+# registered, and which claim it saves under, it has to be told.
+
+
+_Functions = tuple[Callable[[Any], object] | None, Callable[[Any], Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredTypes:
+    """The types of `register_type`, as another process can be given them.
+
+    Attributes:
+        entries: class, stored name and the functions that were given.
+        left: the names of those that cannot be sent.
+    """
+
+    entries: list[tuple[type, str, _Functions]]
+    left: list[str]
+
+    @classmethod
+    def here(cls) -> RegisteredTypes:
+        """Return those of this process."""
+        found = cls([], [])
+        for each in REGISTRY.entries():
+            entry = (each.type, each.name, each.given)
+            try:
+                # What the pipe to the other process will do: a lambda, say, has no name there.
+                ForkingPickler.dumps(entry)
+            except Exception:  # whatever the functions are made of: they matter only where used
+                found.left.append(each.name)
+            else:
+                found.entries.append(entry)
+        return found
+
+    def register(self) -> None:
+        """Register what this process does not know yet."""
+        for kind, name, (encode, decode) in self.entries:
+            if REGISTRY.by_type(kind) is None and REGISTRY.by_name(name) is None:
+                register(kind, name=name, encode=encode, decode=decode)
+
+    def explain(self, error: UsageError) -> UsageError:
+        """Return `error` of a value that has no encoding, with what may be the reason here."""
+        left = [name for name in self.left if REGISTRY.by_name(name) is None]
+        if error.kind is not ErrorKind.UNENCODABLE or not left:
+            return error
+        return UsageError(
+            f"{error.message}; this is the process of AsyncCheckpointerType.PROCESS, which could "
+            f"not be given what is registered as {', '.join(map(repr, left))}: make encode= and "
+            "decode= functions of a module, or save in a thread",
+            kind=error.kind,
+        )
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class Ownership:
+    """Under which claim the saves of one Writer commit; its copies in a process share it.
+
+    Attributes:
+        writer: which Writer it is of.
+        claim: None before its first save.
+        tidied: whether what dead attempts of earlier claims left was removed.
+    """
+
+    writer: str = field(default_factory=lambda: secrets.token_hex(8))
+    claim: int | None = None
+    tidied: bool = False
+
+    def __post_init__(self) -> None:
+        _known[self.writer] = self
+
+    def shared(self) -> Ownership:
+        """Return the one that the Writer and its copies in this process have in common.
+
+        Each save in another process is of a new copy: were each to claim the run anew, they would
+        take it from one another.
+        """
+        with _claiming:
+            one = _known.get(self.writer)
+            if one is None:
+                one = _known[self.writer] = self
+                _of_copies.append(one)
+            # The program may have saved itself meanwhile: the highest claim owns the run.
+            one.claim = max((each for each in (one.claim, self.claim) if each), default=None)
+            one.tidied |= self.tidied
+            return one
+
+
+_claiming = threading.Lock()
+"""Held while a claim is made, so that of several saves at once one makes it."""
+
+_known: WeakValueDictionary[str, Ownership] = WeakValueDictionary()
+# Of Writers that came from elsewhere: between two saves there is no copy that would keep them.
+_of_copies: list[Ownership] = []
