@@ -20,6 +20,7 @@ import torch
 
 from dist_ckpt import events
 from dist_ckpt.errors import UsageError, describe, without_secrets
+from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.messages import Report
 
@@ -69,8 +70,8 @@ class Provenance:
         best: by which metrics the run has a best checkpoint.
 
     Attributes:
-        earlier_seconds: how long the run had trained before this start.
-        started: when the run first started, as text; None until it is known.
+        resumed: what is known of the checkpoint that the run goes on from, as it has one start and
+            one age; None where it begins.
     """
 
     def __init__(self, *, command: bool = False, best: Sequence[Criterion] = ()) -> None:
@@ -80,17 +81,12 @@ class Provenance:
         self._best = best
         self._commit: str | None = None
         self._looked = False
-        self.earlier_seconds = 0.0
-        self.started: str | None = None
-
-    def go_on(self, started: str | None, elapsed_seconds: float | None) -> None:
-        """Take over what the restored checkpoint said: a run has one start and one age."""
-        self.started = started
-        self.earlier_seconds = elapsed_seconds or 0.0
+        self.resumed: Record | None = None
 
     def elapsed_seconds(self) -> float:
         """Return how long the run has trained, over all its starts; lost work is not counted."""
-        return self.earlier_seconds + time.monotonic() - self._begun
+        earlier = 0.0 if self.resumed is None else self.resumed.elapsed_seconds or 0.0
+        return earlier + time.monotonic() - self._begun
 
     def look(self) -> None:
         """Find out the commit of the program; further calls do nothing, for it runs already."""
@@ -102,10 +98,11 @@ class Provenance:
         """Return what is known, as JSON."""
         self.look()
         said = masked(sys.orig_argv) if self._command else option_names(sys.orig_argv)
+        started = None if self.resumed is None else self.resumed.started
         best = [f"{each.metric}:{each.mode}" for each in self._best]
         return {
             "command": [_shortened(each) for each in said],
-            "started": self.started or self._now,
+            "started": started or self._now,
             **({"git": {"commit": self._commit}} if self._commit else {}),
             **({"best": best} if best else {}),
         }

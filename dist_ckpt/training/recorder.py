@@ -161,10 +161,8 @@ class Recorder:
         self.heartbeat.restored(report if own else None, looks_back=self.course.leads)
         self._saver.look_around()
         self._saver.prewarm()  # optimizers may have their state only now
-        if report is None:
-            return
-        if self._job.training.rank == 0 and (record := self._resumer.record(report.step)):
-            self.program.go_on(record.started, record.elapsed_seconds)
+        if report is not None and self._job.training.rank == 0:
+            self.program.resumed = self._resumer.record(report.step) or self.program.resumed
 
     def save(self, step: int, metrics: Metrics, metadata: Mapping[str, Any]) -> SaveHandle:
         """Save `step` now, unless it is done."""
@@ -319,6 +317,7 @@ class Course:
         self._live = False
         # What was being handled then: a training may run as a whole where something is.
         self._handled: int | None = None
+        self._restored: LoadReport | None = None
         self._done: dict[int, SaveHandle] = {}
         self._saved: int | None = None
         self._newest = -1
@@ -342,7 +341,7 @@ class Course:
     def unsaved(self) -> ToldStep | None:
         """What was told last, if no save of it was begun and the state is still that."""
         last = self._last
-        return None if last is None or not self._live or last.step in self._done else last
+        return None if last is None or not self._live or self.is_done(last.step) else last
 
     def ended_by(self) -> BaseException | None:
         """Return the exception that is being handled here, if it came after the last telling."""
@@ -371,7 +370,7 @@ class Course:
         if self._refusal is not None:
             raise self._refusal
         # What is no step at all is refused by the save of it, on all ranks together.
-        if isinstance(step, int) and step < self._newest and step not in self._done:
+        if isinstance(step, int) and step < self._newest and not self.is_done(step):
             self._say(
                 "backwards",
                 f"step {step} was told to the Checkpointer of {self._url} after step "
@@ -421,10 +420,8 @@ class Course:
         self._live = False
         self._refusal = refusal
         self._done.clear()
-        self._saved, self._newest = None, -1
-        if report is not None and own:
-            self._done[report.step] = SaveHandle.committed(report.step, report.save_id)
-            self._newest = report.step
+        self._restored = report if own else None
+        self._saved, self._newest = None, -1 if self._restored is None else self._restored.step
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
@@ -444,7 +441,8 @@ class Course:
 
     def is_done(self, step: int) -> bool:
         """Whether a save of `step` was begun, or it was restored; the handle tells its end."""
-        return step in self._done
+        restored = self._restored
+        return step in self._done or (restored is not None and step == restored.step)
 
     def done(self, step: int) -> SaveHandle | None:
         """Return the handle of the checkpoint of `step` that was saved or restored, if there is.
@@ -452,9 +450,12 @@ class Course:
         Waits until that save is over: only then do all ranks know how it ended.
         """
         # `True` and `1.0` are no steps, though they are found where 1 is.
-        handle = self._done.get(step) if type(step) is int else None
-        if handle is None:
+        if type(step) is not int or not self.is_done(step):
             return None
+        handle = self._done.get(step)
+        if handle is None:
+            assert self._restored is not None  # as there is no save of it
+            return SaveHandle.committed(step, self._restored.save_id)
         handle.settle()
         return handle if handle.outcome == "committed" else None
 

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 import dist_ckpt
 from dist_ckpt.errors import UsageError
+from dist_ckpt.repository import Record
 from dist_ckpt.saving.provenance import Provenance, SaveContext, commit_of, masked, option_names
 from dist_ckpt.storage.base import read_all
 from dist_ckpt.storage.memory import MemoryStore
@@ -264,7 +266,8 @@ def test_a_checkout_that_is_no_good_says_nothing(tmp_path: Path) -> None:
 
 def test_a_run_has_one_start_and_one_age() -> None:
     first, second = Provenance(), Provenance()
-    second.go_on(started="2026-01-01T00:00:00+00:00", elapsed_seconds=5000.0)
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    second.resumed = Record(7, begun, elapsed_seconds=5000.0, started=begun.isoformat())
     assert second.elapsed_seconds() > 5000.0 > first.elapsed_seconds()
     assert second.describe()["started"] == "2026-01-01T00:00:00+00:00"
 
