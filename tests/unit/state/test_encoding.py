@@ -239,7 +239,7 @@ class Custom:
     [
         ({"history": [0, 1, 2, {"fn": lambda: 0}]}, r"stats\.history\[3\]\.fn,", "function"),
         ({"a b": (i for i in "ab")}, r"stats\['a b'\],", "generator"),
-        ({7: Custom()}, r"stats\[7\],", "test_objects.Custom"),
+        ({7: Custom()}, r"stats\[7\],", "test_encoding.Custom"),
         ((1, open), r"stats\[1\],", "builtin_function_or_method"),
         ({Custom(): 1}, r"stats\.<key>,", "Custom"),
         ({(1, Custom()): 1}, r"stats\.<key>\[1\],", "Custom"),
