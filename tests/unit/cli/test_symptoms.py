@@ -110,6 +110,7 @@ def check_what_a_killed_bench_left(shell: Shell, url: str) -> None:
         while not scratches(store):
             assert living.poll() is None
         (used,) = scratches(store)
+        living.send_signal(signal.SIGSTOP)  # alive all the same, and in nobody's way
         for command in (("sweep", url), ("doctor", url)):
             with start(*endless) as killed:
                 while len(scratches(store)) < 2:
