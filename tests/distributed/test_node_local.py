@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.saving.attempt import Housekeeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
-from tests.distributed.layouts import build, problems
+from tests.distributed import layouts
 from tests.services.hosts import Hosts
 
 PER_HOST = 2
+build = partial(layouts.build, dtypes=layouts.FEW_DTYPES)
+problems = partial(layouts.problems, dtypes=layouts.FEW_DTYPES)
 
 
 def folder(root: str) -> str:
