@@ -114,7 +114,7 @@ def seen_until(step: int, logs: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("world", "kills"),
     [
-        *[(1, 14), (2, 6)],
+        *[(1, 8), (2, 4)],
         pytest.param(1, 140, marks=pytest.mark.soak),
         pytest.param(2, 60, marks=pytest.mark.soak),
     ],

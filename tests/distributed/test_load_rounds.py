@@ -78,7 +78,7 @@ def check(target: dict[str, Any], tensors: int) -> None:
     assert target["counter"].count == 7
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_rounds_and_bytes_do_not_grow_with_what_is_read(world: int, tmp_path: Path) -> None:
     few = run_ranks(world, load_in_every_way, str(tmp_path / "few"), 3)
     many = run_ranks(world, load_in_every_way, str(tmp_path / "many"), 600)
