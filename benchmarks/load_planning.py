@@ -10,11 +10,11 @@ import torch
 
 from dist_ckpt.format import whole as whole_format
 from dist_ckpt.format.files import BLOCK_BYTES, DIGEST_BYTES, FileEntry, block_count, file_digest
-from dist_ckpt.format.index import ChunkTable, Index, TensorEntry
+from dist_ckpt.format.index import ChunkTable, Held, Index, TensorEntry
 from dist_ckpt.format.names import shard_name
 from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.describe import LocalBox
 
 TENSORS = 1500
 CHUNKS = 1024

@@ -22,7 +22,7 @@ from benchmarks.scale.index import described, segment, structure
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format import structure as structure_format
 from dist_ckpt.format.files import bytes_digest
-from dist_ckpt.format.index import Box
+from dist_ckpt.format.index import Box, Held
 from dist_ckpt.format.manifest import FilesTotal, ManifestFile
 from dist_ckpt.format.names import (
     file_key,
@@ -37,7 +37,7 @@ from dist_ckpt.format.structure import Structure
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES
 from dist_ckpt.loading.filling import ReadTargets, Wanted
 from dist_ckpt.loading.ranges import Files, bridge
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.storage.memory import MemoryStore
 

@@ -24,11 +24,11 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.foreign.dcp_runs import NAMING, aside_name, naming_version
 from dist_ckpt.format.files import bytes_digest
-from dist_ckpt.format.index import volume
+from dist_ckpt.format.index import Held, volume
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, encode_document, longest
 from dist_ckpt.format.segments import Spent
 from dist_ckpt.format.whole import encode_whole
-from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
+from dist_ckpt.planning.describe import LocalBox, local_boxes
 from dist_ckpt.planning.files import (
     Document,
     RankShare,

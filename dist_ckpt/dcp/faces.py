@@ -24,7 +24,8 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.foreign.dcp_runs import path_of
 from dist_ckpt.foreign.leaves import dotted
 from dist_ckpt.format.files import bytes_digest
-from dist_ckpt.planning.describe import Held, LocalBox, local_boxes
+from dist_ckpt.format.index import Held
+from dist_ckpt.planning.describe import LocalBox, local_boxes
 from dist_ckpt.state.layout import is_wrapped, local_of, shard_like
 from dist_ckpt.state.rebuilding import difference, how_made
 from dist_ckpt.state.spread import pieces, shards_of

@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.planner import (
 from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.files import DTYPES
-from dist_ckpt.format.index import Box, volume
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.format.index import Box, Held, volume
 from dist_ckpt.planning.owners import Owned
 from dist_ckpt.state.layout import dtype_name
 

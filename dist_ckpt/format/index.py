@@ -347,6 +347,42 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 @decodable
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """A box of a tensor that a rank holds, as it travels to the coordinator.
+
+    Attributes:
+        part: the part of the state.
+        name: the tensor.
+        dtype: as the format writes it.
+        shape: of the global tensor.
+        offsets: where the box starts in it.
+        sizes: of the box.
+        unequal: other ranks may hold other values under this name, and the lowest rank's count
+            (the buffers of a DDP model, which its next forward broadcasts from there).
+        tie: the first tensor of the part that is the very same memory here; empty without one.
+    """
+
+    part: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    unequal: bool = False
+    tie: str = ""
+
+    @property
+    def box(self) -> Box:
+        """The box, in elements of the global tensor."""
+        return Box(self.offsets, self.sizes)
+
+    @property
+    def tensor(self) -> TensorEntry:
+        """The global tensor that the box is of."""
+        return TensorEntry(self.part, self.name, self.dtype, self.shape)
+
+
+@decodable
 class ObjectEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The encoded Python values of one part.
 

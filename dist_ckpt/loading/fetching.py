@@ -8,17 +8,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.loading.filling import ReadTarget, ReadTargets
+from dist_ckpt.loading.filling import ReadTarget, ReadTargets, Wanted, boxes_of
 from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
+from dist_ckpt.ranks.waiting import noted
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
 from dist_ckpt.storage.base import Scatter
 from dist_ckpt.threads import in_two_steps
+
+Rule = Literal["auto", "always", "never"]
+"""Whether ranks exchange what several of them want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ _DIRECT_BYTES = 1 << 20
 
 MAX_GAP_BYTES = 1 << 20
 """Over how many bytes at most that nobody wants a read goes on, inside of a file."""
+
+# Bytes that nobody wants, inside of a chunk, above which they are stepped over.
+_MAX_GAP_BYTES = 1 << 20
 
 # Small reads are a matter of latency, which only many at a time can hide.
 _SMALL_BYTES = 4 << 20
@@ -93,6 +100,98 @@ class Counts:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How to read.
+
+    Attributes:
+        verify: whether every byte is compared with its digest, where there are digests.
+        exchange: whether ranks read what several of them want once, and send it to one another.
+            "auto": where that saves more than a twentieth of all that is wanted. What it saves is
+            work of the storage, which all ranks of all hosts share; what it costs is network, of
+            which each host brings its own.
+        in_flight_bytes: the most host memory to use at a time, above that of the targets.
+        members: the ranks of the job in the default process group; None for all of it.
+    """
+
+    verify: bool = True
+    exchange: Rule = "auto"
+    in_flight_bytes: int = 256 << 20
+    members: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """What one rank is going to read.
+
+    Attributes:
+        files: gives the addresses.
+        sizes: bytes of each file.
+        filling: where the bytes go.
+        fetcher: reads them.
+    """
+
+    files: Files
+    sizes: Sequence[int]
+    filling: ReadTargets
+    fetcher: Fetcher
+
+
+def plan_reading(
+    source: Source,
+    wanted: Sequence[Wanted],
+    options: ReadOptions,
+    *,
+    memory: BounceMemory | None = None,
+) -> ReadPlan:
+    """Return how one rank reads what it wants; nothing is filled yet.
+
+    Args:
+        source: the checkpoint.
+        wanted: boxes and their memory; it may be nothing.
+        options: how to read.
+        memory: for bytes under way, if some is being made ready already.
+
+    Raises:
+        IntegrityError: what describes the boxes is damaged or missing.
+    """
+    verify = options.verify and source.verified
+    index = source.index_of(boxes_of(wanted))
+    files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=verify)
+    gap_bytes = _MAX_GAP_BYTES if verify else SECTOR_BYTES
+    filling = ReadTargets(index, wanted, files, max_gap_bytes=gap_bytes)
+    fetcher = Fetcher(
+        source,
+        files,
+        filling,
+        verify=verify,
+        in_flight_bytes=options.in_flight_bytes,
+        memory=memory,
+    )
+    return ReadPlan(files, [file.nbytes for file in index.files], filling, fetcher)
+
+
+def read_alone(
+    source: Source, wanted: Sequence[Wanted], options: ReadOptions, *, label: str
+) -> int:
+    """Fill the memory of `wanted` on this rank, without a word to another; return the bytes read.
+
+    Args:
+        source: the checkpoint.
+        wanted: boxes and their memory.
+        options: how to read.
+        label: what messages call this.
+
+    Raises:
+        CheckpointError: the memory may be half filled.
+    """
+    try:
+        return plan_reading(source, wanted, options).fetcher.fetch_all()
+    except Exception as error:
+        noted(label, error)
+        raise
 
 
 class Fetcher:

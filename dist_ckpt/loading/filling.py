@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NoReturn
@@ -41,6 +41,11 @@ class Wanted:
     tensor: int
     local: LocalBox
     dtype: torch.dtype
+
+
+def boxes_of(wanted: Iterable[Wanted]) -> list[tuple[int, Box]]:
+    """Return the wanted boxes as `Source.index_of` takes them."""
+    return [(each.tensor, each.local.held.box) for each in wanted]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
+from dist_ckpt.format.index import Held
 from dist_ckpt.loading.called_alike import alike, called_alike
+from dist_ckpt.loading.fetching import ReadOptions, read_alone
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.matching import Mismatches, compare, unmatched
-from dist_ckpt.loading.reading import ReadOptions, read_targets
-from dist_ckpt.options import TIMEOUT_SECONDS, LoadOptions, rename_key
-from dist_ckpt.planning.describe import Held, LocalBox
-from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
+from dist_ckpt.options import LoadOptions, rename_key
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository.source import Source
 from dist_ckpt.state.decoding import Layout, parse_document, references
 from dist_ckpt.state.encoding import TAG, dumps, fillable, is_wrapped_node
@@ -605,14 +605,7 @@ def _peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
         IntegrityError: their bytes are damaged or missing.
     """
     wanted = [_wanted(source, number) for number in numbers]
-    read_targets(
-        source,
-        wanted,
-        ReadOptions(exchange="never"),
-        coordinator=SoloCoordinator(),
-        topic=Topic("peek", "look at small tensors"),
-        deadline=Deadline.after(TIMEOUT_SECONDS),
-    )
+    read_alone(source, wanted, ReadOptions(), label="look at small tensors")
     return [each.local.memory for each in wanted]
 
 

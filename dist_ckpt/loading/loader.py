@@ -17,11 +17,11 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, ErrorKind, IncompatibleError, IntegrityError, NotFound
 from dist_ckpt.loading.across_hosts import HostsChooser
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
-from dist_ckpt.loading.fetching import BounceMemory, warm_memory
+from dist_ckpt.loading.fetching import BounceMemory, ReadOptions, warm_memory
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.fitting import Matched, fit, taken_whole
 from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
-from dist_ckpt.loading.reading import JointRead, ReadOptions, ReadResult
+from dist_ckpt.loading.reading import JointRead, ReadResult
 from dist_ckpt.loading.ties import Ties, compare_ties, prepare
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
@@ -215,8 +215,7 @@ class Loader:
     ) -> _Prepared:
         """Give memory to what has none, and see that what shares memory agrees."""
         targets, ties = prepare(source, matched.targets, matched.holdings.numbers, options=options)
-        how, deadline = self._how(options), self._job.deadline()
-        compared = compare_ties(matched.source, ties, how, label=topic.label, deadline=deadline)
+        compared = compare_ties(matched.source, ties, self._how(options), label=topic.label)
         return _Prepared(targets, ties, compared)
 
     def _read(

@@ -11,16 +11,15 @@ import torch
 
 from dist_ckpt.errors import NotFound, UsageError, near
 from dist_ckpt.foreign.dcp_runs import NAMING, in_parts
-from dist_ckpt.format.index import TensorEntry
+from dist_ckpt.format.index import Held, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step
+from dist_ckpt.loading.fetching import ReadOptions, read_alone
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.location import locate, open_source
-from dist_ckpt.loading.reading import ReadOptions, read_targets
-from dist_ckpt.options import TIMEOUT_SECONDS, check_known
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.options import check_known
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.ranks.job import Place
-from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.ranking import Criterion, Mode, which_of
 from dist_ckpt.repository.source import Source, unless_deleted
 from dist_ckpt.state.decoding import decode, references
@@ -148,7 +147,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         """
         self._source = source
         self._store = store
-        self._options = ReadOptions(verify=verify, exchange="never")
+        self._options = ReadOptions(verify=verify)
         self._numbers = {f"{t.part}/{t.name}": i for i, t in enumerate(source.tensors)}
         self.step: int = source.step
         self.manifest: Manifest | None = source.manifest
@@ -334,14 +333,7 @@ def _read_boxes(
         held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, tuple(memory.shape))
         wanted.append(Wanted(number, LocalBox(held, memory), dtype_of(entry.dtype)))
     with unless_deleted(source):
-        read_targets(
-            source,
-            wanted,
-            options,
-            coordinator=SoloCoordinator(),
-            topic=Topic("opened", f"read of {source.where}"),
-            deadline=Deadline.after(TIMEOUT_SECONDS),
-        )
+        read_alone(source, wanted, options, label=f"read of {source.where}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import IncompatibleError
 from dist_ckpt.format.index import Box, Index, check_cover, intersect, split_rows
-from dist_ckpt.loading.filling import Wanted
-from dist_ckpt.loading.reading import ReadOptions, boxes_of, read_targets
+from dist_ckpt.loading.fetching import ReadOptions, read_alone
+from dist_ckpt.loading.filling import Wanted, boxes_of
 from dist_ckpt.options import LoadOptions, TieRule
 from dist_ckpt.planning.describe import LocalBox, NamedTensors, local_boxes
-from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator, Topic
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import reach, view_box
 from dist_ckpt.state.layout import dtype_of, materialise
@@ -331,9 +330,7 @@ def _clipped(local: LocalBox, stored: tuple[int, ...]) -> LocalBox | None:
     return LocalBox(clipped, memory)
 
 
-def compare_ties(
-    source: Source, ties: Ties, options: ReadOptions, *, label: str, deadline: Deadline
-) -> int:
+def compare_ties(source: Source, ties: Ties, options: ReadOptions, *, label: str) -> int:
     """Read and compare the windows of `ties`; return the bytes read.
 
     Each rank reads them for itself: how many there are differs from rank to rank, and no rank is to
@@ -344,24 +341,16 @@ def compare_ties(
         ties: those of this rank.
         options: how to read.
         label: what messages call the load.
-        deadline: when to give up.
 
     Raises:
         IncompatibleError: names of one memory have different values; nothing live was changed.
         IntegrityError: their bytes are damaged or missing.
     """
     half_bytes = options.in_flight_bytes // 2
-    alone = replace(options, exchange="never", in_flight_bytes=half_bytes, members=None)
+    alone = replace(options, in_flight_bytes=half_bytes)
     nbytes = 0
     for number in range(ties.windows):
-        nbytes += read_targets(
-            source,
-            ties.window(number),
-            alone,
-            coordinator=SoloCoordinator(),
-            topic=Topic("tied", label),
-            deadline=deadline,
-        ).nbytes_read
+        nbytes += read_alone(source, ties.window(number), alone, label=label)
         ties.settle(number)
     return nbytes
 

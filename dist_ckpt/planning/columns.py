@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CoordinationError
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.format.index import Held
 
 Numbers = NDArray[np.int64]
 

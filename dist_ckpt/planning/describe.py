@@ -24,10 +24,9 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.files import DTYPES, bytes_digest
-from dist_ckpt.format.index import Box, TensorEntry
+from dist_ckpt.format.index import Box, Held
 from dist_ckpt.planning.placing import boxes_here
 from dist_ckpt.staging.arena import reach, view_box
 from dist_ckpt.state.layout import (
@@ -41,42 +40,6 @@ from dist_ckpt.state.layout import (
 
 NamedTensors = Mapping[str, Mapping[str, torch.Tensor]]
 """Live tensors by part and name."""
-
-
-@decodable
-class Held(msgspec.Struct, frozen=True, array_like=True):
-    """A box of a tensor that a rank holds, as it travels to the coordinator.
-
-    Attributes:
-        part: the part of the state.
-        name: the tensor.
-        dtype: as the format writes it.
-        shape: of the global tensor.
-        offsets: where the box starts in it.
-        sizes: of the box.
-        unequal: other ranks may hold other values under this name, and the lowest rank's count
-            (the buffers of a DDP model, which its next forward broadcasts from there).
-        tie: the first tensor of the part that is the very same memory here; empty without one.
-    """
-
-    part: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    unequal: bool = False
-    tie: str = ""
-
-    @property
-    def box(self) -> Box:
-        """The box, in elements of the global tensor."""
-        return Box(self.offsets, self.sizes)
-
-    @property
-    def tensor(self) -> TensorEntry:
-        """The global tensor that the box is of."""
-        return TensorEntry(self.part, self.name, self.dtype, self.shape)
 
 
 class LocalBox(msgspec.Struct, frozen=True):

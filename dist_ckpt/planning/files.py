@@ -28,12 +28,12 @@ from dist_ckpt.format.files import (
     entry_nbytes,
     layout,
 )
-from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry, is_whole
+from dist_ckpt.format.index import Box, Held, Index, ObjectEntry, TensorEntry, is_whole
 from dist_ckpt.format.names import EXTRA, chunk_name, shard_name
 from dist_ckpt.format.segments import Segment
 from dist_ckpt.format.structure import Layout, RankChunks, Structure
 from dist_ckpt.planning.columns import HeldByRank, Numbers, pack_runs
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.planning.holdings import Holdings, TensorKey
 from dist_ckpt.planning.owners import Owned, OwnedByRank
 from dist_ckpt.staging.arena import Arena, aligned, as_tensor

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.files import itemsize
-from dist_ckpt.format.index import TensorEntry, check_cover
+from dist_ckpt.format.index import Held, TensorEntry, check_cover
 from dist_ckpt.planning.columns import Alike, HeldByRank, Numbers, Row
-from dist_ckpt.planning.describe import Held
 
 TensorKey = tuple[str, str]
 """Part and name of a tensor."""

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.format.index import Box, split_rows, volume
+from dist_ckpt.format.index import Box, Held, split_rows, volume
 from dist_ckpt.planning.columns import (
     HeldByRank,
     Numbers,
@@ -33,7 +33,6 @@ from dist_ckpt.planning.columns import (
     steps_of,
     unpack_numbers,
 )
-from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.holdings import Holdings, Shared, Tiles
 
 MIN_PIECE_BYTES = 64 * 1024

@@ -21,8 +21,9 @@ from dist_ckpt.errors import (
     to_wire,
 )
 from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.format.index import Held
 from dist_ckpt.planning.columns import HeldByRank, Numbers, Table, pack_runs, unpack_runs
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.planning.files import IndexPlan, plan_index
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.owners import OwnedByRank, read_owned, share_out

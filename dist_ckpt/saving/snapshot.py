@@ -16,10 +16,11 @@ from torch.optim import ASGD, Adadelta, Adagrad, Optimizer, RMSprop, Rprop
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.files import bytes_digest
+from dist_ckpt.format.index import Held
 from dist_ckpt.format.manifest import encode_document
 from dist_ckpt.options import Staging
 from dist_ckpt.planning.columns import Table, numbers_of
-from dist_ckpt.planning.describe import Describer, Held, LocalBox
+from dist_ckpt.planning.describe import Describer, LocalBox
 from dist_ckpt.planning.files import (
     BoxCopy,
     Document,

@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError
-from dist_ckpt.loading import exchange, reading
+from dist_ckpt.format.index import Held
+from dist_ckpt.loading import reading
+from dist_ckpt.loading.fetching import ReadOptions
 from dist_ckpt.loading.filling import Wanted
-from dist_ckpt.loading.reading import ReadOptions, ReadResult
-from dist_ckpt.planning.describe import Held, LocalBox
+from dist_ckpt.loading.reading import ReadResult
+from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.ranks.channels import running_loop
 from dist_ckpt.ranks.rendezvous import join_job, training_store
 from dist_ckpt.ranks.rounds import Deadline, Topic
@@ -58,15 +60,12 @@ def read(
         for box, target in zip(boxes, memory, strict=True)
     ]
     options = ReadOptions(exchange=exchange, in_flight_bytes=in_flight_bytes)  # type: ignore[arg-type]
-    result = reading.read_targets(
-        source,
-        wanted,
-        options,
-        coordinator=join_job(timeout_seconds=600).training,
-        topic=Topic("read", f"load from {place}"),
-        deadline=Deadline.after(seconds),
-    )
-    return memory, result
+    coordinator = join_job(timeout_seconds=600).training
+    topic, deadline = Topic("read", f"load from {place}"), Deadline.after(seconds)
+    with reading.JointRead(source, options, coordinator, topic, deadline=lambda: deadline) as joint:
+        joint.agree(lambda: wanted)
+        joint.begin()
+        return memory, joint.read()
 
 
 def held(box: Rectangle) -> Held:
@@ -152,7 +151,7 @@ def test_a_damaged_block_is_everybodys_error_and_is_named(tmp_path: Path) -> Non
 def dies(place: str) -> tuple[str, list[int]]:
     """Rank 1 is killed when all have read the first window and begin to exchange it."""
     if dist.get_rank() == 1:
-        vars(exchange)["swap"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        vars(reading)["swap"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
         read(place, [WHOLE], seconds=30.0)
     except CheckpointError as error:
@@ -191,13 +190,13 @@ def hangs(place: str) -> tuple[str, list[int]]:
     """Rank 1 waits for its disk until the others have given up."""
     store = training_store()
     if dist.get_rank() == 1:
-        original = exchange.swap
+        original = reading.swap
 
         def late(*arguments: Any) -> int:
             store.wait(["told 0", "told 2"])
             return original(*arguments)
 
-        vars(exchange)["swap"] = late
+        vars(reading)["swap"] = late
     try:
         read(place, [WHOLE], seconds=20.0)
     except CheckpointError as error:
@@ -220,7 +219,7 @@ def comes_to_nobody(_: object) -> str:
         store.wait(["given up"])
         return ""
     try:
-        exchange.Peers(Deadline.after(3600), silence_seconds=1.0)
+        reading.Peers(Deadline.after(3600), silence_seconds=1.0)
     except CheckpointError as error:
         store.set("given up", "")
         return str(error)

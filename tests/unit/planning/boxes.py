@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from dist_ckpt.format.index import Box
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.format.index import Box, Held
 
 
 @st.composite

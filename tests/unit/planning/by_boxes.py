@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.files import itemsize
-from dist_ckpt.format.index import Box, TensorEntry, check_cover, is_whole, split_rows, volume
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.format.index import Box, Held, TensorEntry, check_cover, is_whole, split_rows, volume
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned
 
 _MAX_ROW_SHARE = 0.05

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import CoordinationError, IncompatibleError
-from dist_ckpt.format.index import Box, TensorEntry
+from dist_ckpt.format.index import Box, Held, TensorEntry
 from dist_ckpt.format.structure import Cut, encode, structure_of
 from dist_ckpt.planning.columns import (
     HeldByRank,
@@ -23,7 +23,6 @@ from dist_ckpt.planning.columns import (
     unpack_numbers,
     unpack_runs,
 )
-from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import plan_index
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.owners import decide, read_owned, share_out

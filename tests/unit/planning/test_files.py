@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
 from dist_ckpt.format.files import header_nbytes, parse_header
-from dist_ckpt.format.index import Box
+from dist_ckpt.format.index import Box, Held
 from dist_ckpt.format.names import parse_shard_name
-from dist_ckpt.planning.describe import Held
 from dist_ckpt.planning.files import (
     MANY_PARTS,
     SMALL_BYTES,

@@ -18,7 +18,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, empty
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ckpt.format.files import itemsize
-from dist_ckpt.planning.describe import Held, local_boxes
+from dist_ckpt.format.index import Held
+from dist_ckpt.planning.describe import local_boxes
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
 from tests.unit.planning.test_owners import cells, loads
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError
 from dist_ckpt.format.files import itemsize
-from dist_ckpt.format.index import Box, intersect, volume
-from dist_ckpt.planning.describe import Held
+from dist_ckpt.format.index import Box, Held, intersect, volume
 from dist_ckpt.planning.holdings import Holdings
 from dist_ckpt.planning.owners import MIN_PIECE_BYTES, Owned, decide
 from tests.unit.planning.boxes import grids, held, whole
