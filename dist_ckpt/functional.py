@@ -13,10 +13,11 @@ from dist_ckpt.errors import NotFound
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader, LoadReport
+from dist_ckpt.loading.opened import which_of
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
-from dist_ckpt.repository.ranking import Mode, which_of
+from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
 from dist_ckpt.saving.saver import Saver, finish_before

@@ -22,8 +22,7 @@ from dist_ckpt.doors.export import (
 from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.names import plain_step
-from dist_ckpt.loading.location import place_name
-from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint
+from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, place_name
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.storage.resolve import check_options_taken, options_for

@@ -13,8 +13,7 @@ from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import CheckpointError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.called_alike import ALIKE
-from dist_ckpt.loading.location import place_name
-from dist_ckpt.loading.opened import OpenedCheckpoint
+from dist_ckpt.loading.opened import OpenedCheckpoint, place_name
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.module_state import wrapper_prefix

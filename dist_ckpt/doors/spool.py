@@ -22,8 +22,7 @@ from dist_ckpt.doors.content import Item, Outgoing, rounded_up
 from dist_ckpt.doors.image import WINDOW_BYTES, Image, boxes_of_range, windows
 from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, describe
 from dist_ckpt.functional import save
-from dist_ckpt.loading.location import place_name
-from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
+from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint, place_name
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets

@@ -18,8 +18,7 @@ from dist_ckpt.format.files import DIGEST_BYTES, FileEntry, block_count, file_di
 from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import FILES_LIMIT, shard_name
-from dist_ckpt.repository.source import read_file
-from dist_ckpt.storage.base import Scatter, Store
+from dist_ckpt.storage.base import Scatter, Store, read_file
 
 Chunk = tuple[int, int, int, Box]
 """Tensor number, file number, byte offset in the file, box."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -14,13 +14,12 @@ from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFoun
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import check_step
-from dist_ckpt.loading.location import (
+from dist_ckpt.loading.opened import (
     Location,
     check_is_run,
     find_detached,
     find_foreign,
     locate,
-    open_told,
     place_name,
 )
 from dist_ckpt.options import LoadOptions
@@ -28,10 +27,10 @@ from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.node_local import claim_folders
 from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
-from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.repository.checkpoint import read_manifest, reread, unless_deleted
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.source import Again, Source, check_share, checked, listed, reread
+from dist_ckpt.repository.source import Again, Source, listed
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 
@@ -398,3 +397,83 @@ def _look(
     """Open `step`, and keep its manifest as it was read, whatever comes of it."""
     manifests[step] = read_manifest(store, step)
     return checked(Checkpoint.open(store, manifests[step], step=step), selects, ranks)
+
+
+def open_told(store: Store, step: int, digest: str) -> Checkpoint:
+    """Open the checkpoint that rank 0 named, by its own look at it.
+
+    Raises:
+        IntegrityError: it is damaged, or not found here, or not the one that rank 0 opened.
+    """
+    where = f"step {step} in {store.url}"
+    try:
+        manifest_bytes = read_manifest(store, step)
+        if bytes_digest(manifest_bytes) != digest:
+            raise IntegrityError(
+                f"{where}: its manifest is not the one that rank 0 read: was it saved anew "
+                "meanwhile, or is another host's folder there?",
+                kind=ErrorKind.MISSING_FILE,
+            )
+        return Checkpoint.open(store, manifest_bytes, step=step)
+    except NotFound as error:
+        # As damage: so all ranks look again together, and take what there is by then.
+        raise IntegrityError(
+            f"{where}: rank 0 opened it, and it is not found here: was it deleted meanwhile, or do "
+            "the hosts not share the place?",
+            kind=ErrorKind.MISSING_FILE,
+        ) from error
+
+
+# The sizes of very many files are looked at by all ranks of a load, each of them at some.
+
+
+MANY_FILES = 1000
+"""How many files of a checkpoint rank 0 looks at alone, at most."""
+
+
+class _Sized(Source, Protocol):
+    """A checkpoint whose files have committed sizes; `Checkpoint` has them all."""
+
+    @property
+    def files(self) -> Sequence[tuple[str, int]]: ...
+
+    def check_parts(self, selects_part: Callable[[str], bool]) -> None: ...
+
+    def check_some(self, files: Sequence[int]) -> None: ...
+
+
+_SizedT = TypeVar("_SizedT", bound=_Sized)
+
+
+def shares_sizes(checkpoint: _Sized, selects_part: Callable[[str], bool], ranks: int) -> bool:
+    """Tell whether all ranks of a load look at sizes, each of them at some.
+
+    There are so many files that the others would wait for the listing of rank 0; and all are
+    wanted, so that nobody has to read what describes them to find out which.
+    """
+    many = ranks > 1 and len(checkpoint.files) > MANY_FILES
+    return many and all(map(selects_part, checkpoint.parts))
+
+
+def checked(checkpoint: _SizedT, selects: Callable[[str], bool], ranks: int) -> _SizedT:
+    """Return `checkpoint`, its sizes compared unless ranks share that; see `shares_sizes`.
+
+    Raises:
+        NotFound: it was deleted meanwhile.
+        IntegrityError: a file is missing, shorter or longer.
+    """
+    # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
+    if not shares_sizes(checkpoint, selects, ranks):
+        with unless_deleted(checkpoint):
+            checkpoint.check_parts(selects)
+    return checkpoint
+
+
+def check_share(checkpoint: _Sized, selects: Callable[[str], bool], rank: int, ranks: int) -> None:
+    """Compare the sizes of the files that `rank` looks at, where all ranks do; see `shares_sizes`.
+
+    Raises:
+        IntegrityError: a file is missing, shorter or longer.
+    """
+    if shares_sizes(checkpoint, selects, ranks):
+        checkpoint.check_some(range(rank, len(checkpoint.files), ranks))

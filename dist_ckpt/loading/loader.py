@@ -27,7 +27,8 @@ from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
 from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
-from dist_ckpt.repository.source import Again, Source, deleted_meanwhile, reason
+from dist_ckpt.repository.checkpoint import deleted_meanwhile
+from dist_ckpt.repository.source import Again, Source, reason
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.layout import note_written
 from dist_ckpt.state.train_state import TrainState

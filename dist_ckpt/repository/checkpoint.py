@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,14 +31,18 @@ from dist_ckpt.format.segments import (
     decode_segment,
     join_segments,
 )
-from dist_ckpt.repository.source import deleted_meanwhile, read_file, reread
-from dist_ckpt.storage.base import Store, holds, read_all
+from dist_ckpt.repository.source import Source
+from dist_ckpt.storage.base import Store, holds, read_all, read_file
 from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel
 
 _PAGE_BYTES = 4096
 _MANY_FILES = 64
 _THREADS = 16
+_KEPT_BYTES = 4 * BLOCK_BYTES
+_LOOKS = 3
+
+CheckpointT = TypeVar("CheckpointT")
 
 PIECE_BYTES = 16 << 20
 """About how much of a file is read at once by who goes through all of it."""
@@ -579,9 +584,6 @@ class _Segments:
 # The Python values of a checkpoint, read and verified.
 
 
-_KEPT_BYTES = 4 * BLOCK_BYTES
-
-
 class _Values:
     """Reads documents of one checkpoint; safe from threads.
 
@@ -653,3 +655,46 @@ class _Values:
         self._checkpoint.read_into(file, 0, kept)
         self._kept = file, kept
         return kept
+
+
+# A checkpoint may be deleted, or saved anew, under whoever reads it.
+
+
+class DeletedMeanwhile(NotFound):
+    """A checkpoint was deleted, or saved anew, while it was read: look again."""
+
+
+def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
+    """Return the error that says so of `step`."""
+    return DeletedMeanwhile(
+        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
+        "by the retention of the job that owns the run or by hand: read another one, or the "
+        "newest anew",
+        kind=ErrorKind.NO_CHECKPOINT,
+    )
+
+
+def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
+    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
+
+    Raises:
+        NotFound: it is gone.
+    """
+    for _ in range(_LOOKS - 1):
+        with suppress(DeletedMeanwhile):
+            return look()
+    return look()
+
+
+@contextmanager
+def unless_deleted(source: Source) -> Iterator[None]:
+    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
+
+    Retention beside a reader takes the files away under it; that is no damage.
+    """
+    try:
+        yield
+    except IntegrityError as error:
+        if not source.still_there():
+            raise deleted_meanwhile(source.store, source.step) from error
+        raise

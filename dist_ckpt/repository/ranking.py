@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, SupportsIndex, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
-from dist_ckpt.format.names import plain_step
 
 Mode = Literal["min", "max"]
 
@@ -119,36 +118,6 @@ def best_step(records: Sequence[Measured], criteria: Sequence[Criterion], *, whe
             "state, or give when=policy.better(...) or keep=keep.best(...)"
         )
     return best_among(records, criteria[0], where=where).step
-
-
-def which_of(
-    step: SupportsIndex | Literal["best"] | None,
-    metric: str | None,
-    mode: Mode,
-    criteria: Sequence[Criterion] = (),
-) -> int | Criterion | None:
-    """Return which checkpoint is meant by the arguments of a call that only reads.
-
-    Args:
-        step: its number, "best", or None for the newest.
-        metric: by what it is the best.
-        mode: whether small or large values of that are good.
-        criteria: what else says what the best is, where `metric` does not.
-
-    Raises:
-        UsageError: nobody says what the best is, or what is said is of no use.
-    """
-    if isinstance(step, str) and step != "best":
-        raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
-    if step != "best":
-        if metric is not None or mode != "min":
-            raise UsageError("metric= and mode= say what the best is: give step='best' with them")
-        return None if step is None else plain_step(step)
-    if metric is not None:
-        return Criterion(metric, mode)
-    if not criteria:
-        raise UsageError("by which metric is it the best? Give metric='val/loss', say")
-    return criteria[0]
 
 
 def without_metric(metric: str, measured: Iterable[Measured], *, where: str) -> str:

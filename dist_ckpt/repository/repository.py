@@ -18,7 +18,7 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import discard
-from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
 from dist_ckpt.repository.collect import (
     collect_garbage,
     delete_checkpoint,
@@ -30,7 +30,6 @@ from dist_ckpt.repository.detached import named_step
 from dist_ckpt.repository.history import History, Record, is_pinned, pin, unpin
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion, best_among
-from dist_ckpt.repository.source import deleted_meanwhile
 from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol, runtime_checkable
 
-from dist_ckpt.errors import (
-    CheckpointError,
-    ErrorKind,
-    IntegrityError,
-    NotFound,
-    StorageError,
-    describe,
-)
 from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.storage.base import Store
@@ -137,56 +128,8 @@ class Source(Protocol):
         ...
 
 
-def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview]) -> int:
-    """Fill `buffers` with the bytes of `key` from `start` on; return how many there were.
-
-    Raises:
-        CheckpointError: as the store said it.
-        StorageError: the store raised what it should have mapped; the cause is that.
-    """
-    try:
-        return store.read_into(key, start, *buffers)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # of a store of the program's own: for one handler all the same
-        raise StorageError(f"cannot read {key} in {store.url}: {describe(error)}") from error
-
-
-# A checkpoint may be deleted, or saved anew, under whoever reads it.
-
-
-_LOOKS = 3
-
 Again = Literal["", "gone", "elsewhere"]
 """Why to look again for what is damaged: it was deleted, or replaced; or others have a copy."""
-
-CheckpointT = TypeVar("CheckpointT")
-
-
-class DeletedMeanwhile(NotFound):
-    """A checkpoint was deleted, or saved anew, while it was read: look again."""
-
-
-def deleted_meanwhile(store: Store, step: int) -> DeletedMeanwhile:
-    """Return the error that says so of `step`."""
-    return DeletedMeanwhile(
-        f"the checkpoint of step {step} in {store.url} was deleted or replaced while it was read, "
-        "by the retention of the job that owns the run or by hand: read another one, or the "
-        "newest anew",
-        kind=ErrorKind.NO_CHECKPOINT,
-    )
-
-
-def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
-    """Return `look()`, and look again where the checkpoint was deleted or saved anew meanwhile.
-
-    Raises:
-        NotFound: it is gone.
-    """
-    for _ in range(_LOOKS - 1):
-        with suppress(DeletedMeanwhile):
-            return look()
-    return look()
 
 
 def reason(step: int, url: str, message: str) -> str:
@@ -198,72 +141,3 @@ def listed(reasons: Mapping[int, str], url: str) -> str:
     """Return reasons by step, all of one run, as one text."""
     told = sorted(reasons.items())
     return "; ".join(f"step {step}: {reason(step, url, why)}" for step, why in told)
-
-
-@contextmanager
-def unless_deleted(source: Source) -> Iterator[None]:
-    """Turn damage that the body finds into `NotFound` where `source` was deleted or replaced.
-
-    Retention beside a reader takes the files away under it; that is no damage.
-    """
-    try:
-        yield
-    except IntegrityError as error:
-        if not source.still_there():
-            raise deleted_meanwhile(source.store, source.step) from error
-        raise
-
-
-# The sizes of very many files are looked at by all ranks of a load, each of them at some.
-
-
-MANY_FILES = 1000
-"""How many files of a checkpoint rank 0 looks at alone, at most."""
-
-
-class _Sized(Source, Protocol):
-    """A checkpoint whose files have committed sizes; `Checkpoint` has them all."""
-
-    @property
-    def files(self) -> Sequence[tuple[str, int]]: ...
-
-    def check_parts(self, selects_part: Callable[[str], bool]) -> None: ...
-
-    def check_some(self, files: Sequence[int]) -> None: ...
-
-
-_SizedT = TypeVar("_SizedT", bound=_Sized)
-
-
-def shares_sizes(checkpoint: _Sized, selects_part: Callable[[str], bool], ranks: int) -> bool:
-    """Tell whether all ranks of a load look at sizes, each of them at some.
-
-    There are so many files that the others would wait for the listing of rank 0; and all are
-    wanted, so that nobody has to read what describes them to find out which.
-    """
-    many = ranks > 1 and len(checkpoint.files) > MANY_FILES
-    return many and all(map(selects_part, checkpoint.parts))
-
-
-def checked(checkpoint: _SizedT, selects: Callable[[str], bool], ranks: int) -> _SizedT:
-    """Return `checkpoint`, its sizes compared unless ranks share that; see `shares_sizes`.
-
-    Raises:
-        NotFound: it was deleted meanwhile.
-        IntegrityError: a file is missing, shorter or longer.
-    """
-    # Sizes are cheap to ask for: a truncated file is found before any tensor is touched.
-    if not shares_sizes(checkpoint, selects, ranks):
-        with unless_deleted(checkpoint):
-            checkpoint.check_parts(selects)
-    return checkpoint
-
-
-def check_share(checkpoint: _Sized, selects: Callable[[str], bool], rank: int, ranks: int) -> None:
-    """Compare the sizes of the files that `rank` looks at, where all ranks do; see `shares_sizes`.
-
-    Raises:
-        IntegrityError: a file is missing, shorter or longer.
-    """
-    if shares_sizes(checkpoint, selects, ranks):
-        checkpoint.check_some(range(rank, len(checkpoint.files), ranks))

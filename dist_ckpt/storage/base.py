@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, Protocol, runtime_checkable
 
-from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+    describe,
+)
 
 Buffer = bytes | bytearray | memoryview
 PutMode = Literal["create", "replace"]
@@ -520,3 +528,18 @@ def put_stream(store: Store, key: str, stream: Stream, *, mode: PutMode = "creat
         store.put_stream(key, stream, mode=mode)
     else:
         store.put(key, list(stream), mode=mode)
+
+
+def read_file(store: Store, key: str, start: int, buffers: Sequence[memoryview]) -> int:
+    """Fill `buffers` with the bytes of `key` from `start` on; return how many there were.
+
+    Raises:
+        CheckpointError: as the store said it.
+        StorageError: the store raised what it should have mapped; the cause is that.
+    """
+    try:
+        return store.read_into(key, start, *buffers)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # of a store of the program's own: for one handler all the same
+        raise StorageError(f"cannot read {key} in {store.url}: {describe(error)}") from error

@@ -11,8 +11,8 @@ import torch
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.loading.choosing import open_told
 from dist_ckpt.loading.loader import Loader, LoadReport
-from dist_ckpt.loading.location import open_told
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_ckpt.errors import NotFound, UsageError
-from dist_ckpt.loading.location import locate, open_source, place_name
+from dist_ckpt.loading.opened import locate, open_source, place_name
 from dist_ckpt.storage.local import LocalStore
 from tests.unit.repository.runs import new_store, save
 
