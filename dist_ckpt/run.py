@@ -39,19 +39,24 @@ from dist_ckpt.errors import (
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import check_step, manifest_key, step_dir
-from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import copying, status
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository import scratch as scratches
-from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
-from dist_ckpt.repository.collect import (
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.commit import (
+    highest_claim,
+    read_manifest,
+)
+from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
+from dist_ckpt.repository.history import (
+    Record,
     collect_garbage,
     delete_attempt,
     delete_checkpoint,
     garbage,
+    is_pinned,
+    mark_removed,
 )
-from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
-from dist_ckpt.repository.history import Record, is_pinned, mark_removed
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.listed import (
     KeepDecision,
@@ -312,7 +317,7 @@ class Run:
         refused: list[str] | None = None,
     ) -> list[str]:
         before = None if older_than is None else time.time() - older_than.total_seconds()
-        newest = claims.highest(self.store)
+        newest = highest_claim(self.store)
         # Where no job ever was there are copies, and of those only the age tells who is gone.
         older = sys.maxsize if before is not None and not newest else newest - 1
         gone = collect_garbage(
@@ -322,7 +327,7 @@ class Run:
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""
-        older = claims.highest(self.store) - 1
+        older = highest_claim(self.store) - 1
         return [
             *garbage(self.store, claim=older, in_flight=()),
             *scratches.leftovers(self.store),

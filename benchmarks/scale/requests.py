@@ -35,8 +35,7 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.loading.choosing import choose
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.collect import delete_checkpoint
-from dist_ckpt.repository.history import History
+from dist_ckpt.repository.history import History, delete_checkpoint
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import Entry, Store
 from dist_ckpt.storage.memory import MemoryStore

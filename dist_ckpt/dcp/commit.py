@@ -42,7 +42,7 @@ from dist_ckpt.planning.files import (
 from dist_ckpt.planning.owners import Owned
 from dist_ckpt.planning.placing import check_as_stock
 from dist_ckpt.repository import Transaction
-from dist_ckpt.repository.collect import delete_attempt
+from dist_ckpt.repository.history import delete_attempt
 from dist_ckpt.state.encoding import encode
 from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.storage.disk import aligned_buffer

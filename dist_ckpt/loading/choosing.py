@@ -27,7 +27,8 @@ from dist_ckpt.ranks.job import Job, Place
 from dist_ckpt.ranks.node_local import claim_folders
 from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
-from dist_ckpt.repository.checkpoint import read_manifest, reread, unless_deleted
+from dist_ckpt.repository.checkpoint import reread, unless_deleted
+from dist_ckpt.repository.commit import read_manifest
 from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Again, Source, listed

@@ -21,7 +21,7 @@ from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format import whole as whole_format
 from dist_ckpt.format.files import BLOCK_BYTES, FileEntry, bytes_digest
 from dist_ckpt.format.index import Box, Index, ObjectEntry, TensorEntry
-from dist_ckpt.format.manifest import LIMIT_BYTES, FilesTotal, Manifest, decode_document
+from dist_ckpt.format.manifest import FilesTotal, Manifest, decode_document
 from dist_ckpt.format.names import INDEX, Column, file_key, manifest_key, segment_name, step_dir
 from dist_ckpt.format.segments import (
     Root,
@@ -31,6 +31,7 @@ from dist_ckpt.format.segments import (
     decode_segment,
     join_segments,
 )
+from dist_ckpt.repository.commit import read_manifest
 from dist_ckpt.repository.source import Source
 from dist_ckpt.storage.base import Store, holds, read_all, read_file
 from dist_ckpt.storage.disk import aligned_buffer
@@ -46,22 +47,6 @@ CheckpointT = TypeVar("CheckpointT")
 
 PIECE_BYTES = 16 << 20
 """About how much of a file is read at once by who goes through all of it."""
-
-
-def read_manifest(store: Store, step: int) -> bytes:
-    """Return the manifest of `step` as it is stored, not decoded.
-
-    Raises:
-        NotFound: no such step is committed.
-        IntegrityError: it cannot be a manifest, of which not much was read then.
-    """
-    try:
-        # One byte is looked at before all of them: what a file claims to hold may be one hole.
-        return read_all(store, manifest_key(step), limit_bytes=LIMIT_BYTES, begins=b"{")
-    except NotFound:
-        raise NotFound(
-            f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
-        ) from None
 
 
 class Checkpoint:

@@ -17,9 +17,8 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_claim
-from dist_ckpt.repository.claim import check_owner
-from dist_ckpt.repository.collect import delete_attempt
-from dist_ckpt.repository.history import is_pinned
+from dist_ckpt.repository.commit import check_owner
+from dist_ckpt.repository.history import delete_attempt, is_pinned
 from dist_ckpt.storage.base import Store, delete_exactly, read_all
 
 _LIMIT_BYTES = 1 << 16

@@ -32,12 +32,14 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
-from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import keep as keeping
-from dist_ckpt.repository.checkpoint import read_manifest
-from dist_ckpt.repository.collect import removable
+from dist_ckpt.repository.commit import (
+    highest_claim,
+    read_manifest,
+)
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.repository.repository import removable
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.threads import map_in_parallel
@@ -187,7 +189,7 @@ def _unfinished(store: Store, step: int) -> Listed:
     """Return what a step without a manifest is: of the newest job, or of one before."""
     names = store.list_children(f"{step_dir(step)}/")
     owners = [parse_save_id(name.removesuffix("/")) or 0 for name in names]
-    if max(owners, default=0) < claims.highest(store):
+    if max(owners, default=0) < highest_claim(store):
         problem = "no manifest: a job that was replaced did not end it; sweep removes it"
         return Listed(step, "aborted", problem=problem)
     problem = "no manifest yet: the newest job of the run is saving it, or was cut off"

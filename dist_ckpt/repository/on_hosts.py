@@ -32,7 +32,8 @@ from dist_ckpt.format.names import (
     step_dir,
 )
 from dist_ckpt.format.segments import SegmentNote
-from dist_ckpt.repository.checkpoint import Checkpoint, read_manifest
+from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.commit import read_manifest
 from dist_ckpt.repository.source import listed, reason
 from dist_ckpt.storage.base import Entry, Store
 from dist_ckpt.storage.wrapper import StoreWrapper

@@ -16,21 +16,27 @@ from dist_ckpt.format.names import (
     parse_step_dir,
     step_dir,
 )
-from dist_ckpt.repository import claim as claims
 from dist_ckpt.repository import discard
 from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
-from dist_ckpt.repository.collect import (
-    collect_garbage,
-    delete_checkpoint,
-    passing_by,
-    remembered,
-    removable,
+from dist_ckpt.repository.commit import (
+    Transaction,
+    check_owner,
+    take_claim,
 )
 from dist_ckpt.repository.detached import named_step
-from dist_ckpt.repository.history import History, Record, is_pinned, pin, unpin
+from dist_ckpt.repository.history import (
+    History,
+    Record,
+    collect_garbage,
+    delete_checkpoint,
+    is_pinned,
+    passing_by,
+    pin,
+    remembered,
+    unpin,
+)
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Criterion, best_among
-from dist_ckpt.repository.transaction import Transaction
 from dist_ckpt.repository.verify import Sample, VerifyReport, verify
 from dist_ckpt.storage.base import Store
 from dist_ckpt.threads import in_parallel, threads_for
@@ -173,7 +179,7 @@ class Repository:
             UsageError: the place is one checkpoint and no run, or the store cannot commit.
         """
         self._check_can_commit()
-        return claims.take(self.store, at_least=at_least, before=self._before_any_claim)
+        return take_claim(self.store, at_least=at_least, before=self._before_any_claim)
 
     def _before_any_claim(self) -> int:
         # Only where nobody has claimed anything: begun inside of a checkpoint, a run would be a
@@ -206,7 +212,7 @@ class Repository:
         self._check_can_commit()
         if self._is_committed(step):
             raise self._exists(step)
-        claims.check_owner(self.store, claim)
+        check_owner(self.store, claim)
         return Transaction(self.store, step, new_save_id(claim))
 
     def check_begin(self, step: int, claim: int | None, *, refused: Collection[int]) -> int:
@@ -225,7 +231,7 @@ class Repository:
         check_step(step)
         self._check_can_commit()
         if claim is not None:
-            claims.check_owner(self.store, claim)
+            check_owner(self.store, claim)
         newest = next((found for found in self.newest_first() if found not in refused), -1)
         if step < newest and step not in refused and self._is_committed(step):
             raise self._exists(step)
@@ -308,7 +314,7 @@ class Repository:
                 if is_pinned(self.store, record.step, record.save_id):
                     continue
                 # Only the owner deletes, and a newer claim may have been made since the commit.
-                claims.check_owner(self.store, claim)
+                check_owner(self.store, claim)
                 history.forget(record.step)  # first: half deleted it is no checkpoint either
                 delete_checkpoint(self.store, record.step)
                 gone[record.step] = f"not kept by {policy}"
@@ -349,7 +355,7 @@ class Repository:
         ]
 
     def collect(self, *, claim: int, in_flight: Collection[str]) -> list[str]:
-        """Remove the files of dead attempts; see `dist_ckpt.repository.collect`."""
+        """Remove the files of dead attempts; see `dist_ckpt.repository.history`."""
         return collect_garbage(self.store, claim=claim, in_flight=in_flight)
 
     def collect_hidden(self, *, claim: int) -> list[int]:
@@ -421,3 +427,17 @@ class Repository:
             f"{self._similar()}",
             kind=ErrorKind.NO_RUN,
         )
+
+
+def removable(
+    records: Collection[Record], policy: KeepPolicy, protected: Collection[int]
+) -> list[Record]:
+    """Return the checkpoints that may go, the oldest first; the newest never is one of them."""
+    ordered = sorted(records, key=lambda record: record.step)
+    kept = policy.kept(ordered)
+    # The newest is kept whatever a policy says: it is what a restart needs.
+    return [
+        record
+        for record in ordered[:-1]
+        if record.step not in kept and record.step not in protected
+    ]

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dist_ckpt.errors import CheckpointError, IntegrityError, NotFound
-from dist_ckpt.repository.collect import passing_by
+from dist_ckpt.repository.history import passing_by
 from dist_ckpt.storage.base import Store, Sweeper, read_all
 
 _FOLDER = re.compile(r"dist-ckpt-scratch-[0-9a-f]{16}/")

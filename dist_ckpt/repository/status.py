@@ -17,8 +17,11 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IntegrityError, NotFound, StorageError, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import parse_claim, parse_status, status_key
-from dist_ckpt.repository import claim as claims
-from dist_ckpt.repository.checkpoint import read_manifest
+from dist_ckpt.repository.commit import (
+    highest_claim,
+    is_of_this_process,
+    read_manifest,
+)
 from dist_ckpt.storage.base import Store, read_all
 
 Phase = Literal["restoring", "training", "saving", "ended", "failed"]
@@ -135,7 +138,7 @@ def read_status(store: Store, claim: int) -> JobStatus | None:
 def newest(store: Store) -> JobStatus | None:
     """Return what the job that owns the run said last, None for nothing."""
     try:
-        claim = claims.highest(store)
+        claim = highest_claim(store)
     except StorageError as error:
         _check_forbidden(error)
         return None
@@ -175,7 +178,7 @@ def starts_in_vain(store: Store, claim: int, newest_step: int | None) -> int:
     before = sorted(each for each in taken if each is not None and last < each < claim)
     count = 0
     for each in reversed(before[-_MOST_STARTS:]):
-        if claims.is_of_this_process(store, each):
+        if is_of_this_process(store, each):
             continue
         said = read_status(store, each)
         if said is not None and said.phase == "ended":
@@ -198,7 +201,7 @@ def check_alone(store: Store, *, most_seconds: float) -> None:
     Raises:
         UsageError: one is (`ErrorKind.IN_USE`).
     """
-    claim = claims.highest(store)
+    claim = highest_claim(store)
     first = read_status(store, claim) if claim else None
     if first is None or first.is_over:
         return
@@ -213,7 +216,7 @@ def check_alone(store: Store, *, most_seconds: float) -> None:
             break
         if now is not None and now.beat != first.beat:
             raise _in_use(store, now)
-    owner = claims.highest(store)
+    owner = highest_claim(store)
     if owner != claim:
         raise _in_use(
             store, read_status(store, owner) or msgspec.structs.replace(first, claim=owner)

@@ -26,7 +26,7 @@ from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import Deadline, Topic, on_every_rank, pack, unpack
-from dist_ckpt.repository.claim import check_owner
+from dist_ckpt.repository.commit import check_owner
 from dist_ckpt.saving.attempt import Attempt, Commit, StagedShare
 from dist_ckpt.storage.base import read_all
 

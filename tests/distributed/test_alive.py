@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_ckpt import Checkpointer, events
 from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError
-from dist_ckpt.repository import Repository, claim
+from dist_ckpt.repository import Repository, commit
 from dist_ckpt.repository.status import JobStatus
 from dist_ckpt.run import Run
 from dist_ckpt.storage import resolve
@@ -90,7 +90,7 @@ def test_a_loop_of_restarts_says_so(
     heard = []
     for _ in range(4):
         caplog.clear()
-        monkeypatch.setattr(claim, "process_names", {})  # as a start of its own has
+        monkeypatch.setattr(commit, "process_names", {})  # as a start of its own has
         with pytest.raises(RuntimeError), job(root) as ckpt:
             assert ckpt.restore() == 7
             raise RuntimeError("out of memory, as at each start")
@@ -99,7 +99,7 @@ def test_a_loop_of_restarts_says_so(
     assert heard[3][0].startswith(f"3 starts before this one on {root}")
     assert "each began at step 7" in heard[3][0]
     caplog.clear()
-    monkeypatch.setattr(claim, "process_names", {})
+    monkeypatch.setattr(commit, "process_names", {})
     with job(root) as ckpt:
         ckpt.restore()
         ckpt.save(8).wait()

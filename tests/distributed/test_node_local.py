@@ -33,7 +33,7 @@ from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.options import MIN_MEMORY_BYTES
 from dist_ckpt.ranks.rendezvous import training_store
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.transaction import Transaction
+from dist_ckpt.repository.commit import Transaction
 from dist_ckpt.saving.attempt import Housekeeping
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import dist_ckpt
 from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError
 from dist_ckpt.format.names import step_dir
-from dist_ckpt.repository.collect import delete_checkpoint
+from dist_ckpt.repository.history import delete_checkpoint
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.ranks import run_ranks
 from tests.unit.saving.test_beside_retention import Meanwhile

@@ -15,7 +15,7 @@ from dist_ckpt.errors import ErrorKind, FencedError, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, keep
-from dist_ckpt.repository.collect import collect_garbage, delete_checkpoint
+from dist_ckpt.repository.history import collect_garbage, delete_checkpoint
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.s3 import S3Store
 from dist_ckpt.storage.s3_client import Client

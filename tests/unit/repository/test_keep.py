@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.repository import keep
-from dist_ckpt.repository.collect import removable
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.repository.ranking import Mode
+from dist_ckpt.repository.repository import removable
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 STEPS = st.lists(st.integers(0, 50), unique=True)

@@ -7,8 +7,7 @@ from collections import Counter
 from dist_ckpt import events, keep
 from dist_ckpt.format.names import manifest_key, shard_name, step_dir
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.collect import delete_checkpoint
-from dist_ckpt.repository.history import History
+from dist_ckpt.repository.history import History, delete_checkpoint
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.meter import MeterStore
 from tests.unit.repository.runs import new_store, save

@@ -11,7 +11,8 @@ import pytest
 
 from dist_ckpt.errors import ErrorKind, StorageError, UsageError
 from dist_ckpt.format.names import claim_key, parse_claim, parse_status, status_key
-from dist_ckpt.repository import Repository, claim, status
+from dist_ckpt.repository import Repository, commit, status
+from dist_ckpt.repository.commit import highest_claim, take_claim
 from dist_ckpt.repository.status import JobStatus, Phase
 from dist_ckpt.run import Run
 from dist_ckpt.storage.base import Store
@@ -22,7 +23,7 @@ from tests.unit.repository.runs import keys, new_store, save
 @pytest.fixture
 def another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have the claims that follow be those of another process."""
-    return lambda: monkeypatch.setattr(claim, "process_names", {})
+    return lambda: monkeypatch.setattr(commit, "process_names", {})
 
 
 def said(number: int = 1, *, beat: int = 0, phase: Phase = "training", **more: object) -> JobStatus:
@@ -59,7 +60,7 @@ def test_it_has_a_name_that_is_no_claim() -> None:
 def test_people_read_that_of_the_owner() -> None:
     store = new_store()
     assert Run(store).status() is None
-    claim.take(store)
+    take_claim(store)
     assert Run(store).status() is None, "it has said nothing yet"
     status.put_status(store, said())
     found = Run(store).status()
@@ -68,9 +69,9 @@ def test_people_read_that_of_the_owner() -> None:
         "claim 1, process 42 on node-7, training, step 120, newest checkpoint 100, "
         "20 steps not saved, last heard of 252"
     )
-    claim.take(store)
+    take_claim(store)
     assert Run(store).status() is None, "another one has taken the run over"
-    assert claim.highest(store) == 2
+    assert highest_claim(store) == 2
 
 
 @pytest.mark.parametrize(
@@ -79,23 +80,23 @@ def test_people_read_that_of_the_owner() -> None:
 )
 def test_a_damaged_one_is_none(content: bytes) -> None:
     store = new_store()
-    claim.take(store)
+    take_claim(store)
     store.put(status_key(1), [content])
     assert Run(store).status() is None
     look(store)
-    assert claim.take(store) == 2
+    assert take_claim(store) == 2
 
 
 def test_one_that_was_copied_under_another_number_is_none() -> None:
     store = new_store()
-    claim.take(store)
+    take_claim(store)
     store.put(status_key(1), [msgspec.json.encode(said(7))])
     assert Run(store).status() is None
 
 
 def test_one_of_a_newer_release_is_read_as_far_as_it_is_known() -> None:
     store = new_store()
-    claim.take(store)
+    take_claim(store)
     newer = {**said().as_json(), "gpus": 8, "heartbeat": "tomorrow"}
     store.put(status_key(1), [msgspec.json.encode(newer)])
     found = Run(store).status()
@@ -111,7 +112,7 @@ def test_what_this_user_may_not_read_is_none_and_an_outage_is_one() -> None:
             Rule("list_children", Fail(error), key="claims/"),
         ):
             inner = new_store()
-            claim.take(inner)
+            take_claim(inner)
             run = Run(FaultyStore(inner, [rule]))
             if known:
                 assert run.status() is None
@@ -124,7 +125,7 @@ def test_what_this_user_may_not_read_is_none_and_an_outage_is_one() -> None:
 def test_nobody_waits_for_a_job_that_is_over_or_never_said_a_word(phase: Phase) -> None:
     store = CrashStore(new_store(), kinds=["read_into"])
     look(store)
-    claim.take(store)
+    take_claim(store)
     look(store)
     status.put_status(store, said(phase=phase, every_seconds=1000.0))
     before = len(store.operations)
@@ -135,7 +136,7 @@ def test_nobody_waits_for_a_job_that_is_over_or_never_said_a_word(phase: Phase) 
 
 def test_a_job_whose_word_changes_is_alive_and_one_that_is_silent_is_not() -> None:
     store = new_store()
-    claim.take(store)
+    take_claim(store)
     status.put_status(store, said())
     look(store)  # after three of its intervals
     over = threading.Event()
@@ -162,12 +163,12 @@ def test_who_takes_the_run_over_meanwhile_is_alive() -> None:
 
         def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
             count = super().read_into(key, offset, *buffers)
-            if key == status_key(1) and claim.highest(self.inner) == 1:
-                claim.take(self.inner)
+            if key == status_key(1) and highest_claim(self.inner) == 1:
+                take_claim(self.inner)
             return count
 
     store = Overtaken(new_store(), [])
-    claim.take(store)
+    take_claim(store)
     status.put_status(store, said())
     with pytest.raises(UsageError, match="claim 2"):
         look(store)
@@ -214,7 +215,7 @@ def test_starts_in_vain_are_counted_by_the_claims(another_process: Callable[[], 
 def test_what_older_jobs_said_is_removed_with_the_rest_of_them() -> None:
     store = new_store()
     for number in (1, 2, 3):
-        claim.take(store)
+        take_claim(store)
         status.put_status(store, said(number))
     store.put("claims/notes.status.json", [b"of somebody else"])
     Repository(store).collect(claim=3, in_flight=())

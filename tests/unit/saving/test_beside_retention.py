@@ -17,7 +17,7 @@ import dist_ckpt
 from dist_ckpt.errors import IntegrityError, NotFound
 from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.collect import delete_checkpoint
+from dist_ckpt.repository.history import delete_checkpoint
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
