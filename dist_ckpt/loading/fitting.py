@@ -2,42 +2,197 @@
 
 `fit` asks each part where its tensors go. Before that, `gather` finds what there is to load under
 the names of the state, and reads the small values; what a part may ask in turn is below: the
-entries of a dict, the layout of a tensor that is not there yet, the value of a small one.
+layout of a tensor that is not there yet, the value of a small one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
+import msgspec
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, empty
 
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError
+from dist_ckpt.decodable import decodable
+from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, UsageError, near
 from dist_ckpt.foreign.dcp_runs import NAMING, DcpRun, in_parts
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format.index import Held
-from dist_ckpt.loading.called_alike import alike, called_alike
+from dist_ckpt.loading.called_alike import alike, called_alike, entries_of
 from dist_ckpt.loading.fetching import ReadOptions, read_alone
 from dist_ckpt.loading.filling import Wanted
-from dist_ckpt.loading.matching import Mismatches, compare, unmatched
-from dist_ckpt.options import LoadOptions, rename_key
+from dist_ckpt.options import LoadOptions, matches, rename_key
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.decoding import Layout, parse_document, references
-from dist_ckpt.state.encoding import TAG, dumps, fillable, is_wrapped_node
-from dist_ckpt.state.layout import dtype_of, empty_beside, is_wrapped
+from dist_ckpt.state.decoding import references
+from dist_ckpt.state.encoding import fillable
+from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside, is_wrapped, stored_shape
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.module_state import wrapper_prefix
+from dist_ckpt.state.objects import Layout
 from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
-from dist_ckpt.state.resizing import ResizeRule
+from dist_ckpt.state.resizing import ResizeRule, can_resize, matches_resize, told_resize
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import goes_by_name
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import ValuePart, is_taken_whole
+
+
+@decodable
+class Mismatches(msgspec.Struct, frozen=True):
+    """How one rank's state and a checkpoint disagree; names are `part/name`.
+
+    Attributes:
+        missing: wanted by the state, not stored.
+        unexpected: stored, unknown to the state of this rank.
+        shapes: stored in another shape than wanted; the entry tells both.
+        dtypes: stored in another dtype than wanted, which may not be cast; likewise.
+        casts: stored in another dtype than wanted, to be cast; likewise.
+        unlike: written by something else than what the state has; the entry tells both.
+        unmatched: patterns of `only`, `skip` and `resize`, keys of `rename`, that match nothing.
+        filled: parts of which something is to be loaded; generators of random numbers left out.
+        empty: parts to be loaded, of which nothing has a partner.
+        resized: of another shape, and loaded in part; the entry tells both.
+    """
+
+    missing: list[str] = []
+    unexpected: list[str] = []
+    shapes: list[str] = []
+    dtypes: list[str] = []
+    casts: list[str] = []
+    unmatched: list[str] = []
+    unlike: list[str] = []
+    filled: list[str] = []
+    empty: list[str] = []
+    resized: list[str] = []
+
+
+def compare(
+    part: str,
+    targets: Mapping[str, torch.Tensor],
+    stored: Mapping[str, TensorSpec],
+    *,
+    cast: bool = False,
+    resized: Mapping[str, ResizeRule] | None = None,
+) -> Mismatches:
+    """Compare the target tensors of one part with the stored ones of the same names.
+
+    Args:
+        part: what the part is called.
+        targets: the tensors to fill.
+        stored: what there is for them.
+        cast: whether another dtype may be cast where that is allowed at all.
+        resized: the rule by which a target may be of another shape.
+    """
+    mismatches = Mismatches([], [], [], [], [], resized=[])
+    for name, target in targets.items():
+        spec = stored.get(name)
+        if spec is None:
+            mismatches.missing.append(f"{part}/{name}")
+            continue
+        shape, dtype = stored_shape(target), dtype_name(target.dtype)
+        if (shape, dtype) == (spec.shape, spec.dtype):
+            continue
+        both = f"{part}/{name}: stored {spec.dtype}{list(spec.shape)}, wanted {dtype}{list(shape)}"
+        rule = (resized or {}).get(name)
+        if shape != spec.shape:
+            problem = _why_not_resized(rule, spec.shape, target)
+            if problem is not None:
+                mismatches.shapes.append(both + problem)
+                continue
+            mismatches.resized.append(f"{both}: {told_resize(spec.shape, shape)}")
+        if dtype != spec.dtype:
+            possible = can_cast(dtype_of(spec.dtype), target.dtype)
+            if cast and possible:
+                mismatches.casts.append(both)
+            else:
+                mismatches.dtypes.append(both if possible else f"{both} (never cast)")
+    return mismatches
+
+
+def _why_not_resized(
+    rule: ResizeRule | None, stored: tuple[int, ...], target: torch.Tensor
+) -> str | None:
+    """Return what keeps a tensor of another shape from being loaded in part; None for nothing."""
+    if rule is None:
+        return ""
+    shape = stored_shape(target)
+    if not can_resize(rule, stored, shape):
+        return f" (which is more than resize={rule!r} allows)"
+    if target.is_meta and not can_resize("crop", stored, shape):
+        return " (on the meta device, where there is no rest to be kept: give it memory first)"
+    return None
+
+
+def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Tell whether `cast=True` may turn one dtype into the other.
+
+    Floating dtypes may turn into each other, and complex ones likewise: weights live with another
+    rounding. An integer may only turn into one that holds each of its values. Never floating to
+    integer or back, nor anything from or to bool: there a number would become another thing.
+    """
+    if stored.is_complex or wanted.is_complex:
+        return stored.is_complex and wanted.is_complex
+    if stored.is_floating_point or wanted.is_floating_point:
+        return stored.is_floating_point and wanted.is_floating_point
+    if torch.bool in (stored, wanted):
+        return False
+    small, large = torch.iinfo(stored), torch.iinfo(wanted)
+    return large.min <= small.min and small.max <= large.max
+
+
+def unmatched(options: LoadOptions, known: Collection[str], idle: Iterable[str]) -> list[str]:
+    """Return the patterns that match none of the `known` names, and the `idle` keys of rename."""
+    patterns = (*options.only, *options.skip)
+    lost = [each for each in patterns if not any(matches(each, name) for name in known)]
+    lost += [
+        each for each in options.resize if not any(matches_resize(each, name) for name in known)
+    ]
+    return lost + sorted(idle)
+
+
+def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[str]) -> None:
+    """Check that every pattern matches something on some rank.
+
+    Args:
+        mismatches_by_rank: what each rank found.
+        known: the names that rank 0 knows, to offer those like the pattern.
+
+    Raises:
+        UsageError: a pattern matches nothing: a slip of the pen must not load nothing silently.
+    """
+    lost = in_all(each.unmatched for each in mismatches_by_rank)
+    if lost:
+        pattern = lost[0]
+        # A pattern is mostly the beginning of names, so it is compared with beginnings.
+        wanted = pattern.strip("*").strip("./") or pattern
+        hint = near(wanted, _beginnings(known))
+        if pattern.startswith("*") and not hint:
+            hint = near(wanted, {each for name in known for each in re.split("[./]", name)})
+        # The commonest slip: the name of a tensor without the part that it is in.
+        if "/" not in pattern and any(fnmatchcase(name, f"*/{pattern}") for name in known):
+            hint = f" (names begin with their part: did you mean '*/{pattern}'?)"
+        raise UsageError(
+            f"{pattern!r} in only, skip, rename or resize matches no name of the checkpoint or the "
+            f"state{hint}; nothing was changed"
+        )
+
+
+def _beginnings(names: Collection[str]) -> set[str]:
+    """Return `names` and all that they begin with up to a `.` or `/`."""
+    cuts = ((name, at) for name in names for at, char in enumerate(name) if char in "./")
+    return {*names, *(name[:at] for name, at in cuts)}
+
+
+def in_all(lists: Iterable[list[str]]) -> list[str]:
+    """Return the names that are in all of `lists`."""
+    first, *rest = (set(names) for names in lists)
+    return sorted(first.intersection(*rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +377,7 @@ class _Gathering:
         objects = self.source.read_objects(part, rank=self.rank)
         # To a part that has names of its own, a dict that was saved is what its entries are.
         if objects.keys() == {VALUE} and self._goes_by_name(part):
-            taken = _entries_of(objects[VALUE], path=part)
+            taken = entries_of(objects[VALUE], path=part)
             if taken is not None:
                 objects = taken.objects
                 self.entries.update({(part, old): new for old, new in taken.tensors.items()})
@@ -411,79 +566,6 @@ def _idle(options: LoadOptions, stored: Iterable[str], unread: Collection[str]) 
     # Of what was not read nobody knows which names there are.
     keys = {key for key in options.rename if key.partition("/")[0] not in unread}
     return frozenset(keys - used)
-
-
-# A dict that was saved as one value, seen as the named entries that it has.
-
-
-@dataclass(frozen=True, slots=True)
-class _Entries:
-    """The entries of a dict, by their keys joined with dots, without the prefix of a wrapper.
-
-    Attributes:
-        tensors: one or more for a tensor, by the name under which that is stored.
-        objects: everything else, encoded.
-    """
-
-    tensors: dict[str, list[str]] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
-
-
-def _entries_of(data: bytes, *, path: str) -> _Entries | None:
-    """Return the entries of the encoded dict `data`; None if it is no dict of strings.
-
-    Raises:
-        IntegrityError: `data` is no encoding.
-    """
-    pairs = _pairs(parse_document(data, path))
-    if pairs is None:
-        return None
-    found = _Entries()
-    walked = list(_walk(pairs, ()))
-    prefix = wrapper_prefix([name for name, _ in walked])
-    for full, node in walked:
-        name = full.removeprefix(prefix)
-        if _is_tensor(node):
-            found.tensors.setdefault(node["v"], []).append(name)
-        else:
-            found.objects[name] = dumps(node).encode()
-    return found
-
-
-def _walk(pairs: list[tuple[str, Any]], steps: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    for key, node in pairs:
-        if is_wrapped_node(node):
-            # A live one is filled by the tensors that it is made of, and needs nothing else.
-            for suffix, inner in node["v"][1].items():
-                yield ".".join((*steps, key)) + suffix, inner
-            continue
-        below = None if _is_tensor(node) else _pairs(node)
-        if below:
-            yield from _walk(below, (*steps, key))
-        else:
-            yield ".".join((*steps, key)), node
-
-
-def _pairs(node: Any) -> list[tuple[str, Any]] | None:
-    """Return the items of an encoded dict whose keys are strings."""
-    if not isinstance(node, dict):
-        return None
-    if TAG not in node:
-        return list(node.items())
-    pairs = node.get("v")
-    if node[TAG] not in ("dict", "ordered_dict") or not isinstance(pairs, list):
-        return None
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return None
-    return [(key, value) for key, value in pairs] if _are_strings(pairs) else None
-
-
-def _are_strings(pairs: list[Any]) -> bool:
-    return all(isinstance(pair[0], str) for pair in pairs)
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, dict) and node.get(TAG) == "tensor" and isinstance(node.get("v"), str)
 
 
 # How a DTensor is laid out that a part held when it was saved and does not hold yet.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -19,8 +19,7 @@ from dist_ckpt.loading.across_hosts import HostsChooser
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, Which
 from dist_ckpt.loading.fetching import BounceMemory, ReadOptions, warm_memory
 from dist_ckpt.loading.filling import Wanted
-from dist_ckpt.loading.fitting import Matched, fit, taken_whole
-from dist_ckpt.loading.matching import Mismatches, check_matched, refuse_mismatches, tell_empty
+from dist_ckpt.loading.fitting import Matched, Mismatches, check_matched, fit, in_all, taken_whole
 from dist_ckpt.loading.reading import JointRead, ReadResult
 from dist_ckpt.loading.ties import Ties, compare_ties, prepare
 from dist_ckpt.options import LoadOptions
@@ -562,3 +561,111 @@ def _raise_told(
     if cause is None:
         raise error  # with the cause that it has
     raise error from cause
+
+
+# What does not fit on all ranks together: refused, or told.
+
+
+_SHOWN = 20
+
+
+def refuse_mismatches(
+    mismatches_by_rank: Sequence[Mismatches], *, where: str, strict: bool = True
+) -> Mismatches:
+    """Return what the ranks together found, if it is no reason not to load.
+
+    A name is unexpected only when no rank knows it: the stages of a pipeline each know their own.
+
+    Raises:
+        IncompatibleError: a shape or dtype differs, or with `strict` a name is missing or
+            unexpected. The message has all of it: the first names of each kind and the counts of
+            the rest.
+    """
+    found = Mismatches(
+        missing=_union(each.missing for each in mismatches_by_rank),
+        unexpected=in_all(each.unexpected for each in mismatches_by_rank),
+        shapes=_union(each.shapes for each in mismatches_by_rank),
+        dtypes=_union(each.dtypes for each in mismatches_by_rank),
+        casts=_union(each.casts for each in mismatches_by_rank),
+        unlike=_union(each.unlike for each in mismatches_by_rank),
+        resized=_union(each.resized for each in mismatches_by_rank),
+        filled=(filled := _union(each.filled for each in mismatches_by_rank)),
+        empty=sorted(set(_union(each.empty for each in mismatches_by_rank)) - set(filled)),
+    )
+    findings = {
+        "missing in the checkpoint": found.missing,
+        "unexpected in the checkpoint": found.unexpected,
+        "of another shape": found.shapes,
+        "of another dtype": found.dtypes,
+        "of another kind": found.unlike,
+    }
+    loose = found.missing or found.unexpected or found.unlike
+    if found.shapes or found.dtypes or (strict and loose):
+        lines = [f"  {kind}: {_some_names(names)}" for kind, names in findings.items() if names]
+        raise IncompatibleError(
+            f"{where} does not fit this state; nothing was changed{_way_out(found)}\n"
+            + "\n".join(lines),
+            kind=ErrorKind.STATE_MISMATCH,
+        )
+    if found.empty and not found.filled:
+        # Nobody means to load nothing.
+        raise IncompatibleError(
+            f"{where} and this state have {_nothing_of(found)}", kind=ErrorKind.STATE_MISMATCH
+        )
+    return found
+
+
+def tell_empty(where: str, parts: Sequence[str]) -> None:
+    """Say which parts nothing is loaded into: with `strict=False` that is no error."""
+    if parts:
+        _log.warning(
+            "nothing of %s goes into %s of the state: they have no name in common",
+            where,
+            ", ".join(parts),
+        )
+
+
+def _some_names(names: Sequence[str]) -> str:
+    """Return the first names, and the count of the rest."""
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _nothing_of(found: Mismatches) -> str:
+    if not (found.missing or found.unexpected):
+        parts = ", ".join(found.empty)
+        return (
+            f"nothing of {parts} to load beside what only= and skip= leave out; nothing was "
+            "changed. Leave out less"
+        )
+    # What strict=False leaves alone would be everything.
+    return (
+        "not one name in common, so strict=False would load nothing; nothing was changed. rename= "
+        f"maps names\n  stored: {_some_names(found.unexpected)}\n  wanted: "
+        f"{_some_names(found.missing)}"
+    )
+
+
+def _way_out(found: Mismatches) -> str:
+    ways = []
+    if found.missing or found.unexpected:
+        ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")
+    if any("/param_groups." in name for name in (*found.missing, *found.unexpected)):
+        ways.append(
+            "an optimizer is built with the parameters and groups that it had when it was saved, "
+            "add_param_group included, before it is loaded"
+        )
+    if found.unlike:
+        ways.append("skip= begins with a new one, strict=False takes what fits of the other")
+    if any(entry.endswith("]") for entry in found.shapes):
+        ways.append(
+            'resize={"<name>": "pad"} loads what both have where the state has more, "crop" where '
+            "the checkpoint has more"
+        )
+    if any(not entry.endswith("(never cast)") for entry in found.dtypes):
+        ways.append("cast=True converts floating dtypes, and integers to wider ones")
+    return f" ({'; '.join(ways)})" if ways else ""
+
+
+def _union(lists: Iterable[list[str]]) -> list[str]:
+    return sorted({name for names in lists for name in names})

@@ -10,12 +10,13 @@ import torch
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, StorageError
 from dist_ckpt.format.names import manifest_key
+from dist_ckpt.loading import choosing
 from dist_ckpt.loading.choosing import Choice, choose
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rendezvous import Coordinators
-from dist_ckpt.repository import Repository, source
+from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store, read_all
@@ -201,7 +202,7 @@ def test_ranks_share_the_look_at_the_sizes_of_many_files(monkeypatch: pytest.Mon
 
     on_all(save_two)
     files = Repository(place).open(2).files
-    monkeypatch.setattr(source, "MANY_FILES", 1)
+    monkeypatch.setattr(choosing, "MANY_FILES", 1)
     second = next(Repository(place).open(2).key(name) for name, _ in files[1::world])
     place.put(second, [b"short"], mode="replace")
     on_all(load_one)

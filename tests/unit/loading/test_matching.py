@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.loading.matching import (
-    Mismatches,
-    can_cast,
-    check_matched,
-    compare,
-    refuse_mismatches,
-    unmatched,
-)
+from dist_ckpt.loading.fitting import Mismatches, can_cast, check_matched, compare, unmatched
+from dist_ckpt.loading.loader import refuse_mismatches
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.state.part import TensorSpec
 
