@@ -11,12 +11,10 @@ from typing import Any, Literal, NotRequired, SupportsIndex, TypeAlias, TypedDic
 import msgspec
 import torch
 
-from dist_ckpt.doors import torch_archive
 from dist_ckpt.doors.content import Item, Outgoing, StoredContent, dtype_to_cast
-from dist_ckpt.doors.image import Drawing, Image
+from dist_ckpt.doors.image import Archive, Drawing, Image, draw_archive, whole_storage
 from dist_ckpt.doors.pickling import Built, Call, Name, Pairs, pickled
 from dist_ckpt.doors.placing import OutFile, place_folder, place_one
-from dist_ckpt.doors.torch_archive import Archive, whole_storage
 from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError
 from dist_ckpt.format.files import DTYPES, ShardEntry, layout
 from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
@@ -310,7 +308,7 @@ def _files(
 
     if choice.format == "torch":
         assert key is not None
-        return [OutFile(key, drawn(torch_archive.draw_file(items, content.ties)))], {}
+        return [OutFile(key, drawn(draw_archive(items, content.ties)))], {}
     if choice.format == "dcp":
         metadata = _describe_data(items, _draw_data(items)[1])
         data = drawn(lambda: _draw_data(items)[0])

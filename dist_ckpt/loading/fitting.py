@@ -29,11 +29,10 @@ from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.options import LoadOptions, matches, rename_key
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository.source import Source
-from dist_ckpt.state.decoding import references
+from dist_ckpt.state.decoding import Layout, references
 from dist_ckpt.state.encoding import fillable
 from dist_ckpt.state.layout import dtype_name, dtype_of, empty_beside, is_wrapped, stored_shape
 from dist_ckpt.state.model import ModelPart
-from dist_ckpt.state.objects import Layout
 from dist_ckpt.state.part import LayOut, Part, Stored, Targets, TensorSpec, nowhere
 from dist_ckpt.state.resizing import ResizeRule, can_resize, matches_resize, told_resize
 from dist_ckpt.state.rng import RngPart

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.doors import image, torch_archive
+from dist_ckpt.doors import image
 from dist_ckpt.doors.content import Item
 from dist_ckpt.doors.image import Drawing, Image, boxes_of_range
 from dist_ckpt.doors.pickling import pickled
@@ -102,8 +102,8 @@ def test_what_cannot_be_read_ends_the_file(small_windows: int) -> None:
 
 
 def test_archives_over_four_gib_are_read_by_zip_tools() -> None:
-    record = torch_archive.ArchiveRecord("archive/data/0", 5 << 30, 6 << 30, 7)
-    entry = torch_archive.directory_entry(record)
+    record = image.ArchiveRecord("archive/data/0", 5 << 30, 6 << 30, 7)
+    entry = image.directory_entry(record)
     end = b"PK\5\6" + bytes(4) + b"\1\0\1\0" + len(entry).to_bytes(4, "little") + bytes(6)
     (info,) = zipfile.ZipFile(BytesIO(entry + end)).infolist()
     assert (info.header_offset, info.file_size, info.compress_size, info.CRC) == (
