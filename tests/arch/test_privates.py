@@ -212,7 +212,7 @@ class Touches(ast.NodeVisitor):
             return
         try:
             program = ast.parse(textwrap.dedent(text))
-        except SyntaxError:
+        except (SyntaxError, UnicodeEncodeError):  # half a character is in no program
             return
         before, self._lineno = self._lineno, self._lineno or node.lineno
         self.visit(program)
