@@ -566,7 +566,7 @@ def _raise_told(
 # What does not fit on all ranks together: refused, or told.
 
 
-_SHOWN = 20
+_REFUSED_SHOWN = 20
 
 
 def refuse_mismatches(
@@ -627,8 +627,8 @@ def tell_empty(where: str, parts: Sequence[str]) -> None:
 
 def _some_names(names: Sequence[str]) -> str:
     """Return the first names, and the count of the rest."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _REFUSED_SHOWN
+    return ", ".join(names[:_REFUSED_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _nothing_of(found: Mismatches) -> str:
