@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,14 +152,28 @@ def _diff(
     if json:
         say_json({"equal": not rows + parts, "tensors": rows, "values": parts, "facts": facts})
         return
-    for name, (mine, theirs) in facts.items():
-        say(f"{name}: {in_words(mine) or 'nothing'} -> {in_words(theirs) or 'nothing'}")
+    if facts:
+        _say_facts(facts)
     if rows:
         _say_tensors(rows, values=values)
     if parts:
         _say_values(parts, values=values)
     if not rows + parts:
         say("all tensors and values are equal")
+
+
+def _say_facts(facts: Mapping[str, list[Any]]) -> None:
+    """Print what differs besides, side by side: metrics, metadata and versions by their names."""
+    cells = []
+    for name, both in facts.items():
+        if not all(isinstance(each, Mapping) for each in both):
+            cells.append([name, *map(in_words, both)])
+            continue
+        for key in dict.fromkeys(key for each in both for key in each):
+            here, there = (in_words(each[key]) if key in each else "" for each in both)
+            if here != there:
+                cells.append([f"{name} {key}", here, there])
+    table([("", "left"), ("here", "left"), ("there", "left")], cells)
 
 
 def _say_tensors(rows: list[dict[str, Any]], *, values: bool) -> None:

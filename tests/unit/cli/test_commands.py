@@ -170,6 +170,21 @@ def test_out_in_and_the_average(shell: Shell, url: str, tmp_path: Path) -> None:
         assert (code, says in error) == (2, True)
 
 
+def test_what_differs_besides_tensors_stands_side_by_side(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    same = {"lr": 0.1, "layers": 2}
+    for step, more in ((1, {"note": None}), (2, {"seed": 7})):
+        metadata = {**same, **more}
+        dist_ckpt.save({"n": 1}, url, step=step, metadata=metadata, metrics={"l": step})
+    lines = [line.split() for line in shell.screen("diff", f"{url}@1", "2").splitlines()]
+    assert lines == [
+        ["here", "there"],
+        ["metrics", "l", "1.0", "2.0"],
+        ["metadata", "seed", "7"],
+        ["all", "tensors", "and", "values", "are", "equal"],
+    ]
+
+
 def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
     store = resolve(url)
     store.put(manifest_key(30), [read_all(store, manifest_key(30))[:-7]], mode="replace")
