@@ -20,7 +20,14 @@ import torch
 
 from dist_ckpt.doors.content import Item, Outgoing, rounded_up
 from dist_ckpt.doors.image import WINDOW_BYTES, Image, boxes_of_range, windows
-from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, describe
+from dist_ckpt.errors import (
+    AlreadyExists,
+    ErrorKind,
+    NotFound,
+    StorageError,
+    UsageError,
+    describe,
+)
 from dist_ckpt.functional import save
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint, place_name
 from dist_ckpt.ranks.job import Place
@@ -115,6 +122,15 @@ def save_parts(
             memory_limit_bytes=_SAVE_BYTES,
             command=False,
         )
+    except UsageError as error:
+        if error.kind is not ErrorKind.STEP_BEHIND:
+            raise
+        # Not that one could go on from the newest, as a training does.
+        raise UsageError(
+            f"a newer checkpoint than step {step} is in {place_name(url, storage_options)}, and a "
+            "restart would go on from that one: bring in the older one first, or into another run",
+            kind=error.kind,
+        ) from error
     finally:
         if own is not None:
             own.close()

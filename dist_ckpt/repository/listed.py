@@ -355,4 +355,6 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
             store.close()
     except CheckpointError:
         return ""
-    return near(name, [child[:-1] for child in children if child.endswith("/")])
+    folders = [child[:-1] for child in children if child.endswith("/")]
+    # Behind an `@` stands which checkpoint, for who knows it by the commands.
+    return near(name, folders) or near(name.rpartition("@")[0], folders)

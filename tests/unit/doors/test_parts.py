@@ -55,6 +55,15 @@ def test_it_holds_them_and_says_where_the_rest_is(tmp_path: Path) -> None:
         copy_parts(store, tmp_path / "copy", step=7, parts=["model"])
 
 
+def test_an_older_one_is_not_brought_in_behind_a_newer_one(tmp_path: Path) -> None:
+    store = fill(tmp_path / "run")
+    dist_ckpt.save({"n": 1}, tmp_path / "copy", step=8)
+    with pytest.raises(UsageError, match="bring in the older one first, or into another run") as no:
+        copy_parts(store, tmp_path / "copy", step=7, parts=["ema"])
+    assert "restore()" not in no.value.message
+    assert Run(str(tmp_path / "copy")).steps() == [8]
+
+
 def test_what_cannot_be_committed_truthfully_is_refused(tmp_path: Path) -> None:
     store = fill(tmp_path / "run")
     for parts, says in (([], "name the parts"), (["modle"], "'model'"), (["rng"], "of its own")):
