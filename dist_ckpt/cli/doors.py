@@ -108,8 +108,13 @@ def _import(
 
 
 def _average(
-    sources: Annotated[list[str], typer.Argument(metavar="URL[@STEP]...", help="two or more")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="a run, or a file")],
+    named: Annotated[
+        list[str],
+        typer.Argument(metavar="URL[@STEP]... OUT", help="two or more, and a run or a file"),
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="OUT", help="OUT, where all are sources")
+    ] = None,
     *,
     weights: Annotated[
         str | None, typer.Option(metavar="W,W,...", help="of each; equal ones by default")
@@ -126,17 +131,21 @@ def _average(
 ) -> None:
     """Average the weights of several checkpoints.
 
-    Example: dist-ckpt average runs/17@100 runs/17@200 --out runs/averaged
+    Example: dist-ckpt average runs/17@100 runs/17@200 runs/averaged
     """
     if form not in (None, *_FORMATS):
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    sources = named if out is not None else named[:-1]
+    out = named[-1] if out is None else out
+    if not sources:
+        raise UsageError(f"{out} is where the average goes: name what it is the average of")
     places.check_metric(metric, *sources)
     if form is None:
         places.check_target(out)
     *given, _ = places.share_options(storage_option, *sources, out)
     pairs = zip(sources, given, strict=True)
-    named = [places.opened_at(each, options, metric) for each, options in pairs]
-    wanted: list[Any] = [url if which is None else (url, which) for url, which in named]
+    opened = [places.opened_at(each, options, metric) for each, options in pairs]
+    wanted: list[Any] = [url if which is None else (url, which) for url, which in opened]
     try:
         numbers = [float(each) for each in weights.split(",")] if weights else None
     except ValueError as error:

@@ -160,7 +160,13 @@ def test_out_in_and_the_average(shell: Shell, url: str, tmp_path: Path) -> None:
         *("--out", mean),
     )
     assert load_file(mean)["0.weight"][0, 0] == (10 + 3 * 20) / 4
+    same = str(tmp_path / "same.safetensors")
+    places = (f"{url}@10", f"{url}@20", same)
+    shell.json("average", *places, "--weights", "1,3", "--format", "safetensors")
+    assert Path(same).read_bytes() == Path(mean).read_bytes(), "what comes last is where it goes"
     for arguments, says in (
+        (("average", out), "name what it is the average of"),
+        (("average", f"{url}@10", f"{url}@20"), "a checkpoint keeps its step"),
         (("export", url, out, "--format", "onnx"), "one of safetensors"),
         (("export", url, out, "--rename", "a"), "PATTERN=NAME"),
         (("import", out, run, "--metric", "f1=x"), "a number"),
