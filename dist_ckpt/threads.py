@@ -1,4 +1,4 @@
-"""Threads of this process: waits that an interrupt cannot break, and work shared out over several.
+"""Threads of this process: waits that no interrupt breaks, work shared out, and work behind it.
 
 Python's own ways of waiting break when the handler of a signal raises inside of them, as Ctrl-C
 does in the main thread. `threading.Condition`, and with it `Event`, `Semaphore` and

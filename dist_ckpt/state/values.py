@@ -1,4 +1,4 @@
-"""Parts that are one Python value: anything with a state dict, and plain values."""
+"""Parts that are one Python value: anything with a state dict, schedulers, and plain values."""
 
 from __future__ import annotations
 
