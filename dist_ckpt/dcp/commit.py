@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
@@ -18,13 +19,13 @@ from dist_ckpt.dcp.edge import part_and_name
 from dist_ckpt.dcp.faces import Face, agreed, local_face
 from dist_ckpt.dcp.items import described, paths_of, tensors_of
 from dist_ckpt.dcp.planners import value_of
-from dist_ckpt.dcp.tree import with_tree
 from dist_ckpt.dcp.turns import in_stock_save
 from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import CheckpointError, UsageError
-from dist_ckpt.foreign.dcp_runs import NAMING, aside_name, naming_version
-from dist_ckpt.format.files import bytes_digest
-from dist_ckpt.format.index import Held, volume
+from dist_ckpt.foreign.dcp_runs import NAMING, aside_name, naming_version, path_of
+from dist_ckpt.foreign.dcp_tree import FACES, TREE, TREE_FILE, encode_faces, encode_tree
+from dist_ckpt.format.files import FileEntry, bytes_digest
+from dist_ckpt.format.index import Held, Index, volume
 from dist_ckpt.format.manifest import FilesTotal, Manifest, RankTimings, encode_document, longest
 from dist_ckpt.format.segments import Spent
 from dist_ckpt.format.whole import encode_whole
@@ -290,3 +291,35 @@ def _copy(share: StockShare, number: int, image: memoryview, offset: int) -> Non
         )
     target = torch.frombuffer(image, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     target.view(tensor.shape).copy_(tensor)
+
+
+# What the Writer adds to a checkpoint for the tree of its state dict: one more file.
+
+
+def tree_file(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> StagedFile | None:
+    """Return the file that keeps the tree, None if the names alone tell it.
+
+    Args:
+        metadata: what the planner said.
+        faces: what is noted of entries that are several tensors behind one face.
+
+    Raises:
+        UsageError: the planner's data hold something of an unknown type, named by its path.
+    """
+    data = metadata.planner_data
+    paths: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+    told = {fqn: path_of(*part_and_name(fqn, paths)) for fqn in metadata.state_dict_metadata}
+    if data == told and not faces:
+        return None
+    kept = {TREE: encode_tree(data)}
+    if faces:
+        kept[FACES] = encode_faces(faces)
+    return replace(stage_documents(0, kept), name=TREE_FILE)
+
+
+def with_tree(index: Index, tree: WrittenFile | None) -> Index:
+    """Return `index` with the file of the tree, if there is one: nothing in it is an entry."""
+    if tree is None:
+        return index
+    entry = FileEntry.of(tree.name, tree.nbytes, tree.blocks, tree.lengths)
+    return replace(index, files=(*index.files, entry))

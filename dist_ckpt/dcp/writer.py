@@ -32,11 +32,10 @@ from torch.futures import Future
 
 from dist_ckpt import events
 from dist_ckpt.dcp import turns
-from dist_ckpt.dcp.commit import StockAttempt, StockReport, file_images, resolve_share
+from dist_ckpt.dcp.commit import StockAttempt, StockReport, file_images, resolve_share, tree_file
 from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
-from dist_ckpt.dcp.tree import tree_file
 from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError, without_secrets
 from dist_ckpt.format.files import digest_blocks
 from dist_ckpt.format.names import check_step

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import check_part
 from dist_ckpt.state.early_stopping import EarlyStopping
-from dist_ckpt.state.holders import is_of_module
 from dist_ckpt.state.layout import address
+from dist_ckpt.state.merging import is_of_module
 from dist_ckpt.state.model import ModelPart, ModulesPart, holds_modules
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.optimizer_live import holds_optimizers

@@ -11,9 +11,8 @@ from torch import nn
 
 from dist_ckpt.state.decoding import Layout, layouts_in, parse_document
 from dist_ckpt.state.encoding import fillable
-from dist_ckpt.state.holders import is_held
 from dist_ckpt.state.layout import alias_of, dtype_name, empty_beside
-from dist_ckpt.state.merging import held_containers, named_misfits
+from dist_ckpt.state.merging import held_containers, is_held, named_misfits
 from dist_ckpt.state.part import Stored, TensorSpec
 
 VALUE = "value"

@@ -39,9 +39,8 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.state.decoding import decode, layouts_in, needs_classes, parse_document, references
 from dist_ckpt.state.encoding import encode, fillable
-from dist_ckpt.state.holders import Borrowed
 from dist_ckpt.state.layout import alias_of, dtype_of, empty_beside, is_wrapped, memory_of
-from dist_ckpt.state.merging import Merging, held_containers
+from dist_ckpt.state.merging import Borrowed, Merging, held_containers
 from dist_ckpt.state.module_state import partners
 from dist_ckpt.state.part import Captured, Part, Stored, Targets, TensorSpec, is_dry
 from dist_ckpt.state.registry import REGISTRY
