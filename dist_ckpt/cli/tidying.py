@@ -205,7 +205,8 @@ def _cp(
         if not json:
             say(f"step {each.step}: NOT COPIED, {each.state}")
     if left:
-        run.manifest(left[-1].step)  # raises why it cannot be read
+        # Raises why it cannot be read; of several reasons damage tells, as it does for verify.
+        run.manifest(max(left, key=lambda each: each.state == "damaged").step)
 
 
 def _whole(run: Run, step: int, target: Run) -> tuple[Any, str]:

@@ -208,6 +208,14 @@ def test_damage_is_12_and_the_rest_is_shown(shell: Shell, url: str) -> None:
     assert (code, file.name in out) == (12, True)
 
 
+def test_damage_is_12_beside_one_of_a_newer_format(shell: Shell, url: str) -> None:
+    cut_short(url, 10)
+    resolve(url).put(manifest_key(30), [b'{"format": 999}'], mode="replace")
+    for command in (("cp", url, f"{url}-copy", "--all"), ("verify", url, "--all")):
+        code, out, said = shell.code(*command)
+        assert (code, "step 10" in said, "newer format" in out) == (12, True, True)
+
+
 def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, url: str) -> None:
     resolve(url).put(manifest_key(20), [b'{"format": 999}'], mode="replace")
     code, out, said = shell.code("verify", url, "--all")
