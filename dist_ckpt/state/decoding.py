@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from dist_ckpt.errors import (
@@ -40,6 +41,7 @@ from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.registry import REGISTRY
 from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED, STANDARD_BY_NAME, WRAPPED
 
+_LONG_BYTES = 1 << 16
 # What is written as pairs, because a key of it is no text.
 _UNORDERED = re.compile(rb'"!":"(?:dict|counter)"')
 
@@ -271,7 +273,7 @@ def _parsed(data: bytes, path: str, at_most: int) -> Any:
         nkeys = _check_levels(node, path, at_most)
         # Of a key that occurs twice this reader drops one. Each has a colon: where all colons are
         # those of keys that are there, none was dropped. Else what is written again tells.
-        if data.count(b":") == nkeys or msgspec.json.encode(node) == data:
+        if _count(data, ord(":")) == nkeys or msgspec.json.encode(node) == data:
             return node
     try:
         node = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
@@ -283,7 +285,14 @@ def _parsed(data: bytes, path: str, at_most: int) -> Any:
 
 def _at_most(data: bytes) -> int:
     """Return how many lists and dicts there can be in `data`: fewer where texts have brackets."""
-    return data.count(b"[") + data.count(b"{")
+    return _count(data, ord("[")) + _count(data, ord("{"))
+
+
+def _count(data: bytes, byte: int) -> int:
+    # Python counts one byte as it finds any text: of megabytes that takes as long as to parse them.
+    if len(data) < _LONG_BYTES:
+        return data.count(byte)
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == byte))
 
 
 def _decoded(data: bytes) -> Any:

@@ -300,6 +300,16 @@ def test_a_list_reached_twice_is_no_cycle() -> None:
     assert round_trip([shared, {"again": shared}]) == [[1], {"again": [1]}]
 
 
+def test_a_long_encoding_is_read_as_a_short_one_is() -> None:
+    """Its brackets and colons are counted by other means."""
+    value = {"text": "[{:" * 40_000, "numbers": [[0.5, {"a": 1}]] * 5_000}
+    assert round_trip(value) == value
+    text = b" " * (1 << 17)
+    for twice in (b'{"a":1,"a":2}', b'{":":1,":":2}'):
+        with pytest.raises(IntegrityError, match="twice"):
+            decode(text + twice, tensors={})
+
+
 def test_a_meta_tensor_is_refused() -> None:
     with pytest.raises(UsageError, match=r"x\.w has no data"):
         encode({"w": torch.zeros(2, device="meta")}, path="x", tensors={})
