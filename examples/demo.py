@@ -37,6 +37,8 @@ from examples.demo_parts.report import Story, draw
 
 SAVE_EVERY = 10
 KILL_AT = 40
+# Small: what is shown is what becomes of checkpoints, and eighteen workers train on one machine.
+MODEL = ("--width", "64", "--layers", "2")
 STEPS = 60  # where the first two runs end and the others go on
 CONTINUED_WITH = (1, 4)  # workers
 OUTPUT = ROOT / "demo-output"
@@ -58,7 +60,7 @@ def run_demo(arguments: argparse.Namespace, folder: Path, store: str, console: C
         RecordError: the logs of a phase contradict themselves.
     """
     training = ["--checkpoint-interval", str(SAVE_EVERY), "--seed", str(arguments.seed)]
-    training += ["--device", arguments.device]
+    training += ["--device", arguments.device, *MODEL]
     layout = arguments.parallel
     first = [
         Phase("undisturbed", folder / "undisturbed", layout, 2, STEPS, store=store),

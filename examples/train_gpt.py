@@ -62,6 +62,8 @@ class Options:
         steps: stop after this step; a later start may go on to the end of the epoch.
         losses: file to append losses to, as JSON lines; sample ids go next to it, one file a rank.
         seed: of the weights, the order of the data, and dropout.
+        width: of the model, in numbers for each token.
+        layers: of the model.
     """
 
     checkpoint: flags.Flags  # checkpoint
@@ -70,6 +72,8 @@ class Options:
     steps: int = EPOCH_STEPS
     losses: Path | None = None
     seed: int = 1
+    width: int = 128
+    layers: int = 4
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -87,12 +91,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--losses", type=Path, metavar="FILE", help="append them to FILE")
     parser.add_argument("--seed", type=int, default=Options.seed)
+    parser.add_argument("--width", type=int, default=Options.width, help="of the model")
+    parser.add_argument("--layers", type=int, default=Options.layers, help="of the model")
     flags.add_arguments(parser)  # checkpoint
     parser.set_defaults(checkpoint_interval=10, keep_last=3)  # checkpoint
     parsed = parser.parse_args(arguments)
-    own = {
-        name: getattr(parsed, name) for name in ("parallel", "device", "steps", "losses", "seed")
-    }
+    names = ("parallel", "device", "steps", "losses", "seed", "width", "layers")
+    own = {name: getattr(parsed, name) for name in names}
     return Options(flags.parse(parsed), **own)  # checkpoint
 
 
@@ -149,9 +154,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A byte-level language model."""
 
-    def __init__(
-        self, *, width: int = 128, layers: int = 4, heads: int = 4, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, *, width: int, layers: int, heads: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
         self.token = nn.Embedding(VOCABULARY, width)
         self.position = nn.Parameter(0.02 * torch.randn(BLOCK_TOKENS, width))
@@ -284,7 +287,8 @@ def train(options: Options, device: torch.device, *, watch: Watch | None = None)
             and after each step.
     """
     torch.manual_seed(options.seed)  # the same weights on all ranks ...
-    model = parallelize(GPT(), options.parallel, device)
+    gpt = GPT(width=options.width, layers=options.layers)
+    model = parallelize(gpt, options.parallel, device)
     torch.manual_seed(options.seed + 1 + dist.get_rank())  # ... but to each its own dropout
     adamw = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE)
     rates = LambdaLR(adamw, rate_factor)
