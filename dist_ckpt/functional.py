@@ -15,8 +15,7 @@ from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.loading.opened import which_of
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
-from dist_ckpt.ranks.job import Job, Place
-from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobRanks
+from dist_ckpt.ranks.job import JOB_KEYWORDS, Job, JobRanks, Place
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given

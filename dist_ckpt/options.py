@@ -12,7 +12,7 @@ import torch
 from dist_ckpt.errors import UsageError, describe, is_refusal, near
 from dist_ckpt.format.files import BLOCK_BYTES, bytes_digest
 from dist_ckpt.format.names import as_integer
-from dist_ckpt.ranks.rendezvous import JOB_KEYWORDS, JobKeywords
+from dist_ckpt.ranks.job import JOB_KEYWORDS, JobKeywords
 from dist_ckpt.state.resizing import ResizeRule, check_resize, rule_for
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]

@@ -18,8 +18,7 @@ from dist_ckpt.integrations.begun import begun_by_another, refuse
 from dist_ckpt.integrations.names import Names, PointedAt, StepName
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS
-from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import JobRanks, Ranks
+from dist_ckpt.ranks.job import Job, JobRanks, Ranks
 from dist_ckpt.run import Run
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.state.encoding import encode

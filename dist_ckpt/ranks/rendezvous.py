@@ -1,4 +1,4 @@
-"""Which ranks form a job, and setting up its coordinators: a connection of each rank to rank 0."""
+"""Setting up the coordinators of a job of several ranks: a connection of each of them to rank 0."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias, TypedDict
+from typing import Self
 
 import msgspec
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
-from torch.distributed.tensor import DTensor
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.errors import CoordinationError, ErrorKind, UsageError, describe, from_wire, to_wire
+from dist_ckpt.errors import CoordinationError, ErrorKind, describe, from_wire, to_wire
 from dist_ckpt.ranks.addresses import host_addresses
 from dist_ckpt.ranks.channels import SILENCE_SECONDS, framed, receive, set_options
 from dist_ckpt.ranks.coordinator import JobCoordinator, Line
 from dist_ckpt.ranks.greeting import GREETING_LIMIT_BYTES, hello, proof, seals
 from dist_ckpt.ranks.hub import Hub
-from dist_ckpt.ranks.rounds import Coordinator, SoloCoordinator
+from dist_ckpt.ranks.rounds import Coordinators
 from dist_ckpt.ranks.seals import Seals
 from dist_ckpt.ranks.waiting import ALIKE, Waiting
 
@@ -51,14 +50,6 @@ DOUBT_SECONDS = 5.0
 _LEAST_SILENCE_SECONDS = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Coordinators:
-    """Two coordinators of one job, one for each thread that takes part in rounds."""
-
-    training: Coordinator
-    writer: Coordinator
-
-
 @dataclass(slots=True)
 class _Connection:
     """This process's link to the ranks of one group, which lasts as long as that group."""
@@ -78,24 +69,20 @@ _connections: dict[str, _Connection] = {}
 os.register_at_fork(after_in_child=_connections.clear)
 
 
-def join_job(*, timeout_seconds: float, ranks: JobRanks | None = None) -> Coordinators:
-    """Set up coordination with the other ranks of the job, if there are any.
+def join_job(group: ProcessGroup, *, timeout_seconds: float) -> Coordinators:
+    """Set up coordination with the other ranks of a job of several.
 
     For the first job of a process group its rank 0 opens a port and publishes where, in the store
     of the default group, which is used for nothing else. One connection of each rank is enough for
     all jobs and threads of a group.
 
     Args:
+        group: the ranks that form the job.
         timeout_seconds: how long to wait for rank 0 to appear.
-        ranks: which ranks form the job; None for those of the default process group.
 
     Raises:
         CoordinationError: rank 0 did not open its port in time, or it cannot be reached.
     """
-    ranks = ranks or JobRanks()
-    group = ranks.group()
-    if group is None:
-        return Coordinators(SoloCoordinator(), SoloCoordinator())
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     name = _name(group)
     known = _connections.get(name)
@@ -329,130 +316,3 @@ def _is_literal(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-# Which ranks form the job that saves and loads together.
-
-
-Ranks: TypeAlias = Literal["all", "alone"]
-
-
-class JobKeywords(TypedDict, total=False):
-    """The keywords of `JobRanks`, for the signatures of the calls that take them."""
-
-    ranks: Ranks
-    process_group: ProcessGroup | None
-    node_local: bool
-
-
-JOB_KEYWORDS = frozenset(JobKeywords.__annotations__)
-
-
-@dataclass(frozen=True, slots=True)
-class JobRanks:
-    """Which ranks form a job.
-
-    Attributes:
-        ranks: "all": those of the process group, and each of them makes the call. "alone": this
-            process makes it alone, whatever the others do, and holds all of the state.
-        process_group: the group whose ranks form the job; None for the default one. Ranks in
-            messages and files are numbered within it.
-        node_local: whether each host has a folder of its own there, on a disk that no other host
-            sees: the path may be one and the same, or another on each. See
-            docs/guides/storage.md.
-
-    Raises:
-        UsageError: an argument is malformed, or this process is not in the group.
-    """
-
-    ranks: Ranks = "all"
-    process_group: ProcessGroup | None = None
-    node_local: bool = False
-
-    @classmethod
-    def of(cls, keywords: Mapping[str, Any]) -> Self:
-        """Take what is about the job from the keywords of a call."""
-        return cls(**{name: keywords[name] for name in JOB_KEYWORDS & keywords.keys()})
-
-    def __post_init__(self) -> None:
-        if self.ranks not in ("all", "alone"):
-            raise UsageError(
-                f"ranks is 'all' or 'alone', not {self.ranks!r}: give some of the ranks as "
-                "process_group="
-            )
-        if not isinstance(self.node_local, bool):
-            raise UsageError(f"node_local is True or False, not {self.node_local!r}")
-        if self.node_local and self.ranks == "alone":
-            raise UsageError("ranks='alone' has one folder: leave node_local out")
-        group: object = self.process_group
-        if group is None:
-            return
-        if self.ranks == "alone":
-            raise UsageError("ranks='alone' is this process without a process_group: give one")
-        # What `new_group` returns to the ranks that are outside of it is no group.
-        outside = group == dist.GroupMember.NON_GROUP_MEMBER
-        if not outside and not isinstance(group, ProcessGroup):
-            hint = " (of a device mesh: its get_group(...))" if hasattr(group, "get_group") else ""
-            raise UsageError(f"process_group is a torch process group{hint}, not {group!r}")
-        if outside or dist.get_rank(self.process_group) < 0:
-            raise UsageError(
-                "this process is not in the process group that it was given: only the ranks of "
-                "the group make the call"
-            )
-
-    def check_joined(self) -> None:
-        """Check that this process does not take itself for a job, being one of several.
-
-        Raises:
-            UsageError: it was started as one of several ranks, and there is no process group.
-        """
-        started = os.environ.get("WORLD_SIZE", "")
-        several = started.isdecimal() and int(started) > 1 and "RANK" in os.environ
-        if self.ranks == "alone" or not several or _initialized():
-            return
-        raise UsageError(
-            f"this process was started as rank {os.environ['RANK']} of {started} (RANK and "
-            "WORLD_SIZE are set, as torchrun does), but there is no process group, so each of them "
-            "would save for itself and take the run from the others: call "
-            "torch.distributed.init_process_group first, or give ranks='alone' if this process "
-            "alone saves there"
-        )
-
-    def group(self) -> ProcessGroup | None:
-        """Return the process group of the job, None where this process is all of it."""
-        if self.ranks == "alone" or not _initialized():
-            return None
-        group = self.process_group or dist.group.WORLD
-        return None if group is None or dist.get_world_size(group) == 1 else group
-
-    def world_size(self) -> int:
-        """Return how many ranks the job has."""
-        group = self.group()
-        return 1 if group is None else dist.get_world_size(group)
-
-    def members(self) -> tuple[int, ...] | None:
-        """Return the ranks in the default process group; None where the job is all of that."""
-        if not _initialized():
-            return None
-        group = self.group()
-        here = [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)
-        return None if len(here) == dist.get_world_size() else tuple(here)
-
-    def lacks(self, tensor: object) -> bool:
-        """Tell whether a part of `tensor` lies on ranks outside of the job alone."""
-        if not isinstance(tensor, DTensor):
-            return False
-        members = self.members()
-        if members is None:
-            return False
-        mesh = tensor.device_mesh.mesh
-        held = sum((mesh == rank for rank in members), start=mesh.new_zeros(mesh.shape)) > 0
-        # Along a dimension of replicas one of them is enough; along any other all are needed.
-        for dim, placement in enumerate(tensor.placements):
-            if placement.is_replicate():
-                held = held.any(dim, keepdim=True)
-        return not bool(held.all())
-
-
-def _initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -202,6 +202,14 @@ class SoloCoordinator:
         """Nobody else is there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Coordinators:
+    """Two coordinators of one job, one for each thread that takes part in rounds."""
+
+    training: Coordinator
+    writer: Coordinator
+
+
 def on_every_rank(
     coordinator: Coordinator,
     topic: Topic,

@@ -10,7 +10,7 @@ from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.format.manifest import plain_metadata
 from dist_ckpt.options import SaveKeywords, SaveOptions
 from dist_ckpt.policy.moment import checked_seconds
-from dist_ckpt.ranks.rendezvous import JobRanks
+from dist_ckpt.ranks.job import JobRanks
 from dist_ckpt.saving.handle import Tolerance, WhenFailed
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.part import Captured, dry_capture

@@ -60,7 +60,8 @@ def read(
         for box, target in zip(boxes, memory, strict=True)
     ]
     options = ReadOptions(exchange=exchange, in_flight_bytes=in_flight_bytes)  # type: ignore[arg-type]
-    coordinator = join_job(timeout_seconds=600).training
+    assert dist.group.WORLD is not None
+    coordinator = join_job(dist.group.WORLD, timeout_seconds=600).training
     topic, deadline = Topic("read", f"load from {place}"), Deadline.after(seconds)
     with reading.JointRead(source, options, coordinator, topic, deadline=lambda: deadline) as joint:
         joint.agree(lambda: wanted)

@@ -15,7 +15,7 @@ from dist_ckpt.loading.choosing import Choice, choose
 from dist_ckpt.loading.loader import Loader
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.ranks.rounds import Coordinators
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState

@@ -10,8 +10,7 @@ import torch
 
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import Coordinators
-from dist_ckpt.ranks.rounds import Deadline, Decide, Topic
+from dist_ckpt.ranks.rounds import Coordinators, Deadline, Decide, Topic
 from dist_ckpt.repository import Repository
 from dist_ckpt.saving.saver import Saver
 from dist_ckpt.state.train_state import TrainState

@@ -15,7 +15,7 @@ from dist_ckpt.loading.choosing import open_told
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.ranks.rounds import Coordinators
 from dist_ckpt.repository.commit import read_manifest
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store

@@ -14,8 +14,7 @@ import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, ErrorKind, FencedError, IntegrityError, UsageError
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import Coordinators
-from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator
+from dist_ckpt.ranks.rounds import Coordinators, Deadline, SoloCoordinator
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore

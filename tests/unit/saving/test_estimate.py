@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from dist_ckpt.ranks.rendezvous import JobRanks
+from dist_ckpt.ranks.job import JobRanks
 from dist_ckpt.saving.snapshot import SPARE_BYTES, Estimate
 from dist_ckpt.saving.snapshot import estimate as guess
 from dist_ckpt.state.train_state import TrainState

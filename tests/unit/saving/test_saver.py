@@ -18,8 +18,7 @@ import dist_ckpt
 from dist_ckpt import events, keep
 from dist_ckpt.errors import CheckpointError, CoordinationError, ErrorKind, StorageError, UsageError
 from dist_ckpt.ranks import job as job_module
-from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import JobRanks
+from dist_ckpt.ranks.job import Job, JobRanks
 from dist_ckpt.repository import Record, Repository
 from dist_ckpt.saving.handle import SaveHandle, take_untold
 from dist_ckpt.saving.saver import close_all

@@ -15,7 +15,7 @@ from dist_ckpt.errors import CoordinationError, UsageError
 from dist_ckpt.policy import Moment, SavePolicy, Scope
 from dist_ckpt.ranks.coordinator import JobCoordinator
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rendezvous import Coordinators
+from dist_ckpt.ranks.rounds import Coordinators
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.handle import Outlook
 from dist_ckpt.training import trigger as trigger_module
