@@ -12,8 +12,7 @@ from dist_ckpt.format import whole as whole_format
 from dist_ckpt.format.files import BLOCK_BYTES, DIGEST_BYTES, FileEntry, block_count, file_digest
 from dist_ckpt.format.index import ChunkTable, Held, Index, TensorEntry
 from dist_ckpt.format.names import shard_name
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files
+from dist_ckpt.loading.filling import Files, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 
 TENSORS = 1500

@@ -34,9 +34,8 @@ from dist_ckpt.format.names import (
 )
 from dist_ckpt.format.segments import SegmentNote, Spent, encode_root, encode_segment
 from dist_ckpt.format.structure import Structure
-from dist_ckpt.loading.fetching import MAX_GAP_BYTES
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files, bridge
+from dist_ckpt.loading.fetching import MAX_GAP_BYTES, bridge
+from dist_ckpt.loading.filling import Files, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.storage.memory import MemoryStore

@@ -35,10 +35,9 @@ from dist_ckpt.foreign.dcp_files import is_stock
 from dist_ckpt.format.index import Held
 from dist_ckpt.format.names import check_step
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
-from dist_ckpt.loading.filling import ReadTargets, Wanted, boxes_of
+from dist_ckpt.loading.filling import Files, ReadTargets, Wanted, boxes_of
 from dist_ckpt.loading.fitting import can_cast
 from dist_ckpt.loading.opened import find_detached, find_foreign, locate
-from dist_ckpt.loading.ranges import Files
 from dist_ckpt.loading.ties import Ties
 from dist_ckpt.options import TIE_RULES, TieRule
 from dist_ckpt.planning.describe import LocalBox, local_boxes

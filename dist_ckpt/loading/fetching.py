@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+import numpy as np
 import torch
 
 from dist_ckpt.errors import ErrorKind, IntegrityError
-from dist_ckpt.loading.filling import ReadTarget, ReadTargets, Wanted, boxes_of
-from dist_ckpt.loading.ranges import SECTOR_BYTES, Files, Ranges, bridge, cut
+from dist_ckpt.loading.filling import (
+    SECTOR_BYTES,
+    Column,
+    Files,
+    Ranges,
+    ReadTarget,
+    ReadTargets,
+    Wanted,
+    boxes_of,
+)
 from dist_ckpt.ranks.waiting import noted
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import Arena, aligned
@@ -372,6 +381,51 @@ class Fetcher:
                 break
         # A whole file is missing or short, or the damage was in the way and not in the file.
         return self._filling.names_in(address, address + into.nbytes)
+
+
+def bridge(ranges: Ranges, *, max_gap_bytes: int) -> Ranges:
+    """Join neighbours over gaps that cost less than one more request.
+
+    A gap is read along where it has at most `max_gap_bytes`, and at most one byte for each 16 that
+    its two neighbours have: so no more than a sixteenth is ever read in vain.
+
+    Args:
+        ranges: sorted and disjoint.
+        max_gap_bytes: unwanted bytes that cost less than one more request; 0 joins nothing.
+    """
+    if len(ranges) < 2 or max_gap_bytes < 1:
+        return ranges
+    gap = ranges.start[1:] - ranges.stop[:-1]
+    size = ranges.stop - ranges.start
+    apart = (gap > max_gap_bytes) | (16 * gap > np.minimum(size[1:], size[:-1]))
+    heads = np.flatnonzero(np.concatenate([[True], apart]))
+    tails = np.flatnonzero(np.concatenate([apart, [True]]))
+    return Ranges(ranges.start[heads], ranges.stop[tails])
+
+
+def cut(
+    ranges: Ranges, *, most_bytes: int, begin: Callable[[Column], Column] = lambda at: at
+) -> Ranges:
+    """Cut the ranges at every multiple of `most_bytes`, so that none has more.
+
+    The places do not depend on where a range begins: two ranks that cut what they have in common
+    do it at the same places.
+
+    Args:
+        ranges: sorted and disjoint.
+        most_bytes: where to cut.
+        begin: `Files.begin`, to cut where units begin: then a range may have a unit more.
+    """
+    first, stop = ranges.start // most_bytes, -(-ranges.stop // most_bytes)
+    counts = stop - first
+    owner = np.repeat(np.arange(len(ranges)), counts)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + first[owner]
+    edge, next_edge = begin(step * most_bytes), begin((step + 1) * most_bytes)
+    # Only what lies inside of a range is sure to be in a unit.
+    starts = np.where(step == first[owner], ranges.start[owner], edge)
+    stops = np.where(step + 1 == stop[owner], ranges.stop[owner], next_edge)
+    some = starts < stops
+    return Ranges(np.maximum(starts, ranges.start[owner])[some], stops[some])
 
 
 def _computing() -> int:

@@ -1,4 +1,10 @@
-"""From bytes of files to elements of tensors: what is wanted of a checkpoint, and where it goes."""
+"""From bytes of files to elements of tensors: what is wanted of a checkpoint, and where it goes.
+
+All files of a checkpoint are thought of as lying in one row, each from a multiple of `unit_bytes`
+on and never touching the one before it. A place in this row is an *address*: then a range is two
+numbers, and what is true of neighbours in one file needs no look at which file it is. Reads are
+made of *units*: blocks with a digest, or, unverified, runs of `unit_bytes`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,350 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
+from dist_ckpt.format.files import BLOCK_BYTES, DTYPES
 from dist_ckpt.format.index import Box, Index, element_span, intersect, run_boxes, volume
-from dist_ckpt.loading.ranges import Column, Files, Ranges, find_pieces, merge_ranges
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.staging.arena import reach, view_box
 from dist_ckpt.state.layout import note_written
+
+Column = NDArray[np.int64]
+
+SECTOR_BYTES = 4096
+"""A disk reads whole ones of these, to memory that begins at a multiple of it."""
+
+_ADDRESS_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """Ranges of addresses, one row each: `start` up to, not including, `stop`.
+
+    Attributes:
+        start: int64[n].
+        stop: int64[n].
+    """
+
+    start: Column
+    stop: Column
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the ranges hold, those of several counted several times."""
+        return int((self.stop - self.start).sum())
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the rows as Python numbers."""
+        return list(zip(self.start.tolist(), self.stop.tolist(), strict=True))
+
+
+class Files:
+    """The row of all files of a checkpoint.
+
+    Args:
+        sizes: bytes of each file, by its number.
+        unit_bytes: what reads are made of where there are no blocks: sectors, or single bytes.
+        apart_bytes: how many addresses lie between two files: as gaps have that are bridged.
+        blocks: where those of each file begin and end, from 0 to its size; None: not known.
+
+    Raises:
+        UsageError: a size or the unit is out of range, or there are more bytes than addresses.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        unit_bytes: int,
+        apart_bytes: int = 0,
+        blocks: Sequence[Column | None] | None = None,
+    ) -> None:
+        if unit_bytes < 1 or apart_bytes < 0 or any(size < 0 for size in sizes):
+            raise UsageError(f"bad sizes: unit_bytes={unit_bytes}, files of {min(sizes)} bytes")
+        # In Python integers: what an index claims may be more than int64 holds.
+        apart = 1 + -(-apart_bytes // unit_bytes)
+        if sum(sizes) + (1 + apart) * unit_bytes * (len(sizes) + 1) > _ADDRESS_LIMIT:
+            raise UsageError(f"{len(sizes)} files claim more bytes than a load can address")
+        self._unit_bytes = unit_bytes
+        self._sizes = np.array(sizes, np.int64)
+        # More units than it has, so that the end of a file never touches the next one, and no read
+        # that goes on over a gap leaves its file.
+        units = -(-self._sizes // unit_bytes) + apart
+        self._base = np.concatenate([[0], np.cumsum(units * unit_bytes)]).astype(np.int64)
+        self._edges: Column | None = None
+        if blocks is not None:
+            edges = [self._base[n] + each for n, each in enumerate(blocks) if each is not None]
+            self._edges = np.concatenate([np.zeros(0, np.int64), *edges])
+
+    @classmethod
+    def of(cls, index: Index, *, apart_bytes: int, verify: bool) -> Files:
+        """Return the row of the files of `index`, which has the digests of what is verified."""
+        # What is not verified is read by sectors, so that it can go past the page cache too.
+        blocks = [file.edges if file.digest else None for file in index.files] if verify else None
+        sizes = [file.nbytes for file in index.files]
+        return cls(sizes, unit_bytes=SECTOR_BYTES, apart_bytes=apart_bytes, blocks=blocks)
+
+    @property
+    def largest_unit(self) -> int:
+        """The most bytes of a unit."""
+        return self._unit_bytes if self._edges is None else BLOCK_BYTES
+
+    def size(self, file: int) -> int:
+        """Return the bytes of file number `file`."""
+        return int(self._sizes[file])
+
+    def address(self, file: NDArray[np.integer], offset: Column) -> Column:
+        """Return the addresses of the bytes at `offset` of the files of numbers `file`."""
+        result: Column = self._base[file] + offset
+        return result
+
+    def place(self, address: int) -> tuple[int, int]:
+        """Return the number of the file that holds the byte at `address`, and its offset there."""
+        file = int(np.searchsorted(self._base, address, side="right")) - 1
+        return file, address - int(self._base[file])
+
+    def widen(self, ranges: Ranges) -> Ranges:
+        """Widen each range to whole units, the last of a file being as short as the file ends.
+
+        None of `ranges` is empty or leaves its file.
+        """
+        if self._edges is not None:
+            stop = self._edges[np.searchsorted(self._edges, ranges.stop)]
+            return Ranges(self.begin(ranges.start), stop)
+        unit = self._unit_bytes
+        file = np.searchsorted(self._base, ranges.start, side="right") - 1
+        end = self._base[file] + self._sizes[file]
+        return Ranges(self.begin(ranges.start), np.minimum(-(-ranges.stop // unit) * unit, end))
+
+    def begin(self, addresses: Column) -> Column:
+        """Return where the unit begins that each address is in."""
+        if self._edges is None:
+            return addresses // self._unit_bytes * self._unit_bytes
+        found: Column = self._edges[np.searchsorted(self._edges, addresses, side="right") - 1]
+        return found
+
+    def units(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the units that a run of whole units is made of."""
+        found = [(start, start)]
+        while (at := found[-1][1]) < stop:
+            found += self.widen(Ranges(np.array([at]), np.array([at + 1]))).pairs()
+        return found[1:]
+
+
+def merge_ranges(ranges: Ranges) -> Ranges:
+    """Return the same bytes, sorted and each once: what overlaps or touches becomes one range."""
+    order = np.argsort(ranges.start, kind="stable")
+    start = ranges.start[order]
+    reach = np.maximum.accumulate(ranges.stop[order])
+    # A range begins a new one where everything before it has ended.
+    heads = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]])[: len(start)])
+    tails = np.concatenate([heads[1:], [len(start)]])[: len(heads)] - 1
+    return Ranges(start[heads], reach[tails])
+
+
+# Which stored chunks hold wanted boxes, and in which bytes of them. Pure, and near-linear.
+#
+# Everything is done in columns, for all tensors of one number of dimensions together: a checkpoint
+# of a thousand ranks has a million chunks, and a load at one rank wants all of them.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """What wanted boxes and stored chunks have in common, one row for each pair.
+
+    Attributes:
+        want: int64[n], number of the wanted box.
+        row: int64[n], row of the chunk in `Index.chunks`.
+        start: int64[n], byte offset in its file of the first common element.
+        stop: int64[n], byte offset behind the last one.
+        nbytes: int64[n], of the common elements: `stop - start` only where nothing lies between.
+    """
+
+    want: Column
+    row: Column
+    start: Column
+    stop: Column
+    nbytes: Column
+
+
+def find_pieces(
+    index: Index, tensors: Sequence[int], boxes: Sequence[Box], *, max_gap_bytes: int
+) -> tuple[Pieces, Pieces]:
+    """Find where the elements of wanted boxes are stored.
+
+    Args:
+        index: the chunk table.
+        tensors: for each wanted box, the number of its tensor in `index.tensors`.
+        boxes: the wanted boxes; one of no element wants nothing.
+        max_gap_bytes: how many unwanted bytes within a chunk may be read along.
+
+    Returns:
+        The pieces, from the first to the last common element of each pair; and the runs, which
+        are the pieces again, cut wherever more than `max_gap_bytes` of the chunk are not wanted.
+    """
+    found: list[Pieces] = []
+    runs: list[Pieces] = []
+    tensor = np.array(tensors, np.int64)
+    ndims = np.array([len(box.sizes) for box in boxes], np.int64)
+    for ndim in np.unique(ndims).tolist():
+        numbers = np.flatnonzero(ndims == ndim)
+        offsets = [boxes[number].offsets for number in numbers.tolist()]
+        sizes = [boxes[number].sizes for number in numbers.tolist()]
+        low = np.array(offsets, np.int64).reshape(len(numbers), ndim)
+        high = low + np.array(sizes, np.int64).reshape(len(numbers), ndim)
+        want, row = _candidates(index, tensor[numbers], low, high)
+        starts, extents = index.boxes(row, ndim)
+        common = np.maximum(starts, low[want]), np.minimum(starts + extents, high[want])
+        hit = (common[0] < common[1]).all(axis=1)
+        inner = common[0][hit] - starts[hit], (common[1] - common[0])[hit]
+        pair = numbers[want[hit]], row[hit]
+        item = _itemsizes(index)[tensor[pair[0]]]
+        pieces, cut = _spans(index, pair, item, extents[hit], inner, max_gap_bytes)
+        found.append(pieces)
+        runs.append(cut)
+    return _concatenate(found), _concatenate(runs)
+
+
+def _candidates(index: Index, tensor: Column, low: Column, high: Column) -> tuple[Column, Column]:
+    """Pair each wanted box with the chunks that it may have an element in common with."""
+    first, stop = index.rows_of(tensor)
+    wanted = np.bincount(tensor, minlength=len(index.tensors))[tensor] if len(tensor) else tensor
+    alone = np.flatnonzero(wanted == 1)
+    pairs = [_expand(alone, first[alone], stop[alone])]
+    # One box of a tensor is compared with all its chunks; several look theirs up, not to compare
+    # all with all.
+    several = np.flatnonzero(wanted > 1)
+    order = several[np.argsort(tensor[several], kind="stable")]
+    heads = np.flatnonzero(np.diff(tensor[order], prepend=-1))
+    for group in np.split(order, heads[1:]) if len(order) else []:
+        row = np.arange(first[group[0]], stop[group[0]])
+        starts, extents = index.boxes(row, low.shape[1])
+        want, near = _look_up(starts, starts + extents, low[group], high[group])
+        pairs.append((group[want], row[near]))
+    want = np.concatenate([pair[0] for pair in pairs])
+    return want, np.concatenate([pair[1] for pair in pairs])
+
+
+def _look_up(starts: Column, stops: Column, low: Column, high: Column) -> tuple[Column, Column]:
+    """Return the pairs (box, chunk) that overlap in the dimension which tells them apart best."""
+    count, ndim = low.shape
+    if ndim == 0:
+        return np.arange(count), np.zeros(count, np.int64)
+    orders, begins, ends = [], [], []
+    for dim in range(ndim):
+        order = np.argsort(starts[:, dim], kind="stable")
+        # Of chunks in the order of their starts, those before `begin` have all ended by `low`.
+        reach = np.maximum.accumulate(stops[order, dim])
+        begin = np.searchsorted(reach, low[:, dim], side="right")
+        end = np.searchsorted(starts[order, dim], high[:, dim], side="left")
+        orders.append(order)
+        begins.append(begin)
+        ends.append(np.maximum(end, begin))
+    best = np.argmin(np.stack(ends) - np.stack(begins), axis=0)
+    wants, rows = [], []
+    for dim in range(ndim):
+        mine = np.flatnonzero(best == dim)
+        want, place = _expand(mine, begins[dim][mine], ends[dim][mine])
+        wants.append(want)
+        rows.append(orders[dim][place])
+    return np.concatenate(wants), np.concatenate(rows)
+
+
+def _expand(number: Column, first: Column, stop: Column) -> tuple[Column, Column]:
+    """Pair each `number` with every value from its `first` up to its `stop`."""
+    counts = stop - first
+    owner = np.repeat(np.arange(len(number)), counts)
+    step = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return number[owner], first[owner] + step
+
+
+def _spans(
+    index: Index,
+    pair: tuple[Column, Column],
+    item: Column,
+    extents: Column,
+    inner: tuple[Column, Column],
+    max_gap_bytes: int,
+) -> tuple[Pieces, Pieces]:
+    """Return the bytes of each pair, and the same cut into runs.
+
+    Args:
+        index: the chunk table.
+        pair: wanted box and chunk.
+        item: bytes for each element.
+        extents: of the chunks.
+        inner: where in its chunk the common box starts, and its sizes.
+        max_gap_bytes: see `find_pieces`.
+    """
+    want, row = pair
+    relative, sizes = inner
+    stride, span = _strides(extents, sizes)
+    base = index.chunks.offset[row].astype(np.int64)
+    start = base + (relative * stride).sum(axis=1) * item
+    # What lies between two elements is in the span, and in no count of bytes that are wanted.
+    nbytes = item.copy()
+    for dim in range(sizes.shape[1]):  # by columns: a reduction of short rows costs many times that
+        nbytes *= sizes[:, dim]
+    pieces = Pieces(want, row, start, start + span[:, 0] * item, nbytes)
+    # Between two neighbours in a dimension lie a stride's elements, less what the first one spans.
+    gap = np.where(sizes > 1, (stride - span[:, 1:]) * item[:, None], 0)
+    wide = np.flatnonzero((gap > max_gap_bytes).any(axis=1))
+    if not len(wide):
+        return pieces, pieces
+    dense = np.ones(len(want), np.bool_)
+    dense[wide] = False
+    runs = [Pieces(want[dense], row[dense], start[dense], pieces.stop[dense], nbytes[dense])]
+    for at in wide.tolist():
+        # A gap is never narrower than those of the dimensions inside its own.
+        depth = int(np.flatnonzero(gap[at] > max_gap_bytes)[-1]) + 1
+        places = np.zeros(1, np.int64)
+        for dim in range(depth):
+            places = (places[:, None] + np.arange(sizes[at, dim]) * stride[at, dim]).reshape(-1)
+        first = start[at] + places * item[at]
+        filled = np.full(len(first), want[at]), np.full(len(first), row[at])
+        stop = first + span[at, depth] * item[at]
+        runs.append(Pieces(*filled, first, stop, np.full(len(first), nbytes[at] // len(first))))
+    return pieces, _concatenate(runs)
+
+
+def _strides(extents: Column, sizes: Column) -> tuple[Column, Column]:
+    """Return int64[n, d] strides of chunks, and int64[n, d + 1] what the boxes in them span.
+
+    Column `j` of the second is how many elements lie from the first to the last one of a box that
+    is cut down to a single index in each of the first `j` dimensions.
+    """
+    count, ndim = extents.shape
+    stride = np.ones((count, ndim), np.int64)
+    span = np.ones((count, ndim + 1), np.int64)
+    for dim in range(ndim - 1, -1, -1):
+        if dim < ndim - 1:
+            stride[:, dim] = stride[:, dim + 1] * extents[:, dim + 1]
+        span[:, dim] = (sizes[:, dim] - 1) * stride[:, dim] + span[:, dim + 1]
+    return stride, span
+
+
+def _itemsizes(index: Index) -> Column:
+    return np.array([DTYPES[tensor.dtype][1] for tensor in index.tensors], np.int64)
+
+
+def _concatenate(many: Sequence[Pieces]) -> Pieces:
+    if len(many) == 1:
+        return many[0]
+    empty = np.zeros(0, np.int64)
+    return Pieces(
+        np.concatenate([empty, *(each.want for each in many)]),
+        np.concatenate([empty, *(each.row for each in many)]),
+        np.concatenate([empty, *(each.start for each in many)]),
+        np.concatenate([empty, *(each.stop for each in many)]),
+        np.concatenate([empty, *(each.nbytes for each in many)]),
+    )
+
+
+# What is wanted, and the memory that it goes to.
+
 
 STRAIGHT_BYTES = 64 << 10
 """Fewer bytes than this are copied sooner than they are listed for a read of several places."""

@@ -28,17 +28,16 @@ from dist_ckpt.loading.fetching import (
     ReadOptions,
     ReadPlan,
     Rule,
+    cut,
     plan_reading,
 )
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import (
+from dist_ckpt.loading.filling import Ranges, ReadTargets, Wanted
+from dist_ckpt.loading.schedule import (
     PAGE_BYTES,
     CanRead,
     Extent,
-    Ranges,
     Survey,
     cost,
-    cut,
     group,
     place_extents,
     share,

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dist_ckpt.format.files import FileEntry
 from dist_ckpt.format.index import Box, Index, TensorEntry
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files, Ranges, cut
+from dist_ckpt.loading.fetching import cut
+from dist_ckpt.loading.filling import Files, Ranges, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.state.layout import dtype_name
 from tests.unit.planning.boxes import held

@@ -13,8 +13,7 @@ from dist_ckpt.format.files import BLOCK_BYTES
 from dist_ckpt.format.index import Box
 from dist_ckpt.loading import fetching
 from dist_ckpt.loading.fetching import MAX_GAP_BYTES, Fetcher
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files
+from dist_ckpt.loading.filling import Files, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
 from tests.unit.planning.boxes import held

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dist_ckpt.format.files import FileEntry
 from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.loading import filling
-from dist_ckpt.loading.filling import ReadTarget, ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files, cut
+from dist_ckpt.loading.fetching import cut
+from dist_ckpt.loading.filling import Files, ReadTarget, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 from dist_ckpt.repository import Checkpoint
 from tests.unit.planning.boxes import grids, held

@@ -12,8 +12,8 @@ from dist_ckpt.errors import IntegrityError
 from dist_ckpt.format.files import FileEntry
 from dist_ckpt.format.index import Box, Index, TensorEntry
 from dist_ckpt.loading import filling
-from dist_ckpt.loading.filling import ReadTargets, Wanted
-from dist_ckpt.loading.ranges import Files, cut
+from dist_ckpt.loading.fetching import cut
+from dist_ckpt.loading.filling import Files, ReadTargets, Wanted
 from dist_ckpt.planning.describe import LocalBox
 from tests.unit.loading.placing import (
     Situation,

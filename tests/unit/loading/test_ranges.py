@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.loading.ranges import Files, Ranges, bridge, cut, merge_ranges
+from dist_ckpt.loading.fetching import bridge, cut
+from dist_ckpt.loading.filling import Files, Ranges, merge_ranges
 
 
 def ranges(pairs: Sequence[tuple[int, int]]) -> Ranges:

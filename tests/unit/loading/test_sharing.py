@@ -10,19 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.loading.ranges import (
-    Files,
-    Ranges,
-    ReadSchedule,
-    cost,
-    cut,
-    group,
-    merge_ranges,
-    place_extents,
-    share,
-    survey,
-)
+from dist_ckpt.loading.fetching import cut
+from dist_ckpt.loading.filling import Files, Ranges, merge_ranges
 from dist_ckpt.loading.reading import decide_exchange
+from dist_ckpt.loading.schedule import ReadSchedule, cost, group, place_extents, share, survey
 
 PAGE = 4096
 

@@ -14,7 +14,7 @@ import dist_ckpt
 from dist_ckpt.errors import AlreadyExists, ErrorKind, FencedError, IntegrityError, UsageError
 from dist_ckpt.format.names import manifest_key
 from dist_ckpt.ranks.job import Job
-from dist_ckpt.ranks.rounds import Coordinators, Deadline, SoloCoordinator
+from dist_ckpt.ranks.rounds import Deadline, SoloCoordinator
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
@@ -185,10 +185,7 @@ def test_who_ends_by_an_exception_hardly_waits_for_the_others(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coordinator = Patient()
-    monkeypatch.setattr(
-        "dist_ckpt.ranks.job.join_job",
-        lambda timeout_seconds, ranks: Coordinators(coordinator, coordinator),
-    )
+    monkeypatch.setattr("dist_ckpt.ranks.job.SoloCoordinator", lambda: coordinator)
 
     def train() -> None:
         with dist_ckpt.Checkpointer(new_store(), state()) as ckpt:
