@@ -280,7 +280,9 @@ def test_a_rank_that_cannot_reach_the_others_waits_once(monkeypatch: pytest.Monk
         calls.append(timeout_seconds)
         raise CoordinationError("rank 0 cannot be reached")
 
-    monkeypatch.setattr(JobRanks, "group", lambda ranks: ranks)  # as one of several has
+    # As one of several has it.
+    monkeypatch.setattr(JobRanks, "group", lambda ranks: ranks)
+    monkeypatch.setattr(JobRanks, "world_size", lambda ranks: 2)
     monkeypatch.setattr(job_module, "join_job", unreachable)
     ckpt = dist_ckpt.Checkpointer(new_store(), state(), timeout_seconds=7)
     with pytest.raises(CoordinationError, match="cannot be reached"):
