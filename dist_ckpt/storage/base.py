@@ -236,6 +236,8 @@ def delete_exactly(store: Store, key: str, data: bytes) -> bool:
     """
     if isinstance(store, ExactDeleter):
         return store.delete_exactly(key, data)
+    # Two steps, and so a window between them, which commit-v1, section 4, step 5, bears: the look
+    # is the last thing before the deletion.
     if not holds(store, key, data):
         return False
     store.delete([key])
@@ -259,6 +261,7 @@ def has(store: Store, key: str) -> bool:
 def holds(store: Store, key: str, data: bytes) -> bool:
     """Whether there is an object under `key`, and its bytes are `data`."""
     try:
+        # One byte more is asked for, so a longer object that begins with `data` is no match.
         return read_all(store, key, likely_bytes=len(data)) == data
     except (NotFound, IntegrityError):
         return False
@@ -268,6 +271,8 @@ def holds(store: Store, key: str, data: bytes) -> bool:
 _PART = rf"(?!\.{{1,2}}(?:/|\Z)|{re.escape(TEMPORARY_PREFIX)})[^/\\\x00-\x1f\x7f\ud800-\udfff]+"
 _KEY = re.compile(rf"{_PART}(?:/{_PART})*")
 _UNPRINTABLE = re.compile(r"[\\\x00-\x1f\x7f]")
+# Exactly this form is what commit-v1, section 6, lets a sweep remove: what only looks like it may
+# be somebody's.
 _TEMPORARY = re.compile(re.escape(TEMPORARY_PREFIX) + r"[0-9a-f]{16}")
 
 
@@ -301,6 +306,7 @@ def is_key(text: str) -> bool:
 
 def temporary_name() -> str:
     """Return a new name for an unfinished object."""
+    # 64 random bits, since writers on other hosts draw names for the same folder and ask nobody.
     return TEMPORARY_PREFIX + secrets.token_hex(8)
 
 
@@ -338,6 +344,7 @@ def flat_views(buffers: Sequence[Buffer]) -> list[memoryview]:
     Raises:
         UsageError: one of `buffers` is no contiguous buffer, or `buffers` is itself a buffer.
     """
+    # A lone buffer is a sequence too, of its bytes: the error would else be about some integer.
     one = isinstance(buffers, bytes | bytearray | memoryview | str)
     if one or not isinstance(buffers, Sequence):
         raise UsageError(f"buffers must be a sequence of buffers, not {type(buffers).__name__}")
@@ -409,6 +416,7 @@ def read_all(
             than `begins`: it is not what it should be.
     """
     # A question for its size first would cost an object store as much as the object.
+    # One byte more than is likely: only a read that comes back short has seen the end.
     head = memoryview(bytearray(min(likely_bytes, _READ_AT_ONCE_BYTES) + 1))
     count = store.read_into(key, 0, head)
     nbytes = count if count < head.nbytes else store.size(key)
@@ -418,6 +426,7 @@ def read_all(
             kind=ErrorKind.MALFORMED,
         )
     if count < head.nbytes:
+        # Read whole by one call, and so of one version.
         return bytes(head[:count])
     # A file of any size may be one hole: memory is taken only for what looks right so far.
     if bytes(head[: len(begins)]) != begins:
@@ -462,6 +471,7 @@ class Scatter:
     def cut(self, start: int, stop: int) -> list[memoryview]:
         """Return views of the bytes from `start` up to, not including, `stop`."""
         found = []
+        # To the right: a view that ends where the bytes begin holds none of them.
         number = bisect_right(self._stops, start)
         while start < stop and number < len(self._views):
             view, end = self._views[number], self._stops[number]

@@ -257,6 +257,7 @@ class FsspecStore:
         keys = {path[start:]: info for path, info in found.items()}
         return [
             Entry(key, int(keys[key]["size"]), _modified(keys[key]))
+            # `find` of an object yields that object, which is not below the folder of its name.
             for key in sorted(keys)
             if is_key(key) and key.startswith(prefix)
         ]

@@ -93,6 +93,7 @@ class LimitStore(StoreWrapper):
         """See `StoreWrapper.around`."""
         if self._most is None:
             return run()
+        # Named, not counted: what an interrupt kept from beginning is not taken back from others.
         me = object()
         try:
             self._ended.wait_for(lambda: self._enter(me))
@@ -115,9 +116,11 @@ class LimitStore(StoreWrapper):
             return
         with self._lock:
             now = self._clock()
+            # Never earlier than now: a pause saves nothing up for a burst after it.
             begin = max(now, self._free_at)
             self._free_at = begin + nbytes / self._rate
         if begin > now:
+            # Without the lock, so that others can book their time behind this one meanwhile.
             self._sleep(begin - now)
 
     def _give_back(self, nbytes: int) -> None:

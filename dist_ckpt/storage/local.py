@@ -145,6 +145,8 @@ class LocalStore:
                     watch=watch,
                 )
             except FileExistsError as error:
+                # A link is refused with the same code where a folder has the name, which is no
+                # object.
                 if os.path.isdir(path):
                     raise IsADirectoryError(errno.EISDIR, "it is a folder", path) from error
                 raise AlreadyExists(f"{key} already exists in {self.url}") from error

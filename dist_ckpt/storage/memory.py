@@ -83,6 +83,7 @@ class MemoryStore:
         """Store a copy of `buffers`, joined: the copy is the object. See `Store.put`."""
         check_key(key)
         check_mode(mode)
+        # Before the lock is taken: `watch` may take long, or raise, and then nothing was stored.
         data = b"".join(watched(flat_views(buffers), watch))
         # Looked at and stored under one lock: of racing creators one wins.
         with self._space.lock:
@@ -93,6 +94,7 @@ class MemoryStore:
 
     def put_stream(self, key: str, stream: Stream, *, mode: PutMode = "create") -> None:
         """Store a copy of what `stream` makes. See `Streamer.put_stream`."""
+        # All of it first, so that a stream which fails leaves nothing stored.
         data = bytearray()
         for piece in stream:
             data += piece
@@ -101,6 +103,7 @@ class MemoryStore:
     def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
         """Fill `buffers` from `offset` of `key`. See `Store.read_into`."""
         into = Scatter(fill_views(offset, buffers))
+        # A replace stores other bytes and changes none, so what is copied here is of one version.
         part = memoryview(self._get(key))[offset : offset + into.nbytes]
         into.write(0, part)
         return part.nbytes

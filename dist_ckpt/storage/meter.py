@@ -155,6 +155,7 @@ class MeterStore(StoreWrapper):
             sums.nbytes += event.nbytes
             sums.seconds += event.seconds
             sums.latencies[bucket(event.seconds)] += 1
+        # Without the lock, as whoever hears of it may ask for `usage`.
         events.emit(event)
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dist_ckpt.errors import UsageError
 
 MIB = 1 << 20
+# The limits of S3 for uploads in parts; the least size is that of all parts but the last.
 MAX_PARTS = 10_000
 MIN_PART_BYTES = 5 * MIB
 MAX_PART_BYTES = 5 << 30
@@ -115,4 +116,5 @@ class Body:
             for start in range(0, view.nbytes, _CHUNK_BYTES):
                 self._progress()
                 yield view[start : start + _CHUNK_BYTES]
+        # The last chunk has been taken only now: from here on the server has time to answer.
         self._progress()

@@ -18,7 +18,9 @@ from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+# A chain of fsspec, `simplecache::s3://bucket`, is no single place.
 _NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
+# From two letters on: a folder may well be called `c:`.
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)|:/")
 
 
@@ -62,6 +64,7 @@ def resolve(
         )
     if scheme not in ("", "file", "memory"):
         store = MeterStore(store)
+    # Outermost, so that what is refused is neither paced nor counted.
     if read_only:
         store = ReadOnlyStore(store)
     return store

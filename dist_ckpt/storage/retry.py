@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 TRANSIENT = frozenset({ErrorKind.STORAGE, ErrorKind.TIMEOUT})
 """What may be over by the next attempt; a full or forbidden place will not change by itself."""
 
+# What a comparison takes of memory, however large the object is.
 _COMPARED_BYTES = 8 << 20
 
 
@@ -57,6 +58,7 @@ class Backoff:
             failures: so far, from 1.
             chance: a random number from 0 to 1, so that many writers do not come back at once.
         """
+        # Bounded, as a float cannot hold 2 to the power of 1024; doubling has ended long before.
         most = min(self.longest_seconds, self.first_seconds * 2.0 ** min(failures - 1, 60))
         # Half of it is certain: a server that asks for less must get a pause from everybody.
         return most * (1 + chance) / 2
@@ -139,6 +141,8 @@ class RetryStore(StoreWrapper):
             try:
                 put()
             except AlreadyExists:
+                # What is met by the first attempt is another writer's, be its bytes the same: only
+                # after a failure can it be our own, with the answer lost.
                 if not failed or not is_there():
                     raise
             except StorageError:
@@ -176,6 +180,7 @@ class RetryStore(StoreWrapper):
         try:
             if nbytes is None:
                 nbytes = sum(view.nbytes for view in views)
+            # Asked first, as it tells most objects of others apart before a byte of them is read.
             if self.inner.size(key) != nbytes:
                 return False
             for view in views:

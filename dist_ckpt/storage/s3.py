@@ -52,9 +52,12 @@ from dist_ckpt.storage.s3_transfer import Download, StreamUpload, Upload
 
 _T = TypeVar("_T")
 
+# Wider than today's rules for new buckets: old ones have capitals, `_`, and up to 255 characters.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _PART_BYTES = 16 * MIB
+# "A day without a sign", by which commit-v1, section 6, takes a writer for dead.
 _ABANDONED_SECONDS = 24 * 3600.0
+# The most that one DeleteObjects takes.
 _DELETED_AT_ONCE = 1000
 
 
@@ -180,6 +183,7 @@ class S3Store:
         target = self._target(key)
         into = Scatter(fill_views(offset, buffers))
         if not into.nbytes:
+            # There is nothing to fetch, and a missing key is an error all the same.
             self.size(key)
             return 0
         with self._mapped(f"read {key}", key):
@@ -205,6 +209,7 @@ class S3Store:
         for page in self._pages("list_objects_v2", prefix, Delimiter="/"):
             names += [found["Key"][start:] for found in page.get("Contents", [])]
             names += [found["Prefix"][start:] for found in page.get("CommonPrefixes", [])]
+        # Objects and folders come in two lists, page by page; the order is that of all names.
         return sorted(name for name in names if is_key(name.removesuffix("/")))
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -260,6 +265,7 @@ class S3Store:
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         result = self._client.run(work)
+        # Whatever answered knew the bucket, so a missing key needs no second question.
         self._bucket_exists = True
         return result
 
@@ -281,6 +287,7 @@ class S3Store:
                 raise
             return  # an outage: what was created stays, and the next create asks again
         if not self._refuses:
+            # An error of a put promises that nothing was stored.
             await self._client.call("delete_object", **target)
             raise StorageError(
                 f"the server of {self.url} ignores the condition If-None-Match, so two jobs could "
@@ -331,6 +338,7 @@ class S3Store:
             with self._mapped(f"list {prefix or 'all'}"):
                 page = self._run(partial(self._client.call, name, **wanted))
             yield page
+            # A page may be empty and not the last: only the server says that there is no more.
             more = page.get("IsTruncated", False)
             for answer, question in _CONTINUATIONS[name].items():
                 if page.get(answer):
@@ -346,6 +354,7 @@ class S3Store:
         except FOREIGN as error:
             code = code_of(error)
             if reading is not None and code in NO_SUCH_OBJECT:
+                # An answer to HEAD has no body, so a missing bucket looks like a missing key.
                 if not self._bucket_exists:
                     self._look_at_bucket()
                 raise NotFound(f"no object {reading} in {self.url}") from error
@@ -355,6 +364,7 @@ class S3Store:
                     f"({error}); give single_writer=True where it has no conditional put"
                 ) from error
             if reading is not None and is_forbidden(error):
+                # Who may not list is told 403 of a missing key too: the listing tells which it is.
                 self._look_at_bucket()
             raise to_error(error, doing, self.url) from error
 

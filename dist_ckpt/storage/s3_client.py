@@ -43,6 +43,7 @@ from dist_ckpt.threads import Latch
 _T = TypeVar("_T")
 
 _CLOSE_SECONDS = 5.0
+# What botocore itself waits for an answer when it is not told otherwise.
 _STALL_SECONDS = 60.0
 
 Answer = dict[str, Any]
@@ -63,6 +64,7 @@ class Client:
     def __init__(self, options: Mapping[str, Any]) -> None:
         config = dict(options.get("config_kwargs") or {})
         retries = dict(config.pop("retries", None) or {})
+        # botocore counts the first request in `total_max_attempts` and not in `max_attempts`.
         attempts = retries.get("total_max_attempts", retries.get("max_attempts", -1) + 1)
         self.backoff = Backoff(attempts=attempts) if attempts else Backoff()
         self.stall_seconds = float(config.get("read_timeout", _STALL_SECONDS))
@@ -128,8 +130,10 @@ class Client:
         began = time.monotonic()
         failures = 0
         while True:
+            # Noted before: of many that meet the same expired credentials one connects anew.
             connection = session.connection
             try:
+                # Left before the pause below, so that another request has the place meanwhile.
                 async with session.gate:
                     result = await attempt()
             except CheckpointError:
@@ -198,6 +202,7 @@ class Client:
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
         }
+        # A signature over the body would be computed on the event loop, of every byte.
         signing = {"payload_signing_enabled": False, **(given.get("s3") or {})}
         # Repeated here, where a lost answer is told from a refusal, and nowhere below.
         once = {"total_max_attempts": 1, "mode": "standard"}
@@ -210,6 +215,7 @@ class Gate:
     def __init__(self, most: int) -> None:
         self.limit = AdaptiveLimit(most)
         self._running = 0
+        # Belongs to a loop from its first use on, which is on ours; it may be made by any thread.
         self._changed = asyncio.Condition()
 
     async def __aenter__(self) -> None:
@@ -248,6 +254,7 @@ class Session:
         self._lock = asyncio.Lock()
         # When nobody holds the store any more, or at the end of the process.
         self._pid = os.getpid()
+        # Not by itself at exit, when a last save may still send: `_close_at_end` comes later.
         weakref.finalize(self, _close_clients, self.clients, self._pid).atexit = False
         _open_sessions.add(self)
         _close_at_end()
@@ -313,6 +320,7 @@ _LAST = -1000
 def _close_at_end() -> None:
     """Have the connections of this process closed when nothing needs them any more."""
     global _closed_in
+    # By process: what the parent registered, multiprocessing does not call in a child.
     if _closed_in != os.getpid():
         _closed_in = os.getpid()
         Finalize(None, _close_sessions, exitpriority=_LAST)
@@ -369,6 +377,7 @@ async def together(jobs: Iterable[Callable[[], Awaitable[_T]]], *, at_once: int)
     Raises:
         Exception: the first failure, once every other job has ended.
     """
+    # One iterator for all tasks: whichever is free takes the next job; a slow one delays none.
     pending = enumerate(jobs)
     results: dict[int, _T] = {}
 
@@ -380,6 +389,7 @@ async def together(jobs: Iterable[Callable[[], Awaitable[_T]]], *, at_once: int)
     try:
         await asyncio.gather(*tasks)
     finally:
+        # When this returns nothing may still send or fill what is the caller's again.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -455,6 +465,7 @@ class OnLoop(Generic[_T]):
         self._loop.call_soon_threadsafe(self._cancel)
 
     def _begin(self) -> None:
+        # Kept here, because a loop refers to its tasks only weakly.
         self._task = self._loop.create_task(self._run())
 
     def _cancel(self) -> None:

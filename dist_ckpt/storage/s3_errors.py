@@ -21,10 +21,12 @@ FOREIGN = (
     boto.ClientError,
     ResponseParserError,
     aiohttp.ClientError,
+    # Also every `TimeoutError`, by which a request that stands still is ended.
     OSError,
 )
 """Every error that a request may raise: what the one edge of this backend catches."""
 
+# An answer to HEAD has no body: botocore makes a code of its status.
 NO_SUCH_OBJECT = frozenset({"NoSuchKey", "404", "NotFound"})
 EXISTS = frozenset({"PreconditionFailed", "412"})
 BEHIND_THE_END = frozenset({"InvalidRange", "416"})
@@ -49,12 +51,14 @@ _SLOW_DOWN = frozenset(
         "429",
     }
 )
+# By their codes, as most of them come with a status below 500; all above are repeated anyway.
 _AGAIN = frozenset(
     {
         "InternalError",
         "RequestTimeout",
         "OperationAborted",
         "ConditionalRequestConflict",
+        # Bytes that were damaged or lost on the way: in memory they are still what they were.
         "BadDigest",
         "IncompleteBody",
         "XAmzContentChecksumMismatch",
@@ -144,14 +148,18 @@ def judge(error: BaseException) -> Verdict:
         code, status = code_of(error), status_of(error)
         if code in _EXPIRED:
             return Verdict.EXPIRED
+        # Before the status is looked at: 501 and 507 would be repeated as outages.
         if code in _FULL or code in NOT_IMPLEMENTED:
             return Verdict.FINAL
         if code in _SLOW_DOWN or status in (429, 503):
             return Verdict.SLOW_DOWN
         # Every other 4xx says that the request is wrong, and it would be the same again.
         return Verdict.AGAIN if code in _AGAIN or status >= 500 else Verdict.FINAL
+    # A changed object is begun anew by `Download.run`, from its first byte; here only the piece
+    # would be repeated, and mix two versions.
     if isinstance(error, (*_CREDENTIALS, *_WRONG_CALL, boto.SSLError, Changed)):
         return Verdict.FINAL
+    # Before the errors of connections: aiobotocore wraps it in an `HTTPClientError`.
     if is_redirected(error):
         return Verdict.FINAL
     if isinstance(error, _CONNECTION):

@@ -100,6 +100,7 @@ class Upload:
             # Also when the caller was interrupted: parts cost money until they are aborted.
             await asyncio.shield(self._abort(upload))
             raise
+        # Its parts would be paid for until a sweep that comes a day later.
         if not stored:
             await self._abort(upload)
         return stored
@@ -157,12 +158,15 @@ class Upload:
         try:
             return await self._client.repeat(attempt)
         except FOREIGN as error:
+            # Given up and not refused: the last request may have taken effect all the same.
             if judge(error) is not Verdict.FINAL and await self._is_ours():
                 return True
             raise
 
     async def _is_ours(self) -> bool:
         with suppress(*FOREIGN):
+            # Not by `call`: an attempt that asks holds a place at the gate, and where there is only
+            # one it would wait for itself.
             answer = await self._client.once("head_object", self._target)
             return bool(answer.get("Metadata", {}).get(_MARK) == self._mark[_MARK])
         return False
@@ -204,6 +208,7 @@ class Upload:
         async def attempt() -> str:
             nonlocal attempts
             attempts += 1
+            # By `once`, as this runs inside an attempt that is repeated and counted.
             answer = await self._client.once("create_multipart_upload", parameters)
             return str(answer["UploadId"])
 
@@ -254,6 +259,7 @@ class Upload:
             answer = await self._client.call("head_object", **self._target)
         if answer["ContentLength"] == self.nbytes:
             return
+        # What somebody put in its place since is not ours to delete.
         if await self._is_ours():
             await self._client.call("delete_object", **self._target)
         raise Truncated(f"{answer['ContentLength']} of {self.nbytes} bytes were stored")
@@ -292,6 +298,7 @@ class StreamUpload(Upload):
     async def _put_all(self, upload: dict[str, str], size: int) -> list[Answer]:
         views = _Cutter(iter(self._stream))
         pending = iter(enumerate(spans(self.nbytes, size), 1))
+        # A stream is made in order, so one task at a time takes from it; all send side by side.
         one_makes = asyncio.Lock()
 
         async def work() -> list[Answer]:
@@ -307,6 +314,7 @@ class StreamUpload(Upload):
 
         at_once = min(_PARTS_AT_ONCE, self._client.concurrency)
         answers = await together([work] * at_once, at_once=at_once)
+        # The server refuses a list that does not ascend, and tasks end in any order.
         return sorted((each for some in answers for each in some), key=_number)
 
 
@@ -380,6 +388,7 @@ class Download:
         return await self._read()
 
     async def _read(self) -> int:
+        # Forgotten, so that the first answer of this attempt says which version is read.
         self._version = None
         pieces = spans(self._into.nbytes, PIECE_BYTES)
         counts = await together(
@@ -416,6 +425,7 @@ class Download:
                     content = body.raw_stream.content
                     while chunk := await content.readany():
                         progress()
+                        # Otherwise a server that sends too much would overwrite the next piece.
                         if len(chunk) > end - done:
                             raise Truncated(f"more bytes than {byte_range} arrived")
                         self._into.write(done, chunk)
@@ -438,6 +448,7 @@ class Download:
         if match is None or int(match["first"]) != first:
             raise Truncated(f"byte {first} was asked for, and the answer is of {text or 'all'}")
         version = _Version(str(answer.get("ETag", "")), int(match["total"]))
+        # Size and tag together: every piece has to be of one version, which no single answer shows.
         if self._version not in (None, version):
             raise Changed("it was replaced while it was read")
         self._version = version

@@ -51,6 +51,7 @@ class StoreWrapper(ABC):
         delete_batch: how many keys one `delete` operation takes at most.
     """
 
+    # As many as one request of S3 takes (DeleteObjects), so that a batch is one request there.
     delete_batch: ClassVar[int] = 1000
 
     def __init__(self, inner: Store) -> None:
