@@ -109,6 +109,7 @@ def average(
         UsageError: an argument is malformed.
     """
     check_known(options, list(AverageKeywords.__annotations__), besides=_ARGUMENTS, verb="average")
+    # A text is a sequence too, of places with one letter each.
     if isinstance(sources, str) or len(sources) < 2:
         raise UsageError("an average is of two checkpoints or more: give a list of them")
     shares = _shares(weights, len(sources))
@@ -116,6 +117,7 @@ def average(
     given = options.get("storage_options")
     check_options_taken(given, *map(_place_of, sources), out, options.get("like"))
     with ExitStack() as stack:
+        # All stay open: each box is read from every one of them in turn, and nothing is put aside.
         opened = [stack.enter_context(_open(source, options)) for source in sources]
         contents = [StoredContent(each, part) for each in opened]
         where = [each.where for each in opened]
@@ -152,6 +154,7 @@ def _commit(
     storage_options: Mapping[str, Any] | None,
 ) -> AverageReport:
     given, contents = options_for(out, storage_options), {part: averaged}
+    # Asked first: after a call that was cut off behind its commit, a second save would be refused.
     was_there = is_saved(contents, {}, out, step, stored=StoredContent, storage_options=given)
     if not was_there:
         save_parts(contents, {}, out, step=step, metrics={}, storage_options=given)
@@ -169,6 +172,7 @@ def _open(source: AverageSource, options: AverageKeywords) -> OpenedCheckpoint:
     return open_at(source, None, options)
 
 
+# Also of what is malformed: `_open` refuses it, and in words that fit.
 def _place_of(source: AverageSource) -> object:
     return source[0] if isinstance(source, tuple) and source else source
 
@@ -179,7 +183,9 @@ def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if len(weights) != count:
         raise UsageError(f"{count} checkpoints have {count} weights, not {weights!r}")
     numbers = [each for each in weights if isinstance(each, int | float)]
+    # Rounded once: the shares add up to 1 as nearly as floats can.
     total = math.fsum(numbers)
+    # NaN fails the comparison, and what adds up to infinity leaves no shares.
     if len(numbers) < count or not all(each >= 0 for each in numbers) or not 0 < total < math.inf:
         raise UsageError(f"weights are numbers that are not negative, and not all 0: {weights!r}")
     return tuple(each / total for each in numbers)
@@ -210,18 +216,21 @@ class AveragedContent:
         for content, name in zip(contents[1:], where[1:], strict=True):
             _check_alike(self.items, content.items, where[0], name)
         for item in self.items.values():
+            # fp8 means something only with its scales, and those would be averaged by themselves.
             if item.dtype.is_floating_point and item.dtype.itemsize == 1:
                 raise IncompatibleError(
                     f"{item.name} is of {item.dtype}: quantized weights have no average",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
         groups = [{frozenset(group) for group in content.ties} for content in contents]
+        # Tied in one and apart in another, two names have averages of their own.
         common = set.intersection(*groups)
         self.ties = [group for group in contents[0].ties if frozenset(group) in common]
 
     def fill(self, boxes: Sequence[BoxTarget]) -> None:
         """Fill memory with averages. See `Outgoing.fill`."""
         averaged = [memory for _, _, memory in boxes if _is_averaged(memory)]
+        # Beside the result, whose dtype may be too narrow to add up in.
         totals = own_memory([(memory.shape, _wide(memory.dtype)) for memory in averaged])
         for content, weight in zip(self._contents, self._weights, strict=True):
             # The memory of the result is free until the end: it takes each of them in turn.
@@ -247,6 +256,7 @@ def _check_alike(
     first: Mapping[str, Item], other: Mapping[str, Item], where: str, elsewhere: str
 ) -> None:
     only = sorted(first.keys() ^ other.keys())
+    # Names and shapes alone were read so far: a mismatch costs no byte of a tensor.
     if only:
         home = where if only[0] in first else elsewhere
         raise IncompatibleError(

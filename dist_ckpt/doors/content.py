@@ -17,7 +17,9 @@ from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import is_key
 from dist_ckpt.storage.disk import aligned_buffer
 
+# A multiple of each item size, so that a view of any dtype can begin there.
 _CACHE_LINE_BYTES = 64
+# Half a megabyte of float64: what is put aside for it is little beside a window of 16 MiB.
 _PIECE_ELEMENTS = 1 << 16
 
 _CASTS = {
@@ -82,6 +84,7 @@ def dtype_to_cast(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     if dtype is None:
         return None
+    # A `torch.dtype` may be given as it is: its text has `torch.` before the name.
     found = _CASTS.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise UsageError(
@@ -123,6 +126,7 @@ class StoredContent:
         self.part = find_part(opened, part)
         infos = {info.name: info for info in opened.info.values() if info.part == self.part}
         if not infos:
+            # An export of nothing would look like one that went well.
             raise NotFound(f"part {self.part!r} of {opened.where} has no tensors")
         # A dict of tensors is one value, in which these have its name before their own.
         self.is_value = list(opened.read_encoded(self.part)) == [VALUE] and all(
@@ -131,6 +135,7 @@ class StoredContent:
         before = f"{VALUE}." if self.is_value else ""
         bare = {name.removeprefix(before): name for name in infos}
         renaming = Renaming(rename or {})
+        # Where two names become one, this is shorter than `bare`, by which `check` finds them.
         made = {renaming(name): name for name in bare}
         renaming.check(bare, made)
         self._names = {new: bare[old] for new, old in made.items()}
@@ -138,6 +143,7 @@ class StoredContent:
             new: Item(new, cast_dtype(infos[old].dtype, dtype), tuple(infos[old].shape))
             for new, old in self._names.items()
         }
+        # Without effect it would be taken for done: the caller expects weights of that dtype.
         if dtype is not None and not any(info.dtype.is_floating_point for info in infos.values()):
             raise UsageError(f"{opened.where} has no floating tensor in {part!r} to cast")
         new_of = {old: new for new, old in self._names.items()}
@@ -148,6 +154,7 @@ class StoredContent:
     def fill(self, boxes: Sequence[BoxTarget]) -> None:
         """Fill memory with boxes of the tensors, cast. See `Outgoing.fill`."""
         full = [f"{self.part}/{self._names[name]}" for name, _, _ in boxes]
+        # What has the dtype already is read to its place, with no copy between.
         targets = _beside([self._opened.info[name].dtype for name in full], boxes)
         asked = [
             (name, offsets, read)
@@ -156,6 +163,7 @@ class StoredContent:
         if asked:
             self._opened.read_boxes(asked)
         for (name, _, memory), read in zip(boxes, targets, strict=True):
+            # A number may fit float32 and not float16: an export must not make weights infinite.
             if read is not memory and not _cast(read, memory):
                 raise IncompatibleError(
                     f"{name} of {self._opened.where} has values beyond {memory.dtype}, which would "
@@ -185,6 +193,7 @@ def own_memory(
     for shape, dtype in tensors:
         starts.append(nbytes)
         nbytes += rounded_up(math.prod(shape) * dtype.itemsize)
+    # `torch.frombuffer` refuses a buffer of no bytes.
     if not nbytes:
         return [torch.zeros(tuple(shape), dtype=dtype) for shape, dtype in tensors]
     memory = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
@@ -218,6 +227,7 @@ def cast_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def _narrows(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    # By range, not by size: from float16 to bfloat16 digits are lost, and nothing overflows.
     return torch.finfo(wanted).max < torch.finfo(stored).max
 
 
@@ -226,6 +236,7 @@ def _cast(read: torch.Tensor, memory: torch.Tensor) -> bool:
     narrows = _narrows(read.dtype, memory.dtype)
     for before, after in split_alike(read, memory):
         after.copy_(before)
+        # Where the range does not shrink, the elements need no second look.
         if narrows and _overflows(before, after):
             return False
     return True
@@ -234,6 +245,7 @@ def _cast(read: torch.Tensor, memory: torch.Tensor) -> bool:
 def _overflows(read: torch.Tensor, memory: torch.Tensor) -> bool:
     if not bool(torch.isinf(memory).any()):
         return False
+    # What was infinite before may stay so: only what became it is lost.
     return not torch.equal(torch.isinf(read), torch.isinf(memory))
 
 
@@ -246,6 +258,7 @@ def find_part(opened: OpenedCheckpoint, part: str) -> str:
     if part in opened.parts:
         return part
     others = [name for name in opened.parts if name in alike(part)]
+    # Only where another program chose the names; of two that could be meant none is taken.
     if opened.manifest is None and len(others) == 1:
         return others[0]
     raise NotFound(
@@ -273,6 +286,7 @@ class Renaming:
             if name.count("*") > pattern.count("*"):
                 raise UsageError(f"rename {pattern!r} to {name!r}: the name has more * than that")
             # Of a beginning, what is behind it goes along.
+            # Escaped: a dot in a name is no "any character", as it would be in an expression.
             body = "(.*)".join(map(re.escape, pattern.split("*")))
             tail = "" if "*" in pattern else r"((?:\..*)?)"
             self._rules.append((pattern, re.compile(body + tail, re.DOTALL), name))
@@ -285,14 +299,17 @@ class Renaming:
         """
         for pattern, rule, new in self._rules:
             found = rule.fullmatch(name)
+            # `fullmatch` alone: `net` is no pattern for `network.weight`.
             if found is None:
                 continue
             self._used.add(pattern)
             texts = list(found.groups(default=""))
             if "*" not in pattern:
+                # To nothing: then the dot behind the beginning goes, too.
                 renamed = new + texts[0] if new else texts[0].removeprefix(".")
             else:
                 first, *rest = new.split("*")
+                # A name may have fewer `*` than its pattern: what the others took is left out.
                 renamed = first + "".join(t + r for t, r in zip(texts, rest, strict=False))
             if not is_key(renamed):
                 raise UsageError(f"rename {pattern!r} makes {renamed!r} of {name!r}: no name")
@@ -310,6 +327,7 @@ class Renaming:
             UsageError: otherwise.
         """
         listed = list(names)
+        # A mistyped pattern would leave all names as they are, and the export would look done.
         unused = [pattern for pattern, _, _ in self._rules if pattern not in self._used]
         if unused:
             raise UsageError(

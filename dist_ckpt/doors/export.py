@@ -42,6 +42,7 @@ _MAX_SHARD_BYTES = 5 * 10**9
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _CONFIG = "config.json"
 # What transformers keeps beside the weights, none of which depends on them.
+# Matched as a whole: weights that lie there too, or scripts, are never copied along.
 _BESIDE = re.compile(
     r"generation_config\.json|tokenizer\.model|.*tokenizer.*\.json|special_tokens_map\.json|"
     r"added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece.*\.model|"
@@ -164,13 +165,16 @@ def _export(
     *,
     cast: torch.dtype | None,
 ) -> ExportReport:
+    # The save id too: a step that was saved anew is other work than what was cut off.
     work = {
         "source": opened.where,
         "save": None if opened.manifest is None else opened.manifest.save_id,
         "part": content.part,
         "dtype": None if cast is None else dtype_name(cast),
+        # Names stand for the patterns: what these come to is what has to be the same.
         "names": list(content.items),
     }
+    # The value of a dict of tensors says only where these stand: nothing is left out with it.
     values = () if content.is_value else opened.read_encoded(content.part)
     left_out = tuple(sorted(values))
     return write_content(
@@ -184,6 +188,7 @@ _ARGUMENTS = ("source", "out", "format", "part", "step", "dtype", "rename")
 def open_at(source: Place, step: WhichStep, options: Mapping[str, Any]) -> OpenedCheckpoint:
     """Open what `source` and `step` name; see `export`."""
     which: SupportsIndex | Literal["best"] | None
+    # None is what `open_checkpoint` has for the newest.
     which = None if isinstance(step, str) and step == "latest" else step
     metric, mode = options.get("metric"), options.get("mode", "min")
     given = options_for(source, options.get("storage_options"))
@@ -215,6 +220,7 @@ class ExportChoice:
         """
         if format not in FORMATS:
             raise UsageError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
+        # It would be passed over in silence by the other formats.
         for name in ("max_shard", "like"):
             if options.get(name) is not None and format != "hf":
                 raise UsageError(f"{name} goes with format='hf', not with {format!r}")
@@ -229,6 +235,7 @@ def parse_bytes(size: object) -> int:
     Raises:
         UsageError: it means none, or no byte.
     """
+    # A bool is an int to Python, and `True` would be a file for each byte.
     nbytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
     found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found is not None:
@@ -262,6 +269,7 @@ def write_content(
     """
     store, key, owned = _destination(out, choice)
     try:
+        # Drawn before anything is put: what the format cannot hold leaves no beginning behind.
         files, aliases = _files(content, choice, key, cast)
         if key is not None:
             place_one(store, files[0])
@@ -279,6 +287,7 @@ def write_content(
             left_out,
         )
     finally:
+        # A store that was given stays the caller's, open.
         if owned:
             store.close()
 
@@ -292,7 +301,9 @@ def _destination(out: Place, choice: ExportChoice) -> tuple[Store, str | None, b
         raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
     text, options = str(out), options_for(out, choice.storage_options)
     head, slash, name = text.rpartition("/")
+    # `.pt` alone is the name of a hidden folder, not a file by its ending.
     if default is not None and name.endswith(suffixes) and name not in suffixes:
+        # A file at the root has no head, and one right here no slash either.
         return resolve(head or slash or ".", storage_options=options), name, True
     return resolve(text, storage_options=options), default, True
 
@@ -312,18 +323,22 @@ def _files(
     if choice.format == "dcp":
         metadata = _describe_data(items, _draw_data(items)[1])
         data = drawn(lambda: _draw_data(items)[0])
+        # DCP's reader begins with `.metadata`: while that is missing nobody takes it for whole.
         return [OutFile(_DATA_FILE, data), _small(_METADATA_FILE, metadata)], {}
     _check_dtypes(items.values())
     if choice.format == "safetensors":
         assert key is not None
+        # Ties are written out: whoever reads the file by names finds every one of them.
         return [OutFile(key, drawn(_draw_shard(list(items.values()), {})))], {}
     aliases = aliases_of(content.ties)
     # By name: the files keep no other order, and an import of them would be cut otherwise.
     kept = [item for name, item in sorted(items.items()) if name not in aliases]
     shards = _cut_shards(kept, choice.max_shard_bytes)
+    # In front of the weights: without these, nothing loads a folder that has a configuration.
     files = _configuration(choice, cast)
     for name, shard in zip(_shard_names(len(shards)), shards, strict=True):
         files.append(OutFile(name, drawn(_draw_shard(shard, _of(shard, aliases)))))
+    # The index last: shards alone are found by no reader, so half of them is no model.
     if len(shards) > 1:
         files.append(_small(_INDEX_FILE, _weight_index(shards)))
     return files, aliases
@@ -352,6 +367,7 @@ def _configuration(choice: ExportChoice, cast: torch.dtype | None) -> list[OutFi
     try:
         names = [name for name in store.list_children() if _BESIDE.fullmatch(name)]
         found = {name: read_all(store, name, limit_bytes=_BESIDE_LIMIT_BYTES) for name in names}
+        # By its name and not from the list: where it is missing, the call must fail.
         try:
             config = read_all(store, _CONFIG, limit_bytes=_BESIDE_LIMIT_BYTES)
         except NotFound as error:
@@ -367,8 +383,10 @@ def _of_dtype(config: bytes, cast: torch.dtype) -> bytes:
     """Return a configuration that says which dtype the weights have now."""
     try:
         fields = msgspec.json.decode(config, type=dict[str, Any])
+    # Nested too deep, msgspec raises RecursionError; the folder may be anybody's.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise UsageError(f"{_CONFIG} is no JSON object: {error}") from error
+    # Newer transformers say `dtype`, older `torch_dtype`; both at once could contradict each other.
     key = "dtype" if "dtype" in fields else "torch_dtype"
     fields[key] = dtype_name(cast)
     return msgspec.json.format(msgspec.json.encode(fields), indent=2) + b"\n"
@@ -381,6 +399,7 @@ def _of_dtype(config: bytes, cast: torch.dtype) -> bytes:
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out|decoder|generator)\.\w+$"
 )
+# T5 and BART tie encoder, decoder and head to one embedding of this name.
 _SHARED = re.compile(r"(^|\.)shared\.\w+$")
 
 
@@ -393,6 +412,7 @@ def _check_dtypes(items: Iterable[Item]) -> None:
     for item in items:
         name = dtype_name(item.dtype)
         code, _ = DTYPES.get(name, ("U8", 1))
+        # Our own files keep such a dtype as bytes (U8); others would take these for numbers.
         if code == "U8" and name != "uint8":
             raise IncompatibleError(
                 f"{item.name} has the dtype {name}, which safetensors does not know: export with "
@@ -411,6 +431,7 @@ def _draw_shard(items: Sequence[Item], aliases: Mapping[str, str]) -> Callable[[
     entries = [ShardEntry(item.name, dtype_name(item.dtype), item.shape) for item in items]
     # As transformers asks for it, and as `safetensors.torch.save_model` notes what it leaves out.
     placed = layout(entries, {"format": "pt", **dict(sorted(aliases.items()))})
+    # As `layout` placed them: spans of an image ascend.
     order = sorted(zip(placed.offsets, items, strict=True), key=lambda pair: pair[0])
 
     def draw() -> Image:
@@ -444,6 +465,7 @@ def _cut_shards(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
     """
     shards: list[list[Item]] = [[]]
     nbytes = 0
+    # One pass, nothing moved to fill gaps: then the cut depends on names and sizes alone.
     for item in items:
         if shards[-1] and nbytes + item.nbytes > max_bytes:
             shards.append([])
@@ -494,6 +516,7 @@ def _describe_data(items: Mapping[str, Item], places: Mapping[str, tuple[int, in
     """Return the `.metadata` of that file: a pickle of what DCP plans a load by."""
     fields = {
         "state_dict_metadata": {name: _tensor(item) for name, item in items.items()},
+        # Each name is one key of a flat state dict, whatever dots are in it.
         "planner_data": {name: (name,) for name in items},
         "storage_data": Pairs(
             tuple((_index(item), _place(*places[name])) for name, item in items.items())
@@ -505,8 +528,10 @@ def _describe_data(items: Mapping[str, Item], places: Mapping[str, tuple[int, in
 
 def _tensor(item: Item) -> Built:
     dtype = Name("torch", dtype_name(item.dtype))
+    # As torch.serialization has copyreg pickle a layout: by its text.
     layout = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
     contiguous = Call(Name(_CLASSES, "_MEM_FORMAT_ENCODING"), (0,))
+    # dtype, layout, requires_grad, memory format, pin_memory: `TensorProperties.__getstate__`.
     properties = (dtype, layout, False, contiguous, False)
     whole = {"offsets": _size((0,) * len(item.shape)), "sizes": _size(item.shape)}
     fields = {
@@ -518,11 +543,13 @@ def _tensor(item: Item) -> Built:
 
 
 def _index(item: Item) -> Built:
+    # `index` is a hint, which takes no part in the comparison of two.
     fields = {"fqn": item.name, "offset": _size((0,) * len(item.shape)), "index": 0}
     return Built(Name(_CLASSES, "MetadataIndex"), fields)
 
 
 def _place(offset: int, nbytes: int) -> Built:
+    # Newer torch has `transform_descriptors`, too, which it leaves out of a pickle while None.
     fields = {"relative_path": _DATA_FILE, "offset": offset, "length": nbytes}
     return Built(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), fields)
 

@@ -81,11 +81,13 @@ class Image:
 
     def add_tensor(self, item: Item, seen: Callable[[memoryview], None] = lambda _: None) -> None:
         """Let the elements of a tensor follow, at a multiple of the size of one."""
+        # What `WINDOW_BYTES` says rests on it: no element is cut by the end of a window.
         assert not self.nbytes % max(1, item.dtype.itemsize)
         self._add(Span(self.nbytes, item.nbytes, item, seen=seen))
 
     def spans_between(self, start: int, stop: int) -> Iterator[Span]:
         """Yield the spans that have bytes in `start:stop`, in order."""
+        # By their ends: a span that began some windows before may reach into this one.
         first = bisect_right(self.spans, start, key=lambda span: span.stop)
         for span in islice(self.spans, first, None):
             if span.offset >= stop:
@@ -93,6 +95,7 @@ class Image:
             yield span
 
     def _add(self, span: Span) -> None:
+        # A tensor without elements stands in the pickle or the header alone.
         if span.nbytes:
             self.spans.append(span)
             self.nbytes = span.stop
@@ -136,6 +139,7 @@ class _Window:
         self._spans = list(image.spans_between(start, start + self._memory.nbytes))
         self._content = content
         self._error: BaseException | None = None
+        # A daemon: a read that hangs in an outage must not keep the program from ending.
         self._reading = Worker(self._read, name="dist_ckpt-io", daemon=True)
         try:
             self._reading.start()
@@ -147,6 +151,7 @@ class _Window:
             targets = _targets(self._spans, self._start, self._memory)
             if targets:
                 self._content.fill(targets)
+        # A thread has nobody to raise to: `finish` does, for whoever writes the file.
         except BaseException as error:
             self._error = error
 
@@ -160,6 +165,7 @@ class _Window:
         Args:
             late: what was made for the window before and goes on in this one.
         """
+        # No error and no byte is looked at before the thread is done with both.
         self.wait()
         if self._error is not None:
             raise self._error
@@ -167,8 +173,10 @@ class _Window:
         for span in self._spans:
             low, high = max(span.offset, start), min(span.stop, stop)
             if span.item is not None:
+                # Not where it is read: only the ends of windows come in the order of a checksum.
                 span.seen(self._memory[low - start : high - start])
                 continue
+            # Made once, and kept for the window in which it goes on.
             data = late.pop(span.offset, None) or span.make()
             if span.stop > stop:
                 late[span.offset] = data
@@ -187,6 +195,7 @@ def windows(image: Image, content: Outgoing) -> Iterator[memoryview]:
     ahead: deque[_Window] = deque()
     try:
         for start in range(0, image.nbytes, WINDOW_BYTES):
+            # Begun before the one in front is handed out: reads go on while the store takes it.
             ahead.append(_Window(image, content, start))
             if len(ahead) > _AHEAD:
                 yield ahead.popleft().finish(late)
@@ -243,6 +252,7 @@ def boxes_of_range(
         yield from boxes_of_range(shape, end, stop)
         return
     rows = (stop - start) // inner
+    # Between two ends whole rows are one box: few boxes, however large the tensor.
     yield (row, *(0 for _ in shape[1:])), (rows, *shape[1:])
     yield from boxes_of_range(shape, start + rows * inner, stop)
 
@@ -255,6 +265,7 @@ def boxes_of_range(
 
 _FOLDER = "archive"
 _ALIGN_BYTES = 64
+# In 32 bits of a zip it says: the true number is in the ZIP64 field (APPNOTE 4.5.3).
 _LARGE = 0xFFFFFFFF
 # The checksum stands behind the record.
 _CHECKSUM_BEHIND = 0x08
@@ -325,11 +336,13 @@ class Archive:
             items: number `i` of them is the storage `i`.
         """
         self._add_bytes("data.pkl", pickled(value))
+        # By it `torch.load` swaps the bytes, where the host is of the other order.
         self._add_bytes("byteorder", b"little")
         for number, item in enumerate(items):
             record = self._begin(f"data/{number}", item.nbytes)
             self.image.add_tensor(item, record.seen)
             self._end(record)
+        # `PyTorchStreamReader` asks for it; 3 is what `torch.save` writes.
         self._add_bytes("version", b"3\n")
         self._add_directory()
 
@@ -340,21 +353,26 @@ class Archive:
         self._end(record)
 
     def _begin(self, name: str, nbytes: int) -> ArchiveRecord:
+        # From where the archive begins: a `.distcp` file has one behind the other.
         record = ArchiveRecord(f"{_FOLDER}/{name}", self.image.nbytes - self._start, nbytes)
         self._records.append(record)
         path = record.name.encode()
+        # Both sizes or neither: a local header must have the two together (APPNOTE 4.5.3).
         extra = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if record.is_large else b""
         # As torch pads: the memory of a tensor begins at a multiple of 64, from where we do.
         body = self.image.nbytes + 30 + len(path) + len(extra) + 4
         padding = -body % _ALIGN_BYTES
+        # "FB": the field by which torch pads, filled with Z as there.
         extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding
         size = _LARGE if record.is_large else nbytes
+        # Stored and not compressed: torch maps the memory of tensors from the file.
         fields = (_needed(record), _CHECKSUM_BEHIND, 0, 0, _DATE, 0, size, size)
         lengths = (len(path), len(extra))
         self.image.add_bytes(struct.pack("<4s5H3I2H", b"PK\3\4", *fields, *lengths) + path + extra)
         return record
 
     def _end(self, record: ArchiveRecord) -> None:
+        # As wide as the header says: of another width, the next record seems to begin elsewhere.
         form = "<4sIQQ" if record.is_large else "<4sIII"
         sizes = (record.nbytes, record.nbytes)
         self.image.add_late(
@@ -368,6 +386,7 @@ class Archive:
         nbytes = len(self._directory())
         self.image.add_late(nbytes, self._directory)
         count = len(self._records)
+        # What the old end cannot count or reach, one of ZIP64 in front of it says.
         if start + nbytes >= _LARGE or count >= 0xFFFF:
             behind = start + nbytes
             many = (44, _ZIP64, _ZIP64, 0, 0, count, count, nbytes, start)
@@ -384,6 +403,7 @@ class Archive:
 def directory_entry(record: ArchiveRecord) -> bytes:
     """Return what the directory at the end of the archive says of a file."""
     path = record.name.encode()
+    # In this order, and only those of which the 32 bits say that they are here.
     wide = [record.nbytes, record.nbytes] if record.is_large else []
     wide += [record.offset] if record.offset >= _LARGE else []
     extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
@@ -402,11 +422,13 @@ def whole_storage(item: Item, number: int) -> Call:
     """Return how a pickle says that a tensor is all of the storage `number`."""
     strides = [1] * len(item.shape)
     for at in range(len(item.shape) - 2, -1, -1):
+        # As torch counts: a dimension without elements has the stride of one with one.
         strides[at] = strides[at + 1] * max(1, item.shape[at + 1])
     elements = item.nbytes // item.dtype.itemsize
     storage = _STORAGES.get(item.dtype)
     hooks = Call(Name("collections", "OrderedDict"), ())
     view = (0, item.shape, tuple(strides), False, hooks)
+    # Dtypes that are newer than the typed storages go by v3, as in torch/_tensor.py.
     if storage is not None:
         kind = Name("torch", storage)
         memory = Outside(("storage", kind, str(number), "cpu", elements))
@@ -419,6 +441,7 @@ def whole_storage(item: Item, number: int) -> Call:
 
 def draw_archive(items: Mapping[str, Item], ties: Sequence[tuple[str, ...]]) -> Callable[[], Image]:
     """Return what draws the file of a dict of tensors; ties share their memory, as they did."""
+    # One record for each group: after a load the names share memory again.
     first = {name: group[0] for group in ties for name in group}
     stored = [item for name, item in items.items() if first.get(name, name) == name]
     numbers = {item.name: number for number, item in enumerate(stored)}

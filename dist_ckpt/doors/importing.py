@@ -23,6 +23,7 @@ from dist_ckpt.storage.resolve import check_options_taken, options_for
 _MODEL = "model"
 _METRICS = "metrics"
 # What says how far a training was, the best first.
+# A step is finer than an epoch: where both are there, the step says more.
 _STEPS = ("step", "global_step", "iteration", "iter", "epoch")
 _LIGHTNING = "pytorch-lightning_version"
 
@@ -111,6 +112,7 @@ def import_(
     """
     check_options_taken(storage_options, source, url)
     with open_at(source, None, {"storage_options": storage_options}) as opened:
+        # What it had besides (who wrote it, its digests) would be lost by being brought in anew.
         if opened.manifest is not None:
             raise UsageError(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
@@ -164,6 +166,7 @@ class _Reading:
         self.left_out: list[str] = []
         self.objects = {part: self._readable(part) for part in opened.parts}
         self._with_tensors = {info.part for info in opened.info.values()}
+        # A part whose one value cannot be read, and without tensors, leaves nothing to save.
         kept = [p for p in opened.parts if self.objects[p] or p in self._with_tensors]
         self.parts = {part: _name_here(part, kept) for part in kept}
 
@@ -171,6 +174,7 @@ class _Reading:
         """Return the tensors of a part, those of a model under the names of the bare model."""
         if old not in self._with_tensors:
             return None
+        # Only a model: who wrapped it put this before names of weights alone.
         rename = self._without_wrappers(old) if new == _MODEL else {}
         return StoredContent(self._opened, old, rename=rename)
 
@@ -180,6 +184,7 @@ class _Reading:
             return self._opened.step
         for name in _STEPS:
             value = self._value(name)
+            # A flag is an int to Python too, and says nothing of how far a training was.
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 return value
         return 0
@@ -195,11 +200,13 @@ class _Reading:
         return {
             name: float(value)
             for name, value in named.items()
+            # A manifest has texts as names, and no checkpoint is the best by NaN.
             if isinstance(name, str) and isinstance(value, float) and math.isfinite(value)
         }
 
     def _value(self, part: str) -> Any:
         data = self.objects.get(part, {}).get(VALUE)
+        # A value with a tensor in it is no number, and decoding it would need the tensor.
         if data is None or references(data, path=part):
             return None
         return decode(data, tensors={}, path=part)
@@ -208,8 +215,10 @@ class _Reading:
         found = {}
         for name, data in self._opened.read_encoded(part).items():
             try:
+                # Decoded for a try: what fails here would fail at each load.
                 if not references(data, path=part):
                     decode(data, tensors={}, path=part)
+            # What only a program that executes pickles could read takes nothing else along.
             except CheckpointError:
                 self.left_out.append(part if name == VALUE else f"{part}/{name}")
             else:
@@ -223,6 +232,7 @@ class _Reading:
         names = [info.name for info in self._opened.info.values() if info.part == part]
         prefix = wrapper_prefix(names)
         # The network of a LightningModule is an attribute of it.
+        # Only if it is of all names: a loss with weights of its own would lose its place beside.
         inner = f"{prefix}{_MODEL}."
         if _LIGHTNING in self._opened.parts and all(name.startswith(inner) for name in names):
             rest = wrapper_prefix([name.removeprefix(inner) for name in names])
@@ -233,5 +243,6 @@ class _Reading:
 def _name_here(part: str, parts: list[str]) -> str:
     """Return what `part` is called in a state here, where no other can be meant."""
     group = next((names for names in ALIKE if part in names), (part,))
+    # Two names of one meaning both stay: neither may take the place of the other.
     alone = sum(name in parts for name in group) == 1
     return group[0] if alone else part

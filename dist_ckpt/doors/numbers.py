@@ -78,6 +78,7 @@ def matching(opened: OpenedCheckpoint, patterns: Sequence[str]) -> list[str]:
             for full, info in opened.info.items()
             if fnmatchcase(full, pattern) or fnmatchcase(info.name, pattern)
         ]
+        # Nothing found would read as nothing to find, as in a script that looks for NaN.
         if not matched:
             known = [*opened.info, *(info.name for info in opened.info.values())]
             raise UsageError(f"no tensor of {opened.where} is {pattern!r}{near(pattern, known)}")
@@ -122,6 +123,7 @@ def value_differences(
         IntegrityError: bytes are damaged or missing.
     """
     listed = list(names)
+    # Both are read in the same batches, as names, dtypes and shapes are the same.
     pairs = zip(_by_name(one, listed), _by_name(other, listed), strict=True)
     for (name, mine), (_, theirs) in pairs:
         differing, absolute, relative = 0, 0.0, 0.0
@@ -143,16 +145,19 @@ class _Sums:
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
         if values.dtype.kind == "c":
+            # Complex numbers have no order, and so no least.
             values = np.abs(values)
         if values.dtype.kind == "f":
             nan = np.isnan(values)
             finite = np.isfinite(values)
             self.nans += int(nan.sum())
             self.infs += int(values.size - finite.sum() - nan.sum())
+            # One NaN would be the least, the most and the mean.
             values = values[finite]
         if not values.size:
             return
         self.finite += values.size
+        # In its own dtype a sum of float16 ends at 65,504.
         self.total += float(values.sum(dtype=np.float64))
         least, most = values.min().item(), values.max().item()
         self.least = least if self.least is None else min(self.least, least)
@@ -162,10 +167,12 @@ class _Sums:
 def _apart(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[int, float, float]:
     unlike = a != b
     if a.dtype.kind in "fc":
+        # NaN is unequal to itself: of two diverged runs every element would seem to differ.
         unlike &= ~(np.isnan(a) & np.isnan(b))
     if not unlike.any():
         return 0, 0.0, 0.0
     wide = np.complex128 if a.dtype.kind == "c" else np.float64
+    # Widened first: unsigned numbers would wrap around, and numpy subtracts no booleans.
     mine, theirs = a[unlike].astype(wide), b[unlike].astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
         far = np.abs(mine - theirs)
@@ -180,6 +187,7 @@ def _by_name(
 ) -> Iterator[tuple[str, Iterator[np.ndarray[Any, Any]]]]:
     """Yield each name with its elements, which are to be gone through before the next one."""
     listed = list(names)
+    # One stream for all: small tensors are read together, and each name takes its pieces in turn.
     pieces = (piece for batch in _batches(opened, listed) for piece in batch)
 
     def elements(count: int) -> Iterator[np.ndarray[Any, Any]]:
@@ -190,6 +198,7 @@ def _by_name(
 
     for name in listed:
         info = opened.info[name]
+        # `_batches` leaves the same ones out: another count would take the pieces of the next name.
         yield name, elements(info.shape.numel() if info.dtype not in _NO_NUMBERS else 0)
 
 
@@ -205,10 +214,12 @@ def _batches(opened: OpenedCheckpoint, names: Iterable[str]) -> Iterator[list[to
         count = info.shape.numel()
         size = max(PIECE_BYTES // info.dtype.itemsize, 1)
         for start in range(0, count, size):
+            # New for each piece: the one before may still be looked at where this is read.
             flat = torch.empty(min(size, count - start), dtype=info.dtype)
             targets += _boxes(name, tuple(info.shape), start, flat)
             batch.append(flat)
             nbytes += flat.nbytes
+            # After each piece: a large tensor goes in several batches, small ones share one.
             if nbytes >= PIECE_BYTES:
                 opened.read_boxes(targets)
                 yield batch
@@ -233,6 +244,7 @@ def _plain(piece: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return elements in a dtype that numpy has."""
     if piece.dtype == torch.complex32:
         return piece.to(torch.complex64).numpy()
+    # numpy has no bfloat16 and no fp8; float32 holds each of their numbers exactly.
     if piece.dtype.is_floating_point and piece.dtype not in (torch.float32, torch.float64):
         return piece.to(torch.float32).numpy()
     return piece.numpy()

@@ -55,10 +55,13 @@ def copy_parts(source: Store, url: Place, *, step: int, parts: Sequence[str]) ->
     if not parts:
         raise UsageError("name the parts to copy, such as model")
     with open_checkpoint(source, step=step) as opened:
+        # All are looked at before a byte is read: a refusal leaves nothing half done.
         for part in parts:
             _check_part(opened, part)
         contents = {part: _Content(opened, part) for part in parts}
+        # Still encoded: what a value is made of need not be known here to be copied.
         objects = {part: opened.read_encoded(part) for part in parts}
+        # Without metrics: those of the source may have come after the first copy.
         was_there = is_saved(contents, objects, url, step, stored=_Content)
         if not was_there:
             # As policies see it: with what became known after the save.
@@ -93,6 +96,7 @@ def _check_part(opened: OpenedCheckpoint, part: str) -> None:
             f"{opened.where} has no part {part!r}{near(part, opened.parts)}; there are "
             f"{', '.join(opened.parts)}"
         )
+    # What this process would commit is one rank's: the others would restore it as theirs.
     if opened.differs_by_rank(part):
         raise UsageError(
             f"each rank has values of its own in part {part!r} of {opened.where}, and the one "
@@ -105,4 +109,5 @@ def _metadata(opened: OpenedCheckpoint, epoch: int | None) -> Mapping[str, Any]:
     manifest = opened.manifest
     said = {} if manifest is None else dict(manifest.metadata)
     origin = {"checkpoint": opened.where, "epoch": epoch, "parts": list(opened.parts)}
+    # A copy of a copy names the first origin: that is where the other parts are.
     return {**said, "copied_from": said.get("copied_from", origin)}

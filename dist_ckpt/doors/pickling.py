@@ -58,6 +58,7 @@ def pickled(value: Any) -> bytes:
     Raises:
         TypeError: anything else is in it.
     """
+    # No memo: what stands here twice is written twice, and nothing refers back.
     return b"".join((b"\x80\x02", *_operations(value), b"."))
 
 
@@ -71,11 +72,13 @@ def _add(value: Any, add: Any) -> None:
     match value:
         case None:
             add(b"N")
+        # In front of int, of which a bool is one.
         case bool():
             add(b"\x88" if value else b"\x89")
         case int():
             add(_integer(value))
         case str():
+            # As pickle encodes it: a name may hold half a character.
             text = value.encode("utf-8", "surrogatepass")
             add(b"X" + struct.pack("<I", len(text)) + text)
         case tuple():
@@ -88,12 +91,14 @@ def _add(value: Any, add: Any) -> None:
             _add_all((_Raw(b"}("), *(each for pair in value.pairs for each in pair)), add)
             add(b"u")
         case Name():
+            # GLOBAL, the way of protocol 2: the reader imports it, or has a list of what it may.
             add(f"c{value.module}\n{value.name}\n".encode())
         case Call():
             _add_all((value.function, value.arguments, _Raw(b"R")), add)
         case Built():
             _add_all((value.cls, _Raw(b")\x81"), value.state, _Raw(b"b")), add)
         case Outside():
+            # BINPERSID: `torch.load` is given the key, and finds the memory in another record.
             _add_all((value.key, _Raw(b"Q")), add)
         case _Raw():
             add(value.code)
@@ -117,5 +122,7 @@ def _add_all(values: Sequence[Any], add: Any) -> None:
 def _integer(value: int) -> bytes:
     if -(2**31) <= value < 2**31:
         return b"J" + struct.pack("<i", value)
+    # One bit more than the number has: the highest says the sign.
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    # LONG1 has one byte for the length, which is plenty for sizes and offsets.
     return b"\x8a" + bytes([len(data)]) + data

@@ -22,7 +22,9 @@ from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel
 
 NOTE = "unfinished-export.json"
+# It has the name of every tensor, so it may be long.
 _NOTE_LIMIT_BYTES = 1 << 26
+# Each has a buffer of a window: 64 MiB, of the 100 MB that an export may take.
 _AT_ONCE = 4
 
 
@@ -76,6 +78,7 @@ class _Written:
             self.parts.clear()
             self.compared.clear()
             for piece in self.stream:
+                # Before the store has it: what happens to it from there on shows.
                 self.parts += ((part.nbytes, block_digests(part)) for part in _parts(piece))
                 yield piece
 
@@ -86,9 +89,11 @@ class _Written:
         found = []
         reached = start = 0
         for nbytes, digests in self.parts:
+            # Stores compare in pieces of their own: a part that they cover in half is read back.
             while reached in self.compared:
                 reached += self.compared[reached]
             if reached < start + nbytes:
+                # What counts as compared, here and by the store, adds up to the size of the file.
                 found.append(_Part(start, nbytes, digests, start + nbytes - reached))
                 reached = start + nbytes
             start += nbytes
@@ -130,6 +135,7 @@ def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]
     sizes = {file.key: file.stream.nbytes for file in files}
     note = msgspec.json.format(msgspec.json.encode({**work, "files": sizes}), indent=2) + b"\n"
     found = _note(store)
+    # Without a note, what lies there is no beginning of ours.
     if found is None and store.list_children():
         _check_done(store, files)
         return
@@ -138,6 +144,7 @@ def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]
             f"{store.url} has an export that was cut off and was another one ({NOTE} tells): "
             "remove it, or export elsewhere"
         )
+    # First of all: from here on it is known whose files these are, and of which work.
     if found is None:
         store.put(NOTE, [note])
     _sweep(store)
@@ -145,6 +152,7 @@ def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]
     for file in files:
         # What has another content is from a source that was saved anew under the same name.
         _put_or_compare(store, file, tallies, replace=True)
+    # Last: while it is there the folder counts as unfinished.
     store.delete([NOTE])
 
 
@@ -152,6 +160,7 @@ def _check_done(store: Store, files: Sequence[OutFile]) -> None:
     """Check that the folder has the files: the work was cut off when all of it was done."""
     tally = _Tallies(store, files).reading_back
     for file in files:
+        # By size first: that reads no byte, and most folders of others end here.
         if _size(store, file.key) != file.stream.nbytes or not _is_stored(store, file, tally):
             raise AlreadyExists(
                 f"{store.url} is not empty, and has not what this export would make: choose "
@@ -161,6 +170,7 @@ def _check_done(store: Store, files: Sequence[OutFile]) -> None:
 
 def _put_or_compare(store: Store, file: OutFile, tallies: _Tallies, *, replace: bool) -> None:
     size = _size(store, file.key)
+    # Read and compared, not trusted: the source may be another by now.
     if size == file.stream.nbytes and _is_stored(store, file, tallies.reading_back):
         tallies.writing.note(file.key, size)
         return
@@ -171,6 +181,7 @@ def _put_or_compare(store: Store, file: OutFile, tallies: _Tallies, *, replace: 
         )
     stream = tallies.writing.counted(file.key, file.stream)
     written = _Written(stream, tallies.reading_back, file.key)
+    # Where nothing was, what somebody else put this moment is not overwritten.
     put_stream(store, file.key, written.watched(), mode="create" if size is None else "replace")
     _read_back(store, written)
 
@@ -186,6 +197,7 @@ def _read_back(store: Store, written: _Written) -> None:
 
     def compare(part: _Part) -> None:
         buffer = buffers.pop()  # there is one for each thread
+        # Past the end a store gives fewer bytes: of a short file the digests differ.
         count = store.read_into(written.key, part.start, buffer[: part.nbytes])
         if block_digests(buffer[:count]) != part.digests:
             raise IntegrityError(
@@ -199,6 +211,7 @@ def _read_back(store: Store, written: _Written) -> None:
         # A disk and a server are only as fast as they are asked for several parts at once.
         in_parallel(compare, left, threads=max(1, len(buffers)))
     except IntegrityError:
+        # Under this name nobody may find what is known to be wrong.
         store.delete([written.key])
         raise
 
@@ -232,5 +245,6 @@ def _size(store: Store, key: str) -> int | None:
 
 def _sweep(store: Store) -> None:
     """Remove what a killed writer left of a file right here: it is half of what is made now."""
+    # Not below: a folder in it may be a run, where a writer may be at work.
     if isinstance(store, Sweeper):
         store.sweep(may_go=lambda key: "/" not in key)

@@ -40,6 +40,7 @@ from dist_ckpt.storage.resolve import resolve
 IN_MEMORY_BYTES = 256 << 20
 """How much is kept in memory, at most; more goes through a file."""
 
+# The copies of the save come on top of what was read, so there are few at a time.
 _SAVE_BYTES = 128 << 20
 BATCH_BYTES = 4 * WINDOW_BYTES
 """How much is read at once, about."""
@@ -61,6 +62,7 @@ class SpooledPart:
     def __init__(
         self, content: Outgoing | None, objects: Mapping[str, bytes], tally: Tally
     ) -> None:
+        # Encoded as they are: no type of another program need be known here.
         self._objects = dict(objects)
         self._tensors = {} if content is None else _read(content, tally)
 
@@ -113,16 +115,20 @@ def save_parts(
         own = resolve(url, storage_options=storage_options)
     try:
         save(
+            # This process has drawn nothing for it: its random numbers are none of that training.
             TrainState(rng=None, **named),  # type: ignore[arg-type]
             own or url,
             step=step,
             metrics=metrics,
             metadata=metadata,
+            # Also under a launcher, as in a job with several ranks: no other one is in this call.
             ranks="alone",
             memory_limit_bytes=_SAVE_BYTES,
+            # The command line is that of an import, and not of the training.
             command=False,
         )
     except UsageError as error:
+        # By kind, not by text: every other wrong call is told in its own words.
         if error.kind is not ErrorKind.STEP_BEHIND:
             raise
         # Not that one could go on from the newest, as a training does.
@@ -162,12 +168,14 @@ def is_saved(
     """
     try:
         there = open_checkpoint(url, step=step, storage_options=storage_options)
+    # An outage is no NotFound: it is raised, as nobody knows what is there.
     except NotFound:
         return False
     where = place_name(url, storage_options)
     with there:
         known = {} if there.manifest is None else there.manifest.metrics
         alike = metrics is None or _as_text(metrics) == _as_text(known)
+        # The cheap ones first: both sides are read through only if names and values agree.
         if (
             not alike
             or set(there.parts) != set(contents)
@@ -194,6 +202,7 @@ def _is_same(one: Outgoing, other: Outgoing, where: str) -> bool:
     """Tell whether two contents have the same names, dtypes, shapes and bits; reads both."""
     if dict(one.items) != dict(other.items):
         return False
+    # As one file each, by windows: neither tensor is ever in memory as a whole.
     image = Image()
     for item in one.items.values():
         image.skip_to(rounded_up(image.nbytes))
@@ -233,6 +242,7 @@ def _nbytes(content: Outgoing) -> int:
 
 
 def _tensor(mapping: mmap.mmap, item: Item, offset: int) -> torch.Tensor:
+    # `torch.frombuffer` refuses to take no elements.
     if not item.nbytes:
         return torch.empty(item.shape, dtype=item.dtype)
     count = math.prod(item.shape)
@@ -249,6 +259,7 @@ def _batches(
     for item in items:
         count = math.prod(item.shape)
         flat = tensors[item.name].view(-1)
+        # A tensor may be larger than memory: pages that are filled can be written back.
         step = BATCH_BYTES // item.dtype.itemsize
         for start in range(0, count, step):
             at = start
@@ -266,6 +277,7 @@ def _batches(
 
 def _mapping(nbytes: int) -> mmap.mmap:
     if nbytes <= IN_MEMORY_BYTES:
+        # mmap refuses a length of 0.
         return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Not what Python takes in its place where that cannot be used: it was named for its room.
     folder = os.environ.get("TMPDIR") or tempfile.gettempdir()
@@ -273,8 +285,10 @@ def _mapping(nbytes: int) -> mmap.mmap:
         with tempfile.TemporaryFile(dir=folder) as file:
             # Before anything is written: a mapping of a full disk ends the process.
             os.posix_fallocate(file.fileno(), 0, nbytes)
+            # The mapping outlives the file, which has no name: after a kill nothing is left.
             return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
+        # A quota is a full disk to whoever meets it.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "there is no room" if full else "there is no way"
         raise StorageError(

@@ -86,6 +86,7 @@ _Found = Iterator[tuple[str, str, str]]
 
 
 def _differences(a: Any, b: Any, path: str) -> _Found:
+    # Most of two checkpoints is equal, and ends here.
     if _text(a) == _text(b):
         return
     kind = _kind(a)
@@ -97,16 +98,19 @@ def _differences(a: Any, b: Any, path: str) -> _Found:
         yield from _in_lists(_items(a), _items(b), path)
     elif kind in _PAIRS:
         yield from _in_pairs(a, b, path, ordered=kind == "ordered_dict")
+    # Of one name with the same fields; with others it is another type now.
     elif kind == f"@{RESERVED}{NAMEDTUPLE}" and a["v"][0] == b["v"][0]:
         mine, theirs = (dict(zip(a["v"][0][1], each["v"][1], strict=False)) for each in (a, b))
         yield from _in_dicts(mine, theirs, path)
     elif kind.startswith("@"):
         yield from _in_registered(a, b, path)
+    # The order in which a set happened to be encoded is no difference.
     elif kind not in _SETS or sorted(map(_text, a["v"])) != sorted(map(_text, b["v"])):
         yield path, _shown(a), _shown(b)
 
 
 def _in_dicts(a: Mapping[str, Any], b: Mapping[str, Any], path: str) -> _Found:
+    # In the order in which they are stored: what belongs together stays together.
     for key in dict.fromkeys((*a, *b)):
         inner = f"{path}.{key}" if path else key
         if key in a and key in b:
@@ -116,6 +120,7 @@ def _in_dicts(a: Mapping[str, Any], b: Mapping[str, Any], path: str) -> _Found:
 
 
 def _in_lists(a: Sequence[Any], b: Sequence[Any], path: str) -> _Found:
+    # One item more in front would show every other one as changed.
     if len(a) != len(b):
         yield path, f"{len(a)} items", f"{len(b)} items"
         return
@@ -141,6 +146,7 @@ def _in_pairs(a: Any, b: Any, path: str, *, ordered: bool) -> _Found:
             changes = [(inner, _shown_of(mine, key), _shown_of(theirs, key))]
         found = found or bool(changes)
         yield from changes
+    # Here all pairs are equal: of an OrderedDict the order is a part of the value.
     if ordered and not found:
         yield path, _shown(a), _shown(b)
 
@@ -150,6 +156,7 @@ def _in_registered(a: Any, b: Any, path: str) -> _Found:
     mine, theirs = a["v"], b["v"]
     if a[TAG].startswith(f"@{RESERVED}"):
         (head, mine), (other, theirs) = mine, theirs
+        # Other heads are other kinds of the value: what is in them is not comparable.
         if head != other:
             yield path, _shown(a), _shown(b)
             return
