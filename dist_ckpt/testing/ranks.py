@@ -33,8 +33,7 @@ from dist_ckpt.testing.rank_process import BARRIER, LEAVE, Outcome, RankJob, run
 R = TypeVar("R")
 P = ParamSpec("P")
 
-# Imported once by the server; what is not installed is passed over.
-_PRELOAD = (
+PRELOAD = (
     "hypothesis",
     "numpy",
     "pytest",
@@ -47,6 +46,7 @@ _PRELOAD = (
     "dist_ckpt.functional",
     "dist_ckpt.testing.rank_process",
 )
+"""Imported once by the server; what is not installed is passed over."""
 # After the first failure the others get this long to report theirs: they often have the cause.
 _GRACE_SECONDS = 10.0
 EXIT_SECONDS = 20.0
@@ -172,7 +172,7 @@ def _run(
 @functools.cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context.set_forkserver_preload(list(PRELOAD))
     return context
 
 

@@ -16,7 +16,9 @@ import pytest
 
 from dist_ckpt import flags
 from dist_ckpt.cli import main
+from dist_ckpt.testing.ranks import PRELOAD
 
+ERRORS = "guide.err"
 _GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
 
 
@@ -71,12 +73,15 @@ def commands(text: str) -> Iterator[Command]:
 
 
 def run(code: str, folder: Path, *, limit_seconds: int = 120) -> str:
-    """Run `code` in `folder`, in a process of its own that must succeed; return what it prints."""
-    script, said, errors = folder / "guide.py", folder / "guide.out", folder / "guide.err"
+    """Run `code` in `folder`, in a process of its own that must succeed; return what it prints.
+
+    What it says on standard error is left in the file `ERRORS` of the folder.
+    """
+    script, said, errors = folder / "guide.py", folder / "guide.out", folder / ERRORS
     script.write_text(code)
     # Of the server that forks the ranks of other tests, so that torch is not imported again.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dist_ckpt"])
+    context.set_forkserver_preload(list(PRELOAD))
     environment = dict(os.environ)  # that of the server is older
     program = context.Process(target=_program, args=(script, said, errors, environment))
     program.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from dist_ckpt.format.files import ALIGN_BYTES
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.testing.stores import Fail, FaultyStore, Rule
+from tests.e2e import guides
 
 
 def parts(fill: float = 1.0) -> dict[str, Any]:
@@ -294,11 +294,11 @@ def test_a_closed_checkpointer(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- places that refuse
 
 UNPRIVILEGED = """
-import os, sys, torch, dist_ckpt
+import os, torch, dist_ckpt
 dist_ckpt.save({"w": {"t": torch.ones(3)}}, "memory://warm")  # imports all it needs while it may
 os.setgid(65534); os.setuid(65534)
 try:
-    dist_ckpt.save({"w": {"t": torch.ones(3)}}, sys.argv[1])
+    dist_ckpt.save({"w": {"t": torch.ones(3)}}, place)
 except dist_ckpt.errors.StorageError as error:
     print(error.kind, error)
 """
@@ -311,42 +311,30 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
     for directory in (tmp_path, *tmp_path.parents):
         if directory.stat().st_mode & 0o001 == 0 and directory.owner() == "root":
             directory.chmod(directory.stat().st_mode | 0o001)
-    done = subprocess.run(
-        [sys.executable, "-c", UNPRIVILEGED, str(root)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-        cwd="/",
-    )
-    assert done.stdout.startswith("permission ")
-    assert str(root) in done.stdout
+    said = guides.run(f"place = {str(root)!r}\n{UNPRIVILEGED}", tmp_path)
+    assert said.startswith("permission ")
+    assert str(root) in said
     assert list(root.iterdir()) == []
 
 
 FULL = """
-import resource, signal, sys, torch, dist_ckpt
+import resource, signal, torch, dist_ckpt
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-dist_ckpt.save({"w": {"t": torch.ones(3)}}, sys.argv[1], step=1)
+dist_ckpt.save({"w": {"t": torch.ones(3)}}, place, step=1)
 try:
-    dist_ckpt.save({"w": {"t": torch.ones(1_000_000)}}, sys.argv[1], step=2)
+    dist_ckpt.save({"w": {"t": torch.ones(1_000_000)}}, place, step=2)
 except dist_ckpt.errors.StorageError as error:
     print("StorageError", error)
-dist_ckpt.save({"w": {"t": torch.ones(3)}}, sys.argv[1], step=3)
+dist_ckpt.save({"w": {"t": torch.ones(3)}}, place, step=3)
 """
 
 
 def test_a_file_that_the_place_cannot_take(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    assert done.stdout.startswith("StorageError ")
-    assert Repository(LocalStore(tmp_path)).steps() == [1, 3]
+    place = tmp_path / "run"
+    said = guides.run(f"place = {str(place)!r}\n{FULL}", tmp_path)
+    assert said.startswith("StorageError ")
+    assert Repository(LocalStore(place)).steps() == [1, 3]
     assert not list(tmp_path.rglob(".tmp-*"))
 
 

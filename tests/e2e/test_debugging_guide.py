@@ -6,7 +6,6 @@ import ast
 import inspect
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -19,6 +18,7 @@ from dist_ckpt.errors import CheckpointError, ErrorKind
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage import resolve
 from tests.arch.source import modules
+from tests.e2e import guides
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "debugging.md").read_text()
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
@@ -118,30 +118,21 @@ def _quoted() -> list[str]:
     return [".*".join(map(re.escape, each.split("…"))) for each in quoted]
 
 
-def test_blocks_run_in_order(tmp_path: Path) -> None:
+def test_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = [text if kind == "python" else SHELL.format(text=text) for kind, text in BLOCKS]
     assert {kind for kind, _ in BLOCKS} == {"python", "sh"}
-    script = tmp_path / "guide.py"
-    script.write_text("\n".join(code) + CLAIMS)
     own = Path(sys.executable).parent
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": f"{own}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("PATH", f"{own}:{os.environ['PATH']}")
+    said = guides.run("\n".join(code) + CLAIMS, tmp_path)
+    errors = (tmp_path / guides.ERRORS).read_text()
     for expected in ("50 step 50 in ", "40 step 40 in ", "30 is whole", "NotFound no_run {}"):
-        assert expected in done.stdout
-    assert "passed over 40 because step 40 in " in done.stdout
-    assert "hidden: []" in done.stdout
-    assert "truncated step 50 in " in done.stdout
-    assert '"save_id"' in done.stdout
-    assert re.search(r"WARNING dist_ckpt: step 50 in \S+ was passed over", done.stderr)
-    assert "most recent call first" in done.stderr, "the stacks that SIGUSR1 shows"
+        assert expected in said
+    assert "passed over 40 because step 40 in " in said
+    assert "hidden: []" in said
+    assert "truncated step 50 in " in said
+    assert '"save_id"' in said
+    assert re.search(r"WARNING dist_ckpt: step 50 in \S+ was passed over", errors)
+    assert "most recent call first" in errors, "the stacks that SIGUSR1 shows"
     report = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"files.txt", "claims", "events.0.jsonl", "step-0000000050.json"} <= report
     assert Repository(resolve(tmp_path / "runs" / "17")).steps() == [30, 40, 50]

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -102,12 +102,15 @@ def interrupt(child: subprocess.Popen[str], *, when: str) -> str:
 WAYS = ("with", "without", "last statement", "close")
 
 
+@pytest.mark.parametrize(
+    "ways", [WAYS[::2], pytest.param(WAYS, marks=pytest.mark.soak)], ids=["two", "all"]
+)
 def test_the_first_interrupt_says_what_is_waited_for_and_the_second_gives_it_up(
-    tmp_path: Path,
+    ways: Sequence[str], tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
         # Side by side, as each has to import everything.
-        found = {way: stack.enter_context(running(tmp_path / way, way)) for way in WAYS}
+        found = {way: stack.enter_context(running(tmp_path / way, way)) for way in ways}
         for way, child in found.items():
             interrupt(child, when="writing")
             line = interrupt(child, when=GIVES_UP)
@@ -117,7 +120,7 @@ def test_the_first_interrupt_says_what_is_waited_for_and_the_second_gives_it_up(
             _, said = child.communicate()
             assert child.returncode == (0 if way == "last statement" else -signal.SIGINT)
             assert "ignored" not in said, "nothing may fail while the interpreter ends"
-    for way in WAYS:
+    for way in ways:
         root = tmp_path / way
         assert Repository(LocalStore(root)).steps() == []
         left = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "claims"]
