@@ -42,8 +42,8 @@ from dist_ckpt.saving.handle import (
 from dist_ckpt.saving.messages import RankPlan
 from dist_ckpt.saving.provenance import Metrics, Provenance, SaveContext, as_numbers
 from dist_ckpt.saving.snapshot import Snapshot, Stager, take_snapshot
-from dist_ckpt.staging.arena import no_collection
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.staging.arena import no_collection, pin_of
+from dist_ckpt.state.train_state import TrainState, estimate
 from dist_ckpt.threads import WriterThread, is_background, wait_for_threads
 
 _GIVE_UP_SECONDS = 10.0
@@ -88,8 +88,18 @@ class Saver:
         end_with(self)
 
     def prewarm(self) -> None:
-        """Begin to take the memory that the first save will need, in the background."""
-        self._stager.prewarm(self._state, world_size=self._job.ranks.world_size())
+        """Begin to take the memory that the first save will need, in the background.
+
+        Cheap, and without effect once a save was begun: then the size is known, or will be.
+        """
+        if self._planner is None:
+            guess = estimate(
+                self._state,
+                world_size=self._job.ranks.world_size(),
+                limit_bytes=self._options.memory_limit_bytes,
+            )
+            if guess.nbytes:
+                self._stager.arena.prewarm(guess.nbytes, pin=pin_of(guess.devices))
 
     def start(
         self,

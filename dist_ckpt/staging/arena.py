@@ -13,7 +13,7 @@ import logging
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -260,6 +260,12 @@ def pin_for(device: torch.device) -> Pin:
     return pin
 
 
+def pin_of(devices: Iterable[torch.device]) -> Pin | None:
+    """Return what makes memory fit for the fastest copies from `devices`; None for nothing."""
+    # Pinned for one device is pinned for all of its kind.
+    return next((pin_for(each) for each in devices if each.type == "cuda"), None)
+
+
 def _unpin(address: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
@@ -288,13 +294,7 @@ class InFlight(Protocol):
 
 
 class CopyEngine(Protocol):
-    """How tensors of one device come into host memory.
-
-    Attributes:
-        pin: what makes the arena fit for the fastest copies, None if nothing has to be done.
-    """
-
-    pin: Pin | None
+    """How tensors of one device come into host memory."""
 
     def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """Fill each of `targets` from the one of `sources` beside it, of equal dtype and shape."""
@@ -316,8 +316,6 @@ class CopyEngine(Protocol):
 
 class HostCopies:
     """Copies by this process: from host memory, and from devices of which torch hides the rest."""
-
-    pin: Pin | None = None
 
     def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """See `CopyEngine.copy`."""
@@ -394,7 +392,6 @@ class CudaCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.pin: Pin | None = pin_for(device)
 
     def copy(self, targets: _Tensors, sources: _Tensors) -> None:
         """See `CopyEngine.copy`; the device copies in the order of the current stream."""

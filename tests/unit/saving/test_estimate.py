@@ -12,9 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from dist_ckpt.ranks.job import JobRanks
-from dist_ckpt.saving.snapshot import SPARE_BYTES, Estimate
-from dist_ckpt.saving.snapshot import estimate as guess
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.state.train_state import SPARE_BYTES, Estimate, TrainState
+from dist_ckpt.state.train_state import estimate as guess
 from dist_ckpt.testing.ranks import run_ranks
 
 ROWS = 4096

@@ -14,8 +14,8 @@ from dist_ckpt.options import SaveOptions, Staging
 from dist_ckpt.planning.describe import Describer, LocalBox
 from dist_ckpt.planning.files import StagedFile
 from dist_ckpt.planning.owners import Owned, decide
-from dist_ckpt.saving.snapshot import SPARE_BYTES, Staged, Stager
-from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.saving.snapshot import Staged, Stager
+from dist_ckpt.state.train_state import SPARE_BYTES, TrainState, estimate
 from tests.unit.planning.saved import content, same_bits
 
 MIB = 1 << 20
@@ -268,7 +268,7 @@ def test_the_first_save_finds_its_memory_touched() -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     state = TrainState(model=layer, optimizer=optimizer, rng=None)
     stager = Stager(mode="blocking", memory_limit_bytes=None)
-    stager.prewarm(state)
+    stager.arena.prewarm(estimate(state, world_size=1).nbytes)
     guessed = stager.arena.capacity_bytes
     layer(torch.ones(2, 1024)).sum().backward()
     optimizer.step()
@@ -278,7 +278,7 @@ def test_the_first_save_finds_its_memory_touched() -> None:
     staged = stager.stage(rank=0, local=local, owned=owned, documents={}, write_out=_unused)
     assert staged.nbytes <= guessed <= 1.01 * staged.nbytes + SPARE_BYTES
     small = Stager(mode="blocking", memory_limit_bytes=MIB)
-    small.prewarm(state)
+    small.arena.prewarm(estimate(state, world_size=1, limit_bytes=MIB).nbytes)
     assert small.arena.capacity_bytes == MIB
     for each in (stager, small):
         each.release()
