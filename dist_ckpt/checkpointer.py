@@ -27,7 +27,7 @@ from dist_ckpt.training.early import (
     checked_metadata,
 )
 from dist_ckpt.training.recorder import Recorder
-from dist_ckpt.training.resuming import Resumer
+from dist_ckpt.training.resuming import Resumer, begins_run, check_start
 from dist_ckpt.training.start import Named, Start
 
 # What the constructor knows by name, to hint at when an option is mistyped.
@@ -232,11 +232,12 @@ class Checkpointer:
         start = Start(which=which, step=step, place=url, discard_newer=discard_newer)
         if self._flags is not None and start == Start() and not options:
             start = self._flags.start
+        check_start(start)
         self._recorder.begin()
         failed = self._saver.settle(goes_on=True) or self._unfit
         with self._recorder.course.replaced():
             self.restored = self._resumer.restore(start, failed, options=options)
-        self._recorder.restored(self.restored, own=not start.begins)
+        self._recorder.restored(self.restored, own=not begins_run(start))
         return 0 if self.restored is None else self.restored.step
 
     def rollback(self) -> int:

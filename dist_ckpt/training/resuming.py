@@ -102,7 +102,7 @@ class Resumer:
         """
         if start.which == "none" and options:
             raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
-        self._job.calls = start.in_words()
+        self._job.calls = _in_words(start)
         try:
             return self._restore(start, failed, options or {})
         finally:
@@ -118,9 +118,9 @@ class Resumer:
         if start.which == "best":
             step = self._best_step(failed)
             failed = None  # that round has told all ranks
-        origin = -1 if start.begins or step is None else step
-        claims = self._saves or start.is_newest or start.discard_newer
-        if start.new_run or (claims and not start.is_newest):
+        origin = -1 if begins_run(start) or step is None else step
+        claims = self._saves or _is_newest(start) or start.discard_newer
+        if start.new_run or (claims and not _is_newest(start)):
             # Before the claim: whoever is refused has taken the run from nobody.
             newest = self._ask(
                 "newer",
@@ -198,7 +198,7 @@ class Resumer:
                 step,
                 place=start.place,
                 options={**options, **({"skip": skip} if skip else {})},
-                fall_back=start.is_newest,
+                fall_back=_is_newest(start),
                 own=True,
                 claims=claims,
                 failed=failed,
@@ -220,7 +220,7 @@ class Resumer:
             )
         elif report is not None and start.place is None:
             self._hear_of_late_metrics(report)
-        elif report is None and start.is_newest and self._job.training.rank == 0:
+        elif report is None and _is_newest(start) and self._job.training.rank == 0:
             self._tell_of_others()
         return report
 
@@ -373,3 +373,48 @@ class Resumer:
 
 def _joined(found: Iterable[Sequence[int]]) -> list[int]:
     return sorted({step for each in found for step in each})
+
+
+# What a `Start` means, and whether it means anything.
+
+
+def check_start(start: Start) -> None:
+    """Check that what `start` says does not contradict itself.
+
+    Raises:
+        UsageError: it does.
+    """
+    exact = start.step is not None or start.place is not None
+    named = start.which in ("newest", "best", "none")
+    if not named or (start.which != "newest" and exact):
+        raise UsageError(
+            "restore takes 'newest' or 'best' or 'none', or one of step= and url=, not "
+            f"{start.which!r}, step={start.step!r}, url={start.place!r}"
+        )
+    if not isinstance(start.discard_newer, bool):
+        raise UsageError(f"discard_newer is True or False, not {start.discard_newer!r}")
+    if start.discard_newer and _is_newest(start):
+        raise UsageError(
+            "discard_newer=True gives up what is newer than the step that is restored, and "
+            "nothing is newer than the newest: name the step, 'best', or 'none'"
+        )
+
+
+def begins_run(start: Start) -> bool:
+    """Whether the run itself begins, whatever the state is filled with."""
+    return start.which == "none" or start.place is not None
+
+
+def _is_newest(start: Start) -> bool:
+    """Whether the newest checkpoint is asked for: nothing in the run is beyond it."""
+    return start.which == "newest" and start.step is None and start.place is None
+
+
+def _in_words(start: Start) -> str:
+    """Return the call that says `start`."""
+    said = [repr(start.which)] * (start.which != "newest")
+    said += [f"step={start.step}"] * (start.step is not None)
+    said += ["url=..."] * (start.place is not None)
+    said += ["discard_newer=True"] * start.discard_newer
+    said += [f"new_run={start.new_run!r}"] * bool(start.new_run)
+    return f"restore({', '.join(said)})"
