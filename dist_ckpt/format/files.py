@@ -26,6 +26,7 @@ from dist_ckpt.format.names import INT64_MAX
 
 Buffer = bytes | bytearray | memoryview
 
+# In format 1 that of all blocks of a file but its last, in format 2 the most that one may have.
 BLOCK_BYTES = 1 << 20
 DIGEST_BYTES = 8
 
@@ -53,10 +54,13 @@ def cut_blocks(head_bytes: int, chunks: Iterable[int]) -> list[int]:
     for nbytes in chunks:
         if nbytes < SMALL_BYTES:
             together += nbytes
+        # Small chunks share a block until they have enough bytes or a large one begins its own.
         if together and (nbytes >= SMALL_BYTES or together >= SMALL_BYTES):
             lengths.append(together)
             together = 0
         if nbytes >= SMALL_BYTES:
+            # The largest power of two that is at most a 32nd of the chunk. Digests then take a
+            # 512th of what is stored, at most: 8 bytes for each 4,096.
             power = (nbytes // _BLOCKS_OF_A_CHUNK).bit_length() - 1
             lengths += _pieces(nbytes, min(max(1 << power, SMALL_BYTES), BLOCK_BYTES))
     return [*lengths, together] if together else lengths
@@ -76,6 +80,7 @@ def block_digests(*buffers: Buffer) -> bytes:
     Args:
         buffers: the bytes, one buffer after another, C-contiguous, of any element type.
     """
+    # Not `len`, which counts items of whatever type a buffer has.
     nbytes = sum(memoryview(buffer).nbytes for buffer in buffers)
     return digest_blocks(_pieces(nbytes, BLOCK_BYTES), *buffers)
 
@@ -93,12 +98,14 @@ def digest_blocks(lengths: Iterable[int], *buffers: Buffer) -> bytes:
     for buffer in buffers:
         view, start = memoryview(buffer).cast("B"), 0
         while start < len(view):
+            # A block that lies in one buffer, as nearly all do, is one call and needs no state.
             fresh = not room
             room = room or next(following)
             piece = view[start : start + room]
             start += len(piece)
             room -= len(piece)
             if fresh and not room:
+                # Big-endian, which is xxHash's canonical form and that of the format.
                 digests.append(xxhash.xxh3_64_digest(piece))
                 continue
             block = block or xxhash.xxh3_64()
@@ -156,6 +163,7 @@ class FileEntry:
     def edges(self) -> NDArray[np.int64]:
         """Where its blocks begin and end: int64[blocks + 1], from 0 to its size."""
         if not self.lengths:
+            # A file without bytes has one edge and so no block.
             grid = np.arange(0, self.nbytes, BLOCK_BYTES, dtype=np.int64)
             return np.append(grid, self.nbytes)
         lengths = np.frombuffer(self.lengths, "<u4")
@@ -167,6 +175,7 @@ class FileEntry:
         Raises:
             UsageError: none does.
         """
+        # Only `stop` can lie behind the last edge, as `start` is not behind it.
         first, last = np.searchsorted(self.edges, (start, stop)).tolist()
         if last >= len(self.edges) or self.edges[[first, last]].tolist() != [start, stop]:
             raise UsageError(f"bytes {start} to {stop} of file {self.name} are not whole blocks")
@@ -190,6 +199,7 @@ class FileEntry:
 
     def around(self, start: int, stop: int) -> tuple[int, int]:
         """Return where the blocks begin and end that hold the bytes `start:stop`."""
+        # To the right: where a block begins at `start` it is that one and not the one before.
         first = int(np.searchsorted(self.edges, start, side="right")) - 1
         return int(self.edges[first]), int(self.edges[np.searchsorted(self.edges, stop)])
 
@@ -198,6 +208,7 @@ class FileEntry:
         first, edges = 0, self.edges
         while first + 1 < len(edges):
             last = int(np.searchsorted(edges, edges[first] + most_bytes, side="right")) - 1
+            # A block of more bytes goes alone, since less than the whole of it cannot be compared.
             last = max(last, first + 1)
             yield int(edges[first]), int(edges[last])
             first = last
@@ -206,6 +217,7 @@ class FileEntry:
 # Shard files: where each chunk of one lies, and what its header says.
 
 
+# A page: where the data begin on one, they can be read past the page cache into place.
 ALIGN_BYTES = 4096
 HEADER_LIMIT_BYTES = 100_000_000
 """The safetensors library refuses a longer JSON header."""
@@ -237,6 +249,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 """torch dtype without "torch." to (safetensors code, bytes per element)."""
 
+# Several types of torch are stored as U8, with other sizes: as a code it is one byte.
 _CODE_BYTES = {code: nbytes for code, nbytes in DTYPES.values() if code != "U8"} | {"U8": 1}
 _LENGTH = struct.Struct("<Q")
 # The 64 dimensions of torch and the one that dtypes without a code add.
@@ -347,7 +360,9 @@ def layout(entries: Sequence[ShardEntry], metadata: Mapping[str, str]) -> ShardL
             "data_offsets": (starts[i], position),
         }
     header = _frame(_encode(fields))
+    # From the start of the file, so that no reader has to look at the header first.
     offsets = tuple(len(header) + start for start in starts)
+    # In the order of the file, which is not that in which the entries were given.
     blocks = cut_blocks(len(header), (sizes[i] for i in order))
     return ShardLayout(header, offsets, len(header) + position, tuple(blocks))
 
@@ -363,6 +378,7 @@ def header_nbytes(prefix: bytes, file_nbytes: int) -> int:
             f"shard of {file_nbytes} bytes ends inside its length prefix: it was cut short",
             kind=ErrorKind.TRUNCATED,
         )
+    # Bounded before a byte of the header is asked for: whoever reads it takes memory for so much.
     length = int(_LENGTH.unpack_from(prefix)[0])
     if length > min(file_nbytes - _LENGTH.size, HEADER_LIMIT_BYTES):
         raise IntegrityError(
@@ -405,6 +421,7 @@ def parse_header(data: bytes, file_nbytes: int, *, ours: bool = True) -> ShardHe
         entry = _check_entry(name, wire, position, nbytes)
         position += entry.nbytes
         entries.append(entry)
+    # The last entry ends with the file: what is missing, or follows, was never described.
     if nbytes + position != file_nbytes:
         raise IntegrityError(
             f"shard describes {nbytes + position} bytes but the file has {file_nbytes}",
@@ -436,6 +453,7 @@ def _encode(fields: dict[str, object]) -> bytes:
 
 
 def _frame(text: bytes) -> bytes:
+    # Spaces behind the JSON are still JSON, so any reader of safetensors takes a padded header.
     padding = -(_LENGTH.size + len(text)) % ALIGN_BYTES
     if len(text) + padding > HEADER_LIMIT_BYTES:
         raise UsageError(
@@ -460,7 +478,9 @@ def _check_entry(name: str, wire: _WireEntry, position: int, base: int) -> Store
     # Bounded before it is multiplied: a header can hold millions of dimensions.
     if len(wire.shape) > _MAX_STORED_NDIM or not all(0 <= n <= INT64_MAX for n in wire.shape):
         raise _malformed(f"entry {name!r} has an impossible shape")
+    # In Python integers, as 65 sizes of 63 bits each have a product that nothing else holds.
     nbytes = math.prod(wire.shape) * _CODE_BYTES[wire.dtype]
+    # One comparison for order, holes, overlaps and a shape of other bytes.
     if (begin, end) != (position, position + nbytes):
         raise _malformed(
             f"entry {name!r} lies at bytes {begin} to {end} of the data, "

@@ -204,6 +204,7 @@ def find_uncovered(
     """
     if len(shapes) == 0:
         return None
+    # Before `reduceat`, which gives the value of its neighbour to a run of no rows.
     if not counts.all():
         return int(np.argmin(counts)), "missing: it has no chunk"
     owner = np.repeat(np.arange(len(shapes)), counts)
@@ -245,6 +246,7 @@ def _chained(
     shapes: Rows, first: NDArray[np.int64], cut: NDArray[np.bool_], starts: Rows, sizes: Rows
 ) -> NDArray[np.bool_]:
     """Which tensors are cut in one dimension only, into chunks that lie end to end, in order."""
+    # There is no dimension to chain along: a second chunk of a scalar is found by its corners.
     if shapes.shape[1] == 0:
         return np.zeros(len(shapes), np.bool_)
     dim = cut.argmax(axis=1)
@@ -256,6 +258,7 @@ def _chained(
     expected = np.empty_like(begin)
     expected[1:] = end[:-1]
     expected[first] = 0
+    # A chunk of no element would fit between any two, and rule 5 of the format has none.
     good = np.logical_and.reduceat((begin == expected) & (extent > 0), first)
     last = end[first + counts - 1] == shapes[np.arange(len(shapes)), dim]
     result: NDArray[np.bool_] = good & last & (cut.sum(axis=1) == 1)
@@ -279,11 +282,13 @@ def _uncancelled(
     row = np.arange(len(tensor))
     sign = np.concatenate([np.ones(len(owner), np.int64), np.full(len(tensors), -1, np.int64)])
     point = tensor.astype(np.int64)
+    # What format-v1, section 5, lets a reader give up at: cuts in up to six dimensions stay below.
     limit = max(_MIN_CORNERS, _MAX_CORNERS_PER_BOX * len(tensor))
     row, sign, point = _cancel(row, sign, point, rest[0][row])
     for dim in range(shapes.shape[1]):
         if len(row) == 0:
             return None
+        # Asked before they are made, since each dimension may double them.
         if 2 * len(row) > limit:
             problem = "overlap or missing: it is cut in too many dimensions to be checked"
             return int(np.bincount(tensor[row]).argmax()), problem
@@ -301,6 +306,7 @@ def _cancel(
     """Add up the terms at equal points with equal boxes to come; drop those that vanish."""
     key = _ids(point, rest)
     order = np.argsort(key, kind="stable")
+    # Numbers begin at 0, so that the first of all heads a group as well.
     heads = np.flatnonzero(np.diff(key[order], prepend=-1))
     total = np.add.reduceat(sign[order], heads)
     alive = order[heads[total != 0]]
@@ -454,6 +460,7 @@ class Index:
 
     def __post_init__(self) -> None:
         count = len(self.tensors)
+        # Rests on the chunks being sorted by tensor, which every decoder has checked.
         rows = np.searchsorted(self.chunks.tensor, np.arange(count + 1)).astype(np.int64)
         ndim = np.array([len(tensor.shape) for tensor in self.tensors], np.int64)
         values = np.zeros(count + 1, np.int64)
@@ -521,9 +528,12 @@ class Index:
             UsageError: a row names a tensor that does not exist, has a box of another number of
                 dimensions than its tensor, or a number that its column cannot hold.
         """
+        # By tensor, as the format demands, and by starts, as it asks of writers; no reader may rely
+        # on the second.
         ordered = sorted(rows, key=lambda row: (row[0], row[3].offsets))
         flat: list[int] = []
         for number, _, _, box in ordered:
+            # A negative number would be a place counted from the end.
             if not 0 <= number < len(tensors):
                 raise UsageError(f"a chunk names tensor {number}, there are {len(tensors)}")
             ndim = len(tensors[number].shape)
@@ -555,6 +565,7 @@ def check_tensors(tensors: Sequence[TensorEntry]) -> None:
         where = f"tensor {tensor.name!r} of part {tensor.part!r}"
         if not is_part(tensor.part) or tensor.name == "__metadata__":
             raise bad_index(f"{where} has a name that cannot be")
+        # The list is closed: a type that is not in it asks for another version of the format.
         if tensor.dtype not in DTYPES:
             raise bad_index(f"{where} has the unknown dtype {tensor.dtype!r}")
         try:

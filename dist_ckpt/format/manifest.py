@@ -42,6 +42,7 @@ _MAX_DEPTH = 64
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _RANK = re.compile(r"0|[1-9][0-9]{0,4}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?.{1,6}")
+# Fixed to the byte by format-v1, section 6: the digest goes over all that comes before.
 _TAIL = re.compile(rb',\n  "digest": "([0-9a-f]{16})"\n}\n')
 _TAIL_BYTES = len(b',\n  "digest": "0123456789abcdef"\n}\n')
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -172,6 +173,7 @@ def encode(manifest: Manifest) -> bytes:
     fields["metadata"] = plain_metadata(manifest.metadata)
     fields["origin"] = _plain(manifest.origin, "origin", 0)
     try:
+        # Indented, since people open it; the digest goes over the text as it stands.
         text = msgspec.json.format(msgspec.json.encode(fields), indent=2)
     except UnicodeEncodeError as error:
         raise UsageError(f"the manifest cannot hold this text: {error}") from error
@@ -197,6 +199,7 @@ def decode(data: bytes, *, step: int) -> Manifest:
         IntegrityError: cut short, changed, malformed, or of another step.
         IncompatibleError: another format version.
     """
+    # At the very end, so that nothing can follow that the digest does not go over.
     tail = _TAIL.fullmatch(data, max(0, len(data) - _TAIL_BYTES))
     # The digest is compared first: a flipped bit in the version is damage, not another version.
     if tail is not None and bytes_digest(data[:-_TAIL_BYTES]) != tail[1].decode():
@@ -214,10 +217,12 @@ def decode(data: bytes, *, step: int) -> Manifest:
             f"up to {FORMAT}: use the release that wrote it or a newer one",
             kind=ErrorKind.VERSION,
         )
+    # Only now: another version may end otherwise, and is not damaged.
     if tail is None:
         raise _malformed(step, "it does not end in its digest: it was cut short or edited")
     try:
         fields["metrics"] = read_metrics(fields.get("metrics"))
+        # `listed` in the text means nothing: only format 1 has a list, and under `files`.
         fields |= _listed(fields) if version == 1 else {"listed": None}
         manifest = msgspec.convert(fields, Manifest)
     # OverflowError: a metric of four hundred digits.
@@ -264,6 +269,7 @@ def _check(manifest: Manifest, step: int) -> None:
 
 def _check_files(manifest: Manifest, step: int) -> None:
     prefix = f"{manifest.save_id}/"
+    # The name is known: whoever wrote the manifest cannot point to another object.
     if manifest.index.key != prefix + INDEX:
         raise _malformed(step, f"its index is {manifest.index.key!r}, not {prefix + INDEX!r}")
     if manifest.files.count < 0 or not 0 <= manifest.files.nbytes <= INT64_MAX:
@@ -273,6 +279,7 @@ def _check_files(manifest: Manifest, step: int) -> None:
         raise _malformed(step, "two files have the same key")
     for file in (*listed, manifest.index):
         # Exactly one directory and one pattern: no key can leave the directory of the save id.
+        # A key without the prefix comes back as it was, and is refused for that.
         name = file.key.removeprefix(prefix)
         shard = parse_shard_name(name)
         if file is not manifest.index and (shard is None or file.key == name):
@@ -297,12 +304,14 @@ def longest(timings: Sequence[RankTimings]) -> dict[str, RankTimings]:
     ranks = list(range(len(timings)))
     if len(timings) > _MOST_TIMINGS:
         seconds = [each.stage_seconds + each.write_seconds for each in timings]
+        # In the order of ranks again, as people read it from the top.
         ranks = sorted(sorted(ranks, key=lambda rank: -seconds[rank])[:_MOST_TIMINGS])
     return {str(rank): timings[rank] for rank in ranks}
 
 
 def _is_utc(text: str) -> bool:
     if _CREATED.fullmatch(text) is None:
+        # `fromisoformat` takes more than the format has: dates by week, and times without colons.
         return False
     try:
         return datetime.fromisoformat(text).utcoffset() == timedelta(0)
@@ -311,6 +320,7 @@ def _is_utc(text: str) -> bool:
 
 
 def _number(name: str, value: object) -> float | str:
+    # The result of a comparison in the place of its number is a slip, and would read as 0 or 1.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(
             f"metric {name!r} is a {type(value).__name__}: pass an int or a float, "
@@ -367,6 +377,7 @@ def _plain(value: object, path: str, depth: int) -> object:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        # Not `str(value)`, which a subclass such as an enum may answer otherwise.
         return str.__str__(value)
     if isinstance(value, int) and -(2**63) <= value < 2**64:
         return int(value)

@@ -28,6 +28,7 @@ PIN = "pin.json"
 EPOCH_NOTE = "epoch.json"
 REMOVED = "removed.json"
 DISCARDS = "discards"
+# Each is what the digits of its name hold.
 STEP_LIMIT = 10**10
 RANK_LIMIT = 10**5
 CLAIM_LIMIT = 10**6
@@ -37,6 +38,7 @@ FILES_LIMIT = 10**5
 # A spelled-out 0-9 where \d would also take digits of other scripts.
 _STEP = re.compile(r"step-([0-9]{10})")
 _CLAIM = re.compile(r"([0-9]{6})\.json")
+# A status bears the number of a claim and is none: commit-v1, section 10.
 _STATUS = re.compile(r"([0-9]{6})\.status\.json")
 _SAVE_ID = re.compile(r"c([0-9]{6})-[0-9a-f]{16}")
 _PART = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -75,6 +77,7 @@ def file_key(step: int, save_id: str, file_name: str) -> str:
     Raises:
         UsageError: the step, the save id or the file name is not one that dist_ckpt writes.
     """
+    # Checked where the key is made, so that none leaves the directory of its attempt.
     if parse_save_id(save_id) is None:
         raise UsageError(f"bad save id {save_id!r}: take one from new_save_id")
     if not is_attempt_file(file_name):
@@ -163,6 +166,7 @@ def new_save_id(claim: int) -> str:
     Raises:
         UsageError: a claim outside [0, 1000000).
     """
+    # 64 random bits, so that no attempt ever writes a key of another one: commit-v1, section 2.
     return f"c{_check_count('claim', claim, CLAIM_LIMIT):06d}-{secrets.token_hex(8)}"
 
 
@@ -246,6 +250,7 @@ def check_tensor_name(name: str) -> str:
 
 def is_attempt_file(name: str) -> bool:
     """Tell whether `name` is one that dist_ckpt itself writes inside a save id's directory."""
+    # All that may be deleted there, for a foreign name never is: commit-v1, section 6, rule 4.
     if name in (INDEX, PIN, EPOCH_NOTE, REMOVED) or _SEGMENT.fullmatch(name) is not None:
         return True
     return parse_shard_name(name) is not None
@@ -295,6 +300,7 @@ def count_elements(shape: Sequence[object]) -> int:
         raise ValueError(f"it claims {len(shape)} dimensions, more than {MAX_NDIM}")
     sizes: list[int] = []
     for size in shape:
+        # By its very type, as `isinstance` would take True for a size.
         if type(size) is not int or not 0 <= size <= INT64_MAX:
             raise ValueError("it claims a dimension that no tensor has")
         sizes.append(size)
@@ -363,6 +369,7 @@ _T = TypeVar("_T")
 def column(numbers: ArrayLike) -> bytes:
     """Return whole numbers of 64 bits as a column: each as the difference to the one before."""
     values = np.asarray(numbers, np.int64).reshape(-1)
+    # Equal steps give equal differences, which deflate to next to nothing.
     return np.diff(values, prepend=np.int64(0)).astype("<i8").tobytes()
 
 
@@ -374,6 +381,7 @@ def read_column(data: bytes, *, most: int = INT64_MAX, where: str) -> Column:
     """
     if len(data) % 8:
         raise bad_index(f"{where} of {len(data)} bytes is no column")
+    # Modulo 2**64, like the differences: whether a sum is a number that can be, its bounds say.
     numbers: Column = np.cumsum(np.frombuffer(data, "<i8"), dtype=np.int64)
     if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) > most):
         raise bad_index(f"{where} has a number that cannot be")
@@ -419,6 +427,7 @@ def deflate(table: msgspec.Struct) -> bytes:
         UsageError: a name is not Unicode text, or the table is too large.
     """
     raw = encode_map(table)
+    # Refused by the writer, since no reader would inflate it.
     if len(raw) > LIMIT_BYTES:
         raise UsageError(
             f"a description of {len(raw)} bytes is over {LIMIT_BYTES}: save fewer tensors, or by "
@@ -434,6 +443,7 @@ def inflate(data: bytes, kind: type[_T], *, where: str) -> _T:
         IntegrityError: it is none.
         IncompatibleError: a newer release wrote it.
     """
+    # A few bytes may inflate to any number: it stops at the limit, and `eof` says if that was all.
     stream = zlib.decompressobj()
     try:
         raw = stream.decompress(data, LIMIT_BYTES)
@@ -467,6 +477,7 @@ def decode_map(data: bytes, kind: type[_T], *, where: str) -> _T:
         return msgspec.msgpack.decode(data, type=kind)
     # RecursionError: how deep the bytes nest is chosen by whoever wrote them.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # Kept names are no damage, so that a restore stops and does not take an older checkpoint.
         newer = [name for name in _keys(data) if name in _RESERVED]
         if newer:
             raise IncompatibleError(
@@ -479,6 +490,7 @@ def decode_map(data: bytes, kind: type[_T], *, where: str) -> _T:
 
 def _keys(data: bytes) -> Iterable[str]:
     try:
+        # Names alone are wanted, so what they stand for need not be of any known type.
         return msgspec.msgpack.decode(data, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return ()

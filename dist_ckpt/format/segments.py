@@ -114,6 +114,7 @@ class Root:
 @decodable
 class _RootWire(msgspec.Struct, forbid_unknown_fields=True):
     format: int
+    # In bytes of its own: the saves of one plan share it, and it is encoded once for all of them.
     structure: bytes
     attempt: bytes
     segments: bytes
@@ -184,6 +185,7 @@ def encode_root(
     )
     inside = b"".join(each.inside for each in segments)
     # Nothing may be committed that no reader would take.
+    # The structure was read back when it was encoded, perhaps for a save before this one.
     _attempt(attempt, inside)
     return encode_map(_RootWire(FORMAT, structure, attempt, inside))
 
@@ -197,6 +199,7 @@ def decode_root(data: bytes) -> Root:
         IntegrityError: cut short, malformed, or a rule of the format is broken.
         IncompatibleError: another format version.
     """
+    # First and by itself: the fields of another version are not known, and it is not damaged.
     version = _version(data)
     if version != FORMAT:
         raise IncompatibleError(
@@ -235,6 +238,7 @@ def _attempt(data: bytes, inside: bytes) -> tuple[tuple[SegmentNote, ...], tuple
     files = _root_files(table, rank)
     objects = _root_objects(table, count)
     sizes = [size * flag for size, flag in zip(nbytes.tolist(), within, strict=True)]
+    # A segment inside has at least one byte: one of none would pass for a file of its own.
     if sum(sizes) != len(inside) or sizes.count(0) != within.count(0):
         raise bad_index("the segments behind the root are not as long as it says")
     ends = positions(np.array(sizes, np.int64)).tolist()
@@ -260,11 +264,13 @@ def _root_files(table: _RootTable, rank: Column) -> list[list[tuple[str, int]]]:
     name = read_column(table.file_name, most=len(table.names) - 1, where="the name of a file")
     number = read_column(table.file_number, most=FILES_LIMIT - 1, where="the number of a file")
     nbytes = read_column(table.file_nbytes, where="the size of a file")
+    # In Python integers, as they may claim anything; only what fits is used as a length below.
     check_lengths("files", (len(counts), len(rank)), (len(name), sum(counts.tolist())))
     check_lengths("files", (len(number), len(name)), (len(nbytes), len(name)))
     owner = np.repeat(rank, counts)
     if len(np.unique(np.stack([owner, name, number]), axis=1).T) != len(name):
         raise bad_index("two files have the same name")
+    # In Python integers: what is claimed together may be more than 64 bits hold.
     if sum(nbytes.tolist()) > structure_format.MOST_BYTES:
         raise bad_index("the files claim more bytes than there can be")
     columns = zip(name.tolist(), owner.tolist(), number.tolist(), nbytes.tolist(), strict=True)
@@ -373,6 +379,7 @@ def encode_segment(segment: Segment) -> bytes:
         IntegrityError: `decode_segment` would refuse them; the message says why.
         UsageError: there is too much of it.
     """
+    # Stored, as readers must not compute them: another writer may cut its files otherwise.
     lengths = [np.diff(file.edges) for file in segment.files]
     table = deflate(
         _SegmentTable(
@@ -444,6 +451,7 @@ def _segment_files(
 ) -> tuple[FileEntry, ...]:
     counts = read_column(table.blocks, where=f"the count of blocks in {where}")
     lengths = read_column(table.length, most=BLOCK_BYTES, where=f"the length of a block in {where}")
+    # Two edges would be equal, and blocks are found by their edges.
     if len(lengths) and not int(lengths.min()):
         raise bad_index(f"{where} has a block without a byte")
     check_lengths(where, (len(counts), len(note.files)), (len(lengths), sum(counts.tolist())))
@@ -464,6 +472,7 @@ def _chunks(table: _SegmentTable, structure: Structure, rank: int, where: str) -
     # Compared first: nothing is made of a length that the root claims.
     check_lengths(where, (len(tensor), structure.count_of(rank)))
     chunks = structure.chunks_of(rank)
+    # Stored although the root has them: so a segment that was written by another plan is found out.
     boxes = read_column(table.box, where=f"a box in {where}")
     if not (np.array_equal(tensor, chunks.tensor) and np.array_equal(boxes, chunks.boxes)):
         raise bad_index(f"{where} has other chunks than the root says")
@@ -506,6 +515,7 @@ def chunk_nbytes(chunks: RankChunks, structure: Structure) -> Column:
 
 def _check_bytes(segment: Segment, structure: Structure) -> None:
     nbytes = chunk_nbytes(segment.chunks, structure)
+    # By differences, as a sum of two claimed numbers could overflow.
     ends = np.array([file.nbytes for file in segment.files], np.int64)[segment.file]
     outside = (segment.offset > ends) | (nbytes > ends - segment.offset)
     if outside.any():
@@ -524,6 +534,7 @@ def join_segments(root: Root, segments: Mapping[int, Segment]) -> Index:
     It has all tensors and all files, and the chunks, documents and blocks of these segments alone.
     """
     structure = root.structure
+    # Also those of other segments, so that the number of a file is the same in every index.
     files = [FileEntry(*each, "", b"") for note in root.segments for each in note.files]
     objects: list[ObjectEntry] = []
     tensor, row, boxes, file, offset = ([np.zeros(0, np.int64)] for _ in range(5))

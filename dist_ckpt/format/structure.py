@@ -33,6 +33,7 @@ from dist_ckpt.format.names import (
     runs,
 )
 
+# format-2, section 3.2.
 MOST_CHUNKS = 1 << 31
 MOST_BYTES = 2**63 - 1
 
@@ -56,6 +57,7 @@ class Layout:
         low = np.array(box.offsets, np.int64)
         high = low + np.array(box.sizes, np.int64)
         touch = np.maximum(self.starts, low) < np.minimum(self.starts + self.sizes, high)
+        # Of a scalar no dimension can miss, and `all` of nothing is true.
         found: Column = self.rank[touch.all(axis=1)]
         return found
 
@@ -129,7 +131,9 @@ class Structure:
         ndim = np.array([each.starts.shape[1] for each in self.layouts], np.int64)
         counts = np.array([len(each.rank) for each in self.layouts], np.int64)
         rank = _joined([each.rank for each in self.layouts])
+        # Sorted once: the boxes of a rank are then one slice, however many ranks there are.
         order = np.argsort(rank, kind="stable")
+        # A tied tensor has no chunks of its own: those of its owner are its bytes.
         own = np.flatnonzero(self.owner == np.arange(len(self.owner)))
         return _Rows(
             rank[order],
@@ -161,6 +165,7 @@ class Structure:
         tensor = table.own[runs(first, counts)]
         row = np.repeat(table.row[mine], counts)
         place = np.repeat(table.place[mine], counts)
+        # The order of format-2, section 4, in which a segment lists its chunks.
         order = np.lexsort((row, tensor))
         tensor = tensor[order]
         boxes = table.boxes[runs(place[order], 2 * self.ndim[tensor])]
@@ -172,6 +177,7 @@ class Structure:
         Args:
             wanted: the number of a tensor and a box of it, each.
         """
+        # By layout and not by tensor: what thousands of tensors have alike is asked once.
         distinct = {(int(self.layout[number]), box.offsets, box.sizes) for number, box in wanted}
         found = [
             self.layouts[number].holders(Box(offsets, sizes)) for number, offsets, sizes in distinct
@@ -216,9 +222,11 @@ def encode(structure: Structure) -> bytes:
             column(structure.ndim),
             column([size for tensor in tensors for size in tensor.shape]),
             column(structure.layout),
+            # How far back, and not which: that is 0 wherever nothing is tied.
             column(np.arange(len(tensors)) - structure.owner),
             column([len(each.rank) for each in layouts]),
             column(_joined([each.rank for each in layouts])),
+            # One dimension after another, where numbers rise evenly and their differences repeat.
             column(_joined([each.starts.T for each in layouts])),
             column(_joined([each.sizes.T for each in layouts])),
         )
@@ -237,9 +245,11 @@ def decode(data: bytes) -> Structure:
     """
     table = inflate(data, _Table, where="the structure")
     tensors = _tensors(table)
+    # Before any box: the arithmetic of boxes rests on sizes whose product int64 holds.
     check_tensors(tensors)
     count = len(tensors)
     rows = read_column(table.rows, most=MOST_CHUNKS, where="the count of boxes")
+    # Without any layout `most` is -1, and so every number is refused.
     layout = read_column(table.layout, most=len(rows) - 1, where="the layout of a tensor")
     back = read_column(table.back, most=max(count - 1, 0), where="a tie")
     check_lengths("tensors", (len(layout), count), (len(back), count))
@@ -280,6 +290,7 @@ def _layouts(
     rank = read_column(table.rank, most=RANK_LIMIT - 1, where="the rank of a box")
     start = read_column(table.start, where="the start of a box")
     size = read_column(table.size, where="the size of a box")
+    # In Python integers, and before anything is made of the length that they claim.
     numbers = sum(r * d for r, d in zip(rows.tolist(), ndim.tolist(), strict=True))
     check_lengths("boxes", (len(rank), sum(rows.tolist())))
     check_lengths("boxes", (len(start), numbers), (len(size), numbers))
@@ -289,6 +300,7 @@ def _layouts(
         mine = slice(places[number], places[number + 1])
         starts, sizes = (
             np.ascontiguousarray(each[mine].reshape(len(shape), -1).T)
+            # Nothing is stored of no dimensions, and nothing says then how many rows to make of it.
             if shape
             else np.zeros((int(rows[number]), 0), np.int64)
             for each in (start, size)
@@ -304,6 +316,7 @@ def _shapes(tensors: Sequence[TensorEntry], layout: Column, count: int) -> list[
     for tensor, number in zip(tensors, layout.tolist(), strict=True):
         if found.setdefault(number, tensor.shape) != tensor.shape:
             raise bad_index(f"tensor {tensor.name!r} is cut as one of another shape")
+    # Its shape is known from nowhere, so nobody could tell whether its boxes tile one.
     if len(found) != count:
         raise bad_index("a layout is of no tensor")
     return [found[number] for number in range(count)]
@@ -315,6 +328,7 @@ def _check_tiles(
     tensors: Sequence[TensorEntry],
     layout: Column,
 ) -> None:
+    # Arrays are rectangular: layouts of as many dimensions are checked in one go.
     by_ndim: dict[int, list[int]] = {}
     for number, shape in enumerate(shapes):
         by_ndim.setdefault(len(shape), []).append(number)
@@ -341,11 +355,14 @@ def _check_ties(structure: Structure) -> None:
         tied, tensor = structure.tensors[number], structure.tensors[other]
         same = msgspec.structs.replace(tied, name=tensor.name) == tensor
         alike = structure.layout[number] == structure.layout[other]
+        # That refuses ties which reach before the first tensor as well: no negative number owns
+        # itself, as none reaches back as far as there are tensors.
         if not (same and alike and structure.owner[other] == other):
             raise bad_index(f"tensor {tied.name!r} cannot have the bytes of {tensor.name!r}")
 
 
 def _joined(many: Sequence[Column]) -> Column:
+    # With one of no numbers in front, as numpy cannot join nothing.
     return np.concatenate([np.zeros(0, np.int64), *(each.reshape(-1) for each in many)])
 
 
@@ -367,6 +384,7 @@ def structure_of(
     layouts: list[Layout] = []
     layout: list[int] = []
     for tensor in cuts:
+        # Sorted, so that tensors cut alike share a layout in whatever order their boxes were given.
         boxes = tuple(sorted(cuts[owners.get(tensor, tensor)], key=lambda cut: cut[1]))
         number = known.setdefault((tensor.shape, boxes), len(layouts))
         if number == len(layouts):

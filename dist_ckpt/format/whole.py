@@ -125,6 +125,7 @@ def decode(data: bytes) -> Index:
         raise bad_index(f"it cannot be decoded ({error})") from error
     files = tuple(FileEntry(f.name, f.nbytes, f.digest, f.blocks) for f in wire.files)
     _check_files(files)
+    # Before any box: the arithmetic of boxes rests on sizes whose product int64 holds.
     check_tensors(wire.tensors)
     _check_objects(wire.objects, files)
     chunks = ChunkTable(
@@ -153,6 +154,7 @@ def _check_files(files: tuple[FileEntry, ...]) -> None:
             raise bad_index(
                 f"file {file.name} of {file.nbytes} bytes has {len(file.blocks)} bytes of digests"
             )
+        # Once for the file: from here on each block is compared by its own digest in the list.
         if file_digest(file.blocks) != file.digest:
             raise IntegrityError(
                 f"index: the block digests of file {file.name} differ from its digest. "
@@ -194,6 +196,7 @@ def _check_columns(
 ) -> None:
     if not len(chunks.tensor) == len(chunks.file) == len(chunks.offset):
         raise bad_index("the columns of chunks differ in length")
+    # `Index` finds the chunks of a tensor by this order.
     if (chunks.tensor[1:] < chunks.tensor[:-1]).any():
         raise bad_index("the chunks are not sorted by tensor")
     if (chunks.tensor >= len(tensors)).any() or (chunks.file >= len(files)).any():
@@ -201,6 +204,7 @@ def _check_columns(
     ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)
     if int(ndim[chunks.tensor].sum()) * 2 != len(chunks.boxes):
         raise bad_index("the boxes do not fit the dimensions of their tensors")
+    # Here, as the search for holes is only given tensors of which there is a chunk.
     counts = np.bincount(chunks.tensor, minlength=len(tensors))
     if not counts.all():
         tensor = tensors[int(np.argmin(counts))]
@@ -212,6 +216,7 @@ def _by_ndim(
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]]:
     """Yield (row numbers, starts, sizes) of all chunks of 0 dimensions, then of 1, ..."""
     ndim = np.array([len(tensor.shape) for tensor in tensors], np.int64)[chunks.tensor]
+    # Arrays are rectangular, so chunks of as many dimensions are checked together.
     for value in np.unique(ndim).tolist():
         mine = ndim == value
         rows = np.flatnonzero(mine)
@@ -278,6 +283,7 @@ def encode_whole(index: Index, spent: Sequence[Spent] = ()) -> bytes:
     """
     ranks = [_rank_of(file) for file in index.files]
     structure = structure_of(*_cuts(index, ranks))
+    # Equal entries fell together, as they are the keys of one mapping.
     if len(structure.tensors) != len(index.tensors):
         raise bad_index("two tensors of one part have the same name")
     encoded = structure_format.encode(structure)
@@ -309,6 +315,7 @@ def _cuts(
         rows = index.chunks_of(number)
         boxes = zip(rows.file.tolist(), rows.starts.tolist(), rows.sizes.tolist(), strict=True)
         cuts[tensor] = [(ranks[file], tuple(start), tuple(size)) for file, start, size in boxes]
+        # Format 1 does not say which tensors are tied: those that take the very same bytes are.
         columns = (rows.file, rows.offset, rows.starts, rows.sizes)
         place = (tensor.part, tensor.dtype, tensor.shape, *(each.tobytes() for each in columns))
         other = known.setdefault(place, tensor)
