@@ -155,6 +155,7 @@ class Board:
         Raises:
             ValueError: no rank may say that.
         """
+        # It was on its way when the last had left: nobody is there for what it would change.
         if frame.job in self._over:
             return
         board = self.jobs.setdefault(frame.job, JobBoard())
@@ -165,6 +166,7 @@ class Board:
         elif frame.kind == "leave":
             self._leave(board, rank, frame)
         elif frame.kind == "note" and rank == 0:
+            # Kept as well, for a rank that is not connected yet: `join` tells it.
             board.told[frame.name] = frame.data
             self._tell_all(board, frame)
         elif frame.kind == "note":
@@ -176,6 +178,7 @@ class Board:
     def end(self, job: int, name: str, outcome: Frame | Sequence[Packed]) -> None:
         """End a round as rank 0 decided: by one frame for all, or by a packed one for each rank."""
         board = self.jobs.setdefault(job, JobBoard())
+        # What came first holds: a second end, be it an error, changes nothing for anybody.
         if name in board.errors or name in board.decided:
             return
         if isinstance(outcome, Frame) and outcome.kind == "fail":
@@ -209,11 +212,13 @@ class Board:
     def lose(self, rank: int) -> None:
         """Note that the connection of `rank` broke."""
         self.lost.add(rank)
+        # Of a copy, as a job that this makes end is taken out.
         for job, board in list(self.jobs.items()):
             self._forget_if_over(board, job)
         self._bell.ring()
 
     def _report(self, board: JobBoard, rank: int, frame: Frame) -> None:
+        # It was only late: who leaves the job waits for it again.
         board.absent.discard(rank)
         if frame.name in board.errors:
             return  # it was told, when that was or when it connected
@@ -252,6 +257,7 @@ class Board:
         board.left.add(rank)
         if rank == 0:
             self._tell_all(board, frame)
+        # It will come to no round that is open, so rank 0 may be waiting in vain by now.
         gone = self._all_gone(board, board.absent)
         if gone or any(rank not in each.messages for each in board.rounds.values()):
             self._bell.ring()
@@ -259,6 +265,7 @@ class Board:
 
     def _forget_if_over(self, board: JobBoard, job: int) -> None:
         if 0 in board.left and self._all_gone(board):
+            # Before it is forgotten: a late frame would begin it anew.
             self._over.add(job)
             self.jobs.pop(job, None)
             self._bell.ring()

@@ -118,6 +118,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 def set_options(connection: socket.socket, silence_seconds: float) -> None:
     """Have small frames leave at once, and a host that has gone without a word be noticed."""
+    # The first probe and those after it fill the span, so that either way of noticing ends with it.
     first = max(1, round(silence_seconds / 4))
     every = max(1, round((silence_seconds - first) / _PROBES))
     options = {
@@ -161,6 +162,7 @@ class Loop:
 
     def later(self, seconds: float, work: Callable[[], None]) -> None:
         """Have `work` called in so many seconds."""
+        # The number settles what is due at one time, as calls cannot be compared.
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), work))
 
     def watch(self, sock: socket.socket, events: int, ready: Callable[[int], None]) -> None:
@@ -184,6 +186,7 @@ class Loop:
         self._mouth.close()
 
     def _wake(self, _: int) -> None:
+        # However many bytes there are: all that was asked for is looked at afterwards.
         self._ear.recv(1 << 12)
 
     def _run(self) -> None:
@@ -191,6 +194,7 @@ class Loop:
             timeout = self._later[0][0] - time.monotonic() if self._later else None
             for key, events in self._selector.select(timeout):
                 self._guarded(partial(key.data, events))
+            # Those of now: work that asks for more work must not keep the sockets waiting.
             for _ in range(len(self._calls)):
                 self._guarded(self._calls.popleft())
             while self._later and self._later[0][0] <= time.monotonic():
@@ -354,11 +358,13 @@ class Channel:
 
     def _take_frames(self) -> None:
         taken = 0
+        # Let go before the bytes are cut off: what is looked at cannot be resized.
         with memoryview(self._received) as view:
             while self.is_open and len(view) - taken >= _LENGTH_BYTES:
                 sealed = taken + _LENGTH_BYTES
                 begin = sealed + (SEAL_BYTES if self.seals else 0)
                 size = int.from_bytes(view[taken:sealed], "big")
+                # By its length alone, before memory is taken for what a stranger claims.
                 if size > self.limit_bytes:
                     raise ValueError(f"a frame of {size} bytes")
                 if len(view) - begin < size:

@@ -154,6 +154,7 @@ class Heard:
         frame = unpacked(body)
         key = (frame.job, frame.name)
         if frame.kind == "answer":
+            # One that nobody waits for any more would be kept for ever.
             if key in self.awaited:
                 self.answers[key] = frame.data
         elif frame.kind == "fail":
@@ -252,6 +253,7 @@ class JobCoordinator:
             self.wait_for(partial(self.link.board.is_over, self._job), deadline)
         else:
             self.link.heard.leave(self._job)
+            # A process that ends right now would take along what has not left.
             self.link.wait_until_sent(deadline.remaining_seconds)
 
     def _follow(
@@ -350,6 +352,7 @@ class JobCoordinator:
         if absent:
             is_settled()  # an error that came meanwhile says more
             gone = absent & (left | lost)
+            # So that leaving the job does not wait for them a second time.
             hub.name_absent(job, gone or absent)
             if gone:  # the others may well be on their way
                 raise absence(topic.label, left=gone & left, lost=gone - left)
@@ -364,6 +367,7 @@ class JobCoordinator:
         if others:
             notes = {rank: hub.board.note(self._job, asked_by(rank)) for rank in others}
             error = apart(topic.label, topic.asked, notes)
+            # They wait in rounds of their own, which nobody else would end.
             for name in set(others.values()):
                 hub.end(self._job, name, Frame("fail", self._job, name, encode_error(error)))
             raise error

@@ -24,6 +24,7 @@ NONCE_BYTES = 32
 
 End = Literal["rank", "hub"]
 
+# With a number: releases that greet otherwise take each other for another server.
 _MAGIC = b"dist_ckpt rounds 2\n"
 
 
@@ -50,6 +51,7 @@ def hello(rank: int, world_size: int, secret: bytes, heard: bytes) -> Hello:
     """
     if not heard.startswith(_MAGIC) or len(heard) != len(_MAGIC) + NONCE_BYTES:
         raise ValueError("another server")
+    # New on this end too, so that a challenge sent twice gives neither proof nor keys twice.
     said = Hello(rank, world_size, secrets.token_bytes(NONCE_BYTES), b"")
     return msgspec.structs.replace(said, proof=proof("rank", secret, heard, said))
 
@@ -73,5 +75,6 @@ def seals(who: End, secret: bytes, heard: bytes, said: Hello) -> Seals:
 
 
 def _derived(what: str, secret: bytes, heard: bytes, said: Hello) -> bytes:
+    # Packed and not joined, so that no other words make the same bytes.
     words = msgspec.msgpack.encode((what, heard, said.rank, said.world_size, said.nonce))
     return hmac.digest(secret, words, "sha256")

@@ -68,11 +68,13 @@ def find_hosts(coordinator: Coordinator, url: str, *, topic: Topic, deadline: De
     Raises:
         CoordinationError: a rank did not come.
     """
+    # Tells apart machines of one name; where it cannot be had, name and folder have to do.
     boot = ""
     with suppress(OSError):
         boot = _BOOT_ID.read_text().strip()
 
     def decide(messages: Sequence[bytes]) -> bytes:
+        # In the order of ranks, by which hosts are numbered.
         distinct = list(dict.fromkeys(messages))
         said = [msgspec.msgpack.decode(each, type=_Here) for each in distinct]
         of_rank = [distinct.index(each) for each in messages]

@@ -103,6 +103,7 @@ class Hub:
         self.port = port.number
         self._loop = running_loop()
         self._loop.call(port.open)
+        # The port does not know the hub, so it closes with the last that uses that.
         weakref.finalize(self, self._loop.call, port.close).atexit = False
 
     def send(self, frame: Frame) -> None:
@@ -272,6 +273,7 @@ class _Port:
             self._loop.watch(each, 0, partial(self._accept, each))
 
     def _resume(self) -> None:
+        # The pause may have outlived the port.
         if self._listeners[0].fileno() >= 0:
             self.open()
 
@@ -286,6 +288,7 @@ class _Port:
             stranger.close()
 
     def _greet(self, channel: Channel, asked: bytes, body: bytes) -> None:
+        # Whatever is raised here ends this connection and no other: see `Channel._receive`.
         said = msgspec.msgpack.decode(body, type=Hello)
         if not hmac.compare_digest(said.proof, proof("rank", self._secret, asked, said)):
             raise ValueError("it is none of the job")
@@ -302,6 +305,7 @@ class _Port:
         channel.on_body = partial(self._take, rank)
         channel.on_lost = lambda _: self._lose(rank)
         channel.limit_bytes = FRAME_LIMIT_BYTES
+        # The last that goes without a seal: from the next frame on both ends have the keys.
         channel.send(with_digest(proof("hub", self._secret, asked, said)))
         channel.seals = seals("hub", self._secret, asked, said)
         self.board.join(rank)

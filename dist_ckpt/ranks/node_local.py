@@ -93,6 +93,7 @@ def _take(job: Job, at_least: int, topic: Topic, deadline: Deadline) -> tuple[in
 
     def decide(messages: Sequence[bytes]) -> bytes:
         numbers = [msgspec.msgpack.decode(each, type=int) for each in messages]
+        # Claims count from 1: a 0 is of a rank that leads no host.
         taken = [number for number in numbers if number]
         return msgspec.msgpack.encode((min(taken), max(taken)))
 
@@ -128,9 +129,11 @@ def _check_apart(job: Job, hosts: Hosts, topic: Topic, deadline: Deadline) -> No
     tokens = msgspec.msgpack.decode(answer, type=list[bytes])
     mine = hosts.of_rank[rank]
     # Of the others one is enough: were any two one folder, their numbers would never agree.
+    # That of the host before, in a circle: the first host looks for the last.
     other = tokens[mine - 1] if len(tokens) > 1 else None
 
     def look() -> _Sight:
+        # Without patience, as that of another host should never appear.
         shared = other is not None and sight_of(store, other, Deadline.after(0.0), leads=False)[0]
         return _Sight(sight_of(store, tokens[mine], deadline, leads=job.leads)[0], shared)
 

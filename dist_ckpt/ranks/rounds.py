@@ -70,6 +70,7 @@ class Deadline:
 
     def for_coordinator(self) -> Deadline:
         """Return the earlier deadline that rank 0 keeps, so that the others hear its verdict."""
+        # A share of the whole span, also of what is over, so that all rounds of a call keep one.
         early = self.span_seconds * (1 - _COORDINATOR_SHARE)
         return Deadline(self.at - early, self.span_seconds)
 
@@ -238,8 +239,11 @@ def on_every_rank(
         done.append(work())
         outcome = message(done[0])
     except Exception as error:
+        # Its part in the round, so that nobody waits for a rank that failed. An interrupt is none:
+        # it ends this rank, and its peers are told by that.
         outcome = error
     answer = coordinator.round(topic, outcome, decide, deadline=deadline)
+    # There is one: had it failed here, the round would have raised.
     return done[0], answer
 
 

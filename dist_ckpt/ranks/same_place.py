@@ -22,6 +22,7 @@ from dist_ckpt.storage.base import Store, read_all
 # A shared file system may show to one host a moment later what another one has written.
 _PATIENCE_SECONDS = 10.0
 _FIRST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.01, 1.0
+# A claim is far smaller, so whatever has more bytes is none.
 _LIMIT_BYTES = 1 << 16
 
 
@@ -80,6 +81,7 @@ def check_same_place(
 def token_of(store: Store, claim: int) -> bytes:
     """Rank 0: return what only the place has that it has taken `claim` in."""
     key = claim_key(claim)
+    # Read back and not remembered: what this place holds is what the others have to find.
     content = read_all(store, key, limit_bytes=_LIMIT_BYTES)
     return msgspec.msgpack.encode(_Token(key, content, socket.gethostname()))
 
@@ -94,6 +96,7 @@ def sight_of(store: Store, token: bytes, deadline: Deadline, *, leads: bool) -> 
         leads: whether this is the rank that made it.
     """
     wanted = msgspec.msgpack.decode(token, type=_Token)
+    # Who made the token has read it there already.
     found = leads or _finds(store, wanted, deadline)
     return found, msgspec.msgpack.encode(_Sight(found, socket.gethostname()))
 

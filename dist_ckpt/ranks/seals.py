@@ -48,6 +48,7 @@ class Seals:
     def next(self, digest: bytes) -> bytes:
         """Return the seal of the frame that is the next to be sent."""
         seal = _seal(self._own, self._said, digest)
+        # With each frame and never back: the peer counts alike, so none can be left out.
         self._said += 1
         return seal
 
@@ -58,11 +59,13 @@ class Seals:
             ValueError: the peer did not send it, or not now.
         """
         expected = _seal(self._peers, self._heard, with_digest(body).digest)
+        # In constant time: how far a guess fits must not show.
         if not hmac.compare_digest(seal, expected):
             raise ValueError("a frame without its seal")
         self._heard += 1
 
 
 def _seal(key: bytes, count: int, digest: bytes) -> bytes:
+    # Of a fixed width, so that no count can pass for a part of the digest.
     words = count.to_bytes(_COUNT_BYTES, "big") + digest
     return hashlib.blake2b(words, key=key, digest_size=SEAL_BYTES).digest()

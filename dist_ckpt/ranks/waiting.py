@@ -164,6 +164,7 @@ def failure(label: str, rank: int, cause: BaseException) -> CheckpointError:
 def noted(label: str, error: BaseException) -> BaseException:
     """Return `error` with a note of what it ended; an error of ours says so itself."""
     note = f"{label} failed"
+    # Once, though it may pass through here again on its way to the caller.
     if not isinstance(error, CheckpointError) and note not in getattr(error, "__notes__", ()):
         error.add_note(note)
     return error
