@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _code_of(ended: SystemExit) -> Any:
     """Return the exit code: what prints help ends as failed where `head` has read enough of it."""
+    # click makes a SystemExit of a broken pipe; the call that was wrong is the context of that.
     broken = ended.__context__
     if not isinstance(broken, BrokenPipeError):
         return ended.code
@@ -81,9 +82,11 @@ def _code_of(ended: SystemExit) -> Any:
 def _end(code: Any) -> NoReturn:
     """End the process, when all that was said is written; what cannot be is an error, too."""
     try:
+        # Here a full disk can still become an exit code; at its end Python would only complain.
         write("", flush=True)
     except StorageError as error:
         complain(error.message)
+        # A code that says more stays.
         code = code or ERROR
     to_stderr("")
     sys.exit(code)
@@ -91,6 +94,7 @@ def _end(code: Any) -> NoReturn:
 
 def exit_code(error: CheckpointError) -> int:
     """Return the exit code that tells `error`."""
+    # First: a NotFound of a run, or of a checkpoint, has a code of its own.
     by_kind = {
         ErrorKind.NO_RUN: NO_RUN,
         ErrorKind.NO_CHECKPOINT: NO_CHECKPOINT,

@@ -51,8 +51,10 @@ def _verify(
     """
     if quick and sample is not None:
         raise UsageError("--quick reads no data, of which --sample is a share: give one of them")
+    # No share at all: sizes are looked at, and no data.
     share = (0, 1) if quick else _share(sample)
     unknown: list[Listed] = []
+    # @latest goes this way too: here what cannot be read is told, and not passed over.
     if every or places.split(place)[1] == "latest":
         if every:
             run = places.open_every(place, storage_option, metric)
@@ -64,6 +66,7 @@ def _verify(
             listed = run.newest_down()
             if not listed:
                 run.newest()  # which says why there is none
+        # What this version cannot read is no damage, and keeps no other from being verified.
         unknown = [each for each in listed if each.state in ("newer format", "unreadable")]
         steps = [each.step for each in listed if each.state in ("committed", "damaged")]
     else:
@@ -78,8 +81,10 @@ def _verify(
     else:
         _say_reports(reports, unknown)
     bad = sorted(each.step for each in reports if not each.ok)
+    # After all was shown: a script gets the code, a person every line.
     if bad:
         raise IntegrityError(f"damaged in {run.url}: step {', '.join(map(str, bad))}")
+    # Only where nothing is damaged: of both, damage decides the exit code.
     if unknown:
         steps = [each.step for each in unknown]
         raise IncompatibleError(f"not verified in {run.url}: step {', '.join(map(str, steps))}")
@@ -98,6 +103,7 @@ def _as_json(reports: list[VerifyReport], unknown: list[Listed]) -> list[dict[st
         for each in reports
     ]
     for each in unknown:
+        # Null and not false: nobody has looked at its bytes.
         row = {"ok": None, "files": 0, "nbytes_read": 0, "problems": [each.problem]}
         rows.append({"step": each.step, **row, "elsewhere": {}})
     return sorted(rows, key=lambda row: int(row["step"]))
@@ -134,6 +140,7 @@ def _diff(
     Example: dist-ckpt diff runs/17@100 200 --values
     """
     places.check_metric(metric, one, other)
+    # A bare number is a step of the first run, whose options it shares.
     here, *rest = places.share_options(storage_option, one, *([] if other.isdecimal() else [other]))
     run, step = places.find_step(one, here, metric)
     if not rest:
@@ -150,6 +157,7 @@ def _diff(
         parts = [asdict(each) for each in found]
     facts = _facts_that_differ(run, step, there, second)
     if json:
+        # Equal is what a restore would give back; metrics, or versions, may differ all the same.
         say_json({"equal": not rows + parts, "tensors": rows, "values": parts, "facts": facts})
         return
     if facts:
@@ -189,6 +197,7 @@ def _say_tensors(rows: list[dict[str, Any]], *, values: bool) -> None:
 
 
 def _say_values(rows: list[dict[str, Any]], *, values: bool) -> None:
+    # Only digests were compared, and these tell no names of values.
     if not values:
         parts = ", ".join(dict.fromkeys(row["part"] for row in rows))
         say(f"Python values differ in {parts}: --values names them")
@@ -211,10 +220,12 @@ def _with_values(
 ) -> list[dict[str, Any]]:
     """Return `rows` with how far the values are apart, without those that are equal after all."""
     module: Any = import_module("dist_ckpt.doors.numbers")  # which needs torch
+    # Of rows of other kinds (a name, a dtype, a shape) no elements stand side by side.
     names = [f"{row['part']}/{row['name']}" for row in rows if row["kind"] == "values"]
     (run, step), (there, second) = one, other
     with (
         showing_reads(run, step) as seen,
+        # By the store that counts, so that what is read here shows as progress.
         dist_ckpt.open_checkpoint(seen.store, step=step) as here,
         dist_ckpt.open_checkpoint(there.store, step=second) as beyond,
     ):
@@ -227,7 +238,9 @@ def _with_values(
             "relative": None if far is None else far.relative,
         }
         for row in rows
+        # Rows that differ in name, dtype or shape have no figures, and stay.
         for far in [found.get(f"{row['part']}/{row['name']}")]
+        # Digests tell bits apart, also where the values are equal, as 0.0 and -0.0 are.
         if far is None or far.differing
     ]
 
@@ -268,7 +281,9 @@ def _share(sample: str | None) -> tuple[int, int] | None:
         return None
     percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", sample)
     if percent and 0 < float(percent[1]) <= 100:
+        # Shares are equal parts: 30% is read as one of three.
         shares = max(round(100 / float(percent[1])), 1)
+        # Drawn anew by each call: verified often enough, every block has its turn.
         return random.randint(1, shares), shares
     part = re.fullmatch(r"(\d+)/(\d+)", sample)
     if part and 1 <= int(part[1]) <= int(part[2]):
@@ -281,6 +296,7 @@ def _share(sample: str | None) -> tuple[int, int] | None:
 def _facts_that_differ(run: Run, step: int, there: Run, other: int) -> dict[str, list[Any]]:
     mine, theirs = run.manifest(step), there.manifest(other)
     names = ("epoch", "world_size", "parts", "metrics", "metadata", "versions")
+    # By `finite`, as NaN is unequal to itself and would differ from its own copy.
     return {
         name: [finite(getattr(mine, name)), finite(getattr(theirs, name))]
         for name in names
@@ -294,6 +310,7 @@ def _spark(values: list[float]) -> str:
     known = [each for each in values if math.isfinite(each)]
     if not known:
         return ""
+    # Where all are equal there is no span to divide by.
     low, span = min(known), max(known) - min(known) or 1.0
     return "".join(
         marks[min(int((each - low) / span * 8), 7)] if math.isfinite(each) else "?"

@@ -14,6 +14,7 @@ from dist_ckpt.cli.places import Json, Metric, Options, Place
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError
 
+# Once more, since `doors.export` needs torch, and neither --help nor a typo should wait for it.
 _FORMATS = ("safetensors", "hf", "torch", "dcp")
 
 MaxShard = Annotated[
@@ -56,6 +57,7 @@ def _export(
     """
     if form not in _FORMATS:
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    # What is wrong in the call is told before torch is imported.
     places.check_metric(metric, source)
     named = [source, out, *([like] if like else [])]
     here, *_ = places.share_options(storage_option, *named)
@@ -135,16 +137,19 @@ def _average(
     """
     if form not in (None, *_FORMATS):
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    # Without --out the last place is where it goes, as for cp and export.
     sources = named if out is not None else named[:-1]
     out = named[-1] if out is None else out
     if not sources:
         raise UsageError(f"{out} is where the average goes: name what it is the average of")
     places.check_metric(metric, *sources)
+    # A run alone: the file of an export may be called as it likes.
     if form is None:
         places.check_target(out)
     *given, _ = places.share_options(storage_option, *sources, out)
     pairs = zip(sources, given, strict=True)
     opened = [places.opened_at(each, options, metric) for each, options in pairs]
+    # Without a step a place is given as it is: it may be a file of others.
     wanted: list[Any] = [url if which is None else (url, which) for url, which in opened]
     try:
         numbers = [float(each) for each in weights.split(",")] if weights else None

@@ -47,6 +47,7 @@ def _doctor(url: Place, *, storage_option: Options = None, json: Json = False) -
         for each in checks:
             if each.remedy:
                 say(f"{each.name}: {each.remedy}")
+    # Saves work where it only warns, so the exit code says nothing of that.
     failed = [each.name for each in checks if each.state == "fail"]
     if failed:
         raise StorageError(f"{run.url} is not fit for checkpoints: {', '.join(failed)}")
@@ -70,6 +71,7 @@ def _bench(
     store = places.open_run(url, storage_option).store
     nbytes = megabytes * 10**6
     scratch: Any = import_module("dist_ckpt.repository.scratch").scratch
+    # Twice, as each round writes all and reads it back.
     with scratch(store) as folder, showing_bytes("bench", 2 * nbytes * repeat) as more:
         found = [
             measure(store, folder, nbytes=nbytes, files=files, told=more) for _ in range(repeat)

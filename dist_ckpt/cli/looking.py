@@ -24,6 +24,7 @@ Points = list[tuple[int, float]]
 """Steps, ascending, each with a value."""
 
 _SORTS = ("step", "age", "size")
+# A number between dots or at an end: that of `h.0.weight`, and neither of `conv1` nor `l2`.
 _LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -58,6 +59,7 @@ def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
     try:
         rows = run.listed()
     except NotFound:
+        # No run: but perhaps the folder of all of them.
         below = run.runs_below()
         if not below and job is None:
             raise
@@ -71,6 +73,7 @@ def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
         rows = []  # of a job that has not saved yet
     keys: dict[str, Any] = {
         "step": lambda each: each.step,
+        # One without a time comes last: nobody knows how old it is.
         "age": lambda each: -each.created.timestamp() if each.created else 0,
         "size": lambda each: each.nbytes or 0,
     }
@@ -80,6 +83,7 @@ def _list(run: Run, sort: str, *, json: bool, lines: bool) -> None:
         found = {"url": run.url, "checkpoints": listed, "job": job and job.as_json()}
         say_json(found, lines=lines)
         return
+    # When all is read: the screen is not empty while a slow storage answers.
     if lines:
         clear()
     _print_rows(rows)
@@ -127,6 +131,7 @@ def _show(
         say_json(facts)
         return
     shown = {**facts, "nbytes": size(found.nbytes), "job": job and job.in_words()}
+    # Of a thousand ranks a person looks for the slowest.
     del shown["timings"]
     if slowest is not None:
         rank, each = slowest
@@ -300,6 +305,7 @@ def _least(rows: list[Listed], names: list[str]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for name in names:
         having = [each for each in rows if name in each.metrics]
+        # Of a single value that says nothing.
         if len(having) > 1:
             least = min(having, key=lambda each: each.metrics[name])
             found.setdefault(least.step, []).append(f"least {name}")
@@ -308,6 +314,7 @@ def _least(rows: list[Listed], names: list[str]) -> dict[int, list[str]]:
 
 def in_words(value: Any) -> str:
     """Return what JSON holds as a person reads it; "" for nothing."""
+    # 0 and False are shown: they say something.
     if value is None or value in ({}, []):
         return ""
     if isinstance(value, Mapping):
@@ -321,7 +328,9 @@ def _folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put names that differ only in the number of a layer into one row: `h.{0..11}.weight`."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for each in rows:
+        # The first number alone: of `h.0.experts.3` the layer is folded, and the expert stays.
         pattern = _LAYER.sub("#", each["name"], count=1)
+        # A layer that is unlike the others in anything has a row of its own.
         key = (each["part"], pattern, each["dtype"], tuple(each["shape"]), each["chunks"])
         groups.setdefault(key, []).append(each)
     folded = []
@@ -330,6 +339,7 @@ def _folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         name = members[0]["name"]
         if len(members) > 1:
             numbers.sort()
+            # A gap shows: a layer that is missing may be what is looked for.
             dense = numbers == list(range(numbers[0], numbers[-1] + 1))
             text = f"{numbers[0]}..{numbers[-1]}" if dense else ",".join(map(str, numbers))
             name = pattern.replace("#", f"{{{text}}}", 1)

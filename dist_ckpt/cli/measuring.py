@@ -54,10 +54,12 @@ def measure(
     for start in range(0, data.nbytes, _RANDOM_BYTES):
         piece = data[start : start + _RANDOM_BYTES]
         piece[:] = noise[: piece.nbytes]
+    # All are read at once, so each has its own.
     buffers = [disk.aligned_buffer(data.nbytes) for _ in range(files)]
     keys = [f"{folder}{number}" for number in range(files)]
 
     def put(key: str) -> None:
+        # The rounds of a bench use the same names again.
         store.put(key, [data], mode="replace", watch=told)
 
     def read(number: int) -> None:
@@ -68,6 +70,7 @@ def measure(
     written = time.perf_counter()
     parallel.in_parallel(read, range(files), threads=files)
     ended = time.perf_counter()
+    # After the clock: a comparison would count as time of the place.
     if any(buffer != data for buffer in buffers):
         raise IntegrityError(f"{store.url} does not read what was written there")
     total = data.nbytes * files

@@ -54,6 +54,7 @@ def _stats(
     run, step = places.open_step(place, storage_option, metric)
     # The one thing here that needs torch.
     numbers: Any = import_module("dist_ckpt.doors.numbers")
+    # Opened for the names alone: the bar has to know its total before the first byte is read.
     with dist_ckpt.open_checkpoint(run.store, step=step) as opened:
         wanted = numbers.matching(opened, names or ())
         nbytes = sum(opened.info[name].nbytes for name in wanted)
@@ -103,6 +104,7 @@ def _plot(
         raise UsageError(f"--out ends in one of {', '.join(_PICTURES)}, not {out!r}")
     run = places.open_run(url, storage_option)
     series = metric_series(run, metrics or ())
+    # A program gets an empty object, not a sentence.
     if not series and not json:
         say(f"no checkpoint in {run.url} has a metric")
         return
@@ -151,6 +153,7 @@ def _dots(points: Points, span: tuple[float, float], *, columns: int) -> list[st
     wide, high = 2 * columns - 1, 4 * _ROWS - 1
 
     def at(step: int, value: float) -> tuple[int, int]:
+        # A run of one checkpoint has no span of steps.
         x = round((step - first) / ((last - first) or 1) * wide)
         # Halved first: the distance of two large values may be none that a float has.
         y = (most / 2 - value / 2) / ((most / 2 - least / 2) or 1)
@@ -160,6 +163,7 @@ def _dots(points: Points, span: tuple[float, float], *, columns: int) -> list[st
     before = at(*points[0])
     for point in points:
         here = at(*point)
+        # So many dots that the line has no gap, however steep it is.
         count = max(abs(here[0] - before[0]), abs(here[1] - before[1]), 1)
         for number in range(count + 1):
             x, y = (round(a + (b - a) * number / count) for a, b in zip(before, here, strict=True))
@@ -170,6 +174,7 @@ def _dots(points: Points, span: tuple[float, float], *, columns: int) -> list[st
 
 def _draw_picture(series: dict[str, Points], out: str, *, title: str) -> None:
     try:
+        # Not pyplot, which would look for a display.
         figures: Any = import_module("matplotlib.figure")
     except ImportError as error:
         raise UsageError(
@@ -182,6 +187,7 @@ def _draw_picture(series: dict[str, Points], out: str, *, title: str) -> None:
         axes = figure.add_subplot(len(series), 1, number)
         axes.plot(*zip(*points, strict=True), marker=".")
         axes.set(xlabel="step", ylabel=name)
+    # In memory first: what cannot be drawn leaves no half of a file.
     picture = io.BytesIO()
     figure.savefig(picture, format=os.path.splitext(out)[1][1:])
     try:

@@ -29,10 +29,12 @@ def console() -> Console:
     """Return what is drawn on, as wide as the terminal: in memory, for `write` to print."""
     width = shutil.get_terminal_size((_WIDE, 24)).columns
     return Console(
+        # What a closed pipe or a full disk means is known to `write` alone.
         file=io.StringIO(),
         force_terminal=sys.stdout.isatty(),
         width=max(width, _NARROW),
         highlight=False,
+        # Names come from storage: `[red]` in one of them is text.
         markup=False,
         emoji=False,
     )
@@ -53,6 +55,7 @@ def write(text: str, *, flush: bool = False) -> None:
         _close_output()
         sys.exit(0)
     except OSError as error:
+        # What is held back would fail once more at the end, with exit code 120.
         _close_output()
         raise StorageError(f"cannot write to standard output: {describe(error)}") from error
 
@@ -72,6 +75,7 @@ def to_stderr(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
+        # What Python flushes at its end must not fail, or the exit code would be 120.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -93,6 +97,7 @@ class Warnings(logging.Handler):
 
 def clear() -> None:
     """Let what follows be at the top of the screen, where there is one."""
+    # In a file these would be text between the lines.
     if sys.stdout.isatty():
         write("\x1b[H\x1b[2J")
 
@@ -134,6 +139,7 @@ def escaped(text: str, *, lines: bool = False) -> str:
     """
     return "".join(
         each
+        # Not control characters alone: also what turns the direction of text, as U+202E.
         if each.isprintable() or (lines and each == "\n")
         else each.encode("unicode_escape").decode()
         for each in text
@@ -154,12 +160,14 @@ def size(nbytes: int | None) -> str:
 
 def age(created: datetime | None) -> str:
     """Return how long ago that was."""
+    # The manifest cannot be read, and its time stands in no other place.
     if created is None:
         return "?"
     seconds = (datetime.now(UTC) - created).total_seconds()
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
+    # The clock of the host that saved may be ahead of ours.
     return f"{max(seconds, 0):.0f} s"
 
 
@@ -187,6 +195,7 @@ def table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> 
         _least_width(column, justify) for column, (_, justify) in zip(texts, columns, strict=True)
     ]
     between = len(columns) - 1
+    # A number that is cut is wrong, and a name of three letters a line is no name.
     if sum(least) + between > screen.width:
         for row in cells:
             _print_apart(screen, titles, row)
@@ -216,7 +225,9 @@ def _least_width(column: Sequence[str], justify: str) -> int:
     """Return how narrow a column can be read: numbers whole, names folded."""
     title, *cells = column
     folded = [title] if justify == "right" else column
+    # A cell is folded between words, so the longest is what it needs.
     words = (len(word) for text in folded for word in text.split())
+    # A number in two lines reads as two.
     whole = cells if justify == "right" else ()
     return max(min(max(words, default=0), _FOLDED), *map(len, whole), 0)
 
@@ -235,11 +246,13 @@ def _print_apart(screen: Console, titles: Sequence[str], row: Sequence[str]) -> 
 def _print(screen: Console, shown: Table) -> None:
     with screen.capture() as printed:
         screen.print(shown)
+    # rich fills lines up with blanks, which whoever copies one would take along.
     write("".join(f"{line.rstrip()}\n" for line in printed.get().splitlines()))
 
 
 def _lines(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     titles = [escaped(title) for title, _ in columns]
+    # Without titles there is no empty line for them.
     cells = [titles] * any(titles) + [list(map(escaped, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_ckpt.repository.ranking import Criterion
     from dist_ckpt.run import Run
 
+# The last @ counts, and only before a step: one in a folder or a user name is part of the URL.
 _AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)", re.DOTALL)
 
 Url = Annotated[
@@ -133,6 +134,7 @@ def check_metric(metric: str | None, *named: str) -> None:
     Raises:
         UsageError: it would be passed over.
     """
+    # One of several is enough: of the two places of diff either may be @best.
     if metric is not None and all(split(each)[1] != "best" for each in named):
         raise UsageError(f"--metric says which one @best is, and it is not in {' '.join(named)}")
 
@@ -147,6 +149,7 @@ def opened_at(
         CheckpointError: none that is there can be read.
     """
     url, which = split(place)
+    # Without a look: whoever opens it says what is there instead.
     if which.isdecimal():
         return url, int(which)
     run = open_run(url, options)
@@ -189,6 +192,7 @@ def find_named(run: Run, which: str, metric: str | None) -> int:
     """
     if which != "best":
         return run.newest().step
+    # What the run keeps its best by is the best that is meant.
     known = [] if metric else run.criteria()
     wanted = known[0] if known else criterion(metric)
     records = run.records()

@@ -21,6 +21,7 @@ Told = Callable[[int], None]
 @contextmanager
 def showing_work() -> Iterator[None]:
     """Show how copies, exports, imports, averages and saves of the body go on."""
+    # In a log each look would be a line.
     if not sys.stderr.isatty():
         yield
         return
@@ -60,6 +61,7 @@ def showing_reads(
         yield run
         return
     storage: Any = import_module("dist_ckpt.storage")
+    # Only a store that counts tells of reads, and counted twice a read is told of twice.
     metered = isinstance(run.store, storage.MeterStore)
     seen = run if metered else dist_ckpt.Run(storage.MeterStore(run.store))
     total = _nbytes(run, step) if nbytes is None else nbytes
@@ -69,6 +71,7 @@ def showing_reads(
             if (
                 isinstance(event, dist_ckpt.events.StorageOperation)
                 and event.operation == "read_into"
+                # All stores of the process are heard here: another one may read beside, as in diff.
                 and event.url == seen.url
             ):
                 more(event.nbytes)
@@ -113,6 +116,7 @@ def _bars() -> Any:
         rich.TransferSpeedColumn(),
         rich.TimeRemainingColumn(),
         console=console,
+        # Gone at the end, so that what was said between bars reads on.
         transient=True,
     )
 

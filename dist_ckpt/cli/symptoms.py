@@ -24,6 +24,7 @@ _SKEW_SECONDS = 5.0
 _FEW_INODES = 10_000
 _LITTLE_BYTES = 10 * 10**9
 
+# Keys: `Credentials.method` of botocore, which says how it found them.
 _CREDENTIALS: Mapping[str, str] = {
     "env": "the variables of the environment (AWS_ACCESS_KEY_ID and others)",
     "shared-credentials-file": "the shared file of credentials (~/.aws/credentials)",
@@ -89,17 +90,21 @@ def examine(run: Run, options: Mapping[str, Any]) -> list[Check]:
     """
     place = _Place(run, options)
     checks = list(_tried(_BEFORE, place))
+    # Where nothing can be listed, all that follows would fail for the same reason.
     if any(each.state == "fail" for each in checks):
         return checks
     try:
         scratches: Any = import_module("dist_ckpt.repository.scratch")
+        # Before our own is there; what was found is named at the end.
         place.removed = scratches.remove_leftovers(place.store)
         with scratches.scratch(place.store) as place.folder:
             for check in _tried(_INSIDE, place):
                 checks.append(check)
                 if check.name == "put" and check.state == "fail":
                     return checks  # without an object there is nothing more to try
+        # Behind the removal, as only now it shows whether that took effect.
         checks += _tried(_AFTER, place)
+    # Trials that fail are told by `_tried`: what comes here failed to be removed.
     except CheckpointError as error:
         checks.append(Check("delete", "fail", error.message, "let this user delete what it put"))
     return checks
@@ -107,11 +112,13 @@ def examine(run: Run, options: Mapping[str, Any]) -> list[Check]:
 
 def _tried(trials: Mapping[str, tuple[Trial, str]], place: _Place) -> Iterator[Check]:
     for name, (trial, remedy) in trials.items():
+        # One that fails keeps no other from being tried.
         try:
             found = trial(place)
         except CheckpointError as error:
             yield Check(name, "fail", error.message, remedy)
             continue
+        # None says that it makes no sense here, as hard links on S3.
         if found is not None:
             yield Check(name, *found)
 
@@ -119,8 +126,10 @@ def _tried(trials: Mapping[str, tuple[Trial, str]], place: _Place) -> Iterator[C
 def _credentials(place: _Place) -> Found | None:
     if not place.store.url.startswith("s3"):
         return None
+    # Where they come from is all that is said: their values are secrets.
     if {"key", "secret", "token", "profile"} & place.options.keys():
         return "ok", "from the storage options", ""
+    # By botocore's own chain, as the requests will look for them.
     session: Any = import_module("botocore.session").Session()
     found = session.get_credentials()
     if found is None:
@@ -141,6 +150,7 @@ def _list(place: _Place) -> Found:
 def _put(place: _Place) -> Found:
     began, clock = time.perf_counter(), time.time()
     place.store.put(place.key, [place.data])
+    # The time that the storage notes has to lie between the two, see `_clock`.
     place.put_at = clock, time.time()
     return "ok", f"{len(place.data)} bytes in {_milliseconds(began)}", ""
 
@@ -152,6 +162,7 @@ def _create_only(place: _Place) -> Found:
             "this storage cannot create an object atomically",
             "two jobs could commit one step: choose another place, or promise a single_writer",
         )
+    # What is declared is tried all the same: some servers ignore conditions.
     try:
         place.store.put(place.key, [b"another"])
     except AlreadyExists:
@@ -164,8 +175,10 @@ def _create_only(place: _Place) -> Found:
 
 
 def _read(place: _Place) -> Found:
+    # One byte more: an object that is longer is not what was put, either.
     buffer = memoryview(bytearray(len(place.data) + 1))
     count = place.store.read_into(place.key, 0, buffer)
+    # Section 1 of commit-v1: a read, and a listing, that begin later must find it.
     listed = [entry.key for entry in place.store.list_entries(place.folder)]
     if buffer[:count] != place.data or place.key not in listed:
         return (
@@ -182,6 +195,7 @@ def _hard_links(place: _Place) -> Found | None:
     path = os.path.join(place.path, place.key)
     try:
         os.link(path, f"{path}-link")
+    # Without links, one winner is certain only among writers of one host (commit-v1, section 1).
     except OSError as error:
         return (
             "warn",
@@ -230,6 +244,7 @@ def _free(place: _Place) -> Found | None:
     if not place.path:
         return None
     status = os.statvfs(place.path)
+    # f_bavail: what this user may take; f_bfree has what is reserved for root, too.
     free = status.f_bavail * status.f_frsize
     try:
         newest = place.run.newest().nbytes
@@ -238,6 +253,7 @@ def _free(place: _Place) -> Found | None:
     said = f"{size(free)} free" + (f", the newest checkpoint has {size(newest)}" if newest else "")
     if free < newest:
         return "fail", said, "make room: the next checkpoint does not fit"
+    # Twice: the one before is deleted only when the next is committed.
     if free < max(2 * newest, _LITTLE_BYTES):
         return "warn", said, "make room, or keep fewer: dist-ckpt keep"
     return "ok", said, ""
@@ -247,6 +263,7 @@ def _inodes(place: _Place) -> Found | None:
     if not place.path:
         return None
     status = os.statvfs(place.path)
+    # btrfs makes them as it goes, and says 0.
     if not status.f_files:
         return "ok", "this file system does not count them", ""
     said = f"{status.f_favail} left"
@@ -283,6 +300,7 @@ def _milliseconds(began: float) -> str:
 
 
 _RIGHTS = "let this user list, put and delete there, or choose another place"
+# In this order: each trial relies on what those above it have shown.
 _BEFORE: Mapping[str, tuple[Trial, str]] = {
     "credentials": (_credentials, "check the configuration of AWS"),
     "list": (_list, "check the URL, the network, and that this user may list there"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dist_ckpt.run import Run
 
 _SECONDS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
+# All that a text may call: no other attribute of `dist_ckpt.keep` is ever looked up.
 _POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
 
 
@@ -97,6 +98,7 @@ def _rm(
 
     Example: dist-ckpt rm runs/17@100
     """
+    # Without a step the newest would be meant, which no slip may delete.
     if places.split(place)[0] == place:
         raise UsageError(f"name the checkpoint to delete: {place}@STEP")
     run, step = places.open_step(place, storage_option, metric)
@@ -186,6 +188,7 @@ def _cp(
         run = places.open_every(source, here, metric)
         listed = run.listed()
         left = [each for each in listed if each.is_bad]
+        # What cannot be read keeps no other from being copied; it is told at the end.
         steps = [each.step for each in listed if each.manifest is not None]
     else:
         run, step = places.open_step(source, here, metric)
@@ -197,6 +200,7 @@ def _cp(
                 _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
             )
         done.append(copied)
+        # At once: a long copy that is cut off has told what it did.
         if not json:
             say(f"step {step}: {words}")
     if json:
@@ -233,6 +237,7 @@ def parse_age(text: str) -> timedelta:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(d|h|min|s)", text)
     seconds = float(found[1]) * _SECONDS[found[2]] if found else -1.0
+    # More is an OverflowError of `timedelta`.
     if not 0 <= seconds < timedelta.max.total_seconds():
         raise UsageError(f"--older-than takes an age such as 2d, 12h, 30min or 90s, not {text!r}")
     return timedelta(seconds=seconds)
@@ -249,6 +254,7 @@ def parse_policy(text: str) -> KeepPolicy:
     try:
         # In a shell an exclamation mark or a newline comes in easily; spaces do no harm.
         tree = ast.parse(text.strip(), mode="eval").body
+    # For what is nested too deep the parser of Python raises one of the last two.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UsageError(
             f"{text!r} is no policy such as 'latest(3) | best(\"val/loss\")'"
@@ -261,10 +267,12 @@ def _policy(node: ast.expr, text: str) -> KeepPolicy:
         return dist_ckpt.keep.either(_policy(node.left, text), _policy(node.right, text))
     if not isinstance(node, ast.Call):
         raise UsageError(f"{text!r} is no policy such as 'latest(3) | best(\"val/loss\")'")
+    # As it stands in a program: what is pasted from there works here.
     name = re.sub(r"^keep\.", "", ast.unparse(node.func))
     if name not in _POLICIES:
         raise UsageError(f"no policy is called {name!r}{near(name, _POLICIES)}")
     try:
+        # Literals alone, so that no text runs anything.
         positional = [ast.literal_eval(each) for each in node.args]
         named: dict[str, Any] = {
             each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg

@@ -33,6 +33,7 @@ def repeat(look: Callable[[], None], *, watch: bool, every: float) -> None:
     Raises:
         UsageError: the time between two looks is none.
     """
+    # NaN fails it, too, and `time.sleep` refuses what is far beyond.
     if not 0 < every < 1e9:
         raise UsageError(f"--every takes seconds, more than 0, not {every}")
     if not watch:
@@ -41,6 +42,7 @@ def repeat(look: Callable[[], None], *, watch: bool, every: float) -> None:
     with suppress(KeyboardInterrupt):
         while True:
             look()
+            # A pipe would hold it back for long, and who watches wants it now.
             write("", flush=True)
             time.sleep(every)
 
@@ -67,6 +69,7 @@ def _mirror(
     Example: dist-ckpt mirror runs/17 s3://bucket/kept/17 --watch --best val/loss --keep 3
     """
     here, there = places.share_options(storage_option, source, destination)
+    # Neither need be there yet: a mirror may be started before the training.
     run, target = places.open_run(source, here), places.open_target(destination, there)
     criterion = None if best is None else places.criterion(best)
 
@@ -93,6 +96,7 @@ def _tell(target: Run, done: Mirrored, *, json: bool, watch: bool) -> None:
     if json:
         rows = [{"step": e.step, "files": e.files, "nbytes": e.nbytes} for e in done.copied]
         found: dict[str, Any] = {"url": target.url, "copied": rows, "removed": list(done.removed)}
+        # A look that changed nothing is no event.
         if rows or done.removed or not watch:
             # While it goes on, one line each: what reads it need not find out where one ends.
             say_json(found, lines=watch)
