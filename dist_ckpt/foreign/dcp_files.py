@@ -51,6 +51,7 @@ _SHOWN = 5
 
 _METADATA_LIMIT_BYTES = 1 << 30
 _THREADS = 16
+# PROTO, with which pickles begin since protocol 2.
 _PICKLE = b"\x80"
 # How much larger than its archive a value may be: tensors in it that share their memory.
 _MAX_EXPANSION = 4
@@ -138,6 +139,7 @@ class _Leaves:
     def add_described(self, found: _StockMetadata, *, by_megatron: bool) -> None:
         """Add what the metadata describe."""
         blobs = _Blobs(found, self._reading)
+        # Values count, too: `chunks` goes by the place among all entries.
         for number, each in enumerate(found.entries):
             tensor = each.tensor
             path = _megatron_path(each.fqn) if by_megatron else each.path
@@ -210,6 +212,7 @@ class _Blobs:
         found = self._places.get((fqn, tuple(offsets))) or self._places.get((fqn, ()))
         if found is None:
             raise _broken(where, f"{fqn!r} at {list(offsets)} is in no file")
+        # Where a compressed chunk begins says nothing of where its elements do.
         if found.is_transformed:
             raise IncompatibleError(f"{where}: {fqn!r} was compressed or transformed by its writer")
         number = self._numbers[found.key]
@@ -243,7 +246,9 @@ class _Reading:
             if not is_key(key):
                 raise _broken(where, f"{key!r} is no file of it")
         try:
+            # Once for all: nothing is asked of a file behind the end that it had here.
             self.sizes = [store.size(key) for key in keys]
+        # The metadata name it: that it is missing is damage, and not that there is no checkpoint.
         except NotFound as error:
             raise IntegrityError(
                 f"{where} lacks a file: {error.message}", kind=ErrorKind.MISSING_FILE
@@ -276,6 +281,7 @@ class _Reading:
                 raise _broken(self.where, f"{key} has something else where a tensor should be")
             found[number] = tensor
 
+        # Small reads, one for each chunk: how many are under way at once is what counts.
         in_parallel(look, enumerate(blobs), threads=min(_THREADS, len(blobs)))
         return [found[number] for number in range(len(blobs))]
 
@@ -315,9 +321,11 @@ class _Value:
         count = self._reading.store.read_into(key, stored.offset, memoryview(raw))
         if count != len(raw):
             raise _broken(self._reading.where, f"{key} ends inside of a tensor")
+        # `torch.frombuffer` refuses a buffer of no bytes.
         if not raw:
             return Inline(torch.empty(stored.shape, dtype=dtype_of(stored.dtype)))
         flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype_of(stored.dtype))
+        # As it lay: what was transposed comes back transposed.
         strides = stored.strides or torch.empty(stored.shape, device="meta").stride()
         return Inline(flat.as_strided(stored.shape, strides))
 
@@ -343,6 +351,7 @@ def _described(
     stored = reading.tensors([blob for _, _, blob in flat])
     for (number, box, blob), tensor in zip(flat, stored, strict=True):
         entry: TensorEntry = placed.tensors[number]
+        # Ranks cut nothing in several ways: of chunks without elements that alone is asked.
         alike = tensor.shape == box.sizes or (0 in tensor.shape and not volume(box))
         if tensor.dtype != entry.dtype or not alike:
             raise _broken(
@@ -372,6 +381,7 @@ def value_in(data: bytes) -> Any:
         IntegrityError: it is no such archive, or holds more than plain values and whole tensors.
         IncompatibleError: a tensor does not fill one run of bytes.
     """
+    # All stores of one name are one place, so the key is drawn.
     store, key = MemoryStore("dist_ckpt.foreign"), uuid4().hex
     store.put(key, [data])
     try:
@@ -394,6 +404,7 @@ def _broken(where: str, problem: str) -> IntegrityError:
 
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
+# Looked up here: no attribute of torch is ever asked for by a name of the stream.
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _KINDS = frozenset(
     {
@@ -407,6 +418,7 @@ _KINDS = frozenset(
         "_MEM_FORMAT_ENCODING",
     }
 )
+# A prefix may stand for any class in it, as none of them is looked up or kept.
 _UNREAD = ("torch.distributed.checkpoint.planner", "megatron.core.", "nvidia_resiliency_ext.")
 
 
@@ -423,6 +435,7 @@ _CONSTRUCTORS: dict[tuple[str, str], object] = {
     ("torch.serialization", "_get_layout"): Constructor(_nothing),
     ("pathlib", "PosixPath"): Constructor(_nothing),
     ("pathlib", "PurePosixPath"): Constructor(_nothing),
+    # Python 3.13 has moved the paths there, and so pickles them.
     ("pathlib._local", "PosixPath"): Constructor(_nothing),
     ("pathlib._local", "PurePosixPath"): Constructor(_nothing),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Kind("_StorageInfo"),
@@ -481,6 +494,7 @@ def _parse_metadata(data: bytes) -> _StockMetadata:
         found = unpickle(data, _named)
         fields = _fields(found, "Metadata")
         paths = fields.get("planner_data")
+        # Planners of users keep there what they like: then the names are all there is.
         paths = paths if isinstance(paths, dict) else {}
         entries = [
             _entry(fqn, kept, paths.get(fqn, (fqn,)))
@@ -524,6 +538,7 @@ def _mapping(fields: dict[str, Any], name: str) -> dict[Any, Any]:
 def _entry(fqn: object, kept: object, path: object) -> _StockEntry:
     if type(fqn) is not str or type(path) is not tuple or not path:
         raise ValueError("it has an entry without a name")
+    # By exact types: a path is only ever compared and joined, and a subclass could do anything.
     if not all(type(key) in (str, int) for key in path):
         raise ValueError(f"the path of {fqn!r} has something else than names and numbers")
     if isinstance(kept, Made) and kept.kind.name == "BytesStorageMetadata":
@@ -532,6 +547,7 @@ def _entry(fqn: object, kept: object, path: object) -> _StockEntry:
     chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     boxes = tuple(Box(_ints(each["offsets"]), _ints(each["sizes"])) for each in chunks)
     shape = _ints(fields["size"])
+    # Sizes are what the file claims: here it is refused what no tensor has.
     count_elements(shape)
     return _StockEntry(fqn, path, _StockTensor(_dtype(fields["properties"]), shape, boxes))
 

@@ -50,6 +50,7 @@ def aside_name(rank: int, name: str) -> str:
 
     No two values have the same beginning, and no usual name begins so.
     """
+    # With its length, as names have dots: else one value could begin as another one does.
     return f"{_ASIDE}{rank}.{len(name)}.{name}"
 
 
@@ -71,6 +72,7 @@ def check_naming(checkpoint: Checkpoint) -> None:
 
 def tensors_aside(checkpoint: Checkpoint, part: str, data: bytes) -> tuple[str, ...]:
     """Return the names of the tensors of `part` that belong to the encoded value `data`."""
+    # By the first rules what looks like a reference is a value.
     if checkpoint.manifest.versions[NAMING] != _NAMING_VERSION_ASIDE:
         return ()
     return references(data, path=part) if may_refer(data) else ()
@@ -155,6 +157,7 @@ class DcpRun:
 
     def index_of(self, wanted: Iterable[tuple[int, Box]]) -> Index:
         """Return what there must be to read boxes. See `Source.index_of`."""
+        # Numbers of tensors are those of the checkpoint; their names alone differ.
         return replace(self._checkpoint.index_of(wanted), tensors=self.tensors)
 
     @property
@@ -209,6 +212,7 @@ class DcpRun:
                     for part, _, value in values
                     for name in tensors_aside(self._checkpoint, part, value.data)
                 }
+                # What was put aside of a value is no leaf: it comes back with the value.
                 entries = [each for each in index.tensors if (each.part, each.name) not in aside]
                 leaves = [
                     *_tensor_leaves(entries, paths or {}, {} if tree is None else tree.faces),

@@ -60,6 +60,7 @@ def read_tree(checkpoint: Checkpoint) -> Tree | None:
             entries = parse_header(image, nbytes).entries
             kept = {each.name: image[each.offset : each.offset + each.nbytes] for each in entries}
             where = f"{TREE} of {checkpoint.where}"
+            # The file is there, so the planner was asked, and its answer is lost.
             if TREE not in kept:
                 raise _malformed(where, "there is none in its file")
             return Tree(_decoded(kept[TREE], where), _faces(kept.get(FACES), where))
@@ -103,6 +104,7 @@ def _is_path(item: tuple[object, object]) -> bool:
     if type(fqn) is not str or type(path) is not tuple or not path:
         return False
     plain = all(type(key) is str or (type(key) is int and -(2**63) <= key < 2**63) for key in path)
+    # `_decoded` makes the names out of the paths: others need the form that keeps both.
     return plain and ".".join(map(str, path)) == fqn
 
 

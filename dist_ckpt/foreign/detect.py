@@ -69,10 +69,12 @@ def open_foreign(
     for index_suffix, suffixes, each in kinds:
         indexes = [name for name in names if name.endswith(index_suffix)]
         found = [name for name in names if name.endswith(suffixes)]
+        # An index says which files belong together; without one there can be but one.
         if indexes:
             _one(indexes, store)
             return ForeignSource.of(store, _indexed(store, indexes[0], each))
         if found:
+            # A trainer leaves its arguments and its optimizer beside them, in files of one suffix.
             only = _one(_weights(found), store)
             return ForeignSource.of(store, _one_file(store, only, as_torch))
     return None
@@ -113,15 +115,18 @@ def looked_for() -> str:
 
 def _indexed(store: Store, index: str, reader: _Reader) -> Found:
     """Describe the files that an index names, and check that each has what the index says."""
+    # The files are told by the index alone: others of this suffix may lie there, too.
     weight_map = _read_weight_map(store, index)
     keys = sorted(set(weight_map.values()))
     try:
         found = reader(store, keys)
     except NotFound as error:
+        # Named, and not there: damage, and not that there is no checkpoint.
         raise IntegrityError(
             f"{index} in {store.url} names a file that is not there: {error.message}",
             kind=ErrorKind.MISSING_FILE,
         ) from error
+    # This way alone: files that have more than the index names do no harm.
     absent = sorted(set(weight_map) - {tensor.name for tensor in found.tensors})
     if absent:
         raise IntegrityError(
@@ -221,6 +226,7 @@ def _read_weight_map(store: Store, key: str) -> dict[str, str]:
         ) from error
     for name in found.values():
         # What is read never lies outside of what the user pointed at.
+        # Beside and not below: a link of a folder could lead anywhere.
         if "/" in name or not is_key(name):
             raise IntegrityError(
                 f"{key} in {store.url} names the file {name!r}, which is not beside it",
@@ -275,6 +281,7 @@ def _header(store: Store, key: str, nbytes: int) -> ShardHeader:
         # One byte of it before all of it: a file may claim a long header that is one hole.
         first = bytearray(9)
         count = store.read_into(key, 0, memoryview(first))
+        # Longer than nine bytes, so the ninth is the first of the JSON.
         if count == len(first) < length and first[8:] != b"{":
             raise IntegrityError("its header is no JSON object", kind=ErrorKind.MALFORMED)
         data = bytearray(length)

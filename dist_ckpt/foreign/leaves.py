@@ -71,6 +71,7 @@ def nested_at(leaves: Sequence[PartLeaf], depth: int) -> Any:
         below.setdefault(leaf.path[depth], []).append(leaf)
     values = {key: nested_at(inner, depth + 1) for key, inner in below.items()}
     # DCP takes lists apart by position, and dicts by string keys only.
+    # By exact type, as `DictKey` and `TupleKey` are ints, too.
     if all(type(key) is int for key in values):
         return [values[key] for key in sorted(values)]
     if all(type(key) is TupleKey for key in values):

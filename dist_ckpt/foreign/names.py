@@ -92,6 +92,7 @@ def _placed(
             part, rest = _MODEL, path
         else:
             part, rest = str(path[0]), path[1:]
+        # A key of others may be anything: what no part can be called goes together into one.
         if not is_part(part):
             part, rest = "state", path
         parts.setdefault(part, []).append(PartLeaf(number, rest, entry))
@@ -105,11 +106,13 @@ def _placed(
             named[number] = TensorEntry(part, name, entry.dtype, entry.shape)
         if naming.objects:
             objects[part] = naming.objects
+    # In the order of the entries, whatever the order of the parts: both sides count by it.
     return Placed({number: named[number] for number in sorted(named)}, objects)
 
 
 def _named(part: str, leaves: Sequence[PartLeaf], where: str, *, whole: bool) -> _Naming:
     naming = _Naming(part, where)
+    # A part of this name takes one value, also where that looks like a model.
     if whole:
         naming.take_value(leaves)
         return naming
@@ -280,6 +283,7 @@ def unwrapped(
         if top not in whole and _is_around(mine, doubtful=guessed or len(tops) > 1)
     }
     inner = [path[1] for top in outer for path in tops[top]]
+    # Around can be but one key, and nothing beside it that is called as something inside.
     if len(outer) != 1 or not (tops.keys() - outer).isdisjoint(map(str, inner)):
         return paths
     return [
@@ -396,6 +400,7 @@ def with_numbers(value: Any) -> Any:
     state, groups = found.get(_STATE), plain(found.get(_GROUPS))
     if type(state) is dict and type(groups) is list:
         numbers = {str(number): number for group in groups for number in _listed(group)}
+        # A key that no group lists stays what it is: a text.
         found[_STATE] = {numbers.get(key, key): item for key, item in state.items()}
     return found
 
@@ -443,6 +448,7 @@ def _inside(components: list[str], value: Any) -> Iterator[_Item]:
                 yield from (([*here, str(key)], item) for key, item in entry.items())
             else:
                 yield here, entry
+    # At the top or one below: there a program keeps several optimizers in a list or dict.
     elif len(components) < 2 and members and all(_is_whole(item) for _, item in members):
         for key, item in members:
             yield from _inside([*components, str(key)], item)
@@ -480,6 +486,7 @@ def _read(items: Sequence[_Item]) -> StoredOptimizer:
     found.groups = groups.listed()
     for group in found.groups:
         listed = group["params"]
+        # Names or numbers, by exact type: nothing else tells a parameter.
         if not isinstance(listed, list) or len(set(map(type, listed)) - {int, str}):
             raise ValueError("a group of it does not list its parameters")
     return found
@@ -503,6 +510,7 @@ class _Groups:
         if not components:
             if not isinstance(value, list):
                 raise ValueError("its groups are no list")
+            # Copies, as options may be added to a group below.
             self._numbered |= {i: dict(group) for i, group in enumerate(value)}
         elif components[0] in self._keys:
             at = self._numbered.setdefault(int(components[0]), {})

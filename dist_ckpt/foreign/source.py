@@ -178,6 +178,7 @@ class ForeignSource:
             )
         files = []
         for run in found.permuted:
+            # To the index a run is a file of its own, so the end of the true one is looked at here.
             if run.offset + run.nbytes > found.nbytes[run.file]:
                 raise IntegrityError(
                     f"{found.keys[run.file]} in {store.url} ends before what its tensors take",
@@ -187,6 +188,7 @@ class ForeignSource:
         for number, nbytes in enumerate(sizes):
             # No digest of these bytes is known: `verified` keeps anybody from comparing these.
             blank = bytes(DIGEST_BYTES * block_count(nbytes))
+            # The number in a name has a limit: what is beyond goes into that of the rank.
             high, low = divmod(number, FILES_LIMIT)
             name = shard_name("file", high, number=low)
             files.append(FileEntry(name, nbytes, file_digest(blank), blank))
@@ -259,6 +261,7 @@ class ForeignSource:
         Raises:
             IntegrityError: a file is missing, or has another size.
         """
+        # The index has permuted runs behind the files, and these have no key.
         for key, entry in zip(self._keys, self.index.files, strict=False):
             try:
                 nbytes = self.store.size(key)
@@ -280,8 +283,10 @@ class ForeignSource:
         Raises:
             IntegrityError: the file is missing or shorter.
         """
+        # Permuted runs are numbered behind the files, see `Found.permuted`.
         if file >= len(self._keys):
             into = Scatter(buffers)
+            # Out of the one run that is kept, as its pieces are asked for one after another.
             into.write(0, self._in_order(file - len(self._keys))[start : start + into.nbytes])
             return
         key = self._keys[file]

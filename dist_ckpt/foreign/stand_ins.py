@@ -49,6 +49,7 @@ class Made:
         """
         if self.state is None:
             return {}
+        # By exact type: the state is whatever the stream has put there.
         if type(self.state) is not dict or not all(type(key) is str for key in self.state):
             raise ValueError(f"the state of a {self.kind.name} is no mapping of names")
         return self.state

@@ -44,6 +44,7 @@ class TensorsAside(Mapping[str, torch.Tensor]):
             box = whole
             for dim, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
                 box = box.narrow(dim, start, size)
+            # `torch.frombuffer` refuses a buffer of no bytes.
             if box.nbytes:
                 stored = self._read(int(file), int(offset), box.nbytes)
                 box.copy_(torch.frombuffer(stored, dtype=whole.dtype).view(box.shape))
@@ -56,6 +57,7 @@ class TensorsAside(Mapping[str, torch.Tensor]):
         return len(self._numbers)
 
     def _read(self, file: int, start: int, nbytes: int) -> memoryview:
+        # Whole blocks, as a digest is of all of one.
         begin, end = self._checkpoint.file(file).around(start, start + nbytes)
         blocks = self._checkpoint.read_blocks(file, begin, end)
         return blocks[start - begin : start - begin + nbytes]

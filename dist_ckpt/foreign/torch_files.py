@@ -122,6 +122,7 @@ class _Span(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
+        # Not beyond the span: behind it the next archive of the file begins.
         count = max(0, min(len(view), self._nbytes - self._position))
         if count:
             count = self._store.read_into(self._key, self._start + self._position, view[:count])
@@ -160,6 +161,7 @@ def describe_file(
     where = f"{key} in {store.url}"
     try:
         with StoredFile(store, key, start, size).open() as file:
+            # From protocol 2 on, two bytes are before it: PROTO and its number.
             if _OLD_MAGIC in file.peek(len(_OLD_MAGIC) + 2)[: len(_OLD_MAGIC) + 2]:
                 raise IncompatibleError(
                     f"{where} has the form that torch wrote before its version 1.6: load it with "
@@ -193,6 +195,7 @@ class _Archive:
     def load(self, constructors: Mapping[tuple[str, str], Constructor]) -> Any:
         self._constructors = constructors
         names = self._archive.namelist()
+        # Readers differ in which of the two they take.
         if len(set(names)) != len(names):
             raise ValueError("it has two records of one name")
         found = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
@@ -303,6 +306,7 @@ def _storage_of(saved: Any) -> _Storage | Unknown:
     kind, dtype, record = saved[:3]
     if isinstance(dtype, Unknown):
         return dtype
+    # One of `data/`, and nothing else in the archive.
     is_record = type(record) is str and "/" not in record
     if kind != "storage" or not isinstance(dtype, DtypeName) or not is_record:
         raise ValueError("it refers to something that is no memory of a tensor")
@@ -321,6 +325,7 @@ def _normal(size: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Tell whether the elements fill one run of memory, in whatever order of the dimensions."""
     filled = 1
+    # From the innermost outwards: each step is what all dimensions inside of it fill.
     for step, extent in sorted(zip(stride, size, strict=True)):
         if extent > 1 and step != filled:
             return False

@@ -48,6 +48,7 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         for at, item in enumerate(value):
             yield from _leaves(item, (*path, TupleKey(at)))
     else:
+        # A file may hold one value and no dict: then this is its name.
         yield path or ("value",), value
 
 

@@ -22,6 +22,7 @@ from dist_ckpt.format.names import HashCounts
 
 _FREE_NODES = 1 << 20
 _NODES_PER_BYTE = 4
+# Should all of them collide, that is some 32,000 comparisons.
 _FEW_KEYS = 256
 
 
@@ -78,6 +79,7 @@ class _Machine:
         value = self._pop()
         if self.stack:
             raise ValueError("it leaves values behind")
+        # Once at the end: what was built may still have been shared after each step.
         _check_tree(value, self._limit)
         return value
 
@@ -213,6 +215,7 @@ class _Machine:
             raise ValueError(f"it calls a {type(called).__name__}")
         # A call copies what it is given: as often as a stream asks for it.
         self._spend(sum(map(_nodes_of, arguments)))
+        # Before the call, as a set hashes what it is given.
         if called.hashes:
             for each in arguments:
                 self._check_keys(each, each)
@@ -222,6 +225,7 @@ class _Machine:
         """See that `keys` can go into `target`, and pay for their hashes."""
         listed = list(keys)
         for key in listed:
+            # A text keeps its hash, and its length is paid for by the stream that has it.
             if type(key) is not str:
                 self._spend(_hash_nodes(key))
         if len(target) + len(listed) <= _FEW_KEYS:
@@ -258,6 +262,7 @@ class _Machine:
         return self.stack[-1]
 
     def _pop(self) -> Any:
+        # Never the mark: no operand is taken from below it.
         self._top()
         return self.stack.pop()
 
@@ -279,6 +284,7 @@ _PLAIN = frozenset(
         *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
     }
 )
+# FRAME claims a length, which nothing here relies on.
 _IGNORED = frozenset({"PROTO", "FRAME", "STOP"})
 _CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -329,6 +335,7 @@ _STEPS: Mapping[str, Callable[[_Machine, Any], None]] = {
 # What the values of a pickle cost whoever hashes, copies or walks over them.
 
 
+# A tenth of what Python lets a recursion have: whoever walks over the value may recurse.
 MAX_DEPTH = 100
 _MAX_KEY_NODES = 1000
 _TEXT_PER_NODE = 16
@@ -389,6 +396,7 @@ def _check_tree(value: Any, limit: int) -> None:
             if left < 0:
                 raise ValueError("its values share one another until there are too many")
             if inner:
+                # Iterators in a list and no recursion: here it is that too deep is found out.
                 walk.append(iter(inner))
                 break
         else:
