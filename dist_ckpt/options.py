@@ -20,6 +20,7 @@ Exchange: TypeAlias = Literal["auto", "always", "never"]
 
 _EXCHANGES = ("auto", "always", "never")
 _SWITCHES = ("strict", "cast", "verify")
+# A block, of which nothing less can be compared with a digest.
 _MIN_IN_FLIGHT_BYTES = 1 << 20
 # What torch.load calls an option that there is here.
 _ELSEWHERE = {"map_location": "device"}
@@ -146,16 +147,19 @@ class LoadOptions:
 
     def selects_part(self, part: str) -> bool:
         """Tell whether any name of `part` could be selected: if not, nothing of it is read."""
+        # Patterns of whole parts alone: of the others some name may be left.
         if any("/" not in pattern and fnmatchcase(part, pattern) for pattern in self.skip):
             return False
         # What follows the slash decides later, name by name.
         heads = (pattern.partition("/")[0] for pattern in self.only)
+        # A `*` matches slashes too, so a head with one may go on into names.
         return not self.only or any(fnmatchcase(part, head) or "*" in head for head in heads)
 
     def selects_stored(self, part: str) -> bool:
         """Tell whether anything of the stored `part` could be selected, under whatever name."""
         if self.rename is None:
             return self.selects_part(part)
+        # What a function makes of names is known only when it has each of them.
         if not isinstance(self.rename, Mapping):
             return True
         heads = [self.rename[key] for key in self.rename if key.partition("/")[0] == part]
@@ -188,6 +192,7 @@ class LoadOptions:
         # Each rank has a device of its own; that all are of one type is enough.
         shown["device"] = "None" if self.device is None else self.device.type
         if isinstance(self.rename, Mapping):
+            # The order of a mapping means nothing, and its names may be thousands.
             pairs = repr(sorted(self.rename.items()))
             shown["rename"] = f"{len(self.rename)} names, {bytes_digest(pairs.encode())}"
         elif self.rename is not None:
@@ -208,6 +213,7 @@ def rename_key(rename: Mapping[str, str], name: str) -> str | None:
     """
     if name in rename:
         return name
+    # From the end, as the longest key counts.
     for stop in range(len(name) - 1, 0, -1):
         # With its separator first, so that `model/value.` can become `model/`.
         if name[stop] in "./":
@@ -294,6 +300,7 @@ WhenBusy = Literal["wait", "skip", "replace"]
 MIN_MEMORY_BYTES = BLOCK_BYTES
 """The smallest `memory_limit_bytes`: below it, files would be more header than data."""
 
+# What the header of a file takes beside its one box.
 _HEADER_BYTES = 64 * 1024
 
 

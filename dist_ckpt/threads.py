@@ -132,9 +132,11 @@ class Worker:
                 begun any more unless it was.
         """
         try:
+            # First: an interrupt may come when the thread runs already, and is to be waited for.
             self._is_asked = True
             start(self._thread)
         except BaseException:
+            # Whoever is first decides: the thread that it works, or this that it never will.
             if self._may_begin():
                 self._over.open()
             raise
@@ -400,6 +402,7 @@ class Steps(Generic[ItemT, HalfT]):
             if self._halves and self._seconds < self._most_seconds:
                 self._seconds += 1
                 return (partial(self._do_second, self._halves.popleft()),)
+            # As long as an item is under way its second step may still come.
             return () if self._under_way else (None,)
 
     def _do_first(self, item: ItemT) -> None:
@@ -490,6 +493,7 @@ class WriterThread:
     def abandon(self) -> None:
         """Leave a job that does not come back; the next one gets a thread of its own."""
         self.stop()
+        # Nor does the end of the process wait for it: it may never come back.
         _at_work.difference_update([self._thread] if self._thread else [])
         _changed.ring()
         self._idle = Latch()
@@ -524,5 +528,6 @@ def _yield_to_training() -> None:
         # Refused in some sandboxes: then saving competes with the training, and is as right.
         with suppress(OSError):
             thread = threading.get_native_id()
+            # Not below what it is, which takes a right that few have.
             nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, thread))
             os.setpriority(os.PRIO_PROCESS, thread, nice)
