@@ -115,6 +115,7 @@ class OptimizerPart:
         if not several:
             check_face(optimizer, name)
         self._several = several
+        # In this order: `_live` goes by `_one_each`, and what lies beside is found by `_live`.
         self._one_each = self._members_of_one()
         if self._one_each:
             self._class = "+".join(sorted({class_name(each) for each in self._one_each}))
@@ -148,6 +149,7 @@ class OptimizerPart:
         flat = [parameter for each in listed for parameter in each]
         named = parameter_names(self._models, flat)
         alone = all(len(each) == 1 and id(each[0]) in named for each in listed)
+        # Of what two of them step there are two states, and one name for both.
         distinct = len({id(parameter) for parameter in flat}) == len(flat)
         asked = any(is_told(each) or is_given(each) for each in members)
         return members if members and alone and distinct and not asked else []
@@ -229,6 +231,7 @@ class OptimizerPart:
 
         With it the names in the checkpoint of all that it has under another.
         """
+        # Inside of another: that one has brought all names into this form.
         if self._prefix:
             return stored, {}
         several = any(name.startswith(BESIDE) for name in (*stored.tensors, *stored.objects))
@@ -238,9 +241,11 @@ class OptimizerPart:
         if not self._beside:
             renamed = renamed.then(without_neighbours)
             renamed = renamed.then(one_group_each) if self._one_each else renamed
+        # At the same places each takes its own, and nothing has to be shared out.
         elif self._several and neighbours(renamed.stored) != {part.place for part in self._beside}:
             views = [view for part in self._beside if (view := part.view()) is not None]
             one = renamed.then(without_neighbours)
+            # Where two names would meet nobody can tell whose they are: they stay as stored.
             if len(views) == len(self._beside) and not neighbours(one.stored):
                 renamed = one.then(lambda each: shared_out(each, views, self.name))
         return renamed.stored, renamed.back
@@ -387,6 +392,7 @@ class _OptimizerFit:
         """
         stored, back = given, _AS_IT_IS
         groups = _stored_groups(view, stored, part)
+        # Renamed only where a name has no live parameter: those that fit as they are stay.
         if not all(
             each in view.parameters for group in groups.values() for each in group["params"]
         ):
@@ -500,6 +506,7 @@ class _OptimizerFit:
         """
         theirs = {option for group in self.groups.values() for option in options_of(group)}
         ours = {option for options in live.values() for option in options}
+        # Both ways: what only one of them has may be an option of a newer release of the class.
         apart = bool(theirs - ours and ours - theirs)
         package, _, name = cls.rpartition(".")
         others = []
@@ -636,6 +643,7 @@ class _Options:
             )
         if isinstance(first, list) and isinstance(second, list):
             return len(first) == len(second) and all(map(self._equal, first, second))
+        # By type as well: to Python 1, 1.0 and True are equal, as options they are not.
         return type(first) is type(second) and bool(first == second)
 
     def _value(self, name: str) -> torch.Tensor | None:

@@ -128,10 +128,12 @@ class InAttributes:
         """See `Live.write`. Nothing here can fail: all is decoded and has its place."""
         view, content = told.optimizers[told.prefix]
         for holder, mine in self._shares(view):
+            # Never another dict: this very one may be the state of a wrapper, too (`shares_state`).
             holder.state.clear()
             for name, parameter in mine.items():
                 if name in content.state:
                     holder.state[parameter] = content.state[name]
+        # What belongs to no parameter has no holder of its own, and `read` joins that of all.
         self._holders[0].state.update(content.shared)
         for name, options in content.options.items():
             group = view.groups[name]
@@ -226,6 +228,7 @@ def live_of(optimizer: Any, part: str) -> Live:
         # collective that copies all of it to one rank would let `state_dict` tell of it.
         return InAttributes([optimizer.optim], part, face=optimizer, alone=True, inside=True)
     inner = list(inner_optimizers(optimizer).values())
+    # Before `is_told`, which is true of a container, too: its `state_dict` would take a step.
     if inner and _is_container(optimizer) and not any(is_told(i) or is_given(i) for i in inner):
         return InAttributes(inner, part, alone=True, inside=True)
     if is_told(optimizer) or is_given(optimizer):
@@ -273,6 +276,7 @@ class _Unpacking:
             return {_PACKED: prefix, **more}
         if type(value) is dict:
             return {k: self.skeleton(v, (*path, str(k))) for k, v in value.items()}
+        # Exactly these: a named tuple, for one, cannot be called with its items as one argument.
         if type(value) in (list, tuple):
             return type(value)(self.skeleton(v, (*path, str(i))) for i, v in enumerate(value))
         return value
@@ -421,6 +425,7 @@ def is_optimizer(value: object) -> bool:
     """
     if isinstance(value, Optimizer):
         return True
+    # A class has the methods of its objects; a module with such methods is a model first.
     if isinstance(value, type | torch.nn.Module):
         return False
     try:
@@ -525,6 +530,7 @@ def check_face(optimizer: Any, part: str) -> None:
 
 
 def _has_hooks(optimizer: Any, of: str) -> bool:
+    # torch has no public way to ask whether there are hooks (torch/optim/optimizer.py).
     names = (f"_optimizer_{of}_pre_hooks", f"_optimizer_{of}_post_hooks")
     return any(getattr(optimizer, name, None) for name in names)
 

@@ -95,6 +95,7 @@ def without_neighbours(stored: Stored) -> Renamed:
         new = name
         if name.startswith(BESIDE):
             new = name.split(".", 2)[-1]
+        # Two optimizers have it: as one, the second would silently take the place of the first.
         if new in back:
             return Renamed(stored)
         back[new] = name
@@ -108,6 +109,7 @@ def taken_apart(stored: Stored) -> Renamed:
 
     As it is where a tensor lies anywhere but directly in the state of a parameter.
     """
+    # Nothing is read yet: where a tensor lies in the value is told by the identity of these.
     blank = {name: torch.empty(0) for name in stored.tensors}
     value = decode(stored.objects[VALUE], tensors=blank, path=VALUE)
     name_of = {id(tensor): name for name, tensor in blank.items()}
@@ -167,6 +169,7 @@ def shared_out(stored: Stored, views: Sequence[View], part: str) -> Renamed:
         raise _refused(part, f"of one optimizer, and there are {len(views)} now")
     holder = {name: view.prefix for view in views for name in view.parameters}
     if len(views) == 1:
+        # All goes to the only one there is, which looks at numbers and at other names itself.
         holder = dict.fromkeys(map(str, listed), views[0].prefix)
     else:
         found = partners(list(holder), listed, is_foreign=stored.is_foreign)
@@ -181,6 +184,7 @@ def shared_out(stored: Stored, views: Sequence[View], part: str) -> Renamed:
     documents: dict[str, bytes] = {}
     for i, (name, group) in enumerate(groups.items()):
         for prefix in dict.fromkeys(holder.values()):
+            # Options are those of the group: each that steps a piece of it gets all of them.
             mine = [each for each in group[_PARAMS] if holder.get(str(each)) == prefix]
             if mine:
                 new = prefix + group_name(i, [str(each) for each in mine])
@@ -193,6 +197,7 @@ def _by_numbers(
     view: View, stored: Stored, groups: Mapping[str, dict[str, Any]], part: str
 ) -> dict[str, str]:
     """Return the live parameter of each number, as text, that `groups` have."""
+    # torch numbers through the groups, so numbers say in which order these were; names do not.
     ordered = sorted(groups.values(), key=lambda group: min(group[_PARAMS], default=math.inf))
     numbers = [each for group in ordered for each in group[_PARAMS]]
     if not all(type(each) is int for each in numbers) or len(set(numbers)) != len(numbers):
@@ -201,6 +206,7 @@ def _by_numbers(
     live = [size for size in view.sizes if size]
     if [size for size in sizes if size] != live:
         raise _refused(part, f"in groups of {sizes}, and the live ones have {view.sizes}")
+    # Names hold in whatever order the program lists its parameters, numbers in one only.
     named = _by_noted_names(view, ordered, numbers)
     owners = named or dict(zip(map(str, numbers), view.parameters, strict=True))
     wrong = list(_contradictions(view, stored, owners, _made(groups.values())))
@@ -219,8 +225,10 @@ def _by_noted_names(
     names = [name for group in groups for name in group.get(_NAMES) or ()]
     if len(names) != len(numbers) or not all(isinstance(name, str) for name in names):
         return {}
+    # Noted by the program that saved, so with what its wrappers put into names.
     pairs = partners(list(view.parameters), names, is_foreign=True)
     found = {other: name for name, other in pairs.items()}
+    # All or none: of some by name and the rest by number nobody could tell which are meant.
     if found.keys() != set(names):
         return {}
     return {str(number): found[name] for number, name in zip(numbers, names, strict=True)}
@@ -240,6 +248,7 @@ def _contradictions(
     named |= {name: tuple(noted["shape"]) for name, noted in made.items()}
     for name, shape in named.items():
         owner = owner_of(name.removeprefix(view.prefix)) if name.startswith(view.prefix) else None
+        # A single element, such as a counter of steps, stands beside a parameter of any shape.
         if owner is not None and math.prod(shape) > 1:
             shapes.setdefault(owner, []).append(shape)
     elements = sum(each.numel() for each in view.parameters.values())
@@ -252,6 +261,7 @@ def _contradictions(
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    # Adafactor keeps its means of rows and columns with one element in the dimension summed over.
     return len(shape) == len(wanted) and all(
         size in (1, extent) for size, extent in zip(shape, wanted, strict=True)
     )
@@ -278,6 +288,7 @@ def _renamed(
     documents: dict[str, bytes] = {}
     for i, (name, group) in enumerate(groups.items()):
         listed = [owners.get(str(each), str(each)) for each in group[_PARAMS]]
+        # An empty group has nothing but its place to be known by, and that is in its name.
         new = prefix + group_name(i, listed) if listed else name
         documents[new] = dumps({**group, _PARAMS: listed}).encode()
         back[new] = name
@@ -296,6 +307,7 @@ def _with_names(stored: Stored, back: Mapping[str, str], documents: Mapping[str,
             objects[new] = documents.get(new, stored.objects[old])
     new_of = {old: new for new, old in back.items()}
     for name, data in objects.items():
+        # Parsed only where the word occurs: hardly any checkpoint has such a note.
         if MADE.encode() in data:
             objects[name] = _made_renamed(data, name, new_of)
     return replace(stored, tensors=tensors, objects=objects)
@@ -343,6 +355,7 @@ def _owner(owners: Iterable[str]) -> Callable[[str], str | None]:
         if not name.startswith(STATE):
             return None
         rest = name.removeprefix(STATE)
+        # Parameters have dots in their names and keys may have some: of the owners the longest.
         cut = rest.rfind(".")
         while cut > 0:
             if rest[:cut] in known:

@@ -55,6 +55,7 @@ def how_made(value: torch.Tensor) -> dict[str, Any]:
     )
     if not even:
         _forget_sizes(noted)
+    # Of every dimension: which one the job that loads is cut in nobody knows now.
     noted["cuts"] = {
         str(dim): dict(cut) for dim in range(local.ndim) if (cut := cuts_of(local, dim)) is not None
     }
@@ -108,10 +109,12 @@ def _forget_sizes(noted: dict[str, Any]) -> None:
 def _plain(value: Any, local: torch.Tensor) -> Any:
     kind = type(value)
     if isinstance(value, torch.Size | list | tuple) and list(value) == list(local.shape):
+        # Another shard has another shape, so this stands for that of the one that is built.
         return {_TAG: "shape", "v": kind.__name__}
     if isinstance(value, torch.Size):
         return {_TAG: "size", "v": list(value)}
     if kind is torch.device:
+        # Where the saving rank had it says nothing: it will lie where its inner tensors do.
         return {_TAG: "device", "v": None}
     if isinstance(value, Enum):
         return {_TAG: "enum", "v": [label_of(kind), _plain(value.value, local)]}
@@ -135,6 +138,7 @@ def _has_numbers(node: Any) -> bool:
         return node.get(_TAG) == "size" or any(map(_has_numbers, node.values()))
     if isinstance(node, list):
         return any(map(_has_numbers, node))
+    # Which integers are sizes the class alone knows, so each of them counts as one.
     return type(node) is int
 
 
@@ -333,6 +337,7 @@ def _context(node: Any, cls: type, shape: tuple[int, ...], device: torch.device)
         if tag == "named" and is_namedtuple(kind):
             return kind._make(map(value_of, content))
         if tag == "data" and is_dataclass(kind):
+            # Not called: what is read runs no `__init__`. And a frozen class refuses to be set.
             made: Any = object.__new__(kind)  # type: ignore[arg-type]
             for each in fields(kind):
                 object.__setattr__(made, each.name, value_of(content[each.name]))

@@ -50,6 +50,7 @@ Cuts = Mapping[str, int | None]
 """By what comes behind the name: which dimension follows the cut one; None for none."""
 
 _cuts: dict[object, Cuts | None] = {}
+# A model has a few shapes, and who makes new ones for ever must not fill the memory by that.
 _MOST_CUTS = 4096
 
 
@@ -59,6 +60,7 @@ def cuts_of(local: torch.Tensor, dim: int) -> Cuts | None:
     None if its class does not say: it cannot be cut there.
     """
     leaves = dict(leaves_of(local))
+    # By class and shapes: asking runs code of the class, once and not for each weight alike.
     key = (type(local), local.shape, dim, *((name, leaf.shape) for name, leaf in leaves.items()))
     if key not in _cuts:
         if len(_cuts) >= _MOST_CUTS:
@@ -101,6 +103,7 @@ def _compared(
         other = [dim for dim, (size, left) in enumerate(pairs) if size != left]
         if leaf.ndim != cut[name].ndim or len(other) > 1:
             return None
+        # Not in proportion, as where it is padded: such a cut does not show whose the elements are.
         if other and pairs[other[0]][1] * rows != pairs[other[0]][0] * now:
             return None
         found[name] = other[0] if other else None
@@ -133,6 +136,7 @@ def shards_of(value: DTensor) -> dict[int, int]:
     for mesh_dim, placement in enumerate(value.placements):
         count = value.device_mesh.size(mesh_dim)
         if isinstance(placement, Shard | _StridedShard) and count > 1:
+            # Along several dimensions of the mesh, as by FSDP on top of tensor parallelism.
             found[placement.dim] = found.get(placement.dim, 1) * count
     return found
 
@@ -155,11 +159,13 @@ def _spread_one(
                 if len(along) > 1:
                     return None
                 joined = at
+        # Several rows share an element: only where all shards are even is it known whose it is.
         elif whole == rows * shards_of(value)[dim]:
             shape[at] = leaf.shape[at] * (whole // rows)
         else:
             return None
     if joined is not None:
+        # A view or nothing: what is loaded into a copy would not arrive in `value`.
         if not leaf.is_contiguous():
             return None
         leaf = leaf.view(*leaf.shape[:joined], -1, each, *leaf.shape[joined + 1 :])
@@ -194,6 +200,8 @@ def _dtensor(
 ) -> torch.Tensor:
     placements = [_moved(each, along, stacked=piece.stacked) for each in value.placements]
     stride = torch.empty(shape, device="meta").stride()
+    # Without the check, which communicates; and with the shape, since torch would take all shards
+    # to be as large as this one.
     made = DTensor.from_local(
         leaf, value.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
