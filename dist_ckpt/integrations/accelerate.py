@@ -149,4 +149,5 @@ class _Position:
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Go on from it; a save before the next batch has it again."""
         self._loader.load_state_dict(state_dict)
+        # `state_dict` of the loader returns this very dict until a batch is drawn.
         self._loader.dl_state_dict = deepcopy(state_dict)

@@ -52,9 +52,11 @@ def told_by_its_parts(
     try:
         yield
     except IncompatibleError as error:
+        # Looked at only where the state did not fit: the usual way costs nothing.
         run = Run(place)
         with suppress(CheckpointError):  # what is told is the first error
             parts = list((run.newest() if step is None else run.manifest(step)).parts)
             if own not in parts:
+                # A note, so that the class by which the error is handled stays.
                 error.add_note(begun_by_another(run.url, parts, own=own, trainer=trainer))
         raise

@@ -154,6 +154,7 @@ class DistCkptIO(CheckpointIO):
             checkpoint, key, tensors=(checkpoint["state_dict"], optimizers_of(checkpoint))
         )
 
+        # A function, as the run that is opened for the save may restore into these very parts.
         def put() -> None:
             self._model.value = checkpoint["state_dict"]
             self._optimizer.value = optimizers_of(checkpoint)
@@ -181,13 +182,17 @@ class DistCkptIO(CheckpointIO):
         if found is None:
             return read_as_lightning(path, map_location, weights_only)
         run = self._run(found.place)
+        # Looked at and not taken over: every rank reads here, and rank 0 alone saves.
         report = run.look(found, self._state(), only=_PARTS)
         run.go_on_from(report)
         name = run.name_of(found, report)
         loaded = {**self._rest.of(name), "state_dict": self._model.value}
+        # Handed over: what is kept here stays in memory until the next save.
         optimizer, self._model.value, self._optimizer.value = self._optimizer.value, None, None
+        # The save behind a name of the model alone may have more.
         if optimizer is not None and (name is None or name.full):
             loaded["optimizer_states"] = optimizer if isinstance(optimizer, list) else [optimizer]
+        # Other forms of it choose by where a tensor was, and these are in host memory.
         if isinstance(map_location, str | torch.device):
             loaded = move_data_to_device(loaded, torch.device(map_location))
         return loaded
@@ -212,6 +217,7 @@ class DistCkptIO(CheckpointIO):
 
     def _state(self) -> TrainState:
         return TrainState(
+            # `RandomState` keeps those of every rank; the plugin is asked on rank 0 alone.
             rng=None,
             model=self._model,
             optimizer=self._optimizer,
@@ -295,6 +301,7 @@ class DistCkptStrategy:
     @property
     def lightning_restore_optimizer(self) -> bool:
         """Whether Lightning restores the optimizers."""
+        # What is ours was filled by `load_checkpoint`, optimizers too.
         return not self._is_ours and bool(getattr(super(), "lightning_restore_optimizer", True))
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -310,6 +317,7 @@ class DistCkptStrategy:
     ) -> None:
         """Begin to save; return when the state may change again. See `DistCkptIO`."""
         _refuse_options(storage_options)
+        # All save under the name that rank 0 has.
         path = self.broadcast(os.fspath(filepath))
         place, key = place_and_key(path)
         states = [optimizer.state for optimizer in self.optimizers]
@@ -331,6 +339,7 @@ class DistCkptStrategy:
     ) -> dict[str, Any]:
         """Fill the model and, in `fit`, the optimizers; return the rest. See `DistCkptIO`."""
         path = self.broadcast(os.fspath(checkpoint_path))
+        # What rank 0 found: another rank may not see the file yet.
         found: PointedAt | None = self.broadcast(find(path, newest=NEWEST))
         self._is_ours = found is not None
         if found is None:
@@ -346,6 +355,7 @@ class DistCkptStrategy:
         name = run.name_of(found, report)
         if fits and name is not None and name.random:
             random_of(name, rank=self.global_rank, world_size=self.world_size)
+        # Empty: the model was filled where it lies, and `load_model_state_dict` does nothing.
         return {"state_dict": {}, **self._rest.of(name)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -375,12 +385,14 @@ class DistCkptStrategy:
             for run in self._runs.values():
                 run.close(error)
         finally:
+            # Also where a save failed: Lightning has things of its own to give back.
             super().teardown()  # type: ignore[misc]
 
     def _state(self, *, without: bool = False) -> TrainState:
         """Return what is live; `without` optimizers, which may be of another model."""
         model = ModelPart(self.model, name="model", trainable_only=self._trainable_only)
         parts: dict[str, Any] = {"model": model, "lightning": PerRank(self._rest)}
+        # That of a state made before is of optimizers that may be gone.
         self._switched = None
         if self.optimizers and not without:
             live = self.optimizers[0] if len(self.optimizers) == 1 else list(self.optimizers)
@@ -489,6 +501,7 @@ class Rest:
         if name is None or not name.values:
             return self.values
         rank, world_size = rank_and_size()
+        # One for each rank that saved; at another number of ranks those of rank 0, as in `reshard`.
         own = name.values[rank if len(name.values) == world_size else 0]
         values: dict[str, Any] = decode(own.encode(), tensors={}, path="values")
         return values
@@ -539,6 +552,7 @@ def _values(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for name in _DESCRIBING & found.keys():
         value = found.pop(name)
         said = value if isinstance(value, Mapping) else {"": value}
+        # Item by item: an odd one takes no other along.
         kept = {key: each for key, each in said.items() if _can_be_stored(each)}
         lost += [f"{name}.{key}".rstrip(".") for key in said if key not in kept]
         if isinstance(value, Mapping) or kept:
@@ -556,6 +570,7 @@ def _can_be_stored(value: object) -> bool:
     return True
 
 
+# Once for the same names, and not at each save.
 @cache
 def _tell_lost(names: str) -> None:
     _log.warning(
@@ -570,6 +585,7 @@ def _scores(checkpoint: Mapping[str, Any], key: str) -> dict[str, float]:
     found = {}
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, Mapping) and state.get("monitor"):
+            # By the name alone: the folder may be spelled otherwise.
             scores = {os.path.basename(p): s for p, s in state.get("best_k_models", {}).items()}
             if key in scores:
                 found[str(state["monitor"])] = float(scores[key])
@@ -622,10 +638,12 @@ def refuse_idle_plugin(strategy: Strategy) -> None:
     Raises:
         UsageError: it would be left out without a word.
     """
+    # The property of that name makes Lightning's own where none was given.
     plugin = vars(strategy)["_checkpoint_io"]
     if plugin is None or isinstance(plugin, TorchCheckpointIO):
         return
     refuse_strategy(strategy)
+    # By the method, so that subclasses which leave it alone are found, too.
     if type(strategy).save_checkpoint is ModelParallelStrategy.save_checkpoint:
         raise UsageError(
             f"{type(strategy).__name__} saves by itself and asks no plugin: take "
@@ -656,6 +674,7 @@ class RandomState(Callback):
         """Set the generators."""
         saved = state_dict["by_rank"]
         rank, world_size = rank_and_size()
+        # At another number of ranks those of rank 0, of which `RngPart` makes streams for each.
         own = saved[rank if len(saved) == world_size else 0]
         RngPart().restore(Stored({}, own, rank, world_size, len(saved)), {})
 

@@ -90,6 +90,7 @@ class _Last:
     def holds(self, asked: AskedSave, prints: object) -> bool:
         """Tell whether what is asked for is what was saved, on this rank, but for values."""
         same = (self.asked_step, self.prints) == (asked.step, prints)
+        # All of it serves for the model alone, and not the other way round.
         return same and self.full >= asked.full
 
 
@@ -161,9 +162,11 @@ class NamedRun:
         put()
         values, random = encode(asked.values, path="values"), self._random()
         prints, last = _prints(asked.tensors), self._last
+        # Of all ranks: where one has changed it is another save for everybody.
         if last is not None and all(self._gather(last.holds(asked, prints))):
             number, handle = last.number, last.handle
         else:
+            # Steps of a run ascend, and what is committed is never written again.
             number = asked.step if last is None else max(asked.step, last.number + 1)
             ckpt = self._opened()
             put()  # once more: what was opened may have restored
@@ -174,6 +177,7 @@ class NamedRun:
             # What was restored is not saved again, and its values may be others by now.
             self._last = last = replace(new, values=b"") if number == self._origin else new
         name = StepName(step=number, save_id=handle.save_id, full=asked.full)
+        # A round of all ranks, as none knows whether another one has other values.
         if any(self._gather((values, random) != (last.values, last.random))):
             said = [each.decode() for each in self._gather(values)]
             name = structs.replace(name, values=said, random=self._gather(random))
@@ -187,6 +191,7 @@ class NamedRun:
             IncompatibleError: another program began the run.
             CheckpointError: see `Checkpointer.restore`.
         """
+        # What is in flight may be what is restored.
         self.close()
         self._last = None
         ckpt, parts = self._checkpointer()
@@ -201,6 +206,7 @@ class NamedRun:
 
     def look(self, found: PointedAt, state: TrainState, *, only: list[str]) -> LoadReport:
         """Fill `state`; the run is not taken over, and whoever trains in it is not disturbed."""
+        # What is in flight may be what is looked at.
         if self._ckpt is not None:
             self._ckpt.wait()
         job = Job(
@@ -227,6 +233,7 @@ class NamedRun:
     def name_of(self, found: PointedAt, report: LoadReport) -> StepName | None:
         """Return the name of what was loaded: the one asked for, else the one that is latest."""
         name = found.name
+        # The step may have been saved anew since the name was given.
         if self._leads and (name is None or name.save_id != report.save_id):
             name = self._names.latest_of(report.save_id)
         first: StepName | None = self._gather(name)[0]
@@ -251,15 +258,19 @@ class NamedRun:
         Raises:
             CheckpointError: a save failed.
         """
+        # Forgotten first: should this raise, the next save opens it anew.
         ckpt, self._ckpt = self._ckpt, None
         if ckpt is None:
             return
+        # Opened anew, training goes on from its own last save.
         if self._last is not None:
             self._origin = self._last.number
         try:
+            # With the error: other ranks may not come to the end, so none waits for them.
             ckpt.__exit__(None if error is None else type(error), error, None)
         finally:
             if self._leads:
+                # Names first: what has one after that is not deleted.
                 self._names.settle()
                 self._names.remove_unnamed()
 
@@ -271,6 +282,7 @@ class NamedRun:
                 self._names.point(key, name, handle)
             except CheckpointError as error:
                 failed = error.message
+        # All of them raise, or the others would wait for rank 0 in the next round.
         failed = self._gather(failed)[0]
         if failed:
             raise StorageError(f"{key} could not be written in {self.place}: {failed}")
@@ -304,10 +316,12 @@ class NamedRun:
             stored = list(manifest.parts)
             if OWN not in stored:
                 return [], begun_by_another(self.place, stored, own=OWN, trainer="Lightning")
+            # A save of the model alone has an optimizer, too, which is empty.
             alone = not _told(manifest).get("full", True)
             without = {"optimizer", "rng"} if alone else set()
             return [part for part in parts if part not in stored or part in without], ""
 
+        # One looks and all hear it, as they have to restore the same parts.
         missing, said = self._gather(look() if self._leads else ([], ""))[0]
         refuse(said)
         return list(missing)
@@ -325,6 +339,7 @@ class NamedRun:
                 skip = [part for part in parts if part != OWN]
                 ckpt.restore(step=self._origin, skip=skip, discard_newer=self._discard_newer)
             elif self._discard_newer:
+                # There is nothing to go on from: then all of the run is given up.
                 ckpt.restore("none", discard_newer=True)
             self._tidy_names()
         return self._ckpt
@@ -337,6 +352,7 @@ class NamedRun:
         if not self._leads:
             return
         if self._discard_newer:
+            # No name may be left of what was given up, whose steps are saved anew.
             self._names.forget_after(-1 if self._origin is None else self._origin)
         if self._origin is not None:
             manifest = Run(self.place).manifest(self._origin)
@@ -366,6 +382,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def _writes(tensor: torch.Tensor) -> int:
     with torch.no_grad():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Autograd's count of writes in place, which tensors of inference mode do not have.
     return -1 if local.is_inference() else local._version  # noqa: SLF001
 
 

@@ -29,6 +29,7 @@ from dist_ckpt.storage.base import Store, delete_exactly, read_all
 from dist_ckpt.storage.resolve import resolve
 
 _AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
+# How a `StepName` begins, whose first field is `kind`: other files are told by one short read.
 _BEGINS = b'{"kind":"dist_ckpt name"'
 
 
@@ -66,8 +67,10 @@ class Names(Keep):
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        # One that may be taken again: what holds it calls `settle`, which takes it.
         self._lock = threading.RLock()
         self._named: dict[str, StepName] | None = None
+        # In the order in which they were begun: `drop` waits for the last one.
         self._coming: dict[str, tuple[StepName, SaveHandle]] = {}
         self._leaving: dict[str, SaveHandle] = {}
         # Steps that had a name: only these are ever given up.
@@ -121,6 +124,7 @@ class Names(Keep):
         with self._lock:
             named = self._all()
             self._coming[key] = name, handle
+            # Named anew before it could go.
             self._leaving.pop(key, None)
             self._once.add(name.step)
             if key not in named:
@@ -155,6 +159,7 @@ class Names(Keep):
                 elif handle.done():
                     del self._coming[key]
                     if key not in named:
+                        # Only the bytes that were put: the trainer may have written there since.
                         delete_exactly(self._store, key, msgspec.json.encode(name))
             for key in [key for key, handle in self._leaving.items() if handle.done()]:
                 del self._leaving[key]
@@ -186,6 +191,7 @@ class Names(Keep):
             except NotFound:
                 pass
             except UsageError as error:
+                # What `Run.remove` protects stays, whatever the trainer has dropped.
                 if error.kind is not ErrorKind.PROTECTED:
                     raise
 

@@ -35,6 +35,7 @@ from dist_ckpt.saving.handle import SaveHandle
 TESTED = "2.60"
 """The release of Ray that this was tried with."""
 
+# By `FileSystem.type_name` of pyarrow.
 _SCHEMES = {"local": "", "s3": "s3://", "gcs": "gs://", "abfs": "az://"}
 
 
@@ -114,15 +115,19 @@ class Reports:
         """
         if self._waiting is None:
             return
+        # Taken out first: a save that failed is told once, and not again at the end.
         (handle, metrics), self._waiting = self._waiting, None
+        # Ray is told of nothing that may still fail.
         handle.wait()
         storage = train.get_context().get_storage()
+        # As Ray has it: a path without a scheme, and the file system beside it.
         folder = self._run.partition("://")[2] or self._run
         train.report(
             metrics,
             checkpoint=train.Checkpoint(
                 f"{folder}/{step_dir(handle.step)}", filesystem=storage.storage_filesystem
             ),
+            # It lies where Ray would have put it.
             checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
         )
 
@@ -135,5 +140,6 @@ class Reports:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an error other workers may not come, and `train.report` waits for all of them.
         if error is None:
             self.flush()

@@ -117,6 +117,7 @@ class DistCkptManager(BaseCheckpointManager):
         timeout_seconds: float = TIMEOUT_SECONDS
 
         def __post_init__(self) -> None:
+            # Not `super()`: with slots the class is made anew, and that would mean the first one.
             BaseCheckpointManager.Config.__post_init__(self)
             if self.last_save_model_only or self.last_save_in_hf:
                 raise ValueError(
@@ -145,6 +146,7 @@ class DistCkptManager(BaseCheckpointManager):
             return
         self.folder = filesystem.join(base_folder, config.folder)
         self._config = config
+        # For torchtitan's own manager, should it have saved here before.
         self._theirs = {
             "dataloader": dataloader,
             "model_parts": model_parts,
@@ -156,6 +158,7 @@ class DistCkptManager(BaseCheckpointManager):
         }
         parts: dict[str, Any] = {**states, "lr_scheduler": lr_schedulers}
         if isinstance(dataloader, DataLoader):
+            # Each rank has a place of its own in the data.
             parts["dataloader"] = PerRank(dataloader, reshard=merged_loaders)
         elif dataloader is not None:
             parts["dataloader"] = dataloader
@@ -195,6 +198,7 @@ class DistCkptManager(BaseCheckpointManager):
         with told_by_its_parts(self.folder, asked, own="train_state", trainer="torchtitan"):
             self._ckpt.restore(
                 step=asked,
+                # Sorted, as all ranks have to ask for the same.
                 only=["model"] if seed else sorted(set(self._state) - left_out),
                 discard_newer=self._config.discard_newer,
             )
@@ -208,6 +212,7 @@ class DistCkptManager(BaseCheckpointManager):
             load(self._state, place, only=alone, timeout_seconds=self._config.timeout_seconds)
             return True
         said = {e.name: getattr(self._config, e.name) for e in fields(BaseCheckpointManager.Config)}
+        # Nothing that torchtitan saved is deleted by it.
         theirs = CheckpointManager.Config(**{**said, "keep_latest_k": 0})
         manager = theirs.build(**self._theirs)
         try:
@@ -248,5 +253,6 @@ class DistCkptManager(BaseCheckpointManager):
         Raises:
             CheckpointError: a save failed.
         """
+        # There is none where it is switched off, or where `__init__` failed.
         if "_ckpt" in vars(self):
             self._ckpt.close()

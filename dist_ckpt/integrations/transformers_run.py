@@ -95,6 +95,7 @@ class TotalLimit(Keep):
         best = [] if self.criterion is None else self.criterion.ranked(records)[:1]
         first = [*steps[:1], *(record.step for record in best)]
         order = list(dict.fromkeys([*first, *steps]))
+        # The newest and the best stay, also where the limit is 1.
         count = max(self.count, len(set(first)))
         return dict.fromkeys(order[:count], f"{self} (the newest and the best first)")
 
@@ -104,6 +105,7 @@ def criterion_of(args: TrainingArguments) -> Criterion | None:
     metric = args.metric_for_best_model
     if metric is None:
         return None
+    # As transformers completes it: what an evaluation gives is logged so.
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
     return Criterion(name, "max" if args.greater_is_better else "min")
 
@@ -239,6 +241,7 @@ class TrainerRun:
         state.best_model_checkpoint = shared["best_model_checkpoint"] = self.best_url
         self._state[PART] = {"state": shared, "samples": samples, "best": self._best}
         self._checkpointer.save(step, metrics=metrics)
+        # `note` asks for it: the last step of an epoch is saved before the evaluation.
         self._saved = step
 
     def note(self, state: TrainerState, evaluated: Mapping[str, object]) -> None:
@@ -304,6 +307,7 @@ def _told_of(args: TrainingArguments) -> dict[str, Any]:
 def _logged_at(step: int, logs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the numbers that were logged after `step`."""
     numbers: dict[str, float] = {}
+    # From the end, where those of this step are.
     for entry in reversed(logs):
         if entry.get("step") != step:
             break

@@ -71,6 +71,7 @@ class TrainerStart:
             return cls(discard_newer=discard_newer)
         if resume is True or resume == "auto":
             folder = _left_by_transformers(output_dir)
+            # A run that has a checkpoint counts before the folder that it was begun from.
             if folder is not None and Run(place).latest() is None:
                 return cls(folder=folder)
             begins = resume == "auto"
@@ -78,6 +79,7 @@ class TrainerStart:
         if isinstance(resume, str | os.PathLike):
             return cls(**_named(os.fspath(resume), place), discard_newer=discard_newer)
         try:
+            # By `index`: numbers of numpy are steps, too, and 1.0 is none.
             return cls(step=index(resume), discard_newer=discard_newer)  # type: ignore[arg-type]
         except TypeError:
             raise UsageError(
@@ -103,6 +105,7 @@ class TrainerStart:
                 checkpointer.restore("none", discard_newer=self.discard_newer)
         except UsageError as error:
             if error.kind in (ErrorKind.STEP_BEHIND, ErrorKind.NOT_RESTORED):
+                # The error speaks of calls that a Trainer makes, and nobody else.
                 error.add_note(_ADVICE)
             raise
         if self.newest and checkpointer.restored is None and not self.or_begin:
@@ -125,15 +128,18 @@ def _is_of_transformers(folder: str) -> bool:
 
 def _named(text: str, place: str | Store) -> dict[str, Any]:
     """Return the fields that a text stands for."""
+    # As a flag or a config has it, where everything is text.
     if text.isdecimal():
         return {"step": int(text)}
     run = Run(place).url
+    # By URL, as a place can be spelled in many ways.
     if Run(text).url == run:
         return {"newest": True}
     if _is_of_transformers(text):
         return {"folder": text}
     parent, _, name = text.rstrip("/").rpartition("/")
     found = _FOLDER.fullmatch(name)
+    # `checkpoint-500` is step 500 of this run, though there is no such folder.
     step = int(found[1]) if found else parse_step_dir(name)
     if step is not None and parent and resolve(parent).url == run:
         return {"step": step}

@@ -28,6 +28,7 @@ def warn_if_untested(package: str, *, first: str, last: str) -> None:
     except PackageNotFoundError:  # run from a source tree that was never installed
         found = "of an unknown release"
     newest = _numbers(last)
+    # No further than `last` goes: 5.24.1 is a release of 5.24.
     if _numbers(first) <= _numbers(found) and _numbers(found)[: len(newest)] <= newest:
         return
     _log.warning(
