@@ -19,6 +19,7 @@ from dist_ckpt.testing.contract_names import LargeContract, NamesContract
 
 Piece = Literal["first of one", "first of many", "second"]
 
+# What `Store.put` says of its pieces.
 _PIECE_BYTES = 16 << 20
 
 
@@ -42,6 +43,7 @@ class WatchContract:
         large_bytes: size of the largest object; lower it for a slow backend.
     """
 
+    # More than two pieces, and no multiple of a page or of an item.
     large_bytes = (32 << 20) + 3
 
     @pytest.mark.parametrize("mode", ["create", "replace"])
@@ -49,13 +51,16 @@ class WatchContract:
         """The pieces are not too large to be stopped in between, and none is left out."""
         data = memoryview(bytes(self.large_bytes))
         cuts: list[Sequence[memoryview]] = [[], [data[:10], data[:0], data[10:70_000]]]
+        # Cut where neither a piece nor a page ends.
         cuts.append([data[:1], data[1:-5_000_001], data[-5_000_001:]])
         for number, buffers in enumerate(cuts):
             seen: list[int] = []
             store.put(f"a/{number}", buffers, mode=mode, watch=seen.append)
             nbytes = sum(map(len, buffers))
+            # What is sent again after a failure may be told again.
             assert sum(seen) >= nbytes
             assert store.size(f"a/{number}") == nbytes
+            # Where uploads have parts, these are the pieces, of whatever size.
             if store.capabilities.max_part_bytes is None:
                 assert all(0 < size <= _PIECE_BYTES for size in seen)
 
@@ -67,6 +72,7 @@ class WatchContract:
         """Its error passes as it is, nothing is stored or replaced, and nothing is left behind."""
         data = bytes(1 if piece == "first of one" else self.large_bytes)
         after = 1 if piece == "second" else 0
+        # How many pieces there are is the store's affair: counted with nothing to end it.
         if after:
             pieces: list[int] = []
             store.put("a/k", [data], watch=pieces.append)
@@ -78,14 +84,17 @@ class WatchContract:
         ending = _Ending(after)
         with pytest.raises(CoordinationError) as caught:
             store.put("a/k", [data], mode="replace", watch=ending)
+        # The very one: why somebody gives a save up must not become a StorageError.
         assert caught.value is ending.error
         if old is not None:
             assert read_all(store, "a/k") == old
         else:
             assert list(store.list_entries()) == []
             assert store.list_children() == []
+        # Neither in a listing nor as a leftover, which no listing shows.
         if isinstance(store, Sweeper):
             assert store.sweep() == 0
+        # Whatever was begun of it, the key can be used as before.
         store.put("a/k", [b"new"], mode="replace")
         assert read_all(store, "a/k") == b"new"
 
@@ -108,6 +117,7 @@ class _FailingSource(Sequence[Buffer]):
     def __getitem__(self, index: slice) -> Sequence[Buffer]: ...
     def __getitem__(self, index: int | slice) -> Buffer | Sequence[Buffer]:
         if isinstance(index, slice) or index >= 2:
+            # No IndexError, by which a sequence would only end.
             raise ArithmeticError("this buffer cannot be had")
         return b"x" * 100_000
 
@@ -184,6 +194,7 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
 
     def test_large_object(self, store: Store, other: Store) -> None:
         """An object of many megabytes in buffers of uneven sizes comes back whole."""
+        # Unlike from place to place, so that what went to a wrong one shows.
         block = bytes(range(256)) * 4096
         data = memoryview((block * (self.large_bytes // len(block) + 1))[: self.large_bytes])
         store.put("large", [data[:1], data[1:-5_000_001], data[-5_000_001:]])
@@ -290,11 +301,13 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
 
         def create(key: str, number: int) -> bool:
             try:
+                # By two ways to the place, as from two hosts.
                 (store, other)[number % 2].put(key, [bytes([number])] * 1000)
             except AlreadyExists:
                 return False
             return True
 
+        # Folders that are not there yet are made by all writers at once.
         for key in ("race", "new/folder/race", "new/folder/again"):
             won = _at_once(self.writers, partial(create, key))
             assert sum(won) == 1, f"{sum(won)} writers of {key} were told that they created it"
@@ -319,6 +332,7 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
 
     def test_bad_buffers_are_refused(self, store: Store) -> None:
         """What is no sequence of contiguous buffers is refused, and nothing is stored."""
+        # `bytes` is a sequence, too: of its numbers.
         bad: list[object] = [b"bytes", bytearray(b"x"), memoryview(b"x"), "text", 5, iter([b"x"])]
         bad += [["text"], [b"x", 5], [memoryview(b"abcd")[::2]]]
         for buffers in bad:
@@ -330,6 +344,7 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
 
     def test_no_part_of_an_object_is_ever_seen(self, store: Store, other: Store) -> None:
         """Readers beside a writer see old bytes or new ones, of the old size or the new."""
+        # Of two sizes, so that a mixture shows by its length as well.
         versions = [bytes([n]) * size for n, size in enumerate((700_000, 1_400_000))]
         sizes = {len(data) for data in versions}
         store.put("a/k", [versions[0]])
@@ -339,6 +354,7 @@ class StoreContract(LargeContract, NamesContract, WatchContract):
             try:
                 for turn in range(1, 12):
                     data = memoryview(versions[turn % 2])
+                    # Many, so that there are moments in between.
                     pieces = [data[at : at + 50_000] for at in range(0, len(data), 50_000)]
                     store.put("a/k", pieces, mode="replace")
             finally:

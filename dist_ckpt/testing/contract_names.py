@@ -22,12 +22,15 @@ BAD_KEYS = (
     "a/./b",
     "../a",
     "a/../b",
+    # The slash alone separates: elsewhere this would be a folder.
     "a\\b",
     "a\nb",
     "a\0b",
     "a\x7fb",
+    # So begin what writers leave unfinished: a sweep may remove it.
     ".tmp-a",
     "a/.tmp-a",
+    # Half a character, which UTF-8 does not have: no URL and no manifest could name it.
     "a\udc80b",
 )
 """Keys that every store refuses in every method."""
@@ -40,8 +43,11 @@ GOOD_KEYS = (
     "with space/and+plus%20percent",
     "#hash?question&amp=1",
     "ünïcödé/шаг/步骤/🙂",
+    # Two code points, which some file systems make one of.
     "e\u0301/combining",
+    # Not every file system tells it from `upper/lower`.
     "UPPER/lower",
+    # One dot or two lead elsewhere, three are a name.
     "...",
     "..a/b..",
     "'quoted\"",
@@ -77,6 +83,7 @@ class NamesContract:
 
     def test_good_keys_do_not_collide(self, store: Store) -> None:
         """Keys that differ in anything are different keys."""
+        # Likenesses of good ones: another case, another composition, another escape.
         keys = [*GOOD_KEYS, "upper/lower", "\u00e9/combining", "with space/and plus%20percent"]
         for key in keys:
             store.put(key, [key.encode()])
@@ -87,6 +94,7 @@ class NamesContract:
 
     def test_entries_are_those_below_the_prefix_in_order(self, store: Store) -> None:
         """Sorted by code point over the whole key; a prefix is a folder, not a beginning."""
+        # Around the slash in the order of code points: `!` and `-` are before it, `0` is behind.
         keys = ["a/b/c", "a-b", "a/b-", "a0", "a/b/a/z", "b", "a!", "ab/c", "a/é", "a/z", "A/b"]
         for size, key in enumerate(keys):
             store.put(key, [bytes(size)])
@@ -186,6 +194,7 @@ class NamesContract:
     def test_object_and_folder_of_one_name(self, store: Store, first: str, second: str) -> None:
         """Either both are held, or the second is refused and the first is untouched."""
         store.put(first, [b"1"])
+        # A replace may not make room for a folder, either.
         for mode in ("create", "replace"):
             try:
                 store.put(second, [b"22"], mode=mode)
@@ -228,9 +237,11 @@ class LargeContract:
         """Written from the begin of a page or not, read to the begin of a page or not."""
         data = _fill(memoryview(mmap.mmap(-1, self.large_bytes)))
         found = memoryview(mmap.mmap(-1, self.large_bytes + mmap.PAGESIZE))
+        # Pieces that begin on a page, and ones that do not.
         step = {"whole": self.large_bytes, "aligned": 5 << 20, "odd": (3 << 20) + 5}[cut]
         starts = range(0, self.large_bytes, step)
         store.put("large", [data[start : start + step] for start in starts])
+        # In memory, too: what does not begin on a page is not read there without a copy.
         first = 1 if cut == "odd" else 0
         stop = first + self.large_bytes
         for start in starts:
@@ -292,6 +303,7 @@ class LargeContract:
     def test_exact_deletion_takes_nothing_else(self, store: Store, other: Store) -> None:
         """An object goes only while it holds exactly the bytes that were found in it."""
         store.put("a/k", [b"old"])
+        # Empty, a beginning, longer, and of the same length.
         for data in (b"", b"ol", b"old!", b"new"):
             assert not delete_exactly(store, "a/k", data)
         other.put("a/k", [b"new"], mode="replace")

@@ -159,6 +159,7 @@ def _run(
         try:
             for rank in range(n):
                 job = RankJob(rank, n, folder, timeout_seconds, dict(os.environ), call)
+                # One by one: should one not start, those before it are stopped below.
                 started.append(_start(job))
             _collect(started, deadline, expect_killed)
             _release(started, expect_killed)
@@ -219,6 +220,7 @@ def _receive(each: _Rank) -> Outcome:
 
 def _release(started: Sequence[_Rank], expect_killed: Collection[int]) -> None:
     """Let the ranks that have an outcome end, and judge how they do it."""
+    # Only where all came through: a barrier without one of them would never end.
     whole = not expect_killed and all(each.outcome and not each.outcome.cause for each in started)
     for each in started:
         if each.outcome and not each.outcome.cause:
@@ -244,6 +246,7 @@ def _stop(started: Sequence[_Rank]) -> None:
         os.kill(each.process.pid or 0, signal.SIGABRT)  # its faulthandler dumps, then it dies
     for each in running:
         each.process.join(EXIT_SECONDS)
+        # The dump itself may hang.
         each.process.kill()
         each.process.join()
         sys.stderr.write(f"rank {each.job.rank} was stopped here:\n{each.trace()}\n")

@@ -219,6 +219,7 @@ class CrashStore(_KeyByKey):
         if operation not in self._kinds:
             return run()
         with self._lock:
+            # As it begins: of operations of several threads that is the one order there is.
             self._log.append((operation, key))
             number = len(self._log)
         if number == self._at and self._when == "before":
@@ -253,6 +254,7 @@ class LatencyStore(_KeyByKey):
 
     def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
         """See `StoreWrapper.around`."""
+        # Under no lock: operations wait side by side, as requests do.
         self._sleep(self._seconds)
         return run()
 
@@ -265,6 +267,7 @@ def _run(faults: Sequence[Fault], run: Callable[[], _T]) -> _T:
             raise fault.error
     result = run()
     for fault in faults:
+        # Those before the operation were raised there: these are answers that got lost.
         if isinstance(fault, Fail):
             raise fault.error
     return result
@@ -280,6 +283,7 @@ def _damage(faults: Sequence[Fault], views: Sequence[memoryview], count: int) ->
             if not -count <= fault.at < count:
                 raise UsageError(f"{fault} lies outside the {count} bytes of the operation")
             at = fault.at if fault.at >= 0 else count + fault.at
+            # The byte may lie in any of the buffers, which are filled as if they were one.
             (view,) = Scatter(views).cut(at, at + 1)
             view[0] ^= 1
     return left
