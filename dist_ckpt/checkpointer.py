@@ -106,6 +106,7 @@ class Checkpointer:
         self._job = Job(
             url, timeout_seconds=timeout_seconds, ranks=chosen.ranks, exclusive=chosen.exclusive
         )
+        # Told by the first call of all ranks: who raised here would leave the others waiting in it.
         self._unfit = check_state(train_state, self._job.ranks)
         self._saver = Saver(
             self._job,
@@ -122,6 +123,7 @@ class Checkpointer:
         self._flags: flags.Flags | None = None
         self._closed = False
         self.restored: LoadReport | None = None
+        # Last: what was refused above has taken no memory.
         self._saver.prewarm()
 
     @classmethod
@@ -160,6 +162,7 @@ class Checkpointer:
             keep=keep if kept is None else both,
             metadata=metadata,
             save_last=save_last and not said.no_save_last,
+            # What is said on the command line counts above what the program says.
             **{**options, **said.options()},
         )
         made._flags = said
@@ -230,11 +233,15 @@ class Checkpointer:
         self._check_open()
         step = None if step is None else plain_step(step)
         start = Start(which=which, step=step, place=url, discard_newer=discard_newer)
+        # A call that says anything itself counts above the flags.
         if self._flags is not None and start == Start() and not options:
             start = self._flags.start
         check_start(start)
         self._recorder.begin()
+        # What is in flight may be what is restored. That it failed, or that the state cannot be
+        # stored, all ranks hear in the round of the restore.
         failed = self._saver.settle(goes_on=True) or self._unfit
+        # From here on the step told last is not that of the state any more: it must not be saved.
         with self._recorder.course.replaced():
             self.restored = self._resumer.restore(start, failed, options=options)
         self._recorder.restored(self.restored, own=not begins_run(start))
@@ -252,6 +259,7 @@ class Checkpointer:
             CheckpointError: as for `restore`.
         """
         self._check_open()
+        # The best may be in flight.
         failed = self._saver.settle(goes_on=True)
         with self._recorder.course.replaced():
             return self._resumer.rollback(failed).step
@@ -343,11 +351,13 @@ class Checkpointer:
         """
         if self._closed:
             return
+        # First: also where this fails, a second call does nothing.
         self._closed = True
         well = False
         try:
             try:
                 self._recorder.finish()
+            # The last step was not saved, and what is in flight is finished all the same.
             except Exception:
                 self._saver.close()
                 raise
@@ -355,6 +365,7 @@ class Checkpointer:
             self._saver.close()
             well = True
         finally:
+            # The status of the job tells by it whether it ended or failed.
             self._recorder.close(well=well)
 
     def __enter__(self) -> Self:
@@ -367,6 +378,7 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
+            # Others may be in a collective that this rank will not join: they are not waited for.
             self._job.hurry()
             self._recorder.interrupted = True
         leave(self._saver, self.close, error)

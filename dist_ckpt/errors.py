@@ -76,6 +76,7 @@ def without_secrets(text: str) -> str:
     That is the user and password before the host, and everything behind the path: signatures and
     tokens are arguments there, under whatever names.
     """
+    # Most messages have no URL, and every one comes by here.
     if ":/" not in text:
         return text
     return "".join(map(_masked, _BETWEEN_WORDS.split(text)))
@@ -184,6 +185,7 @@ class UsageError(CheckpointError, ValueError):
     default_kind = ErrorKind.USAGE
 
 
+# What other ranks send is made into these and no others.
 _CLASSES: dict[str, type[CheckpointError]] = {
     cls.__name__: cls
     for cls in (
@@ -216,6 +218,7 @@ def to_wire(error: BaseException) -> dict[str, object]:
 def from_wire(data: Mapping[str, object]) -> CheckpointError:
     """Rebuild the error that `to_wire` described; a foreign one becomes a `CoordinationError`."""
     cls = _CLASSES.get(str(data.get("class")), CoordinationError)
+    # A kind that this release does not know becomes the default of the class.
     kinds = {str(kind): kind for kind in ErrorKind}
     ranks = data.get("ranks")
     causes = {int(r): str(c) for r, c in ranks.items()} if isinstance(ranks, dict) else {}
@@ -254,6 +257,7 @@ def as_ours(error: BaseException) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     ours = CheckpointError(describe(error), kind=ErrorKind.FOREIGN)
+    # As `raise ... from` does: a log of it shows where it came from.
     ours.__cause__ = error
     return ours
 

@@ -27,6 +27,7 @@ class Event:
 
     def __post_init__(self) -> None:
         """Keep secrets out of what goes to monitoring."""
+        # Here, as every event comes by: the class is frozen, and nobody has seen this one yet.
         object.__setattr__(self, "url", without_secrets(self.url))
 
 
@@ -228,7 +229,9 @@ Listener = Callable[[Event], None]
 
 _log = logging.getLogger("dist_ckpt")
 _listeners: list[Listener] = []
+# For the life of the process: a run is looked at again and again.
 _told: set[tuple[str, str]] = set()
+# Things happen on several threads, and a program subscribes from any.
 _lock = threading.Lock()
 
 
@@ -239,6 +242,7 @@ def subscribe(listener: Listener) -> Callable[[], None]:
 
     def unsubscribe() -> None:
         with _lock:
+            # To call it again is no error.
             if listener in _listeners:
                 _listeners.remove(listener)
 
@@ -248,10 +252,12 @@ def subscribe(listener: Listener) -> Callable[[], None]:
 def emit(event: Event) -> None:
     """Tell every listener of `event`."""
     with _lock:
+        # Told without the lock: a listener may unsubscribe, or do what makes another event.
         listeners = tuple(_listeners)
     for listener in listeners:
         try:
             listener(event)
+        # An interrupt is none of these, and passes: it is meant for the program.
         except Exception as error:
             # Logged, not warned: where warnings are errors, a warning would fail the save.
             _log.warning(
@@ -268,8 +274,11 @@ def tell_once(url: str, message: str) -> None:
 
     Such things stay where they are, and would be told again at every look.
     """
+    # First: one place with two signatures is told once.
     message = without_secrets(message)
     with _lock:
+        # Noted under the lock and said without it: of two threads that come across it one says it,
+        # and a slow log holds up no other.
         if (url, message) in _told:
             return
         _told.add((url, message))

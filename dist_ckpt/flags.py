@@ -127,12 +127,14 @@ class Flags:
 
     def __post_init__(self) -> None:
         for name in _SWITCHES:
+            # A text such as "false" is true to Python.
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{flag_of(name)} is on or off, not {getattr(self, name)!r}")
         for name in _TEXTS:
             value = getattr(self, name)
             if value not in (None, "") and (not isinstance(value, str) or not value.strip()):
                 raise UsageError(f"{flag_of(name)} takes text, not {value!r}")
+        # `resume: true` of a file is the newest by now, see `_of_mapping`.
         if not isinstance(self.resume, str | int | None) or isinstance(self.resume, bool):
             raise UsageError(f"--resume takes a step or a path, not {self.resume!r}")
         if self.checkpoint_preset not in (None, *PRESETS):
@@ -140,6 +142,7 @@ class Flags:
                 f"--checkpoint-preset is one of {', '.join(PRESETS)}, not "
                 f"{self.checkpoint_preset!r}"
             )
+        # The first alone: what is wrong besides may be gone with it.
         for reason in _contradictions(self):
             raise UsageError(reason)
         # What is malformed is found now, and not at the first save.
@@ -150,8 +153,10 @@ class Flags:
     def resume_from(self) -> str | int | None:
         """What `--resume` names: a step, a path, `NEWEST`, `BEST`, or None without the flag."""
         text = self.resume
+        # As `dist-ckpt` calls it.
         if text == "latest":
             return NEWEST
+        # `isdecimal` alone takes the digits of every script.
         if isinstance(text, str) and text.isascii() and text.isdecimal():
             return int(text)
         return text
@@ -168,6 +173,8 @@ class Flags:
         if place is None and self.auto_resume:
             return Start(weights=self.pretrained_checkpoint)
         if place is None:
+            # Neither was said: it begins, and a run that has checkpoints is refused,
+            # so that no forgotten flag starts over in it.
             return Start(
                 which="none",
                 discard_newer=self.discard_newer,
@@ -180,6 +187,7 @@ class Flags:
             step=place if isinstance(place, int) else None,
             place=named,
             discard_newer=self.discard_newer,
+            # Who says --resume means to go on: a mistyped place must not begin a new run.
             must_exist=True,
             new_run="" if named is None else f"--resume {place}",
             reset_optimizer=self.reset_optimizer,
@@ -215,6 +223,7 @@ class Flags:
             "checkpoint_on_signal": lambda names: policy.on_signal(*_signals(names), **ending),
             "checkpoint_on_notice": lambda place: policy.on_notice(place, **ending),
         }
+        # Nothing beside others, and the answer where no flag says when.
         policies = [policy.never()]
         for name, make in makers.items():
             value = self._said(name)
@@ -238,6 +247,7 @@ class Flags:
         """Return what to keep, None for everything."""
         policies = []
         last = self._said("keep_last")
+        # All are kept, so whatever the best are adds nothing.
         if last == -1:
             return None
         if last is not None:
@@ -256,6 +266,7 @@ class Flags:
     def _said(self, name: str) -> Any:
         """Return the value of a flag, or what the preset says in its place."""
         own = getattr(self, name)
+        # A flag counts before the preset, also with a value that is refused.
         if own is not None or self.checkpoint_preset is None:
             return own
         # Of two ways to say how often, the one that was given counts.
@@ -300,6 +311,7 @@ def _contradictions(flags: Flags) -> Iterator[str]:
             "--auto-resume to begin anew"
         )
     says_end = (flags.checkpoint_grace_seconds, flags.checkpoint_exit_code) != (None, None)
+    # The preset may be what heeds a signal.
     preset = PRESETS.get(flags.checkpoint_preset or "", {})
     if says_end and not (
         flags.checkpoint_on_signal or flags.checkpoint_on_notice or "checkpoint_on_signal" in preset
@@ -318,6 +330,7 @@ def _named(name: str, make: Callable[[Any], Any], value: object) -> Any:
     try:
         return make(value)
     except UsageError as error:
+        # The policy speaks of its own arguments, and who reads this has typed a flag.
         raise UsageError(f"{flag_of(name)}: {error.message}") from error
 
 
@@ -325,6 +338,7 @@ def _signals(names: str) -> Iterator[signal.Signals]:
     """Yield the signals of a list such as `SIGTERM,USR1`."""
     for name in names.split(","):
         wanted = name.strip().upper()
+        # With the prefix or without, as `kill` takes them.
         full = wanted if wanted.startswith("SIG") else f"SIG{wanted}"
         known = signal.Signals.__members__
         if full not in known:
@@ -454,12 +468,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, aliases: bool = True) -> N
             that `parser` has already. False for a script that adds such a flag of its own later.
     """
     group = parser.add_argument_group("checkpoints")
+    # Asked before ours are added, among which an alias may be, too.
     taken = set(parser._option_string_actions)  # noqa: SLF001  argparse has no other way to ask
     spelled = {name: name for name in _HELP} | (dict(ALIASES) if aliases else {})
     for spelling, name in spelled.items():
         options, text = _HELP[name]
         shown = spelling == name
+        # Where a name has no underscore both are the same, which argparse refuses twice.
         for flag in dict.fromkeys((flag_of(spelling), f"--{spelling}")):
+            # An alias gives way to a flag of the script; for one of ours argparse fails.
             if not shown and flag in taken:
                 continue
             if shown and flag == flag_of(name):
@@ -489,6 +506,7 @@ def parse(source: Source) -> Flags:
         given = {
             name: value
             for name, value in vars(source).items()
+            # What is left at its default is left out, or a file could never say anything.
             if name in known and value is not None and value is not False
         }
         file = getattr(source, "checkpoint_config", None)
@@ -521,6 +539,7 @@ def _of_file(path: Path) -> dict[str, Any]:
             "parsed arguments and dicts need nothing"
         ) from error
     try:
+        # Plain values alone: no tag in the file makes an object.
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {describe(error)}") from error
@@ -539,12 +558,14 @@ def _of_mapping(section: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name not in known:
             hint = near(name, known) or f"; known are {', '.join(known)}"
             raise UsageError(f"{where}: unknown name {spelled!r}{hint}")
+        # Which of the two is meant nobody knows.
         if name in values:
             raise UsageError(f"{where}: {name!r} is there in two spellings")
         if value is not None:  # an empty entry says nothing
             values[name] = value
     if values.get("resume") is True:
         values["resume"] = NEWEST  # what the flag is without a value
+    # As a switch that is off.
     if values.get("resume") is False:
         del values["resume"]
     return values

@@ -100,6 +100,7 @@ def async_save(
     check_generators_kept(train_state)
     check_job_holds_all(train_state, job.ranks)
     said = checked_metadata(metadata)
+    # No policy: retention is of a training, and a single save deletes no checkpoint.
     saver = Saver(job, train_state, keep=None, metadata=said, options=chosen)
     return saver.start_last(plain_step(step), as_given(metrics))
 
@@ -203,6 +204,7 @@ def load_weights(
         else:
             weights = TensorsPart(model, name=part, passed_over=_NO_WEIGHTS)
         parts: dict[str, Any] = {part: weights}
+        # Weights alone: the random numbers of this process are none of theirs.
         return TrainState(rng=None, **parts)
 
     return _load(
@@ -222,6 +224,7 @@ def _load(
     timeout_seconds: float,
     options: Mapping[str, Any],
 ) -> LoadReport:
+    # Which ranks take part is said to the job, and the rest to the load.
     keywords = {name: value for name, value in options.items() if name not in JOB_KEYWORDS}
     job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), commits=False)
     failed: Exception | None = None
@@ -245,6 +248,7 @@ def _load(
             failed=failed,
         )
     finally:
+        # Also after an error: rank 0 has to know that this rank was told.
         job.leave()
     if report is None:  # `own=False` raises instead
         raise NotFound(f"no checkpoint in {job.url}")

@@ -229,6 +229,7 @@ class Run:
 
     def pin(self, step: int, *, reason: str = "") -> None:
         """Keep a checkpoint whatever any policy says, until `unpin`."""
+        # A pin of a step that is not there would be a mark of nothing; the error names the nearest.
         self._manifest_bytes(step)
         self._repository.pin(step, reason=reason)
 
@@ -258,6 +259,7 @@ class Run:
         """
         decisions = self.plan_keep(policy)
         deleted = [self._delete(each.step, pinned_too=False) for each in decisions if not each.kept]
+        # Also what a deletion that was cut off has left.
         self._sweep(deleted=deleted)
         return decisions
 
@@ -274,6 +276,7 @@ class Run:
             UsageError: it is protected, and `force` was not given (`ErrorKind.PROTECTED`).
         """
         self._manifest_bytes(step)
+        # Of the whole list: which is the newest, or the best, shows beside the others alone.
         why = protected(self.listed()).get(step)
         if why and not force:
             raise UsageError(
@@ -320,6 +323,7 @@ class Run:
         newest = highest_claim(self.store)
         # Where no job ever was there are copies, and of those only the age tells who is gone.
         older = sys.maxsize if before is not None and not newest else newest - 1
+        # What may be in flight bears the highest claim, and `older` is below that.
         gone = collect_garbage(
             self.store, claim=older, in_flight=(), before=before, deleted=deleted, refused=refused
         )
@@ -327,6 +331,7 @@ class Run:
 
     def leftovers(self) -> list[str]:
         """Return the folders that `sweep` would remove; nothing is done."""
+        # What bears the highest claim may be written now.
         older = highest_claim(self.store) - 1
         return [
             *garbage(self.store, claim=older, in_flight=()),
@@ -363,6 +368,7 @@ class Run:
             AlreadyExists: another checkpoint of such a step is there.
         """
         target = to if isinstance(to, Run) else Run(to)
+        # First: a `keep` that is malformed is told before anything is copied.
         newest = None if keep is None else keeping.latest(keep)
         wanted = {self.newest().step}
         if best is not None:
@@ -376,6 +382,7 @@ class Run:
                 copied.append(self.copy(step, target))
         decided: list[KeepDecision] = []
         if newest is not None and target.latest() is not None:
+            # A metric that no checkpoint has is refused by a policy, as a mistyped one.
             has_best = best is not None and best.ranked(target.records())
             kept = keeping.best(best.metric, mode=best.mode) if best and has_best else newest
             decided = target.keep(newest | kept)
@@ -410,9 +417,11 @@ class Run:
             return ""
         if not pinned_too and is_pinned(self.store, step, save_id):
             return ""  # since the plan was made
+        # First: should this be cut off, a sweep knows by it that the files may go.
         mark_removed(self.store, step, save_id)
         # Itself alone: a job that went back may have saved the step anew since the look.
         delete_exactly(self.store, manifest_key(step), data)
+        # Behind the manifest: from there on no reader looks for them.
         delete_attempt(self.store, step, save_id)
         return f"{step_dir(step)}/{save_id}/"
 

@@ -73,6 +73,7 @@ class _EveryEpochs(Composable):
         return f"policy.every(epochs={self.epochs})"
 
     def due(self, moment: Moment) -> str | None:
+        # Where no epoch ends there is nothing to count.
         due = moment.epoch is not None and moment.epoch % self.epochs == 0
         return f"end of epoch {moment.epoch}" if due else None
 
@@ -80,6 +81,7 @@ class _EveryEpochs(Composable):
 @dataclass(frozen=True, slots=True)
 class _EverySeconds(Composable):
     seconds: float
+    # Clocks of ranks differ: that of rank 0 counts for all.
     scope: ClassVar[Scope] = Scope.AHEAD
 
     def __str__(self) -> str:
@@ -96,6 +98,7 @@ class _At(Composable):
 
     def __str__(self) -> str:
         return (
+            # The first word of the reason is the name of what made it.
             f"policy.{self.reason.split(maxsplit=1)[0]}({', '.join(map(str, sorted(self.steps)))})"
         )
 
@@ -108,6 +111,7 @@ class Better(Composable):
     """Made by `better`; the criterion is read by whoever looks for the best checkpoint."""
 
     criterion: Criterion
+    # Of the metrics of this very step nothing can be said ahead.
     scope: ClassVar[Scope] = Scope.AT_ONCE
 
     def __str__(self) -> str:
@@ -115,6 +119,7 @@ class Better(Composable):
 
     def due(self, moment: Moment) -> str | None:
         """Return how the metric got better, if it did."""
+        # A metric that is missing is as NaN, which beats nothing.
         value = moment.metrics.get(self.criterion.metric, math.nan)
         best = moment.best.get(self.criterion)
         if not self.criterion.beats(value, best):
@@ -182,6 +187,7 @@ def better(metric: str, *, mode: Mode = "min") -> SavePolicy:
 
 def never() -> SavePolicy:
     """Save only when `Checkpointer.save` is called."""
+    # Of nothing: with any other policy `|` gives that one.
     return AnyOf(())
 
 
@@ -196,7 +202,9 @@ def checked_when(policy: object) -> SavePolicy:
     found: tuple[Any, ...] = members(policy)  # type: ignore[arg-type]  # all else is its own
     for each in found:
         is_one = callable(getattr(each, "due", None)) and hasattr(each, "scope")
+        # A class has both attributes, too; what it makes is meant.
         if isinstance(each, type) or not is_one:
+            # A bare number is most often meant as steps.
             hint = f"policy.every({each})" if as_integer(each) else "policy.every(500)"
             called = ", which was not called" if callable(each) else ""
             raise UsageError(
@@ -215,6 +223,7 @@ def counted(policy: SavePolicy) -> set[str]:
 def passed_over(policy: SavePolicy, *, previous: int, step: int) -> SavePolicy | None:
     """Return the member of `policy` that was due between two told steps, and at neither."""
     for each in members(policy):
+        # A multiple lies behind `previous`: unless that is `step` itself nobody asked about it.
         if isinstance(each, _EverySteps) and step // each.steps > previous // each.steps:
             return each if step % each.steps else None
     return None

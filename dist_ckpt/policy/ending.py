@@ -15,7 +15,9 @@ from dist_ckpt.policy.moment import Composable, Moment, SavePolicy, Scope, check
 NOTICE = "notice"
 """What a notice is called where a signal has its name."""
 
+# As a shell tells that a process was ended by SIGTERM.
 _TERMINATED = 128 + signals.SIGTERM
+# An exit status is one byte.
 _MOST_STATUS = 255
 
 
@@ -25,6 +27,7 @@ class OnEnding(Composable, ABC):
 
     grace_seconds: float | None = None
     exit_code: int | None = None
+    # It may arrive at any rank: rank 0 hears of it, and names one step for all.
     scope: ClassVar[Scope] = Scope.AHEAD
 
     @abstractmethod
@@ -37,6 +40,7 @@ class OnEnding(Composable, ABC):
 
     def due(self, moment: Moment) -> str | None:
         """Return the name of what arrived, if it is heeded and there is time for a save."""
+        # What arrived may be for another policy alone.
         if not self.heeds(moment.signal) or self.lacks_time(moment):
             return None
         return moment.signal if moment.signal == NOTICE else f"signal {moment.signal}"
@@ -48,6 +52,7 @@ class OnEnding(Composable, ABC):
     def lacks_time(self, moment: Moment) -> str:
         """Return why a save is not begun, "" where it is."""
         left = self.left_seconds(moment)
+        # Where none was measured it is tried: nothing says that it would not fit.
         if left is None or left > (moment.save_seconds or 0.0):
             return ""
         takes = "" if moment.save_seconds is None else f", a save takes {moment.save_seconds:.1f} s"
@@ -93,6 +98,7 @@ class OnNotice(OnEnding):
     every_seconds: float
 
     def __str__(self) -> str:
+        # Policies stand in messages, and a URL may have a token in it.
         said = [repr(without_secrets(self.place)), f"every={self.every_seconds:g}"]
         return f"policy.on_notice({', '.join([*said, *self._arguments()])})"
 
@@ -152,6 +158,7 @@ def on_notice(
         UsageError: an argument is malformed.
     """
     where = fspath(place) if isinstance(place, str | PathLike) else ""
+    # Another scheme would be taken for a path, at which nothing ever appears.
     if not where or ("://" in where and not where.startswith(("http://", "https://"))):
         raise UsageError(f"policy.on_notice takes a path, or a URL of HTTP, not {place!r}")
     return OnNotice(where, checked_seconds(every, "every"), **_ending(grace_seconds, exit_code))

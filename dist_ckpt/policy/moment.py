@@ -83,6 +83,7 @@ class Composable:
     scope: ClassVar[Scope] = Scope.LOCAL
 
     def __or__(self: SavePolicy, other: SavePolicy) -> SavePolicy:
+        # Flat, however they were joined: `members` has each of them.
         return AnyOf((*members(self), *members(other)))
 
 
@@ -101,6 +102,7 @@ class AnyOf:
     @property
     def scope(self) -> Scope:
         """The scope of the member that needs the most."""
+        # As they are declared: from what costs least to what costs most.
         order = list(Scope)
         return max((each.scope for each in self.policies), key=order.index, default=Scope.LOCAL)
 
@@ -121,6 +123,7 @@ def checked_seconds(value: object, what: str) -> float:
     Raises:
         UsageError: it is no finite number above 0.
     """
+    # `True` is 1 to Python, and NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{what} must be a finite number above 0, not {value!r}")
     return float(value)
