@@ -75,6 +75,7 @@ class Catalog:
 
     def metadata(self) -> Metadata:
         """Return the description that load planners ask for."""
+        # Without a tree each name is a path of the part and the rest (format-v1, 4.3).
         planner_data = dict(self.paths) if self.tree is None else self.tree.planner_data
         where = without_secrets(self.source.store.url)
         if isinstance(self.source, Checkpoint):
@@ -109,6 +110,7 @@ class Catalog:
             )
         for name in inner:
             if name != fqn:
+                # Still in `tensors`, by which a load fills the face; only not offered as an entry.
                 self.paths.pop(name, None)
         self.faces[fqn], self.paths[fqn] = noted, path
 
@@ -157,9 +159,11 @@ def catalog(source: Source) -> Catalog:
     naming = None if source.manifest is None else source.manifest.versions.get(NAMING)
     if naming is None or not isinstance(source, Checkpoint):
         return _of_parts(source)
+    # Before any name is looked at: rules that are not known here must be refused, not misread.
     check_naming(source)
     found = Catalog(source, tree=read_tree(source))
     objects = list(_objects(source))
+    # What a Python value refers to is a part of it, and no entry (format-v1, 4.4).
     inside = {
         (part, inner) for part, _, data in objects for inner in tensors_aside(source, part, data)
     }
@@ -171,6 +175,7 @@ def catalog(source: Source) -> Catalog:
         path = path_of(part, name)
         tensors: Mapping[str, torch.Tensor] = aside.get(part, {})
         found.add_value(path, partial(decode, data, tensors=tensors, path=dotted(path)))
+    # Last, as a face is made of tensors that are listed by then.
     for fqn, noted in (found.tree.faces if found.tree is not None else {}).items():
         found.add_face((fqn,), noted)
     return found
@@ -265,6 +270,7 @@ def _groups(
     objects: Sequence[tuple[str, str, bytes]], tensors: Sequence[TensorEntry]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the groups of each optimizer, with its part."""
+    # Without memory: what is asked of a group is its names and numbers, and no tensor is read.
     blanks = {each.name: _blank(each) for each in tensors}
     for part, name, data in objects:
         if is_group_name(name):
@@ -308,6 +314,7 @@ def _add_nested(
         return
     if is_group and isinstance(value, dict):
         value = {**options_of(value), "params": value.get("params")}  # stock has no notes
+    # Decoding puts these very objects where the value has its tensors, so they can be told by that.
     number_of = {id(blank): numbers[name] for name, blank in blanks.items()}
     for inner, leaf in _leaves(value):
         if id(leaf) in number_of:
@@ -319,6 +326,8 @@ def _add_nested(
 
 def _leaves(value: object) -> Iterator[tuple[Path, object]]:
     """Take `value` apart as the stock planner does a state dict that has it."""
+    # By torch's own code, so that names are those that its release would give them; and below a
+    # key, taken off again, as a value may be no dict at all.
     planner = DefaultSavePlanner(flatten_sharded_tensors=False)
     planner.set_up_planner({"": value}, is_coordinator=True)
     for fqn, leaf in planner.state_dict.items():

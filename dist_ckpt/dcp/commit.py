@@ -49,6 +49,7 @@ from dist_ckpt.state.layout import check_tensor, dtype_name
 from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import Latch
 
+# How often stock's own call is looked at: nothing waits for that but the removal of files.
 _LOOK_SECONDS = 0.2
 
 
@@ -93,6 +94,7 @@ class StockAttempt:
         What cannot be removed now is garbage for the next job's first save.
         """
         self._plans = ()
+        # Also where the outcome is not known: the manifest may be there, and its files must stay.
         if not self.transaction.may_exist:
             with suppress(CheckpointError):
                 store, step = self.transaction.store, self.transaction.step
@@ -147,6 +149,7 @@ class StockAttempt:
             )
             for plan, report in zip(self._plans, reports, strict=True)
         ]
+        # Compares every report with the plan, and so comes before anything of the commit is stored.
         index = with_tree(build_index(shares), reports[0].tree)
         aside = any(report.aside for report in reports)
         parts = [tensor.part for tensor in index.tensors]
@@ -158,16 +161,20 @@ class StockAttempt:
             claim=transaction.claim,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             world_size=len(reports),
+            # By this readers know that the names are those of a stock state dict (format-v1, 4.4).
             versions=versions() | {NAMING: naming_version(aside=aside)},
+            # A manifest names no part twice (format-v1, section 6); the order is that of the index.
             parts=list(dict.fromkeys(parts)),
             files=FilesTotal.of(file.nbytes for file in index.files),
             metrics=dict(metrics),
             metadata=dict(metadata),
             timings=longest([_timings(report) for report in reports]),
+            # A storage writer is not told what the program has loaded.
             parent_step=None,
         )
 
         spent = [Spent(each.stage_seconds, each.write_seconds) for each in reports]
+        # Stock carries the whole reports to rank 0, so no rank puts a segment of its own.
         transaction.commit(encode_whole(index, spent), draft)
 
 
@@ -233,6 +240,7 @@ def resolve_share(rank: int, plan: SavePlan, planner: SavePlanner) -> StockShare
                 value_of(planner, item),
                 path=item.index.fqn,
                 tensors=large,
+                # With rank and length of the name in it: no entry has such a name (format-v1, 4.4).
                 prefix=aside_name(rank, name),
                 large_only=True,
             )
@@ -242,6 +250,7 @@ def resolve_share(rank: int, plan: SavePlan, planner: SavePlanner) -> StockShare
     sources: list[WriteItem | LocalBox] = []
     faces: dict[int, Face] = {}
     for number, item in enumerate(tensors_of(plan)):
+        # The plan of torch does not say how a DTensor is cut otherwise, and would be believed.
         check_as_stock(live.get(item.index.fqn), f"tensor {item.index.fqn!r}")
         found = local_face(planner, item, paths)
         if found is not None:
@@ -262,6 +271,7 @@ def file_images(rank: int, share: StockShare) -> Iterator[StagedFile]:
         image = aligned_buffer(plan.layout.nbytes)
         image[: len(plan.layout.header)] = plan.layout.header
         for owned, offset in zip(plan.owned, plan.layout.offsets, strict=True):
+            # `torch.frombuffer` refuses a count of 0.
             if volume(owned.box):
                 _copy(share, owned.held, image, offset)
         yield StagedFile(plan.name, image, plan.layout.blocks)
@@ -309,6 +319,7 @@ def tree_file(metadata: Metadata, faces: Mapping[str, Mapping[str, Any]]) -> Sta
     data = metadata.planner_data
     paths: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
     told = {fqn: path_of(*part_and_name(fqn, paths)) for fqn in metadata.state_dict_metadata}
+    # The usual case: what the names tell by themselves is not stored a second time.
     if data == told and not faces:
         return None
     kept = {TREE: encode_tree(data)}

@@ -38,6 +38,7 @@ CheckpointId: TypeAlias = str | os.PathLike[str] | int
 """What callers of `dcp.save` and `dcp.load` give to say which checkpoint they mean."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
+# Bounds for what programs put together: causes may lead in a circle, arguments hold themselves.
 _MOST_CAUSES = 8
 _DEEPEST = 8
 
@@ -99,6 +100,7 @@ def _is_place(text: str, run: Store) -> bool:
     if text.rstrip("/") == run.url.rstrip("/"):
         return True
     path = os.path.expanduser(text.removeprefix("file://"))
+    # The same folder may be given relative to somewhere, or by a link.
     return run.url.startswith("/") and os.path.realpath(path) == os.path.realpath(run.url)
 
 
@@ -152,6 +154,7 @@ class DiskError(StorageError, OSError):
         self.errno = errno
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # By a function: pickle would call the class with its text alone, and it wants keywords.
         return _rebuilt, (type(self).__name__, self.message, str(self.kind), self.errno)
 
 

@@ -85,6 +85,7 @@ def local_face(planner: SavePlanner, item: WriteItem, paths: Paths) -> LocalFace
     if not isinstance(live, torch.Tensor) or not is_wrapped(live):
         return None
     with torch.no_grad():
+        # Planners may transform what they give, and what is written is what this one gives.
         value = planner.resolve_data(item)
     if not isinstance(value, torch.Tensor) or not is_wrapped(value):
         return None  # a planner of the user's that stores something else for it
@@ -127,6 +128,7 @@ def agreed(plans: Sequence[Sequence[WriteItem]], faces: Sequence[Faces]) -> dict
     digests: dict[tuple[str, str, tuple[int, ...]], tuple[int, str]] = {}
     for rank, mine in enumerate(faces):
         for face in mine.values():
+            # A copy, as the cuts that other ranks know are added to it.
             known = noted.setdefault(face.fqn, dict(face.noted))
             if (problem := difference(known, face.noted)) is not None:
                 raise _differ(face.fqn, f"{problem} on rank {rank}")
@@ -184,6 +186,7 @@ def _dims_alike(whole: torch.Tensor, inner: torch.Tensor) -> set[int]:
     cutting = shards_of(whole)
     pairs = zip(whole.placements, inner.placements, strict=True)
     alike = (here for here, there in pairs if isinstance(there, Replicate))
+    # `_StridedShard` is what torch has where FSDP2 cuts what tensor parallelism has cut before.
     return {here.dim for here in alike if isinstance(here, Shard | _StridedShard)} & cutting.keys()
 
 

@@ -68,6 +68,7 @@ def described(
         aside: what is written besides, of its Python values.
     """
     paths, others = paths_of(plan), instead or {}
+    # The rank that writes and rank 0 that commits both come here: the same items, the same files.
     held: list[Held] = []
     for number, item in enumerate(tensors_of(plan)):
         held += others[number] if number in others else [held_of(item, paths)]
@@ -87,6 +88,7 @@ def without_empty(plans: Iterable[SavePlan]) -> list[SavePlan]:
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO or volume(box_of(item)):
                 items.append(item)
+            # Exactly one chunk, whose box is the whole shape (format-v1, section 5, rule 5).
             elif not all(_data(item).size) and item.index.fqn not in seen:
                 seen.add(item.index.fqn)
                 items.append(_whole(item))

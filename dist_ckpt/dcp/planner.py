@@ -58,6 +58,7 @@ class Planner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         """Describe what this rank holds; see `SavePlanner.create_local_plan`."""
         plan = super().create_local_plan()
+        # Of this save alone: one planner may serve several, each with other boxes.
         self._held = {}
         items = list(plan.items)
         for number, item in enumerate(items):
@@ -80,6 +81,7 @@ class Planner(DefaultSavePlanner):
         # Of all ranks, for a rank that has an entry under another path must not split its tensor.
         paths = dict(ChainMap(*(dict(paths_of(plan)) for plan in all_plans)))
         with plain_errors():
+            # On rank 0 alone, from where torch sends errors to the others as pickles.
             held = [[held_of(item, paths) for item in _rows(plan)] for plan in all_plans]
             owned = decide(held)
         values: set[MetadataIndex] = set()
@@ -92,6 +94,7 @@ class Planner(DefaultSavePlanner):
                     values.add(item.index)
                     items.append(item)
             plans.append(replace(plan, items=items))
+        # After the cut, for the metadata have to describe the chunks as they are written.
         plans, metadata = create_default_global_save_plan(plans)
         if self.flatten_state_dict:
             metadata = replace(metadata, planner_data=paths)

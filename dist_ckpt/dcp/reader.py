@@ -139,6 +139,7 @@ class Reader(StorageReader):
         self._catalog = self._failure = None
         if checkpoint_id is not None:
             step = step_of(checkpoint_id, self._store)
+            # The run itself names no step: that of the Reader is meant.
             self._step = self._step if step is None else step
 
     @classmethod
@@ -154,12 +155,14 @@ class Reader(StorageReader):
         which the other ranks would hear of it.
         """
         self._catalog = self._failure = None
+        # Over one process group a save in flight might be sent what is meant for this load.
         wait_for_all()
         try:
             with plain_errors():
                 self._catalog = self._open()
                 metadata = self._catalog.metadata()
                 if metadata.storage_meta is not None:
+                    # As the reader of torch does (`filesystem.py`).
                     metadata.storage_meta.load_id = str(uuid.uuid4())
                 return metadata
         except CheckpointError as error:
@@ -181,6 +184,7 @@ class Reader(StorageReader):
             CheckpointError: whatever else kept it from being opened.
         """
         if self._failure is not None:
+            # What is raised here all ranks hear of; what `read_metadata` raises stock keeps.
             raise self._failure
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -194,6 +198,7 @@ class Reader(StorageReader):
         Raises:
             UsageError: they do not.
         """
+        # Each rank looked for the newest by itself, and a save may have ended between two looks.
         opened: Sequence[_Opened] = [plan.storage_data for plan in plans]
         for rank, each in enumerate(opened):
             if each != opened[0]:
@@ -215,8 +220,10 @@ class Reader(StorageReader):
         """
         with plain_errors(), unless_deleted(self._opened.source):
             live = getattr(planner, "state_dict", {})
+            # All of them before the first byte is read: a refusal leaves the state as it was.
             for fqn in {item.dest_index.fqn for item in plan.items}:
                 check_as_stock(live.get(fqn), f"tensor {fqn!r}")
+            # Such a planner gives out the live tensors, and all of them can be read at once.
             if is_unchanged(planner, "resolve_tensor", "transform_tensor", "lookup_tensor"):
                 self._read_at_once(plan, planner)
             else:
@@ -252,6 +259,7 @@ class Reader(StorageReader):
         """Read for a planner whose tensors are those of the state dict."""
         wanted = [item for item in plan.items if _is_tensor(item)]
         faces = {id(item): _live_face(self._opened, item, planner) for item in wanted}
+        # Of all items first: what does not fit is refused while nothing has changed.
         targets: dict[int, list[Wanted]] = {}
         for item in wanted:
             live = faces[id(item)]
@@ -292,6 +300,7 @@ class Reader(StorageReader):
                     planner.commit_tensor(item, given)
                     continue
                 target = self._target(item, planner.resolve_tensor(item)).local.memory
+                # Let go of at once: more than a window of it is never held.
                 target.copy_(staged.pop(id(item)).local.memory)
                 planner.commit_tensor(item, target)
 
@@ -311,6 +320,7 @@ class Reader(StorageReader):
         """Return memory of our own for what `item` wants."""
         number = self._opened.tensors[item.storage_index.fqn]
         dtype = dtype_of(self._opened.source.tensors[number].dtype)
+        # Of the stored dtype: a cast is made where it is copied to what the planner gives.
         return self._target(item, torch.empty(tuple(item.lengths), dtype=dtype))
 
     def _target(self, item: ReadItem, tensor: torch.Tensor) -> Wanted:
@@ -319,6 +329,7 @@ class Reader(StorageReader):
         source = self._opened.source
         stored = source.tensors[number]
         dtype = dtype_of(stored.dtype)
+        # Autograd lets nobody write into a leaf that wants gradients; this shares its memory.
         memory = tensor.detach()
         fits = memory.dtype == dtype or (self._cast and can_cast(dtype, memory.dtype))
         if not fits or memory.device.type == "meta":
@@ -335,6 +346,7 @@ class Reader(StorageReader):
                 f"the planner gave {list(memory.shape)} for {fqn!r}, and asked for {list(sizes)}: "
                 "resolve_tensor returns what the item names; it was not changed"
             )
+        # torch counts the offsets of an item from the start of its stored chunk, not of the tensor.
         chunk = item.storage_index.offset or torch.Size([0] * len(stored.shape))
         offsets = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
         box = Held(stored.part, stored.name, stored.dtype, stored.shape, offsets, sizes)
@@ -349,6 +361,7 @@ class Reader(StorageReader):
             rule=self._ties,
             window_bytes=IN_FLIGHT_BYTES,
         )
+        # What shares memory is compared beside it first: nothing live changes before it agrees.
         for number in range(ties.windows):
             self._fetch(ties.window(number))
             ties.settle(number)
@@ -358,6 +371,7 @@ class Reader(StorageReader):
     def _fetch(self, wanted: Sequence[Wanted]) -> None:
         source = self._opened.source
         index = source.index_of(boxes_of(wanted))
+        # Of these boxes alone: segments about others need not be read.
         files = Files.of(index, apart_bytes=MAX_GAP_BYTES, verify=source.verified)
         filling = ReadTargets(index, wanted, files, max_gap_bytes=MAX_GAP_BYTES)
         Fetcher(
@@ -377,6 +391,7 @@ def _windows(
     taken = 0
     for item in items:
         nbytes = nbytes_of(item)
+        # An item that is larger by itself makes a window of its own: the planner takes it whole.
         if window and taken + nbytes > IN_FLIGHT_BYTES:
             yield window
             window, taken = [], 0
@@ -442,6 +457,7 @@ def _face_targets(
         _refuse(found, fqn, live, "give a tensor of that class: none is converted")
     here = local_of(live)
     value = here if given is None else given
+    # Rows of the whole are no rows of what it is made of.
     if tuple(item.lengths) != tuple(here.shape) or tuple(value.shape) != tuple(here.shape):
         _refuse(found, fqn, live, f"only all {list(here.shape)} of this rank can be read at once")
     if not is_wrapped(value):
@@ -456,11 +472,14 @@ def _face_targets(
         number = found.tensors.get(fqn + suffix)
         if number is None:
             _refuse(found, fqn, live, f"no {fqn + suffix!r} is stored")
+        # All is compared before a byte is read, so that what does not fit leaves the state as it
+        # was.
         entry = stored[number]
         kept, has = (entry.dtype, entry.shape), (dtype_name(tensor.dtype), stored_shape(tensor))
         if kept != has:
             was, now = (f"{dtype}{list(shape)}" for dtype, shape in (kept, has))
             _refuse(found, fqn, live, f"{fqn + suffix!r} is stored as {was}, and is {now} here")
+        # Cut as the live one is: of each inner tensor a rank reads what it holds.
         boxes = local_boxes({entry.part: {entry.name: tensor}})
         wanted += [Wanted(number, box, dtype_of(entry.dtype)) for box in boxes]
     return wanted

@@ -202,6 +202,7 @@ class Writer(StorageWriter, AsyncStager):
             # Rank 0 asks as well, so what it has gathered is for its own save or for another one.
             if save is None or save.token not in [each.token for each in asked]:
                 raise _mixed_up()
+            # Before any rank writes: what can be refused now costs no bytes.
             transaction = self._repository.begin(save.step, self._claim())
             whole = without_empty(plans)
             save.attempt = StockAttempt(transaction, whole)

@@ -73,6 +73,7 @@ def with_bests(
         # The best can be rolled back to, and kept, only if it was saved.
         if criterion not in _watched(when, ()):
             when |= Better(criterion)
+    # Without a policy everything is kept, the best among it.
     if keep is not None:
         bests = [keep_policies.best(each.metric, mode=each.mode) for each in watched]
         keep = reduce(keep_policies.either, bests, keep)

@@ -106,6 +106,8 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
             the job does not hold all. Only where this process is the whole job.
     """
     try:
+        # What is made here would set off the collection that the imports of the program are due
+        # for, 0.2 s (docs/design/005).
         with no_collection(), dry_capture():
             check_generators_kept(state)
             for name, part in state.parts.items():
@@ -172,6 +174,7 @@ def _captured(state: TrainState, *, strict: bool) -> Iterator[tuple[str, Capture
         except UsageError as error:
             if strict and error.kind is ErrorKind.UNENCODABLE:
                 raise
+        # Code of the program, perhaps not ready before a first step: what is wrong a save finds.
         except Exception:
             continue
 

@@ -225,6 +225,7 @@ class Recorder:
 
     def close(self, *, well: bool) -> None:
         """Let go of signals and say how it ended, when no save is in flight any more."""
+        # What it says is of a Checkpointer that was forgotten.
         self._leave.detach()
         self.heartbeat.end("ended" if well and not self.interrupted else "failed")
         self.pace.close()
@@ -249,6 +250,7 @@ class Recorder:
         about = SaveContext(
             reason, epoch, self.program, self.program.elapsed_seconds(), self._differing, metadata
         )
+        # Before anything is waited for below: that is of the same grace.
         until = Deadline.after(urgency.within_seconds)
         if urgency.urgent:
             # Over first: this one must be neither skipped nor take the other's place.
@@ -419,6 +421,7 @@ class Course:
         """
         self._live = False
         self._refusal = refusal
+        # Steps behind the restored one are taken again, and what comes of them is saved again.
         self._done.clear()
         self._restored = report if own else None
         self._saved, self._newest = None, -1 if self._restored is None else self._restored.step
@@ -689,6 +692,7 @@ class _Beat:
             self._say()
         while not over.wait(self._every_seconds):
             self._say()
+        # Where the last word is "ended", no later start counts this one as in vain (commit-v1, 10).
         in_vain = self._pulse.phase == "ended" and not self._job.has_committed
         if self._count or in_vain:
             self._say()
@@ -702,6 +706,7 @@ class _Beat:
         if claim is None:
             return
         try:
+            # No save, and so no training, may fail because of a status (commit-v1, section 10).
             status.put_status(self._job.repository.store, self._status(claim))
             self._failed = False
         except Exception as error:  # a store of the user may raise anything
@@ -725,6 +730,7 @@ class _Beat:
             failed_saves=self._outcomes.in_a_row,
             starts_in_vain=pulse.starts_in_vain,
             heartbeat=datetime.now(UTC).isoformat(timespec="seconds"),
+            # By this alone readers tell life from death: clocks of hosts may be hours apart.
             beat=self._count,
             every_seconds=self._every_seconds,
         )
@@ -746,6 +752,7 @@ def look_back(job: Job, restored: LoadReport | None) -> int:
         job: which has claimed the run.
         restored: what of the run it goes on from, None for the beginning.
     """
+    # A save id bears the number of the claim under which it was saved (commit-v1, section 2).
     before = 0 if restored is None else parse_save_id(restored.save_id) or 0
     # Nothing is asked of storage where a few starts at most could have been in vain.
     if job.claimed is None or job.claimed - before <= _MANY_STARTS:

@@ -102,6 +102,7 @@ class Resumer:
         """
         if start.which == "none" and options:
             raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
+        # What the others are told if they were asked for another restore (`Board.apart`).
         self._job.calls = _in_words(start)
         try:
             return self._restore(start, failed, options or {})
@@ -119,6 +120,7 @@ class Resumer:
             step = self._best_step(failed)
             failed = None  # that round has told all ranks
         origin = -1 if begins_run(start) or step is None else step
+        # What is given up is told by the number of a claim: so whoever gives up has to take one.
         claims = self._saves or _is_newest(start) or start.discard_newer
         if start.new_run or (claims and not _is_newest(start)):
             # Before the claim: whoever is refused has taken the run from nobody.
@@ -166,6 +168,7 @@ class Resumer:
     def record(self, step: int) -> Record | None:
         """Rank 0: what is said of a checkpoint; None, and a word in the log, when that fails."""
         try:
+            # What the next manifests say of the run hangs on this: no reason to end a training.
             found = History(self._job.repository.store).read([step])
         except CheckpointError as error:
             why = reason(step, self._job.url, error.message)
@@ -188,6 +191,7 @@ class Resumer:
             self._ask(
                 "none", self._take_over if claims else int, failed, kind=int, answer=lambda _: 0
             )
+            # All leaders together: the claims of all folders have one number (commit-v1, 11).
             if claims and self._job.ranks.node_local:
                 topic = self._job.topic("claim", f"beginning in {self._job.url}")
                 claim_folders(self._job, topic, self._job.deadline())
@@ -198,6 +202,7 @@ class Resumer:
                 step,
                 place=start.place,
                 options={**options, **({"skip": skip} if skip else {})},
+                # Who named a checkpoint is never given another one for it (commit-v1, section 5).
                 fall_back=_is_newest(start),
                 own=True,
                 claims=claims,
@@ -244,6 +249,7 @@ class Resumer:
     def _newer(self, origin: int) -> _Newer:
         """Return what this folder has beyond `origin`."""
         repository = self._job.repository
+        # Steps that this job found damaged count for nothing: they may be taken, and saved, anew.
         newer = repository.newer(origin, besides=self._job.passed_over.steps)
         pinned = [step for step in repository.pinned() if step > origin] if newer else []
         return _Newer(newer, pinned)
@@ -263,6 +269,7 @@ class Resumer:
         if newer and not start.discard_newer and not self._job.has_committed:
             raise left_behind(self._job.url, origin, newer)
         if newer and start.discard_newer:
+            # A launcher starts a program again with the same flags: it would give up its own saves.
             check_first_start(self._job.url, newer)
         if newer and (pinned := _joined(each.pinned for each in found)):
             raise UsageError(
@@ -313,6 +320,7 @@ class Resumer:
                 return {}
             return {} if note is None else note.metrics
 
+        # One look for all ranks: stoppers that heard of it on some only would stop those alone.
         metrics: dict[str, float] = self._ask(
             "late",
             late,
@@ -353,6 +361,7 @@ class Resumer:
 
         def decide(messages: Sequence[bytes]) -> bytes:
             if hosts is None:
+                # Rank 0 alone asks the storage, as it decides: one answer for all, or one error.
                 return msgspec.msgpack.encode(answer([look()]))
             said = [messages[rank] for rank in hosts.leaders]
             return msgspec.msgpack.encode(

@@ -247,6 +247,7 @@ class SaveTrigger:
         """Rank 0: decide what is to be decided now, and tell the others."""
         call = self._calls
         if self._at_once or self._job.training.world_size == 1:
+            # Where a metric decides, nothing can be said ahead of the call that tells it.
             self._tell(call, {call: self._decide(moment, metrics, call)})
         elif call >= self.decisions.horizon:
             if saves or self.decisions.entries.get(call, _Entry()).reason:
@@ -322,6 +323,8 @@ class SaveTrigger:
         )
 
     def _tell(self, horizon: int, entries: Mapping[int, _Entry]) -> None:
+        # All that may still be asked for: a note takes the place of one that has not left
+        # (docs/design/009), so the newest alone has to be enough.
         self.decisions = _Decisions(horizon, {**self.decisions.entries, **entries})
         self._usual_seconds = self._call_seconds()
         self._told_at, self._told_call = time.monotonic(), self._calls
@@ -621,6 +624,7 @@ def is_noticed(place: str) -> bool:
         return True
     answer = _ask(place, _HEADERS)
     if answer is None:
+        # Metadata of EC2 may be set to answer only who shows a token (IMDSv2).
         token = _ask(urljoin(place, _TOKEN_PATH), _TOKEN_LIFE, method="PUT") or b""
         answer = _ask(place, {"X-aws-ec2-metadata-token": token.decode("ascii", "replace")})
         if answer is None:
@@ -657,4 +661,5 @@ def _says_end(answer: bytes) -> bool:
     events = said.get("Events") if isinstance(said, dict) else None
     if not isinstance(events, list):
         return True
+    # Azure lists all that is going to be done to the machine: a Freeze, say, ends nothing.
     return any(isinstance(each, dict) and each.get("EventType") in _ENDS for each in events)
