@@ -45,6 +45,7 @@ def fit_adapter(wanted: Collection[str], stored: Collection[str], part: str) -> 
     same = partners(wanted, stored, is_foreign=True)
     if len(same) == len(stored):  # as they are: nothing was taken out
         return AdapterFit(same, frozenset(same))
+    # Without what PeftModel puts before all names: the live model may be the one inside of it.
     by_short = {name.removeprefix(_BASE): name for name in stored}
     fits: dict[str, AdapterFit] = {}
     for name in wanted:
@@ -54,6 +55,7 @@ def fit_adapter(wanted: Collection[str], stored: Collection[str], part: str) -> 
                 fit.found[name] = by_short[short]
     most = max((len(fit.found) for fit in fits.values()), default=0)
     best = [adapter for adapter, fit in fits.items() if most and len(fit.found) == most]
+    # What PEFT calls an adapter that was given no name.
     if len(best) > 1 and _DEFAULT in best:
         best = [_DEFAULT]
     if len(best) > 1:
@@ -86,6 +88,7 @@ def _without_adapter(name: str) -> Iterator[tuple[str, str]]:
         before, after = components[:at], components[at + 1 :]
         if before[-1] == _COPIES:
             before.pop()
+        # A parameter once and a layer now: PEFT still stores it by its old name, without `weight`.
         elif before[-1] == _DORA:
             yield components[at], ".".join(before)
         yield components[at], ".".join([*before, *after])

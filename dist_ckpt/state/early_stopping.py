@@ -84,6 +84,7 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, and by what they were made."""
+        # Without patience and delta: the program may ask for others when it goes on.
         return {
             "metric": self.criterion.metric,
             "mode": self.criterion.mode,

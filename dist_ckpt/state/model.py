@@ -164,6 +164,7 @@ class ModelPart:
             partner = found.partner.get(name, name)
             if partner in tensors and entry.live and entry.value.device.type == "meta":
                 memory[id(entry.value)] = tensors[partner]
+        # Before the module is told: what torch copies into a tensor on the meta device is lost.
         if memory:
             give_memory(self.module, memory, self.name)
         self._give(found, stored, tensors)
@@ -341,6 +342,7 @@ def give_memory(module: nn.Module, memory: Mapping[int, torch.Tensor], part: str
 @contextmanager
 def _exchanging(module: nn.Module) -> Iterator[None]:
     """Let `Module._apply` exchange tensors behind their objects, not make new parameters."""
+    # The flag is one of the whole process, and the program may have set it for itself.
     before = torch.__future__.get_swap_module_params_on_conversion()
     # The exchange goes for class and attributes, too, by which programs mark parameters.
     marked = [
@@ -391,6 +393,7 @@ class _Watch:
         return bool(local.any())
 
 
+# One hook for an optimizer, of however many states it is a part, and it dies with it.
 _watches: WeakKeyDictionary[Optimizer, _Watch] = WeakKeyDictionary()
 
 
@@ -421,6 +424,7 @@ def _use_of(parameter: torch.Tensor | None) -> _Used:
     if parameter is None or parameter.grad is None:
         return None
     gradient = parameter.grad
+    # Accumulated in place a gradient stays the same object, and its version counts on.
     return id(parameter), id(gradient), gradient._version  # noqa: SLF001
 
 
@@ -569,10 +573,12 @@ def fit_module(
         if name in required or not isinstance(entry.owner, nn.Parameter)
     }
     fitting = _Fitting(module, say, wanted, stored, part)
+    # In this order: a hook is offered only what has no place under its own name.
     fitting.place(required)
     fitting.take_extra_states(set(extra_state_names(module, names)))
     found = fitting.found
     others = fitting.unclaimed()
+    # Not otherwise: to ask takes a load of a shadow of the whole module.
     if say.any and (found.targets.missing or others or fitting.of_another_shape):
         fitting.migrate(others, left_out=entries.keys() - required)
     found.targets.unexpected.extend(name for name in fitting.unclaimed() if name not in passed_over)
@@ -659,6 +665,7 @@ class _Fitting:
             spec = self._stored.tensors[partner]
             found.targets.tensors[partner] = empty_beside(live, spec, device=live.device)
             return
+        # Asked once more: what is another object now was made up, and filling it would be lost.
         if self._again is None:
             self._again = raw_state(self._module)
         if isinstance(live, torch.Tensor) and live is self._again.get(raw_name):

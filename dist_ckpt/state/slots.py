@@ -96,6 +96,7 @@ class CallersSlot:
         Raises:
             UsageError: it is a mapping that cannot change.
         """
+        # Changed in place: a mapping that takes nothing has nothing to take either.
         if value is self.get():
             return
         if not isinstance(self._home, MutableMapping):

@@ -75,6 +75,7 @@ class TensorsPart:
                 if not isinstance(self.tensors, MutableMapping):
                     raise UsageError(f"{self.name}.{key} is on the meta device: give a dict")
             if key in found:
+                # One alias for tied names: on the meta device that is all that ties them.
                 targets.tensors[found[key]] = aliases.setdefault(id(tensor), alias)
                 # Of what is several, the rows of one are no rows.
                 if key in self.tensors and (rule := stored.resize(found[key])) is not None:

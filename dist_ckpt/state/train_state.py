@@ -106,6 +106,7 @@ class TrainState:
         # Optimizers take names from models; the generators come last, as restoring may draw.
         for name, value in sorted(self._values.items(), key=lambda item: _turn(item[1])):
             part = _part_of(value, check_part(name), models)
+            # Exactly: the others keep the object that they were given, see `check_current`.
             if type(part) is ValuePart and home is not None and name in home:
                 part.lies_in(home)
             if trainable_only and isinstance(value, nn.Module):
@@ -357,6 +358,7 @@ def _check_parameters_held(parts: Mapping[str, Part]) -> None:
         _tell_alone(", ".join(loose))
         return
     for name, parameters in loose.items():
+        # What is lazy has no memory yet to be found by.
         lost = [w for w, p in parameters.items() if not is_lazy(p) and address(p) not in memory]
         if lost:
             rest = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
@@ -537,6 +539,7 @@ def _generator_of(value: object) -> str | None:
     if isinstance(value, torch.Tensor):
         if value.dtype is not torch.uint8 or value.device.type != "cpu":
             return None
+        # Bytes may be anything: only the state that holds right now is known for what it is.
         return "torch.get_rng_state()" if torch.equal(value, torch.get_rng_state()) else None
     if not isinstance(value, tuple):
         return None

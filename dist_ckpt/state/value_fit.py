@@ -120,6 +120,7 @@ def is_learned(tensor: torch.Tensor) -> bool:
 
 
 def _as_learned(live: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    # torch takes gradients of these alone, and what is stored may be of another dtype.
     grad = live.requires_grad and (made.is_floating_point() or made.is_complex())
     if isinstance(live, nn.Parameter):
         return nn.Parameter(made, requires_grad=grad)

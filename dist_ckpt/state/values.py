@@ -229,6 +229,7 @@ class ValuePart:
             fit = self._fit(stored, references(data))
             value = decode(data, tensors=fit.as_learned(tensors), path=self.name)
             self._write(self._as_mine(value) if stored.is_foreign else value, fit.held)
+        # Or what was read would stay in memory until the next load.
         self._fitted = None
 
     def goes_first(self, stored: Stored) -> bool:
@@ -341,6 +342,7 @@ class StatefulPart(ValuePart):
 
     def _check(self, value: Any, stored: Stored) -> None:
         check = getattr(self._stateful, "check_state_dict", None)
+        # What its hook will make of the values of all ranks is not there yet.
         if check is not None and not self._is_resharded(stored):
             self._ask(check, value)
 
@@ -580,9 +582,11 @@ class SchedulerPart(StatefulPart):
         """
         objects = dict(stored.objects)
         kind = objects.pop(KIND, None)
+        # A plain value is one object: it would tell of this one as unexpected.
         targets = super().targets(replace(stored, objects=objects))
         if VALUE in objects:
             data = objects[VALUE]
+            # Kinds are told by names of settings, before any tensor is read.
             blank = {name: torch.empty(0) for name in references(data, path=self.name)}
             saved = decode(data, tensors=blank, path=self.name)
             theirs = None if kind is None else decode(kind, tensors={}, path=self.name)
