@@ -38,6 +38,7 @@ from dist_ckpt.storage.disk import aligned_buffer
 from dist_ckpt.threads import in_parallel
 
 _PAGE_BYTES = 4096
+# Above so many one listing is asked in the place of a question for each.
 _MANY_FILES = 64
 _THREADS = 16
 _KEPT_BYTES = 4 * BLOCK_BYTES
@@ -77,6 +78,7 @@ class Checkpoint:
         self._values = _Values(self)
         self.manifest: Manifest = manifest_format.decode(manifest_bytes, step=step)
         index = self.manifest.index
+        # Before it is decoded: nothing is made of bytes that do not fit their digest.
         self._check_bytes(index_bytes, f"index {index.key}", index.nbytes, index.digest)
         self._described = _open_description(self.manifest, index_bytes, self._read_segment)
         self.tensors: tuple[TensorEntry, ...] = self._described.tensors
@@ -104,6 +106,7 @@ class Checkpoint:
             manifest = manifest_format.decode(manifest_bytes, step=step)
             key = f"{step_dir(step)}/{manifest.index.key}"
             try:
+                # Its size is known, so one request is enough.
                 index_bytes = read_all(store, key, likely_bytes=manifest.index.nbytes)
             except NotFound as error:
                 raise IntegrityError(
@@ -112,6 +115,7 @@ class Checkpoint:
                 ) from error
             return cls(store, manifest_bytes, index_bytes, step=step)
         except IntegrityError as error:
+            # Looked at before it is called damage: retention may have been faster (commit-v1, 5).
             if not holds(store, manifest_key(step), manifest_bytes):
                 raise deleted_meanwhile(store, step) from error
             raise
@@ -173,6 +177,7 @@ class Checkpoint:
 
     def files_of(self, selects_part: Callable[[str], bool]) -> Sequence[int]:
         """Return the numbers of the files in which the selected parts lie, ascending."""
+        # Without the index, for which every segment would have to be read.
         if all(map(selects_part, self.parts)):
             return range(len(self.files))
         index = self.index
@@ -333,6 +338,7 @@ class Checkpoint:
         """Return the same checkpoint, its files being read from another store."""
         moved = copy(self)
         moved.store = store
+        # Of its own: what is kept by the other was read from the other store.
         moved._values = _Values(moved)  # noqa: SLF001 a checkpoint as well
         return moved
 
@@ -360,6 +366,7 @@ class Checkpoint:
         return data
 
     def _check_bytes(self, data: bytes, what: str, nbytes: int, digest: str) -> None:
+        # The size first, which tells what was cut short from what was changed.
         if len(data) != nbytes:
             raise IntegrityError(
                 f"{self.where}: {what} holds {len(data)} bytes, committed were {nbytes}",
@@ -385,6 +392,7 @@ class Checkpoint:
             listed = {(f.key, f.nbytes, f.digest) for f in self.manifest.listed}
             indexed = {(prefix + f.name, f.nbytes, f.digest) for f in self.index.files}
             what = sorted(key for key, _, _ in listed ^ indexed)
+        # A manifest of format 2 has the sum alone: names and sizes stand in the root.
         elif FilesTotal.of(nbytes for _, nbytes in self.files) != self.manifest.files:
             what = ["how many files there are, or how large they are"]
         if what:
@@ -489,6 +497,7 @@ class _OneIndex:
     @cached_property
     def _by_file(self) -> tuple[Column, Column]:
         chunks = self._index.chunks
+        # Sorted once, since who goes through a checkpoint asks for file after file.
         order = np.argsort(chunks.file, kind="stable")
         return chunks.file[order].astype(np.int64), chunks.offset[order].astype(np.int64)
 
@@ -503,7 +512,9 @@ class _Segments:
     def __init__(self, root: Root, read: _ReadSegment) -> None:
         self._root = root
         self._read = read
+        # Filled by several threads without a lock: two that read one segment store equal ones.
         self._known: dict[int, Segment] = {}
+        # One value, so that no thread ever sees the places of one index beside another index.
         self._last: tuple[list[int], Index | None] = [], None
         self.tensors = root.structure.tensors
         self.files = [file for note in root.segments for file in note.files]
@@ -539,6 +550,7 @@ class _Segments:
 
     def _find(self, number: int) -> tuple[Segment, int]:
         """Return the segment that a file is in, and its position there."""
+        # To the right, past segments without a file, which begin where the next one does.
         place = bisect_right(self._root.first_files, number) - 1
         return self._take([place])[place], number - self._root.first_files[place]
 
@@ -562,6 +574,7 @@ class _Segments:
 
     def _decode(self, place: int) -> None:
         note = self._root.segments[place]
+        # What is behind the root was compared together with it, by the digest in the manifest.
         data = note.inside or self._read(note)
         self._known[place] = decode_segment(data, self._root, place)
 
@@ -603,6 +616,7 @@ class _Values:
         for entry in entries:
             found = decode_document(self.read(entry), where=where)
             twice = sorted(found.keys() & known.keys())
+            # Stages of a pipeline share a part, each with names of its own: format-v1, section 4.
             if twice:
                 raise IntegrityError(
                     f"{where}: value {twice[0]!r} is stored twice", kind=ErrorKind.MALFORMED
@@ -617,6 +631,7 @@ class _Values:
             IntegrityError: the file is missing, truncated, or differs from its digests.
         """
         stop = entry.offset + entry.nbytes
+        # Whole blocks, as nothing less has a digest; the values have one of their own besides.
         first, last = self._checkpoint.file(entry.file).around(entry.offset, stop)
         data = bytes(self._blocks(entry.file, first, last)[entry.offset - first : stop - first])
         if bytes_digest(data) != entry.digest:
@@ -632,6 +647,7 @@ class _Values:
         kept_file, kept = self._kept  # one look: another thread may replace it
         if kept_file != file:
             kept = self._keep(file)
+        # Each time: what is kept was read and not compared, but for these blocks now.
         self._checkpoint.compare(file, start, kept[start:stop])
         return kept[start:stop]
 
@@ -665,6 +681,7 @@ def reread(look: Callable[[], CheckpointT]) -> CheckpointT:
     Raises:
         NotFound: it is gone.
     """
+    # What keeps being deleted while it is read is gone for whoever asked.
     for _ in range(_LOOKS - 1):
         with suppress(DeletedMeanwhile):
             return look()

@@ -46,6 +46,7 @@ from dist_ckpt.storage.base import Buffer, Store, Watch, delete_exactly, read_al
 _STRAYS = "strays"
 # No claim: whoever had it could never be followed by anybody.
 _LAST = CLAIM_LIMIT - 1
+# More than any claim says: what is larger was put there by somebody else.
 _CLAIM_BYTES = 1 << 16
 _MOST_BLOCKED = 8
 
@@ -142,6 +143,7 @@ def _this_process() -> str:
 def _numbers(store: Store) -> list[int]:
     """Return the numbers of all objects that are called like claims, ascending."""
     found = (parse_claim(name) for name in store.list_children("claims/"))
+    # The last number is no claim, whatever bears it: commit-v1, section 3.
     return sorted(number for number in found if number is not None and number < _LAST)
 
 
@@ -202,6 +204,7 @@ def _taker(store: Store, number: int) -> str:
     """Say who holds a claim, "" where that cannot be read: it is for people only."""
     try:
         record = _record(store, number)
+        # Cut, as anybody may have written it, and it goes into a message.
         host, pid, created = (str(record[name])[:80] for name in ("host", "pid", "created"))
     except (CheckpointError, KeyError):
         return ""
@@ -296,6 +299,7 @@ class Transaction:
 
     def manifest(self, root: bytes, draft: Manifest) -> Manifest:
         """Return the manifest that names `root`, given all else of it."""
+        # Relative, so that a step directory that is copied or renamed stays whole by itself.
         relative = index_key(self.step, self.save_id).removeprefix(f"{step_dir(self.step)}/")
         stored = ManifestFile(relative, len(root), bytes_digest(root))
         return msgspec.structs.replace(draft, index=stored)

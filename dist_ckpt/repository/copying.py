@@ -87,6 +87,7 @@ def copy(source: Checkpoint, target: Store) -> Copied:
     """
     step, save_id = source.step, source.manifest.save_id
     committed = manifest_key(step)
+    # Committed by a copy before this one, which may have been cut off before its end.
     if holds(target, committed, source.manifest_bytes):
         _end(source, target)
         return Copied(step, 0, len(source.files), 0)
@@ -106,19 +107,23 @@ def copy(source: Checkpoint, target: Store) -> Copied:
 
     def one(number: int) -> None:
         name, nbytes = source.files[number]
+        # Compared by its digests, as an equal size is no proof that it is this file.
         if _is_there(there, number):
             tally.note(number, nbytes)
         else:
+            # In the place of what a copy that was cut off may have left there.
             stream = Stream(nbytes, partial(source.read_pieces, number))
             key = file_key(step, save_id, name)
             put_stream(target, key, tally.counted(number, stream), mode="replace")
             copied.append(nbytes)
 
     in_parallel(one, range(len(source.files)), threads=_AT_ONCE)
+    # The order of a commit: all that a manifest names is there before it.
     for name in source.beside:
         target.put(file_key(step, save_id, name), [source.read_beside(name)], mode="replace")
     target.put(file_key(step, save_id, INDEX), [source.index_bytes], mode="replace")
     _check_there(source, target)
+    # Created and never replaced: of two copies, or a job that saves this step, one wins.
     target.put(committed, [source.manifest_bytes])
     try:
         # A job that owns the run there may have taken the copy for what a dead one left.
@@ -174,6 +179,7 @@ def _values(index: Index) -> dict[ValuesDiffer, list[str]]:
     found: dict[ValuesDiffer, list[str]] = {}
     for entry in index.objects:
         found.setdefault(ValuesDiffer(entry.part, entry.rank), []).append(entry.digest)
+    # Several ranks may have values of one part, and in the index they have no order.
     return {which: sorted(digests) for which, digests in found.items()}
 
 
@@ -204,6 +210,7 @@ def _digests(index: Index, tensor: int) -> list[tuple[object, ...]]:
             (
                 tuple(rows.starts[row].tolist()),
                 tuple(sizes.tolist()),
+                # Elsewhere in blocks, or in blocks cut otherwise, equal bytes have other digests.
                 offset - start,
                 np.diff(file.edges[first : last + 1]).tobytes(),
                 file.blocks[DIGEST_BYTES * first : DIGEST_BYTES * last],
@@ -224,6 +231,7 @@ def _copy_note(source: Checkpoint, target: Store) -> None:
     """Say of the copy, too, what became known after the save: policies decide by it."""
     note = read_epoch_note(source.store, source.step, source.save_id)
     if note is not None:
+        # A copy before this one may have put it.
         with suppress(AlreadyExists):
             put_epoch_note(target, source.step, source.save_id, note)
 

@@ -13,6 +13,7 @@ from dist_ckpt.format.names import MANIFEST, step_dir
 from dist_ckpt.storage.base import Entry, Store, read_all
 from dist_ckpt.storage.readonly import ReadOnlyStore
 
+# As large as a manifest may be.
 _LIMIT_BYTES = 256 << 20
 
 
@@ -29,6 +30,7 @@ def named_step(store: Store, key: str = MANIFEST) -> int | None:
     try:
         data = read_all(store, key, limit_bytes=_LIMIT_BYTES)
         return msgspec.json.decode(data, type=_Named).step
+    # RecursionError: how deep the JSON goes is chosen by whoever wrote the bytes.
     except (NotFound, msgspec.MsgspecError, RecursionError):
         return None
 

@@ -123,6 +123,7 @@ def collect(store: Store, given_up: Mapping[int, bytes], *, claim: int) -> list[
         # the new one may lie beside its own already.
         if delete_exactly(store, manifest_key(step), data):
             gone.append(step)
+        # Also where the step was saved anew: these are the files of what was given up.
         delete_attempt(store, step, save_id)
     if not kept:
         # Last: while one of them is there, it must not be listed again.
@@ -137,6 +138,7 @@ def _read(store: Store, claim: int) -> Discard:
         found = msgspec.json.decode(data, type=Discard)
     except msgspec.MsgspecError:
         found = None
+    # One that was copied under another number would hide what its job never gave up.
     if found is None or found.claim != claim or found.after < -1:
         raise IntegrityError(
             f"{key} in {store.url} is damaged, so it is not known which checkpoints were given up: "

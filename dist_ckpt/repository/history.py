@@ -51,6 +51,7 @@ from dist_ckpt.repository.source import reason
 from dist_ckpt.storage.base import Store, Sweeper, has, is_temporary, read_all
 from dist_ckpt.threads import map_in_parallel, threads_for
 
+# Thirty thousand years: who claims more says nothing of a training.
 _MOST_SECONDS = 1e12
 
 
@@ -109,6 +110,7 @@ class History:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        # None for one that cannot be read, which is known then and not tried again.
         self._known: dict[int, Record | None] = {}
 
     def read(self, steps: Iterable[int]) -> list[Record]:
@@ -156,6 +158,7 @@ class History:
         try:
             return (self._read(step),)
         except NotFound:
+            # Nothing, so that it is asked for again; a None in its place would be remembered.
             return ()
 
     def _read(self, step: int) -> Record | None:
@@ -209,6 +212,7 @@ def join_metrics(found: Iterable[Sequence[StepMetrics]]) -> list[StepMetrics]:
     known: dict[int, StepMetrics] = {}
     for each in (each for host in found for each in host):
         there = known.get(each.step)
+        # The later claim, whose job took the run over from the other one.
         if there is None or there.claim < each.claim:
             known[each.step] = each
         elif there.claim == each.claim:
@@ -267,6 +271,7 @@ def _put_once(store: Store, key: str, **said: str) -> None:
     """Put a mark of which only its being there counts; what it holds is for people."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"created": created, "host": socket.gethostname(), **said}
+    # The first one stays, with its reason: a second says nothing new.
     with suppress(AlreadyExists):
         store.put(key, [json.dumps(record, indent=2).encode()])
 
@@ -307,7 +312,9 @@ def read_epoch_note(store: Store, step: int, save_id: str) -> EpochNote | None:
 # Removing what is no longer wanted.
 
 
+# Some at a time, so that what is found first goes before the rest of a long run was looked at.
 _LOOKED_AT_ONCE = 128
+# What a restart takes, and what it takes where that turns out to be damaged.
 _ASKED_AGAIN = 2
 
 
@@ -336,6 +343,7 @@ def remembered(
         asked = sorted(old.union(sorted(kept)[-_ASKED_AGAIN:]))
         if not gone or committed_of(asked) == asked:
             return gone
+        # Who deleted one may have deleted others.
         for step in before:
             history.forget(step)
         before = set()
@@ -347,6 +355,7 @@ def delete_checkpoint(store: Store, step: int) -> None:
     Raises:
         StorageError: a deletion failed; what remains is garbage for `collect_garbage`.
     """
+    # By a call of its own, since what one call deletes may go in any order.
     store.delete([manifest_key(step)])
     for name in store.list_children(f"{step_dir(step)}/"):
         if name.endswith("/") and parse_save_id(name[:-1]) is not None:
@@ -445,6 +454,7 @@ def _is_old(store: Store, folder: str, *, before: float | None) -> bool:
                 f"{store.url} does not say when an object was put there, so nothing is known to be "
                 "older than that: sweep without an age"
             )
+        # By the newest: what is still added to is not old.
         newest = max(newest or 0.0, entry.modified)
     return newest is not None and newest < before
 
@@ -484,6 +494,7 @@ def _may_go(key: str, *, claim: int, in_flight: Collection[str]) -> bool:
     if not name:
         # Looked into whosever it is: what is left of a mark may stand in any of them.
         return True
+    # Of a job that took the run over, or being written now: see commit-v1, section 6, rule 3.
     if owner > claim or attempt in in_flight:
         return False
     return is_attempt_file(name) or is_temporary(name)

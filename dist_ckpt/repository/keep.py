@@ -69,6 +69,7 @@ class _AnyOf(Keep):
         for member in self.members:
             for step, reason in member.kept(records).items():
                 reasons.setdefault(step, []).append(reason)
+        # Two members may have one reason, which is told once.
         return {step: ", ".join(dict.fromkeys(each)) for step, each in reasons.items()}
 
 
@@ -151,6 +152,7 @@ class _NewerThan(Keep):
     def kept(self, records: Sequence[Record]) -> Mapping[int, str]:
         if not records:
             return {}
+        # By the step, as clocks of hosts differ.
         newest = max(records, key=lambda record: record.step)
         return {
             record.step: f"newer than {timedelta(seconds=self.seconds)}"
@@ -274,6 +276,7 @@ def checked_keep(policy: object) -> KeepPolicy | None:
     """
     members = _members(policy)  # type: ignore[arg-type]  # anything else has itself as its member
     for each in () if policy is None else members:
+        # A class has the method too, and is no policy: it was not called.
         if isinstance(each, type) or not callable(getattr(each, "kept", None)):
             hint = f"keep.latest({each})" if as_integer(each) else "keep.latest(3)"
             called = ", which was not called" if callable(each) else ""

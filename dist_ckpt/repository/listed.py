@@ -130,6 +130,7 @@ def look(store: Store, step: int, marks: Marks | None = None) -> Listed:
         if error.kind is not ErrorKind.PERMISSION:
             raise
         return Listed(step, "unreadable", problem=error.message)
+    # Before the last clause, which would take it: a newer format is no damage.
     except IncompatibleError as error:
         return Listed(step, "newer format", problem=error.message)
     except CheckpointError as error:
@@ -189,6 +190,7 @@ def _unfinished(store: Store, step: int) -> Listed:
     """Return what a step without a manifest is: of the newest job, or of one before."""
     names = store.list_children(f"{step_dir(step)}/")
     owners = [parse_save_id(name.removesuffix("/")) or 0 for name in names]
+    # Whoever has the highest claim may be writing this; everybody else is fenced.
     if max(owners, default=0) < highest_claim(store):
         problem = "no manifest: a job that was replaced did not end it; sweep removes it"
         return Listed(step, "aborted", problem=problem)
@@ -264,6 +266,7 @@ def protected(listed: Sequence[Listed]) -> dict[int, str]:
         if parent is not None:
             # By this a job tells which one it restored: it may go back to it.
             found.setdefault(parent, "the one that the run went on from")
+        # Last, as it holds whatever else was said of it.
         found[newest.step] = "the newest"
     return found
 
@@ -300,6 +303,7 @@ def decisions(
     keeping.check_metrics(policy, records, where=where)
     reasons = policy.kept(records)
     kept = protected(listed)
+    # By what decides about deletions as well, so that a plan says what will be done.
     gone = {record.step for record in removable(records, policy, set(kept))}
     found = []
     for each in listed:
@@ -336,6 +340,7 @@ def runs_below(
             names = [name[:-1] for name in store.list_children(folder) if name.endswith("/")]
             if any(parse_step_dir(name) is not None for name in names):
                 yield f"{store.url}/{folder}".rstrip("/")
+            # A run is not looked into: what lies in it is its own.
             elif depth < _DEEP:
                 below += [f"{folder}{name}/" for name in names]
         folders = below
@@ -355,6 +360,7 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
             store.close()
     except CheckpointError:
         return ""
+    # A run is a folder: files beside it are no names that were meant.
     folders = [child[:-1] for child in children if child.endswith("/")]
     # Behind an `@` stands which checkpoint, for who knows it by the commands.
     return near(name, folders) or near(name.rpartition("@")[0], folders)

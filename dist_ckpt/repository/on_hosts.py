@@ -68,6 +68,7 @@ class Candidate:
     def order(self) -> tuple[int, int, str, str]:
         """The later claim goes before the later step: its job took the run over from the other."""
         manifest = self.manifest
+        # What comes third and fourth only settles the rest, in one way whoever is asked first.
         return manifest.claim, manifest.step, manifest.created, manifest.save_id
 
 
@@ -145,7 +146,9 @@ class HostsSearch:
             return self.candidate
         if self._failure is not None:
             raise _and_older(self._failure, "No older step is whole either")
+        # What a restore found out itself says more than what the manifests are like.
         reasons = {step: error.message for step, error in self._problems.items()} | self.refused
+        # Before any damage: what a newer release wrote stops a restart (commit-v1, section 5).
         self._check_compatible(-1)
         if reasons:
             raise IntegrityError(
@@ -168,6 +171,7 @@ class HostsSearch:
             self.refused[step] = error.message
         elif self._failure is None:
             self._failure = error
+            # Only to name one that is whole: who asked for a step is never given another.
             self._left = [each for each in self._left if each.manifest.step < step]
 
     def take(self) -> dict[int, str]:
@@ -194,10 +198,12 @@ class HostsSearch:
                         f"claim {other.claim}, which wrote it, was superseded by claim "
                         f"{taken.claim}, which went on without it and wrote step {taken.step}",
                     )
+        # Another attempt at this step may be among them.
         self.refused.pop(taken.step, None)
         return self.refused
 
     def _candidates(self) -> Iterator[Candidate]:
+        # By its bytes, as all hosts have the same manifest of one checkpoint.
         found: dict[tuple[int, bytes], None] = {}
         for host in self._steps:
             for step, there in host.items():
@@ -231,6 +237,7 @@ class HostsSearch:
 
     def _check_compatible(self, step: int) -> None:
         for newer, error in self._problems.items():
+            # An older step of another format is in nobody's way.
             if newer > step and isinstance(error, IncompatibleError):
                 raise error
 
@@ -271,6 +278,7 @@ def files_elsewhere(
             hosts.setdefault(written_on[shard[1]], []).append(name)
     has = {host: sum(name in there for name in own) / len(own) for host, own in hosts.items()}
     here = max(has, key=has.__getitem__, default=None)
+    # Nothing of any host is there, so nobody can tell whose folder it is.
     if here is None or not has[here]:
         return {}
     return {
@@ -299,6 +307,7 @@ def list_folder(store: Store, steps: Iterable[int]) -> dict[int, FolderStep]:
         manifest, problem = b"", ""
         for entry in store.list_entries(f"{step_dir(step)}/"):
             _, attempt, *rest = entry.key.split("/")
+            # Files of attempts: whatever else lies there is somebody's.
             if len(rest) == 1 and parse_save_id(attempt) is not None:
                 attempts.setdefault(attempt, {})[rest[0]] = entry.nbytes
         try:
@@ -344,6 +353,7 @@ class HostsStore(StoreWrapper):
         self._of_rank = of_rank
         self._here = held[here]
         self._folder = folder
+        # What several hosts have under one name is the same, so any of them may say its size.
         self._nbytes = {folder + name: size for named in held for name, size in named.items()}
 
     def readers(self, name: str) -> list[int]:
@@ -403,6 +413,7 @@ class WatchedCheckpoint(Checkpoint):
     def __init__(
         self, store: Store, manifest_bytes: bytes, index_bytes: bytes, *, step: int
     ) -> None:
+        # First: opening the checkpoint reads what may be damaged already.
         self.damaged: dict[str, str] = {}
         super().__init__(store, manifest_bytes, index_bytes, step=step)
 
@@ -426,6 +437,7 @@ class WatchedCheckpoint(Checkpoint):
         try:
             yield
         except IntegrityError as error:
+            # The first reason is what happened; later ones may only follow from it.
             self.damaged.setdefault(name, reason(self.step, self.store.url, error.message))
             raise
 

@@ -59,6 +59,7 @@ class Criterion:
         Raises:
             UsageError: there is no name.
         """
+        # A metric may have colons in its name: only the last one can say how it is meant.
         name, colon, mode = text.rpartition(":")
         if colon and mode in ("min", "max"):
             return cls(name, "max" if mode == "max" else "min")
@@ -83,6 +84,7 @@ class Criterion:
     def ranked(self, candidates: Iterable[MeasuredT]) -> list[MeasuredT]:
         """Return those that have the metric, the best first, and of equal ones the older first."""
         sign = 1.0 if self.mode == "min" else -1.0
+        # NaN has no order, and would make that of all others depend on where it stands.
         known = [each for each in candidates if not math.isnan(self.of(each))]
         return sorted(known, key=lambda each: (sign * self.of(each), each.step))
 

@@ -117,6 +117,7 @@ class Repository:
         Raises:
             StorageError: see `steps`.
         """
+        # Chosen before they are looked at, as each look is a request.
         above = (found for found in self.candidates() if found > step and found not in besides)
         return sorted(filter(self._is_committed, above))
 
@@ -166,6 +167,7 @@ class Repository:
             NotFound: this is no run, or nothing is committed in it.
             IntegrityError: its manifest or index is damaged.
         """
+        # Listed anew each time: a trainer that keeps one deletes it when it commits the next.
         for step in self.newest_now():
             with suppress(NotFound):  # deleted since the look
                 if self._is_committed(step):
@@ -230,8 +232,10 @@ class Repository:
         """
         check_step(step)
         self._check_can_commit()
+        # Before the step is judged: who was replaced is to hear that, not that the step is old.
         if claim is not None:
             check_owner(self.store, claim)
+        # Asked one by one: nearly always the first is committed and counts.
         newest = next((found for found in self.newest_first() if found not in refused), -1)
         if step < newest and step not in refused and self._is_committed(step):
             raise self._exists(step)
@@ -261,8 +265,10 @@ class Repository:
         try:
             checkpoint = self.open(step)
         except IntegrityError as error:
+            # What files it has is not known, so none are counted.
             return VerifyReport(step, 0, 0, (error.message,))
         report = verify(checkpoint, sample=sample)
+        # Where retention was faster files are missing, and nothing is damaged.
         if report.problems and not checkpoint.still_there():
             raise deleted_meanwhile(self.store, step)
         return report
@@ -306,11 +312,13 @@ class Repository:
         gone: dict[int, str] = {}
 
         def may_go(found: Sequence[Record]) -> list[Record]:
+            # What is damaged takes no place: of three that are wanted three good ones stay.
             return removable([r for r in found if r.step not in damaged], policy, protected)
 
         for record in remembered(self.candidates(), history, may_go, self._committed_of):
             # One that this user may not delete, or that lies behind a link, keeps no other.
             with passing_by(self.store, f"step {record.step}"):
+                # Right before the deletion, as people pin meanwhile: commit-v1, section 6, rule 5.
                 if is_pinned(self.store, record.step, record.save_id):
                     continue
                 # Only the owner deletes, and a newer claim may have been made since the commit.
@@ -405,6 +413,7 @@ class Repository:
             StorageError: see `steps`.
         """
         records = self.records()
+        # There may be checkpoints without a record: their manifests cannot be read.
         if not records and self.latest() is None:
             raise self.no_checkpoint()
         return best_among(records, criterion, where=self.store.url).step
@@ -415,6 +424,7 @@ class Repository:
         Args:
             looked_for: what else was looked for in vain, for the message.
         """
+        # One object is enough to tell another place from an empty one.
         if next(iter(self.store.list_entries()), None) is not None:
             besides = f": {looked_for}" if looked_for else ""
             return NotFound(

@@ -81,6 +81,7 @@ def remove_leftovers(
     for folder in leftovers(store, before=before):
         with passing_by(store, folder, refused):
             if isinstance(store, Sweeper):
+                # What was left half put is in no listing.
                 store.sweep(folder)
             store.delete([entry.key for entry in store.list_entries(folder)])
             removed.append(folder)
@@ -92,6 +93,7 @@ def _is_abandoned(store: Store, folder: str, before: float | None) -> bool:
     for entry in store.list_entries(folder):
         if not _OURS.fullmatch(entry.key.removeprefix(folder)):
             return False
+        # Where the store does not say when, it was just now, and its process has to be asked for.
         newest = max(newest, time.time() if entry.modified is None else entry.modified)
     if before is not None and newest >= before:
         return False
@@ -108,6 +110,7 @@ def _is_gone(store: Store, folder: str) -> bool:
     if not isinstance(owner, dict) or not here["space"] or owner.get("space") != here["space"]:
         return False  # of another host, or container: nobody here can tell
     pid = owner.get("pid")
+    # Numbers of processes come again, and one that began at another time is another process.
     return isinstance(pid, int) and pid > 0 and owner.get("began") != _began(pid)
 
 

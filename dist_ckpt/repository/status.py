@@ -173,10 +173,12 @@ def starts_in_vain(store: Store, claim: int, newest_step: int | None) -> int:
     if newest_step is not None:
         with suppress(NotFound):  # deleted since
             manifest = manifest_format.decode(read_manifest(store, newest_step), step=newest_step)
+            # Whoever committed this was not in vain, and the row begins behind it.
             last = manifest.claim
     taken = {parse_claim(name) for name in store.list_children("claims/")}
     before = sorted(each for each in taken if each is not None and last < each < claim)
     count = 0
+    # The last ones alone, as each takes two requests.
     for each in reversed(before[-_MOST_STARTS:]):
         if is_of_this_process(store, each):
             continue
@@ -216,6 +218,7 @@ def check_alone(store: Store, *, most_seconds: float) -> None:
             break
         if now is not None and now.beat != first.beat:
             raise _in_use(store, now)
+    # A job that was started while this one looked has taken the run over.
     owner = highest_claim(store)
     if owner != claim:
         raise _in_use(

@@ -29,9 +29,11 @@ class Tally:
     def note(self, item: object, nbytes: int) -> None:
         """Tell that of `item`, one of those that make up the work, so many bytes are done."""
         with self._lock:
+            # By the difference, as a put that failed begins anew and its bytes count back.
             self._sum += nbytes - self._done.get(item, 0)
             self._done[item] = nbytes
             done = self._sum
+        # Without the lock, since who hears of it may take long.
         events.emit(events.WorkProgressed(self._url, self._doing, done, self._total))
 
     def counted(self, item: object, stream: Stream) -> Stream:

@@ -65,6 +65,7 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
             checkpoint.check_size(number, listed)
             for start, stop in checkpoint.file(number).spans(PIECE_BYTES):
                 seen += 1
+                # Counted through all files, so that small ones get their turn too.
                 if sample is not None and (seen - 1) % sample[1] != sample[0] - 1:
                     continue
                 data = checkpoint.read_blocks(number, start, stop)
@@ -101,6 +102,7 @@ def _check_header(checkpoint: Checkpoint, number: int, first: memoryview) -> Non
         first = checkpoint.read_blocks(number, *entry.around(0, nbytes))
     header = parse_header(bytes(first[:nbytes]), entry.nbytes)
     described = set(checkpoint.offsets(number).tolist())
+    # Within and not equal: documents are in the header too, and are no chunks.
     if not described <= {stored.offset for stored in header.entries}:
         raise IntegrityError(
             f"{checkpoint.where}: the header of {entry.name} and the index disagree about where "
