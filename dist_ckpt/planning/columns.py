@@ -197,6 +197,7 @@ class HeldByRank(Sequence[list[Held]]):
         for ranks in alike.values():
             table = tables[ranks[0]]
             rows = np.empty((len(ranks), table.columns[-1]), np.int64)
+            # Straight to their place: a list of all would have them in memory twice.
             for row, rank in zip(rows, ranks, strict=True):
                 row[:] = numbers(rank)
             groups.append(Alike(table, np.array(ranks, np.int64), rows))
@@ -238,6 +239,7 @@ def numbers_of(held: Sequence[Held]) -> Numbers:
 
 def shape_order(shapes: Iterable[tuple[int, ...]]) -> Numbers:
     """Return the positions of boxes in another order: those in tensors of one shape together."""
+    # With one of no numbers in front, as numpy cannot join nothing.
     return np.concatenate([np.zeros(0, np.int64), *_by_shape(shapes).values()])
 
 
@@ -255,6 +257,7 @@ def pack_numbers(numbers: Numbers) -> bytes:
     Bytes that are 0 in all of them are left out; the first byte says how many are not.
     """
     signed = np.asarray(numbers, np.int64)
+    # The second shift carries the sign on, and so turns all bits of a negative number over.
     unsigned = ((signed << 1) ^ (signed >> _SIGN)).view(np.uint64)
     width = max(1, (int(unsigned.max(initial=0)).bit_length() + 7) // 8)
     by_number = unsigned.astype("<u8").view(np.uint8).reshape(-1, _BYTES)
@@ -273,6 +276,7 @@ def unpack_numbers(data: bytes, *, count: int | None = None, most: int | None = 
         CoordinationError: they are not so many.
     """
     width = data[0] if data else 0
+    # Another rank sent it, which may run another version.
     if not 1 <= width <= _BYTES:
         raise _not_numbers(f"{width} bytes each")
     unpacker = zlib.decompressobj()
@@ -308,6 +312,7 @@ def pack_runs(numbers: Sequence[int] | Numbers) -> bytes:
     few do: either side is as regular as the layers are, the way from one to the other never.
     """
     every = np.asarray(numbers, np.int64)
+    # Two less than the first, so that a run begins there.
     first = np.flatnonzero(np.diff(every, prepend=every[:1] - 2) != 1)
     starts, lengths = every[first], np.diff(first, append=len(every))
     before = np.concatenate([np.zeros(_SIDES, np.int64), starts + lengths])[: len(starts)]
@@ -324,6 +329,7 @@ def unpack_runs(data: bytes, *, most: int) -> list[int]:
     Raises:
         CoordinationError: there are more, or it is nothing that `pack_runs` made.
     """
+    # Two numbers tell a run, and there are no more runs than numbers.
     told = unpack_numbers(data, most=2 * most)
     if len(told) % 2:
         raise _not_numbers(f"{len(told)} of them, no pairs")
@@ -333,6 +339,7 @@ def unpack_runs(data: bytes, *, most: int) -> list[int]:
         raise _not_numbers(f"more than {most}")
     ends = distances + lengths
     for side in range(_SIDES):
+        # Each side goes on from its own last run, as `pack_runs` told it.
         ends[side::_SIDES] = np.cumsum(ends[side::_SIDES])
     # From each run on, what a number is more than its place among all.
     ahead = ends - np.cumsum(lengths)

@@ -145,6 +145,7 @@ class Describer:
 
         Then no tie between two of them can be another one either.
         """
+        # As many, and below each of them known: so none is gone either.
         if sum(map(len, tensors.values())) != len(self._known):
             return None
         boxes = []
@@ -172,6 +173,7 @@ class Describer:
         boxes = []
         for part, named in tensors.items():
             varying, waiting = self._unequal.get(part, ()), stepped.get(part, ())
+            # Of one part: the format knows no ties between parts.
             first: dict[_Sketch, str] = {}
             for name, tensor in named.items():
                 entry, memories = _look_up(before.get((part, name)), part, name, tensor)
@@ -183,6 +185,7 @@ class Describer:
 
     def digest(self, held: list[Held]) -> str:
         """Return a digest of `held`; of the very objects of the call before, that one."""
+        # Lists look first whether they have the very same objects, and an unchanged state has.
         if not self._digested[1] or self._digested[0] != held:
             self._digested = (held, bytes_digest(msgspec.msgpack.encode(held)))
         return self._digested[1]
@@ -231,6 +234,7 @@ def _look_up(
         memories = [memory for _, memory, _ in planned]
     for memory in memories:
         _check_backed(part, name, memory, have=memory.untyped_storage().nbytes())
+    # A type of its own may change what nobody sees from here: it is planned each time.
     if memories and sketch is not None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         known.tensor, known.lay = weakref.ref(tensor), _lie(local)

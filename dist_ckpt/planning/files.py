@@ -127,6 +127,7 @@ def plan_files(
         alike = [box for box in boxes if not held[box.held].unequal]
         others = [box for box in boxes if held[box.held].unequal]
         plans = plan_files(rank, held, alike, max_file_bytes=max_file_bytes)
+        # Numbers go on behind these, as both may have files of one part.
         names = {plan.name for plan in plans}
         unequal = _plan_files(rank, held, others, max_file_bytes, taken=names)
         return [*plans, *(replace(plan, apart=True) for plan in unequal)]
@@ -216,6 +217,7 @@ def stage_documents(rank: int, documents: Mapping[str, bytes]) -> StagedFile:
         documents: the encoded values by part.
     """
     extra = plan_extra({part: len(data) for part, data in documents.items()})
+    # On a page, so that a disk takes it past the page cache without another copy.
     image = aligned_buffer(extra.nbytes)
     image[: len(extra.header)] = extra.header
     for data, offset in zip(documents.values(), extra.offsets, strict=True):
@@ -233,6 +235,7 @@ def check_reported_sizes(
     """
     planned = {plan.name: plan.layout.nbytes for plan in plans}
     if documents:
+        # Its size follows from the values, which no plan knows before the save.
         planned[extra_name(rank)] = plan_extra(documents).nbytes
     if planned != dict(reported):
         names = sorted(
@@ -275,6 +278,7 @@ def _files_of(
 
 
 def _entry(tensor: TensorEntry, box: Box) -> ShardEntry:
+    # A whole tensor bears its own name, by which other programs look for it.
     offsets = None if is_whole(box, tensor.shape) else box.offsets
     return ShardEntry(chunk_name(tensor.name, offsets), tensor.dtype, box.sizes)
 
@@ -295,6 +299,7 @@ def _cut(entries: Sequence[ShardEntry], max_bytes: int | None) -> Iterator[tuple
         text = name_bytes + _FIELDS_BYTES + _DIGITS_PER_DIM * (len(entry.shape) + 1)
         data = entry_nbytes(entry)
         file_bytes = text_bytes + text + ALIGN_BYTES + data_bytes + data
+        # One box at least, however large: what is too large was cut before, as far as it can be.
         if max_bytes is not None and i > start and aligned(file_bytes) > max_bytes:
             yield start, i
             start, text_bytes, data_bytes = i, _FRAME_BYTES, 0
@@ -440,6 +445,7 @@ def _structure(
     layouts, layout = _Layouts(), np.zeros(count, np.int64)
     for number, owner in enumerate(owners.tolist()):
         shape = holdings.tensors[number].shape
+        # A tied tensor has the layout of its owner: format-2, section 3.2.
         layout[number] = layouts.number_of(shape, whole[owner], pieces.get(owner, []))
     return Structure(tuple(holdings.tensors), layout, owners, tuple(layouts.found))
 
@@ -461,11 +467,13 @@ def _pieces(
     group_of = np.zeros(len(held_by_rank), np.int64)
     for number, group in enumerate(held_by_rank.groups):
         group_of[group.ranks] = number
+    # The tables of all groups behind one another, so that one look-up serves all ranks.
     first = np.cumsum([0, *map(len, holdings.numbers)])
     numbers = np.fromiter(chain.from_iterable(holdings.numbers), np.int64)
     found: dict[int, list[_Chunks]] = {}
     for ranks, positions, starts, sizes in owned_by_rank.piece_columns():
         of = numbers[first[group_of[ranks]] + positions]
+        # Stable, so that the pieces of a tensor stay in the order of ranks.
         order = np.argsort(of, kind="stable")
         tensors, begin = np.unique(of[order], return_index=True)
         for tensor, some in zip(tensors.tolist(), np.split(order, begin[1:]), strict=True):
@@ -533,6 +541,7 @@ def describe_share(
     sizes = {document.part: document.nbytes for document in documents}
     check_reported_sizes(rank, plans, sizes, {file.name: file.nbytes for file in files})
     places = {file.name: place for place, file in enumerate(files)}
+    # The order of format-2, section 4: by tensor, then by where they start, as in a layout.
     rows = sorted(
         (
             (numbers[box.held], box, places[plan.name], offset)
@@ -542,6 +551,7 @@ def describe_share(
         key=lambda row: (row[0], row[1].offsets),
     )
     boxes = [box for _, box, _, _ in rows]
+    # The boxes themselves: equal files may have been laid out by another plan.
     if boxes != sorted(owned, key=lambda box: (numbers[box.held], box.offsets)):
         raise IntegrityError(
             f"rank {rank} wrote other boxes than were planned",
@@ -553,6 +563,7 @@ def describe_share(
     segment = Segment(
         rank,
         tuple(FileEntry.of(f.name, f.nbytes, f.blocks, f.lengths) for f in files),
+        # Rows of layouts are not stored, and only the root could tell them.
         RankChunks(tensor, np.zeros(len(tensor), np.int64), np.array(flat, np.int64)),
         file,
         offset,

@@ -123,6 +123,7 @@ class Tiles:
                 for some in _together(self.sizes[tiles[alike]], alike)
             ]
             ranks = np.concatenate([each.ranks.ravel() for each in found])
+            # No rank has two of them, which `Shared` promises to who pours them at once.
             if len(np.unique(ranks)) == len(ranks):
                 yield from found
             else:  # one after the other, in their order
@@ -194,11 +195,13 @@ class Holdings:
         said, numbers = _gather(held_by_rank)
         tiles = _tiles_of_all(held_by_rank.groups, list(said.values()))
         ties = _ties(held_by_rank.groups, said, tiles)
+        # Tied ones too: under whatever name it is written, a tensor has to be whole.
         for each in tiles:
             _check_tiles(each)
         if ties:
             tied = {number for number, key in enumerate(said) if key in ties}
             tiles = [each for each in (one.without(tied) for one in tiles) if len(each.tensors)]
+        # Stable, so that the boxes of a tensor stay in the order in which ranks hold them.
         found = sorted((some for each in tiles for some in each.shared()), key=itemgetter(0))
         tensors, shared = [each.entry for each in said.values()], [some for _, some in found]
         return cls(len(held_by_rank), tensors, numbers, tiles, shared, ties)
@@ -227,6 +230,7 @@ class Holdings:
                     if mine not in lists:
                         lists[mine] = own.tolist()
                     before = found[rank].get(number)
+                    # A new list, as several ranks have the ones that are there.
                     found[rank][number] = lists[mine] if before is None else before + lists[mine]
         return found
 
@@ -269,6 +273,7 @@ def _tiles_of_all(groups: Sequence[Alike], said: Sequence[_Said]) -> list[Tiles]
     """Return the boxes of all tensors, those that are cut alike together."""
     alike: dict[object, list[int]] = {}
     for number, each in enumerate(said):
+        # By numbers and not by boxes: equal kinds in the same groups are equal boxes.
         key = (each.entry.dtype, each.entry.shape, *each.kinds)
         alike.setdefault(key, []).append(number)
     return [
@@ -301,6 +306,7 @@ def _tiles(groups: Sequence[Alike], said: _Said, tensors: Numbers, at: Numbers) 
     unequal = np.repeat([group.table.rows[position].unequal for group, position in of], counts)
     kept = np.arange(len(ranks))
     if len(of) > 1:
+        # Ranks alike are in order by themselves, and not beside others.
         kept = np.lexsort((places, ranks))
     if all(entry.shape):  # without the empty shards of a tensor that has elements
         kept = kept[(boxes[kept, ndim:] > 0).all(axis=1)]
@@ -310,9 +316,11 @@ def _tiles(groups: Sequence[Alike], said: _Said, tensors: Numbers, at: Numbers) 
         boxes = np.array([[0] * ndim + list(entry.shape)] * len(boxes), np.int64)
     boxes, ranks, places = boxes[kept], ranks[kept], places[kept]
     numbers, examples = _distinct(boxes)
+    # Stable, so that the holders of each box still ascend.
     order = np.argsort(numbers, kind="stable")
     first = np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=len(examples)))])
     differing = np.zeros(len(examples), np.bool_)
+    # Where one holder says so: the values of the others may differ from its own.
     differing[numbers[unequal[kept]]] = True
     starts, sizes = boxes[examples, :ndim], boxes[examples, ndim:]
     return Tiles(entry, tensors, starts, sizes, first, ranks[order], places[order], at, differing)
@@ -330,6 +338,7 @@ def _together(rows: Numbers, among: Numbers | None = None) -> list[Numbers]:
 
 def _distinct(boxes: Numbers) -> tuple[Numbers, Numbers]:
     """Number the distinct rows as they first appear: the number of each row, a row of each."""
+    # Before rows are sorted, which is slow: mostly they are equal, or one column tells them apart.
     if len(boxes) < 2 or (boxes == boxes[0]).all():
         return np.zeros(len(boxes), np.int64), np.arange(min(len(boxes), 1))
     if any(len(np.unique(column)) == len(boxes) for column in boxes.T):
@@ -338,6 +347,7 @@ def _distinct(boxes: Numbers) -> tuple[Numbers, Numbers]:
     order = np.argsort(examples)
     rank_of = np.empty_like(order)
     rank_of[order] = np.arange(len(order))
+    # Flat in any numpy: 2.0 gives the inverse another shape where there is an axis.
     return rank_of[numbers.reshape(-1)], examples[order]
 
 
@@ -354,7 +364,9 @@ def _ties(
         if not each.is_tied:
             continue
         of = each.boxes(groups)
+        # Who holds no element of it does not know whose memory it is.
         names = {group.table.rows[at].tie for group, at in of if group.has_some(at)}
+        # Tied on some ranks only, or to several: it is written under its own name.
         if len(names) != 1 or "" in names:
             continue
         (other,) = names

@@ -180,6 +180,7 @@ def read_owned(share: OwnedShare, held: Sequence[Held]) -> list[Owned]:
             box = held[position]
             mine = (differ + np.array((*box.offsets, *box.sizes), np.int64)).tolist()
             owned.append(Owned(position, tuple(mine[:ndim]), tuple(mine[ndim:])))
+    # Whole boxes and pieces were told apart.
     return sorted(owned, key=lambda box: (box.held, box.offsets))
 
 
@@ -247,8 +248,10 @@ class _Sharing:
         # which comes first, has it whole.
         at = tiles.first[:-1][alone]
         ranks, places, nbytes = tiles.ranks[at], tiles.places[at], tiles.nbytes[alone]
+        # Without elements the box is the whole shape, which is not as a rank holds it.
         if all(tiles.entry.shape) and (self._most is None or (nbytes <= self._most).all()):
             self._whole.append((tiles, alone))
+            # Not by `+=`, which counts a rank once however often it is there.
             np.add.at(self._loads, ranks, nbytes * len(tiles.tensors))
             for positions in tiles.at:
                 self._flat[self._first[ranks] + positions[places]] = True
@@ -269,6 +272,7 @@ class _Sharing:
         which, holders, starts, stops = _levelled(self._loads[shared.ranks], nbytes, rows)
         offsets = shared.starts[which] + np.array(box.offsets, np.int64)
         sizes = np.tile(np.array(box.sizes, np.int64), (len(which), 1))
+        # A number without dimensions has no row, and goes to one rank.
         if box.sizes:
             offsets[:, dim] += starts
             sizes[:, dim] = stops - starts
@@ -305,8 +309,10 @@ def _levelled(loads: Numbers, nbytes: int, rows: int) -> tuple[Numbers, Numbers,
         row behind its last.
     """
     every = np.arange(len(loads))
+    # It cannot be cut in two, so the emptiest has all of it.
     if nbytes < 2 * MIN_PIECE_BYTES:
         return every, loads.argmin(axis=1), np.zeros_like(every), np.full_like(every, rows)
+    # Stable: of holders that are equally full the lowest rank comes first.
     order = np.argsort(loads, axis=1, kind="stable")
     before = np.take_along_axis(loads, order, axis=1)
     counts = np.arange(1, loads.shape[1] + 1)
@@ -319,6 +325,7 @@ def _levelled(loads: Numbers, nbytes: int, rows: int) -> tuple[Numbers, Numbers,
     stops = np.rint(np.cumsum(shares, axis=1) * (rows / nbytes)).astype(np.int64)
     stops[counts >= takes[:, None]] = rows  # whatever the rounding did
     starts = np.column_stack((np.zeros_like(every), stops[:, :-1]))
+    # Whose share was rounded to no row gets no piece: the format has no empty chunks.
     which, places = np.nonzero(stops > starts)
     return which, order[which, places], starts[which, places], stops[which, places]
 
@@ -344,6 +351,7 @@ def _cut_rows(shared: Shared, mean: float) -> list[Box]:
 
 def _bounded(box: Box, itemsize: int, max_piece_bytes: int) -> list[Box]:
     nbytes = volume(box) * itemsize
+    # One element is the least, whatever the limit.
     if nbytes <= max_piece_bytes or volume(box) <= 1:
         return [box]
     pieces = split_rows(box, -(-nbytes // max_piece_bytes))

@@ -51,6 +51,7 @@ def boxes_here(tensor: DTensor, where: str) -> list[tuple[Box, Box]]:
         placement = tensor.placements[mesh_dim]
         if isinstance(placement, Shard | _StridedShard):
             count, number = tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
+            # A dimension may be counted from the end.
             dim = placement.dim % max(tensor.ndim, 1)
             runs[dim] = list(_split(runs[dim], placement, count, number))
     found = tuple(local_of(tensor).shape)
@@ -72,6 +73,7 @@ def check_as_stock(tensor: object, where: str) -> None:
     """
     if not isinstance(tensor, DTensor):
         return
+    # Nearly always, and then nothing has to be computed.
     if all(type(each) in (Shard, Replicate) for each in tensor.placements):
         order = _order(tensor)
         if order == sorted(order):
@@ -80,6 +82,7 @@ def check_as_stock(tensor: object, where: str) -> None:
     sizes, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
+    # Of no elements it does not matter where they would be.
     if found and found != [Box(tuple(offsets), tuple(sizes))] and 0 not in sizes:
         raise UsageError(
             f"{where} is laid out by {tensor.placements} in the shard order "
@@ -118,6 +121,7 @@ def _split(runs: Sequence[_Run], placement: Placement, count: int, number: int) 
     """Yield what of `runs` is part `number` of `count`, of a dimension that `placement` cuts."""
     length = sum(size for _, size in runs)
     if not isinstance(placement, _StridedShard):
+        # As torch.chunk cuts: the last parts may be smaller, or of no element.
         most = -(-length // count)
         start = min(most * number, length)
         yield from _between(runs, start, min(start + most, length))
@@ -148,6 +152,7 @@ def _combined(runs: Sequence[list[_Run]], shape: Sequence[int]) -> Iterator[tupl
     placed: list[list[tuple[int, int, int]]] = []
     for of_dim, size in zip(runs, shape, strict=True):
         at, joined = 0, []
+        # Where nothing lies here there is one empty run, so that the rank has a box to name.
         for start, length in _joined(of_dim) or [(size, 0)]:
             joined.append((start, at, length))
             at += length
