@@ -124,6 +124,7 @@ class HostsChooser(Chooser):
         """
         job = self._job
         if self._claims:
+            # First of all: what is chosen is the newest only if nobody else can commit any more.
             claim_folders(job, topic, job.deadline(), failed=self._call.failed)
         self._hosts = meet(job, topic, job.deadline())
         self._here: Mapping[int, FolderStep] = {}
@@ -138,6 +139,7 @@ class HostsChooser(Chooser):
         there = {step: self._here[step].manifest for step in news if step in self._here}
         self._manifests |= {step: manifest for step, manifest in there.items() if manifest}
         if self._claims and job.leads:
+            # In the folder of a host that was away what is given up would count again.
             discard.spread(job.repository.store, answer.discards)
         if answer.step is None:
             return None, news
@@ -180,6 +182,7 @@ class HostsChooser(Chooser):
                 if not any(each.steps for each in folders):
                     raise job.repository.no_checkpoint()
                 known = join_metrics(each.metrics for each in folders)
+                # By the metrics of all folders: that of a host which was away lacks the newest.
                 step = best_step(known, [call.best], where=self.url)
             self._search = HostsSearch(
                 [each.steps for each in folders],
@@ -188,6 +191,7 @@ class HostsChooser(Chooser):
                 step=step,
                 fall_back=fall_back,
                 bad=self._bad,
+                # Given up anywhere is given up, wherever a host was away (docs/design/013).
                 discards={each for folder in folders for each in folder.discards},
             )
             return self._told(self._next())
@@ -198,8 +202,10 @@ class HostsChooser(Chooser):
         """Return the first word of this rank; if it leads a host, with what the folder has."""
         run = self._job.repository
         if not self._job.leads:
+            # The folder is one for all ranks of the host: one of them lists it.
             return _Opening(request, {})
         self._here = list_folder(run.store, run.candidates())
+        # They are in the manifests of the whole history, which is read only where they decide.
         metrics = [] if self._call.best is None else list_metrics(run.records())
         given_up = [(each.after, each.claim) for each in discard.read(run.store)]
         return _Opening(request, dict(self._here), metrics, given_up)
@@ -258,12 +264,15 @@ class HostsChooser(Chooser):
         )
         try:
             if not answer.index:
+                # Nobody can say what the checkpoint consists of.
                 raise lacks(manifest, search.url, [INDEX])
             checkpoint = self._open_answer(answer)
             self._note_sizes(checkpoint)
+            # Asked for anew: copies that are cut short are not in it any more.
             held = search.held
             answer = msgspec.structs.replace(answer, held=held)
             looked = checkpoint.at(self._store_of(answer))
+            # Of the rest files may be missing: no reason to refuse what is to be loaded.
             needed = looked.files_of(self.options.selects_stored)
             names = [looked.files[number][0] for number in needed]
             missing = [name for name in names if not any(name in each for each in held)]
@@ -274,6 +283,7 @@ class HostsChooser(Chooser):
             # Rank 0 alone looks here, before the others open anything.
             damaged = {INDEX: error.message} if checkpoint is None else checkpoint.damaged
             if self._has_others([damaged]):
+                # Once more without these copies. Damage is only what no host has whole.
                 search.again()
             else:
                 search.refuse(error)
@@ -313,6 +323,7 @@ class HostsChooser(Chooser):
                 news |= self._bad.add(save_id, has, name, why)
         left = search.held
         names = {name for named in found for name in named}
+        # Without news the same files would be chosen, and found damaged, for ever.
         return news and all(any(name in each for each in left) for name in names)
 
     def _tell_bad(self, answer: _Answer) -> None:
@@ -326,6 +337,7 @@ class HostsChooser(Chooser):
         """Return the answer for each rank: of small files only what its host lacks."""
         if answer.step is None:
             return [pack(answer)] * len(self._hosts.of_rank)
+        # Packed once for a host, not once for each of its ranks.
         by_host = [
             pack(
                 msgspec.structs.replace(
@@ -367,10 +379,12 @@ class HostsChooser(Chooser):
         """
         assert answer.step is not None
         here = self._here.get(answer.step)
+        # Without a share of it nothing becomes garbage; a manifest that is there is left alone.
         if here is None or answer.save_id not in here.attempts or here.manifest or here.problem:
             return
         store = self._job.repository.store
         try:
+            # The manifest last: where it is, a reader takes everything else to be there.
             for name, data in sorted(answer.small.items()):
                 store.put(answer.folder + name, [data])
             store.put(manifest_key(answer.step), [answer.manifest])
@@ -382,6 +396,7 @@ def _senders(held: Sequence[Mapping[str, int]], leaders: Sequence[int]) -> dict[
     """Return which leader sends which small files: those that some host lacks, and the root."""
     sent_by: dict[int, list[str]] = {}
     for name in sorted({name for each in held for name in each if is_on_all_hosts(name)}):
+        # The root in any case: by it rank 0 finds out what there has to be.
         if name == INDEX or any(name not in each for each in held):
             first = next(host for host, each in enumerate(held) if name in each)
             sent_by.setdefault(leaders[first], []).append(name)

@@ -59,11 +59,13 @@ def called_alike(
         The options, and a line for the report on each part that was found so.
     """
     rename = options.rename
+    # Which names a function is going to give cannot be asked, so nothing is guessed beside one.
     if not isinstance(source, ForeignSource | DcpRun) or not isinstance(rename, Mapping | None):
         return options, []
     said = {name.partition("/")[0] for pair in (rename or {}).items() for name in pair}
     found: dict[str, str] = {}
     for part in live:
+        # Never instead of a name that is there (docs/design/007).
         if part in source.parts or part in said or not options.selects_part(part):
             continue
         group = alike(part)
@@ -104,6 +106,7 @@ def entries_of(data: bytes, *, path: str) -> Entries | None:
         return None
     found = Entries()
     walked = list(_walk(pairs, ()))
+    # Of the wrapper in which it was saved (`module.` of DDP), which no name here begins with.
     prefix = wrapper_prefix([name for name, _ in walked])
     for full, node in walked:
         name = full.removeprefix(prefix)
@@ -122,6 +125,7 @@ def _walk(pairs: list[tuple[str, Any]], steps: tuple[str, ...]) -> Iterator[tupl
                 yield ".".join((*steps, key)) + suffix, inner
             continue
         below = None if _is_tensor(node) else _pairs(node)
+        # An empty dict is an entry by itself, or nothing would be left of it.
         if below:
             yield from _walk(below, (*steps, key))
         else:

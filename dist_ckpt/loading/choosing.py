@@ -185,6 +185,7 @@ class Chooser:
         request = call.failed or pack(LoadRequest(call.step, self.url, call.fingerprint()))
 
         def decide(messages: Sequence[bytes]) -> bytes:
+            # Before the run is taken over: ranks that mean different things take it from nobody.
             check_same([unpack(data, LoadRequest) for data in messages], "load")
             return msgspec.msgpack.encode(self._decide(fall_back=fall_back))
 
@@ -244,6 +245,7 @@ class Chooser:
         if self._own and self._call.place is None:
             return _Answer(None)
         self._opened = foreign = find_foreign(location, whole=self._call.whole())
+        # It may have no digests that would tell later that a file is cut short.
         foreign.check_sizes()
         return _Answer(foreign.step, location.text, foreign=foreign.message, token=token)
 
@@ -299,6 +301,7 @@ class Chooser:
             self._opened = open_told(store, answer.step, answer.digest)
         assert self._opened is not None
         if isinstance(self._opened, Checkpoint):
+            # In the round `fits`: what is missing is damage to all ranks, which choose again.
             check_share(self._opened, self.options.selects_stored, job.rank, job.world_size)
         return self._opened
 
@@ -308,6 +311,7 @@ class Chooser:
         place = self._call.place
         if place is None:
             return self._job.repository.store
+        # By what rank 0 found it to be: the others need not look whether it is a run or a step.
         store = place if isinstance(place, Store) else resolve(answer.text or "")
         return DetachedStep(store, answer.step or 0) if answer.detached else store
 
@@ -361,11 +365,13 @@ def choose(
         IncompatibleError: it was written by a newer format; that is no damage to pass over.
     """
     if step is not None:
+        # Who asks for this very step is given no other one for it (commit-v1, section 5).
         return Choice(reread(lambda: checked(repository.open(step), selects_part, ranks)))
     reasons = dict(refused)
     manifests: dict[int, bytes] = {}
     # One by one: a run on an object store would be asked about each of its steps otherwise.
     for candidate in repository.newest_now():
+        # Damage may show when tensors are read, on any rank: then the choice is made again.
         if candidate in reasons:
             continue
         look = partial(_look, repository.store, candidate, selects_part, ranks, manifests)
@@ -380,6 +386,7 @@ def choose(
             # damage: what came meanwhile is looked for before anything older is taken.
             manifests.pop(candidate, None)
         else:
+            # Of damaged ones it is kept: who saves such a step anew knows it by these bytes.
             del manifests[candidate]
             return Choice(checkpoint, reasons, manifests)
     if reasons:

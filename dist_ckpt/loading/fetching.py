@@ -251,6 +251,7 @@ class Fetcher:
         reads = cut(bridged, most_bytes=self._read_bytes, begin=self._files.begin)
         if not len(reads):
             return 0
+        # With room for the rest of the sectors that a disk reads whole.
         largest = int((reads.stop - reads.start).max()) + 2 * SECTOR_BYTES
         at_once, under_way = self._share_out(reads.nbytes, len(reads), largest=largest)
         devices = self._filling.devices
@@ -258,6 +259,7 @@ class Fetcher:
 
         def read(span: tuple[int, int]) -> tuple[BounceBuffer, list[ReadTarget]]:
             start, stop = span
+            # Before the read: how much is under way is bounded by the memory there is for it.
             buffer = buffers.take()
             skip = start % SECTOR_BYTES
             landings = self._land(start, buffer.memory[skip : skip + stop - start])
@@ -368,6 +370,7 @@ class Fetcher:
     def _damaged(self, address: int, into: Scatter) -> list[str]:
         """Return the names of the tensors in the first unit that cannot be read."""
         file, offset = self._files.place(address)
+        # Read once more, unit by unit: a comparison of all says only that one of them is wrong.
         for begin, end in self._files.units(address, address + into.nbytes):
             start, stop = begin - address, end - address
             views = into.cut(start, stop)

@@ -467,6 +467,7 @@ class ReadTargets:
         self._whole = self._dense & (piece_bytes == np.array(nbytes, np.int64)[self._want])
         # Bytes of each piece that have not come to their place yet.
         self._missing = piece_bytes.copy()
+        # Before a byte is read: chunks that leave holes must not cost the state its old values.
         self._check_planned(nbytes)
         self._halves: dict[int, _Half] = {}
         # The memory of pieces that come in several reads, where it is one run of bytes.
@@ -539,6 +540,7 @@ class ReadTargets:
     def _check_planned(self, nbytes: Sequence[int]) -> None:
         """Check that the pieces of each wanted box hold as many bytes as it has."""
         planned = np.zeros(len(nbytes), np.int64)
+        # `planned[want] += ...` would count one piece of each box.
         np.add.at(planned, self._want, self._missing)
         wrong = np.flatnonzero(planned != np.array(nbytes, np.int64))
         if len(wrong):
@@ -667,6 +669,7 @@ class ReadTargets:
             half.missing_bytes -= nbytes
             if half.missing_bytes:
                 return
+            # Only who brings the last part goes on, and copies the whole.
             del self._halves[number]
         if half.memory is not target:
             _assign(target, half.memory)
@@ -674,6 +677,7 @@ class ReadTargets:
 
 def _extent(memory: torch.Tensor) -> tuple[int, int]:
     """Return the address of the first byte of a tensor, and that behind its last one."""
+    # Nothing is read straight to a device, so where its memory lies is of no matter.
     if not memory.numel() or memory.device.type != "cpu":
         return 0, 0
     start = memory.data_ptr()

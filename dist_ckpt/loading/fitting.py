@@ -165,6 +165,7 @@ def check_matched(mismatches_by_rank: Sequence[Mismatches], known: Collection[st
     Raises:
         UsageError: a pattern matches nothing: a slip of the pen must not load nothing silently.
     """
+    # On no rank: the stages of a pipeline know each their own names.
     lost = in_all(each.unmatched for each in mismatches_by_rank)
     if lost:
         pattern = lost[0]
@@ -261,7 +262,9 @@ def fit(
         unlike += found.unlike
         compared.append(_compare(name, found, stored, options))
         missing += [*filter(options.selects, wanted), *compared[-1].missing]
+        # What has no partner stays as it is, if the load goes on at all (`refuse_mismatches`).
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
+        # Values alone are something to load, too.
         plain = not (found.tensors or found.missing or stored.tensors)
         (filled if targets[name] or plain else empty).extend([] if fits else [name])
     unexpected += [name for name in held.parts if name not in parts and options.selects_part(name)]
@@ -379,6 +382,7 @@ class _Gathering:
             taken = entries_of(objects[VALUE], path=part)
             if taken is not None:
                 objects = taken.objects
+                # Kept by the stored name, as only the tensors' turn shows which of these are there.
                 self.entries.update({(part, old): new for old, new in taken.tensors.items()})
         for name, data in objects.items():
             home, new = self._place(part, name)
@@ -394,6 +398,7 @@ class _Gathering:
         entry = self.source.tensors[number]
         key = (entry.part, entry.name)
         if key in self.owned:
+            # Noted though it is not renamed: nothing else may be given its name.
             owner = self.owned[key]
             self._note(f"{owner or entry.part}/{entry.name}", f"{entry.part}/{entry.name}")
             if owner is not None:
@@ -478,9 +483,11 @@ def gather(
             found.take_objects(part, has_tensors=bool(mine))
         else:
             unread.add(part)
+    # After the values, which say of the tensors inside them where these go.
     for number in range(len(source.tensors)):
         found.take_tensor(number)
     for part in homes:
+        # Of a stored part nothing may be selected; that is not the same as a part that is missing.
         found.parts.setdefault(part, _Part())
     kept = {
         "rank": rank,
@@ -657,6 +664,7 @@ def _alone(spec: TensorSpec, live: Mapping[str, DTensor]) -> DTensor | None:
     """Return a live tensor of that shape, if all of them are laid out alike."""
     found = [tensor for tensor in live.values() if tuple(tensor.shape) == spec.shape]
     places = {(tensor.device_mesh, tensor.placements) for tensor in found}
+    # Of two layouts nobody knows which one is meant.
     return found[0] if len(places) == 1 else None
 
 
@@ -669,6 +677,7 @@ def _placed(layout: Layout, live: Mapping[str, DTensor], spec: TensorSpec) -> to
         if (tensor.device_mesh.mesh_dim_names or (None,) * tensor.device_mesh.ndim)
         == tuple(name for name, _ in layout)
     }
+    # Of two meshes of one form nobody knows which one is meant.
     if not layout or len(meshes) != 1 or not all(0 <= dim < len(spec.shape) for dim in dims):
         return None
     placements: list[Placement] = [Replicate() if d is None else Shard(d) for _, d in layout]
@@ -686,6 +695,7 @@ def _peek(source: Source, numbers: Sequence[int]) -> list[torch.Tensor]:
         IntegrityError: their bytes are damaged or missing.
     """
     wanted = [_wanted(source, number) for number in numbers]
+    # Verified whatever the load was asked for: what to load is decided by these values.
     read_alone(source, wanted, ReadOptions(), label="look at small tensors")
     return [each.local.memory for each in wanted]
 

@@ -127,12 +127,14 @@ class Loader:
                     error.add_note(progress.changed)
                 raise
             if own and place is None:
+                # What it passed over this job, and no other, may save anew (commit-v1, 4).
                 self._job.go_on(report.step, chooser.passed_over())
             elif own:
                 self._job.go_on(None)  # the run itself begins
             return report
 
     def _chooser_of(self, place: Place | None) -> type[Chooser]:
+        # Another place is one for all hosts, whatever the run of the job is.
         return HostsChooser if place is None and self._job.ranks.node_local else Chooser
 
     def _choose(
@@ -156,6 +158,7 @@ class Loader:
         stack: ExitStack,
     ) -> LoadReport:
         since = time.perf_counter()
+        # What is made of all the names would set off the collection that the imports are due for.
         with no_collection():
             (source, matched, memory), verdict = self._match(topic, chosen, options, stack)
             if progress.touched not in ("", source.save_id) and verdict.missing:
@@ -171,6 +174,7 @@ class Loader:
             prepared: list[_Prepared] = []
 
             def find_wanted() -> Sequence[Wanted]:
+                # In the round, where the others hear if names of one memory differ here.
                 prepared.append(self._prepare(topic, source, matched, options))
                 return prepared[0].ties.wanted
 
@@ -182,6 +186,7 @@ class Loader:
         for phase, seconds in result.seconds.items():
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + seconds
         since = time.perf_counter()
+        # A round of its own: this is code of the program, which may fail on one rank alone.
         self._together(topic.phase("restore"), lambda: self._restore(matched, targets, ties))
         progress.clock("restore", since)
         report = self._report(
@@ -228,6 +233,7 @@ class Loader:
             progress.asked = tuple(matched.first)
         reading.begin(lambda: self._restore_first(matched))
         progress.clock("match", since)
+        # From here on an error has to say that tensors may be partly restored.
         progress.touched = matched.source.save_id
         for name in prepared.targets:
             for target in prepared.targets[name].values():
@@ -256,6 +262,7 @@ class Loader:
         def decide(messages: Sequence[bytes]) -> bytes:
             found = [msgspec.msgpack.decode(data, type=_Found) for data in messages]
             if chosen.token:
+                # Before any name: who looks at another place has compared something else.
                 self._job.check_seen(chosen.token, [each.sight for each in found])
             mismatches = [each.mismatches for each in found]
             # Of rank 0, whose names only this decision needs.
@@ -365,6 +372,7 @@ class Loader:
             NotFound: again and again retention was faster.
         """
         again = self._look_again(topic, chooser)
+        # The same checkpoint is chosen again, without the copy that is damaged (docs/design/013).
         if again == "elsewhere":
             return
         if again:
@@ -375,6 +383,7 @@ class Loader:
             return
         if not fall_back:
             _raise_told(error, progress)
+        # On every rank, so that the next round brings no news of it: it is announced here.
         chooser.refuse(chosen.step, error.message)
         self._announce(chooser.url, {chosen.step: error.message})
 
@@ -590,6 +599,7 @@ def refuse_mismatches(
         unlike=_union(each.unlike for each in mismatches_by_rank),
         resized=_union(each.resized for each in mismatches_by_rank),
         filled=(filled := _union(each.filled for each in mismatches_by_rank)),
+        # What one rank fills is not empty: a stage of a pipeline may have nothing of a part.
         empty=sorted(set(_union(each.empty for each in mismatches_by_rank)) - set(filled)),
     )
     findings = {

@@ -90,6 +90,7 @@ def locate(
     # Checked before it becomes text: that of None would be a folder.
     if not isinstance(place, str | PathLike):
         raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
+    # Of the root of a disk the slash is all there is.
     text = str(place).rstrip("/") or str(place)
     head, _, name = text.rpartition("/")
     above = head or ("/" if text.startswith("/") else ".")
@@ -105,6 +106,7 @@ def locate(
         return find_detached(located(opened(place), step, str(place))) or located(
             opened(above), own, above
         )
+    # Folders may be called so, too: only what is an object there is a file.
     if name.endswith(FILE_SUFFIXES) and has(opened(above), name):
         return located(opened(above), step, above, name)
     store = opened(place)
@@ -124,6 +126,8 @@ def find_detached(location: Location) -> Location | None:
     Raises:
         UsageError: it is another step than the one asked for.
     """
+    # Copied, renamed or linked it is a checkpoint by itself, of the step that its manifest says
+    # (commit-v1, section 5).
     step = None if location.file is not None else named_step(location.store)
     if step is None:
         return None
@@ -221,6 +225,7 @@ def which_of(
     if isinstance(step, str) and step != "best":
         raise UsageError(f"bad step {step!r}: a step is a number or 'best'")
     if step != "best":
+        # Not ignored: who gives these wants the best, and would be given the newest.
         if metric is not None or mode != "min":
             raise UsageError("metric= and mode= say what the best is: give step='best' with them")
         return None if step is None else plain_step(step)
@@ -393,9 +398,11 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         index = self._source.index
         places: dict[tuple[object, ...], list[str]] = {}
         for number, entry in enumerate(index.tensors):
+            # Two of no elements may lie at one offset, and have nothing in common.
             if entry.part == part and 0 not in entry.shape:
                 rows = index.chunks_of(number)
                 columns = (rows.file, rows.offset, rows.starts, rows.sizes)
+                # So tied tensors are stored: the same boxes at the same bytes (format-v1, 5).
                 place = (entry.dtype, entry.shape, *(column.tobytes() for column in columns))
                 places.setdefault(place, []).append(entry.name)
         return [tuple(names) for names in places.values() if len(names) > 1]
@@ -427,6 +434,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
         with unless_deleted(self._source):
             found = self._source.read_objects(part, rank=rank)
+        # Only what the values refer to: the other tensors of the part may be of any size.
         inside = {name for data in found.values() for name in references(data, path=part)}
         stored = {name: self[f"{part}/{name}"].read() for name in sorted(inside)}
         return {
@@ -447,6 +455,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         return StoredTensor(self._source, number, self._options)
 
     def __contains__(self, name: object) -> bool:
+        # That of `Mapping` would look for names like it, and make an error of them, each time.
         return name in self._numbers
 
     def __iter__(self) -> Iterator[str]:
@@ -520,9 +529,11 @@ def open_checkpoint(
     try:
         source = open_source(location, best)
         if source.manifest is not None and NAMING in source.manifest.versions:
+            # As a load sees it, and not under the names of stock (docs/design/007).
             source = in_parts(source)
     except BaseException:
         if location.text is not None:
+            # Nobody else could: what would close it is never handed out.
             location.store.close()
         raise
     # A store that was given belongs to the caller.
@@ -540,6 +551,7 @@ def _read_boxes(
         entry = source.tensors[number]
         held = Held(entry.part, entry.name, entry.dtype, entry.shape, offsets, tuple(memory.shape))
         wanted.append(Wanted(number, LocalBox(held, memory), dtype_of(entry.dtype)))
+    # Retention goes on beside whoever looks, and what it takes away is no damage.
     with unless_deleted(source):
         read_alone(source, wanted, options, label=f"read of {source.where}")
 
@@ -568,6 +580,7 @@ def _select(subscript: Subscript, shape: torch.Size) -> list[_Selected]:
 
 
 def _select_one(item: object, size: int) -> _Selected:
+    # `True` is an integer to Python and a mask to torch.
     if isinstance(item, int) and not isinstance(item, bool):
         if not -size <= item < size:
             raise IndexError(f"index {item} of a dimension of size {size}")
@@ -577,6 +590,7 @@ def _select_one(item: object, size: int) -> _Selected:
         start, stop, step = item.indices(size)
         if step < 1:
             raise UsageError("a slice of a stored tensor has a positive step: flip what was read")
+        # `x[5:2]` selects nothing, and a box has no negative size.
         return _Selected(start, max(start, stop), slice(None, None, step))
     raise UsageError(
         f"a stored tensor takes integers, slices and an ellipsis, not a {type(item).__qualname__}: "

@@ -189,6 +189,8 @@ class JointRead:
         """
         answer = self._answer
         if answer.exchanged:
+            # A lost peer is no error of this rank: rank 0 hears the peer's own error, or sees that
+            # it died (docs/design/012).
             self._together(
                 "read", self._exchange, message=msgspec.msgpack.encode, decide=check_nobody_lost
             )
@@ -288,6 +290,7 @@ def decide_exchange(exchange: Rule, *, apart_bytes: int, once_bytes: int) -> tup
     """
     saved = apart_bytes - once_bytes
     told = f"{saved} of {apart_bytes} bytes are needed by more than one rank"
+    # With "always" too: there is nothing to send.
     if not saved:
         return False, "no byte is needed by more than one rank"
     if exchange != "auto":
@@ -384,6 +387,7 @@ class Peers:
         told = torch.from_numpy(np.stack([mine.start, mine.stop]))
         counts = self._gather(torch.tensor([len(mine)]))
         most = max(map(int, counts))
+        # `all_gather` takes as much from each rank.
         padded = torch.zeros(2, most, dtype=torch.int64)
         padded[:, : len(mine)] = told
         found = self._gather(padded)
@@ -446,6 +450,7 @@ def swap(peers: Peers, rank: int, extents: Sequence[Extent], memory: Sequence[me
         why = "" if work is None else _failure(partial(peers.wait, work))
         if why:
             failed.setdefault(peer, why)
+    # They keep the group alive, and with it the connections: see `Peers.close`.
     works.clear()
     if failed:
         names = ", ".join(map(str, sorted(failed)))
@@ -529,6 +534,7 @@ class Exchange:
         except CoordinationError as error:
             lost = Lost(error.message, dict(error.ranks))
         except BaseException:
+            # First of all: it throws those who wait for this rank out of their waits.
             peers.close()
             raise
         if lost.says:
@@ -558,6 +564,7 @@ class Exchange:
         self.filling.check_filled()
 
     def _window(self, peers: Peers, extents: Sequence[Extent], memory: memoryview) -> None:
+        # Behind the last place comes the end of the window.
         placed = list(zip(place_extents(extents), extents, strict=False))
         views = [memory[start : start + extent.nbytes] for start, extent in placed]
         own = [
@@ -570,6 +577,7 @@ class Exchange:
         with self.counts.clock("exchange"):
             self.counts.received += swap(peers, self.rank, extents, views)
             for extent, view in zip(extents, views, strict=True):
+                # What it reads for others only has no place here.
                 if not (extent.passes_on and extent.reader == self.rank):
                     self.filling.fill(extent.start, view)
 

@@ -92,6 +92,7 @@ def survey(needs: Ranges, files: Files, sizes: Sequence[int]) -> Survey:
         files: gives the addresses.
         sizes: bytes of each file, the same on all ranks.
     """
+    # In one order of bytes, as hosts compare it with one another.
     digest = bytes_digest(needs.start.astype("<i8").tobytes() + needs.stop.astype("<i8").tobytes())
     return Survey(digest, needs.nbytes, zlib.compress(_sampled(needs, files, sizes).tobytes()))
 
@@ -165,10 +166,12 @@ def share(
     for start, stop, groups in _overlay(needs):
         one = members[groups[0]][0] if len(groups) == 1 and len(members[groups[0]]) == 1 else None
         if one is not None and (can_read is None or one in can_read(start)):
+            # Not in windows: nobody waits for it, and it needs no memory that is shared out.
             private[groups[0]].append((start, stop))
         else:
             common.append((start, stop, groups))
     alone = tuple(_ranges(private[group]) for group in group_of)
+    # From what each reads for itself on, so that all of it together comes out even.
     readers = _Readers(members, [each.nbytes for each in alone])
     windows = _Windows(len(needs), window_bytes)
     for start, stop, groups in common:
@@ -178,9 +181,11 @@ def share(
         else:
             able = can_read(start)
             reader = readers.take_of([rank for rank in ranks if rank in able] or able, stop - start)
+        # Nobody who needs it can: it reads what its own tensors have no place for.
         if reader not in ranks:
             holders = tuple(sorted((*ranks, reader)))
             extent = Extent(start, stop, reader, holders, passes_on=True)
+            # It holds the extent as well, so there has to be room on it, too.
             windows.add(extent, sorted({*groups, group_of[reader]}))
         else:
             windows.add(Extent(start, stop, reader, ranks), groups)
@@ -253,6 +258,7 @@ class _Readers:
 
     def take_of(self, ranks: Sequence[int], nbytes: int) -> int:
         """Choose among any ranks."""
+        # The lower rank of two equal ones, as all ranks have to come to the same.
         rank = min(ranks, key=lambda each: (self._nbytes[each], each))
         self._nbytes[rank] += nbytes
         return rank
@@ -269,8 +275,10 @@ class _Windows:
 
     def add(self, extent: Extent, groups: Sequence[int]) -> None:
         nbytes = place_extents([extent])[-1]
+        # No group goes back to an earlier window, so ranks come through them in one order.
         window = max(self._window[group] for group in groups)
         used = max(self._used[group] for group in groups if self._window[group] == window)
+        # One that is larger than a window has a window for itself: it is not cut here.
         if used and used + nbytes > self._most:
             window += 1
         for group in groups:
@@ -278,4 +286,5 @@ class _Windows:
                 self._window[group], self._used[group] = window, 0
             self._used[group] += nbytes
         self.extents += [[] for _ in range(window + 1 - len(self.extents))]
+        # In a window one rank may send another several: by this tag each finds its memory.
         self.extents[window].append(replace(extent, tag=len(self.extents[window])))

@@ -95,6 +95,7 @@ class Ties:
             if self._rule == "refuse":
                 case.check(self._where)
             if not self._keeps:
+                # The next window needs the memory. What agrees is read once more, to its place.
                 case.scratch.clear()
 
     def finish(self) -> None:
@@ -174,10 +175,12 @@ class _Case:
         if self.same:
             first = _flat_bytes(values[0])
             for each, value in zip(self.members, values, strict=True):
+                # Bit by bit: a NaN is equal to itself here, and -0.0 is not 0.0.
                 if not np.array_equal(_flat_bytes(value), first):
                     raise _differ(where, self.members[0], each)
             return
         written = _WrittenMemory(self.members)
+        # All are written before one is compared: whoever is written over by another value differs.
         for number, value in enumerate(values):
             written.put(number, value)
         for number, value in enumerate(values):
@@ -187,6 +190,7 @@ class _Case:
     def copy(self) -> None:
         """Copy the values to the live memory, one after another."""
         with torch.no_grad():
+            # In the order of the state, in which the last one has its way.
             for each, value in zip(self.to_read, self.scratch[-len(self.to_read) :], strict=True):
                 each.local.memory.copy_(value)
 
@@ -212,11 +216,13 @@ def _sort_out(
     distinct = {key: _distinct(index, same) for key, same in views.items()}
     alone: list[Wanted] = []
     cases: list[_Case] = []
+    # Some elements are in several views and some are not: no order of reading does for all.
     if _overlap([same[0] for same in views.values()]):
         kept = {id(each) for same in distinct.values() for each in same}
         return alone, [_Case([each for each in members if id(each) in kept], same=False)]
     for same in distinct.values():
         if len(same) == 1 or rule == "last":
+            # Of one and the same view nothing would be left of those before the last.
             alone.append(same[-1])
         else:
             cases.append(_Case(same, same=True))
@@ -294,6 +300,7 @@ def prepare(
     """
     made: dict[object, torch.Tensor] = {}
     real = {
+        # With one `made` for all parts: what is one tensor on the meta device stays one.
         part: materialise(tensors, device=options.device, made=made)
         for part, tensors in targets.items()
     }
@@ -347,6 +354,7 @@ def compare_ties(source: Source, ties: Ties, options: ReadOptions, *, label: str
         IntegrityError: their bytes are damaged or missing.
     """
     half_bytes = options.in_flight_bytes // 2
+    # The other half is for the values, see `prepare`.
     alone = replace(options, in_flight_bytes=half_bytes)
     nbytes = 0
     for number in range(ties.windows):
@@ -377,6 +385,7 @@ def _clusters(wanted: Sequence[Wanted]) -> list[list[int]]:
             _check_apart(each)
             nbytes = reach(memory) * memory.itemsize
         start = memory.data_ptr()
+        # Of each device by itself: addresses of two have nothing to do with each other.
         extents.setdefault(memory.device, []).append((start, start + nbytes, number))
     groups: list[list[int]] = []
     for found in extents.values():
@@ -410,6 +419,7 @@ def _tile(views: Sequence[Wanted]) -> bool:
         (v.tensor, v.local.memory.stride(), v.local.memory.dtype, _origin(v)) != like for v in views
     ):
         return False
+    # With one tensor, origin and stride the boxes alone say what is where.
     starts = np.array([each.local.held.offsets for each in views], np.int64)
     sizes = np.array([each.local.held.sizes for each in views], np.int64)
     low = starts.min(axis=0)
@@ -457,6 +467,7 @@ class _WrittenMemory:
         starts = [memory.data_ptr() for memory in memories]
         first = min(starts)
         stops = [_stop(memory) for memory in memories]
+        # No longer than the members are together: they reach into one another.
         self._bytes: _Bytes = np.zeros(max(stops) - first, np.uint8)
         self._views = [
             _view(self._bytes, memory, start - first)
