@@ -47,6 +47,7 @@ def begin_folders(job: Job, step: int, topic: Topic, deadline: Deadline) -> Host
         if job.leads:
             job.check_first(step)
 
+    # Before the claims: whoever is refused has taken the run from nobody.
     on_every_rank(job.training, topic.phase("first"), look, deadline=deadline)
     claim_folders(job, topic, deadline)
 
@@ -168,6 +169,8 @@ class _HostsCommit:
 
         def decide(messages: Sequence[bytes]) -> list[bytes]:
             written = [unpack(each, _Written) for each in messages]
+            # The index describes them once, so they have to be the same bytes (commit-v1, section
+            # 11).
             _check_twins(self._hosts, written)
             small = [each.small for each in written]
             return [self._told(rank, small) for rank in range(len(messages))]
@@ -193,6 +196,7 @@ class _HostsCommit:
         apart = {plan.name for plan in staged.plans if plan.apart}
         files = {file.name: file for file in self._attempt.files.written}
         alone = [name for name in files if name in apart or name == extra_name(rank)]
+        # Over the digests of their blocks: no byte is read again.
         alike = {
             name: bytes_digest(file.blocks) for name, file in files.items() if name not in alone
         }
@@ -238,6 +242,7 @@ class _HostsCommit:
         """Put the manifest into the folder of another host, once it is committed."""
         if described is not None and self._attempt.rank:
             transaction = self._attempt.transaction
+            # The very bytes of rank 0: by these a reader knows that it is one checkpoint.
             transaction.complete(described.manifest, replaces=self._replaced())
             self._job.committed(transaction.step)
 
@@ -267,6 +272,7 @@ def _check_twins(hosts: Hosts, written: Sequence[_Written]) -> None:
 
 
 def _said_of(draft: Manifest, hosts: Hosts) -> Manifest:
+    # For people and for messages: nobody decides by it (commit-v1, section 11).
     said: list[dict[str, Any]] = [
         {"host": name, "ranks": hosts.ranks(number)} for number, name in enumerate(hosts.names)
     ]

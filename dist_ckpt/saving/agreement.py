@@ -235,10 +235,12 @@ class Agreement:
         check_same(requests, "save")
         # Told to all, since a rank that once missed an answer would take other samples for ever.
         turn = self._turn + 1
+        # All or none: a rank that skipped alone would leave the others waiting in this save.
         if any(request.busy for request in requests):
             return pack(PlanAnswer("", plan_holds=False, skip=True, turn=turn))
         # Every rank has to have this very plan: one that missed its share asks for a new one.
         holds = all(request.plan == self.number for request in requests)
+        # Where they differ all is described anew, and the value that differs is named.
         holds = holds and _groups_agree(requests)
         suspicious = holds and samples_differ(request.replicas for request in requests)
         # Told by all ranks if one of them has it to tell, so that all of them take the same way.

@@ -272,6 +272,7 @@ While one file is begun or made durable the other keeps the disk or the network 
 gain nothing: each put has threads of its own.
 """
 
+# So much is digested between two looks whether the save is still wanted.
 _DIGESTED_BYTES = 8 * BLOCK_BYTES
 
 
@@ -477,6 +478,7 @@ class Commit:
         self._check(reports)
         where = (self.transaction.store.url, self.transaction.step)
         tell_differing(*where, reports, self.about.told)
+        # The first of two times: `Transaction.commit` asks once more, right before the manifest.
         self.confirm()
         root = encode_root(
             self.index.structure,
@@ -658,6 +660,7 @@ class Housekeeping:
         gone = self._job.repository.retain(
             self._policy,
             claim=self._job.claim(),
+            # By no policy the one that this job was restored from (commit-v1, section 6).
             protected={step} if origin is None else {step, origin},
             damaged=self._job.passed_over.steps,
             history=self._history,

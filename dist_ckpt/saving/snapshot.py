@@ -163,6 +163,7 @@ def take_snapshot(
     per_rank = {name: part.objects for name, part in captured.items() if part.per_rank}
     names = [[(part, sorted(objs)) for part, objs in group.items()] for group in (shared, per_rank)]
     boxes = describer.digest([box.held for box in local])
+    # Names, and not the values: a plan holds for as long as nothing else changes.
     depends = msgspec.msgpack.encode((boxes, names, world_size))
     versioned = {name: part.versioned for name, part in captured.items() if part.versioned}
     return Snapshot(local, shared, per_rank, bytes_digest(depends), versioned)
