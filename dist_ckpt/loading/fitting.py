@@ -262,10 +262,8 @@ def fit(
         unlike += found.unlike
         compared.append(_compare(name, found, stored, options))
         missing += [*filter(options.selects, wanted), *compared[-1].missing]
-        # What has no partner stays as it is, if the load goes on at all (`refuse_mismatches`).
         targets[name] = {key: t for key, t in found.tensors.items() if key in stored.tensors}
-        # Values alone are something to load, too.
-        plain = not (found.tensors or found.missing or stored.tensors)
+        plain = not (found.tensors or found.missing or stored.tensors)  # values alone count, too
         (filled if targets[name] or plain else empty).extend([] if fits else [name])
     unexpected += [name for name in held.parts if name not in parts and options.selects_part(name)]
     mismatches = Mismatches(

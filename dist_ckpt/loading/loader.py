@@ -127,8 +127,7 @@ class Loader:
                     error.add_note(progress.changed)
                 raise
             if own and place is None:
-                # What it passed over this job, and no other, may save anew (commit-v1, 4).
-                self._job.go_on(report.step, chooser.passed_over())
+                self._job.go_on(report.step, chooser.passed_over())  # which it may save anew
             elif own:
                 self._job.go_on(None)  # the run itself begins
             return report
