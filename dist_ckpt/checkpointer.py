@@ -106,7 +106,6 @@ class Checkpointer:
         self._job = Job(
             url, timeout_seconds=timeout_seconds, ranks=chosen.ranks, exclusive=chosen.exclusive
         )
-        # Told by the first call of all ranks: who raised here would leave the others waiting in it.
         self._unfit = check_state(train_state, self._job.ranks)
         self._saver = Saver(
             self._job,
@@ -123,7 +122,6 @@ class Checkpointer:
         self._flags: flags.Flags | None = None
         self._closed = False
         self.restored: LoadReport | None = None
-        # Last: what was refused above has taken no memory.
         self._saver.prewarm()
 
     @classmethod
@@ -154,6 +152,7 @@ class Checkpointer:
         """
         said = flags.parse(args)
         kept = said.keep()
+        # Both count: what either of them keeps stays.
         both = kept if keep is None or kept is None else keeping.either(kept, keep)
         made = cls(
             said.checkpoint_dir,
@@ -298,6 +297,7 @@ class Checkpointer:
             raise UsageError(f"an epoch is an integer from 0, not {epoch!r}")
         if step is None:
             told = self._recorder.course.told_step
+            # Where steps are told, the number of an epoch would be far behind them.
             step = number if told is None else told
         return self._tell(check_step(step), number, as_given(metrics))
 
@@ -380,6 +380,7 @@ class Checkpointer:
         if error is not None:
             # Others may be in a collective that this rank will not join: they are not waited for.
             self._job.hurry()
+            # The step told last may be half of the next by now: it is not saved.
             self._recorder.interrupted = True
         leave(self._saver, self.close, error)
 

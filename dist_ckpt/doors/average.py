@@ -109,7 +109,6 @@ def average(
         UsageError: an argument is malformed.
     """
     check_known(options, list(AverageKeywords.__annotations__), besides=_ARGUMENTS, verb="average")
-    # A text is a sequence too, of places with one letter each.
     if isinstance(sources, str) or len(sources) < 2:
         raise UsageError("an average is of two checkpoints or more: give a list of them")
     shares = _shares(weights, len(sources))
@@ -117,7 +116,6 @@ def average(
     given = options.get("storage_options")
     check_options_taken(given, *map(_place_of, sources), out, options.get("like"))
     with ExitStack() as stack:
-        # All stay open: each box is read from every one of them in turn, and nothing is put aside.
         opened = [stack.enter_context(_open(source, options)) for source in sources]
         contents = [StoredContent(each, part) for each in opened]
         where = [each.where for each in opened]

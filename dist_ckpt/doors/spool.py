@@ -115,7 +115,6 @@ def save_parts(
         own = resolve(url, storage_options=storage_options)
     try:
         save(
-            # This process has drawn nothing for it: its random numbers are none of that training.
             TrainState(rng=None, **named),  # type: ignore[arg-type]
             own or url,
             step=step,
@@ -128,7 +127,6 @@ def save_parts(
             command=False,
         )
     except UsageError as error:
-        # By kind, not by text: every other wrong call is told in its own words.
         if error.kind is not ErrorKind.STEP_BEHIND:
             raise
         # Not that one could go on from the newest, as a training does.
