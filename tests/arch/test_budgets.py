@@ -36,6 +36,9 @@ PARAMETERS = 8
 # and its bytes); functions that only the package calls may have four, alike in kind.
 POSITIONS_EXPORTED = 2
 POSITIONS = 4
+COMMENTS = (0.07, 0.12)
+"""How many lines of comment there are for a line of code: fewer leave reasons out, more bury it."""
+
 THROUGH_MODULE = {"decode", "encode", "every"}
 
 
@@ -135,6 +138,11 @@ def test_a_public_name_means_one_thing() -> None:
     # These are used through their module only: `manifest_format.decode`, `policy.every`.
     assert {name: found for name, found in twice.items() if name not in THROUGH_MODULE} == {}
     assert twice.keys() >= THROUGH_MODULE
+
+
+def test_reasons_stand_in_the_code() -> None:
+    least, most = COMMENTS
+    assert least <= comment_ratio(MODULES) <= most
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
