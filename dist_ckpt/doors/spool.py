@@ -123,7 +123,6 @@ def save_parts(
             # Also under a launcher, as in a job with several ranks: no other one is in this call.
             ranks="alone",
             memory_limit_bytes=_SAVE_BYTES,
-            # The command line is that of an import, and not of the training.
             command=False,
         )
     except UsageError as error:

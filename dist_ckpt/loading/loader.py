@@ -117,7 +117,6 @@ class Loader:
                 with ExitStack() as stack:
                     report = self._load(topic, chosen, chooser.options, progress, stack)
             except IntegrityError as error:
-                # One round raised it on all ranks, so all of them go on to the next one together.
                 self._give_up(topic, chosen, chooser, progress, error, fall_back=fall_back)
                 continue
             except CheckpointError as error:
