@@ -197,11 +197,13 @@ def _by_numbers(
     view: View, stored: Stored, groups: Mapping[str, dict[str, Any]], part: str
 ) -> dict[str, str]:
     """Return the live parameter of each number, as text, that `groups` have."""
+    numbers = [each for group in groups.values() for each in group[_PARAMS]]
+    # Before they are put in order: Python has none of numbers and texts.
+    if not all(type(each) is int for each in numbers) or len(set(numbers)) != len(numbers):
+        raise _refused(part, "with a number that is there twice, or beside names")
     # torch numbers through the groups, so numbers say in which order these were; names do not.
     ordered = sorted(groups.values(), key=lambda group: min(group[_PARAMS], default=math.inf))
     numbers = [each for group in ordered for each in group[_PARAMS]]
-    if not all(type(each) is int for each in numbers) or len(set(numbers)) != len(numbers):
-        raise _refused(part, "with a number that is there twice, or beside names")
     sizes = [len(group[_PARAMS]) for group in ordered]
     live = [size for size in view.sizes if size]
     if [size for size in sizes if size] != live:

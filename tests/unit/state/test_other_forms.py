@@ -19,6 +19,11 @@ from torch.optim import SGD, Adafactor, AdamW
 import dist_ckpt
 from dist_ckpt.dcp import Writer
 from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.state.decoding import decode
+from dist_ckpt.state.encoding import encode
+from dist_ckpt.state.model import ModelPart
+from dist_ckpt.state.optimizer import OptimizerPart
+from dist_ckpt.state.part import Stored
 from tests.distributed.layouts import same_bits
 
 with warnings.catch_warnings():
@@ -209,6 +214,20 @@ def test_numbers_that_cannot_be_the_live_parameters_are_refused(tmp_path: Path) 
         assert "skip=['optimizer']" in str(caught.value)
         assert all(map(same_bits, before.values(), model.state_dict().values()))
         dist_ckpt.load(state, url, skip=["optimizer"])
+
+
+@pytest.mark.parametrize("groups", [[["0x", 1]], [["weight"], [1]], [[0, "bias"]]])
+def test_numbers_beside_names_are_refused(groups: list[list[Any]]) -> None:
+    model = nn.Linear(2, 2)
+    part = OptimizerPart(AdamW(model.parameters()), models=[ModelPart(model)])
+    options = decode(part.capture().objects["param_groups.weight"], tensors={})
+    objects = {
+        f"param_groups.{params[0]}": encode({**options, "params": params}, path="group")
+        for params in groups
+    }
+    stored = Stored({}, objects, rank=0, world_size=1, saved_world_size=1)
+    with pytest.raises(IncompatibleError, match="beside names"):
+        part.targets(stored)
 
 
 def test_names_beside_the_numbers_are_gone_by(tmp_path: Path) -> None:
