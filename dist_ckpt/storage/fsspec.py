@@ -44,9 +44,10 @@ from dist_ckpt.storage.base import (
 from dist_ckpt.storage.retry import RetryStore
 
 _WHOLE_BYTES = 8 << 20
+"""Up to here an object is joined in memory: what commits a checkpoint then appears at once."""
+
 # How often an object may be replaced during one read of its end.
 _LOOKS = 20
-"""Up to here an object is joined in memory: what commits a checkpoint then appears at once."""
 
 _OBJECT_STORES = frozenset({"gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"})
 """Services that keep what they accepted, have no folders, and list what was put before."""

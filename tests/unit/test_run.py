@@ -7,6 +7,8 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,6 +41,7 @@ from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.wrapper import Operation, StoreWrapper
 from dist_ckpt.testing.stores import CrashStore, Fail, FaultyStore, Rule
+from dist_ckpt.threads import Worker
 
 _T = TypeVar("_T")
 
@@ -288,6 +291,37 @@ def test_a_deletion_that_was_cut_off_is_ended_by_the_next(store: MemoryStore) ->
         if faulty.fired == [0]:
             break
     assert at > len(keys), "one by one, and the mark"
+
+
+class Slow(StoreWrapper):
+    """Each read takes a second of `clock`; those behind the eighth wait for one another in pairs."""
+
+    def __init__(self, inner: Store, clock: list[float]) -> None:
+        super().__init__(inner)
+        self._clock, self._pair, self._reads = clock, threading.Barrier(2), itertools.count(1)
+
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        if operation == "read_into":
+            self._clock[0] += 1
+            if next(self._reads) > 8:
+                self._pair.wait(60)
+        return run()
+
+
+def test_what_is_waited_for_is_looked_at_by_several_threads_and_what_is_at_hand_by_one(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store, *[1.0] * 10)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
+    started: list[Worker] = []
+    monkeypatch.setattr(Worker, "start", started.append)
+    assert [each.step for each in Run(store).listed()] == [*range(1, 11)]
+    assert started == []
+    monkeypatch.undo()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert [each.step for each in Run(Slow(store, clock)).listed()] == [*range(1, 11)]
 
 
 def half_a_mark(run: Path, step: int) -> Path:
