@@ -294,7 +294,7 @@ def test_a_deletion_that_was_cut_off_is_ended_by_the_next(store: MemoryStore) ->
 
 
 class Slow(StoreWrapper):
-    """Each read takes a second of `clock`; those behind the eighth wait for one another in pairs."""
+    """Each read takes a second; those behind the eighth wait for one another in pairs."""
 
     def __init__(self, inner: Store, clock: list[float]) -> None:
         super().__init__(inner)
