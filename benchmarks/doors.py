@@ -29,6 +29,8 @@ TARGET = 1.25
 _MIB = 1 << 20
 _TENSOR_MIB = 16
 _PLAIN, _COPY, _EXPORT = "plain copy, durable", "cp", "export"
+_READ_BACK = "plain copy, read back"
+"""What an export does as well: for what the share of that in its time is."""
 
 
 def main(arguments: list[str]) -> int:
@@ -66,6 +68,11 @@ def _local(place: Path, nbytes: int, *, repeats: int) -> bool:
     out = _Places(place)
     cases = [
         Case(_PLAIN, lambda: _copy_plainly(source, out.new()), before=partial(drop_cache, source)),
+        Case(
+            _READ_BACK,
+            lambda: _read_plainly(_copy_plainly(source, out.new())),
+            before=partial(drop_cache, source),
+        ),
         Case(
             _COPY,
             lambda: Run(str(source)).copy(1, str(out.new())),
@@ -105,6 +112,12 @@ def _s3(place: Path, nbytes: int, *, repeats: int) -> bool:
             for path in files:
                 obstore.put(client, str(path.relative_to(source)), path)
 
+        def plain_and_back() -> None:
+            plain()
+            for path in files:
+                for _ in obstore.get(client, str(path.relative_to(source))).stream():
+                    pass
+
         def remove() -> None:
             while used:
                 store = resolve(used.pop())
@@ -114,6 +127,7 @@ def _s3(place: Path, nbytes: int, *, repeats: int) -> bool:
         drop = partial(drop_cache, source)
         cases = [
             Case(_PLAIN, plain, drop, remove),
+            Case(_READ_BACK, plain_and_back, drop, remove),
             Case(_COPY, lambda: Run(str(source)).copy(1, new()), drop, remove),
             Case(_EXPORT, lambda: dist_ckpt.export(source, f"{new()}/w.safetensors"), drop, remove),
         ]
@@ -142,13 +156,24 @@ class _Places:
         shutil.rmtree(self._last, ignore_errors=True)
 
 
-def _copy_plainly(source: Path, target: Path) -> None:
+def _read_plainly(folder: Path) -> None:
+    """Read what was copied from the disk, as who checks a copy does."""
+    drop_cache(folder)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+
+
+def _copy_plainly(source: Path, target: Path) -> Path:
     """Copy as the standard library does, by the kernel, and make it as durable as a store does."""
     shutil.copytree(source, target)
     paths: Sequence[Path] = [path for path in target.rglob("*") if path.is_file()]
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    return target
 
 
 if __name__ == "__main__":
