@@ -38,15 +38,12 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import check_step, manifest_key, step_dir
+from dist_ckpt.format.names import attempt_dir, check_step, manifest_key
 from dist_ckpt.repository import copying, status
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository import scratch as scratches
 from dist_ckpt.repository.checkpoint import Checkpoint
-from dist_ckpt.repository.commit import (
-    highest_claim,
-    read_manifest,
-)
+from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
 from dist_ckpt.repository.history import (
     Record,
@@ -423,7 +420,7 @@ class Run:
         delete_exactly(self.store, manifest_key(step), data)
         # Behind the manifest: from there on no reader looks for them.
         delete_attempt(self.store, step, save_id)
-        return f"{step_dir(step)}/{save_id}/"
+        return attempt_dir(step, save_id)
 
     def _newest(self) -> Listed | None:
         tell_bad(self.store, found := self.newest_down())

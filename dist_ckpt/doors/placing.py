@@ -62,6 +62,7 @@ class _Written:
     Attributes:
         stream: what goes there.
         tally: told of what was read back.
+        key: what it is called there.
         parts: the size and the digests of each part that was made.
         compared: where the store compared, while it wrote, what it wrote, and how many bytes.
     """

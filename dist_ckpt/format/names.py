@@ -71,6 +71,17 @@ def index_key(step: int, save_id: str) -> str:
     return file_key(step, save_id, INDEX)
 
 
+def attempt_dir(step: int, save_id: str) -> str:
+    """Return the folder of the files of one attempt, relative to the run, with a slash at its end.
+
+    Raises:
+        UsageError: the step or the save id is not one that dist_ckpt writes.
+    """
+    if parse_save_id(save_id) is None:
+        raise UsageError(f"bad save id {save_id!r}: take one from new_save_id")
+    return f"{step_dir(step)}/{save_id}/"
+
+
 def file_key(step: int, save_id: str, file_name: str) -> str:
     """Return the key of the file `file_name` of one attempt, relative to the run.
 
@@ -78,11 +89,10 @@ def file_key(step: int, save_id: str, file_name: str) -> str:
         UsageError: the step, the save id or the file name is not one that dist_ckpt writes.
     """
     # Checked where the key is made, so that none leaves the directory of its attempt.
-    if parse_save_id(save_id) is None:
-        raise UsageError(f"bad save id {save_id!r}: take one from new_save_id")
+    folder = attempt_dir(step, save_id)
     if not is_attempt_file(file_name):
         raise UsageError(f"bad file name {file_name!r}: take one from shard_name, or {INDEX!r}")
-    return f"{step_dir(step)}/{save_id}/{file_name}"
+    return folder + file_name
 
 
 def shard_name(part: str, rank: int, *, number: int = 0) -> str:

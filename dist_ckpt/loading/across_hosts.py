@@ -22,9 +22,9 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.names import (
     INDEX,
+    attempt_dir,
     file_key,
     manifest_key,
-    step_dir,
 )
 from dist_ckpt.loading.choosing import Chooser, Chosen, LoadCall, LoadRequest
 from dist_ckpt.ranks.hosts import Hosts
@@ -101,7 +101,7 @@ class _Answer(msgspec.Struct, frozen=True):
     def folder(self) -> str:
         """Where the files of the attempt are."""
         assert self.step is not None
-        return f"{step_dir(self.step)}/{self.save_id}/"
+        return attempt_dir(self.step, self.save_id)
 
 
 class HostsChooser(Chooser):

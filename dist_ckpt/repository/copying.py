@@ -12,7 +12,7 @@ import numpy as np
 from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
 from dist_ckpt.format.files import DIGEST_BYTES, DTYPES
 from dist_ckpt.format.index import Index, TensorEntry
-from dist_ckpt.format.names import INDEX, file_key, manifest_key
+from dist_ckpt.format.names import INDEX, attempt_dir, file_key, manifest_key
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.history import put_epoch_note, read_epoch_note
 from dist_ckpt.repository.tally import Tally
@@ -224,7 +224,7 @@ def _end(source: Checkpoint, target: Store) -> None:
     _copy_note(source, target)
     if isinstance(target, Sweeper):
         # What a copy that was killed left half put, which is of no job that would collect it.
-        target.sweep(file_key(source.step, source.save_id, INDEX).removesuffix(INDEX))
+        target.sweep(attempt_dir(source.step, source.save_id))
 
 
 def _copy_note(source: Checkpoint, target: Store) -> None:
@@ -252,7 +252,7 @@ def _check_there(source: Checkpoint, target: Store) -> None:
     names = {**dict(source.files), **{name: note.nbytes for name, note in source.beside.items()}}
     sizes = {file_key(step, save_id, name): nbytes for name, nbytes in names.items()}
     sizes[file_key(step, save_id, INDEX)] = len(source.index_bytes)
-    folder = file_key(step, save_id, INDEX).removesuffix(INDEX)
+    folder = attempt_dir(step, save_id)
     there = {entry.key: entry.nbytes for entry in target.list_entries(folder)}
     for key, nbytes in sizes.items():
         if there.get(key) != nbytes:

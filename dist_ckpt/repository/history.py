@@ -38,6 +38,7 @@ from dist_ckpt.format.names import (
     INDEX,
     PIN,
     REMOVED,
+    attempt_dir,
     file_key,
     is_attempt_file,
     manifest_key,
@@ -364,7 +365,7 @@ def delete_checkpoint(store: Store, step: int) -> None:
 
 def delete_attempt(store: Store, step: int, save_id: str) -> None:
     """Remove the files of one attempt that no manifest names any more."""
-    _delete_attempt(store, f"{step_dir(step)}/{save_id}/")
+    _delete_attempt(store, attempt_dir(step, save_id))
 
 
 def collect_garbage(

@@ -29,16 +29,13 @@ from dist_ckpt.format.manifest import Manifest
 from dist_ckpt.format.names import (
     EPOCH_NOTE,
     PIN,
-    file_key,
+    attempt_dir,
     parse_save_id,
     parse_step_dir,
     step_dir,
 )
 from dist_ckpt.repository import keep as keeping
-from dist_ckpt.repository.commit import (
-    highest_claim,
-    read_manifest,
-)
+from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.repository import removable
@@ -213,7 +210,7 @@ def _unfinished(store: Store, step: int) -> Listed:
 
 def _described(store: Store, manifest: Manifest, marks: Marks | None) -> Listed:
     step, save_id = manifest.step, manifest.save_id
-    folder = file_key(step, save_id, PIN).removesuffix(PIN)
+    folder = attempt_dir(step, save_id)
     # One listing for all marks: asking a shared folder for a file that it lacks takes several looks
     # each time, as another host may just have put it there.
     names = store.list_children(folder) if marks is None else marks.get(folder, ())
