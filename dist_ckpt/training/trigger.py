@@ -430,6 +430,7 @@ class SignalNote:
         self._arrived_at = 0.0
         self._closed = False
         self._ending = False
+        self._told: set[signal.Signals] = set()
         # The bound method is kept, as each access would make another object.
         self._ours = self._on_signal
         self._listen()
@@ -445,6 +446,8 @@ class SignalNote:
         if moved and threading.current_thread() is threading.main_thread():
             # Asked for in a child: the training itself was moved there, as a daemon's is.
             self._listen()
+        if self._pid == os.getpid() and not self._closed:
+            self._tell_replaced()
         name, self._name = self._name, ""
         return name
 
@@ -478,6 +481,29 @@ class SignalNote:
             if signal.getsignal(each) == self._ours:
                 signal.signal(each, signal.SIG_DFL if before is None else before)
 
+    def found(self, number: signal.Signals) -> object:
+        """Return the handler of `number` that was there before ours, which calls it."""
+        return self._before.get(number)
+
+    def _tell_replaced(self) -> None:
+        """Say once of each signal that a later handler has it, which may well not call ours."""
+        for each in self.wanted - self._told:
+            handler: object = signal.getsignal(each)
+            # Listeners call the handler that they found, so any of them may stand before ours.
+            while isinstance(other := getattr(handler, "__self__", None), SignalNote):
+                if other is self:
+                    break
+                handler = other.found(each)
+            else:
+                self._told.add(each)
+                _log.warning(
+                    "policy.on_signal: %s is %s since the Checkpointer was made, so no save is "
+                    "made when it comes, unless our handler is called too. Set yours before: the "
+                    "Checkpointer calls it",
+                    each.name,
+                    _in_words(handler),
+                )
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Nothing but this in a handler: it may interrupt any line of the training.
         before = self._before.get(signal.Signals(number))
@@ -489,6 +515,15 @@ class SignalNote:
         # Ctrl-C is Python's own handler: the first one asks for a save, the second one means it.
         if callable(before) and (before is not signal.default_int_handler or again):
             before(number, frame)
+
+
+def _in_words(handler: object) -> str:
+    if handler == signal.SIG_IGN:
+        return "ignored"
+    if handler == signal.SIG_DFL:
+        return "left to the system"
+    # None is a handler of a library, which Python does not see.
+    return f"handled by {getattr(handler, '__qualname__', handler) or 'a library'}"
 
 
 def _act_as(before: object, number: int, frame: FrameType | None) -> None:

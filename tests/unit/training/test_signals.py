@@ -94,6 +94,42 @@ def test_a_handler_of_the_program_that_calls_ours_does_no_harm_in_a_child() -> N
     note.close()
 
 
+def test_a_handler_that_took_our_place_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    note = SignalNote([signal.SIGTERM, signal.SIGINT])
+    note.take()
+    assert not caplog.records
+    signal.signal(signal.SIGTERM, handler_of_the_program)
+    note.take()
+    note.take()
+    (record,) = caplog.records
+    assert "SIGTERM is handled by" in record.getMessage()
+    assert "handler_of_the_program" in record.getMessage()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    note.take()
+    assert "SIGINT is ignored" in caplog.records[1].getMessage()
+    note.close()
+    note.take()
+    assert len(caplog.records) == 2
+    assert signal.getsignal(signal.SIGTERM) is handler_of_the_program
+
+
+def test_another_listener_that_calls_ours_is_nothing_to_tell(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    notes = [SignalNote([signal.SIGTERM]) for _ in range(3)]
+    terminate()
+    assert [note.take() for note in notes] == ["SIGTERM"] * 3
+    notes[2].close()
+    assert [note.take() for note in notes] == [""] * 3
+    assert not caplog.records
+    for note in notes:
+        note.close()
+
+
+def handler_of_the_program(number: int, frame: FrameType | None) -> None:
+    """Take the place of ours, and call nobody."""
+
+
 def test_a_child_that_was_forked_on_another_thread() -> None:
     note = SignalNote([signal.SIGTERM])
     ends: list[int] = []
