@@ -42,7 +42,7 @@ from dist_ckpt.format.names import attempt_dir, check_step, manifest_key
 from dist_ckpt.repository import copying, status
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository import scratch as scratches
-from dist_ckpt.repository.checkpoint import Checkpoint
+from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
 from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
 from dist_ckpt.repository.history import (
@@ -343,9 +343,17 @@ class Run:
         Raises:
             AlreadyExists: another checkpoint of this step is there.
             IntegrityError: the source is damaged; nothing was committed.
+            NotFound: it is not committed, or was deleted meanwhile.
         """
         target = to if isinstance(to, Run) else Run(to)
-        return copying.copy(self.open(step), target.store)
+        source = self.open(step)
+        try:
+            return copying.copy(source, target.store)
+        except IntegrityError as error:
+            # Where retention was faster files are missing, and nothing is damaged.
+            if not source.still_there():
+                raise deleted_meanwhile(self.store, step) from error
+            raise
 
     def mirror(
         self, to: str | Store | Run, *, best: Criterion | None = None, keep: int | None = None

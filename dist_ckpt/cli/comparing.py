@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from dist_ckpt.cli.looking import in_words, metric_series
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_reads
-from dist_ckpt.errors import IncompatibleError, IntegrityError, UsageError
+from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound, StorageError, UsageError
 
 if TYPE_CHECKING:
     from dist_ckpt.repository import VerifyReport
@@ -54,6 +54,7 @@ def _verify(
     # No share at all: sizes are looked at, and no data.
     share = (0, 1) if quick else _share(sample)
     unknown: list[Listed] = []
+    listed: list[Listed] = []
     # @latest goes this way too: here what cannot be read is told, and not passed over.
     if every or places.split(place)[1] == "latest":
         if every:
@@ -72,10 +73,10 @@ def _verify(
     else:
         run, step = places.open_step(place, storage_option, metric)
         steps = [step]
-    reports = []
-    for step in steps:
-        with showing_reads(run, step, shares=1 if share is None else share[1]) as seen:
-            reports.append(seen.verify(step, sample=share))
+    if not steps and not unknown:
+        run.newest()  # which says why there is none
+    reports, unread = _reports(run, steps, share, listed if every else [])
+    unknown += unread
     if json:
         say_json({"url": run.url, "checkpoints": _as_json(reports, unknown)})
     else:
@@ -88,6 +89,31 @@ def _verify(
     if unknown:
         steps = [each.step for each in unknown]
         raise IncompatibleError(f"not verified in {run.url}: step {', '.join(map(str, steps))}")
+
+
+def _reports(
+    run: Run, steps: list[int], share: tuple[int, int] | None, listed: list[Listed]
+) -> tuple[list[VerifyReport], list[Listed]]:
+    """Verify `steps`; return what was found, and those of `listed` that could not be read.
+
+    One that is in `listed` keeps no other from being verified; of one alone an error is the answer.
+    """
+    by_step = {each.step: each for each in listed}
+    reports: list[VerifyReport] = []
+    unread = []
+    for step in steps:
+        with showing_reads(run, step, shares=1 if share is None else share[1]) as seen:
+            try:
+                reports.append(seen.verify(step, sample=share))
+            except StorageError as error:
+                if step not in by_step:
+                    raise
+                unread.append(replace(by_step[step], state="unreadable", problem=error.message))
+            except NotFound:
+                # By the retention of the job that trains, since it was listed.
+                if step not in by_step:
+                    raise
+    return reports, unread
 
 
 def _as_json(reports: list[VerifyReport], unknown: list[Listed]) -> list[dict[str, Any]]:
@@ -261,8 +287,10 @@ def _compare(url: Url, *, storage_option: Options = None, json: Json = False) ->
     cells = []
     for name, points in series.items():
         values = [value for _, value in points]
+        # NaN has no order, and would make that of all others depend on where it stands.
+        known = [value for value in values if not math.isnan(value)] or values
         cells.append(
-            [name, _spark(values), *map(show_number, (min(values), max(values), values[-1]))]
+            [name, _spark(values), *map(show_number, (min(known), max(known), values[-1]))]
         )
     table(
         [

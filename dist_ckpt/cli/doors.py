@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def _export(
     here, *_ = places.share_options(storage_option, *named)
     url, step = places.opened_at(source, here, metric)
     chosen: dict[str, Any] = {"max_shard": max_shard, "like": like, "step": step}
-    names = dict(_pair(each, "--rename takes PATTERN=NAME") for each in rename or ())
+    names = _pairs(rename, "--rename takes PATTERN=NAME")
     with showing_work():
         report = dist_ckpt.export(
             url,
@@ -96,8 +97,7 @@ def _import(
     places.check_target(url)
     options = places.storage_options(storage_option)
     metrics = {}
-    for each in metric or ():
-        name, value = _pair(each, "--metric takes NAME=VALUE")
+    for name, value in _pairs(metric, "--metric takes NAME=VALUE").items():
         try:
             metrics[name] = float(value)
         except ValueError as error:
@@ -152,7 +152,7 @@ def _average(
     # Without a step a place is given as it is: it may be a file of others.
     wanted: list[Any] = [url if which is None else (url, which) for url, which in opened]
     try:
-        numbers = [float(each) for each in weights.split(",")] if weights else None
+        numbers = None if weights is None else [float(each) for each in weights.split(",")]
     except ValueError as error:
         raise UsageError(f"--weights takes numbers such as 1,1,2, not {weights!r}") from error
     with showing_work():
@@ -168,11 +168,18 @@ def _average(
     _tell(report, json=json)
 
 
-def _pair(text: str, says: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise UsageError(f"{says}, not {text!r}")
-    return name, value
+def _pairs(texts: Sequence[str] | None, says: str) -> dict[str, str]:
+    """Return what an option that is repeatable said."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{says}, not {text!r}")
+        # Of two one would be passed over.
+        if name in found:
+            raise UsageError(f"{says}, and has {name!r} twice: {found[name]!r} and {value!r}")
+        found[name] = value
+    return found
 
 
 def _tell(report: Any, *, json: bool) -> None:

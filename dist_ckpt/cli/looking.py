@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -304,7 +305,8 @@ def _least(rows: list[Listed], names: list[str]) -> dict[int, list[str]]:
     """Return, by step, the metrics that are smallest there: what is best the person knows."""
     found: dict[int, list[str]] = {}
     for name in names:
-        having = [each for each in rows if name in each.metrics]
+        # NaN has no order: `min` would return it wherever it comes first.
+        having = [each for each in rows if not math.isnan(each.metrics.get(name, math.nan))]
         # Of a single value that says nothing.
         if len(having) > 1:
             least = min(having, key=lambda each: each.metrics[name])

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -16,16 +16,18 @@ from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_work
-from dist_ckpt.errors import UsageError, near
+from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError, near
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.keep import KeepPolicy
-    from dist_ckpt.repository.listed import Listed
     from dist_ckpt.run import Run
 
 _SECONDS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
 # All that a text may call: no other attribute of `dist_ckpt.keep` is ever looked up.
 _POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
+
+Left: TypeAlias = dict[int, tuple[str, CheckpointError]]
+"""By step what could not be copied: what is known of it, and the error that says why."""
 
 
 def add_tidying(app: typer.Typer) -> None:
@@ -52,6 +54,8 @@ def _keep(
     wanted = parse_policy(policy)
     run = places.open_run(url, storage_option)
     decisions = run.keep(wanted) if yes else run.plan_keep(wanted)
+    if not decisions:
+        run.newest()  # which says why there is none
     gone = [each for each in decisions if not each.kept]
     freed = sum(each.nbytes for each in gone)
     if json:
@@ -102,6 +106,13 @@ def _rm(
     if places.split(place)[0] == place:
         raise UsageError(f"name the checkpoint to delete: {place}@STEP")
     run, step = places.open_step(place, storage_option, metric)
+    # Who keeps the best by a metric of their own has no policy that would protect it.
+    if places.split(place)[1] == "best" and not force:
+        raise UsageError(
+            f"step {step} in {run.url} is not removed: it is the best; to mean it, name it as "
+            f"@{step}, or force it",
+            kind=ErrorKind.PROTECTED,
+        )
     run.remove(step, force=force)
     say_json({"url": run.url, "removed": step}) if json else say(f"step {step} was deleted")
 
@@ -183,34 +194,68 @@ def _cp(
     """
     here, there = places.share_options(storage_option, source, destination)
     target = places.open_target(destination, there)
-    left: list[Listed] = []
+    left: Left = {}
     if every:
         run = places.open_every(source, here, metric)
-        listed = run.listed()
-        left = [each for each in listed if each.is_bad]
-        # What cannot be read keeps no other from being copied; it is told at the end.
-        steps = [each.step for each in listed if each.manifest is not None]
+        steps, left = _every_step(run)
     else:
         run, step = places.open_step(source, here, metric)
         steps = [step]
     done = []
     for step in steps:
-        with showing_work():
-            copied, words = (
-                _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
-            )
+        try:
+            with showing_work():
+                copied, words = (
+                    _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
+                )
+        except IntegrityError as error:
+            # What cannot be read keeps no other from being copied; it is told at the end.
+            if not every:
+                raise
+            left[step] = "damaged", error
+            continue
+        except NotFound as error:
+            # By the retention of the job that trains, since it was listed: none is missing.
+            if not every or error.kind is not ErrorKind.NO_CHECKPOINT:
+                raise
+            continue
         done.append(copied)
         # At once: a long copy that is cut off has told what it did.
         if not json:
             say(f"step {step}: {words}")
     if json:
-        say_json({"url": target.url, "checkpoints": [asdict(each) for each in done]})
-    for each in left:
-        if not json:
-            say(f"step {each.step}: NOT COPIED, {each.state}")
+        copies = [asdict(each) for each in done]
+        say_json({"url": target.url, "checkpoints": copies, "not_copied": _reasons(left)})
+    else:
+        for step, (state, _) in sorted(left.items()):
+            say(f"step {step}: NOT COPIED, {state}")
     if left:
-        # Raises why it cannot be read; of several reasons damage tells, as it does for verify.
-        run.manifest(max(left, key=lambda each: each.state == "damaged").step)
+        # Of several reasons damage tells, as it does for verify.
+        raise max(left.values(), key=lambda each: each[0] == "damaged")[1]
+
+
+def _reasons(left: Left) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "state": state, "problem": error.message}
+        for step, (state, error) in sorted(left.items())
+    ]
+
+
+def _every_step(run: Run) -> tuple[list[int], Left]:
+    """Return the steps that can be copied, and by step what is known of those that cannot."""
+    listed = run.listed()
+    left: Left = {}
+    for each in listed:
+        if not each.is_bad:
+            continue
+        try:
+            run.manifest(each.step)  # which says why it cannot be read
+        except CheckpointError as error:
+            left[each.step] = each.state, error
+    steps = [each.step for each in listed if each.manifest is not None]
+    if not steps and not left:
+        run.newest()  # which says why there is none
+    return steps, left
 
 
 def _whole(run: Run, step: int, target: Run) -> tuple[Any, str]:
@@ -272,12 +317,21 @@ def _policy(node: ast.expr, text: str) -> KeepPolicy:
     if name not in _POLICIES:
         raise UsageError(f"no policy is called {name!r}{near(name, _POLICIES)}")
     try:
-        # Literals alone, so that no text runs anything.
-        positional = [ast.literal_eval(each) for each in node.args]
-        named: dict[str, Any] = {
-            each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg
-        }
+        positional = [_literal(each) for each in node.args]
+        # `**` has no name, and is none of what literals are.
+        named = {each.arg or "**": _literal(each.value) for each in node.keywords}
         policy: KeepPolicy = getattr(dist_ckpt.keep, name)(*positional, **named)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{ast.unparse(node)} is no policy: {error}") from error
     return policy
+
+
+def _literal(node: ast.expr) -> Any:
+    # Literals alone, so that no text runs anything.
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UsageError(
+            f"{ast.unparse(node)} is neither a number nor a text in quotes, as in "
+            'best("val/loss"): keep it from the shell by quotes of the other kind around all'
+        ) from error

@@ -165,9 +165,10 @@ class StoredContent:
         for (name, _, memory), read in zip(boxes, targets, strict=True):
             # A number may fit float32 and not float16: an export must not make weights infinite.
             if read is not memory and not _cast(read, memory):
+                wider = "" if memory.dtype is torch.bfloat16 else "cast to bfloat16, or "
                 raise IncompatibleError(
                     f"{name} of {self._opened.where} has values beyond {memory.dtype}, which would "
-                    "become infinite: cast to bfloat16, or not at all",
+                    f"become infinite: {wider}do not cast",
                     kind=ErrorKind.STATE_MISMATCH,
                 )
 
@@ -330,6 +331,13 @@ class Renaming:
         # A mistyped pattern would leave all names as they are, and the export would look done.
         unused = [pattern for pattern, _, _ in self._rules if pattern not in self._used]
         if unused:
+            rule = next(rule for pattern, rule, _ in self._rules if pattern == unused[0])
+            taken = next(filter(rule.fullmatch, listed), None)
+            if taken is not None:
+                raise UsageError(
+                    f"rename {unused[0]!r} is of no use: {taken!r} goes by a pattern before it, as "
+                    "all that it matches; put it first"
+                )
             raise UsageError(
                 f"rename {unused[0]!r} matches no name{near(unused[0], listed)}; there is, for "
                 f"example, {listed[0]!r}"

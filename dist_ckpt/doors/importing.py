@@ -24,7 +24,8 @@ _MODEL = "model"
 _METRICS = "metrics"
 # What says how far a training was, the best first.
 # A step is finer than an epoch: where both are there, the step says more.
-_STEPS = ("step", "global_step", "iteration", "iter", "epoch")
+# Of the two that are called a step, the other one may count those of an epoch.
+_STEPS = ("global_step", "step", "iteration", "iter", "epoch")
 _LIGHTNING = "pytorch-lightning_version"
 
 

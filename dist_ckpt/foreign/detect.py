@@ -10,7 +10,13 @@ from typing import TypeAlias
 import msgspec
 
 from dist_ckpt.decodable import decodable
-from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound
+from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    NotFound,
+    UsageError,
+)
 from dist_ckpt.foreign import torch_files
 from dist_ckpt.foreign.dcp_files import METADATA, is_stock, read_stock, tell_unreadable
 from dist_ckpt.foreign.leaves import ForeignLeaf
@@ -55,6 +61,7 @@ def open_foreign(
         IntegrityError: what is there is malformed or incomplete.
         IncompatibleError: it holds something that cannot be read.
         NotFound: `file` is not there.
+        UsageError: there are several, and nothing says which one is meant.
     """
     as_torch = partial(_read_torch, whole=whole)
     if file is not None:
@@ -139,10 +146,10 @@ def _indexed(store: Store, index: str, reader: _Reader) -> Found:
 
 def _one(names: Sequence[str], store: Store) -> str:
     if len(names) > 1:
-        raise IntegrityError(
+        # Nothing is damaged: which one is meant only the caller knows.
+        raise UsageError(
             f"{store.url} has {', '.join(names[:4])}{' ...' if names[4:] else ''} and nothing that "
-            "says which of them belong together: name one file",
-            kind=ErrorKind.MALFORMED,
+            "says which of them belong together: name one file"
         )
     return names[0]
 

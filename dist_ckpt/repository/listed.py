@@ -339,6 +339,8 @@ def runs_below(
 ) -> Iterator[str]:
     """Yield the urls of the runs at or below a place, up to three folders below it.
 
+    A warning tells the folders below it that this user may not list.
+
     Raises:
         StorageError: a listing failed.
     """
@@ -347,7 +349,15 @@ def runs_below(
     for depth in range(_DEEP + 1):
         below: list[str] = []
         for folder in folders:
-            names = [name[:-1] for name in store.list_children(folder) if name.endswith("/")]
+            try:
+                children = store.list_children(folder)
+            except StorageError as error:
+                # One of somebody else, as `lost+found`, hides no run beside it.
+                if not folder or error.kind is not ErrorKind.PERMISSION:
+                    raise
+                _log.warning("%s", error.message)
+                continue
+            names = [name[:-1] for name in children if name.endswith("/")]
             if any(parse_step_dir(name) is not None for name in names):
                 yield f"{store.url}/{folder}".rstrip("/")
             # A run is not looked into: what lies in it is its own.

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 import dist_ckpt
-from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError
+from dist_ckpt.errors import CheckpointError, IncompatibleError, IntegrityError, UsageError
 from dist_ckpt.storage.memory import MemoryStore
 from tests.distributed.layouts import same_bits
 from tests.services.s3 import S3Service
@@ -404,4 +404,4 @@ def test_what_no_weights_are_in_is_refused(tmp_path: Path) -> None:
 def test_several_files_without_an_index_are_ambiguous(tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt"):
         torch.save(Weights().state_dict(), tmp_path / name)
-    refused(IntegrityError, tmp_path, "a.pt, b.pt", "name one file")
+    refused(UsageError, tmp_path, "a.pt, b.pt", "name one file")

@@ -273,6 +273,31 @@ def test_what_is_not_copied(store: MemoryStore) -> None:
     assert Repository(empty).steps() == []
 
 
+class Retained(StoreWrapper):
+    """The retention of the job deletes `step` when a file of it is to be read."""
+
+    def __init__(self, inner: Store, step: int) -> None:
+        super().__init__(inner)
+        self._step = step
+
+    def around(self, operation: Operation, key: str, run: Callable[[], _T]) -> _T:
+        ours = key.startswith(step_dir(self._step)) and key.endswith(".safetensors")
+        if operation == "read_into" and ours and self._step in Run(self.inner).steps():
+            Run(self.inner).remove(self._step, force=True)
+        return run()
+
+
+def test_what_is_deleted_while_it_is_copied_is_not_damaged(store: MemoryStore) -> None:
+    fill(store, 1.0, 2.0, 3.0)
+    empty, mirrored = (MemoryStore(f"unit-run-{next(_names)}") for _ in range(2))
+    with pytest.raises(NotFound, match="deleted or replaced") as caught:
+        Run(Retained(store, 2)).copy(2, empty)
+    assert caught.value.kind is ErrorKind.NO_CHECKPOINT
+    assert Repository(empty).steps() == []
+    done = Run(Retained(store, 1)).mirror(mirrored, best=Criterion(LOSS))
+    assert [each.step for each in done.copied] == [3]
+
+
 def test_a_deletion_that_was_cut_off_is_ended_by_the_next(store: MemoryStore) -> None:
     fill(store, 1.0, 2.0)
     keys = sorted(entry.key for entry in store.list_entries("step-0000000001/"))
@@ -493,6 +518,23 @@ def test_runs_below_a_place(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert Run(str(tmp_path)).runs_below() == [f"{tmp_path}/a", f"{tmp_path}/deep/er/b"]
     assert Run(str(tmp_path / "a")).runs_below() == [str(tmp_path / "a")]
+
+
+def test_a_folder_of_somebody_else_hides_no_run_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "lost+found", "z"):
+        dist_ckpt.save({"n": 1}, tmp_path / name)
+    denied = StorageError("not yours", kind=ErrorKind.PERMISSION)
+    below = FaultyStore(
+        LocalStore(str(tmp_path)),
+        [Rule("list_children", Fail(denied), key="lost+found/", nth=None)],
+    )
+    assert Run(below).runs_below() == [f"{tmp_path}/a", f"{tmp_path}/z"]
+    assert [record.getMessage() for record in caplog.records].count("not yours") == 1
+    itself = FaultyStore(LocalStore(str(tmp_path)), [Rule("list_children", Fail(denied), nth=None)])
+    with pytest.raises(StorageError, match="not yours"):
+        Run(itself).runs_below()
 
 
 def test_nothing_of_it_needs_torch() -> None:

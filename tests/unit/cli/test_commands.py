@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,11 +17,13 @@ from safetensors.torch import load_file
 
 import dist_ckpt
 from dist_ckpt import Checkpointer, Run, policy
-from dist_ckpt.format.names import manifest_key
+from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.storage import resolve
 from dist_ckpt.storage.base import read_all
 from tests.services.s3 import S3Service
 from tests.unit.cli.shell import LOSSES, Shell, fill
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -257,6 +263,12 @@ def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, 
         (["keep", "{}", "__import__('os')"], 2, "no policy is called"),
         (["keep", "{}", "latest(open('x'))"], 2, "is no policy"),
         (["keep", "{}", "latest("], 2, "is no policy such as"),
+        (["keep", "{}", "best(val/loss)"], 2, "neither a number nor a text in quotes"),
+        (["keep", "{}", "best(**dict())"], 2, "is no policy"),
+        (["rm", "{}@best", "--metric", "val/loss"], 13, "name it as @20, or force it"),
+        (["export", "{}", "{}-out", "--rename", "a=b", "--rename", "a=c"], 2, "'a' twice"),
+        (["import", "{}", "{}-in", "--metric", "a=1", "--metric", "a=2"], 2, "'a' twice"),
+        (["average", "{}", "{}@10", "{}-out", "--weights", ""], 2, "--weights takes"),
         (["keep", "{}", "latest(0)"], 2, "positive"),
         (["ls", "{}", "--storage-option", "key"], 2, "KEY=VALUE"),
         (["frobnicate"], 2, "No such command"),
@@ -398,6 +410,77 @@ def test_a_run_in_which_nothing_can_be_read_is_no_empty_one(
     # These list what is there, and remove what never was a checkpoint.
     assert code == (0 if command in ("ls", "keep", "sweep") else 12)
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        *(("verify", each) for each in ((), ("--all",), ("--quick",))),
+        *(("cp", ("{}-copy", *each)) for each in ((), ("--all",))),
+        *(("keep", ("latest(1)", *each)) for each in ((), ("--yes",))),
+        *((name, ()) for name in ("show", "latest", "compare", "plot")),
+        ("mirror", ("{}-copy",)),
+    ],
+)
+def test_a_run_in_which_nothing_was_committed_has_no_checkpoint(
+    shell: Shell, url: str, command: str, more: tuple[str, ...]
+) -> None:
+    resolve(url).delete([manifest_key(step) for step in (10, 20, 30)])
+    code, out, said = shell.code(command, url, *(each.format(url) for each in more), "--json")
+    assert (code, out) == (11, "")
+    assert "no committed checkpoint" in said
+
+
+def files_of(url: str, step: int) -> list[Path]:
+    return sorted((Path(url) / step_dir(step)).glob("*/*.safetensors"))
+
+
+def test_one_that_is_damaged_inside_keeps_no_other_from_being_copied(
+    shell: Shell, url: str
+) -> None:
+    os.truncate(files_of(url, 10)[0], 100)
+    code, out, said = shell.code("cp", url, f"{url}-copy", "--all")
+    assert (code, "ends at byte 100" in said) == (12, True)
+    assert out.splitlines()[-1] == "step 10: NOT COPIED, damaged"
+    assert Run(f"{url}-copy").steps() == [20, 30]
+    cut_short(url, 20)
+    code, out, _ = shell.code("cp", url, f"{url}-again", "--all", "--json")
+    found = json.loads(out)
+    assert [each["step"] for each in found["checkpoints"]] == [30]
+    assert [(each["step"], each["state"]) for each in found["not_copied"]] == [
+        (10, "damaged"),
+        (20, "damaged"),
+    ]
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_verified(
+    shell: Shell, url: str
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        place = shutil.copytree(url, f"{folder}/run")
+        os.chmod(folder, 0o755)
+        shell.screen("verify", place, "--all")  # imports what nobody else may read
+        files_of(place, 20)[0].chmod(0)
+        if os.geteuid() == 0:
+            stack.callback(os.seteuid, 0)
+            os.seteuid(NOBODY)
+        code, out, said = shell.code("verify", place, "--all")
+    assert (code, "not verified" in said) == (1, True)
+    lines = [line for line in out.splitlines() if line.startswith("step")]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "step 10: whole",
+        "step 30: whole",
+        "step 20: NOT VERIFIED, unreadable",
+    ]
+
+
+def test_nan_is_neither_the_least_nor_the_most(shell: Shell, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    for step, loss in enumerate((math.nan, 2.0, 1.0, math.inf)):
+        dist_ckpt.save({"n": 1}, url, step=step, metrics={"loss": loss})
+    lines = [line for line in shell.screen("ls", url).splitlines() if "least loss" in line]
+    assert [line.split()[0] for line in lines] == ["2"]
+    assert shell.screen("compare", url).splitlines()[-1].split()[-3:] == ["1", "inf", "inf"]
 
 
 def test_a_run_without_metrics_says_so(shell: Shell, tmp_path: Path) -> None:

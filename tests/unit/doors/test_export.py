@@ -160,6 +160,7 @@ def test_names_are_mapped_by_patterns(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"rename": {"layer.*": "h.*"}}, r"'layer\.\*' matches no name \(did you mean 'layers\."),
+        ({"rename": {"*": "x.*", "embed": "wte"}}, "'embed' is of no use: 'embed.weight' goes by"),
         ({"rename": {"*": "../*"}}, "makes '../.*: no name"),
         ({"rename": {"embed.weight": ""}}, "no name"),
         ({"rename": {"layers.*.bias": "bias"}}, "gets the name of another tensor"),
@@ -191,6 +192,9 @@ def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
         dist_ckpt.export(tmp_path / "run", tmp_path / "a.safetensors", dtype="float16")
     assert not (tmp_path / "a.safetensors").exists()
     dist_ckpt.export(tmp_path / "run", tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    dist_ckpt.save({"model": {"w": torch.tensor([3.4e38])}}, tmp_path / "wide")
+    with pytest.raises(IncompatibleError, match=r"become infinite: do not cast$"):
+        dist_ckpt.export(tmp_path / "wide", tmp_path / "b.safetensors", dtype="bfloat16")
 
 
 def test_a_source_without_floating_tensors_has_nothing_to_cast(tmp_path: Path) -> None:
