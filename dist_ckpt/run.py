@@ -371,6 +371,7 @@ class Run:
         Raises:
             NotFound: there is no run to copy.
             AlreadyExists: another checkpoint of such a step is there.
+            UsageError: `keep` would delete in this very run: the other place is the same.
         """
         target = to if isinstance(to, Run) else Run(to)
         # First: a `keep` that is malformed is told before anything is copied.
@@ -390,7 +391,15 @@ class Run:
             # A metric that no checkpoint has is refused by a policy, as a mistyped one.
             has_best = best is not None and best.ranked(target.records())
             kept = keeping.best(best.metric, mode=best.mode) if best and has_best else newest
-            decided = target.keep(newest | kept)
+            policy = newest | kept
+            gone = any(not each.kept for each in target.plan_keep(policy))
+            # What goes there must not be what is mirrored: there is no copy of that.
+            if gone and scratches.is_same_place(self.store, target.store):
+                raise UsageError(
+                    f"{target.url} is {self.url} itself, of which a mirror deletes nothing: name "
+                    "another place"
+                )
+            decided = target.keep(policy)
         return Mirrored(
             tuple(each for each in copied if each.files),
             tuple(each.step for each in decided if not each.kept),

@@ -53,6 +53,18 @@ def scratch(store: Store) -> Iterator[str]:
                 os.rmdir(path)
 
 
+def is_same_place(one: Store, other: Store) -> bool:
+    """Whether two stores are one place: whether what is put into `other` shows in `one`.
+
+    Their urls do not tell that where there are links, mounts, or two names of a server.
+
+    Raises:
+        StorageError: see `scratch`.
+    """
+    with scratch(other) as folder:
+        return next(iter(one.list_entries(folder)), None) is not None
+
+
 def leftovers(store: Store, *, before: float | None = None) -> list[str]:
     """Return the folders whose process is gone, or that are old, and that have nothing of others.
 

@@ -650,6 +650,18 @@ def test_the_latest_is_the_newest_that_can_be_read(
             look()
 
 
+def test_a_mirror_of_a_run_in_itself_deletes_nothing(tmp_path: Path) -> None:
+    url, link = str(tmp_path / "run"), str(tmp_path / "link")
+    fill(LocalStore(url), 1.0, 2.0, 3.0)
+    os.symlink(url, link)
+    before = [entry.key for entry in LocalStore(url).list_entries()]
+    for one, other in ((url, url), (url, link), (link, url)):
+        with pytest.raises(UsageError, match="itself, of which a mirror deletes nothing"):
+            Run(one).mirror(other, keep=1)
+    assert Run(url).mirror(url).copied == ()
+    assert [entry.key for entry in LocalStore(url).list_entries()] == before
+
+
 def test_a_mirror_tells_of_a_metric_that_nothing_has(
     store: MemoryStore, caplog: pytest.LogCaptureFixture
 ) -> None:
