@@ -221,6 +221,7 @@ class Run:
             NotFound: it is not committed.
             IncompatibleError: it was written by a newer format.
             StorageError: the backend failed, which says nothing about the checkpoint.
+            UsageError: there is no such share.
         """
         return self._repository.verify(step, sample=sample)
 
@@ -242,9 +243,15 @@ class Run:
 
         Raises:
             UsageError: no checkpoint has a metric by which `policy` keeps the best: mistyped, it
-                would keep none.
+                would keep none. Or it is no policy.
         """
-        return decisions(self.listed(), policy, where=self.url)
+        checked = keeping.checked_keep(policy)
+        # `keep=None` of a Checkpointer keeps all; here that would be a plan of nothing.
+        if checked is None:
+            raise UsageError(
+                "say what to keep, by a policy of dist_ckpt.keep such as keep.latest(3)"
+            )
+        return decisions(self.listed(), checked, where=self.url)
 
     def keep(self, policy: KeepPolicy) -> list[KeepDecision]:
         """Delete what `policy` does not keep, the oldest first; return what `plan_keep` said.
@@ -294,8 +301,10 @@ class Run:
         Raises:
             NotFound: there is nothing at all.
             StorageError: this user may not remove some of it; all else is gone.
-            UsageError: this storage does not say when an object was put.
+            UsageError: this storage does not say when an object was put, or that is no age.
         """
+        if not isinstance(older_than, timedelta | None):
+            raise UsageError(f"older_than= takes a timedelta, not {older_than!r}")
         refused: list[str] = []
         gone = self._sweep(older_than=older_than, refused=refused)
         if refused:
@@ -373,6 +382,8 @@ class Run:
             AlreadyExists: another checkpoint of such a step is there.
             UsageError: `keep` would delete in this very run: the other place is the same.
         """
+        if not isinstance(best, Criterion | None):
+            raise UsageError(f"best= takes a Criterion, not {best!r}")
         target = to if isinstance(to, Run) else Run(to)
         # First: a `keep` that is malformed is told before anything is copied.
         newest = None if keep is None else keeping.latest(keep)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from dist_ckpt.doors.image import WINDOW_BYTES
-from dist_ckpt.errors import AlreadyExists, IntegrityError, NotFound
+from dist_ckpt.errors import AlreadyExists, CheckpointError, IntegrityError, NotFound
 from dist_ckpt.format.files import block_digests
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.storage.base import Store, Stream, Sweeper, put_stream, read_all
@@ -150,9 +150,15 @@ def place_folder(store: Store, files: Sequence[OutFile], work: Mapping[str, Any]
         store.put(NOTE, [note])
     _sweep(store)
     tallies = _Tallies(store, files)
-    for file in files:
-        # What has another content is from a source that was saved anew under the same name.
-        _put_or_compare(store, file, tallies, replace=True)
+    try:
+        for file in files:
+            # What has another content is from a source that was saved anew under the same name.
+            _put_or_compare(store, file, tallies, replace=True)
+    except CheckpointError:
+        # Where no file came of it there is nothing to go on with, and the place is free again.
+        if found is None and store.list_children() == [NOTE]:
+            store.delete([NOTE])
+        raise
     # Last: while it is there the folder counts as unfinished.
     store.delete([NOTE])
 

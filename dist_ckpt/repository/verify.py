@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from dist_ckpt.errors import ErrorKind, IntegrityError
+from dist_ckpt.errors import ErrorKind, IntegrityError, UsageError
 from dist_ckpt.format.files import header_nbytes, parse_header
-from dist_ckpt.format.names import INDEX
+from dist_ckpt.format.names import INDEX, as_integer
 from dist_ckpt.repository.checkpoint import PIECE_BYTES, Checkpoint
 from dist_ckpt.repository.on_hosts import files_elsewhere
 
@@ -53,7 +53,9 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
 
     Raises:
         StorageError: the backend failed, which says nothing about the checkpoint.
+        UsageError: there is no such share.
     """
+    _check_sample(sample)
     problems: list[str] = []
     nbytes = seen = 0
     away, listed = _elsewhere(checkpoint), checkpoint.listed(checkpoint.files)
@@ -77,6 +79,19 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
             problems.append(error.message if named else f"{name}: {error.message}")
     files = len(checkpoint.files) - len(away)
     return VerifyReport(checkpoint.step, files, nbytes, tuple(problems), Counter(away.values()))
+
+
+def _check_sample(sample: object) -> None:
+    if sample is None or sample == (0, 1):
+        return
+    # Of a share that does not exist nothing would be read, and all of it would count as whole.
+    if isinstance(sample, tuple) and len(sample) == 2:
+        which, of = map(as_integer, sample)
+        if which is not None and of is not None and 1 <= which <= of:
+            return
+    raise UsageError(
+        f"sample= takes (which, of how many), such as (2, 10) for the second tenth, not {sample!r}"
+    )
 
 
 def _elsewhere(checkpoint: Checkpoint) -> dict[str, str]:

@@ -650,6 +650,35 @@ def test_the_latest_is_the_newest_that_can_be_read(
             look()
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        *(
+            (lambda run, each=each: run.verify(1, sample=each), "(2, 10) for the second tenth")
+            for each in ((0, 0), (0, 2), (2, 1), (-1, 3), (1.5, 2), (1,), "5%", 3)
+        ),
+        *(
+            (lambda run, name=name, each=each: getattr(run, name)(each), "keep.latest(3)")
+            for name in ("plan_keep", "keep")
+            for each in (None, "latest(1)", keep.latest)
+        ),
+        (lambda run: run.plan_keep(3), "such as keep.latest(3), not 3"),
+        (lambda run: run.sweep(older_than=5), "takes a timedelta, not 5"),
+        (lambda run: run.mirror("nowhere", best=LOSS), "takes a Criterion, not 'loss'"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(
+    store: MemoryStore, call: Callable[[Run], object], says: str
+) -> None:
+    fill(store, 1.0, 2.0)
+    with pytest.raises(UsageError) as caught:
+        call(Run(store))
+    assert says in caught.value.message
+    assert Run(store).steps() == [1, 2]
+    assert Run(store).verify(1, sample=(1, 1)).nbytes == Run(store).verify(1).nbytes
+    assert Run(store).verify(1, sample=(0, 1)).nbytes == 0
+
+
 def test_a_mirror_of_a_run_in_itself_deletes_nothing(tmp_path: Path) -> None:
     url, link = str(tmp_path / "run"), str(tmp_path / "link")
     fill(LocalStore(url), 1.0, 2.0, 3.0)

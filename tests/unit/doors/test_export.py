@@ -27,6 +27,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.events import Event, WorkProgressed, subscribe
+from dist_ckpt.format.names import step_dir
 from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
@@ -195,6 +196,18 @@ def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:
     dist_ckpt.save({"model": {"w": torch.tensor([3.4e38])}}, tmp_path / "wide")
     with pytest.raises(IncompatibleError, match=r"become infinite: do not cast$"):
         dist_ckpt.export(tmp_path / "wide", tmp_path / "b.safetensors", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hf", "torch", "dcp"])
+def test_where_nothing_came_of_it_the_place_is_free_again(kind: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        dist_ckpt.save({"model": {"w": torch.full((9,), step)}}, tmp_path / "run", step=step)
+    data = next((tmp_path / "run" / step_dir(2)).glob("*/*.safetensors"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match="ends at byte"):
+        dist_ckpt.export(tmp_path / "run", tmp_path / "out", format=kind)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert dist_ckpt.export(tmp_path / "run", tmp_path / "out", format=kind, step=1).step == 1
 
 
 def test_a_source_without_floating_tensors_has_nothing_to_cast(tmp_path: Path) -> None:
