@@ -23,6 +23,7 @@ from dist_ckpt.ranks.rendezvous import join_job
 from dist_ckpt.ranks.rounds import Coordinator, Coordinators, Deadline, SoloCoordinator, Topic
 from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository
+from dist_ckpt.repository.commit import check_owner
 from dist_ckpt.repository.discard import left_behind
 from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store, read_all
@@ -331,6 +332,28 @@ class Job:
                 self.check_alone()
             self._claim = self.repository.claim(at_least=at_least)
         return self._claim
+
+    def check_owns(self) -> None:
+        """Check that nobody took this folder from the job, if it has a claim there.
+
+        Raises:
+            FencedError: another job did.
+        """
+        if self._claim is not None:
+            check_owner(self.repository.store, self._claim)
+
+    def claim_anew(self) -> None:
+        """Rank 0: take a newer claim in the place of the one that the job has, if it has one.
+
+        A discard hides what older claims committed (commit-v1, section 8): to give up what it
+        saved itself a job needs another one.
+
+        Raises:
+            FencedError: the run is no longer that of this job.
+        """
+        if self._claim is not None:
+            self.check_owns()
+            self._claim = self.repository.claim(at_least=self._claim + 1)
 
     def check_alone(self) -> None:
         """Check, before the claim, that no other job is at work in this folder, if that is wanted.

@@ -40,28 +40,38 @@ def meet(job: Job, topic: Topic, deadline: Deadline) -> Hosts:
 
 
 def claim_folders(
-    job: Job, topic: Topic, deadline: Deadline, *, failed: Exception | None = None
+    job: Job,
+    topic: Topic,
+    deadline: Deadline,
+    *,
+    failed: Exception | None = None,
+    anew: bool = False,
 ) -> None:
     """Take a claim in the folder of each host, all of one number; a call of all ranks.
 
-    It is done once for a job. Attempts bear the number of their claim, so that each host tells
-    for itself, as in any run, which of them can no longer be committed.
+    It is done once for a job, and by one that goes back once more. Attempts bear the number of
+    their claim, so that each host tells for itself, as in any run, which of them can no longer be
+    committed.
 
     Args:
         job: whose ranks lead their hosts.
         topic: names the rounds.
         deadline: when to give up.
         failed: what keeps this rank from going on; all ranks hear of it, and no claim is taken.
+        anew: whether newer claims are taken where the job has some; see `Job.claim_anew`.
 
     Raises:
         UsageError: hosts share a folder, or ranks of one host do not.
+        FencedError: the folders are no longer those of this job.
         CheckpointError: a claim could not be taken; the same on every rank.
     """
     hosts = meet(job, topic, deadline)
-    if job.owns_folders:
+    if job.owns_folders and not anew:
         return
     _hear(job, failed, topic, deadline)
-    number = 1
+    job.owns_folders = False  # until all have one number again
+    # The same on all ranks that lead a host, and of no matter on the others.
+    number = job.claimed + 1 if anew and job.claimed is not None else 1
     for turn in range(_MOST_TURNS):
         agreed = _take(job, number, topic.phase(f"claim-{turn}"), deadline)
         if not turn:
@@ -84,6 +94,7 @@ def _hear(job: Job, failed: Exception | None, topic: Topic, deadline: Deadline) 
         if job.leads:
             # In all folders before a claim is taken in any: who is refused takes nobody's run.
             job.check_alone()
+            job.check_owns()
 
     on_every_rank(job.training, topic.phase("may-claim"), fail, deadline=deadline)
 

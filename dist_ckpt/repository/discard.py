@@ -43,7 +43,7 @@ def put(store: Store, *, claim: int, after: int) -> None:
     """Hide what is newer than `after` and was committed before `claim`; nothing is deleted."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     encoded = msgspec.json.encode(Discard(after, claim, now))
-    # In the place of what the same job said before: it may have gone back twice.
+    # A put whose outcome is unknown may be repeated.
     store.put(discard_key(claim), [encoded], mode="replace")
 
 
@@ -54,10 +54,12 @@ def spread(store: Store, discards: Iterable[tuple[int, int]]) -> None:
         store: the folder.
         discards: of each the step gone back to, and the claim of the job.
     """
-    known = {each.claim for each in read(store)}
-    for after, claim in discards:
-        if claim not in known:
+    known = {each.claim: each.after for each in read(store)}
+    # Of two under one claim the lower hides what the other does, and more.
+    for after, claim in sorted(discards):
+        if claim not in known or after < known[claim]:
             put(store, claim=claim, after=after)
+            known[claim] = after
 
 
 def read(store: Store) -> list[Discard]:

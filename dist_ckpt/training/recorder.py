@@ -158,6 +158,7 @@ class Recorder:
             own: whether it is of the run itself.
         """
         self.course.restored(report, own=own, refusal=self._resumer.refusal)
+        self.pace.restored = True
         self.heartbeat.restored(report if own else None, looks_back=self.course.leads)
         self._saver.look_around()
         self._saver.prewarm()  # optimizers may have their state only now
@@ -590,6 +591,11 @@ class Pulse:
         """Take note that the state stands after `step`."""
         self.phase, self.step = "training", step
 
+    def restored(self, step: int | None) -> None:
+        """Take note that training goes on from `step` of the run, whatever was saved before."""
+        self.save = None  # first: what it was must not count again
+        self.phase, self.step, self.commit = "training", None, step
+
     def begun(self, save: SaveHandle) -> None:
         """Take note of a save, when all is known of the one before."""
         self._note(self.save)
@@ -651,8 +657,7 @@ class Heartbeat:
             report: what was restored.
             looks_back: whether this rank counts the starts that were in vain.
         """
-        self.pulse.phase = "training"
-        self.pulse.commit = None if report is None else report.step
+        self.pulse.restored(None if report is None else report.step)
         if looks_back:
             self.pulse.starts_in_vain = look_back(self._job, report)
 

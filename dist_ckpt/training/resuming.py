@@ -134,6 +134,9 @@ class Resumer:
             failed = None
             if newest > origin and not start.discard_newer:
                 self.refusal = left_behind(self._job.url, origin, [newest])
+            if start.discard_newer and self._job.owns_folders:
+                topic = self._job.topic("claim", f"going back in {self._job.url}")
+                claim_folders(self._job, topic, self._job.deadline(), anew=True)
         report = self._fill(start, step, claims=claims, failed=failed, options=options)
         if start.discard_newer:
             self._ask(
@@ -276,6 +279,10 @@ class Resumer:
                 f"discard_newer=True gives up step {', '.join(map(str, pinned))} in "
                 f"{self._job.url}, which is pinned: unpin it first, or train in another run"
             )
+        if newer and start.discard_newer and not self._job.ranks.node_local:
+            # Among them may be what this job saved itself. The claims in folders of several hosts
+            # all leaders take together.
+            self._job.claim_anew()
         return newer[-1] if newer else -1
 
     def _give_up(self, origin: int) -> list[int]:

@@ -116,6 +116,7 @@ class SaveTrigger:
         out_of_time: whether no save was begun for it, because there was no time left for one.
         note: where it is written down what arrives from outside.
         decisions: what rank 0 has decided, as far as this rank has heard and it is not over.
+        restored: set when the state became that of a checkpoint: the best is looked for anew.
     """
 
     def __init__(
@@ -131,7 +132,8 @@ class SaveTrigger:
         Args:
             job: the ranks.
             policy: when to save. The metrics of its `better` are those that all ranks hear.
-            best: called once on rank 0: the best values among the checkpoints that exist.
+            best: called on rank 0, at first and after a restore: the best values among the
+                checkpoints that exist.
             outlook: called on rank 0 when a signal arrived.
         """
         self._job = job
@@ -163,6 +165,7 @@ class SaveTrigger:
         self.decisions = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
         self.out_of_time = False
+        self.restored = False
 
     @property
     def exit_code(self) -> int:
@@ -212,7 +215,7 @@ class SaveTrigger:
             lost: whether the one before failed: what was best in it is not stored.
             begun: whether this one was: else it counts as made, so that the next one is when due.
         """
-        if self._best is not None:
+        if self._best is not None and not self.restored:
             self._stored = self._stored if lost else self._better(self._stored, self._begun)
             self._begun = self._told_values if begun else {}
             self._best = self._better(self._stored, self._begun)
@@ -270,7 +273,9 @@ class SaveTrigger:
     def _decided(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
         names = {criterion.metric for criterion in self._criteria}
         watched = as_numbers({n: value for n, value in metrics.items() if n in names})
-        if self._best is None:
+        if self._best is None or self.restored:
+            # What was told before a restore is of another state, and what was best may be given up.
+            self.restored, self._begun = False, {}
             self._stored = dict(self._find_best(self._criteria)) if self._criteria else {}
             self._best = self._stored
         known = replace(

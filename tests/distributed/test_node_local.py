@@ -570,6 +570,24 @@ def test_what_is_given_up_is_hidden_on_hosts_that_were_away(tmp_path: Path) -> N
         assert begun == 10
 
 
+def gone_back_twice(root: str, saves: bool) -> list[int]:
+    """Go back past what the job saved itself, and again; or go on in a start of its own."""
+    with dist_ckpt.Checkpointer(folder(root), build("ddp", None), node_local=True) as ckpt:
+        begun = [ckpt.restore()]
+        for step in (10, 20, 30) if saves else ():
+            ckpt.save(step).wait()
+        if saves:
+            begun += [ckpt.restore(step=step, discard_newer=True) for step in (20, 10)]
+            return begun + Repository(LocalStore(folder(root))).steps()
+        ckpt.save(15).wait()
+    return begun + Repository(LocalStore(folder(root))).steps()
+
+
+def test_what_a_job_saved_itself_is_given_up_in_all_folders(tmp_path: Path) -> None:
+    assert run_ranks(4, gone_back_twice, str(tmp_path), True) == [[0, 20, 10, 10]] * 4
+    assert run_ranks(4, gone_back_twice, str(tmp_path), False) == [[10, 10, 15]] * 4
+
+
 def unlike(root: str, call: str) -> str:
     """Make a call that not all ranks make alike; nobody waits for a deadline."""
     odd = dist.get_rank() == 3

@@ -13,6 +13,7 @@ import dist_ckpt
 from dist_ckpt import Checkpointer, events, keep, policy
 from dist_ckpt.errors import (
     ErrorKind,
+    FencedError,
     IntegrityError,
     StorageError,
     UsageError,
@@ -22,6 +23,7 @@ from dist_ckpt.repository import Repository, discard
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.wrapper import CHANGES, Operation, StoreWrapper
+from dist_ckpt.training.recorder import Pulse
 from tests.unit.lifecycle.training import (
     LOSS,
     claims,
@@ -341,6 +343,85 @@ def test_training_back_from_what_it_saved_itself_is_refused_at_the_next_step(
         assert ckpt.restore("best", discard_newer=True) == 2
         ckpt.step(3)
     assert steps(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("back", [{"step": 2}, {"which": "best"}])
+def test_what_a_job_saved_itself_is_given_up_like_all_else(
+    store: MemoryStore, back: dict[str, Any]
+) -> None:
+    with Checkpointer(store, state(), when=policy.better(LOSS) | policy.every(1)) as ckpt:
+        for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0], 1):
+            ckpt.step(step, metrics={LOSS: loss})
+        assert ckpt.restore(**back, discard_newer=True) == 2
+        assert steps(store) == [1, 2], "the others are hidden at once"
+        assert {manifest_key(step) for step in (3, 4, 5)} <= set(keys(store)), "and all there"
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        assert ckpt.restore() == 2, "a restart does not go on from what was given up"
+        ckpt.step(4)
+    assert steps(store) == [1, 2, 4]
+    assert discard.read(store) == []
+
+
+def test_the_best_that_was_given_up_is_no_measure_any_more(store: MemoryStore) -> None:
+    when = policy.better(LOSS)
+    with Checkpointer(store, state(), when=when, keep=keep.latest(9), save_last=False) as ckpt:
+        for step, loss in enumerate([5.0, 4.0, 1.0], 1):
+            ckpt.step(step, metrics={LOSS: loss})
+        assert ckpt.restore(step=2, discard_newer=True) == 2
+        for step, loss in enumerate([4.5, 3.0, 3.5, 2.0], 3):
+            ckpt.step(step, metrics={LOSS: loss})
+    assert steps(store) == [1, 2, 4, 6]
+
+
+def test_the_status_is_not_that_of_what_was_given_up(store: MemoryStore) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        handle = ckpt.save(3)
+        assert handle.wait()
+    pulse = Pulse()
+    pulse.tell(3)
+    pulse.begun(handle)
+    assert (pulse.now(), pulse.step, pulse.commit) == ("training", 3, 3)
+    pulse.restored(1)
+    assert (pulse.now(), pulse.step, pulse.commit) == ("training", None, 1)
+
+
+def test_a_job_goes_back_and_on_and_back_again(store: MemoryStore) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        for step in (1, 2, 3, 4):
+            ckpt.step(step)
+        assert ckpt.restore(step=3, discard_newer=True) == 3
+        assert ckpt.restore(step=2, discard_newer=True) == 2
+        assert steps(store) == [1, 2]
+        saved = [ckpt.save(step) for step in (3, 5)]
+        assert all(handle.wait() for handle in saved), "a step that was given up is saved anew"
+        assert ckpt.restore("none", discard_newer=True) == 0
+        assert steps(store) == []
+        ckpt.step(1)
+    assert steps(store) == [1]
+
+
+def test_who_was_replaced_does_not_take_the_run_back_by_going_back(store: MemoryStore) -> None:
+    with Checkpointer(store, state(), every_steps=1, save_last=False) as ckpt:
+        ckpt.step(1)
+        ckpt.step(2)
+        ckpt.save(3).wait()
+        with Checkpointer(store, state(), every_steps=1) as successor:
+            assert successor.restore() == 3
+            with pytest.raises(FencedError):
+                ckpt.restore(step=1, discard_newer=True)
+            successor.step(4)
+    assert steps(store) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("known", [30, 10, None])
+def test_of_two_bounds_under_one_claim_a_folder_gets_the_lower(
+    store: MemoryStore, known: int | None
+) -> None:
+    if known is not None:
+        discard.put(store, claim=3, after=known)
+    discard.spread(store, [(20, 3), (25, 3), (7, 4)])
+    found = {each.claim: each.after for each in discard.read(store)}
+    assert found == {3: 10 if known == 10 else 20, 4: 7}
 
 
 def test_given_up_checkpoints_are_told_by_events(store: MemoryStore) -> None:
