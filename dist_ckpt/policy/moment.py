@@ -9,6 +9,7 @@ from enum import Enum
 from typing import ClassVar, Protocol
 
 from dist_ckpt.errors import UsageError
+from dist_ckpt.repository.joined import JoinedByOr
 from dist_ckpt.repository.ranking import Criterion
 
 
@@ -76,28 +77,35 @@ class SavePolicy(Protocol):
         ...
 
 
-class Composable:
+class Joined(JoinedByOr):
     """Base of policies: what `|` makes of two policies."""
 
     __slots__ = ()
-    scope: ClassVar[Scope] = Scope.LOCAL
 
     def __or__(self: SavePolicy, other: SavePolicy) -> SavePolicy:
         # Flat, however they were joined: `members` has each of them.
         return AnyOf((*members(self), *members(other)))
 
+    def __ror__(self: SavePolicy, other: SavePolicy) -> SavePolicy:
+        # Also of what is no policy: `checked_when` says so, with what was probably meant.
+        return AnyOf((*members(other), *members(self)))
+
+
+class Composable(Joined):
+    """Base of the policies that each rank decides for itself, unless `scope` says otherwise."""
+
+    __slots__ = ()
+    scope: ClassVar[Scope] = Scope.LOCAL
+
 
 @dataclass(frozen=True, slots=True)
-class AnyOf:
+class AnyOf(Joined):
     """Saves when one of several policies does; none of them for never."""
 
     policies: tuple[SavePolicy, ...]
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.policies)) or "policy.never()"
-
-    def __or__(self, other: SavePolicy) -> SavePolicy:
-        return AnyOf((*self.policies, *members(other)))
 
     @property
     def scope(self) -> Scope:

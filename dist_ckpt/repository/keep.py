@@ -23,6 +23,7 @@ from typing import Protocol
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import as_integer
 from dist_ckpt.repository.history import Record
+from dist_ckpt.repository.joined import JoinedByOr
 from dist_ckpt.repository.ranking import Criterion, Mode, without_metric
 
 PRESETS = ("best", "last", "periodic", "best_and_last", "best_and_periodic")
@@ -41,7 +42,7 @@ class KeepPolicy(Protocol):
         ...
 
 
-class Keep(ABC):
+class Keep(JoinedByOr, ABC):
     """A policy that composes by `|`, with any other; what the functions here return."""
 
     __slots__ = ()

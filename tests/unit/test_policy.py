@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt import policy
+from dist_ckpt import keep, policy
 from dist_ckpt.errors import UsageError
 from dist_ckpt.policy import Moment, SavePolicy, Scope
 from dist_ckpt.repository.ranking import Criterion
@@ -107,6 +110,42 @@ def test_all_reasons_are_told() -> None:
     assert when.due(Moment(15, seconds=2.0)) == "every 5 steps, every 1 s, every 3 steps"
     assert len(policy.members(when)) == 3
     assert policy.every(5) | policy.every(3) == policy.every(5) | policy.every(3), "pure values"
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        operator.and_,
+        operator.add,
+        operator.xor,
+        operator.sub,
+        operator.mul,
+        lambda one, other: sum([one, other]),
+        lambda one, other: 5 & (one | other),
+        lambda one, other: ~(one | other),
+    ],
+)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (policy.every(5), policy.on_signal()),
+        (policy.never(), policy.every(5) | policy.at(1)),
+        (keep.latest(3), keep.best("loss")),
+        (keep.latest(3) | keep.all(), policy.every(5)),
+    ],
+)
+def test_policies_add_up_and_are_joined_by_nothing_else(
+    join: Callable[[Any, Any], object], pair: tuple[Any, Any]
+) -> None:
+    with pytest.raises(UsageError, match="add up"):
+        join(*pair)
+
+
+@pytest.mark.parametrize("given", [5, None, policy.every])
+def test_what_is_no_policy_is_named_on_whichever_side_it_stands(given: Any) -> None:
+    for joined in (given | policy.every(3), given | (policy.every(3) | policy.at(1))):
+        with pytest.raises(UsageError, match=f"takes a policy .* not {re.escape(repr(given))}"):
+            policy.checked_when(joined)
 
 
 @pytest.mark.parametrize(
