@@ -376,6 +376,39 @@ def _tell_alone(names: str) -> None:
     _log.warning("%s: no model is in this state beside its optimizer", names)
 
 
+def tell_of_schedules(state: TrainState) -> None:
+    """Say of optimizers that a scheduler is made for them, and of `state` that none is in it.
+
+    Only where nothing in it is unknown: an object with a state of its own may hold the scheduler.
+    """
+    if not all(_holds_no_schedule(part, state[name]) for name, part in state.parts.items()):
+        return
+    optimizers = {name: value for name in state if isinstance(value := state[name], Optimizer)}
+    # Every scheduler of torch puts this mark there, to tell in which order the two step.
+    scheduled = [n for n, each in optimizers.items() if hasattr(each.step, "_wrapped_by_lr_sched")]
+    if scheduled:
+        _tell_unscheduled(", ".join(scheduled))
+
+
+def _holds_no_schedule(part: Part, value: object) -> bool:
+    if type(part) is StatefulPart:
+        # A sampler, a GradScaler, a loader; anybody else's class may be a trainer's wrapper.
+        kept = value.value if isinstance(value, PerRank) else value
+        return type(kept).__module__.partition(".")[0] in ("dist_ckpt", "torch", "torchdata")
+    kinds = (ModelPart, ModulesPart, OptimizerPart, RngPart, GeneratorPart, TensorsPart, ValuePart)
+    return type(part) in kinds
+
+
+@cache
+def _tell_unscheduled(names: str) -> None:
+    # Some have schedules without a state, and say last_epoch= at each start.
+    _log.warning(
+        "%s: its learning rate has a scheduler, which is no part of the state and would begin anew "
+        "after a restart: give it a name in the state",
+        names,
+    )
+
+
 def _is_per_rank(part: Part) -> bool:
     return isinstance(part, ValuePart) and part.per_rank
 

@@ -15,7 +15,7 @@ from dist_ckpt.saving.handle import Tolerance, WhenFailed
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.part import Captured, dry_capture
 from dist_ckpt.state.rng import GeneratorPart, RngPart
-from dist_ckpt.state.train_state import TrainState, refuse_generator_states
+from dist_ckpt.state.train_state import TrainState, refuse_generator_states, tell_of_schedules
 from dist_ckpt.state.values import ValuePart
 
 
@@ -110,6 +110,7 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
         # for, 0.2 s (docs/design/005).
         with no_collection(), dry_capture():
             check_generators_kept(state)
+            tell_of_schedules(state)
             for name, part in state.parts.items():
                 if type(part) is ValuePart:
                     refuse_generator_states(name, part.value)

@@ -422,3 +422,35 @@ def test_metrics_are_by_name() -> None:
         lambda: dist_ckpt.save(STATE, new_store(), metrics=["loss"]),  # type: ignore[arg-type]
         "by name, not a list",
     )
+
+
+# ---------------------------------------------------------------- a schedule that nobody keeps
+
+
+def scheduled(name: str) -> tuple[dict[str, Any], Any]:
+    """Return a state without its scheduler, and the scheduler."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return {"model": model, name: optimizer, "history": []}, schedule
+
+
+def test_a_scheduler_that_is_in_no_state_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    state, schedule = scheduled("opt_forgotten")
+    state["sampler"] = dist_ckpt.ElasticSampler(8, global_batch=2)
+    for _ in range(2):
+        Checkpointer(new_store(), state, every_steps=1).close()
+    assert caplog.text.count("opt_forgotten: its learning rate has a scheduler") == 1
+    assert schedule.last_epoch == 0
+
+
+@pytest.mark.parametrize("kept_by", ["itself", "wrapper", "nobody"])
+def test_a_scheduler_that_is_kept_is_not(kept_by: str, caplog: pytest.LogCaptureFixture) -> None:
+    state, schedule = scheduled(f"opt_{kept_by}")
+    if kept_by == "nobody":
+        # One that has no scheduler.
+        state[f"opt_{kept_by}"] = torch.optim.SGD(state["model"].parameters(), lr=0.1)
+    else:
+        state["schedule"] = schedule if kept_by == "itself" else Own(schedule.state_dict())
+    Checkpointer(new_store(), state, every_steps=1).close()
+    assert "has a scheduler" not in caplog.text
