@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import msgspec
@@ -49,7 +50,8 @@ class Ties:
         nbytes_kept: bytes of boxes that are not in `wanted`, as a comparison has them already.
 
     Raises:
-        IncompatibleError: the elements of one tensor are themselves one memory.
+        IncompatibleError: the elements of one tensor are themselves one memory, or one that may
+            not be written to.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Ties:
         rule: TieRule,
         window_bytes: int,
     ) -> None:
+        _check_writable(wanted)
         self._where = where
         self._rule = rule
         groups = _clusters(wanted)
@@ -296,7 +299,8 @@ def prepare(
         The targets, all with memory; and the boxes of them that this rank wants.
 
     Raises:
-        IncompatibleError: the elements of one target are themselves one memory.
+        IncompatibleError: the elements of one target are themselves one memory, or one that may
+            not be written to.
     """
     made: dict[object, torch.Tensor] = {}
     real = {
@@ -456,6 +460,32 @@ def _check_apart(each: Wanted) -> None:
             f"{_called(each)}: several elements of the tensor to be filled are one memory (it "
             "was expanded), and can have one value only: give it memory of its own (.clone()); "
             "nothing was changed"
+        )
+
+
+def _check_writable(wanted: Sequence[Wanted]) -> None:
+    """Check that no target lies in a file that was mapped for reading.
+
+    The first write there would end the process by a signal, without a word.
+    """
+    try:
+        # Of one process, on Linux; elsewhere nobody can tell.
+        lines = Path("/proc/self/maps").read_bytes().splitlines()
+    except OSError:
+        return
+    fields = [line.split(maxsplit=2) for line in lines]
+    spans = [span.split(b"-") for span, rights, _ in fields if rights[1:2] != b"w"]
+    starts, stops = np.array([[int(end, 16) for end in span] for span in spans], np.uint64).T
+    memories = [each.local.memory for each in wanted]
+    places = np.array([m.data_ptr() if m.is_cpu and m.nbytes else 0 for m in memories], np.uint64)
+    # They are in order, and lie apart.
+    before = np.maximum(np.searchsorted(starts, places, side="right"), 1) - 1
+    inside = (starts[before] <= places) & (places < stops[before])
+    for number in np.flatnonzero(inside)[:1].tolist():
+        raise IncompatibleError(
+            f"{_called(wanted[number])}: the tensor to be filled lies in a file that was mapped "
+            "for reading: map it with numpy.memmap(mode='c'), give it memory of its own (.clone()) "
+            "or leave it out (skip=); nothing was changed"
         )
 
 

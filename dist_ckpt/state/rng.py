@@ -191,6 +191,16 @@ class GeneratorPart:
     """
 
     def __init__(self, generator: Generator, *, name: str) -> None:
+        """Take the generator itself.
+
+        Raises:
+            UsageError: it draws from the operating system, and has no state to keep.
+        """
+        if isinstance(generator, random.SystemRandom):
+            raise UsageError(
+                f"part {name!r}: a SystemRandom draws from the operating system and has no state: "
+                "leave it out, or use random.Random(seed)"
+            )
         self.generator = generator
         self.name = name
 

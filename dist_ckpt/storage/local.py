@@ -68,7 +68,7 @@ class LocalStore:
             only on a mount without hard links, where creating is refused otherwise.
 
     Raises:
-        UsageError: no path.
+        UsageError: no path, or one relative to a directory that is not there.
         StorageError: nobody can tell what exists there: no permission, or a broken disk.
     """
 
@@ -76,7 +76,13 @@ class LocalStore:
         text = os.fspath(path)
         if not text or "\0" in text:
             raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
-        self._url = os.path.abspath(text)
+        try:
+            self._url = os.path.abspath(text)
+        except FileNotFoundError:
+            raise UsageError(
+                f"the directory in which this process works was deleted, so the path {text!r} "
+                "leads nowhere: give an absolute one"
+            ) from None
         # A link on the way (`current` to the run of today) may point elsewhere tomorrow, and the
         # files of one job must not come into the run of another. One into nothing, such as a disk
         # that is not mounted, is refused later: nothing is made where it would lead.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -296,6 +297,25 @@ def test_an_expanded_target_is_refused_before_anything_changes(tmp_path: Path) -
     ids = torch.arange(3.0).expand(1, -1)
     dist_ckpt.save({"model": nn.ParameterDict({"ids": ids})}, tmp_path, step=1)
     dist_ckpt.load_weights({"ids": torch.zeros(3).expand(1, -1)}, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_target_in_a_file_that_was_mapped_for_reading_is_refused(tmp_path: Path) -> None:
+    saved = {"a": torch.ones(3), "table": torch.full((4, 3), 2.0)}
+    dist_ckpt.save({"model": nn.ParameterDict(saved)}, tmp_path / "run")
+    np.zeros((4, 3), np.float32).tofile(tmp_path / "table.bin")
+    for mode in ("r", "c", "r+"):
+        table = np.memmap(tmp_path / "table.bin", np.float32, mode, shape=(4, 3))
+        live = {"a": torch.zeros(3), "table": torch.from_numpy(table)}
+        if mode == "r":
+            with pytest.raises(IncompatibleError, match=r"model/table: .*mapped for reading"):
+                dist_ckpt.load_weights(live, tmp_path / "run")
+            assert not live["a"].any()
+            assert not live["table"].any()
+            assert dist_ckpt.load_weights(live, tmp_path / "run", skip="model/table").step == 0
+            continue
+        dist_ckpt.load_weights(live, tmp_path / "run")
+        assert torch.equal(live["table"], saved["table"])
 
 
 def test_the_rule_is_one_of_two(tmp_path: Path) -> None:

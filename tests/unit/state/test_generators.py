@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.errors import IncompatibleError
+from dist_ckpt.errors import IncompatibleError, UsageError
 from dist_ckpt.state.rng import Generator, GeneratorPart
 from dist_ckpt.state.slots import PerRank
 from dist_ckpt.state.train_state import TrainState
@@ -53,6 +53,12 @@ def test_the_next_draws_are_the_same_in_the_very_object(kind: str) -> None:
     other = MAKE[kind](4)
     load(GeneratorPart(other, name="noise"), saved)
     assert [draw(other) for _ in range(5)] == expected
+
+
+@pytest.mark.parametrize("given", [random.SystemRandom(), PerRank(random.SystemRandom())])
+def test_one_without_a_state_is_refused_when_it_is_given(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"part .noise.: a SystemRandom .* has no state"):
+        TrainState(noise=given)
 
 
 @pytest.mark.parametrize("kind", MAKE)

@@ -220,3 +220,15 @@ def test_limits_of_a_copy_are_its_own(tmp_path: Path) -> None:
     there = copy.deepcopy(resolve(tmp_path, max_concurrent=1))
     there.put("key", [b"x"])
     assert there.list_children() == ["key"]
+
+
+def test_a_path_from_a_directory_that_was_deleted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match="was deleted, so the path 'run' leads nowhere"):
+        resolve("run")
+    assert resolve(tmp_path / "run").url == str(tmp_path / "run")
