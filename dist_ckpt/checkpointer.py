@@ -27,7 +27,7 @@ from dist_ckpt.training.early import (
     checked_metadata,
 )
 from dist_ckpt.training.recorder import Recorder
-from dist_ckpt.training.resuming import Resumer, begins_run, check_start
+from dist_ckpt.training.resuming import Resumer, begins_run, check_start, in_own_run
 from dist_ckpt.training.start import Named, Start
 
 # What the constructor knows by name, to hint at when an option is mistyped.
@@ -213,7 +213,7 @@ class Checkpointer:
             step: restore exactly this one, with no falling back.
             url: restore from elsewhere, with no falling back: another run, one step directory of
                 it, or what another program wrote; see `dist_ckpt.load`. The run that is taken over
-                is this Checkpointer's own all the same.
+                is this Checkpointer's own all the same. A step directory of that one is as `step`.
             discard_newer: give up what is newer than the restored one, with "none" or `url` all of
                 the run: hidden from now on, and deleted after the next commit.
             **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
@@ -236,9 +236,9 @@ class Checkpointer:
         if self._flags is not None and start == Start() and not options:
             start = self._flags.start
         check_start(start)
+        start = in_own_run(start, self._job.repository.store.url)
         self._recorder.begin()
-        # What is in flight may be what is restored. That it failed, or that the state cannot be
-        # stored, all ranks hear in the round of the restore.
+        # It may be what is restored. That it failed, or the state is unfit, all hear in the round.
         failed = self._saver.settle(goes_on=True) or self._unfit
         # From here on the step told last is not that of the state any more: it must not be saved.
         with self._recorder.course.replaced():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,7 +21,7 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.foreign.detect import named_like_one
-from dist_ckpt.format.names import discard_key
+from dist_ckpt.format.names import discard_key, parse_step_dir
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
@@ -37,6 +39,7 @@ from dist_ckpt.repository.ranking import Criterion, best_step
 from dist_ckpt.repository.source import reason
 from dist_ckpt.saving.saver import finish_before
 from dist_ckpt.state.train_state import TrainState, main_model, parts_of, stoppers_of
+from dist_ckpt.storage import resolve
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start
 
@@ -414,6 +417,23 @@ def check_start(start: Start) -> None:
             "discard_newer=True gives up what is newer than the step that is restored, and "
             "nothing is newer than the newest: name the step, 'best', or 'none'"
         )
+
+
+def in_own_run(start: Start, url: str) -> Start:
+    """Return `start` with a step in the place of the directory of that step in the run at `url`.
+
+    As something from elsewhere it would be given up itself by `discard_newer`, with all the rest.
+    """
+    if not isinstance(start.place, str | Path):
+        return start
+    run, _, name = str(start.place).rstrip("/").rpartition("/")
+    step = parse_step_dir(name)
+    if step is None or not run:
+        return start
+    with suppress(CheckpointError):  # whatever it is, it is somewhere else
+        if resolve(run).url == url:
+            return replace(start, step=step, place=None, new_run="")
+    return start
 
 
 def begins_run(start: Start) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -20,6 +21,7 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.names import discard_key, manifest_key
 from dist_ckpt.repository import Repository, discard
+from dist_ckpt.storage import LocalStore
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.wrapper import CHANGES, Operation, StoreWrapper
@@ -371,6 +373,27 @@ def test_the_best_that_was_given_up_is_no_measure_any_more(store: MemoryStore) -
         for step, loss in enumerate([4.5, 3.0, 3.5, 2.0], 3):
             ckpt.step(step, metrics={LOSS: loss})
     assert steps(store) == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("as_path", [str, Path, "{}/".format])
+def test_a_step_directory_of_the_run_itself_is_that_step(
+    tmp_path: Path, as_path: Callable[[Path], str | Path]
+) -> None:
+    run = tmp_path / "run"
+    run_of(LocalStore(run), 1, 2, 3)
+    places = [as_path(run / f"step-000000000{step}") for step in (1, 2, 3)]
+    with Checkpointer(run, state(), every_steps=1) as ckpt:
+        with pytest.raises(UsageError, match=r"newer than step 2 \(3\)"):
+            ckpt.restore(url=places[1])
+        assert ckpt.restore(url=places[2]) == 3, "the newest one"
+        ckpt.step(4)
+    with Checkpointer(run, state(), every_steps=1) as ckpt:
+        assert ckpt.restore(url=places[1], discard_newer=True) == 2
+        ckpt.step(5)
+    assert Repository(LocalStore(run)).steps() == [1, 2, 5]
+    with Checkpointer(tmp_path / "other", state(), every_steps=1) as ckpt:
+        assert ckpt.restore(url=places[0]) == 1
+        ckpt.step(1)
 
 
 def test_the_status_is_not_that_of_what_was_given_up(store: MemoryStore) -> None:
