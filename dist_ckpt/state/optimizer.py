@@ -9,6 +9,7 @@ ever steps an optimizer.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ from dist_ckpt.state.optimizer_live import (
     inner_optimizers,
     is_given,
     is_told,
+    kept_aside,
     live_of,
     shares_state,
 )
@@ -70,10 +72,12 @@ from dist_ckpt.state.optimizer_names import (
     taken_apart,
     without_neighbours,
 )
-from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec
+from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec, is_dry
 from dist_ckpt.state.resizing import grown_moment, live_copy
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.state.values import StatefulPart
+
+_log = logging.getLogger("dist_ckpt")
 
 
 class OptimizerPart:
@@ -110,6 +114,7 @@ class OptimizerPart:
         self.optimizer = optimizer
         self.name = name
         self._prefix = prefix
+        self._said = False
         self._models = tuple(models)
         several = isinstance(optimizer, Mapping | list | tuple)
         if not several:
@@ -167,6 +172,7 @@ class OptimizerPart:
 
     def capture(self) -> Captured:
         """Return the live state tensors, and options and other state values encoded."""
+        self._tell_aside()
         written = Capture(self.name)
         self.write_to(written)
         live = self._live
@@ -178,6 +184,20 @@ class OptimizerPart:
             stepped=frozenset(written.stepped if alone else ()),
             versioned=frozenset(written.groups),
         )
+
+    def _tell_aside(self) -> None:
+        if self._said or not isinstance(self.optimizer, Optimizer) or is_told(self.optimizer):
+            return
+        names = kept_aside(self.optimizer)
+        if names and not is_dry():
+            self._said = True
+            _log.warning(
+                "part %r: %s keeps tensors of its parameters in %s, which its state_dict() does "
+                "not tell, so they are not stored: keep them in state[parameter]",
+                self.name,
+                type(self.optimizer).__qualname__,
+                ", ".join(names),
+            )
 
     def targets(self, stored: Stored) -> Targets:
         """Return a tensor for each stored one: laid out as it was, in the stored dtype."""

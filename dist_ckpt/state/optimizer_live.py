@@ -447,6 +447,23 @@ def holds_optimizers(value: object) -> bool:
     return is_optimizer(value)
 
 
+def kept_aside(optimizer: Optimizer) -> list[str]:
+    """Return the attributes in which `optimizer` has a tensor for each parameter, or for some.
+
+    Its `state_dict` does not tell of these, in torch as little as here.
+    """
+    found = []
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "defaults") or not isinstance(value, Mapping):
+            continue
+        key, item = next(iter(value.items()), (None, None))
+        items = item.values() if isinstance(item, Mapping) else (item,)
+        if isinstance(key, int | torch.Tensor) and any(isinstance(t, torch.Tensor) for t in items):
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            found += [name] if (key if isinstance(key, int) else id(key)) in own else []
+    return found
+
+
 def is_told(optimizer: Any) -> bool:
     """Tell whether only its `state_dict` says what `optimizer` keeps."""
     own = getattr(type(optimizer), "state_dict", None) is Optimizer.state_dict

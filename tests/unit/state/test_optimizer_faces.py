@@ -23,6 +23,7 @@ from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.optimizer import OptimizerPart
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.state.values import StatefulPart
+from dist_ckpt.storage.memory import MemoryStore
 from tests.unit.state.roundtrip import load, save
 
 Make = Callable[[nn.Module], Any]
@@ -607,3 +608,45 @@ def test_what_is_stepped_and_in_no_part_is_named() -> None:
 def test_an_optimizer_alone_is_a_state() -> None:
     TrainState(optimizer=AdamW(net().parameters()), epoch=3)
     TrainState(rng=None, optimizer=AdamW(net().parameters()))
+
+
+class Aside(torch.optim.SGD):
+    """Keeps a tensor of each parameter where neither torch nor we look."""
+
+    def __init__(self, parameters: Any, by: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.by = by
+        self.buffers: dict[Any, Any] = {}
+        self.seen = {0: "no tensor"}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.buffers[self.by(parameter)] = {"average": parameter.detach().clone()}
+        super().step(closure)
+
+
+class TellsAside(Aside):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "buffers": list(self.buffers.values())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "buffers"})
+
+
+@pytest.mark.parametrize("kind", [Aside, TellsAside])
+@pytest.mark.parametrize("by", [id, lambda parameter: parameter])
+def test_tensors_that_a_state_dict_does_not_tell_are_named_once(
+    kind: type[Aside], by: Callable[[torch.Tensor], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = kind(model.parameters(), by)
+    run = MemoryStore(f"unit-aside-{kind.__name__}-{by is id}")
+    with dist_ckpt.Checkpointer(run, {"model": model, "optimizer": optimizer}, every_steps=1) as c:
+        for step in (1, 2, 3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            c.step(step)
+    said = "Aside keeps tensors of its parameters in buffers, which its state_dict() does not tell"
+    assert caplog.text.count(said) == (1 if kind is Aside else 0)
