@@ -135,6 +135,7 @@ class Agreement:
         self.number = 0
         self.held_by_rank: Sequence[list[Held]] = []
         self.index = IndexPlan(b"", ())
+        self.parts: Sequence[str] = ()
         self._replicas: Sequence[dict[int, list[int]]] = []
         # Set by whoever knows them, where each has a folder of its own.
         self.hosts: Hosts | None = None
@@ -291,7 +292,7 @@ class Agreement:
         self.number += 1
         plan = plan_job(messages, max_piece_bytes=self._max_piece_bytes, hosts=self.hosts)
         # Replaced, never changed: the commit of a save that was given up may still read the old.
-        self.held_by_rank, self.index = plan.held_by_rank, plan.index
+        self.held_by_rank, self.index, self.parts = plan.held_by_rank, plan.index, plan.parts
         self._replicas = plan.replicas
         return [pack(plan.share(rank, self.number)) for rank in range(len(messages))]
 
@@ -379,6 +380,7 @@ class JobPlan:
         groups: for each rank, the values that must be equal on several ranks.
         versions: for each rank, what it calls values that have another name as they are stored.
         twins: by rank, the one of another host whose boxes it writes, too.
+        parts: the names of the parts of all ranks: one of them may have a part alone.
     """
 
     held_by_rank: HeldByRank
@@ -390,6 +392,7 @@ class JobPlan:
     groups: Sequence[dict[int, list[ObjectName]]]
     versions: Sequence[Versions]
     twins: Mapping[int, int] = field(default_factory=dict)
+    parts: Sequence[str] = ()
     # By the list itself: of ranks alike there is one.
     _packed: dict[int, bytes] = field(default_factory=dict, repr=False)
 
@@ -440,7 +443,19 @@ def plan_job(
     holdings = Holdings.of(held)
     owned = share_out(held, holdings, max_piece_bytes=max_piece_bytes)
     index, replicas = plan_index(held, owned, holdings), holdings.replicas()
-    return JobPlan(held, owned, index, replicas, any(replicas), writers, groups, versions, twins)
+    named = [[*each.objects, *each.per_rank] for each in descriptions]
+    return JobPlan(
+        held,
+        owned,
+        index,
+        replicas,
+        any(replicas),
+        writers,
+        groups,
+        versions,
+        twins,
+        parts=list(dict.fromkeys(part for names in named for part in names)),
+    )
 
 
 def _find_twins(descriptions: Sequence[Description], hosts: Hosts) -> dict[int, int]:

@@ -74,6 +74,7 @@ class Description(msgspec.Struct, frozen=True):
         objects: the digest of each encoded value, by part and name, per-rank parts excluded.
         versioned: by part and name, for values of which ranks may hold versions, the digest of
             what is equal in all of these; each part that has such values is in it.
+        per_rank: the names of its per-rank parts; those of the others are in `objects`.
     """
 
     digest: str
@@ -81,6 +82,7 @@ class Description(msgspec.Struct, frozen=True):
     numbers: bytes
     objects: dict[str, dict[str, str]]
     versioned: dict[str, dict[str, str]] = {}
+    per_rank: list[str] = []
 
 
 @decodable

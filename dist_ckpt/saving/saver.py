@@ -398,7 +398,8 @@ class Saver:
             plan=self._planner.number,
             index=self._planner.index,
             inside=lambda: attempt.files.inside,
-            parts=list(self._state.parts),
+            # In the order of this rank; others may have parts that it does not.
+            parts=list(dict.fromkeys([*self._state.parts, *self._planner.parts])),
             metrics=attempt.metrics,
             metadata={**self._metadata, **about.metadata},
             parent_step=self._job.restored_step,

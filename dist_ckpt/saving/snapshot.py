@@ -90,7 +90,7 @@ class Snapshot:
             for part, names in self.versioned.items()
         }
         numbers = table.pack(numbers_of(self.held))
-        return Description(digest, sent, numbers, digests, versioned)
+        return Description(digest, sent, numbers, digests, versioned, list(self.per_rank))
 
     def group_digest(self, names: Iterable[ObjectName], versions: Versions | None = None) -> str:
         """Return one digest over encoded values; a missing one changes it too.
