@@ -279,13 +279,16 @@ def work(item):
 async def answer():
     return "fine"
 
+def go_on(wait):
+    while armed:  # Python itself loses an interrupt in the finalizer of an object
+        wait()
+
 def until_interrupted(wait):
     global armed
     try:
         armed = True
         sender.stdin.write(at_most)
-        while armed:  # Python itself loses an interrupt in the finalizer of an object
-            wait()
+        go_on(wait)  # the jump back of a loop is outside of the `try` around it in Python 3.13
     except KeyboardInterrupt:
         return
     finally:
