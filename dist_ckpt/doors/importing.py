@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
 
 from dist_ckpt.doors.content import StoredContent
 from dist_ckpt.doors.export import open_at
 from dist_ckpt.doors.spool import is_saved, save_parts
-from dist_ckpt.errors import CheckpointError, UsageError
-from dist_ckpt.format.names import plain_step
+from dist_ckpt.errors import (
+    CheckpointError,
+    ErrorKind,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+    describe,
+)
+from dist_ckpt.foreign.dcp_files import BESIDE, METADATA
+from dist_ckpt.foreign.detect import FILE_SUFFIXES, open_foreign
+from dist_ckpt.format.names import STEP_LIMIT, plain_step
 from dist_ckpt.loading.called_alike import ALIKE
-from dist_ckpt.loading.opened import OpenedCheckpoint, place_name
+from dist_ckpt.loading.opened import OpenedCheckpoint, locate, place_name
 from dist_ckpt.ranks.job import Place
 from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.module_state import wrapper_prefix
 from dist_ckpt.state.value_fit import VALUE
+from dist_ckpt.storage.base import Store, read_all
 from dist_ckpt.storage.resolve import check_options_taken, options_for
 
 _MODEL = "model"
@@ -27,6 +44,18 @@ _METRICS = "metrics"
 # Of the two that are called a step, the other one may count those of an epoch.
 _STEPS = ("global_step", "step", "iteration", "iter", "epoch")
 _LIGHTNING = "pytorch-lightning_version"
+
+_TRAINER_STATE = "trainer_state.json"
+_TRAINER_STATE_LIMIT_BYTES = 1 << 28
+# With which suffixes both write them; of several optimizers each would need a name of its own.
+_STATES = ("optimizer", "scheduler")
+_STATE_SUFFIXES = (".pt", ".bin")
+# They say how far the training was, not how good it is.
+_COUNTERS = ("step", "epoch", "total_flos")
+# One number behind a word that says of what: `llama-2` is no step.
+_NUMBERED = re.compile(
+    r"(?:checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_=]?(\d+)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +68,8 @@ class ImportReport:
         parts: the new name of each part by the one that it had.
         tensors: how many names there are.
         metrics: those that are stored with it.
-        left_out: values that cannot be read without executing what is in the file.
+        left_out: values that cannot be read without executing what is in the file, and what lies
+            beside the weights in a folder and was not read.
         was_there: whether it had been committed before, bit for bit the same.
     """
 
@@ -60,7 +90,7 @@ class ImportReport:
             for old, new in self.parts.items()
         ]
         lines += [f"  metric {name}: {value:g}" for name, value in self.metrics.items()]
-        lines += [f"  left out, as it cannot be read: {name}" for name in self.left_out]
+        lines += [f"  left out: {name}" for name in self.left_out]
         return "\n".join(lines)
 
 
@@ -79,8 +109,9 @@ def import_(
     `Checkpointer.restore` of model and optimizer takes what there is.
 
     Parts get the names that they have here (`model_state_dict` becomes `model`), names of weights
-    lose what DDP, `torch.compile` and Lightning put before them. The call takes the run over. If it
-    is cut off the same call does the rest.
+    lose what DDP, `torch.compile` and Lightning put before them. Of a folder of the Trainer of
+    transformers or of accelerate, optimizer and scheduler come along. The call takes the run over.
+    If it is cut off the same call does the rest.
 
     ```python
     import dist_ckpt
@@ -96,9 +127,10 @@ def import_(
         source: the file or folder.
         url: the run, new or with other steps.
         step: under which step; by default what the checkpoint calls `global_step`, `step`,
-            `iteration` or `epoch`, and 0 where it says nothing.
-        metrics: numbers by name, besides those that are found: floats at the top, and a dict
-            `metrics`.
+            `iteration` or `epoch`, or the `trainer_state.json` or the name of its folder says,
+            and 0 where nothing does.
+        metrics: numbers by name, besides those that are found: floats at the top, a dict
+            `metrics`, and the newest that `trainer_state.json` has.
         storage_options: for each of the two places that takes any, as for `export`.
 
     Returns:
@@ -108,7 +140,8 @@ def import_(
         NotFound: there is nothing that can be read.
         AlreadyExists: the step is committed, and is something else.
         IntegrityError: what is there is malformed.
-        UsageError: it is a checkpoint of dist_ckpt, or an argument is malformed.
+        UsageError: it is a checkpoint of dist_ckpt, what it has as its step is none and `step` is
+            not given, or an argument is malformed.
         StorageError: the run, or the folder for temporary files, is full or failed.
     """
     check_options_taken(storage_options, source, url)
@@ -119,11 +152,13 @@ def import_(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
             )
         to = options_for(url, storage_options)
-        return _import(_Reading(opened), url, step, metrics or {}, storage_options=to)
+        with _folder(source, opened, options_for(source, storage_options)) as folder:
+            return _import(_Reading(opened), folder, url, step, metrics or {}, storage_options=to)
 
 
 def _import(
-    reading: _Reading,
+    weights: _Reading,
+    folder: _Folder,
     url: Place,
     step: SupportsIndex | None,
     metrics: Mapping[str, float],
@@ -131,10 +166,13 @@ def _import(
     storage_options: Mapping[str, Any] | None,
 ) -> ImportReport:
     given = storage_options
-    number = reading.step() if step is None else plain_step(step)
-    numbers = {**reading.metrics(), **metrics}
-    contents = {new: reading.content(old, new) for old, new in reading.parts.items()}
-    objects = {new: reading.objects[old] for old, new in reading.parts.items()}
+    number = _step(weights, folder) if step is None else plain_step(step)
+    numbers = {**folder.metrics, **weights.metrics(), **metrics}
+    readings = [weights, *map(_Reading, folder.states.values())]
+    parts = {old: new for each in readings for old, new in each.parts.items()}
+    contents = {new: r.content(old, new) for r in readings for old, new in r.parts.items()}
+    objects = {new: r.objects[old] for r in readings for old, new in r.parts.items()}
+    left_out = [name for each in readings for name in each.left_out]
     was_there = is_saved(
         contents,
         objects,
@@ -147,10 +185,49 @@ def _import(
     if not was_there:
         save_parts(contents, objects, url, step=number, metrics=numbers, storage_options=given)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)
-    left_out = tuple(reading.left_out)
-    return ImportReport(
-        place_name(url, given), number, reading.parts, tensors, numbers, left_out, was_there
-    )
+    # Of a folder all of them: whoever goes on with it must know what there was.
+    told = (*left_out, *folder.others)
+    return ImportReport(place_name(url, given), number, parts, tensors, numbers, told, was_there)
+
+
+def _step(weights: _Reading, folder: _Folder) -> int:
+    """Return how far the training was, 0 where nothing says it.
+
+    Raises:
+        UsageError: what says it is no step.
+    """
+    said = [("global_step", folder.global_step), *weights.steps()]
+    for name, value in said:
+        # A flag is an int to Python too, and says nothing of how far a training was.
+        if isinstance(value, bool) or not isinstance(value, Real | str):
+            continue
+        number = _integer(value)
+        if number is None or not 0 <= number < STEP_LIMIT:
+            # Not the next one, and not 0: it would be found under a step that is not its own.
+            raise UsageError(
+                f"{name} of {weights.where} is {value!r}, which is no step: give it by step="
+            )
+        return number
+    return folder.numbered or 0
+
+
+def _integer(value: Any) -> int | None:
+    """Return an integral number of any type as an `int`, None for anything else."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, str) or not math.isfinite(value):
+        return None
+    number = int(value)
+    return number if number == value else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a number that is in an array or a tensor by itself as such, the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, np.generic | np.ndarray):
+        return value.item() if value.size == 1 else value
+    return value
 
 
 class _Reading:
@@ -171,6 +248,11 @@ class _Reading:
         kept = [p for p in opened.parts if self.objects[p] or p in self._with_tensors]
         self.parts = {part: _name_here(part, kept) for part in kept}
 
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return self._opened.where
+
     def content(self, old: str, new: str) -> StoredContent | None:
         """Return the tensors of a part, those of a model under the names of the bare model."""
         if old not in self._with_tensors:
@@ -179,16 +261,10 @@ class _Reading:
         rename = self._without_wrappers(old) if new == _MODEL else {}
         return StoredContent(self._opened, old, rename=rename)
 
-    def step(self) -> int:
-        """Return how far the training was, 0 where nothing says it."""
-        if self._opened.step:
-            return self._opened.step
-        for name in _STEPS:
-            value = self._value(name)
-            # A flag is an int to Python too, and says nothing of how far a training was.
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                return value
-        return 0
+    def steps(self) -> Sequence[tuple[str, Any]]:
+        """Return what says how far the training was, the best first, with its names."""
+        known = [("step", self._opened.step)] if self._opened.step else []
+        return [*known, *((name, self._value(name)) for name in _STEPS)]
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers that are no counters: floats at the top, and those of `metrics`."""
@@ -196,7 +272,7 @@ class _Reading:
         named = dict(found) if isinstance(found, dict) else {}
         for part in self.parts:
             value = self._value(part)
-            if isinstance(value, float):
+            if isinstance(value, float) and part not in _STEPS:
                 named[part] = value
         return {
             name: float(value)
@@ -207,10 +283,16 @@ class _Reading:
 
     def _value(self, part: str) -> Any:
         data = self.objects.get(part, {}).get(VALUE)
-        # A value with a tensor in it is no number, and decoding it would need the tensor.
-        if data is None or references(data, path=part):
+        if data is None:
             return None
-        return decode(data, tensors={}, path=part)
+        tensors = {}
+        if references(data, path=part):
+            alone = self._opened.info.get(f"{part}/{VALUE}")
+            # Of a value with tensors in it only what is one number, in a tensor by itself.
+            if alone is None or alone.shape.numel() != 1:
+                return None
+            tensors[VALUE] = self._opened[f"{part}/{VALUE}"].read()
+        return _plain(decode(data, tensors=tensors, path=part))
 
     def _readable(self, part: str) -> dict[str, bytes]:
         found = {}
@@ -247,3 +329,126 @@ def _name_here(part: str, parts: list[str]) -> str:
     # Two names of one meaning both stay: neither may take the place of the other.
     alone = sum(name in parts for name in group) == 1
     return group[0] if alone else part
+
+
+# What the Trainer of transformers and accelerate leave beside the weights in a folder.
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """What is in a folder besides what was opened of it.
+
+    Attributes:
+        global_step: what the state of the trainer has under this name; None where there is none.
+        numbered: the number in the name of the folder; None where there is none.
+        metrics: the newest of each that the trainer logged.
+        states: by part the files with the state of the optimizer and of the scheduler, opened.
+        others: the names of what else may hold state, in order.
+    """
+
+    global_step: Any = None
+    numbered: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    states: Mapping[str, OpenedCheckpoint] = field(default_factory=dict)
+    others: Sequence[str] = ()
+
+
+@contextmanager
+def _folder(
+    source: Place, opened: OpenedCheckpoint, storage_options: Mapping[str, Any] | None
+) -> Iterator[_Folder]:
+    """Give what is beside the files of `opened`: nothing, where `source` is a single file.
+
+    Raises:
+        IntegrityError: the state of the trainer, the optimizer or the scheduler is damaged.
+        StorageError: the folder cannot be listed or read.
+    """
+    location = locate(source, None, storage_options)
+    try:
+        yield _Folder() if location.file is not None else _look(location.store, opened)
+    finally:
+        # A store that was given belongs to the caller.
+        if location.text is not None:
+            location.store.close()
+
+
+def _look(store: Store, opened: OpenedCheckpoint) -> _Folder:
+    children = store.list_children()
+    # What a stock checkpoint has beside its files was read with them.
+    known = (*opened.files, *(BESIDE if METADATA in children else ()))
+    rest = [name for name in children if name not in known]
+    states, taken = {}, set()
+    for part in _STATES:
+        named = [name for name in rest if name in [part + suffix for suffix in _STATE_SUFFIXES]]
+        # Of two nobody knows which one is meant.
+        state = _state(store, named[0]) if len(named) == 1 else None
+        if state is not None and state.parts == (part,) and part not in opened.parts:
+            states[part] = state
+            taken.add(named[0])
+    others = [name for name in rest if name not in taken and _may_hold_state(name)]
+    said = _trainer_state(store) if _TRAINER_STATE in rest else {}
+    numbered = _NUMBERED.fullmatch(store.url.rstrip("/").rpartition("/")[2])
+    return _Folder(
+        global_step=said.get("global_step"),
+        numbered=None if numbered is None else int(numbered[1]),
+        metrics=_metrics(said.get("log_history")),
+        states=states,
+        others=others,
+    )
+
+
+def _may_hold_state(name: str) -> bool:
+    # Of folders, which others save sharded state in, all; but `.git` and the like are none.
+    return name.endswith(FILE_SUFFIXES) or (name.endswith("/") and not name.startswith("."))
+
+
+def _state(store: Store, key: str) -> OpenedCheckpoint | None:
+    try:
+        source = open_foreign(store, key)
+    # Whole, and of a kind that is not read here: the weights do not need it.
+    except IncompatibleError:
+        return None
+    return None if source is None else OpenedCheckpoint(source, store=None)
+
+
+def _trainer_state(store: Store) -> Mapping[str, Any]:
+    """Return what the trainer noted of itself.
+
+    Raises:
+        IntegrityError: it is no JSON object.
+    """
+    try:
+        # Not as strictly as our own: a loss that is no number is written as NaN there.
+        found = json.loads(read_all(store, _TRAINER_STATE, limit_bytes=_TRAINER_STATE_LIMIT_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(
+            f"{_TRAINER_STATE} in {store.url} is no JSON: {describe(error)}",
+            kind=ErrorKind.MALFORMED,
+        ) from error
+    if not isinstance(found, dict):
+        raise IntegrityError(
+            f"{_TRAINER_STATE} in {store.url} is no JSON object", kind=ErrorKind.MALFORMED
+        )
+    return found
+
+
+def _metrics(history: object) -> dict[str, float]:
+    """Return the newest value of each name in what the trainer logged."""
+    newest: dict[str, Any] = {}
+    for row in history if isinstance(history, list) else ():
+        if isinstance(row, dict):
+            newest.update(row)
+    return {
+        name: float(value)
+        for name, value in newest.items()
+        if name not in _COUNTERS and _is_finite(value)
+    }
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

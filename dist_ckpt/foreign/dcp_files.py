@@ -43,7 +43,7 @@ METADATA = ".metadata"
 
 # What Megatron-Core and Lightning keep beside it, as files of `torch.save`.
 _COMMON = "common.pt"
-_BESIDE = (_COMMON, "meta.pt")
+BESIDE = (_COMMON, "meta.pt")
 _STEPS = (("iteration",), ("global_step",))
 _MEGATRON_PARTS = ("optimizer",)
 
@@ -92,7 +92,7 @@ def read_stock(
     """
     found = _metadata(store)
     where = f"the stock checkpoint in {store.url}"
-    beside = [key for key in _BESIDE if place is None and has(store, key)]
+    beside = [key for key in BESIDE if place is None and has(store, key)]
     keys = sorted({each.key for each in found.places.values()} | set(beside))
     reading = _Reading(store, keys, where)
     leaves = _Leaves(reading)

@@ -211,6 +211,11 @@ class ForeignSource:
         return self.index.tensors
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its files in the store."""
+        return tuple(self._keys)
+
+    @property
     def nbytes(self) -> int:
         """How many bytes its files have."""
         return sum(file.nbytes for file in self.index.files)

@@ -347,6 +347,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         parts: the parts there are, also those without a tensor.
         info: by name, what is known of each tensor.
         verified: whether what is read is compared with digests.
+        files: the names of the files that another program wrote it in; none of ours.
     """
 
     def __init__(self, source: Source, *, store: Store | None, verify: bool = True) -> None:
@@ -365,6 +366,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         self.manifest: Manifest | None = source.manifest
         self.parts: tuple[str, ...] = tuple(source.parts)
         self.verified: bool = verify and source.verified
+        self.files: tuple[str, ...] = source.keys if isinstance(source, ForeignSource) else ()
         self.info: Mapping[str, TensorInfo] = {
             name: _info(source.tensors[number]) for name, number in self._numbers.items()
         }

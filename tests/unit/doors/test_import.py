@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,7 +19,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 import dist_ckpt
 from dist_ckpt.doors import spool
 from dist_ckpt.doors.export import ExportKeywords, Format
-from dist_ckpt.errors import AlreadyExists, ErrorKind, NotFound, StorageError, UsageError
+from dist_ckpt.errors import (
+    AlreadyExists,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.local import LocalStore
 from tests.unit.doors.models import check_equal
@@ -161,6 +170,117 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
     report = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
     assert report.left_out == ("args",)
     assert report.parts == {"model": "model"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [7, 7.0, torch.tensor(7), torch.tensor([7.0]), np.int64(7), np.float32(7), np.array(7)],
+    ids=repr,
+)
+def test_a_step_of_any_integral_number_is_taken(value: object, tmp_path: Path) -> None:
+    torch.save({"model": named(trained()[0], ""), "global_step": value}, tmp_path / "old.pt")
+    report = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    assert (report.step, report.metrics) == (7, {})
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 2.5, "seven", 10**20, float("nan"), torch.tensor(-1), np.float32(2.5)], ids=repr
+)
+def test_a_step_that_is_none_is_told_and_no_other_taken(value: object, tmp_path: Path) -> None:
+    content = {"model": named(trained()[0], ""), "global_step": value, "epoch": 3}
+    torch.save(content, tmp_path / "old.pt")
+    with pytest.raises(UsageError, match=r"global_step of .* no step: give it by step="):
+        dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run", step=7).step == 7
+
+
+@pytest.mark.parametrize("value", [None, True, [1], {"a": 1}, torch.ones(2)], ids=repr)
+def test_what_is_no_number_says_nothing_of_the_step(value: object, tmp_path: Path) -> None:
+    content = {"model": named(trained()[0], ""), "global_step": value, "epoch": 3}
+    torch.save(content, tmp_path / "old.pt")
+    assert dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run").step == 3
+
+
+def test_numbers_in_tensors_and_of_numpy_are_metrics(tmp_path: Path) -> None:
+    content = {"loss": torch.tensor(0.25), "f1": np.float32(0.5), "lrs": torch.ones(2)}
+    torch.save({"model": named(trained()[0], ""), **content}, tmp_path / "old.pt")
+    report = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
+    assert report.metrics == {"loss": 0.25, "f1": 0.5}
+
+
+def trainer_folder(folder: Path, suffix: str = ".pt") -> Path:
+    """Write what the Trainer of transformers, or accelerate, leaves in a folder."""
+    model, optimizer = trained()
+    folder.mkdir(parents=True)
+    save_file(named(model, ""), folder / "model.safetensors")
+    torch.save(optimizer.state_dict(), folder / f"optimizer{suffix}")
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    torch.save(scheduler.state_dict(), folder / f"scheduler{suffix}")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+LOGGED = [
+    {"loss": 1.5, "eval_loss": 0.5, "epoch": 0.5, "step": 3},
+    {"loss": 1.25, "grad_norm": float("nan"), "note": "text", "epoch": 1.0, "step": 7},
+]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin"])
+def test_a_folder_of_a_trainer_goes_on_as_a_run(suffix: str, tmp_path: Path) -> None:
+    source = trainer_folder(tmp_path / "checkpoint-9", suffix)
+    # As the trainer writes it, with numbers that JSON lacks.
+    state = json.dumps({"global_step": 7, "epoch": 1.0, "log_history": LOGGED})
+    (source / "trainer_state.json").write_text(state)
+    report = dist_ckpt.import_(source, tmp_path / "run")
+    assert list(report.parts) == ["model", "optimizer", "scheduler"]
+    assert (report.step, report.metrics) == (7, {"loss": 1.25, "eval_loss": 0.5})
+    assert report.left_out == ("rng_state.pth",)
+    assert "left out: rng_state.pth" in str(report)
+    with dist_ckpt.open_checkpoint(tmp_path / "run") as opened:
+        assert opened.read_values("scheduler")["value"]["last_epoch"] == 0
+    check_loads(tmp_path / "run")
+    assert dist_ckpt.import_(source, tmp_path / "run").was_there
+    # One file is that one file.
+    alone = dist_ckpt.import_(source / "model.safetensors", tmp_path / "alone")
+    assert (alone.step, dict(alone.parts), alone.left_out) == (0, {"model": "model"}, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("checkpoint-7", 7), ("checkpoint_7", 7), ("global_step7", 7), ("llama-7", 0), ("v7-3", 0)],
+)
+def test_the_number_of_a_folder_is_the_step_where_nothing_else_is(
+    name: str, step: int, tmp_path: Path
+) -> None:
+    source = trainer_folder(tmp_path / name)
+    assert dist_ckpt.import_(source, tmp_path / "run").step == step
+    store = LocalStore(source)
+    assert dist_ckpt.import_(store, tmp_path / "other", step=2).step == 2
+    assert store.list_children(), "a store that was given stays open"
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
+    source = trainer_folder(tmp_path / "checkpoint-7")
+    torch.save({"args": Unknown(3), "a": 1}, source / "optimizer_1.bin")
+    torch.save({"unlike": torch.ones(2)}, source / "optimizer.bin")
+    (source / "global_step7").mkdir()
+    (source / "global_step7" / "part").write_bytes(b"0")
+    report = dist_ckpt.import_(source, tmp_path / "run")
+    assert list(report.parts) == ["model", "scheduler"]
+    optimizers = ("optimizer.bin", "optimizer.pt", "optimizer_1.bin")
+    assert report.left_out == ("global_step7/", *optimizers, "rng_state.pth")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"global_step": ' + "[" * 100_000])
+def test_a_damaged_state_of_a_trainer_is_told(text: str, tmp_path: Path) -> None:
+    source = trainer_folder(tmp_path / "checkpoint-7")
+    (source / "trainer_state.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"trainer_state\.json in .* no JSON"):
+        dist_ckpt.import_(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_again_is_no_error_and_another_is(tmp_path: Path) -> None:
