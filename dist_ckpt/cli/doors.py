@@ -94,7 +94,8 @@ def _import(
 
     Example: dist-ckpt import old.pt runs/18 --step 1000
     """
-    places.check_target(url)
+    _, there = places.share_options(storage_option, source, url)
+    places.open_target(url, there)
     options = places.storage_options(storage_option)
     metrics = {}
     for name, value in _pairs(metric, "--metric takes NAME=VALUE").items():
@@ -143,18 +144,15 @@ def _average(
     if not sources:
         raise UsageError(f"{out} is where the average goes: name what it is the average of")
     places.check_metric(metric, *sources)
+    numbers = _numbers(weights)
+    *given, there = places.share_options(storage_option, *sources, out)
     # A run alone: the file of an export may be called as it likes.
     if form is None:
-        places.check_target(out)
-    *given, _ = places.share_options(storage_option, *sources, out)
+        places.open_target(out, there)
     pairs = zip(sources, given, strict=True)
     opened = [places.opened_at(each, options, metric) for each, options in pairs]
     # Without a step a place is given as it is: it may be a file of others.
     wanted: list[Any] = [url if which is None else (url, which) for url, which in opened]
-    try:
-        numbers = None if weights is None else [float(each) for each in weights.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--weights takes numbers such as 1,1,2, not {weights!r}") from error
     with showing_work():
         report = dist_ckpt.average(
             wanted,
@@ -166,6 +164,13 @@ def _average(
             storage_options=places.storage_options(storage_option),
         )
     _tell(report, json=json)
+
+
+def _numbers(weights: str | None) -> list[float] | None:
+    try:
+        return None if weights is None else [float(each) for each in weights.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--weights takes numbers such as 1,1,2, not {weights!r}") from error
 
 
 def _pairs(texts: Sequence[str] | None, says: str) -> dict[str, str]:

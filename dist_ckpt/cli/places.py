@@ -112,20 +112,24 @@ def open_every(place: str, options: Sequence[str] | None, metric: str | None) ->
 
 
 def open_target(url: str, options: Sequence[str] | None) -> Run:
-    """Return the run that is copied into.
+    """Return the run that is copied into, or that something new goes into.
 
     Raises:
-        UsageError: it says which checkpoint: a folder of that name could never be named.
+        UsageError: it says which checkpoint: a folder of that name could never be named; or it is a
+            folder of runs, which would be hidden behind a run of that name.
     """
-    check_target(url)
-    return open_run(url, options)
-
-
-def check_target(url: str) -> None:
-    """Check that what is written to is called as a run is; see `open_target`."""
     run, which = split(url)
     if run != url:
         raise UsageError(f"{url}: a checkpoint keeps its step: give the run, {run}, not @{which}")
+    target = open_run(url, options)
+    listed: Any = import_module("dist_ckpt.repository.listed")
+    below = listed.run_below(target.store)
+    if below is not None:
+        raise UsageError(
+            f"{url} is a folder of runs, such as {below}, and no run itself: name one in it, "
+            f"{url.rstrip('/')}/NAME"
+        )
+    return target
 
 
 def check_metric(metric: str | None, *named: str) -> None:

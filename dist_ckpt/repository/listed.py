@@ -358,12 +358,39 @@ def runs_below(
                 _log.warning("%s", error.message)
                 continue
             names = [name[:-1] for name in children if name.endswith("/")]
-            if any(parse_step_dir(name) is not None for name in names):
+            if _has_steps(children):
                 yield f"{store.url}/{folder}".rstrip("/")
             # A run is not looked into: what lies in it is its own.
             elif depth < _DEEP:
                 below += [f"{folder}{name}/" for name in names]
         folders = below
+
+
+_FEW_LISTINGS = 16
+
+
+def run_below(store: Store) -> str | None:
+    """Return the url of a run one folder below a place that is none; None where none is found.
+
+    Only so many folders are looked into that it is cheap on any storage, and none of those that
+    this user may not list.
+    """
+    try:
+        children = store.list_children()
+    except StorageError:
+        return None  # whoever goes on to use the place is told
+    folders = [name for name in children if name.endswith("/")]
+    if "claims/" in folders or _has_steps(folders):
+        return None
+    for folder in folders[:_FEW_LISTINGS]:
+        with suppress(StorageError):
+            if _has_steps(store.list_children(folder)):
+                return f"{store.url}/{folder}".rstrip("/")
+    return None
+
+
+def _has_steps(children: Iterable[str]) -> bool:
+    return any(name.endswith("/") and parse_step_dir(name[:-1]) is not None for name in children)
 
 
 def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:

@@ -424,6 +424,9 @@ class Repository:
         Args:
             looked_for: what else was looked for in vain, for the message.
         """
+        step = named_step(self.store)
+        if step is not None:
+            return self._one_checkpoint(step)
         # One object is enough to tell another place from an empty one.
         if next(iter(self.store.list_entries()), None) is not None:
             besides = f": {looked_for}" if looked_for else ""
@@ -436,6 +439,19 @@ class Repository:
             f"{self.store.url} is no run: there is nothing there, {nothing}; check the path"
             f"{self._similar()}",
             kind=ErrorKind.NO_RUN,
+        )
+
+    def _one_checkpoint(self, step: int) -> NotFound:
+        above, _, name = self.store.url.rpartition("/")
+        # Copied or renamed it is of no run.
+        whose = (
+            f"of the run {above}: to the command line that is {above}@{step}"
+            if parse_step_dir(name) == step
+            else "by itself: export, load and open_checkpoint read it there"
+        )
+        return NotFound(
+            f"{self.store.url} is no run, but the checkpoint of step {step} {whose}",
+            kind=ErrorKind.NO_CHECKPOINT,
         )
 
 

@@ -254,6 +254,12 @@ def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, 
         (["cp", "{}@10", "{}-copy", "--all"], 2, "--all is every"),
         (["cp", "{}@10", "{}-copy@20"], 2, "a checkpoint keeps its step"),
         (["mirror", "{}", "{}-copy@latest"], 2, "a checkpoint keeps its step"),
+        (["cp", "{}@10", "{}/.."], 2, "is a folder of runs"),
+        (["cp", "{}@10", "{}/..", "--parts", "model"], 2, "is a folder of runs"),
+        (["cp", "{}", "{}/..", "--all"], 2, "/../NAME"),
+        (["mirror", "{}", "{}/.."], 2, "is a folder of runs"),
+        (["average", "{}@10", "{}@20", "{}/.."], 2, "is a folder of runs"),
+        (["import", "{}.pt", "{}/.."], 2, "is a folder of runs"),
         (["import", "{}/step-0000000010/manifest.json", "{}-in"], 2, ".safetensors, .pt"),
         (["best", "{}"], 2, "--metric"),
         (["rm", "{}"], 2, "name the checkpoint"),
@@ -332,6 +338,37 @@ WRONG_FOR_EACH = (
     *((name, "{}@20", ("--nonsense",), 2, "No such option") for name in CHECKPOINT_COMMANDS),
     *((name, "{}", ("--nonsense",), 2, "No such option") for name in RUN_COMMANDS),
 )
+
+
+# The others take it: an export and an average read it, rm wants a step, and a sweep finds nothing.
+@pytest.mark.parametrize(
+    "command", sorted({*CHECKPOINT_COMMANDS, *RUN_COMMANDS} - {"export", "average", "rm", "sweep"})
+)
+def test_the_directory_of_a_step_is_named_as_the_checkpoint_of_its_run(
+    shell: Shell, url: str, command: str
+) -> None:
+    more = {**CHECKPOINT_COMMANDS, **RUN_COMMANDS}[command]
+    arguments = [f"{url}/step-0000000010", *(each.format(url) for each in more)]
+    code, _, said = shell.code(command, *arguments)
+    assert code == 11
+    assert f"{url}@10" in said
+
+
+def test_a_step_that_was_copied_by_itself_is_of_no_run(shell: Shell, url: str) -> None:
+    shutil.copytree(f"{url}/step-0000000010", f"{url}-kept")
+    code, _, said = shell.code("show", f"{url}-kept")
+    assert code == 11
+    assert "the checkpoint of step 10 by itself" in said
+    assert "@" not in said
+
+
+def test_a_run_that_has_runs_below_it_is_one_all_the_same(shell: Shell, url: str) -> None:
+    shell.screen("cp", f"{url}@10", f"{url}-copy")
+    shutil.copytree(f"{url}-copy", f"{url}/nested/other")
+    shutil.copytree(f"{url}/claims", f"{url}/nested/claims")
+    # With a claim and nothing committed it is a run, and so is one with a checkpoint.
+    for place in (f"{url}/nested", url):
+        assert shell.code("cp", f"{url}@10", place)[0] == 0
 
 
 @pytest.mark.parametrize(("command", "place", "options", "code", "says"), WRONG_FOR_EACH)
