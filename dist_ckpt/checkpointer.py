@@ -213,7 +213,7 @@ class Checkpointer:
             step: restore exactly this one, with no falling back.
             url: restore from elsewhere, with no falling back: another run, one step directory of
                 it, or what another program wrote; see `dist_ckpt.load`. The run that is taken over
-                is this Checkpointer's own all the same. A step directory of that one is as `step`.
+                is this Checkpointer's own all the same. That is as none, a step of it as `step`.
             discard_newer: give up what is newer than the restored one, with "none" or `url` all of
                 the run: hidden from now on, and deleted after the next commit.
             **options: `strict`, `only`, `skip`, `rename`, `cast`, `device`, `verify`, `exchange`,
@@ -236,7 +236,7 @@ class Checkpointer:
         if self._flags is not None and start == Start() and not options:
             start = self._flags.start
         check_start(start)
-        start = in_own_run(start, self._job.repository.store.url)
+        start = in_own_run(start, self._job.repository.store)
         self._recorder.begin()
         # It may be what is restored. That it failed, or the state is unfit, all hear in the round.
         failed = self._saver.settle(goes_on=True) or self._unfit

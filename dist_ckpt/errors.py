@@ -274,7 +274,8 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: object, known: Iterable[str]) -> str:
     """Return a question that offers the known names most like `name`; empty without any."""
-    found = difflib.get_close_matches(name, list(known), n=3)
+    # Whoever gave something else than a name is told what is known; nothing is like it.
+    found = difflib.get_close_matches(name, list(known), n=3) if isinstance(name, str) else []
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_ckpt.errors import NotFound
-from dist_ckpt.format.names import plain_step
+from dist_ckpt.format.names import check_part, plain_step
 from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.loading.opened import which_of
@@ -194,10 +194,12 @@ def load_weights(
         CheckpointError: the same on every rank; see `Checkpointer.restore`.
     """
     keywords: dict[str, Any] = {**options}
-    if not keywords.get("only"):
+    # What is no name is refused below, where all ranks hear of it.
+    if not keywords.get("only") and isinstance(part, str):
         keywords["only"] = glob.escape(part)  # other parts are neither wanted nor unexpected
 
     def state() -> TrainState:
+        check_part(part)
         weights: ModelPart | TensorsPart
         if isinstance(model, nn.Module):
             weights = ModelPart(model, name=part, passed_over=_NO_WEIGHTS)

@@ -251,9 +251,9 @@ def check_known(
     """
     listed = list(known)
     for name in sorted(keywords.keys() - set(listed)):
-        hint = near(name, [*listed, *besides])
+        others = [*besides]
         # Known elsewhere, but not to this call: nothing is mistyped.
-        hint = "" if f"({name!r}" in hint else hint
+        hint = "" if name in others else near(name, [*listed, *others])
         if _ELSEWHERE.get(name) in listed:
             hint = f" (here it is {_ELSEWHERE[name]}=)"
         raise UsageError(f"unknown option {name!r}{hint}: a {verb} knows {', '.join(listed)}")
@@ -275,7 +275,8 @@ def _device(value: Any) -> torch.device:
     try:
         device: torch.device = torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device {value!r} is none that torch knows: {error}") from error
+        why = str(error).partition("\n")[0]  # behind it all signatures that there are
+        raise UsageError(f"device {value!r} is none that torch knows: {why}") from error
     if device.type == "meta":
         raise UsageError("device='meta' has no memory to load into: give a real one")
     return device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
@@ -109,7 +109,7 @@ def average(
         UsageError: an argument is malformed.
     """
     check_known(options, list(AverageKeywords.__annotations__), besides=_ARGUMENTS, verb="average")
-    if isinstance(sources, str) or len(sources) < 2:
+    if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) < 2:
         raise UsageError("an average is of two checkpoints or more: give a list of them")
     shares = _shares(weights, len(sources))
     choice = _choice(format, options)
@@ -178,7 +178,7 @@ def _place_of(source: AverageSource) -> object:
 def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if weights is None:
         return (1 / count,) * count
-    if len(weights) != count:
+    if not isinstance(weights, Iterable) or len(weights := [*weights]) != count:
         raise UsageError(f"{count} checkpoints have {count} weights, not {weights!r}")
     numbers = [each for each in weights if isinstance(each, int | float)]
     # Rounded once: the shares add up to 1 as nearly as floats can.

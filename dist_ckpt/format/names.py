@@ -188,7 +188,7 @@ def parse_save_id(text: str) -> int | None:
 
 def is_part(name: str) -> bool:
     """Tell whether `name` can be a part of a state: a plain identifier, and not "extra"."""
-    return name != EXTRA and _PART.fullmatch(name) is not None
+    return isinstance(name, str) and name != EXTRA and _PART.fullmatch(name) is not None
 
 
 def check_part(name: str) -> str:

@@ -21,7 +21,7 @@ from dist_ckpt.foreign.detect import FILE_SUFFIXES, looked_for, open_foreign
 from dist_ckpt.foreign.source import ForeignSource
 from dist_ckpt.format.index import Held, TensorEntry
 from dist_ckpt.format.manifest import Manifest
-from dist_ckpt.format.names import check_step, manifest_key, parse_step_dir, plain_step
+from dist_ckpt.format.names import as_integer, check_step, manifest_key, parse_step_dir, plain_step
 from dist_ckpt.loading.fetching import ReadOptions, read_alone
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.options import check_known
@@ -419,7 +419,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         with unless_deleted(self._source):
             return self._source.read_objects(part, rank=0)
 
-    def read_values(self, part: str, *, rank: int = 0) -> dict[str, Any]:
+    def read_values(self, part: str, *, rank: SupportsIndex = 0) -> dict[str, Any]:
         """Return the Python values of a part by name, with the tensors inside them.
 
         Args:
@@ -428,14 +428,16 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
 
         Raises:
             NotFound: there is no such part, or the checkpoint was deleted since it was opened.
+            UsageError: there was no such rank.
             IntegrityError: they are damaged.
             IncompatibleError: a type in them is not registered in this program.
         """
         if part not in self.parts:
             hint = near(part, self.parts)
             raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
+        number = self._rank_of(rank)
         with unless_deleted(self._source):
-            found = self._source.read_objects(part, rank=rank)
+            found = self._source.read_objects(part, rank=number)
         # Only what the values refer to: the other tensors of the part may be of any size.
         inside = {name for data in found.values() for name in references(data, path=part)}
         stored = {name: self[f"{part}/{name}"].read() for name in sorted(inside)}
@@ -444,13 +446,22 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             for name, data in found.items()
         }
 
+    def _rank_of(self, rank: object) -> int:
+        number = as_integer(rank)
+        # Where another program wrote it, all ranks share what there is.
+        count = self.manifest.world_size if self.manifest is not None else None
+        if number is None or number < 0 or (count is not None and number >= count):
+            saved = "" if count is None else f": {self.where} was saved by {count}"
+            raise UsageError(f"rank= is one of the ranks that saved, not {rank!r}{saved}")
+        return number
+
     def __getitem__(self, name: str) -> StoredTensor:
         """Return the tensor called `name`, `part/name`; nothing is read.
 
         Raises:
             NotFound: there is none, a `KeyError` too; offers names like it.
         """
-        number = self._numbers.get(name)
+        number = self._numbers.get(name) if isinstance(name, str) else None
         if number is None:
             hint = near(name, self._numbers)
             raise _NoTensor(f"{self._source.where} has no tensor {name!r}{hint}")
@@ -458,7 +469,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
 
     def __contains__(self, name: object) -> bool:
         # That of `Mapping` would look for names like it, and make an error of them, each time.
-        return name in self._numbers
+        return isinstance(name, str) and name in self._numbers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -582,11 +593,12 @@ def _select(subscript: Subscript, shape: torch.Size) -> list[_Selected]:
 
 
 def _select_one(item: object, size: int) -> _Selected:
-    # `True` is an integer to Python and a mask to torch.
-    if isinstance(item, int) and not isinstance(item, bool):
-        if not -size <= item < size:
-            raise IndexError(f"index {item} of a dimension of size {size}")
-        start = item % size
+    # `True` is an integer to Python and a mask to torch, and a tensor may be one or an index list.
+    number = None if isinstance(item, torch.Tensor) else as_integer(item)
+    if number is not None:
+        if not -size <= number < size:
+            raise IndexError(f"index {number} of a dimension of size {size}")
+        start = number % size
         return _Selected(start, start + 1, 0)
     if isinstance(item, slice):
         start, stop, step = item.indices(size)

@@ -29,6 +29,12 @@ ALIKE = (
 )
 """What to do where a rank does not come to a call."""
 
+_LEFT = (
+    "it closed its Checkpointer or ended by an error, and every rank must make the same calls in "
+    "the same order"
+)
+_LOST = "its connection was lost, it probably died"
+
 _log = logging.getLogger("dist_ckpt")
 
 
@@ -121,25 +127,21 @@ def absence(
         span_seconds: how long was waited for the silent ones.
         hint: what to do about these.
     """
-    why = []
-    if silent:
-        why.append(f"within {span_seconds:g} s{hint}")
-    if left:
-        why.append(
-            f"and rank {ranks_as_text(left)} never will: it closed its Checkpointer or ended by an "
-            "error, and every rank must make the same calls in the same order"
-        )
-    if lost:
-        why.append(
-            f"and rank {ranks_as_text(lost)} never will: its connection was lost, it probably died"
-        )
     causes = {
         **dict.fromkeys(silent, "did not arrive"),
         **dict.fromkeys(left, "left before"),
         **dict.fromkeys(lost, "connection lost"),
     }
+    text = f"{label}: rank {ranks_as_text(causes)} did not arrive"
+    if silent:
+        text += f" within {span_seconds:g} s{hint}"
+    for ranks, why in ((left, _LEFT), (lost, _LOST)):
+        if ranks:
+            # Named again only where others are missing for another reason.
+            who = f", and rank {ranks_as_text(ranks)}" if len(ranks) < len(causes) else " and"
+            text += f"{who} never will: {why}"
     return CoordinationError(
-        f"{label}: rank {ranks_as_text(causes)} did not arrive {', '.join(why)}",
+        text,
         kind=ErrorKind.PEER_ABSENT,
         ranks=causes,
     )

@@ -222,6 +222,8 @@ def materialise(
     kinds = [t.device_mesh.device_type for t in tensors.values() if isinstance(t, DTensor)]
     place = device or torch.device(kinds[0] if kinds else "cpu")
     real: dict[str, torch.Tensor] = {}
+    if device is not None and any(tensor.device.type == "meta" for tensor in tensors.values()):
+        _check_device(device)
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
             key = _meta_key(tensor)
@@ -231,6 +233,16 @@ def materialise(
             tensor = made[key]
         real[name] = tensor
     return real
+
+
+def _check_device(device: torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError(f"device='{device}' has no memory here ({why}): give another") from error
 
 
 def _meta_key(tensor: torch.Tensor) -> object:

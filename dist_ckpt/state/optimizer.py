@@ -377,6 +377,10 @@ def _is_copy(stored: Stored) -> bool:
 # How what is stored of one optimizer fits a live one, and the values that come of it.
 
 
+# Options without which an optimizer of torch is another one; no release adds them to a class.
+_TELLING = frozenset(
+    {"betas", "momentum", "alpha", "rho", "lr_decay", "momentum_decay", "etas", "lambd"}
+)
 _AS_IT_IS: Mapping[str, str] = {}
 
 
@@ -528,6 +532,9 @@ class _OptimizerFit:
         ours = {option for options in live.values() for option in options}
         # Both ways: what only one of them has may be an option of a newer release of the class.
         apart = bool(theirs - ours and ours - theirs)
+        if apart and not self.notes.classes and _TELLING & (theirs ^ ours):
+            has, lacks = (", ".join(sorted(each)) for each in (theirs - ours, ours - theirs))
+            return [f"{self.part}: saved by what has {has} in its groups and not {lacks}, of {cls}"]
         package, _, name = cls.rpartition(".")
         others = []
         for each in sorted(self.notes.classes):

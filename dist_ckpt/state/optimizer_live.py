@@ -452,16 +452,28 @@ def kept_aside(optimizer: Optimizer) -> list[str]:
 
     Its `state_dict` does not tell of these, in torch as little as here.
     """
-    found = []
-    for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups", "defaults") or not isinstance(value, Mapping):
-            continue
-        key, item = next(iter(value.items()), (None, None))
-        items = item.values() if isinstance(item, Mapping) else (item,)
-        if isinstance(key, int | torch.Tensor) and any(isinstance(t, torch.Tensor) for t in items):
-            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            found += [name] if (key if isinstance(key, int) else id(key)) in own else []
-    return found
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if name not in ("state", "param_groups", "defaults") and _is_aside(value, parameters, 3)
+    ]
+
+
+def _is_aside(value: object, parameters: Sequence[torch.Tensor], deepest: int) -> bool:
+    """Tell whether `value` has tensors by parameter, or as many as there are, of their shapes."""
+    if not isinstance(value, Mapping | list | tuple) or not value:
+        return False
+    keys = [*value] if isinstance(value, Mapping) else []
+    items = [*value.values()] if isinstance(value, Mapping) else [*value]
+    tensors = [each for each in items if isinstance(each, torch.Tensor)]
+    own = {id(each) for each in parameters}
+    if any((key if isinstance(key, int) else id(key)) in own for key in keys):
+        inner = (each for item in items if isinstance(item, Mapping) for each in item.values())
+        return bool(tensors) or any(isinstance(each, torch.Tensor) for each in inner)
+    if tensors and [each.shape for each in tensors] == [each.shape for each in parameters]:
+        return not any(id(each) in own for each in tensors)  # else a list of the parameters
+    return deepest > 1 and any(_is_aside(each, parameters, deepest - 1) for each in items)
 
 
 def is_told(optimizer: Any) -> bool:

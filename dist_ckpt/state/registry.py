@@ -159,6 +159,9 @@ def register(
         raise UsageError(f"bad name {name!r}: what begins with {RESERVED!r} is dist_ckpt's own")
     if (encode is None) != (decode is None) and not issubclass(type_, Enum):
         raise UsageError(f"{_label(type_)}: give both encode= and decode=, or neither")
+    for argument, function in (("encode", encode), ("decode", decode)):
+        if function is not None and not callable(function):
+            raise UsageError(f"{_label(type_)}: {argument}= takes a function, not {function!r}")
     own = _own_form(type_) or (None, None)
     to_plain, from_plain = encode or own[0], decode or own[1]
     # Nothing is guessed, not even from __reduce__: what is stored is what `encode` says.

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, get_worker_info
 
 from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.format.names import as_integer
 
 Batch = TypeVar("Batch")
 
@@ -67,34 +68,41 @@ class ElasticSampler:
 
     def __init__(
         self,
-        length: int,
+        length: SupportsIndex,
         *,
-        global_batch: int,
-        rank: int | None = None,
-        world_size: int | None = None,
-        seed: int = 0,
+        global_batch: SupportsIndex,
+        rank: SupportsIndex | None = None,
+        world_size: SupportsIndex | None = None,
+        seed: SupportsIndex = 0,
         shuffle: bool = True,
         drop_last: bool = True,
     ) -> None:
-        if not isinstance(length, SupportsIndex):
+        # Of numpy they would be stored so, and be no position any more.
+        samples = as_integer(length)
+        if samples is None:
             raise UsageError(
                 f"ElasticSampler takes the number of samples, not a {type(length).__qualname__}: "
                 "give it len(dataset)"
             )
-        if global_batch < 1 or length < (global_batch if drop_last else 1):
+        global_batch = _whole("global_batch", global_batch)
+        seed = _whole("seed", seed)
+        for argument, switch in (("shuffle", shuffle), ("drop_last", drop_last)):
+            if not isinstance(switch, bool):
+                raise UsageError(f"{argument} is True or False, not {switch!r}")
+        if global_batch < 1 or samples < (global_batch if drop_last else 1):
             raise UsageError(
-                f"{length} samples make no batch of {global_batch}: lower global_batch"
+                f"{samples} samples make no batch of {global_batch}: lower global_batch"
                 + (", or pass drop_last=False" if drop_last else "")
             )
         if seed < 0:
             raise UsageError(f"seed is {seed}: must not be negative")
-        self.length = length
+        self.length = samples
         self.global_batch = global_batch
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self._rank = rank
-        self._world_size = world_size
+        self._rank = None if rank is None else _whole("rank", rank)
+        self._world_size = None if world_size is None else _whole("world_size", world_size)
         self._epoch = 0
         self._consumed = 0
         self._repeatable = False
@@ -332,6 +340,13 @@ class SeededIndex(int):
     def __reduce__(self) -> tuple[type[SeededIndex], tuple[int, bytes]]:
         """Keep the seed on the way to a worker."""
         return SeededIndex, (int(self), self.seed)
+
+
+def _whole(argument: str, value: SupportsIndex) -> int:
+    number = as_integer(value)
+    if number is None:
+        raise UsageError(f"{argument} is an integer, not {value!r}")
+    return number
 
 
 def seeded(index: int, order: bytes) -> SeededIndex:

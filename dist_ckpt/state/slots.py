@@ -30,6 +30,14 @@ class PerRank:
     value: object
     reshard: Reshard | None = None
 
+    def __post_init__(self) -> None:
+        # Told here: it is asked at another world size alone, after a restart.
+        if self.reshard is not None and not callable(self.reshard):
+            raise UsageError(
+                "reshard= takes a function of (saved, rank, world_size) or None, "
+                f"not {self.reshard!r}"
+            )
+
 
 class Slot(Protocol):
     """A place for one value."""

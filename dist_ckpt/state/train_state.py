@@ -445,6 +445,7 @@ _SHAPES: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"last_epoch", "num_bad_epochs"}), "a learning rate scheduler"),
     (frozenset({"scale", "growth_factor", "_growth_tracker"}), "a GradScaler"),
     (frozenset({"epoch", "consumed", "global_batch", "shuffle"}), "an ElasticSampler"),
+    (frozenset({"metric", "mode", "best_score", "best_step", "looks"}), "an EarlyStopping"),
     (frozenset({"_snapshot", "_steps_since_snapshot"}), "a StatefulDataLoader"),
 )
 _EXTRA = "_extra_state"

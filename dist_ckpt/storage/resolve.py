@@ -54,6 +54,7 @@ def resolve(
         raise UsageError(f"a place is a path, a URL or a Store, not {url!r}")
     text = _checked(text)
     scheme, rest = _split(text)
+    _check_mapping(storage_options)
     store = _open(text, scheme, rest, options=storage_options, single_writer=single_writer)
     # From the inside to the outside.
     if single_writer and not store.capabilities.atomic_create:
@@ -86,20 +87,25 @@ def options_for(
     return None if _split(_checked(text))[0] in _PLAIN else storage_options
 
 
-def check_options_taken(storage_options: object, *places: object) -> None:
+def check_options_taken(storage_options: Mapping[str, Any] | None, *places: object) -> None:
     """Check that the options of a call go to one of its places at least; see `options_for`.
 
     Raises:
         UsageError: they go to none, or are no mapping.
     """
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise UsageError(
-            f"storage_options are a mapping from names to values, not {type(storage_options)}"
-        )
+    _check_mapping(storage_options)
     if storage_options and all(options_for(place, storage_options) is None for place in places):
         raise UsageError(
             f"no place of this call takes storage_options, but it has {sorted(storage_options)}: "
             "leave them out; paths and memory take none, and a Store has its own"
+        )
+
+
+def _check_mapping(storage_options: object) -> None:
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise UsageError(
+            "storage_options are a mapping from names to values, "
+            f"not {type(storage_options).__qualname__}"
         )
 
 

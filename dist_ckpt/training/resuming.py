@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,8 +21,9 @@ from dist_ckpt.errors import (
     UsageError,
 )
 from dist_ckpt.foreign.detect import named_like_one
-from dist_ckpt.format.names import discard_key, parse_step_dir
+from dist_ckpt.format.names import check_step, discard_key, parse_step_dir
 from dist_ckpt.loading.loader import Loader, LoadReport
+from dist_ckpt.loading.opened import place_name
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import on_every_rank
@@ -39,7 +40,7 @@ from dist_ckpt.repository.ranking import Criterion, best_step
 from dist_ckpt.repository.source import reason
 from dist_ckpt.saving.saver import finish_before
 from dist_ckpt.state.train_state import TrainState, main_model, parts_of, stoppers_of
-from dist_ckpt.storage import resolve
+from dist_ckpt.storage import Store, resolve
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.start import Start
 
@@ -216,8 +217,8 @@ class Resumer:
             )
         if report is None and start.must_exist:
             raise NotFound(
-                f"--resume: no checkpoint in {self._job.url} to go on from; give --auto-resume to "
-                "begin where there is none",
+                f"no checkpoint in {self._job.url} to go on from: call restore() alone, or give "
+                "--auto-resume to begin where there is none",
                 kind=ErrorKind.NO_CHECKPOINT,
             )
         if report is None and start.weights is not None:
@@ -410,6 +411,16 @@ def check_start(start: Start) -> None:
             "restore takes 'newest' or 'best' or 'none', or one of step= and url=, not "
             f"{start.which!r}, step={start.step!r}, url={start.place!r}"
         )
+    if start.step is not None:
+        given: object = start.step
+        if isinstance(given, str):
+            raise UsageError(
+                f"step= is a number, not {given!r}: the newest is restored by restore(), the "
+                'best by restore("best")'
+            )
+        check_step(start.step)
+    if start.place is not None:
+        place_name(start.place)  # refuses what is none
     if not isinstance(start.discard_newer, bool):
         raise UsageError(f"discard_newer is True or False, not {start.discard_newer!r}")
     if start.discard_newer and _is_newest(start):
@@ -419,21 +430,39 @@ def check_start(start: Start) -> None:
         )
 
 
-def in_own_run(start: Start, url: str) -> Start:
-    """Return `start` with a step in the place of the directory of that step in the run at `url`.
+def in_own_run(start: Start, store: Store) -> Start:
+    """Return `start` with a step, or the newest, where its place lies in the run of `store` itself.
 
     As something from elsewhere it would be given up itself by `discard_newer`, with all the rest.
+
+    Raises:
+        UsageError: it is the run, and the newest has nothing beyond it to be given up.
     """
-    if not isinstance(start.place, str | Path):
+    place = start.place
+    if place is None:
         return start
-    run, _, name = str(start.place).rstrip("/").rpartition("/")
+    if isinstance(place, Store):
+        # Of two stores in memory the urls may be the same.
+        return _newest_of_own(start) if place is store else start
+    own, there = (_without_links(each.url) for each in (store, resolve(place)))
+    if there == own:
+        return _newest_of_own(start)
+    run, _, name = there.rpartition("/")
     step = parse_step_dir(name)
-    if step is None or not run:
+    if step is None or run != own:
         return start
-    with suppress(CheckpointError):  # whatever it is, it is somewhere else
-        if resolve(run).url == url:
-            return replace(start, step=step, place=None, new_run="")
-    return start
+    return replace(start, step=step, place=None, new_run="")
+
+
+def _newest_of_own(start: Start) -> Start:
+    newest = replace(start, place=None, new_run="", must_exist=True)
+    check_start(newest)
+    return newest
+
+
+def _without_links(url: str) -> str:
+    """Return the url of a store as it is without links in it, where it is a path."""
+    return os.path.realpath(url) if url.startswith("/") else url.rstrip("/")
 
 
 def begins_run(start: Start) -> bool:

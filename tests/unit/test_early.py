@@ -18,7 +18,7 @@ from torch import nn
 
 import dist_ckpt
 from dist_ckpt import Checkpointer, TrainState, keep, policy
-from dist_ckpt.errors import ErrorKind, UsageError
+from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.memory import MemoryStore
 
@@ -270,10 +270,21 @@ PLACES = [None, "", b"runs", 3, ["runs"], ("a", "b"), object(), Thing]
         lambda place: dist_ckpt.load(TrainState(n=1), place),
         lambda place: dist_ckpt.load_weights(nn.Linear(1, 1), place),
         lambda place: dist_ckpt.open_checkpoint(place),
+        lambda place: Checkpointer(new_store(), STATE).restore(url=place or ""),
         lambda place: dist_ckpt.dcp.Writer(place),
         lambda place: dist_ckpt.dcp.Reader(place),
     ],
-    ids=["Checkpointer", "save", "async_save", "load", "load_weights", "open", "Writer", "Reader"],
+    ids=[
+        "Checkpointer",
+        "save",
+        "async_save",
+        "load",
+        "load_weights",
+        "open",
+        "restore",
+        "Writer",
+        "Reader",
+    ],
 )
 def test_a_place_that_is_none(
     place: Any, call: Callable[[Any], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -324,6 +335,86 @@ def test_an_unknown_option_is_told_with_the_nearest(
     error = refused(lambda: call(lambda name: {name: 1}), "unknown")
     assert re.search(rf"did you mean '{near}'", error.message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ranks", "timeout_seconds", "part", "process_group"])
+def test_what_another_call_knows_is_not_taken_for_a_slip(name: str) -> None:
+    options: Any = {name: 1}
+    with Checkpointer(new_store(), STATE, save_last=False) as ckpt:
+        error = refused(lambda: ckpt.restore(**options), f"unknown option '{name}'")
+    assert "did you mean" not in error.message
+
+
+@pytest.mark.parametrize("part", [None, 3, b"model", [], "", "mod*"])
+def test_a_part_has_a_name(part: Any) -> None:
+    store = new_store()
+    dist_ckpt.save({"model": nn.Linear(1, 1)}, store)
+    refused(lambda: dist_ckpt.load_weights(nn.Linear(1, 1), store, part=part), "bad part name")
+    with dist_ckpt.open_checkpoint(store) as opened:
+        for look in (opened.read_values, opened.__getitem__):
+            with pytest.raises(NotFound, match=r"has no (part|tensor)"):
+                look(part)
+        assert opened.get(part) is None
+        assert part not in opened
+
+
+@pytest.mark.parametrize("rank", [1, -1, None, "0", 0.0, True])
+def test_values_are_of_a_rank_that_there_was(rank: Any) -> None:
+    store = new_store()
+    dist_ckpt.save({"seen": dist_ckpt.PerRank([3])}, store)
+    with dist_ckpt.open_checkpoint(store) as opened:
+        assert list(opened.read_values("seen", rank=np.int64(0)).values()) == [[3]]
+        refused(lambda: opened.read_values("seen", rank=rank), "one of the ranks that saved")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"global_batch": None}, "global_batch is an integer, not None"),
+        ({"global_batch": 2.0}, "global_batch is an integer, not 2.0"),
+        ({"seed": "0"}, "seed is an integer, not '0'"),
+        ({"seed": float("nan")}, "seed is an integer, not nan"),
+        ({"rank": "0"}, "rank is an integer, not '0'"),
+        ({"world_size": 1.5}, "world_size is an integer, not 1.5"),
+        ({"shuffle": 1}, "shuffle is True or False, not 1"),
+        ({"drop_last": "no"}, "drop_last is True or False, not 'no'"),
+    ],
+)
+def test_a_bad_argument_of_a_sampler(arguments: dict[str, Any], match: str) -> None:
+    refused(lambda: dist_ckpt.ElasticSampler(8, **{"global_batch": 2, **arguments}), match)
+    sampler = dist_ckpt.ElasticSampler(np.int64(8), global_batch=np.int64(2), seed=np.int64(1))
+    assert len(sampler) == 4
+    assert all(type(each) in (int, bool) for each in sampler.state_dict().values())
+
+
+def test_a_hook_and_an_encoder_are_functions() -> None:
+    hook: Any = "reshard"
+    refused(lambda: dist_ckpt.PerRank(1, reshard=hook), "reshard= takes a function")
+    for name in ("encode", "decode"):
+        functions: Any = {"encode": str, "decode": str, name: 3}
+        call = lambda: dist_ckpt.register_type(Thing, name="early-thing", **functions)  # noqa: B023, E731
+        refused(call, f"{name}= takes a function, not 3")
+
+
+def test_counts_of_an_early_stopping_are_a_copy() -> None:
+    counts = dist_ckpt.EarlyStopping("val/loss", patience=2).state_dict()
+    refused(lambda: TrainState(n=1, stopper=counts), "Give the EarlyStopping itself")
+
+
+def test_options_of_a_store_are_by_name() -> None:
+    options: Any = 3
+    refused(lambda: dist_ckpt.Run("unused", storage_options=options), "storage_options are a map")
+
+
+def test_a_device_without_memory_here_is_named() -> None:
+    store = new_store()
+    dist_ckpt.save({"model": nn.Linear(1, 1)}, store)
+    device = "xpu" if torch.cuda.is_available() else "cuda"
+    model = nn.Linear(1, 1, device="meta")
+    refused(
+        lambda: dist_ckpt.load_weights(model, store, device=device), f"device='{device}' has no mem"
+    )
+    assert model.weight.is_meta
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])

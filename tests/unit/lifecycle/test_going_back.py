@@ -16,6 +16,7 @@ from dist_ckpt.errors import (
     ErrorKind,
     FencedError,
     IntegrityError,
+    NotFound,
     StorageError,
     UsageError,
 )
@@ -394,6 +395,38 @@ def test_a_step_directory_of_the_run_itself_is_that_step(
     with Checkpointer(tmp_path / "other", state(), every_steps=1) as ckpt:
         assert ckpt.restore(url=places[0]) == 1
         ckpt.step(1)
+
+
+def test_the_run_itself_as_a_place_is_its_newest(tmp_path: Path) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(run)
+    for place in (run, f"{run}/", f"file://{run}", link):
+        ckpt = Checkpointer(run, state(), every_steps=1)
+        with ckpt, pytest.raises(NotFound, match=r"no checkpoint in .* to go on from"):
+            ckpt.restore(url=place)
+    run_of(LocalStore(run), 1, 2, 3)
+    for place in (run, f"{run}/", f"file://{run}", link, link / "step-0000000003"):
+        with Checkpointer(run, state(), every_steps=1) as ckpt:
+            assert ckpt.restore(url=place) == 3
+            with pytest.raises(UsageError, match="nothing is newer than the newest"):
+                ckpt.restore(url=run, discard_newer=True)
+    with Checkpointer(run, state(), every_steps=1) as ckpt:
+        assert ckpt.restore(url=link / "step-0000000002", discard_newer=True) == 2
+        ckpt.step(4)
+    assert Repository(LocalStore(run)).steps() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("step", ["best", "2", 1.5, -1, True, [2]])
+@pytest.mark.parametrize("discard_newer", [False, True])
+def test_what_is_no_step_is_refused_before_what_is_newer(
+    store: MemoryStore, step: Any, *, discard_newer: bool
+) -> None:
+    run_of(store, 1, 2, 3)
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        with pytest.raises(UsageError, match=r"bad step|step= is a number") as caught:
+            ckpt.restore(step=step, discard_newer=discard_newer)
+        assert ('restore("best")' in str(caught.value)) == isinstance(step, str)
+    assert Repository(store).steps() == [1, 2, 3]
 
 
 def test_the_status_is_not_that_of_what_was_given_up(store: MemoryStore) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +108,12 @@ def test_any_slice_is_what_torch_would_have_given(
 def test_other_subscripts_say_what_to_do(subscript: Any, opened: OpenedCheckpoint) -> None:
     with pytest.raises(UsageError, match=r"flip what was read|read\(\) it first"):
         opened["model/cube"][subscript]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.array])
+def test_an_integer_may_be_of_numpy(kind: Any, opened: OpenedCheckpoint) -> None:
+    stored = opened["model/cube"]
+    assert torch.equal(stored[kind(1), ..., kind(-1)], stored.read()[1, ..., -1])
 
 
 def test_a_slice_reads_its_range_only(run: Path) -> None:

@@ -618,12 +618,48 @@ class Aside(torch.optim.SGD):
         self.by = by
         self.buffers: dict[Any, Any] = {}
         self.seen = {0: "no tensor"}
+        self.mine = [p for group in self.param_groups for p in group["params"]]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.buffers[self.by(parameter)] = {"average": parameter.detach().clone()}
         super().step(closure)
+
+
+class InOrder(Aside):
+    """Keeps them in the order of the parameters."""
+
+    def __init__(self, parameters: Any, by: Callable[[list[torch.Tensor]], Any]) -> None:
+        super().__init__(parameters, id)
+        self.arrange = by
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.buffers = self.arrange([torch.zeros_like(parameter) for parameter in self.mine])
+        torch.optim.SGD.step(self, closure)
+
+
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [
+        (list, True),
+        (tuple, True),
+        (lambda made: {"first": made, "second": made}, True),
+        (lambda made: {str(number): each for number, each in enumerate(made)}, True),
+        (lambda made: [{"second": made}], True),
+        (lambda made: [each.new_zeros(3) for each in made], False),
+        (lambda made: {"shapes": [each.shape for each in made]}, False),
+        (lambda made: [[], {}], False),
+    ],
+)
+def test_and_so_are_those_in_the_order_of_the_parameters(
+    by: Callable[[list[torch.Tensor]], Any], caplog: pytest.LogCaptureFixture, *, told: bool
+) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = InOrder(model.parameters(), by)
+    optimizer.step()
+    dist_ckpt.save({"model": model, "optimizer": optimizer}, MemoryStore(f"unit-aside-{id(model)}"))
+    assert ("InOrder keeps tensors of its parameters in buffers" in caplog.text) == told
 
 
 class TellsAside(Aside):

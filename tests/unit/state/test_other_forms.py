@@ -230,6 +230,34 @@ def test_numbers_beside_names_are_refused(groups: list[list[Any]]) -> None:
         part.targets(stored)
 
 
+@pytest.mark.parametrize("write", [by_writer, by_stock, by_torch])
+@pytest.mark.parametrize("form", [flat, named, numbered])
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        (AdamW, SGD),
+        (SGD, AdamW),
+        (AdamW, torch.optim.RMSprop),
+        (torch.optim.NAdam, torch.optim.Adam),
+        (torch.optim.Adam, torch.optim.NAdam),
+        (torch.optim.Adagrad, torch.optim.Adadelta),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_by_its_options(
+    write: Any, form: Any, kind: Any, other: Any, tmp_path: Path
+) -> None:
+    source = one(kind)
+    torch.optim.lr_scheduler.CyclicLR(source[1], 0.1, 0.2, cycle_momentum=False)
+    step(*source)
+    place = write(form(*source), tmp_path)
+    model, optimizer = one(other, seed=1)
+    with pytest.raises(IncompatibleError, match=r"of another kind: optimizer: saved by what has"):
+        dist_ckpt.load({"model": model, "optimizer": optimizer, "rng": None}, place)
+    target = one(kind, seed=1)  # which has none of the options that a scheduler adds
+    dist_ckpt.load({"model": target[0], "optimizer": target[1], "rng": None}, place)
+    assert alike(kept(*target), kept(*source))
+
+
 def test_names_beside_the_numbers_are_gone_by(tmp_path: Path) -> None:
     model = net()
     optimizer = AdamW(model.named_parameters())

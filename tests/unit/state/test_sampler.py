@@ -309,7 +309,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 def test_a_dataset_is_not_its_length() -> None:
     with pytest.raises(UsageError, match=r"not a Numbers: give it len\(dataset\)"):
         ElasticSampler(Numbers(8), global_batch=2)  # type: ignore[arg-type]
-    assert ElasticSampler(np.int64(8), global_batch=2).length == 8  # type: ignore[arg-type]
+    assert ElasticSampler(np.int64(8), global_batch=2).length == 8
 
 
 @pytest.mark.parametrize(
