@@ -39,10 +39,13 @@ class LimitStore(StoreWrapper):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(inner)
-        if max_concurrent is not None and max_concurrent < 1:
-            raise UsageError(f"max_concurrent must be at least 1, not {max_concurrent}")
-        if max_bytes_per_second is not None and not max_bytes_per_second > 0:
-            raise UsageError(f"max_bytes_per_second must be above 0, not {max_bytes_per_second}")
+        if max_concurrent is not None and not (type(max_concurrent) is int and max_concurrent > 0):
+            raise UsageError(
+                f"max_concurrent must be at least 1, a whole number, not {max_concurrent!r}"
+            )
+        rate = max_bytes_per_second
+        if rate is not None and not (type(rate) in (int, float) and rate > 0):
+            raise UsageError(f"max_bytes_per_second must be a number above 0, not {rate!r}")
         self._most = max_concurrent
         self._rate = max_bytes_per_second
         self._clock = clock

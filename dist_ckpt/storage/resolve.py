@@ -55,6 +55,9 @@ def resolve(
     text = _checked(text)
     scheme, rest = _split(text)
     _check_mapping(storage_options)
+    for name, switch in (("single_writer", single_writer), ("read_only", read_only)):
+        if not isinstance(switch, bool):
+            raise UsageError(f"{name} is True or False, not {switch!r}")
     store = _open(text, scheme, rest, options=storage_options, single_writer=single_writer)
     # From the inside to the outside.
     if single_writer and not store.capabilities.atomic_create:

@@ -232,3 +232,20 @@ def test_a_path_from_a_directory_that_was_deleted_is_refused(
     with pytest.raises(UsageError, match="was deleted, so the path 'run' leads nowhere"):
         resolve("run")
     assert resolve(tmp_path / "run").url == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_concurrent": "8"}, "max_concurrent must be at least 1, a whole number, not '8'"),
+        ({"max_concurrent": 1.5}, "max_concurrent must be at least 1, a whole number, not 1.5"),
+        ({"max_concurrent": True}, "max_concurrent must be at least 1, a whole number, not True"),
+        ({"max_bytes_per_second": "1MB"}, "max_bytes_per_second must be a number above 0"),
+        ({"max_bytes_per_second": float("nan")}, "max_bytes_per_second must be a number above 0"),
+        ({"single_writer": "no"}, "single_writer is True or False, not 'no'"),
+        ({"read_only": None}, "read_only is True or False, not None"),
+    ],
+)
+def test_options_of_another_kind_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        resolve("unused", **options)
