@@ -129,7 +129,8 @@ class Resumer:
         if start.new_run or (claims and not _is_newest(start)):
             # Before the claim: whoever is refused has taken the run from nobody.
             newest = self._ask(
-                "newer",
+                # Two names, so that ranks of which only some give up find out here.
+                "given up" if start.discard_newer else "newer",
                 lambda: self._newer(origin),
                 failed,
                 kind=_Newer,

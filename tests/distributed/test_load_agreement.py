@@ -165,3 +165,28 @@ def test_one_outcome_for_all_ranks(tmp_path: Path) -> None:
     assert "nothing was changed" in errors["wider"][1]
     assert "rank 1 will not have it" in errors["late"][1]
     assert "may be partly restored" in errors["late"][1]
+
+
+def going_back_on_some(root: str, giver: int) -> list[object]:
+    """Go back on all ranks, where one alone gives up what is newer; return what each was told."""
+    state = {"progress": {"at": 0}}
+    with dist_ckpt.Checkpointer(root, state, every_steps=1, timeout_seconds=60) as ckpt:
+        ckpt.restore()
+        for step in (1, 2, 3):
+            state["progress"]["at"] = step
+            ckpt.step(step)
+        told = fails(lambda: ckpt.restore(step=1, discard_newer=dist.get_rank() == giver))
+        at = state["progress"]["at"]
+        # Nothing was given up, and all of them may go on together.
+        return [*told, at, ckpt.restore()]
+
+
+@pytest.mark.parametrize("giver", [0, 1])
+def test_all_ranks_give_up_or_none(tmp_path: Path, giver: int) -> None:
+    found = run_ranks(2, going_back_on_some, str(tmp_path), giver)
+    for kind, message, at, newest in found:
+        assert kind == "UsageError"
+        assert "the ranks make different calls" in message
+        assert f"restore(step=1, discard_newer=True) on rank {giver}" in message
+        assert f"restore(step=1) on rank {1 - giver}" in message
+        assert (at, newest) == (3, 3)
