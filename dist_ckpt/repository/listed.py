@@ -408,6 +408,7 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
     except CheckpointError:
         return ""
     # A run is a folder: files beside it are no names that were meant.
-    folders = [child[:-1] for child in children if child.endswith("/")]
+    # Nor is this one: it may be a run that has no checkpoint yet.
+    folders = [child[:-1] for child in children if child.endswith("/") and child[:-1] != name]
     # Behind an `@` stands which checkpoint, for who knows it by the commands.
     return near(name, folders) or near(name.rpartition("@")[0], folders)

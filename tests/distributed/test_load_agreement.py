@@ -167,7 +167,7 @@ def test_one_outcome_for_all_ranks(tmp_path: Path) -> None:
     assert "may be partly restored" in errors["late"][1]
 
 
-def going_back_on_some(root: str, giver: int) -> list[object]:
+def going_back_on_some(root: str, giver: int) -> list[Any]:
     """Go back on all ranks, where one alone gives up what is newer; return what each was told."""
     state = {"progress": {"at": 0}}
     with dist_ckpt.Checkpointer(root, state, every_steps=1, timeout_seconds=60) as ckpt:

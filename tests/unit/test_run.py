@@ -35,6 +35,7 @@ from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import INDEX, REMOVED, manifest_key, step_dir
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.history import EpochNote, put_epoch_note
+from dist_ckpt.repository.listed import similar_beside
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.storage.base import Capabilities, Entry, Store, read_all, temporary_name
 from dist_ckpt.storage.local import LocalStore
@@ -491,6 +492,12 @@ def test_nothing_is_swept_by_age_where_storage_tells_none(store: MemoryStore) ->
     with pytest.raises(UsageError, match="sweep without an age"):
         Run(Ageless(store, [])).sweep(older_than=timedelta(days=2))
     assert Run(store).leftovers() == [left]
+
+
+def test_a_run_that_began_while_it_was_looked_for_is_not_like_itself(tmp_path: Path) -> None:
+    dist_ckpt.save({"n": 1}, tmp_path / "run-17")
+    assert similar_beside(str(tmp_path / "run-17"), None) == ""
+    assert "'run-17'" in similar_beside(str(tmp_path / "run-71"), None)
 
 
 def test_a_listing_costs_two_looks_a_checkpoint(tmp_path: Path) -> None:
