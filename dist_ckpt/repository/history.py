@@ -94,6 +94,15 @@ class Record:
             save_id=manifest.save_id,
         )
 
+    def knows(self, note: EpochNote) -> bool:
+        """Whether all that `note` says was said before."""
+        said = (self.metrics.get(name, "") for name in note.metrics)
+        # Not equal to itself is NaN, which is the same when it is told again.
+        alike = (
+            a == b or (a != a and b != b) for a, b in zip(said, note.metrics.values(), strict=True)
+        )
+        return note.epoch in (None, self.epoch) and all(alike)
+
 
 def _seconds(value: object) -> float | None:
     """Return a time that a run can have trained, None for what is none."""

@@ -634,7 +634,8 @@ class Housekeeping:
         store = self._job.repository.store
         try:
             record = self._history.of(step)
-            if record is not None:  # else its save failed, and that is told elsewhere
+            # No record: its save failed, and that is told elsewhere.
+            if record is not None and not record.knows(note):
                 put_epoch_note(store, step, record.save_id, note)
                 self._retain(step)
         except Exception as error:  # a policy of the user may raise anything

@@ -140,7 +140,7 @@ class Recorder:
         self.course.tell(step, epoch, metrics, kind="steps" if epoch is None else "epochs")
         self.heartbeat.pulse.tell(step)
         if self.course.is_done(step):
-            if epoch is not None and step == self.course.saved_step:
+            if epoch is not None and step == self.course.stored_step:
                 self._saver.note_late(step, epoch, metrics)
             return None
         if verdict.reason:
@@ -176,7 +176,7 @@ class Recorder:
                     self._job.url,
                     ", ".join(metadata),
                 )
-            if metrics and step == self.course.saved_step:
+            if metrics and step == self.course.stored_step:
                 self._saver.note_late(step, None, metrics)
             return done
         self.begin()
@@ -336,9 +336,10 @@ class Course:
         return self._told_step
 
     @property
-    def saved_step(self) -> int | None:
-        """The step that was saved last."""
-        return self._saved
+    def stored_step(self) -> int | None:
+        """The step that was saved last, or else restored: what is told now may be of that."""
+        restored = None if self._restored is None else self._restored.step
+        return restored if self._saved is None else self._saved
 
     @property
     def unsaved(self) -> ToldStep | None:

@@ -81,7 +81,7 @@ def test_a_training_begins_from_it(run: Path, tmp_path: Path) -> None:
 
 def test_it_is_no_run(run: Path, tmp_path: Path) -> None:
     place = copied(run, tmp_path / "best")
-    with pytest.raises(NotFound, match="no committed checkpoint"):
+    with pytest.raises(NotFound, match="no run, but the checkpoint of step 20 by itself"):
         dist_ckpt.load(state(), place, step="best", metric=LOSS)
     with pytest.raises(UsageError, match="give the run"):
         dist_ckpt.load(state(), run / STEP, step="best", metric=LOSS)

@@ -311,6 +311,29 @@ def test_metrics_of_a_step_that_is_done_are_noted(store: MemoryStore) -> None:
     assert (record.metrics, record.epoch) == ({LOSS: 1.5}, None)
 
 
+def test_metrics_of_a_step_that_was_restored_are_noted(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed between the last save of an epoch and its evaluation, which the restart makes up."""
+    run_of(store, 1, 2)
+    with Checkpointer(store, state(), when=policy.every(epochs=1)) as ckpt:
+        assert ckpt.restore() == 2
+        ckpt.epoch_end(1, step=2, metrics={LOSS: 0.5})
+    (record,) = (each for each in Repository(store).records() if each.step == 2)
+    assert (record.epoch, record.metrics[LOSS]) == (1, 0.5)
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.restore()
+        ckpt.save(2, metrics={LOSS: 0.5})
+    assert warnings(caplog) == [], "all of that is known"
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.restore()
+        ckpt.save(2, metrics={LOSS: 0.25})
+    (said,) = warnings(caplog)
+    assert "noting metrics of step 2" in said
+    assert Repository(store).records()[-1].metrics == {LOSS: 0.5}
+
+
+
 def test_a_save_that_failed_is_not_done(store: MemoryStore) -> None:
     failing = FaultyStore(store, [Rule("put", Fail(OSError("once")), key="step-*", nth=1)])
     with Checkpointer(failing, state()) as ckpt:
