@@ -29,10 +29,11 @@ ENVIRONMENT = {
     # c10d asks the resolver for the name of every peer, for its log: without a name server in
     # reach each question would cost 5 s.
     "RES_OPTIONS": "timeout:1 attempts:1",
-    # Otherwise torchrun gives restarted workers the store of those before them, where they find
-    # the addresses of dead processes (pytorch issue 135712; torch 2.13 still does).
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+# Otherwise torchrun gives restarted workers the store of those before them, where they find the
+# addresses of dead processes (pytorch issue 135712; torch 2.13 still does). Only where workers are
+# restarted: torchrun looks for a free port then, which may be taken when rank 0 listens there.
+RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 _TAIL_LINES = 40
 
 
@@ -97,6 +98,11 @@ class Phase:
         """What torchrun and the workers printed."""
         return self.folder / "output.txt"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it needs beside `ENVIRONMENT`."""
+        return {} if self.kill_at is None else RESTARTING
+
     def command(self, training: Sequence[str]) -> list[str]:
         """Return the command line; `training` are options of `train_gpt.py` for all phases."""
         restarts = 0 if self.kill_at is None else 1
@@ -123,7 +129,7 @@ class RunningPhase:
             self.process = subprocess.Popen(
                 phase.command(training),
                 cwd=ROOT,
-                env={**ENVIRONMENT, **os.environ},
+                env={**ENVIRONMENT, **phase.environment, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ from examples.demo_parts.launch import (
     DEADLINE_SECONDS,
     ENVIRONMENT,
     GRACE_SECONDS,
+    RESTARTING,
     ROOT,
     PhaseFailed,
 )
@@ -74,7 +75,12 @@ class TwoHosts:
             self.agents[number] = subprocess.Popen(
                 host.command(self.command(host, doomed=doomed)),
                 cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": host.interface},
+                env={
+                    **os.environ,
+                    **ENVIRONMENT,
+                    **RESTARTING,
+                    "GLOO_SOCKET_IFNAME": host.interface,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

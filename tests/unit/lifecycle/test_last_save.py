@@ -333,7 +333,6 @@ def test_metrics_of_a_step_that_was_restored_are_noted(
     assert Repository(store).records()[-1].metrics == {LOSS: 0.5}
 
 
-
 def test_a_save_that_failed_is_not_done(store: MemoryStore) -> None:
     failing = FaultyStore(store, [Rule("put", Fail(OSError("once")), key="step-*", nth=1)])
     with Checkpointer(failing, state()) as ckpt:
