@@ -158,7 +158,7 @@ class Recorder:
             own: whether it is of the run itself.
         """
         self.course.restored(report, own=own, refusal=self._resumer.refusal)
-        self.pace.restored = True
+        self.pace.best = None
         self.heartbeat.restored(report if own else None, looks_back=self.course.leads)
         self._saver.look_around()
         self._saver.prewarm()  # optimizers may have their state only now

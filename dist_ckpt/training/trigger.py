@@ -116,7 +116,8 @@ class SaveTrigger:
         out_of_time: whether no save was begun for it, because there was no time left for one.
         note: where it is written down what arrives from outside.
         decisions: what rank 0 has decided, as far as this rank has heard and it is not over.
-        restored: set when the state became that of a checkpoint: the best is looked for anew.
+        best: by criterion the best value, on rank 0; None where it is to be looked for, as at the
+            start and when another state was restored.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class SaveTrigger:
         self._outlook = outlook
         self._find_best = best
         # Rank 0: the best so far; of what is stored for certain; of the save that was begun last.
-        self._best: dict[Criterion, float] | None = None
+        self.best: dict[Criterion, float] | None = None
         self._stored: dict[Criterion, float] = {}
         self._begun: dict[Criterion, float] = {}
         self._told_values: dict[Criterion, float] = {}
@@ -165,7 +166,6 @@ class SaveTrigger:
         self.decisions = _Decisions(0 if self._at_once else 1, {})
         self.signaled = ""
         self.out_of_time = False
-        self.restored = False
 
     @property
     def exit_code(self) -> int:
@@ -215,10 +215,10 @@ class SaveTrigger:
             lost: whether the one before failed: what was best in it is not stored.
             begun: whether this one was: else it counts as made, so that the next one is when due.
         """
-        if self._best is not None and not self.restored:
+        if self.best is not None:
             self._stored = self._stored if lost else self._better(self._stored, self._begun)
             self._begun = self._told_values if begun else {}
-            self._best = self._better(self._stored, self._begun)
+            self.best = self._better(self._stored, self._begun)
         self._saved_at = time.monotonic()
         self.out_of_time = False
         self._forget()
@@ -273,23 +273,23 @@ class SaveTrigger:
     def _decided(self, moment: Moment, metrics: Metrics, call: int) -> _Entry:
         names = {criterion.metric for criterion in self._criteria}
         watched = as_numbers({n: value for n, value in metrics.items() if n in names})
-        if self._best is None or self.restored:
+        if self.best is None:
             # What was told before a restore is of another state, and what was best may be given up.
-            self.restored, self._begun = False, {}
+            self._begun = {}
             self._stored = dict(self._find_best(self._criteria)) if self._criteria else {}
-            self._best = self._stored
+            self.best = self._stored
         known = replace(
             moment,
             metrics=watched,
             seconds=time.monotonic() - self._saved_at,
-            best=self._best,
+            best=self.best,
         )
         known = self._with_signal(known, call)
         reasons = [reason for each in self._shared if (reason := each.due(known))]
         self._told_values = {
             each: watched[each.metric] for each in self._criteria if each.metric in watched
         }
-        self._best = self._better(self._best, self._told_values)
+        self.best = self._better(self.best, self._told_values)
         heeding = [each for each in self._endings if each.heeds(known.signal)]
         held = next(filter(None, (each.lacks_time(known) for each in heeding)), "")
         left = [each.left_seconds(known) for each in heeding]
