@@ -16,8 +16,9 @@ said at `Scope`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.names import as_integer
@@ -35,6 +36,7 @@ from dist_ckpt.repository.ranking import Criterion, Mode
 
 __all__ = [
     "Better",
+    "Counted",
     "Moment",
     "SavePolicy",
     "Scope",
@@ -52,8 +54,23 @@ __all__ = [
 ]
 
 
+Counted: TypeAlias = Literal["steps", "epochs"]
+"""What a policy has numbers of."""
+
+
+class _Counting(Composable, ABC):
+    """Base of what is due at numbers of its own: a loop may tell none of them."""
+
+    __slots__ = ()
+    counts: ClassVar[Counted] = "steps"
+
+    @abstractmethod
+    def jumped(self, previous: int, now: int) -> bool:
+        """Whether this is due between two numbers, the one told after the other, and not now."""
+
+
 @dataclass(frozen=True, slots=True)
-class _EverySteps(Composable):
+class _EverySteps(_Counting):
     steps: int
 
     def __str__(self) -> str:
@@ -64,10 +81,14 @@ class _EverySteps(Composable):
         due = moment.epoch is None and moment.step % self.steps == 0
         return f"every {self.steps} steps" if due else None
 
+    def jumped(self, previous: int, now: int) -> bool:
+        return _jumps_multiple(self.steps, previous, now)
+
 
 @dataclass(frozen=True, slots=True)
-class _EveryEpochs(Composable):
+class _EveryEpochs(_Counting):
     epochs: int
+    counts: ClassVar[Counted] = "epochs"
 
     def __str__(self) -> str:
         return f"policy.every(epochs={self.epochs})"
@@ -76,6 +97,9 @@ class _EveryEpochs(Composable):
         # Where no epoch ends there is nothing to count.
         due = moment.epoch is not None and moment.epoch % self.epochs == 0
         return f"end of epoch {moment.epoch}" if due else None
+
+    def jumped(self, previous: int, now: int) -> bool:
+        return _jumps_multiple(self.epochs, previous, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +116,7 @@ class _EverySeconds(Composable):
 
 
 @dataclass(frozen=True, slots=True)
-class _At(Composable):
+class _At(_Counting):
     steps: frozenset[int]
     reason: str
 
@@ -104,6 +128,9 @@ class _At(Composable):
 
     def due(self, moment: Moment) -> str | None:
         return self.reason if moment.step in self.steps else None
+
+    def jumped(self, previous: int, now: int) -> bool:
+        return now not in self.steps and any(previous < step < now for step in self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +247,24 @@ def counted(policy: SavePolicy) -> set[str]:
     return {name for name, kind in kinds.items() if any(isinstance(each, kind) for each in found)}
 
 
-def passed_over(policy: SavePolicy, *, previous: int, step: int) -> SavePolicy | None:
-    """Return the member of `policy` that was due between two told steps, and at neither."""
+def passed_over(policy: SavePolicy, *, previous: int, now: int, of: Counted) -> SavePolicy | None:
+    """Return the member of `policy` that was due between two numbers told, and at neither.
+
+    Args:
+        policy: what was asked at both.
+        previous: the number told before.
+        now: the one told now.
+        of: what they are numbers of.
+    """
     for each in members(policy):
-        # A multiple lies behind `previous`: unless that is `step` itself nobody asked about it.
-        if isinstance(each, _EverySteps) and step // each.steps > previous // each.steps:
-            return each if step % each.steps else None
+        if isinstance(each, _Counting) and each.counts == of and each.jumped(previous, now):
+            return each
     return None
+
+
+def _jumps_multiple(apart: int, previous: int, now: int) -> bool:
+    # A multiple lies behind `previous`: unless that is `now` nobody asked about it.
+    return now // apart > previous // apart and now % apart != 0
 
 
 def _steps(steps: tuple[int, ...]) -> frozenset[int]:

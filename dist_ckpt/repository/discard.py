@@ -203,3 +203,15 @@ def left_behind(url: str, origin: int | None, newer: Sequence[int]) -> UsageErro
         "takes nothing over, and rollback() restores the best model alone",
         kind=ErrorKind.STEP_BEHIND,
     )
+
+
+def gone_back_past(url: str, step: int) -> UsageError:
+    """Return the error of a training that would go on from what was given up in the run `url`."""
+    return UsageError(
+        f"step {step} in {url} was given up by a training that went back: it is hidden, a restart "
+        "would not go on from it, and it is deleted after the next commit. To go on from it after "
+        f"all, delete the object in {DISCARDS}/ whose `after` is below {step} (the log named it "
+        "then), and it is listed again; to keep both, copy it and begin another run from the copy "
+        f"by restore(url=...); only to look, dist_ckpt.load(state, url, step={step}) reads it",
+        kind=ErrorKind.STEP_BEHIND,
+    )

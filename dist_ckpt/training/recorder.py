@@ -32,7 +32,7 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.format.names import parse_save_id
 from dist_ckpt.loading.loader import LoadReport
-from dist_ckpt.policy import SavePolicy, counted, passed_over
+from dist_ckpt.policy import Counted, SavePolicy, counted, passed_over
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.repository import status
@@ -326,6 +326,8 @@ class Course:
         self._newest = -1
         self._kinds: set[str] = set()
         self._told_step: int | None = None
+        # What was told last of what policies count; a restored state stands after its step.
+        self._numbers: dict[Counted, int] = {}
         self._said: set[str] = set()
         self.leads = False
         self._refusal: UsageError | None = None
@@ -388,17 +390,15 @@ class Course:
                 "call step() after each step, or save by when=policy.every(epochs=1)",
             )
         self._kinds.add(kind)
-        last = self._told_step
-        # Asked of integers alone: whatever else was told as a step is refused elsewhere.
-        if kind == "steps" and isinstance(last, int) and isinstance(step, int) and step > last + 1:
-            missed = passed_over(self._when, previous=last, step=step)
-            if missed is not None:
-                self._say(
-                    "passed over",
-                    f"{missed} of {self._url} saves at its multiples, and none of the steps from "
-                    f"{last} to {step} that were told is one: tell each step, or choose a number "
-                    "that the steps told come to",
-                )
+        numbers: dict[Counted, int | None] = {"steps": step, "epochs": epoch}
+        for of, number in numbers.items():
+            # Whatever else was told as a step is refused elsewhere.
+            if isinstance(number, int):
+                last = self._numbers.get(of, number)
+                self._numbers[of] = number
+                # Who saves by hand means that very step.
+                if number > last + 1 and kind != "saves":
+                    self._tell_jumped(of, last, number)
         if self.leads:
             self._watched.tell(step, metrics.keys(), epoch_over=epoch is not None)
         if kind != "epochs":
@@ -406,6 +406,16 @@ class Course:
         self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
         error = sys.exception()
         self._handled = None if error is None else id(error)
+
+    def _tell_jumped(self, of: Counted, last: int, now: int) -> None:
+        missed = passed_over(self._when, previous=last, now=now, of=of)
+        if missed is not None:
+            self._say(
+                "passed over",
+                f"{missed} of {self._url} was due between, and at none of the {of} from {last} to "
+                f"{now} that were told: no save is made for it. Tell each, or choose numbers that "
+                "those told come to",
+            )
 
     def save_begun(self, step: int, handle: SaveHandle) -> None:
         """Take note of a save."""
@@ -426,7 +436,10 @@ class Course:
         # Steps behind the restored one are taken again, and what comes of them is saved again.
         self._done.clear()
         self._restored = report if own else None
-        self._saved, self._newest = None, -1 if self._restored is None else self._restored.step
+        self._saved, self._newest = None, -1
+        self._numbers.clear()
+        if self._restored is not None:
+            self._newest = self._numbers["steps"] = self._restored.step
 
     @contextmanager
     def replaced(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from dist_ckpt.loading.opened import place_name
 from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders, meet
 from dist_ckpt.ranks.rounds import on_every_rank
-from dist_ckpt.repository.discard import check_first_start, left_behind
+from dist_ckpt.repository.discard import check_first_start, gone_back_past, left_behind
 from dist_ckpt.repository.history import (
     History,
     Record,
@@ -52,10 +52,17 @@ _log = logging.getLogger("dist_ckpt")
 
 @decodable
 class _Newer(msgspec.Struct, frozen=True):
-    """What a folder has beyond a step: all steps, and those that are pinned."""
+    """What a folder has beyond a step: all steps, and those that are pinned.
+
+    Attributes:
+        steps: ascending.
+        pinned: those of them.
+        hidden: whether that step itself is there, and was given up.
+    """
 
     steps: list[int]
     pinned: list[int]
+    hidden: bool
 
 
 class Resumer:
@@ -260,7 +267,7 @@ class Resumer:
         # Steps that this job found damaged count for nothing: they may be taken, and saved, anew.
         newer = repository.newer(origin, besides=self._job.passed_over.steps)
         pinned = [step for step in repository.pinned() if step > origin] if newer else []
-        return _Newer(newer, pinned)
+        return _Newer(newer, pinned, hidden=origin in repository.hidden())
 
     def _check_newer(self, found: Sequence[_Newer], start: Start, origin: int) -> int:
         """Rank 0: check that no checkpoint would be left behind; return the newest one.
@@ -268,6 +275,8 @@ class Resumer:
         A job that made them itself may go back to look, as at the end of a training.
         """
         newer = _joined(each.steps for each in found)
+        if any(each.hidden for each in found):
+            raise gone_back_past(self._job.url, origin)
         if newer and start.new_run and not start.discard_newer:
             raise UsageError(
                 f"{start.new_run} begins a run, but {self._job.url} has checkpoints up to step "

@@ -198,6 +198,32 @@ def test_what_was_given_up_can_be_had_back_until_it_is_collected(store: MemorySt
     assert steps(store) == [1, 2]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_training_does_not_go_on_from_what_was_given_up(store: MemoryStore, *, again: bool) -> None:
+    run_of(store, 1, 2)
+    ckpt = Checkpointer(store, state(), every_steps=1)
+    ckpt.restore(step=1, discard_newer=True)
+    before = keys(store)
+    with pytest.raises(UsageError, match=r"step 2 in .* was given up") as caught:
+        Checkpointer(store, state(), every_steps=1).restore(step=2, discard_newer=again)
+    assert caught.value.kind == ErrorKind.STEP_BEHIND
+    assert keys(store) == before, "nor claimed"
+    with pytest.raises(UsageError, match="was given up"):
+        ckpt.restore(step=2, discard_newer=again)
+    # Both ways that it names: only to look, and all the same.
+    assert dist_ckpt.load(state(), store, step=2).step == 2
+    store.delete([discard_key(3)])
+    assert ckpt.restore(step=2) == 2
+
+
+def test_what_took_the_place_of_what_was_given_up_was_not(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.restore(step=1, discard_newer=True)
+        ckpt.step(2)
+    assert Checkpointer(store, state(), every_steps=1).restore(step=2) == 2
+
+
 class Dying(StoreWrapper):
     """Does nothing any more after so many changes, as a process that was killed."""
 

@@ -100,6 +100,94 @@ def test_multiples_that_the_steps_told_jump_over_are_said(
     assert steps(store) == [0, 7, 14, 21]
 
 
+@pytest.mark.parametrize(
+    ("when", "told", "between"),
+    [
+        (policy.at(5), [0, 3, 6, 9], "steps from 3 to 6"),
+        (policy.last(100), [60, 90, 120], "steps from 90 to 120"),
+        (policy.at(9, 10), [3, 6, 9, 12], "steps from 9 to 12"),
+        # What is due for one member is no save that the other asked for.
+        (policy.every(3) | policy.every(5), [0, 3, 6], "steps from 3 to 6"),
+    ],
+)
+def test_a_step_that_is_jumped_over_is_said(
+    store: MemoryStore,
+    when: policy.SavePolicy,
+    told: list[int],
+    between: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Checkpointer(store, state(), when=when) as ckpt:
+        for step in told:
+            ckpt.step(step)
+    (said,) = warnings(caplog)
+    assert between in said
+    assert "no save is made for it" in said
+
+
+def test_epochs_that_are_jumped_over_are_said(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), when=policy.every(epochs=2)) as ckpt:
+        for epoch in (1, 3, 5):
+            ckpt.epoch_end(epoch)
+    (said,) = warnings(caplog)
+    assert "policy.every(epochs=2)" in said
+    assert "at none of the epochs from 1 to 3" in said
+
+
+def test_a_step_that_is_jumped_over_right_after_a_restart_is_said(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), every_steps=3) as ckpt:
+        ckpt.step(3)
+    with Checkpointer(store, state(), when=policy.at(5)) as ckpt:
+        assert ckpt.restore() == 3
+        ckpt.step(6)
+    (said,) = warnings(caplog)
+    assert "steps from 3 to 6" in said
+
+
+@pytest.mark.parametrize(
+    ("when", "told"),
+    [
+        (policy.at(5, 6), [3, 6]),
+        (policy.at(3), [3, 6, 9]),
+        (policy.at(2), [3, 6, 9]),
+        (policy.at(100), [3, 6, 9]),
+        (policy.every(5), [4, 10]),
+    ],
+)
+def test_steps_that_are_told_or_not_come_to_are_nothing_to_say(
+    store: MemoryStore, when: policy.SavePolicy, told: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), when=when) as ckpt:
+        for step in told:
+            ckpt.step(step)
+    assert warnings(caplog) == []
+
+
+def test_a_step_saved_by_hand_was_not_jumped_over(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(store, state(), when=policy.at(5)) as ckpt:
+        ckpt.step(3)
+        ckpt.save(5)
+        ckpt.step(6)
+    assert warnings(caplog) == []
+
+
+def test_another_state_is_no_jump(store: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = MemoryStore("unit-lifecycle-elsewhere")
+    with Checkpointer(elsewhere, state()) as ckpt:
+        ckpt.save(100)
+    with Checkpointer(store, state(), when=policy.at(50)) as ckpt:
+        ckpt.step(3)
+        assert ckpt.restore(url=elsewhere) == 100
+        ckpt.step(101)
+    assert warnings(caplog) == []
+
+
 def test_epochs_are_counted_where_only_steps_are_told(
     store: MemoryStore, caplog: pytest.LogCaptureFixture
 ) -> None:
