@@ -24,13 +24,16 @@ from dist_ckpt.storage import resolve
 from tests.services.s3 import s3_service
 
 TARGET = 1.25
-"""How much longer they may take, verification included: 0.8 of the throughput."""
+"""How much longer they may take, verification included: 0.8 of the throughput.
+
+An export is read back, and so moves half as many bytes again as a copy that nobody reads: it is
+measured against one that is read back too, and shown against both. See docs/design/015.
+"""
 
 _MIB = 1 << 20
 _TENSOR_MIB = 16
 _PLAIN, _COPY, _EXPORT = "plain copy, durable", "cp", "export"
 _READ_BACK = "plain copy, read back"
-"""What an export does as well: for what the share of that in its time is."""
 
 
 def main(arguments: list[str]) -> int:
@@ -137,7 +140,8 @@ def _s3(place: Path, nbytes: int, *, repeats: int) -> bool:
 def _judge(title: str, samples: dict[str, Samples], nbytes: int) -> bool:
     ratios = table(title, samples, nbytes=nbytes, limits=[_PLAIN])
     met = verdict("cp against a plain copy", ratios[_COPY], target=TARGET)
-    return met & verdict("export against a plain copy", ratios[_EXPORT], target=TARGET)
+    export = ratios[_EXPORT] / ratios[_READ_BACK]
+    return met & verdict("export against a plain copy that is read back", export, target=TARGET)
 
 
 class _Places:

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -418,6 +418,70 @@ class Steps(Generic[ItemT, HalfT]):
             self._seconds -= 1
             self._under_way -= 1
         self._changed.ring()
+
+
+def ahead(
+    make: Callable[[ItemT], ResultT], items: Iterable[ItemT], *, count: int
+) -> Generator[ResultT, None, None]:
+    """Yield `make(item)` for each of `items`, in their order, and make the next ones meanwhile.
+
+    Each is made in a thread of its own, or in this one where no more threads can be had. None is
+    being made any more when the iteration is over, closed or failed.
+
+    Args:
+        make: called in any thread.
+        items: taken by the thread that asks for a result.
+        count: how many results are begun, at most, while another one is used.
+
+    Raises:
+        BaseException: what `make` raised, in the place of its result.
+    """
+    begun: deque[_Made[ResultT]] = deque()
+    try:
+        for item in items:
+            begun.append(_Made(partial(make, item)))
+            if len(begun) > count:
+                begun[0].wait()  # an interrupt leaves it among those that the end waits for
+                yield begun.popleft().take()
+        while begun:
+            begun[0].wait()
+            yield begun.popleft().take()
+    finally:
+        # What they read from may be closed after this.
+        for made in begun:
+            made.wait()
+
+
+class _Made(Generic[ResultT]):
+    """A result in the making."""
+
+    def __init__(self, make: Callable[[], ResultT]) -> None:
+        self._make = make
+        self._results: list[ResultT] = []
+        self._error: BaseException | None = None
+        # A daemon: a read that hangs in an outage must not keep the program from ending.
+        self._worker = Worker(self._run, name="dist_ckpt-io", daemon=True)
+        try:
+            self._worker.start()
+        except RuntimeError:  # no more threads can be had
+            self._run()
+
+    def wait(self) -> None:
+        """Wait until nobody makes it any more."""
+        self._worker.wait()
+
+    def take(self) -> ResultT:
+        """Return it, once, when nobody makes it any more."""
+        if self._error is not None:
+            raise self._error
+        return self._results.pop()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._make())
+        # A thread has nobody to raise to: who asks for the result is told.
+        except BaseException as error:
+            self._error = error
 
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.

@@ -10,10 +10,10 @@ import math
 import struct
 import zlib
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ from dist_ckpt.loading.opened import BoxTarget
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.base import Stream
 from dist_ckpt.storage.disk import aligned_buffer
-from dist_ckpt.threads import Worker
+from dist_ckpt.threads import ahead
 
 _AHEAD = 2
 """How many windows are read while others are stored."""
@@ -130,34 +130,13 @@ class Drawing:
         return Stream(self.nbytes, pieces)
 
 
+@dataclass(frozen=True, slots=True)
 class _Window:
-    """One window in the making: its tensors are read on a thread of its own."""
+    """One window of a file: where it begins, its memory, and the spans that have bytes in it."""
 
-    def __init__(self, image: Image, content: Outgoing, start: int) -> None:
-        self._start = start
-        self._memory = aligned_buffer(min(WINDOW_BYTES, image.nbytes - start))
-        self._spans = list(image.spans_between(start, start + self._memory.nbytes))
-        self._content = content
-        self._error: BaseException | None = None
-        # A daemon: a read that hangs in an outage must not keep the program from ending.
-        self._reading = Worker(self._read, name="dist_ckpt-io", daemon=True)
-        try:
-            self._reading.start()
-        except RuntimeError:  # no more threads can be had
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            targets = _targets(self._spans, self._start, self._memory)
-            if targets:
-                self._content.fill(targets)
-        # A thread has nobody to raise to: `finish` does, for whoever writes the file.
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Wait until nobody writes to it any more."""
-        self._reading.wait()
+    start: int
+    memory: memoryview
+    spans: Sequence[Span]
 
     def finish(self, late: dict[int, bytes]) -> memoryview:
         """Return its bytes, when those of all windows before were returned.
@@ -165,24 +144,20 @@ class _Window:
         Args:
             late: what was made for the window before and goes on in this one.
         """
-        # No error and no byte is looked at before the thread is done with both.
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        start, stop = self._start, self._start + self._memory.nbytes
-        for span in self._spans:
+        start, stop = self.start, self.start + self.memory.nbytes
+        for span in self.spans:
             low, high = max(span.offset, start), min(span.stop, stop)
             if span.item is not None:
                 # Not where it is read: only the ends of windows come in the order of a checksum.
-                span.seen(self._memory[low - start : high - start])
+                span.seen(self.memory[low - start : high - start])
                 continue
             # Made once, and kept for the window in which it goes on.
             data = late.pop(span.offset, None) or span.make()
             if span.stop > stop:
                 late[span.offset] = data
             here = data[low - span.offset : high - span.offset]
-            self._memory[low - start : high - start] = here
-        return self._memory
+            self.memory[low - start : high - start] = here
+        return self.memory
 
 
 def windows(image: Image, content: Outgoing) -> Iterator[memoryview]:
@@ -191,20 +166,19 @@ def windows(image: Image, content: Outgoing) -> Iterator[memoryview]:
     Raises:
         CheckpointError: a tensor cannot be read.
     """
+
+    def read(start: int) -> _Window:
+        memory = aligned_buffer(min(WINDOW_BYTES, image.nbytes - start))
+        spans = list(image.spans_between(start, start + memory.nbytes))
+        if targets := _targets(spans, start, memory):
+            content.fill(targets)
+        return _Window(start, memory, spans)
+
     late: dict[int, bytes] = {}
-    ahead: deque[_Window] = deque()
-    try:
-        for start in range(0, image.nbytes, WINDOW_BYTES):
-            # Begun before the one in front is handed out: reads go on while the store takes it.
-            ahead.append(_Window(image, content, start))
-            if len(ahead) > _AHEAD:
-                yield ahead.popleft().finish(late)
-        while ahead:
-            yield ahead.popleft().finish(late)
-    finally:
-        # The store that is read from may be closed after this.
-        for window in ahead:
-            window.wait()
+    # Reads go on while the store takes what was read. Closed by whoever closes this: the store that
+    # is read from may be closed after it.
+    with closing(ahead(read, range(0, image.nbytes, WINDOW_BYTES), count=_AHEAD)) as found:
+        yield from map(partial(_Window.finish, late=late), found)
 
 
 def _targets(spans: Sequence[Span], start: int, window: memoryview) -> list[BoxTarget]:

@@ -35,7 +35,7 @@ from dist_ckpt.repository.commit import read_manifest
 from dist_ckpt.repository.source import Source
 from dist_ckpt.storage.base import Store, holds, read_all, read_file
 from dist_ckpt.storage.disk import aligned_buffer
-from dist_ckpt.threads import in_parallel
+from dist_ckpt.threads import ahead, in_parallel
 
 _PAGE_BYTES = 4096
 # Above so many one listing is asked in the place of a question for each.
@@ -236,9 +236,12 @@ class Checkpoint:
         return data[skip:]
 
     def read_pieces(self, file: int) -> Iterator[memoryview]:
-        """Yield the bytes of file number `file`, verified, in pieces. See `read_blocks`."""
-        for start, stop in self.file(file).spans(PIECE_BYTES):
-            yield self.read_blocks(file, start, stop)
+        """Yield the bytes of file number `file`, verified, in pieces. See `read_blocks`.
+
+        Another piece is read, and compared, while one is used.
+        """
+        spans = self.file(file).spans(PIECE_BYTES)
+        return ahead(lambda span: self.read_blocks(file, *span), spans, count=1)
 
     def read_into(self, file: int, start: int, *buffers: memoryview) -> None:
         """Fill `buffers` with bytes of file number `file`, not verified; see `Source.read_into`.

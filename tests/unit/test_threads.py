@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import pytest
 
-from dist_ckpt.threads import Bell, Latch, Steps, in_parallel, in_two_steps
+from dist_ckpt.threads import Bell, Latch, Steps, ahead, in_parallel, in_two_steps
 
 _T = TypeVar("_T")
 
@@ -112,6 +112,75 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(KeyboardInterrupt):
         in_parallel(work, range(2), threads=2)
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("items", [0, 1, 2, 9])
+def test_results_come_in_the_order_of_their_items(items: int, count: int) -> None:
+    assert list(ahead(lambda number: -number, range(items), count=count)) == [
+        -number for number in range(items)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_so_many_results_are_made_while_one_is_used(count: int) -> None:
+    taken: list[int] = []
+    made = {number: threading.Event() for number in range(10)}
+
+    def items() -> Iterator[int]:
+        for number in made:
+            taken.append(number)
+            yield number
+
+    def make(number: int) -> int:
+        made[number].set()
+        return number
+
+    for number in ahead(make, items(), count=count):
+        # Asked for nothing, and made all the same: but no more of them.
+        for other in range(number, min(number + 1 + count, len(made))):
+            assert made[other].wait(timeout=600)
+        assert len(taken) == min(number + 1 + count, len(made))
+
+
+def test_a_result_that_cannot_be_made_is_an_error_in_its_place() -> None:
+    def make(number: int) -> int:
+        if number == 2:
+            raise KeyError(number)
+        return number
+
+    found: list[int] = []
+    with pytest.raises(KeyError):
+        found.extend(ahead(make, range(9), count=3))
+    # All that were before it came through.
+    assert found == [0, 1]
+
+
+def test_nothing_is_made_any_more_when_results_are_given_up() -> None:
+    begun, go_on, over = threading.Event(), threading.Event(), threading.Event()
+
+    def make(number: int) -> int:
+        if number == 1:
+            begun.set()
+            assert go_on.wait(timeout=600)
+            over.set()
+        return number
+
+    results = ahead(make, range(9), count=1)
+    assert next(results) == 0
+    assert begun.wait(timeout=600)
+    threading.Timer(0.05, go_on.set).start()
+    results.close()
+    # What it reads from can be closed now.
+    assert over.is_set()
+
+
+def test_where_no_thread_can_be_had_results_are_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert list(ahead(lambda number: number, range(5), count=2)) == [0, 1, 2, 3, 4]
 
 
 class TestTwoSteps:
