@@ -68,6 +68,7 @@ class ErrorKind(StrEnum):
     NOT_RESTORED = "not_restored"
     PROTECTED = "protected"
     IN_USE = "in_use"
+    NO_BUCKET = "no_bucket"
 
 
 def without_secrets(text: str) -> str:

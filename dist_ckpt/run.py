@@ -45,6 +45,7 @@ from dist_ckpt.repository import scratch as scratches
 from dist_ckpt.repository.checkpoint import Checkpoint, deleted_meanwhile
 from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.copying import Copied, Difference, ValuesDiffer
+from dist_ckpt.repository.destination import check_new_run
 from dist_ckpt.repository.history import (
     Record,
     collect_garbage,
@@ -347,18 +348,23 @@ class Run:
     def copy(self, step: int, to: str | Store | Run) -> Copied:
         """Copy a checkpoint into another run, verified, and committed there last.
 
-        A copy that was cut off is gone on with: files that are there and whole stay.
+        A copy that was cut off is gone on with: files that are there and whole stay. Of one that
+        cannot become whole nothing stays.
 
         Raises:
             AlreadyExists: another checkpoint of this step is there.
             IntegrityError: the source is damaged; nothing was committed.
             NotFound: it is not committed, or was deleted meanwhile.
+            UsageError: the other place is a folder of runs, or among the files of a run.
         """
         target = to if isinstance(to, Run) else Run(to)
+        check_new_run(target.store)
         source = self.open(step)
         try:
             return copying.copy(source, target.store)
         except IntegrityError as error:
+            # What is damaged here will be so the next time: there is nothing to go on with.
+            copying.give_up(source, target.store)
             # Where retention was faster files are missing, and nothing is damaged.
             if not source.still_there():
                 raise deleted_meanwhile(self.store, step) from error

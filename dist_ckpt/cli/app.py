@@ -97,6 +97,7 @@ def exit_code(error: CheckpointError) -> int:
     # First: a NotFound of a run, or of a checkpoint, has a code of its own.
     by_kind = {
         ErrorKind.NO_RUN: NO_RUN,
+        ErrorKind.NO_BUCKET: NO_RUN,
         ErrorKind.NO_CHECKPOINT: NO_CHECKPOINT,
         ErrorKind.PROTECTED: REFUSED,
     }

@@ -276,7 +276,7 @@ def _compare(url: Url, *, storage_option: Options = None, json: Json = False) ->
 
     Example: dist-ckpt compare runs/17
     """
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     series = metric_series(run)
     if json:
         say_json({"url": run.url, "metrics": series})

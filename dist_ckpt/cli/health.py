@@ -35,7 +35,7 @@ def _doctor(url: Place, *, storage_option: Options = None, json: Json = False) -
 
     Example: dist-ckpt doctor s3://bucket/runs
     """
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     checks = examine(run, places.storage_options(storage_option))
     if json:
         say_json({"url": run.url, "checks": [asdict(each) for each in checks]})
@@ -68,11 +68,16 @@ def _bench(
 
     Example: dist-ckpt bench /scratch/runs --size 1024 --files 8
     """
-    store = places.open_run(url, storage_option).store
+    store = places.open_whole(url, storage_option).store
     nbytes = megabytes * 10**6
     scratch: Any = import_module("dist_ckpt.repository.scratch").scratch
-    # Twice, as each round writes all and reads it back.
-    with scratch(store) as folder, showing_bytes("bench", 2 * nbytes * repeat) as more:
+    as_destination: Any = import_module("dist_ckpt.repository.destination").as_destination
+    with (
+        as_destination(),
+        scratch(store) as folder,
+        # Twice, as each round writes all and reads it back.
+        showing_bytes("bench", 2 * nbytes * repeat) as more,
+    ):
         found = [
             measure(store, folder, nbytes=nbytes, files=files, told=more) for _ in range(repeat)
         ]

@@ -50,7 +50,7 @@ def _ls(
     """
     if sort not in _SORTS:
         raise UsageError(f"--sort is one of {', '.join(_SORTS)}, not {sort!r}")
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     repeat(partial(_list, run, sort, json=json, lines=watch), watch=watch, every=every)
 
 
@@ -206,7 +206,7 @@ def _latest(url: Url, *, storage_option: Options = None, json: Json = False) -> 
 
     Example: dist-ckpt verify "$(dist-ckpt latest runs/17)"
     """
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     _say_place(url, places.find_named(run, "latest", None), json=json)
 
 
@@ -217,7 +217,7 @@ def _best(
 
     Example: dist-ckpt best runs/17 --metric val/loss
     """
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     _say_place(url, places.find_named(run, "best", metric), json=json)
 
 

@@ -102,7 +102,9 @@ def _plot(
     """
     if out is not None and not out.endswith(_PICTURES):
         raise UsageError(f"--out ends in one of {', '.join(_PICTURES)}, not {out!r}")
-    run = places.open_run(url, storage_option)
+    if out is not None:
+        places.check_picture(out)
+    run = places.open_whole(url, storage_option)
     series = metric_series(run, metrics or ())
     # A program gets an empty object, not a sentence.
     if not series and not json:

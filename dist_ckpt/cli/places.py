@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,6 +50,20 @@ def open_run(url: str, options: Sequence[str] | None) -> Run:
     """Return the run at `url`."""
     # Imported by this very use: most of the time that a command takes to start.
     return dist_ckpt.Run(url, storage_options=storage_options(options))
+
+
+def open_whole(url: str, options: Sequence[str] | None) -> Run:
+    """Return the run of a command that is about all of it.
+
+    Raises:
+        UsageError: it says which checkpoint, and nothing is called so.
+    """
+    run, which = split(url)
+    whole = open_run(url, options)
+    # A folder may be called so, and an `@` with a number be part of its name.
+    if run != url and not whole.store.list_children():
+        raise UsageError(f"{url}: this is about a whole run: give {run}, not @{which}")
+    return whole
 
 
 def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
@@ -115,21 +130,28 @@ def open_target(url: str, options: Sequence[str] | None) -> Run:
     """Return the run that is copied into, or that something new goes into.
 
     Raises:
-        UsageError: it says which checkpoint: a folder of that name could never be named; or it is a
-            folder of runs, which would be hidden behind a run of that name.
+        UsageError: it says which checkpoint: a folder of that name could never be named; or no run
+            may be there.
     """
     run, which = split(url)
     if run != url:
         raise UsageError(f"{url}: a checkpoint keeps its step: give the run, {run}, not @{which}")
     target = open_run(url, options)
-    listed: Any = import_module("dist_ckpt.repository.listed")
-    below = listed.run_below(target.store)
-    if below is not None:
-        raise UsageError(
-            f"{url} is a folder of runs, such as {below}, and no run itself: name one in it, "
-            f"{url.rstrip('/')}/NAME"
-        )
+    # Imported by this very use, as the run is.
+    destination: Any = import_module("dist_ckpt.repository.destination")
+    destination.check_new_run(target.store, storage_options(options))
     return target
+
+
+def check_picture(path: str) -> None:
+    """Check that a file may be written under `path`: not among the files of a run.
+
+    Raises:
+        UsageError: it may not.
+    """
+    destination: Any = import_module("dist_ckpt.repository.destination")
+    folder = dist_ckpt.Run(os.path.dirname(os.path.abspath(path))).store
+    destination.check_new_files(folder, named=True)
 
 
 def check_metric(metric: str | None, *named: str) -> None:

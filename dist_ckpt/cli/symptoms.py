@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dist_ckpt.cli.measuring import measure
 from dist_ckpt.cli.output import size
-from dist_ckpt.errors import AlreadyExists, CheckpointError
+from dist_ckpt.errors import AlreadyExists, CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from dist_ckpt.run import Run
@@ -87,6 +87,9 @@ def examine(run: Run, options: Mapping[str, Any]) -> list[Check]:
     Args:
         run: the place; there need not be a run.
         options: of the storage, as they were given.
+
+    Raises:
+        UsageError: it is a file, or what no place is called: there is nothing to examine.
     """
     place = _Place(run, options)
     checks = list(_tried(_BEFORE, place))
@@ -116,6 +119,9 @@ def _tried(trials: Mapping[str, tuple[Trial, str]], place: _Place) -> Iterator[C
         try:
             found = trial(place)
         except CheckpointError as error:
+            # A file, or what no place is called: that is no place with a fault.
+            if isinstance(error, UsageError) and trials is _BEFORE:
+                raise
             yield Check(name, "fail", error.message, remedy)
             continue
         # None says that it makes no sense here, as hard links on S3.

@@ -52,7 +52,7 @@ def _keep(
     Example: dist-ckpt keep runs/17 'latest(3) | best("val/loss")' --yes
     """
     wanted = parse_policy(policy)
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     decisions = run.keep(wanted) if yes else run.plan_keep(wanted)
     if not decisions:
         run.newest()  # which says why there is none
@@ -163,7 +163,7 @@ def _sweep(
     Example: dist-ckpt sweep s3://bucket/runs/17 --older-than 2d
     """
     age = None if older_than is None else parse_age(older_than)
-    run = places.open_run(url, storage_option)
+    run = places.open_whole(url, storage_option)
     gone = run.sweep(older_than=age)
     if json:
         say_json({"url": run.url, "removed": gone})

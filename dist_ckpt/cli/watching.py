@@ -70,7 +70,7 @@ def _mirror(
     """
     here, there = places.share_options(storage_option, source, destination)
     # Neither need be there yet: a mirror may be started before the training.
-    run, target = places.open_run(source, here), places.open_target(destination, there)
+    run, target = places.open_whole(source, here), places.open_target(destination, there)
     criterion = None if best is None else places.criterion(best)
 
     if criterion is not None and not watch:

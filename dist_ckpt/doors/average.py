@@ -19,7 +19,7 @@ from dist_ckpt.doors.export import (
     open_at,
     write_content,
 )
-from dist_ckpt.doors.spool import is_saved, save_parts
+from dist_ckpt.doors.spool import check_target, is_saved, save_parts
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
 from dist_ckpt.format.names import plain_step
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, place_name
@@ -106,15 +106,16 @@ def average(
         NotFound: there is no such checkpoint or part.
         IncompatibleError: the checkpoints differ in names, dtypes or shapes.
         AlreadyExists: the destination exists.
-        UsageError: an argument is malformed.
+        UsageError: an argument is malformed, or `out` is a folder of runs, or in a run.
     """
     check_known(options, list(AverageKeywords.__annotations__), besides=_ARGUMENTS, verb="average")
     if isinstance(sources, str) or not isinstance(sources, Sequence) or len(sources) < 2:
         raise UsageError("an average is of two checkpoints or more: give a list of them")
     shares = _shares(weights, len(sources))
-    choice = _choice(format, options)
     given = options.get("storage_options")
     check_options_taken(given, *map(_place_of, sources), out, options.get("like"))
+    if (choice := _choice(format, options)) is None:
+        check_target(out, options_for(out, given))
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(source, options)) for source in sources]
         contents = [StoredContent(each, part) for each in opened]

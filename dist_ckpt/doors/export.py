@@ -20,10 +20,11 @@ from dist_ckpt.format.files import DTYPES, ShardEntry, layout
 from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.options import check_known
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.destination import as_destination, check_new_files
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.base import Store, Stream, read_all
-from dist_ckpt.storage.resolve import check_options_taken, options_for, resolve
+from dist_ckpt.storage.resolve import check_options_taken, options_for, resolved
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -145,7 +146,7 @@ def export(
         AlreadyExists: the destination exists, and is no beginning of the same work.
         IntegrityError: the source is damaged, or what was written reads otherwise.
         IncompatibleError: the format, or the dtype, cannot hold a tensor.
-        UsageError: an argument is malformed, or a pattern matches nothing.
+        UsageError: an argument is malformed, a pattern matches nothing, or `out` is in a run.
         StorageError: the destination is full, or failed.
     """
     check_known(options, list(ExportKeywords.__annotations__), besides=_ARGUMENTS, verb="export")
@@ -267,8 +268,10 @@ def write_content(
         left_out: for the report.
         cast: what the tensors were cast to, for the configuration.
     """
-    store, key, owned = _destination(out, choice)
-    try:
+    folder, key, named = _destination(out, choice)
+    given = options_for(out, choice.storage_options)
+    with as_destination(), resolved(folder, storage_options=given) as store:
+        check_new_files(store, given, named=named)
         # Drawn before anything is put: what the format cannot hold leaves no beginning behind.
         files, aliases = _files(content, choice, key, cast)
         if key is not None:
@@ -286,26 +289,22 @@ def write_content(
             aliases,
             left_out,
         )
-    finally:
-        # A store that was given stays the caller's, open.
-        if owned:
-            store.close()
 
 
-def _destination(out: Place, choice: ExportChoice) -> tuple[Store, str | None, bool]:
-    """Return the store, the key if it is one file, and whether the store is to be closed."""
+def _destination(out: Place, choice: ExportChoice) -> tuple[Place, str | None, bool]:
+    """Return the folder, the key if it is one file, and whether its name was given."""
     default, suffixes = _ONE_FILES.get(choice.format, (None, ()))
     if isinstance(out, Store):
         return out, default, False
     if not isinstance(out, str | PathLike):
         raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
-    text, options = str(out), options_for(out, choice.storage_options)
+    text = str(out)
     head, slash, name = text.rpartition("/")
     # `.pt` alone is the name of a hidden folder, not a file by its ending.
     if default is not None and name.endswith(suffixes) and name not in suffixes:
         # A file at the root has no head, and one right here no slash either.
-        return resolve(head or slash or ".", storage_options=options), name, True
-    return resolve(text, storage_options=options), default, True
+        return head or slash or ".", name, True
+    return text, default, False
 
 
 def _files(
@@ -363,8 +362,7 @@ def _configuration(choice: ExportChoice, cast: torch.dtype | None) -> list[OutFi
     if like is None:
         return []
     options = options_for(like, choice.storage_options)
-    store = like if isinstance(like, Store) else resolve(like, storage_options=options)
-    try:
+    with resolved(like, storage_options=options) as store:
         names = [name for name in store.list_children() if _BESIDE.fullmatch(name)]
         found = {name: read_all(store, name, limit_bytes=_BESIDE_LIMIT_BYTES) for name in names}
         # By its name and not from the list: where it is missing, the call must fail.
@@ -372,9 +370,6 @@ def _configuration(choice: ExportChoice, cast: torch.dtype | None) -> list[OutFi
             config = read_all(store, _CONFIG, limit_bytes=_BESIDE_LIMIT_BYTES)
         except NotFound as error:
             raise NotFound(f"{store.url} has no {_CONFIG} to copy: name a folder of one") from error
-    finally:
-        if store is not like:
-            store.close()
     found[_CONFIG] = config if cast is None else _of_dtype(config, cast)
     return [_small(name, data) for name, data in sorted(found.items()) if data]
 

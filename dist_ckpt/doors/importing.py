@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, SupportsIndex
@@ -16,7 +16,7 @@ import torch
 
 from dist_ckpt.doors.content import StoredContent
 from dist_ckpt.doors.export import open_at
-from dist_ckpt.doors.spool import is_saved, save_parts
+from dist_ckpt.doors.spool import check_target, is_saved, save_parts
 from dist_ckpt.errors import (
     CheckpointError,
     ErrorKind,
@@ -141,18 +141,18 @@ def import_(
         AlreadyExists: the step is committed, and is something else.
         IntegrityError: what is there is malformed.
         UsageError: it is a checkpoint of dist_ckpt, what it has as its step is none and `step` is
-            not given, or an argument is malformed.
+            not given, an argument is malformed, or `url` is a folder of runs, or in a run.
         StorageError: the run, or the folder for temporary files, is full or failed.
     """
     check_options_taken(storage_options, source, url)
+    check_target(url, to := options_for(url, storage_options))
     with open_at(source, None, {"storage_options": storage_options}) as opened:
         # What it had besides (who wrote it, its digests) would be lost by being brought in anew.
         if opened.manifest is not None:
             raise UsageError(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
             )
-        to = options_for(url, storage_options)
-        with _folder(source, opened, options_for(source, storage_options)) as folder:
+        with _folder(source, opened, storage_options) as folder:
             return _import(_Reading(opened), folder, url, step, metrics or {}, storage_options=to)
 
 
@@ -363,13 +363,8 @@ def _folder(
         IntegrityError: the state of the trainer, the optimizer or the scheduler is damaged.
         StorageError: the folder cannot be listed or read.
     """
-    location = locate(source, None, storage_options)
-    try:
+    with closing(locate(source, None, options_for(source, storage_options))) as location:
         yield _Folder() if location.file is not None else _look(location.store, opened)
-    finally:
-        # A store that was given belongs to the caller.
-        if location.text is not None:
-            location.store.close()
 
 
 def _look(store: Store, opened: OpenedCheckpoint) -> _Folder:

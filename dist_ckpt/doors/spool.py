@@ -31,11 +31,12 @@ from dist_ckpt.errors import (
 from dist_ckpt.functional import save
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint, place_name
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.repository.destination import check_new_run
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
-from dist_ckpt.storage.base import Store, Stream
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.base import Stream
+from dist_ckpt.storage.resolve import resolved
 
 IN_MEMORY_BYTES = 256 << 20
 """How much is kept in memory, at most; more goes through a file."""
@@ -109,22 +110,19 @@ def save_parts(
         part: SpooledPart(content, objects.get(part, {}), tally)
         for part, content in contents.items()
     }
-    # A store that was given has its own, and belongs to the caller.
-    own = None
-    if storage_options and not isinstance(url, Store):
-        own = resolve(url, storage_options=storage_options)
     try:
-        save(
-            TrainState(rng=None, **named),  # type: ignore[arg-type]
-            own or url,
-            step=step,
-            metrics=metrics,
-            metadata=metadata,
-            # Also under a launcher, as in a job with several ranks: no other one is in this call.
-            ranks="alone",
-            memory_limit_bytes=_SAVE_BYTES,
-            command=False,
-        )
+        with resolved(url, storage_options=storage_options) as store:
+            save(
+                TrainState(rng=None, **named),  # type: ignore[arg-type]
+                store,
+                step=step,
+                metrics=metrics,
+                metadata=metadata,
+                # Also under a launcher, as in a job with several ranks: no other is in this call.
+                ranks="alone",
+                memory_limit_bytes=_SAVE_BYTES,
+                command=False,
+            )
     except UsageError as error:
         if error.kind is not ErrorKind.STEP_BEHIND:
             raise
@@ -134,9 +132,12 @@ def save_parts(
             "restart would go on from that one: bring in the older one first, or into another run",
             kind=error.kind,
         ) from error
-    finally:
-        if own is not None:
-            own.close()
+
+
+def check_target(url: Place, storage_options: Mapping[str, Any] | None) -> None:
+    """Check that a run may be at `url`, before what goes there is read. See `check_new_run`."""
+    with resolved(url, storage_options=storage_options) as store:
+        check_new_run(store, storage_options)
 
 
 def is_saved(

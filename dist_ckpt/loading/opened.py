@@ -59,6 +59,16 @@ class Location:
     detached: bool = False
     options: Mapping[str, Any] | None = None
 
+    @property
+    def own(self) -> Store | None:
+        """The store, where it was opened by the look; None for one that belongs to the caller."""
+        return None if self.text is None else self.store
+
+    def close(self) -> None:
+        """Close what the look opened."""
+        if self.own is not None:
+            self.own.close()
+
 
 def place_name(place: Place, storage_options: Mapping[str, Any] | None = None) -> str:
     """Return what messages call `place`, the same on ranks that mean the same; asks nobody.
@@ -545,13 +555,10 @@ def open_checkpoint(
             # As a load sees it, and not under the names of stock (docs/design/007).
             source = in_parts(source)
     except BaseException:
-        if location.text is not None:
-            # Nobody else could: what would close it is never handed out.
-            location.store.close()
+        # Nobody else could: what would close it is never handed out.
+        location.close()
         raise
-    # A store that was given belongs to the caller.
-    own = None if location.text is None else location.store
-    return OpenedCheckpoint(source, store=own, verify=verify)
+    return OpenedCheckpoint(source, store=location.own, verify=verify)
 
 
 def _read_boxes(

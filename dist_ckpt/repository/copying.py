@@ -9,14 +9,14 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound
+from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, StorageError
 from dist_ckpt.format.files import DIGEST_BYTES, DTYPES
 from dist_ckpt.format.index import Index, TensorEntry
 from dist_ckpt.format.names import INDEX, attempt_dir, file_key, manifest_key
 from dist_ckpt.repository.checkpoint import Checkpoint
-from dist_ckpt.repository.history import put_epoch_note, read_epoch_note
+from dist_ckpt.repository.history import delete_attempt, put_epoch_note, read_epoch_note
 from dist_ckpt.repository.tally import Tally
-from dist_ckpt.storage.base import Store, Stream, Sweeper, holds, put_stream
+from dist_ckpt.storage.base import Store, Stream, Sweeper, has, holds, put_stream
 from dist_ckpt.threads import in_parallel
 
 _AT_ONCE = 4
@@ -133,6 +133,19 @@ def copy(source: Checkpoint, target: Store) -> Copied:
         raise
     _end(source, target)
     return Copied(step, len(copied), len(source.files) - len(copied), sum(copied))
+
+
+def give_up(source: Checkpoint, target: Store) -> None:
+    """Remove what a copy of `source` that failed has left at `target`, as far as that is allowed.
+
+    What is committed there by now, by another copy, stays.
+    """
+    with suppress(StorageError):
+        if has(target, manifest_key(source.step)):
+            return
+        if isinstance(target, Sweeper):
+            target.sweep(attempt_dir(source.step, source.save_id))
+        delete_attempt(target, source.step, source.save_id)
 
 
 def diff(here: Checkpoint, there: Checkpoint) -> list[Difference]:

@@ -358,7 +358,7 @@ def runs_below(
                 _log.warning("%s", error.message)
                 continue
             names = [name[:-1] for name in children if name.endswith("/")]
-            if _has_steps(children):
+            if has_steps(children):
                 yield f"{store.url}/{folder}".rstrip("/")
             # A run is not looked into: what lies in it is its own.
             elif depth < _DEEP:
@@ -380,16 +380,17 @@ def run_below(store: Store) -> str | None:
     except StorageError:
         return None  # whoever goes on to use the place is told
     folders = [name for name in children if name.endswith("/")]
-    if "claims/" in folders or _has_steps(folders):
+    if "claims/" in folders or has_steps(folders):
         return None
     for folder in folders[:_FEW_LISTINGS]:
         with suppress(StorageError):
-            if _has_steps(store.list_children(folder)):
+            if has_steps(store.list_children(folder)):
                 return f"{store.url}/{folder}".rstrip("/")
     return None
 
 
-def _has_steps(children: Iterable[str]) -> bool:
+def has_steps(children: Iterable[str]) -> bool:
+    """Tell whether among the names in a folder there are those of steps, as a run has them."""
     return any(name.endswith("/") and parse_step_dir(name[:-1]) is not None for name in children)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 from urllib.parse import unquote
@@ -72,6 +73,25 @@ def resolve(
     if read_only:
         store = ReadOnlyStore(store)
     return store
+
+
+@contextmanager
+def resolved(
+    place: str | os.PathLike[str] | Store, *, storage_options: Mapping[str, Any] | None = None
+) -> Iterator[Store]:
+    """Give the body the store that `place` means; see `resolve`.
+
+    What is opened here is closed here. A store that was given belongs to the caller, and has
+    options of its own.
+    """
+    if isinstance(place, Store):
+        yield place
+        return
+    store = resolve(place, storage_options=storage_options)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def options_for(

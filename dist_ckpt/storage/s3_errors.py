@@ -239,7 +239,9 @@ def _refused(error: boto.ClientError, where: str, url: str) -> CheckpointError:
     said = error.response.get("Error", {}).get("Message") or "no message"
     message = f"{where}: {code}: {said}"
     if code == NO_SUCH_BUCKET:
-        return StorageError(f"{message}; create the bucket first, or correct its name")
+        return StorageError(
+            f"{message}; create the bucket first, or correct its name", kind=ErrorKind.NO_BUCKET
+        )
     if code in _SECRET or code in _EXPIRED:
         return StorageError(
             f"{message}; check the access key, the secret and the session token",

@@ -92,10 +92,36 @@ def test_what_killed_jobs_left_is_told() -> None:
 
 
 def test_the_exit_code_says_that_a_place_is_not_fit(shell: Shell, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    code, out, said = shell.code("doctor", str(tmp_path / "file" / "run"))
+    code, out, said = shell.code("doctor", "/proc/nothing/run")
     assert (code, "fail" in out) == (1, True)
-    assert "not fit for checkpoints: list" in said
+    assert "not fit for checkpoints: put" in said
+    (tmp_path / "file").write_text("")
+    for command in ("doctor", "bench", "ls"):
+        for place in (tmp_path / "file", tmp_path / "file" / "run"):
+            code, out, said = shell.code(command, str(place))
+            assert (code, out, "is not a directory" in said) == (2, "", True), command
+
+
+def test_a_bucket_that_is_not_there_is_no_run_and_no_place(
+    shell: Shell, filled: str, s3_service: S3Service
+) -> None:
+    bucket = "s3://there-is-no-such-bucket"
+    asked = (
+        *(["ls", "{}"], ["show", "{}"], ["latest", "{}"], ["verify", "{}@10"], ["rm", "{}@10"]),
+        *(["sweep", "{}"], ["keep", "{}", "latest(1)"], ["cp", "{}", "out"], ["compare", "{}"]),
+        *(["mirror", "{}", "out"], ["export", "{}@10", "out"], ["import", "{}", "out"]),
+    )
+    target = (
+        *(["cp", filled, "{}"], ["mirror", filled, "{}"], ["export", filled, "{}"]),
+        *(["export", filled, "{}/w.safetensors"], ["average", filled, filled, "{}"]),
+        *(["import", f"{filled}.pt", "{}"], ["doctor", "{}"], ["bench", "{}"]),
+    )
+    for wanted, commands in ((10, asked), (1, target)):
+        for command in commands:
+            for place in (bucket, f"{bucket}/run"):
+                code, _, said = shell.code(*(each.format(place) for each in command))
+                assert code == wanted, (command, said)
+                assert "create the bucket" in said or command[0] == "doctor"
 
 
 def scratches(store: Store) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def test_safetensors(tmp_path: Path) -> None:
     assert report.url == str(tmp_path / "out" / "weights.safetensors")
     assert (report.step, report.tensors) == (5, len(wanted))
     assert "read back" in str(report)
+
+
+def test_a_run_and_its_own_folders_are_no_place_for_an_export(tmp_path: Path) -> None:
+    run, _ = saved(tmp_path)
+    before = sorted(Path(run).rglob("*"))
+    step = Path(run) / step_dir(5)
+    alone, link = tmp_path / "alone", tmp_path / "link"
+    shutil.copytree(step, alone)
+    link.symlink_to(step)
+    for out in (run, step, step / "w.safetensors", link / "w.safetensors", LocalStore(step)):
+        with pytest.raises(UsageError, match=r"is a run|among the files of the run"):
+            dist_ckpt.export(run, out)
+    with pytest.raises(UsageError, match="is the checkpoint of step 5"):
+        dist_ckpt.export(run, alone / "w.safetensors")
+    with pytest.raises(UsageError, match="among the files of the run"):
+        dist_ckpt.average([run, run], step)
+    with pytest.raises(UsageError, match="is a folder of runs"):
+        dist_ckpt.average([run, run], Path(run).parent)
+    assert sorted(Path(run).rglob("*")) == before
+    # Beside them a file lies where it was put, and a folder called so by others is any folder.
+    dist_ckpt.export(run, Path(run) / "best.safetensors")
+    dist_ckpt.export(run, tmp_path / step_dir(5) / "claims" / "w.safetensors")
 
 
 def test_torch(tmp_path: Path) -> None:
