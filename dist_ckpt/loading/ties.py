@@ -26,7 +26,7 @@ from dist_ckpt.options import LoadOptions, TieRule
 from dist_ckpt.planning.describe import LocalBox, NamedTensors, local_boxes
 from dist_ckpt.repository.source import Source
 from dist_ckpt.staging.arena import reach, view_box
-from dist_ckpt.state.layout import dtype_of, materialise
+from dist_ckpt.state.layout import dtype_of, is_apart, materialise
 
 
 class Ties:
@@ -428,7 +428,7 @@ def _tile(views: Sequence[Wanted]) -> bool:
     sizes = np.array([each.local.held.sizes for each in views], np.int64)
     low = starts.min(axis=0)
     shape: list[int] = ((starts + sizes).max(axis=0) - low).tolist()
-    return _is_apart(shape, strides) and check_cover(shape, starts - low, sizes) is None
+    return is_apart(shape, strides) and check_cover(shape, starts - low, sizes) is None
 
 
 def _origin(each: Wanted) -> int:
@@ -438,21 +438,10 @@ def _origin(each: Wanted) -> int:
     return memory.data_ptr() - sum(at * step for at, step in steps) * memory.itemsize
 
 
-def _is_apart(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tell whether each step leads past all that the smaller ones reach: then none is one twice."""
-    end = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1:
-            if stride < end:
-                return False
-            end += (size - 1) * stride
-    return True
-
-
 def _check_apart(each: Wanted) -> None:
     """Check that the elements of one target are not one memory, as those of an expanded one."""
     memory = each.local.memory
-    if _is_apart(memory.shape, memory.stride()):
+    if is_apart(memory.shape, memory.stride()):
         return
     # What reaches into a wider step may still miss it: that is looked at element by element.
     if _WrittenMemory([each]).fill() != memory.nbytes:

@@ -216,7 +216,10 @@ def _check_storable(part: str, name: str, tensor: torch.Tensor) -> None:
     if isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements):
         raise UsageError(f"{where} holds partial sums: redistribute it before it is saved")
     if tensor.is_quantized or dtype_name(tensor.dtype) not in DTYPES:
-        raise UsageError(f"{where} has dtype {tensor.dtype}, which the format cannot store")
+        raise UsageError(
+            f"{where} has dtype {tensor.dtype}, which the format cannot store: save its "
+            "bytes, .view(torch.uint8)"
+        )
 
 
 def _look_up(

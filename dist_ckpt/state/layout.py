@@ -410,6 +410,23 @@ def _hides_values(tensor: torch.Tensor) -> bool:
         return local.numel() > 0 and local.data_ptr() == 0
 
 
+def is_apart(shape: Sequence[int], strides: Sequence[int], item: int = 1) -> bool:
+    """Tell whether each step leads past all that the smaller ones reach: then none is one twice.
+
+    Args:
+        shape: of a tensor or an array.
+        strides: its own, of which the sign does not matter.
+        item: what an element takes, in what the strides count.
+    """
+    end = item
+    for stride, size in sorted(zip(map(abs, strides), shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return False
+            end += (size - 1) * stride
+    return True
+
+
 def is_wrapped(value: object) -> bool:
     """Tell whether `value`, or what a DTensor has on this rank, is several tensors in one."""
     if type(value) in _PLAIN or not isinstance(value, torch.Tensor):

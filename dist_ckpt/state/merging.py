@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError
 from dist_ckpt.state.encoding import MAX_DEPTH, TAG, encode, is_wrapped_node
-from dist_ckpt.state.layout import is_wrapped, local_of
+from dist_ckpt.state.layout import is_apart, is_wrapped, local_of
 from dist_ckpt.state.spread import pieces
 
 
@@ -278,6 +278,8 @@ def _(live: tuple, value: Any, merging: Merging) -> Any:  # type: ignore[type-ar
 def _(live: np.ndarray, value: Any, merging: Merging) -> Any:
     if live.shape != value.shape or live.dtype != value.dtype or not live.flags.writeable:
         return value
+    if not is_apart(live.shape, live.strides, live.itemsize):
+        return value  # of elements that are one memory the last would be written to all
     return live if merging.filled(live, value) else value
 
 
@@ -343,6 +345,9 @@ def _into_tensor(live: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # With the tensors filled it is what was stored, if all fit; else it is another one.
         kept = fits and all(_into_tensor(old[key], new[key]) is old[key] for key in old)
         return live if kept else value
+    # Of one that is several, `copy_` would write the whole to each of them, or fail.
+    if is_wrapped(live) or is_wrapped(value):
+        return value
     if live.is_meta or live.shape != value.shape or live.dtype != value.dtype:
         return value
     if not _same_memory(live, value):

@@ -8,6 +8,8 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from dist_ckpt.errors import UsageError
 from dist_ckpt.state.standard import RESERVED
 
@@ -115,10 +117,15 @@ def how_to_register(kind: type) -> str:
     asked = ("load_state_dict", "set_state", "setstate", "bit_generator")
     if any(hasattr(kind, name) for name in asked):
         return "give it a name of its own in the state: it is asked for its state at each save"
-    return (
-        "make it of plain values and tensors, or teach dist_ckpt the type: "
-        f"{line}..., encode=..., decode=...)"
-    )
+    if issubclass(kind, np.random.BitGenerator):
+        return "give numpy.random.Generator() of it a name of its own in the state"
+    plain = "make it of plain values and tensors"
+    if issubclass(kind, np.ndarray):
+        # Of a masked one `asarray` is the data alone, without a word.
+        plain = "make it a plain array, numpy.asarray() of it (and a masked one its data and mask)"
+    elif issubclass(kind, np.generic):
+        plain = "make it a plain value, .item() of it"
+    return f"{plain}, or teach dist_ckpt the type: {line}..., encode=..., decode=...)"
 
 
 def _label(kind: type) -> str:

@@ -287,6 +287,7 @@ _PLAIN = re.compile(r"[<>|=][a-zA-Z?][0-9]{0,9}(\[[0-9]{0,9}[a-zA-Z]+\])?")
 _MAX_DEPTH = 16
 # An array without an element takes memory for one of them all the same.
 _MAX_ITEM_BYTES = 1 << 20
+_PLAIN_ARRAYS = "make it a list (.tolist()), or an array of numbers or of text (.astype)"
 
 
 def _array_to_json(array: np.ndarray[Any, Any], refuse: Refuse) -> list[Any]:
@@ -300,16 +301,18 @@ def _array_to_json(array: np.ndarray[Any, Any], refuse: Refuse) -> list[Any]:
 
 def dtype_to_json(dtype: np.dtype[Any], value: object, refuse: Refuse) -> Any:
     """Return `dtype` as JSON, or call `refuse(value, reason)` if it has no exact form."""
+    if dtype.hasobject:
+        refuse(value, f"numpy dtype {dtype} cannot be stored without pickle: {_PLAIN_ARRAYS}")
     described: Any = None
     try:
         # The round trip finds what numpy describes wrongly: dtypes of other packages come out as
         # plain bytes of the same size.
         described = npy.dtype_to_descr(dtype)
-        exact = not dtype.hasobject and _dtype(described) == dtype
+        exact = bool(_dtype(described) == dtype)
     except (ValueError, TypeError):
         exact = False
     if not exact:
-        refuse(value, f"numpy dtype {dtype} cannot be stored without pickle")
+        refuse(value, f"numpy dtype {dtype} cannot be stored without pickle: {_PLAIN_ARRAYS}")
     return _lists(described)
 
 
@@ -496,6 +499,8 @@ _LEAVES: dict[type, Leaf] = {
     ),
 }
 _SCALAR = Leaf("np.generic", _scalar_to_json, lambda payload: _array_from_json(payload)[()])
+# Those of numpy itself alone: what inherits of one would come back as that, as `np.record` would.
+_SCALARS = frozenset(np.sctypeDict.values())
 _INLINE = Leaf(
     "tensor_data", lambda v, refuse: (False, tensor_to_json(v, refuse)), _tensor_from_json
 )
@@ -505,7 +510,4 @@ BY_TAG: dict[str, Leaf] = {leaf.tag: leaf for leaf in (*_LEAVES.values(), _SCALA
 
 def leaf_of(kind: type) -> Leaf | None:
     """Return how values of exactly the type `kind` are written, or None if it is no leaf."""
-    leaf = _LEAVES.get(kind)
-    if leaf is None and issubclass(kind, np.generic):
-        return _SCALAR
-    return leaf
+    return _LEAVES.get(kind) or (_SCALAR if kind in _SCALARS else None)

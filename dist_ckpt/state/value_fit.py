@@ -75,6 +75,10 @@ def fit_value(
     fixed = {name for name, tensor in here.items() if tensor.is_meta or is_held(tensor)}
     if stays:
         fixed.add(VALUE)
+    if stays and isinstance(live, torch.Tensor):
+        # One that is several is told by the names of these.
+        mismatches += [(name, True) for name in here if name not in wanted]
+        mismatches += [(name, False) for name in wanted if name not in here]
     layouts = dict(layouts_in(node))
     fit = ValueFit(held=held)
     for name in wanted:

@@ -105,6 +105,27 @@ def test_views_that_agree_stay_views() -> None:
     assert all(each is base or each.base is base for each in found.values())
 
 
+@pytest.mark.parametrize("size", [3, 100], ids=["small", "large"])
+def test_an_array_whose_elements_are_one_memory_is_replaced(size: int) -> None:
+    base = np.full(2 * size, 7.0)
+    windows = np.lib.stride_tricks.as_strided(base, (size, size), (8, 8))
+    stored = np.arange(float(size * size)).reshape(size, size)
+    found = loaded({"x": stored}, {"x": windows})
+    assert found["x"].tolist() == stored.tolist()
+    assert base.tolist() == [7] * 2 * size
+
+
+def test_no_step_of_these_leads_to_an_element_twice() -> None:
+    base = np.zeros((4, 6, 2))
+    live = [base[::-1, 1::2, 0].T, base[:, ::-2, 1], np.zeros((5, 5)).diagonal()]
+    live[-1].setflags(write=True)
+    stored = [np.random.default_rng(1).random(each.shape) for each in live]
+    found = loaded(stored, list(live))
+    for mine, held, each in zip(found, live, stored, strict=True):
+        assert mine is held
+        assert mine.tolist() == each.tolist()
+
+
 def test_columns_of_one_array_are_apart() -> None:
     base = np.zeros((3, 2))
     found = loaded({"x": np.ones(3), "y": np.full(3, 2.0)}, {"x": base[:, 0], "y": base[:, 1]})

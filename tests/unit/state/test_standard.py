@@ -362,6 +362,14 @@ def deep(wrap: Callable[[Any], Any]) -> Any:
         (np.random.default_rng(1), "a name of its own"),
         (dist_ckpt.PerRank(1), "only be a part"),
         (type("deque", (deque,), {})(), "its type is unknown"),
+        (np.zeros(1).view(np.memmap), r"numpy\.memmap: .*numpy\.asarray\(\)"),
+        (np.ma.array([1], mask=[True]), "a masked one its data and mask"),
+        (np.rec.array([(1,)], dtype=[("a", "i4")]), r"numpy\.asarray\(\)"),
+        (np.rec.array([(1,)], dtype=[("a", "i4")])[0], r"numpy\.record: .*\.item\(\)"),
+        (type("Metres", (np.float64,), {})(1.5), r"Metres: .*\.item\(\)"),
+        (np.array([None]), r"a list \(\.tolist\(\)\)"),
+        (np.array(["a"], dtype=np.dtypes.StringDType()), r"StringDType\(\) .*\(\.astype\)"),
+        (np.random.PCG64(1), r"numpy\.random\.Generator\(\) of it"),
     ],
 )
 def test_what_cannot_be_kept_is_named(value: Any, match: str) -> None:

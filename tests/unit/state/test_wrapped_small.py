@@ -115,6 +115,30 @@ def test_other_kinds_are_refused_before_anything_changes() -> None:
         dist_ckpt.load({"ema": {}}, store, only="ema")
 
 
+def test_a_plain_tensor_takes_the_place_of_several_and_the_other_way_round() -> None:
+    store = new_store()
+    kept = {"x": scaled(5, 1), "y": torch.ones(5, 4)}
+    dist_ckpt.save({"kept": kept}, store)
+    live: dict[str, Any] = {"x": torch.zeros(5, 4), "y": scaled(5, 2)}
+    dist_ckpt.load({"kept": live}, store)
+    assert same(live["x"], scaled(5, 1))
+    assert type(live["y"]) is torch.Tensor
+    assert live["y"].tolist() == [[1] * 4] * 5
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_tensor_that_is_the_whole_value_stays_what_it_is(*, turned: bool) -> None:
+    store = new_store()
+    stored, live = torch.ones(5, 4), scaled(5, 2)
+    if turned:
+        stored, live = live, stored
+    dist_ckpt.save({"x": stored}, store)
+    before = live.clone() if turned else scaled(5, 2)
+    with pytest.raises(IncompatibleError, match=r"missing in the checkpoint: x"):
+        dist_ckpt.load({"x": live}, store)
+    assert torch.equal(live, before) if turned else same(live, before)
+
+
 def test_a_dict_takes_them_as_weights() -> None:
     store = new_store()
     dist_ckpt.save({"model": {"w": scaled(5, 1), "b": torch.ones(2)}}, store)
