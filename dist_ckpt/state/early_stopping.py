@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from operator import index
 from typing import Any, SupportsIndex
 
 from dist_ckpt.errors import IncompatibleError, UsageError
-from dist_ckpt.format.names import as_integer
+from dist_ckpt.format.names import as_integer, check_step
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 _COUNTS = ("best_score", "best_step", "looks")
@@ -75,9 +74,19 @@ class EarlyStopping:
         return self.looks >= self.patience
 
     def update(self, step: SupportsIndex, value: float) -> bool:
-        """Take a look at the metric after `step`; return whether it is the best so far."""
-        if self.criterion.beats(value, self.best_score, min_delta=self.min_delta):
-            self.best_score, self.best_step, self.looks = float(value), index(step), 0
+        """Take a look at the metric after `step`; return whether it is the best so far.
+
+        Raises:
+            UsageError: `step` is no step, or `value` no number.
+        """
+        number = check_step(step)
+        try:
+            score = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            name = self.criterion.metric
+            raise UsageError(f"{name!r} after step {step} is {value!r}, not a number") from error
+        if self.criterion.beats(score, self.best_score, min_delta=self.min_delta):
+            self.best_score, self.best_step, self.looks = score, number, 0
             return True
         self.looks += 1
         return False
@@ -108,6 +117,8 @@ class EarlyStopping:
         Raises:
             IncompatibleError: they are of another metric, or no such counts.
         """
+        if not isinstance(state_dict, Mapping):
+            raise IncompatibleError(f"no counts of an EarlyStopping: {state_dict!r}")
         saved = (state_dict.get("metric"), state_dict.get("mode"))
         if saved != (self.criterion.metric, self.criterion.mode):
             raise IncompatibleError(
@@ -118,3 +129,13 @@ class EarlyStopping:
         absent = [name for name in _COUNTS if name not in state_dict]
         if absent:
             raise IncompatibleError(f"the saved early stopping has no {absent[0]!r}")
+        score, step, looks = (state_dict[name] for name in _COUNTS)
+        # Beside no best score there is no step of it.
+        best = score is step is None or (
+            type(score) in (int, float) and not math.isnan(score) and type(step) is int
+        )
+        if not best or type(looks) is not int or looks < 0:
+            raise IncompatibleError(
+                f"no counts of an EarlyStopping: best_score {score!r}, best_step {step!r}, "
+                f"looks {looks!r}"
+            )

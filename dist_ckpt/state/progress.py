@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from operator import index
 from typing import Any, SupportsIndex
 
-from dist_ckpt.errors import IncompatibleError
+from dist_ckpt.errors import IncompatibleError, UsageError
+from dist_ckpt.format.names import as_integer
 
 
 @dataclass
@@ -46,16 +46,24 @@ class Progress:
         samples: SupportsIndex = 0,
         tokens: SupportsIndex = 0,
     ) -> None:
-        """Count on."""
-        # Counts come from numpy and torch, and would stay of their types.
-        self.step += index(steps)
-        self.epoch += index(epochs)
-        self.samples += index(samples)
-        self.tokens += index(tokens)
+        """Count on.
+
+        Raises:
+            UsageError: one of them is no integer from 0; nothing was counted.
+        """
+        more = {"step": steps, "epoch": epochs, "samples": samples, "tokens": tokens}
+        # All of them first. They come from numpy and torch, and would stay of their types.
+        counts = {name: _count(name, count) for name, count in more.items()}
+        for name, count in counts.items():
+            setattr(self, name, getattr(self, name) + count)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return {name: index(count) for name, count in asdict(self).items()}
+        """Return the counts by name.
+
+        Raises:
+            UsageError: one is no count, which no load would take.
+        """
+        return {name: _count(name, count) for name, count in asdict(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Take the counts that `state_dict` returned; a count it does not know stays as it is.
@@ -73,7 +81,16 @@ class Progress:
         Raises:
             IncompatibleError: as for `load_state_dict`.
         """
+        if not isinstance(state_dict, Mapping):
+            raise IncompatibleError(f"no counts of a Progress: {state_dict!r}")
         known = {field.name for field in fields(self)}
         for name, count in state_dict.items():
             if name not in known or type(count) is not int or count < 0:
                 raise IncompatibleError(f"no count of a Progress: {name!r} = {count!r}")
+
+
+def _count(name: str, value: object) -> int:
+    number = as_integer(value)
+    if number is None or number < 0:
+        raise UsageError(f"{name} of a Progress counts in integers from 0, not {value!r}")
+    return number

@@ -89,7 +89,9 @@ class ElasticSampler:
         for argument, switch in (("shuffle", shuffle), ("drop_last", drop_last)):
             if not isinstance(switch, bool):
                 raise UsageError(f"{argument} is True or False, not {switch!r}")
-        if global_batch < 1 or samples < (global_batch if drop_last else 1):
+        if global_batch < 1:
+            raise UsageError(f"global_batch is {global_batch}: must be at least 1")
+        if samples < (global_batch if drop_last else 1):
             raise UsageError(
                 f"{samples} samples make no batch of {global_batch}: lower global_batch"
                 + (", or pass drop_last=False" if drop_last else "")
@@ -162,7 +164,8 @@ class ElasticSampler:
         it, and the next batch is from there.
 
         Raises:
-            UsageError: `loader` does not draw from this sampler.
+            UsageError: `loader` does not draw from this sampler, or ends with its first epoch, as
+                a generator does.
         """
         self._started_elsewhere = False
         while True:
@@ -172,12 +175,21 @@ class ElasticSampler:
                 self._epoch += 1
                 self._consumed = 0
             restores = self._restores
+            handed = False
             for batch in self._one_start(loader):
+                handed = True
                 # Before the loop has it: a save inside the loop's body counts this batch.
                 self._consumed += min(self.global_batch, self.length - self._consumed)
                 yield batch
                 if restores != self._restores:
                     break  # what the loader holds in advance is from the old position
+            if not handed:
+                # Each start has a batch: without one the next starts would go round for ever.
+                raise UsageError(
+                    f"the loader gave no batch of epoch {self._epoch}, where samples are left: a "
+                    "generator or an iterator ends once. Give batches() what can be iterated anew, "
+                    "such as the DataLoader, and change its batches in the loop"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the same on every rank.
@@ -219,6 +231,8 @@ class ElasticSampler:
         Raises:
             IncompatibleError: it is not a position in these samples in this order.
         """
+        if not isinstance(state, Mapping):
+            raise IncompatibleError(f"no position of an ElasticSampler: {state!r}")
         counts = [state.get(key) for key in _COUNTS]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise IncompatibleError(f"no position of an ElasticSampler: {dict(state)!r}")
@@ -243,8 +257,9 @@ class ElasticSampler:
             # Only now: a loader may be a generator that starts at its first batch.
             if not self._started_here:
                 raise UsageError(
-                    "the loader does not draw from this sampler: build it with "
-                    "DataLoader(dataset, batch_sampler=sampler)"
+                    "the loader does not draw from this sampler, or was begun before: build it "
+                    "with DataLoader(dataset, batch_sampler=sampler), and give that, not an "
+                    "iterator of it"
                 )
             yield batch
 

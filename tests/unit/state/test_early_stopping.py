@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +81,39 @@ def test_counts_of_another_metric_are_refused(other: dict[str, object], message:
 def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         EarlyStopping("loss", **arguments)  # type: ignore[arg-type]
+
+
+COUNTS = {"metric": "loss", "mode": "min", "best_score": 2.0, "best_step": 1, "looks": 0}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        [("metric", "loss")],
+        COUNTS | {"best_score": "2.0"},
+        COUNTS | {"best_score": math.nan},
+        COUNTS | {"best_score": None},
+        COUNTS | {"best_step": 1.5},
+        COUNTS | {"best_step": None},
+        COUNTS | {"looks": None},
+        COUNTS | {"looks": -1},
+        COUNTS | {"looks": True},
+    ],
+)
+def test_what_are_no_counts_is_refused(other: Any) -> None:
+    stopper = EarlyStopping("loss", patience=1)
+    stopper.update(1, 2.0)
+    with pytest.raises(IncompatibleError, match="no counts of an EarlyStopping"):
+        stopper.load_state_dict(other)
+    assert stopper.state_dict() == COUNTS
+
+
+@pytest.mark.parametrize(
+    ("step", "value"), [(1, "low"), (1, None), (1, torch.ones(2)), (1.5, 2.0), (-1, 2.0)]
+)
+def test_a_look_at_what_is_no_metric_is_refused(step: Any, value: Any) -> None:
+    stopper = EarlyStopping("loss", patience=1)
+    with pytest.raises(UsageError, match=r"'loss' after step 1 is|bad step"):
+        stopper.update(step, value)
+    assert (stopper.best_score, stopper.looks) == (None, 0)

@@ -272,6 +272,31 @@ def test_a_loader_of_another_sampler_is_refused() -> None:
         next(sampler.batches(DataLoader(Numbers(8), batch_size=2)))
 
 
+@pytest.mark.timeout(30)
+def test_a_loader_that_ends_for_good_is_refused_where_it_ends() -> None:
+    sampler = ElasticSampler(8, global_batch=2)
+    loader = loader_of(sampler)
+
+    def moved() -> Iterator[torch.Tensor]:
+        for batch in loader:
+            yield batch + 1
+
+    batches = sampler.batches(moved())
+    assert len([*itertools.islice(batches, 4)]) == 4
+    with pytest.raises(UsageError, match=r"no batch of epoch 1.* iterated anew"):
+        next(batches)
+    with pytest.raises(UsageError, match="not an iterator of it"):
+        next(sampler.batches(iter(loader)))
+    with pytest.raises(UsageError, match="no batch of epoch 0"):
+        next(ElasticSampler(8, global_batch=2).batches([]))
+
+
+@pytest.mark.parametrize("position", [None, 3])
+def test_what_is_no_position_at_all_is_refused(position: Any) -> None:
+    with pytest.raises(IncompatibleError, match="no position of an ElasticSampler"):
+        ElasticSampler(8, global_batch=2).load_state_dict(position)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -295,7 +320,7 @@ def test_a_position_in_other_data_is_refused(change: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 8, "global_batch": 0}, "no batch of 0"),
+        ({"length": 8, "global_batch": 0}, "at least 1"),
         ({"length": 8, "global_batch": 9}, "drop_last=False"),
         ({"length": 0, "global_batch": 1, "drop_last": False}, "0 samples"),
         ({"length": 8, "global_batch": 2, "seed": -1}, "seed is -1"),
