@@ -118,9 +118,8 @@ def average(
         check_target(out, options_for(out, given))
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(source, options)) for source in sources]
-        contents = [StoredContent(each, part) for each in opened]
         where = [each.where for each in opened]
-        averaged = AveragedContent(contents, shares, where)
+        averaged = AveragedContent([StoredContent(each, part) for each in opened], shares, where)
         highest = max(each.step for each in opened)
         if choice is not None:
             work = {"average": where, "weights": list(shares), "part": part}
