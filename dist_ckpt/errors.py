@@ -75,8 +75,11 @@ def without_secrets(text: str) -> str:
     """Return `text` with stars for what the URLs in it may keep secret.
 
     That is the user and password before the host, and everything behind the path: signatures and
-    tokens are arguments there, under whatever names.
+    tokens are arguments there, under whatever names. What UTF-8 cannot hold, as in the name of a
+    file on an old disk, is written as its number: logs, streams and other ranks could not take it.
     """
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode()
     # Most messages have no URL, and every one comes by here.
     if ":/" not in text:
         return text

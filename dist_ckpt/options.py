@@ -11,7 +11,7 @@ import torch
 
 from dist_ckpt.errors import UsageError, describe, is_refusal, near
 from dist_ckpt.format.files import BLOCK_BYTES, bytes_digest
-from dist_ckpt.format.names import as_integer
+from dist_ckpt.format.names import as_integer, is_text
 from dist_ckpt.ranks.job import JOB_KEYWORDS, JobKeywords
 from dist_ckpt.state.resizing import ResizeRule, check_resize, rule_for
 
@@ -182,7 +182,7 @@ class LoadOptions:
             if not is_refusal(error):
                 raise
             raise UsageError(f"rename({name!r}) failed: {describe(error)}") from error
-        if not isinstance(new, str):
+        if not is_text(new):
             raise UsageError(f"rename({name!r}) returned {new!r}: it must return a name")
         return new
 
@@ -265,7 +265,7 @@ def _patterns(option: str, value: object) -> tuple[str, ...]:
     if not isinstance(listed, Iterable):
         raise UsageError(f"{option} is a pattern or a list of them, not {value!r}")
     patterns = tuple(listed)
-    bad = [pattern for pattern in patterns if not isinstance(pattern, str) or not pattern]
+    bad = [pattern for pattern in patterns if not _is_name(pattern)]
     if bad:
         raise UsageError(f"{option} is made of patterns such as 'model/*', not {bad[0]!r}")
     return patterns
@@ -292,7 +292,7 @@ def _check_rename(rename: object) -> None:
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+    return is_text(value) and bool(value)
 
 
 Staging = Literal["blocking", "overlapped"]

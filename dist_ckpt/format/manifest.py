@@ -24,6 +24,7 @@ from dist_ckpt.format.names import (
     RANK_LIMIT,
     STEP_LIMIT,
     is_part,
+    is_text,
     parse_save_id,
     parse_shard_name,
 )
@@ -376,7 +377,7 @@ def _plain(value: object, path: str, depth: int) -> object:
         raise UsageError(f"metadata nests deeper than {_MAX_DEPTH} levels: flatten it")
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
+    if is_text(value):
         # Not `str(value)`, which a subclass such as an enum may answer otherwise.
         return str.__str__(value)
     if isinstance(value, int) and -(2**63) <= value < 2**64:
@@ -385,14 +386,14 @@ def _plain(value: object, path: str, depth: int) -> object:
         return float(value)
     if isinstance(value, list | tuple):
         return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+    if isinstance(value, Mapping) and all(map(is_text, value)):
         return {
             str.__str__(key): _plain(item, f"{path}[{key!r}]", depth + 1)
             for key, item in value.items()
         }
     raise UsageError(
-        f"{path} is a {type(value).__name__} that JSON cannot hold: use text, finite numbers of "
-        "at most 64 bits, lists, and dictionaries with text keys"
+        f"{path} is a {type(value).__name__} that JSON cannot hold: use Unicode text, finite "
+        "numbers of at most 64 bits, lists, and dictionaries with text keys"
     )
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import threading
 import zlib
 from collections.abc import Hashable, Iterable, Sequence
+from numbers import Real
 from operator import index
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -251,11 +253,21 @@ def check_tensor_name(name: str) -> str:
     """
     if name == "__metadata__":
         raise UsageError("a tensor named '__metadata__' cannot be stored: rename it")
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"tensor name {name!r} is not valid Unicode text: rename it") from error
+    if not is_text(name):
+        raise UsageError(f"tensor name {name!r} is not valid Unicode text: rename it")
     return name
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether `value` is a text that UTF-8 can hold: with half of a surrogate pair it cannot."""
+    # The least of what each name of a call has to be: it is stored, or told to other ranks.
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_attempt_file(name: str) -> bool:
@@ -297,6 +309,23 @@ def as_integer(value: Any) -> int | None:
         return index(value)
     except Exception:  # a foreign __index__ may do anything
         return None
+
+
+def checked_seconds(value: object, what: str) -> float:
+    """Return `value`, which a caller was given as `what`, if one can wait for so long.
+
+    Raises:
+        UsageError: it is no number, not above 0, or longer than any lock can be waited for.
+    """
+    given: Any = value  # a number of numpy's will do
+    is_number = isinstance(given, Real) and not isinstance(given, bool)
+    # NaN fails the comparison; an integer of any length is compared before it becomes a float.
+    if not (is_number and 0 < given <= threading.TIMEOUT_MAX):
+        raise UsageError(
+            f"{what} must be a finite number above 0, and at most {threading.TIMEOUT_MAX:.0f}, "
+            f"not {value!r}"
+        )
+    return float(given)
 
 
 def count_elements(shape: Sequence[object]) -> int:

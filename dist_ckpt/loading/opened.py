@@ -505,7 +505,8 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             store.close()
 
     def __repr__(self) -> str:
-        return f"<checkpoint {self._source.where}: {len(self)} tensors of {', '.join(self.parts)}>"
+        where = without_secrets(self._source.where)
+        return f"<checkpoint {where}: {len(self)} tensors of {', '.join(self.parts)}>"
 
 
 def open_checkpoint(

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dist_ckpt.errors import UsageError
 from dist_ckpt.format.files import DTYPES, bytes_digest
 from dist_ckpt.format.index import Box, Held
+from dist_ckpt.format.names import check_tensor_name
 from dist_ckpt.planning.placing import boxes_here
 from dist_ckpt.staging.arena import reach, view_box
 from dist_ckpt.state.layout import (
@@ -232,7 +233,7 @@ def _look_up(
         views = zip(known.held, known.views, strict=True)
         memories = [_viewed(local.detach(), held, view) for held, view in views]
     else:
-        planned = plan_boxes(part, name, tensor)
+        planned = plan_boxes(part, check_tensor_name(name), tensor)
         known = _Known(sketch, [held for held, _, _ in planned], [view for _, _, view in planned])
         memories = [memory for _, memory, _ in planned]
     for memory in memories:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.names import as_integer
+from dist_ckpt.format.names import as_integer, checked_seconds
 from dist_ckpt.policy.ending import on_notice, on_signal
 from dist_ckpt.policy.moment import (
     AnyOf,
@@ -29,7 +29,6 @@ from dist_ckpt.policy.moment import (
     Moment,
     SavePolicy,
     Scope,
-    checked_seconds,
     members,
 )
 from dist_ckpt.repository.ranking import Criterion, Mode

@@ -9,8 +9,8 @@ from os import PathLike, fspath
 from typing import ClassVar, TypedDict
 
 from dist_ckpt.errors import UsageError, without_secrets
-from dist_ckpt.format.names import as_integer
-from dist_ckpt.policy.moment import Composable, Moment, SavePolicy, Scope, checked_seconds
+from dist_ckpt.format.names import as_integer, checked_seconds
+from dist_ckpt.policy.moment import Composable, Moment, SavePolicy, Scope
 
 NOTICE = "notice"
 """What a notice is called where a signal has its name."""

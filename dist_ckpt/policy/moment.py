@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol
 
-from dist_ckpt.errors import UsageError
 from dist_ckpt.repository.joined import JoinedByOr
 from dist_ckpt.repository.ranking import Criterion
 
@@ -123,15 +121,3 @@ class AnyOf(Joined):
 def members(policy: SavePolicy) -> tuple[SavePolicy, ...]:
     """Return the policies that `policy` is composed of."""
     return policy.policies if isinstance(policy, AnyOf) else (policy,)
-
-
-def checked_seconds(value: object, what: str) -> float:
-    """Return `value`, which the caller was given as `what`, if it is a span of time.
-
-    Raises:
-        UsageError: it is no finite number above 0.
-    """
-    # `True` is 1 to Python, and NaN fails the comparison.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UsageError(f"{what} must be a finite number above 0, not {value!r}")
-    return float(value)

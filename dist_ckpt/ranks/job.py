@@ -8,7 +8,6 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypedDict
 
@@ -17,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError, without_secrets
-from dist_ckpt.format.names import manifest_key, new_save_id
+from dist_ckpt.format.names import checked_seconds, manifest_key, new_save_id
 from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.rendezvous import join_job
 from dist_ckpt.ranks.rounds import Coordinator, Coordinators, Deadline, SoloCoordinator, Topic
@@ -246,20 +245,14 @@ class Job:
             UsageError: the place is malformed, the timeout is not a positive number of seconds, or
                 this is one of several processes that would each take the run over.
         """
-        given: object = timeout_seconds  # a number of numpy's will do
-        is_number = isinstance(given, Real) and not isinstance(given, bool)
-        # Written so that a NaN is refused too; no lock can be waited for longer than the maximum.
-        if not (is_number and 0 < timeout_seconds <= threading.TIMEOUT_MAX):
-            raise UsageError(
-                f"timeout_seconds must be a finite number above 0, not {timeout_seconds!r}"
-            )
+        checked = checked_seconds(timeout_seconds, "timeout_seconds")
         store = place if isinstance(place, Store) else resolve(place)
         self.ranks = ranks or JobRanks()
         self._commits = commits
         self._check_joined()
         self.url = without_secrets(store.url)
         self.repository = Repository(store)
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds = checked
         self.restored_step: int | None = None
         self.restore_asked = False
         self.has_committed = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from dist_ckpt.errors import ErrorKind, NotFound, UsageError, near
+from dist_ckpt.format.names import is_text
 
 Mode = Literal["min", "max"]
 
@@ -47,7 +48,7 @@ class Criterion:
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not self.metric:
+        if not is_text(self.metric) or not self.metric:
             raise UsageError(f"a metric has a name such as 'val/loss', not {self.metric!r}")
         if self.mode not in ("min", "max"):
             raise UsageError(f"mode is 'min' or 'max', not {self.mode!r}")

@@ -20,6 +20,7 @@ import torch
 
 from dist_ckpt import events
 from dist_ckpt.errors import UsageError, describe, without_secrets
+from dist_ckpt.format.names import is_text
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.saving.messages import Report
@@ -287,8 +288,9 @@ def as_numbers(metrics: Metrics) -> dict[str, float]:
     """
     numbers: dict[str, float] = {}
     for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise UsageError(f"metric {name!r} must be named by text, not {type(name).__name__}")
+        if not is_text(name):
+            kind = "half of a surrogate pair" if isinstance(name, str) else type(name).__name__
+            raise UsageError(f"metric {name!r} must be named by text, not {kind}")
         try:
             # A loss is given as it is: torch warns of numbers taken from what has a gradient.
             numbers[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)

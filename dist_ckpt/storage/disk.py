@@ -203,8 +203,8 @@ def _open_temporary(directory: str) -> tuple[int, str, str]:
         # A sweep was faster than the lock and removes the file; it is of no use any more.
         _discard(fd, temporary)
     raise StorageError(
-        f"{directory} was removed each of {_ATTEMPTS} times that a file was begun in it; "
-        "find out what deletes it"
+        f"{directory} could not be made, or was removed again, each of {_ATTEMPTS} times that a "
+        "file was begun in it; choose another place, or find out what deletes it"
     )
 
 

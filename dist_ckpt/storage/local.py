@@ -68,7 +68,8 @@ class LocalStore:
             only on a mount without hard links, where creating is refused otherwise.
 
     Raises:
-        UsageError: no path, or one relative to a directory that is not there.
+        UsageError: no path, one that is no Unicode text, or one relative to a directory that is
+            not there.
         StorageError: nobody can tell what exists there: no permission, or a broken disk.
     """
 
@@ -76,6 +77,12 @@ class LocalStore:
         text = os.fspath(path)
         if not text or "\0" in text:
             raise UsageError(f"bad path {text!r}: it is empty or holds a null character")
+        try:
+            text.encode()  # as it is told to other ranks
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"bad path {text!r}: it is no valid UTF-8. Rename the folder, or give a link to it"
+            ) from None
         try:
             self._url = os.path.abspath(text)
         except FileNotFoundError:

@@ -8,8 +8,8 @@ from typing import Any
 
 from dist_ckpt.errors import ErrorKind, UsageError
 from dist_ckpt.format.manifest import plain_metadata
+from dist_ckpt.format.names import checked_seconds
 from dist_ckpt.options import SaveKeywords, SaveOptions
-from dist_ckpt.policy.moment import checked_seconds
 from dist_ckpt.ranks.job import JobRanks
 from dist_ckpt.saving.handle import Tolerance, WhenFailed
 from dist_ckpt.staging.arena import no_collection

@@ -155,7 +155,7 @@ def _deep() -> dict[str, Any]:
         ({"a": {1: 2}}, r"metadata\['a'\] is a dict"),
         ({"a": 2**64}, "64 bits"),
         ({"a": b"bytes"}, "bytes"),
-        ({"a": "\ud800"}, "cannot hold this text"),
+        ({"a": "\ud800"}, r"metadata\['a'\] is a str that JSON cannot hold: use Unicode text"),
         (_deep(), "deeper than 64"),
     ],
 )
