@@ -50,6 +50,7 @@ _TRAINER_STATE_LIMIT_BYTES = 1 << 28
 # With which suffixes both write them; of several optimizers each would need a name of its own.
 _STATES = ("optimizer", "scheduler")
 _STATE_SUFFIXES = (".pt", ".bin")
+_NOT_READ = "beside the weights optimizer and scheduler alone are read"
 # They say how far the training was, not how good it is.
 _COUNTERS = ("step", "epoch", "total_flos")
 # One number behind a word that says of what: `llama-2` is no step.
@@ -68,8 +69,9 @@ class ImportReport:
         parts: the new name of each part by the one that it had.
         tensors: how many names there are.
         metrics: those that are stored with it.
-        left_out: values that cannot be read without executing what is in the file, and what lies
-            beside the weights in a folder and was not read.
+        left_out: why what did not come along did not, by its name: values that cannot be read
+            without executing what is in the file, what lies beside the weights in a folder, and
+            metrics that are older than the checkpoint.
         was_there: whether it had been committed before, bit for bit the same.
     """
 
@@ -78,7 +80,7 @@ class ImportReport:
     parts: Mapping[str, str]
     tensors: int
     metrics: Mapping[str, float]
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     was_there: bool = False
 
     def __str__(self) -> str:
@@ -90,7 +92,7 @@ class ImportReport:
             for old, new in self.parts.items()
         ]
         lines += [f"  metric {name}: {value:g}" for name, value in self.metrics.items()]
-        lines += [f"  left out: {name}" for name in self.left_out]
+        lines += [f"  left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
 
@@ -172,7 +174,7 @@ def _import(
     parts = {old: new for each in readings for old, new in each.parts.items()}
     contents = {new: r.content(old, new) for r in readings for old, new in r.parts.items()}
     objects = {new: r.objects[old] for r in readings for old, new in r.parts.items()}
-    left_out = [name for each in readings for name in each.left_out]
+    left_out = {name: why for each in readings for name, why in each.left_out.items()}
     was_there = is_saved(
         contents,
         objects,
@@ -186,7 +188,9 @@ def _import(
         save_parts(contents, objects, url, step=number, metrics=numbers, storage_options=given)
     tensors = sum(len(content.items) for content in contents.values() if content is not None)
     # Of a folder all of them: whoever goes on with it must know what there was.
-    told = (*left_out, *folder.others)
+    told = {**left_out, **folder.others}
+    # Those that were given, or that the file has, take the place of older ones.
+    told |= {f"metric {name}": why for name, why in folder.older.items() if name not in numbers}
     return ImportReport(place_name(url, given), number, parts, tensors, numbers, told, was_there)
 
 
@@ -236,12 +240,12 @@ class _Reading:
     Attributes:
         parts: the name here of each part.
         objects: the encoded values of each part that can be read.
-        left_out: those that cannot.
+        left_out: why those that cannot be read cannot, by their names.
     """
 
     def __init__(self, opened: OpenedCheckpoint) -> None:
         self._opened = opened
-        self.left_out: list[str] = []
+        self.left_out: dict[str, str] = {}
         self.objects = {part: self._readable(part) for part in opened.parts}
         self._with_tensors = {info.part for info in opened.info.values()}
         # A part whose one value cannot be read, and without tensors, leaves nothing to save.
@@ -302,8 +306,8 @@ class _Reading:
                 if not references(data, path=part):
                     decode(data, tensors={}, path=part)
             # What only a program that executes pickles could read takes nothing else along.
-            except CheckpointError:
-                self.left_out.append(part if name == VALUE else f"{part}/{name}")
+            except CheckpointError as error:
+                self.left_out[part if name == VALUE else f"{part}/{name}"] = error.message
             else:
                 found[name] = data
         return found
@@ -341,16 +345,18 @@ class _Folder:
     Attributes:
         global_step: what the state of the trainer has under this name; None where there is none.
         numbered: the number in the name of the folder; None where there is none.
-        metrics: the newest of each that the trainer logged.
+        metrics: those that the trainer logged at the step of the checkpoint.
+        older: of those that it logged before alone, what says so.
         states: by part the files with the state of the optimizer and of the scheduler, opened.
-        others: the names of what else may hold state, in order.
+        others: of what else may hold state, in order, why it was not read.
     """
 
     global_step: Any = None
     numbered: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    older: Mapping[str, str] = field(default_factory=dict)
     states: Mapping[str, OpenedCheckpoint] = field(default_factory=dict)
-    others: Sequence[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -372,21 +378,28 @@ def _look(store: Store, opened: OpenedCheckpoint) -> _Folder:
     # What a stock checkpoint has beside its files was read with them.
     known = (*opened.files, *(BESIDE if METADATA in children else ()))
     rest = [name for name in children if name not in known]
-    states, taken = {}, set()
+    others = {name: _NOT_READ for name in rest if _may_hold_state(name)}
+    states = {}
     for part in _STATES:
         named = [name for name in rest if name in [part + suffix for suffix in _STATE_SUFFIXES]]
-        # Of two nobody knows which one is meant.
-        state = _state(store, named[0]) if len(named) == 1 else None
-        if state is not None and state.parts == (part,) and part not in opened.parts:
-            states[part] = state
-            taken.add(named[0])
-    others = [name for name in rest if name not in taken and _may_hold_state(name)]
+        if len(named) == 1:
+            state = _state(store, named[0], part, opened)
+            if isinstance(state, str):
+                others[named[0]] = state
+            else:
+                states[part] = state
+                del others[named[0]]
+        else:
+            others |= {name: f"{' and '.join(named)} are two of one meaning" for name in named}
     said = _trainer_state(store) if _TRAINER_STATE in rest else {}
     numbered = _NUMBERED.fullmatch(store.url.rstrip("/").rpartition("/")[2])
+    at = said.get("global_step")
+    metrics, older = _metrics(said.get("log_history"), at)
     return _Folder(
-        global_step=said.get("global_step"),
+        global_step=at,
         numbered=None if numbered is None else int(numbered[1]),
-        metrics=_metrics(said.get("log_history")),
+        metrics=metrics,
+        older=older,
         states=states,
         others=others,
     )
@@ -397,13 +410,21 @@ def _may_hold_state(name: str) -> bool:
     return name.endswith(FILE_SUFFIXES) or (name.endswith("/") and not name.startswith("."))
 
 
-def _state(store: Store, key: str) -> OpenedCheckpoint | None:
+def _state(store: Store, key: str, part: str, weights: OpenedCheckpoint) -> OpenedCheckpoint | str:
+    """Open the file with the state `part`, or return why it does not come along."""
+    if part in weights.parts:
+        return f"the weights have a part {part} with them"
     try:
         source = open_foreign(store, key)
     # Whole, and of a kind that is not read here: the weights do not need it.
-    except IncompatibleError:
-        return None
-    return None if source is None else OpenedCheckpoint(source, store=None)
+    except IncompatibleError as error:
+        return error.message
+    if source is None:
+        return _NOT_READ
+    state = OpenedCheckpoint(source, store=None)
+    if state.parts != (part,):
+        return f"it holds {', '.join(state.parts)}, and no {part} alone"
+    return state
 
 
 def _trainer_state(store: Store) -> Mapping[str, Any]:
@@ -427,17 +448,26 @@ def _trainer_state(store: Store) -> Mapping[str, Any]:
     return found
 
 
-def _metrics(history: object) -> dict[str, float]:
-    """Return the newest value of each name in what the trainer logged."""
-    newest: dict[str, Any] = {}
+def _metrics(history: object, at: object) -> tuple[dict[str, float], dict[str, str]]:
+    """Return what the trainer logged at step `at`, and of what it logged before alone what says so.
+
+    By a loss of another step the checkpoint would be the best, or not, in the place of that one.
+    """
+    found: dict[str, float] = {}
+    older: dict[str, str] = {}
     for row in history if isinstance(history, list) else ():
-        if isinstance(row, dict):
-            newest.update(row)
-    return {
-        name: float(value)
-        for name, value in newest.items()
-        if name not in _COUNTERS and _is_finite(value)
-    }
+        if not isinstance(row, dict):
+            continue
+        step = row.get("step")
+        for name, value in row.items():
+            if name in _COUNTERS or not _is_finite(value):
+                continue
+            # A flag is equal to 1, and no step.
+            if isinstance(at, int | float) and not isinstance(at, bool) and step == at:
+                found[name] = float(value)
+            else:
+                older[name] = f"logged at step {step}, and the checkpoint is of step {at}"
+    return found, {name: why for name, why in older.items() if name not in found}
 
 
 def _is_finite(value: object) -> bool:

@@ -168,7 +168,8 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
     model, _ = trained()
     torch.save({"model": named(model, ""), "args": Unknown(3)}, tmp_path / "old.pt")
     report = dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run")
-    assert report.left_out == ("args",)
+    assert list(report.left_out) == ["args"]
+    assert "Unknown" in report.left_out["args"], "a reason says what it is"
     assert report.parts == {"model": "model"}
 
 
@@ -223,7 +224,8 @@ def trainer_folder(folder: Path, suffix: str = ".pt") -> Path:
 
 
 LOGGED = [
-    {"loss": 1.5, "eval_loss": 0.5, "epoch": 0.5, "step": 3},
+    {"loss": 1.5, "eval_loss": 0.5, "f1": 0.25, "epoch": 0.5, "step": 3},
+    {"eval_loss": 0.75, "epoch": 0.75, "step": 5},
     {"loss": 1.25, "grad_norm": float("nan"), "note": "text", "epoch": 1.0, "step": 7},
 ]
 
@@ -234,18 +236,20 @@ def test_a_folder_of_a_trainer_goes_on_as_a_run(suffix: str, tmp_path: Path) -> 
     # As the trainer writes it, with numbers that JSON lacks.
     state = json.dumps({"global_step": 7, "epoch": 1.0, "log_history": LOGGED})
     (source / "trainer_state.json").write_text(state)
-    report = dist_ckpt.import_(source, tmp_path / "run")
+    report = dist_ckpt.import_(source, tmp_path / "run", metrics={"f1": 0.5})
     assert list(report.parts) == ["model", "optimizer", "scheduler"]
-    assert (report.step, report.metrics) == (7, {"loss": 1.25, "eval_loss": 0.5})
-    assert report.left_out == ("rng_state.pth",)
-    assert "left out: rng_state.pth" in str(report)
+    # By a loss of another step it would be the best in the place of that one.
+    assert (report.step, report.metrics) == (7, {"loss": 1.25, "f1": 0.5})
+    assert list(report.left_out) == ["rng_state.pth", "metric eval_loss"]
+    assert report.left_out["metric eval_loss"].startswith("logged at step 5")
+    assert "left out: rng_state.pth: beside the weights" in str(report)
     with dist_ckpt.open_checkpoint(tmp_path / "run") as opened:
         assert opened.read_values("scheduler")["value"]["last_epoch"] == 0
     check_loads(tmp_path / "run")
-    assert dist_ckpt.import_(source, tmp_path / "run").was_there
+    assert dist_ckpt.import_(source, tmp_path / "run", metrics={"f1": 0.5}).was_there
     # One file is that one file.
     alone = dist_ckpt.import_(source / "model.safetensors", tmp_path / "alone")
-    assert (alone.step, dict(alone.parts), alone.left_out) == (0, {"model": "model"}, ())
+    assert (alone.step, dict(alone.parts), alone.left_out) == (0, {"model": "model"}, {})
 
 
 @pytest.mark.parametrize(
@@ -270,8 +274,13 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path) -> None:
     (source / "global_step7" / "part").write_bytes(b"0")
     report = dist_ckpt.import_(source, tmp_path / "run")
     assert list(report.parts) == ["model", "scheduler"]
-    optimizers = ("optimizer.bin", "optimizer.pt", "optimizer_1.bin")
-    assert report.left_out == ("global_step7/", *optimizers, "rng_state.pth")
+    optimizers = ["optimizer.bin", "optimizer.pt", "optimizer_1.bin"]
+    assert list(report.left_out) == ["global_step7/", *optimizers, "rng_state.pth"]
+    for name in optimizers[:2]:
+        assert report.left_out[name] == "optimizer.bin and optimizer.pt are two of one meaning"
+    (source / "optimizer.pt").unlink()
+    again = dist_ckpt.import_(source, tmp_path / "run")
+    assert again.left_out["optimizer.bin"] == "it holds model, and no optimizer alone"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"global_step": ' + "[" * 100_000])
