@@ -53,6 +53,7 @@ from dist_ckpt.state.optimizer_live import (
     Reading,
     check_face,
     class_name,
+    counted_aside,
     inner_optimizers,
     is_given,
     is_told,
@@ -188,16 +189,21 @@ class OptimizerPart:
     def _tell_aside(self) -> None:
         if self._said or not isinstance(self.optimizer, Optimizer) or is_told(self.optimizer):
             return
-        names = kept_aside(self.optimizer)
-        if names and not is_dry():
-            self._said = True
-            _log.warning(
-                "part %r: %s keeps tensors of its parameters in %s, which its state_dict() does "
-                "not tell, so they are not stored: keep them in state[parameter]",
-                self.name,
-                type(self.optimizer).__qualname__,
-                ", ".join(names),
-            )
+        for names, what, where in (
+            (kept_aside(self.optimizer), "keeps tensors of its parameters", "state[parameter]"),
+            (counted_aside(self.optimizer), "counts or draws", "a group (a generator: as a part)"),
+        ):
+            if names and not is_dry():
+                self._said = True
+                _log.warning(
+                    "part %r: %s %s in %s, which its state_dict() does not tell, so they are not "
+                    "stored: keep them in %s, or tell them there",
+                    self.name,
+                    type(self.optimizer).__qualname__,
+                    what,
+                    ", ".join(names),
+                    where,
+                )
 
     def targets(self, stored: Stored) -> Targets:
         """Return a tensor for each stored one: laid out as it was, in the stored dtype."""
@@ -498,10 +504,11 @@ class _OptimizerFit:
         }
         inside = {name for data in stored.objects.values() for name in references(data)}
         entries: dict[str, dict[str, Any]] = {}
+        met: dict[str, torch.Tensor] = {}
         for name in (*stored.tensors, *stored.objects):
             owner = view.owner(name)
             if owner is not None and name not in inside and (name in tensors or name in values):
-                value = values[name] if name in values else tensors[name]
+                value = values[name] if name in values else self._one(tensors[name], name, met)
                 entries.setdefault(owner[0], {})[owner[1]] = value
         if self.notes.made:
             Faces(view, self.notes.made, self.part).put_together(entries, kept.state)
@@ -520,6 +527,13 @@ class _OptimizerFit:
             options,
             shared if stored.selects(view.prefix + SHARED) else kept.shared,
         )
+
+    def _one(self, tensor: torch.Tensor, name: str, met: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return `tensor`, or of one that several parameters had that which was met before."""
+        # It goes on for all of them where one of them writes to it, as a counter.
+        one = met.setdefault(self.notes.same.get(name, name), tensor)
+        alike = (one.shape, one.dtype, one.device) == (tensor.shape, tensor.dtype, tensor.device)
+        return one if alike else tensor
 
     def unlike(self, cls: str, live: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Tell whether another optimizer wrote this than the one of class `cls`.

@@ -271,6 +271,7 @@ _DTYPES = f"{MARK}dtypes"
 _ORDER = f"{MARK}order"
 _PLAIN = f"{MARK}plain"
 _LIKE = f"{MARK}like"
+_SAME = f"{MARK}same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,7 @@ class Notes:
         plain: tensors that were plain beside a DTensor.
         like: by tensor that is no state of one parameter, the parameter it is laid out as.
         made: by what is several tensors behind one face, how one is built of these.
+        same: by tensor, the name under which that very tensor was met first.
     """
 
     classes: set[str] = field(default_factory=set)
@@ -292,6 +294,7 @@ class Notes:
     plain: set[str] = field(default_factory=set)
     like: dict[str, str] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, groups: Iterable[Mapping[str, Any]]) -> Notes:
@@ -308,6 +311,8 @@ class Notes:
             notes.order.update(_dict(group.get(_ORDER)))
             notes.like.update(_dict(group.get(_LIKE)))
             notes.made.update(_dict(group.get(MADE)))
+            same = _dict(group.get(_SAME))
+            notes.same.update({key: first for key, first in same.items() if type(first) is str})
             plain = group.get(_PLAIN)
             notes.plain.update(map(str, plain) if isinstance(plain, list) else ())
         return notes
@@ -453,31 +458,8 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         written: receives tensors and objects.
         cls: what the optimizer is, as `package.Class`.
     """
-    start = view.prefix + STATE
     plain: dict[str, dict[str, object]] = {}
-    notes: dict[str, dict[str, Any]] = {}
-    # In the order of the groups: that of `state` depends on which gradient came first.
-    for owner, parameter in view.parameters.items():
-        entry = content.state.get(owner)
-        entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
-        for key, whole in wholes(entry).items():
-            noted = {MADE: {f"{start}{owner}.{key}": how_made(whole)}}
-            merge_notes(notes.setdefault(owner, {}), noted)
-        mine: dict[str, torch.Tensor] = {}
-        sharded = isinstance(parameter, DTensor)
-        for key, value in entries.items():
-            name = f"{start}{owner}.{key}"
-            # Objects come later, so that tensors inside give way to these names.
-            if isinstance(value, torch.Tensor):
-                check_storable(value, written.part, name)
-                written.tensors[name] = value
-                # Asked here, since nearly none is: this is done for each tensor of each save.
-                if not value.is_contiguous() or (sharded and not isinstance(value, DTensor)):
-                    mine[name] = value
-            else:
-                plain.setdefault(owner, {})[name] = value
-        if mine:
-            merge_notes(notes.setdefault(owner, {}), tensor_notes(mine, parameter, {}))
+    notes = _write_state(view, content, written, plain)
     for owner, values in plain.items():
         for name, value in values.items():
             inner = written.add_value(name, value)
@@ -502,6 +484,47 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         options = {**content.options[name], "params": view.members[name], **noted}
         written.add_value(name, options)
         written.groups.add(name)
+
+
+def _write_state(
+    view: View, content: Content, written: Capture, plain: dict[str, dict[str, object]]
+) -> dict[str, dict[str, Any]]:
+    """Name the tensors of all parameters; put what is no tensor into `plain`, by parameter.
+
+    Returns:
+        What must be noted, by parameter.
+    """
+    start = view.prefix + STATE
+    notes: dict[str, dict[str, Any]] = {}
+    met: dict[int, str] = {}
+    # In the order of the groups: that of `state` depends on which gradient came first.
+    for owner, parameter in view.parameters.items():
+        entry = content.state.get(owner)
+        entries = optimizer_entries(entry, where=f"{written.part}.{start}{owner}.")
+        for key, whole in wholes(entry).items():
+            noted = {MADE: {f"{start}{owner}.{key}": how_made(whole)}}
+            merge_notes(notes.setdefault(owner, {}), noted)
+        mine: dict[str, torch.Tensor] = {}
+        again: dict[str, str] = {}
+        sharded = isinstance(parameter, DTensor)
+        for key, value in entries.items():
+            name = f"{start}{owner}.{key}"
+            # Objects come later, so that tensors inside give way to these names.
+            if not isinstance(value, torch.Tensor):
+                plain.setdefault(owner, {})[name] = value
+                continue
+            check_storable(value, written.part, name)
+            written.tensors[name] = value
+            # Asked here, since nearly none is: this is done for each tensor of each save.
+            if not value.is_contiguous() or (sharded and not isinstance(value, DTensor)):
+                mine[name] = value
+            if met.setdefault(id(value), name) != name:
+                again[name] = met[id(value)]
+        if mine:
+            merge_notes(notes.setdefault(owner, {}), tensor_notes(mine, parameter, {}))
+        if again:
+            merge_notes(notes.setdefault(owner, {}), {_SAME: again})
+    return notes
 
 
 def optimizer_entries(entry: Any, *, where: str = "") -> dict[str, Any]:
@@ -568,6 +591,22 @@ def check_own(state: Mapping[Any, Any], view: View, part: str) -> dict[Any, Any]
             raise UsageError(
                 f"{part} keeps state for a tensor of shape {tuple(key.shape)} that is in "
                 "none of its groups: build the optimizer after the module is wrapped or moved"
+            )
+    return check_shared(shared, view, part)
+
+
+def check_shared(shared: dict[Any, Any], view: View, part: str) -> dict[Any, Any]:
+    """Return `shared`, unless it goes by numbers that mean nothing to the next process.
+
+    Raises:
+        UsageError: a key is the `id` of a parameter.
+    """
+    known = {id(parameter): name for name, parameter in view.parameters.items()}
+    for key in shared:
+        if type(key) is int and key in known:
+            raise UsageError(
+                f"{part} keeps state for {known[key]} by id(parameter), a number that another "
+                "process does not know: keep it by the parameter itself, state[parameter]"
             )
     return shared
 

@@ -7,6 +7,8 @@ other optimizers inside.
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,10 +33,12 @@ from dist_ckpt.state.optimizer_content import (
     Notes,
     View,
     check_own,
+    check_shared,
     options_of,
     tensor_notes,
 )
 from dist_ckpt.state.part import Stored, Targets
+from dist_ckpt.state.rng import Generator
 
 _INNER = "inner."
 _PACKED = "@optimizer"
@@ -115,9 +119,11 @@ class InAttributes:
         view = View.of(self._groups(), names, prefix=prefix)
         state: dict[str, Any] = {}
         for holder, mine in self._shares(view):
+            # Never by `state[parameter]`, which creates what is absent and asks a number that has
+            # the hash of a parameter whether it is equal to it.
+            kept = {id(key): each for key, each in holder.state.items() if torch.is_tensor(key)}
             for name, parameter in mine.items():
-                # By `get`, since reading an absent key of `state` would create it.
-                state[name] = holder.state.get(parameter, {})
+                state[name] = kept.get(id(parameter), {})
         shared: dict[Any, Any] = {}
         for holder in self._holders:
             shared |= check_own(holder.state, view, self._part)
@@ -182,7 +188,7 @@ class _ByContract:
             return self._plain.read(names, prefix)
         state_dict = self._optimizer.state_dict()
         told = Reading(prefix)
-        unpack = _Unpacking(told, names, {"": self._optimizer, **self._inner})
+        unpack = _Unpacking(told, names, {"": self._optimizer, **self._inner}, self._part)
         if not isinstance(state_dict, dict):
             told.further[""] = (None, unpack.skeleton(state_dict, ()))
             return told
@@ -239,8 +245,11 @@ def live_of(optimizer: Any, part: str) -> Live:
 class _Unpacking:
     """Finds in what an optimizer tells all that has the form of torch's `state_dict`."""
 
-    def __init__(self, told: Reading, names: Mapping[int, str], holders: Mapping[str, Any]) -> None:
+    def __init__(
+        self, told: Reading, names: Mapping[int, str], holders: Mapping[str, Any], part: str
+    ) -> None:
         self._told = told
+        self._part = part
         self._names = names
         self._holders = holders  # by where they are in the face, "" for itself
         self._taken: set[str] = set()
@@ -260,7 +269,11 @@ class _Unpacking:
                 name: options_of(group)
                 for name, group in zip(view.groups, value["param_groups"], strict=True)
             },
-            {key: each for key, each in value["state"].items() if not _is_id(key, names)},
+            check_shared(
+                {key: each for key, each in value["state"].items() if not _is_id(key, names)},
+                view,
+                self._part,
+            ),
         )
         self._told.optimizers[prefix] = (view, content)
         return True
@@ -447,6 +460,9 @@ def holds_optimizers(value: object) -> bool:
     return is_optimizer(value)
 
 
+_TOLD = ("state", "param_groups", "defaults")
+
+
 def kept_aside(optimizer: Optimizer) -> list[str]:
     """Return the attributes in which `optimizer` has a tensor for each parameter, or for some.
 
@@ -456,8 +472,43 @@ def kept_aside(optimizer: Optimizer) -> list[str]:
     return [
         name
         for name, value in vars(optimizer).items()
-        if name not in ("state", "param_groups", "defaults") and _is_aside(value, parameters, 3)
+        if name not in _TOLD and _is_aside(value, parameters, 3)
     ]
+
+
+def counted_aside(optimizer: Optimizer) -> list[str]:
+    """Return the attributes in which `optimizer` counts or draws, which nobody is told of either.
+
+    Those are numbers that its `step` sets, or a method that this calls, and generators.
+    """
+    steps = _set_by(type(optimizer), "step")
+    return [
+        name
+        for name, value in vars(optimizer).items()
+        if name not in _TOLD
+        # No switch: what `initialized` tells is so again after a restart.
+        and (isinstance(value, Generator) or (name in steps and type(value) in (int, float)))
+    ]
+
+
+def _set_by(kind: type, method: str) -> set[str]:
+    """Return the names of the attributes that a method sets, or another one that it calls."""
+    names: set[str] = set()
+    asked, left = set(), [method]
+    while left:
+        name = left.pop()
+        found = getattr(kind, name, None)
+        code = getattr(inspect.unwrap(found) if callable(found) else None, "__code__", None)
+        # torch's own classes have no such numbers.
+        if name in asked or code is None or found.__module__.startswith("torch."):
+            continue
+        asked.add(name)
+        for each in dis.get_instructions(code):
+            if each.opname == "STORE_ATTR":
+                names.add(each.argval)
+            elif isinstance(each.argval, str):
+                left.append(each.argval)
+    return names
 
 
 def _is_aside(value: object, parameters: Sequence[torch.Tensor], deepest: int) -> bool:
