@@ -12,7 +12,7 @@ from dist_ckpt.format.names import as_integer, check_step, plain_step
 from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords
 from dist_ckpt.policy import SavePolicy
-from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.job import Place, job_of_call
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.handle import SaveHandle
@@ -23,6 +23,7 @@ from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.early import (
     TrainingKeywords,
     TrainingOptions,
+    as_said,
     check_state,
     checked_metadata,
 )
@@ -63,6 +64,8 @@ class Checkpointer:
         restored: what the last `restore` did, None before it and for a new run.
     """
 
+    _closed = False
+
     def __init__(
         self,
         url: Place,
@@ -97,21 +100,20 @@ class Checkpointer:
                 `command`: `SaveOptions`; `ranks`, `process_group`, `node_local`: `JobRanks`.
 
         Raises:
-            UsageError: an argument is malformed, the state of this one process cannot be stored
-                (several ranks hear of it together, later), or ranks have no process group.
+            UsageError: an argument is malformed, or ranks have no process group. Of `url`, `state`
+                and `metadata` several ranks hear together, at the first save or restore.
         """
-        train_state = TrainState.of(state)
-        policies = SavePolicies.of(when, every_steps, keep, stoppers_of(train_state))
         chosen = TrainingOptions.of(options, besides=_ARGUMENTS)
-        self._job = Job(
-            url, timeout_seconds=timeout_seconds, ranks=chosen.ranks, exclusive=chosen.exclusive
+        self._job, misplaced = job_of_call(
+            url, chosen.ranks, timeout_seconds=timeout_seconds, exclusive=chosen.exclusive
         )
-        self._unfit = check_state(train_state, self._job.ranks)
+        train_state, said, refused = as_said(state, metadata, chosen.ranks)
+        policies = SavePolicies.of(when, every_steps, keep, stoppers_of(train_state))
         self._saver = Saver(
             self._job,
             train_state,
             keep=policies.keep,
-            metadata=checked_metadata(metadata),
+            metadata=said,
             options=chosen.saves,
             tolerance=chosen.tolerance,
         )
@@ -119,8 +121,9 @@ class Checkpointer:
         self._recorder = Recorder(
             self._job, self._saver, self._resumer, policies, save_last=save_last, options=chosen
         )
+        self._saver.refused = refused = misplaced or refused
+        self._unfit = refused or check_state(train_state, chosen.ranks)
         self._flags: flags.Flags | None = None
-        self._closed = False
         self.restored: LoadReport | None = None
         self._saver.prewarm()
 
@@ -230,16 +233,16 @@ class Checkpointer:
             CheckpointError: the save before failed, and nobody was told yet.
         """
         self._check_open()
-        step = None if step is None else plain_step(step)
-        start = Start(which=which, step=step, place=url, discard_newer=discard_newer)
-        # A call that says anything itself counts above the flags.
-        if self._flags is not None and start == Start() and not options:
-            start = self._flags.start
-        check_start(start)
-        start = in_own_run(start, self._job.repository.store)
+        wrong: Exception | None = None
+        try:
+            step = None if step is None else plain_step(step)
+            start = Start(which=which, step=step, place=url, discard_newer=discard_newer)
+            start = self._checked_start(start, options)
+        except Exception as error:
+            start, wrong = Start(), self._job.ranks.hold(error)
         self._recorder.begin()
         # It may be what is restored. That it failed, or the state is unfit, all hear in the round.
-        failed = self._saver.settle(goes_on=True) or self._unfit
+        failed = self._saver.settle(goes_on=True) or wrong or self._unfit
         # From here on the step told last is not that of the state any more: it must not be saved.
         with self._recorder.course.replaced():
             self.restored = self._resumer.restore(start, failed, options=options)
@@ -259,7 +262,7 @@ class Checkpointer:
         """
         self._check_open()
         # The best may be in flight.
-        failed = self._saver.settle(goes_on=True)
+        failed = self._saver.settle(goes_on=True) or self._saver.refused
         with self._recorder.course.replaced():
             return self._resumer.rollback(failed).step
 
@@ -328,8 +331,15 @@ class Checkpointer:
                 `CoordinationError`.
         """
         self._check_open()
-        said = {} if metadata is None else checked_metadata(metadata)
-        return self._recorder.save(plain_step(step), as_given(metrics), said)
+        said: Mapping[str, Any] = {}
+        numbers: Metrics = {}
+        wrong: Exception | None = None
+        try:
+            said = {} if metadata is None else checked_metadata(metadata)
+            numbers = as_given(metrics)
+        except Exception as error:
+            wrong = self._job.ranks.hold(error)
+        return self._recorder.save(plain_step(step), numbers, said, wrong)
 
     def wait(self) -> None:
         """Wait until the save in flight, and the retention after it, are over.
@@ -383,6 +393,13 @@ class Checkpointer:
             # The step told last may be half of the next by now: it is not saved.
             self._recorder.interrupted = True
         leave(self._saver, self.close, error)
+
+    def _checked_start(self, start: Start, options: Mapping[str, Any]) -> Start:
+        # A call that says anything itself counts above the flags.
+        if self._flags is not None and start == Start() and not options:
+            start = self._flags.start
+        check_start(start, options)
+        return in_own_run(start, self._job.repository.store)
 
     def _tell(self, step: int, epoch: int | None, metrics: Metrics) -> SaveHandle | None:
         self._check_open()

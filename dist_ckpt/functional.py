@@ -15,7 +15,7 @@ from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.loading.opened import which_of
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
-from dist_ckpt.ranks.job import JOB_KEYWORDS, Job, JobRanks, Place
+from dist_ckpt.ranks.job import JOB_KEYWORDS, JobRanks, Place, job_of_call
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
@@ -64,6 +64,8 @@ def save(
 
     Raises:
         CheckpointError: nothing was committed. The same on every rank.
+        Exception: what the state of this rank raised, as it was; on other ranks it is a
+            `CoordinationError`.
     """
     async_save(
         state,
@@ -93,16 +95,24 @@ def async_save(
     Raises:
         CheckpointError: the save could not begin; later failures are raised by `SaveHandle.wait`.
     """
-    chosen = SaveOptions.of(options, besides=("step", "metrics", "metadata", "timeout_seconds"))
+    ranks = JobRanks.of(options)
     # It adds to what is there, and nothing goes on from it: no restore is asked for.
-    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), joins=True)
-    train_state = TrainState.of(state, once=True)
-    check_generators_kept(train_state)
-    check_job_holds_all(train_state, job.ranks)
-    said = checked_metadata(metadata)
+    job, failed = job_of_call(url, ranks, timeout_seconds=timeout_seconds, joins=True)
+    train_state, chosen = TrainState(rng=None), SaveOptions()
+    said: Mapping[str, Any] = {}
+    numbers: Mapping[str, Any] = {}
+    try:
+        chosen = SaveOptions.of(options, besides=("step", "metrics", "metadata", "timeout_seconds"))
+        said, numbers = checked_metadata(metadata), as_given(metrics)
+        train_state = TrainState.of(state, once=True)
+        check_generators_kept(train_state)
+        check_job_holds_all(train_state, ranks)
+    except Exception as error:
+        # Carried to the other ranks, which would wait for this one otherwise.
+        failed = failed or error
     # No policy: retention is of a training, and a single save deletes no checkpoint.
     saver = Saver(job, train_state, keep=None, metadata=said, options=chosen)
-    return saver.start_last(plain_step(step), as_given(metrics))
+    return saver.start_last(plain_step(step), numbers, failed=failed)
 
 
 def load(
@@ -228,8 +238,8 @@ def _load(
 ) -> LoadReport:
     # Which ranks take part is said to the job, and the rest to the load.
     keywords = {name: value for name, value in options.items() if name not in JOB_KEYWORDS}
-    job = Job(url, timeout_seconds=timeout_seconds, ranks=JobRanks.of(options), commits=False)
-    failed: Exception | None = None
+    ranks = JobRanks.of(options)
+    job, failed = job_of_call(url, ranks, timeout_seconds=timeout_seconds, commits=False)
     chosen: Which = None
     finish_before(job)  # what is asked for may be what this very process is still writing
     try:
@@ -238,7 +248,7 @@ def _load(
         chosen = which(state)
     except Exception as error:
         # Carried to the other ranks, which would wait for this one otherwise.
-        state, failed = TrainState(rng=None), error
+        state, failed = TrainState(rng=None), failed or error
     try:
         report = Loader(job, state).load(
             chosen,

@@ -76,7 +76,7 @@ class LoadCall:
             options = LoadOptions.of(keywords or {})
             url = "" if place is None else place_name(place)
             step = None if step is None else check_step(step)
-        except CheckpointError as error:
+        except Exception as error:
             failed = failed or error
         return cls(step, place, url, options, failed, best)
 

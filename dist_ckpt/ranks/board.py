@@ -49,6 +49,8 @@ class JobBoard:
         left: the ranks that say nothing more.
         absent: those that did not come, and need not be waited for.
         latest: for each rank, the round that it came to last.
+        refused: by call the error of a rank that failed before any round of it: whichever round
+            of that call the others come to, the rank will not.
     """
 
     rounds: dict[str, Gathering] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class JobBoard:
     left: set[int] = field(default_factory=set)
     absent: set[int] = field(default_factory=set)
     latest: dict[int, str] = field(default_factory=dict)
+    refused: dict[str, bytes] = field(default_factory=dict)
 
 
 class Board:
@@ -222,6 +225,10 @@ class Board:
         board.absent.discard(rank)
         if frame.name in board.errors:
             return  # it was told, when that was or when it connected
+        refusal = board.refused.get(_call_of(frame.name))
+        if refusal is not None and frame.name not in board.decided:
+            self.end(frame.job, frame.name, Frame("fail", frame.job, frame.name, refusal))
+            return
         gathering = board.rounds.setdefault(frame.name, Gathering())
         gathering.messages[rank] = frame.data
         board.latest[rank] = frame.name
@@ -252,6 +259,12 @@ class Board:
             return
         # The first error ends the round: waiting for more would only delay everybody.
         self.end(frame.job, frame.name, frame)
+        call = _call_of(frame.name)
+        if call and _call_of(board.latest.get(rank, "")) != call:
+            # Its first word of the call, so it does not know by which rounds the others go.
+            board.refused[call] = frame.data
+            for name in [name for name in board.rounds if _call_of(name) == call]:
+                self.end(frame.job, name, Frame("fail", frame.job, name, frame.data))
 
     def _leave(self, board: JobBoard, rank: int, frame: Frame) -> None:
         board.left.add(rank)
@@ -280,5 +293,9 @@ class Board:
 
 def _is_same_call(name: str, other: str) -> bool:
     """Whether two rounds are of calls with one number: each rank counts those that it makes."""
-    numbers = [each.split("/")[1:2] for each in (name, other)]
-    return numbers[0] == numbers[1] != []
+    return _call_of(name) == _call_of(other) != ""
+
+
+def _call_of(name: str) -> str:
+    """Return the number of the call that a round belongs to, "" where it has none."""
+    return "".join(name.split("/")[1:2])

@@ -127,6 +127,18 @@ class JobRanks:
         group = self.group()
         return 1 if group is None else dist.get_world_size(group)
 
+    def hold(self, error: Exception) -> Exception:
+        """Return what this rank alone may have refused: the others hear of it in the next round.
+
+        They make the same call, and would wait there for this one.
+
+        Raises:
+            Exception: `error` itself, where this process is the whole job.
+        """
+        if self.world_size() == 1:
+            raise error
+        return error
+
     def members(self) -> tuple[int, ...] | None:
         """Return the ranks in the default process group; None where the job is all of that."""
         if not _initialized():
@@ -198,6 +210,8 @@ class PassedOver:
 Place = str | Path | Store
 """Where a run is: a path, a URL, or a store."""
 
+# What the others are told of a call whose own deadline is malformed is told at once.
+_REFUSAL_SECONDS = 60.0
 _LEAVE_SECONDS = 30.0
 # Long enough for the others to read what rank 0 has decided already.
 _HURRIED_LEAVE_SECONDS = 3.0
@@ -529,3 +543,30 @@ class Job:
             patience = _HURRIED_LEAVE_SECONDS if self._hurried else _LEAVE_SECONDS
             seconds = min(self.timeout_seconds, patience)
             self.coordinators.training.leave(Deadline.after(seconds))
+
+
+def job_of_call(
+    place: Place, ranks: JobRanks, *, timeout_seconds: float, **kind: bool
+) -> tuple[Job, Exception | None]:
+    """Return the job of a call, and what keeps this rank from making it, if anything does.
+
+    A driver that one host lacks, say, is missed by its ranks alone, and the others wait for them in
+    the first round of the call: there this rank has to say why it does not go on.
+
+    Args:
+        place: see `Job`, and so for the others.
+        ranks: which ranks form the job.
+        timeout_seconds: the deadline.
+        **kind: `commits`, `joins`, `exclusive`.
+
+    Raises:
+        UsageError: it cannot be made, and this process is all of it.
+    """
+    try:
+        return Job(place, ranks=ranks, timeout_seconds=timeout_seconds, **kind), None
+    except Exception as error:
+        held = ranks.hold(error)
+    # Nothing is read there or written: the call ends in its first round.
+    nowhere = Job("memory://nowhere", ranks=ranks, timeout_seconds=_REFUSAL_SECONDS, **kind)
+    nowhere.url = without_secrets(str(place))
+    return nowhere, held

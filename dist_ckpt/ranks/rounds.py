@@ -234,13 +234,13 @@ def on_every_rank(
         CheckpointError: it failed on some rank, or `decide` refused; the same on every rank.
     """
     done: list[ResultT] = []
-    outcome: bytes | Exception
+    outcome: bytes | BaseException
     try:
         done.append(work())
         outcome = message(done[0])
-    except Exception as error:
-        # Its part in the round, so that nobody waits for a rank that failed. An interrupt is none:
-        # it ends this rank, and its peers are told by that.
+    except BaseException as error:
+        # Its part in the round, so that nobody waits for a rank that failed. An interrupt too: it
+        # need not end this rank, and where it does its peers hear why.
         outcome = error
     answer = coordinator.round(topic, outcome, decide, deadline=deadline)
     # There is one: had it failed here, the round would have raised.

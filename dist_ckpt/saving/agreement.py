@@ -167,7 +167,7 @@ class Agreement:
             message = (
                 snapshot if isinstance(snapshot, BaseException) else self._ask(asked, snapshot)
             )
-        except Exception as error:
+        except BaseException as error:
             message = error
         data = self._coordinator.round(
             topic.opening("plan"),
@@ -309,7 +309,7 @@ class Agreement:
         try:
             found = digest_replicas([snapshot.local[at] for at in _flat(plan.replicas)])
             each, message = pack(found), pack(_summed(found, plan.replicas))
-        except Exception as error:  # a device that failed: the others wait in the round
+        except BaseException as error:  # a device that failed: the others wait in the round
             message = error
         answer = self._coordinator.round(
             topic.phase("replicas"),

@@ -54,6 +54,7 @@ class Saver:
 
     Attributes:
         outcomes: how the saves went.
+        refused: what keeps this rank from saving anything; all ranks hear of it in each save.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Saver:
         self._options = options = options or SaveOptions()
         tolerance = tolerance or Tolerance()
         self.outcomes = Outcomes(job.url, tolerance)
+        self.refused: Exception | None = None
         self._asked = {"keep": as_asked(keep), **options.alike(), **tolerance.alike()}
         self._program = Provenance(command=True) if options.command else None
         self._planner: Agreement | None = None
@@ -108,8 +110,16 @@ class Saver:
         about: SaveContext | None = None,
         *,
         within_seconds: float = math.inf,
+        failed: Exception | None = None,
     ) -> SaveHandle:
         """Begin to save, what is before it included within so long; return when all is staged.
+
+        Args:
+            step: which step the state stands after.
+            metrics: what was given with it.
+            about: what the manifest says besides.
+            within_seconds: how long it may take.
+            failed: what keeps this rank from saving; all ranks hear of it.
 
         Raises:
             CheckpointError: the ranks could not agree; the same on every rank.
@@ -118,7 +128,8 @@ class Saver:
         """
         about = about or SaveContext(program=self._program)
         try:
-            handle = self._start(step, metrics, about, Deadline.after(within_seconds))
+            last = Deadline.after(within_seconds)
+            handle = self._start(step, metrics, about, last, failed)
         except BaseException as error:
             # Every rank was told of this one: whether another one answers each finds out alone.
             alike = error if isinstance(error, StorageError) else None
@@ -143,7 +154,14 @@ class Saver:
             error.add_note(f"step {step} is being saved all the same{self.outcomes.row()}")
             raise error
 
-    def _start(self, step: int, metrics: Metrics, about: SaveContext, last: Deadline) -> SaveHandle:
+    def _start(
+        self,
+        step: int,
+        metrics: Metrics,
+        about: SaveContext,
+        last: Deadline,
+        failed: Exception | None,
+    ) -> SaveHandle:
         self._job.check_process()
         if self._planner is None:
             finish_before(self._job, besides=self)
@@ -164,8 +182,8 @@ class Saver:
         topic = self._job.topic("save", f"save of step {step}")
         with no_collection():
             # A failure goes where a snapshot would: the other ranks wait for this one in the round.
-            snapshot = self._snapshot(step, metrics)
-            if self._job.ranks.node_local:
+            snapshot = failed or self.refused or self._snapshot(step, metrics)
+            if self._job.ranks.node_local and isinstance(snapshot, Snapshot):
                 planner.hosts = begin_folders(self._job, step, topic, deadline)
             agreed = planner.agree(
                 Asked(step, self._job.common_url, self._asked, busy, earlier),
@@ -197,11 +215,13 @@ class Saver:
         self._hand_on(attempt, share, commit, begun)
         return attempt.handle
 
-    def start_last(self, step: int, metrics: Metrics) -> SaveHandle:
+    def start_last(
+        self, step: int, metrics: Metrics, *, failed: Exception | None = None
+    ) -> SaveHandle:
         """Begin the only save of this job; when it is over everything is released. See `start`."""
         self._last = True
         try:
-            return self.start(step, metrics)
+            return self.start(step, metrics, failed=failed)
         except BaseException:
             if self._pending is None:  # else the writer releases everything when it has reported
                 self._release()
@@ -311,8 +331,9 @@ class Saver:
         self._pending = None
         self._earlier = handle.take_error() or self._earlier
 
-    def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | Exception:
-        # Returned, not raised: the other ranks wait in a round, and must hear of it.
+    def _snapshot(self, step: int, metrics: Metrics) -> Snapshot | BaseException:
+        # Returned, not raised: the other ranks wait in a round, and must hear of it, be it an
+        # interrupt.
         try:
             check_step(step)
             as_numbers(metrics)
@@ -321,7 +342,7 @@ class Saver:
                 world_size=self._job.training.world_size,
                 describer=self._describer,
             )
-        except Exception as error:
+        except BaseException as error:
             return error
 
     def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> StagedShare:

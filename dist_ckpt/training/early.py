@@ -13,6 +13,7 @@ from dist_ckpt.options import SaveKeywords, SaveOptions
 from dist_ckpt.ranks.job import JobRanks
 from dist_ckpt.saving.handle import Tolerance, WhenFailed
 from dist_ckpt.staging.arena import no_collection
+from dist_ckpt.state.early_stopping import EarlyStopping
 from dist_ckpt.state.part import Captured, dry_capture
 from dist_ckpt.state.rng import GeneratorPart, RngPart
 from dist_ckpt.state.train_state import TrainState, refuse_generator_states, tell_of_schedules
@@ -92,7 +93,26 @@ class TrainingOptions:
         return Tolerance(when_failed=self.when_failed, max_failures=self.max_failures)
 
 
-def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
+def as_said(
+    state: TrainState | Mapping[str, Any], metadata: Mapping[str, Any] | None, ranks: JobRanks
+) -> tuple[TrainState, dict[str, Any], Exception | None]:
+    """Return what was given as state and metadata, and what is wrong with it on this rank.
+
+    Raises:
+        Exception: that, where this process is the whole job.
+    """
+    try:
+        return TrainState.of(state), checked_metadata(metadata), None
+    except Exception as error:
+        held = ranks.hold(error)
+    values = list(state.values()) if isinstance(state, Mapping) else []
+    # What decides with the other ranks when a save is due, so that it is for this one, too.
+    stoppers = [value for value in values if isinstance(value, EarlyStopping)]
+    parts: dict[str, Any] = {f"stopper-{number}": each for number, each in enumerate(stoppers)}
+    return TrainState(rng=None, **parts), {}, held
+
+
+def check_state(state: TrainState, ranks: JobRanks) -> Exception | None:
     """Check that what `state` holds now can be stored, by capturing it once; nothing is copied.
 
     What is not there yet (an optimizer's state, the weights of a model on the meta device) is no
@@ -117,9 +137,7 @@ def check_state(state: TrainState, ranks: JobRanks) -> UsageError | None:
             for name, captured in _captured(state, strict=True):
                 _check_held(name, captured, ranks)
     except UsageError as error:
-        if ranks.world_size() == 1:
-            raise
-        return error
+        return ranks.hold(error)
     return None
 
 

@@ -165,8 +165,10 @@ class Recorder:
         if report is not None and self._job.training.rank == 0:
             self.program.resumed = self._resumer.record(report.step) or self.program.resumed
 
-    def save(self, step: int, metrics: Metrics, metadata: Mapping[str, Any]) -> SaveHandle:
-        """Save `step` now, unless it is done."""
+    def save(
+        self, step: int, metrics: Metrics, metadata: Mapping[str, Any], failed: Exception | None
+    ) -> SaveHandle:
+        """Save `step` now, unless it is done; `failed` is what keeps this rank from it."""
         done = self.course.done(step)
         if done is not None:
             if metadata and self._job.training.rank == 0:
@@ -182,7 +184,7 @@ class Recorder:
         self.begin()
         self.course.tell(step, None, metrics, kind="saves")
         self.heartbeat.pulse.tell(step)
-        return self._save(step, None, metrics, "asked for", metadata)
+        return self._save(step, None, metrics, "asked for", metadata, failed=failed)
 
     def begin(self) -> None:
         """Take note, at the beginning of a call of all ranks, which of them is to say something."""
@@ -245,6 +247,7 @@ class Recorder:
         metadata: Mapping[str, Any] = MappingProxyType({}),
         *,
         urgency: Decision = _NO_URGENCY,
+        failed: Exception | None = None,
     ) -> SaveHandle:
         if self._job.training.rank == 0:
             self.program.look()
@@ -257,7 +260,9 @@ class Recorder:
             # Over first: this one must be neither skipped nor take the other's place.
             self._saver.finish_pending()
         try:
-            handle = self._saver.start(step, metrics, about, within_seconds=until.remaining_seconds)
+            handle = self._saver.start(
+                step, metrics, about, within_seconds=until.remaining_seconds, failed=failed
+            )
         except BaseException:
             self.course.let_go()  # told by this very error: the end need not try again
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -111,8 +111,6 @@ class Resumer:
                 behind; nothing was changed, and the run not taken over.
             NotFound: there is nothing to go on from.
         """
-        if start.which == "none" and options:
-            raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
         # What the others are told if they were asked for another restore (`Board.apart`).
         self._job.calls = _in_words(start)
         try:
@@ -408,8 +406,12 @@ def _joined(found: Iterable[Sequence[int]]) -> list[int]:
 # What a `Start` means, and whether it means anything.
 
 
-def check_start(start: Start) -> None:
+def check_start(start: Start, options: Collection[str] = ()) -> None:
     """Check that what `start` says does not contradict itself.
+
+    Args:
+        start: where training goes on from.
+        options: the names of the options that say how it is loaded.
 
     Raises:
         UsageError: it does.
@@ -429,6 +431,8 @@ def check_start(start: Start) -> None:
                 'best by restore("best")'
             )
         check_step(start.step)
+    if start.which == "none" and options:
+        raise UsageError(f"restore('none') restores nothing: {', '.join(options)} say nothing")
     if start.place is not None:
         place_name(start.place)  # refuses what is none
     if not isinstance(start.discard_newer, bool):

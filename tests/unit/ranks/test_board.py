@@ -128,3 +128,26 @@ def test_a_job_that_all_have_left_is_forgotten() -> None:
 def test_what_no_rank_may_say_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=f"no rank says {kind}"):
         Told(2).say(1, kind)
+
+
+def test_who_fails_before_any_round_of_a_call_ends_the_one_that_others_come_to() -> None:
+    told = Told(3)
+    told.say(1, "report", "ask/7/newer")
+    told.say(2, "fail", "load/7/choose", b"error")
+    told.say(0, "report", "ask/7/newer")
+    assert [(frame.name, frame.data) for frame in told.frames[1] if frame.kind == "fail"] == [
+        ("load/7/choose", b"error"),
+        ("ask/7/newer", b"error"),
+    ]
+    told.say(0, "report", "ask/7/hosts")  # who comes later, to whatever round of it
+    assert told.board.error(JOB, "ask/7/hosts") == b"error"
+    assert told.board.error(JOB, "load/8/choose") is None
+
+
+def test_who_fails_within_a_call_ends_that_round_alone() -> None:
+    told = Told(2)
+    for name, kind in (("load/7/choose", "report"), ("load/7/fits", "fail")):
+        told.say(1, kind, name, b"damaged")
+    told.say(0, "report", "load/7/gone")
+    assert told.board.error(JOB, "load/7/fits") == b"damaged"
+    assert told.board.error(JOB, "load/7/gone") is None

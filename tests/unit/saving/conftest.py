@@ -19,5 +19,5 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr("dist_ckpt.checkpointer.Job", Noted)
+    monkeypatch.setattr("dist_ckpt.ranks.job.Job", Noted)
     return made
