@@ -22,6 +22,8 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTA
 # A chain of fsspec, `simplecache::s3://bucket`, is no single place.
 _NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 # From two letters on: a folder may well be called `c:`.
+# What a shell puts something else in the place of, before a program sees it.
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)|:/")
 
 
@@ -37,8 +39,9 @@ def resolve(
     """Return the store that `url` names. Nothing is created and nothing is contacted.
 
     Args:
-        url: a path (relative to the working directory, `~` allowed), `file:///path`,
-            `memory://name`, `s3://bucket/run`, or any url of fsspec such as `gs://bucket/run`.
+        url: a path (relative to the working directory; `~` is replaced, `$HOME` refused),
+            `file:///path`, `memory://name`, `s3://bucket/run`, or any url of fsspec such as
+            `gs://bucket/run`.
         storage_options: for the backend: see `S3Store` and the file systems of fsspec. Paths and
             memory take none.
         single_writer: the caller promises that one job at a time creates objects there, which
@@ -148,6 +151,11 @@ def _split(text: str) -> tuple[str, str]:
     if _ONE_SLASH.match(text) or _NESTED.match(text):
         # Taken for a path, a mistyped s3:/bucket would fill the local disk unnoticed.
         raise UsageError(f"bad url {text!r}: write scheme://..., or ./{text} for a path")
+    if variable := _VARIABLE.match(text):
+        raise UsageError(
+            f"bad url {text!r}: {variable[0]} is for a shell to replace, and none did: write what "
+            f"it stands for, or ./{text} for a path"
+        )
     return "", text
 
 
@@ -170,7 +178,13 @@ def _open(
 
 
 def _open_path(_: str, rest: str, single_writer: bool) -> Store:  # noqa: FBT001
-    return LocalStore(os.path.expanduser(rest), single_writer=single_writer)
+    path = os.path.expanduser(rest)
+    if path.startswith("~"):
+        raise UsageError(
+            f"bad url {rest!r}: no home folder of {rest.partition('/')[0]} is known here: write "
+            f"its path, or ./{rest} for a path"
+        )
+    return LocalStore(path, single_writer=single_writer)
 
 
 def _open_file(url: str, rest: str, single_writer: bool) -> Store:  # noqa: FBT001

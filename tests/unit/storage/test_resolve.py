@@ -46,6 +46,9 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve("~/runs").url == "/home/someone/runs"
     assert resolve("a:b").url == f"{tmp_path}/a:b"
     assert resolve("./s3:/bucket").url == f"{tmp_path}/s3:/bucket"
+    for name in ("$HOME/run", "~nobody-is-called-so", "a$b", "$", "1~"):
+        assert resolve(f"./{name}").url == f"{tmp_path}/{name}"
+    assert resolve("a$b/~c").url == f"{tmp_path}/a$b/~c"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,6 +170,10 @@ def test_secret_in_a_url_is_refused_and_not_shown(url: str) -> None:
         ("  ", "give a path"),
         ("s3:/bucket/run", r"\./s3:/bucket"),
         ("file:/data", "write scheme"),
+        ("$HOME/run", r"\$HOME is for a shell to replace.*\./\$HOME/run"),
+        ("${DATA}/run", r"\$\{DATA\} is for a shell"),
+        ("$SCRATCH", "is for a shell"),
+        ("~nobody-is-called-so/run", r"no home folder of ~nobody-is-called-so.*\./~nobody"),
         ("://bucket", "write scheme"),
         ("file://", "three slashes"),
         ("file://host/data", "three slashes"),
