@@ -14,11 +14,12 @@ import typer
 
 import dist_ckpt
 from dist_ckpt.cli import places
+from dist_ckpt.cli.every import work_on
 from dist_ckpt.cli.looking import in_words, metric_series
 from dist_ckpt.cli.output import finite, say, say_json, show_number, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_reads
-from dist_ckpt.errors import IncompatibleError, IntegrityError, NotFound, StorageError, UsageError
+from dist_ckpt.errors import IncompatibleError, IntegrityError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from dist_ckpt.repository import VerifyReport
@@ -100,19 +101,16 @@ def _reports(
     """
     by_step = {each.step: each for each in listed}
     reports: list[VerifyReport] = []
-    unread = []
-    for step in steps:
+
+    def verify(step: int) -> None:
         with showing_reads(run, step, shares=1 if share is None else share[1]) as seen:
-            try:
-                reports.append(seen.verify(step, sample=share))
-            except StorageError as error:
-                if step not in by_step:
-                    raise
-                unread.append(replace(by_step[step], state="unreadable", problem=error.message))
-            except NotFound:
-                # By the retention of the job that trains, since it was listed.
-                if step not in by_step:
-                    raise
+            reports.append(seen.verify(step, sample=share))
+
+    left = work_on(steps, verify, every=bool(listed), passed_over={StorageError: "unreadable"})
+    unread = [
+        replace(by_step[step], state="unreadable", problem=error.message)
+        for step, (_, error) in left.items()
+    ]
     return reports, unread
 
 

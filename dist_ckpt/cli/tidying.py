@@ -7,16 +7,17 @@ import re
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import dist_ckpt
 from dist_ckpt.cli import places
+from dist_ckpt.cli.every import Left, work_on
 from dist_ckpt.cli.output import say, say_json, size, table
 from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_work
-from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, NotFound, UsageError, near
+from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, UsageError, near
 
 if TYPE_CHECKING:
     from dist_ckpt.repository.keep import KeepPolicy
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 _SECONDS = {"d": 86400, "h": 3600, "min": 60, "s": 1}
 # All that a text may call: no other attribute of `dist_ckpt.keep` is ever looked up.
 _POLICIES = ("latest", "best", "every", "newer_than", "all", "preset")
-
-Left: TypeAlias = dict[int, tuple[str, CheckpointError]]
-"""By step what could not be copied: what is known of it, and the error that says why."""
 
 
 def add_tidying(app: typer.Typer) -> None:
@@ -202,27 +200,19 @@ def _cp(
         run, step = places.open_step(source, here, metric)
         steps = [step]
     done = []
-    for step in steps:
-        try:
-            with showing_work():
-                copied, words = (
-                    _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
-                )
-        except IntegrityError as error:
-            # What cannot be read keeps no other from being copied; it is told at the end.
-            if not every:
-                raise
-            left[step] = "damaged", error
-            continue
-        except NotFound as error:
-            # By the retention of the job that trains, since it was listed: none is missing.
-            if not every or error.kind is not ErrorKind.NO_CHECKPOINT:
-                raise
-            continue
+
+    def copy(step: int) -> None:
+        with showing_work():
+            copied, words = (
+                _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
+            )
         done.append(copied)
         # At once: a long copy that is cut off has told what it did.
         if not json:
             say(f"step {step}: {words}")
+
+    # That the other place fails says something of all of them.
+    left |= work_on(steps, copy, every=every, passed_over={IntegrityError: "damaged"})
     if json:
         copies = [asdict(each) for each in done]
         say_json({"url": target.url, "checkpoints": copies, "not_copied": _reasons(left)})
