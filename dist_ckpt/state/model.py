@@ -185,17 +185,20 @@ class ModelPart:
             elif partner in tensors:
                 given[name] = tensors[partner]
         say = found.say
+        left = [name for name in found.targets.missing if stored.selects(name)]
         if given or found.migrated or say.foreign:
             # As the one that is told calls them, which may be what a wrapper holds.
             own = module_entries(say.root, ParameterNames(say.root).current(), self.name)
             state = _state_dict(own, given, found)
+            for name in own.keys() & left if not say.whole else ():
+                state.pop(own[name].raw_name, None)
             if found.migrated or say.foreign or say.after:
                 self._tell(say, state, lenient=bool(found.targets.missing))
             else:  # what the module made up is all that it has to see
                 raw = {own[name].raw_name if name in own else name for name in given}
                 self._tell(say, {key: state[key] for key in raw}, lenient=True)
         else:
-            tell_after(say)
+            tell_after(say, left, found.targets.unexpected)
 
     def _tell(self, say: Say, state: Mapping[str, Any], *, lenient: bool) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -19,6 +19,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.random import fork_rng
 
 from dist_ckpt.errors import (
+    ErrorKind,
+    IncompatibleError,
     UsageError,
 )
 from dist_ckpt.state.layout import (
@@ -529,20 +531,45 @@ def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]
     Raises:
         Exception: whatever the module raises.
     """
-    return list(_load(say.root, dict(state), lenient=lenient or not say.whole).unexpected_keys)
+    found = _load(say.root, dict(state), lenient=lenient or not say.whole)
+    if say.after and not lenient:
+        # One that a module migrates from may have had no extra state.
+        _check_said(each for each in found.missing_keys if not each.endswith("_extra_state"))
+    return list(found.unexpected_keys)
 
 
-def tell_after(say: Say) -> None:
-    """Call the hooks that are to be called after a load, children first, as torch does."""
+def tell_after(say: Say, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Call the hooks that are to be called after a load, children first, as torch does.
+
+    Args:
+        say: the module.
+        missing: the names that were loaded by nothing.
+        unexpected: the stored ones that went nowhere.
+
+    Raises:
+        Exception: whatever a hook raises, or it says that more is missing or unexpected.
+    """
+    keys = _IncompatibleKeys([*missing], [*unexpected])
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             visit(child)
         for hook in module._load_state_dict_post_hooks.values():  # noqa: SLF001
-            hook(module, _IncompatibleKeys([], []))
+            hook(module, keys)
 
     if say.after:
         visit(say.root)
+        _check_said({*keys.missing_keys, *keys.unexpected_keys}.difference(missing, unexpected))
+
+
+def _check_said(more: Iterable[str]) -> None:
+    """Raise if a hook added to what is missing or unexpected, which is how one refuses a load."""
+    said = sorted(more)
+    if said:
+        raise IncompatibleError(
+            f"a hook called after the load refused it: {', '.join(map(repr, said))}",
+            kind=ErrorKind.STATE_MISMATCH,
+        )
 
 
 def _load(root: nn.Module, state: dict[str, Any], *, lenient: bool) -> Any:

@@ -116,7 +116,10 @@ def how_to_register(kind: type) -> str:
     # state is: a copy, which is refused or goes stale.
     asked = ("load_state_dict", "set_state", "setstate", "bit_generator")
     if any(hasattr(kind, name) for name in asked):
-        return "give it a name of its own in the state: it is asked for its state at each save"
+        return (
+            "give it a name of its own in the state: it is asked for its state at each save; or, "
+            "inside of what a state_dict() returned, have that return the state_dict() of it"
+        )
     if issubclass(kind, np.random.BitGenerator):
         return "give numpy.random.Generator() of it a name of its own in the state"
     plain = "make it of plain values and tensors"

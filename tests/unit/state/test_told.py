@@ -406,3 +406,35 @@ def test_extra_state_and_hooks_together() -> None:
     other = Both(None)
     load(other, saved(Both({"n": 1})))
     assert other.seen == [{"n": 1}]
+
+
+@pytest.mark.parametrize("migrates", [False, True])
+def test_what_a_lenient_load_left_out_is_told_to_the_hooks(*, migrates: bool) -> None:
+    store, model = saved(nn.Linear(3, 2)), nn.Linear(3, 2)
+    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    del model._parameters["bias"]
+    told: list[tuple[list[str], list[str]]] = []
+    itself: Any = model
+    if migrates:
+        itself.register_load_state_dict_pre_hook(lambda *_: None)
+    itself.register_load_state_dict_post_hook(
+        lambda _, keys: told.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+    )
+    load(model, store, strict=False)
+    assert told[-1] == (["scale"], [] if migrates else ["bias"])
+
+
+@pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys"])
+@pytest.mark.parametrize("migrates", [False, True])
+def test_a_hook_that_adds_a_name_refuses_the_load_as_in_torch(kind: str, *, migrates: bool) -> None:
+    store, model = saved(nn.Linear(3, 2)), nn.Linear(3, 2)
+    itself: Any = model
+    if migrates:
+        itself.register_load_state_dict_pre_hook(lambda *_: None)
+    itself.register_load_state_dict_post_hook(
+        lambda _, keys: getattr(keys, kind).append("version 2 of the table")
+    )
+    with pytest.raises(RuntimeError, match="version 2 of the table"):
+        model.load_state_dict(nn.Linear(3, 2).state_dict())
+    with pytest.raises(IncompatibleError, match="version 2 of the table"):
+        load(model, store)
