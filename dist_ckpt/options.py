@@ -256,7 +256,12 @@ def check_known(
         hint = "" if name in others else near(name, [*listed, *others])
         if _ELSEWHERE.get(name) in listed:
             hint = f" (here it is {_ELSEWHERE[name]}=)"
-        raise UsageError(f"unknown option {name!r}{hint}: a {verb} knows {', '.join(listed)}")
+        if name == "storage_options":
+            hint = " (give the place as dist_ckpt.storage.resolve(url, storage_options=...))"
+        article = "an" if verb[0] in "aeiou" else "a"
+        raise UsageError(
+            f"unknown option {name!r}{hint}: {article} {verb} knows {', '.join(listed)}"
+        )
 
 
 def _patterns(option: str, value: object) -> tuple[str, ...]:

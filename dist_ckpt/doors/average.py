@@ -114,7 +114,7 @@ def average(
     shares = _shares(weights, len(sources))
     given = options.get("storage_options")
     check_options_taken(given, *map(_place_of, sources), out, options.get("like"))
-    if (choice := _choice(format, options)) is None:
+    if (choice := _choice(format, options, step)) is None:
         check_target(out, options_for(out, given))
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(source, options)) for source in sources]
@@ -128,13 +128,19 @@ def average(
         return _commit(averaged, out, part, number, shares, storage_options=given)
 
 
-def _choice(format: Format | None, options: AverageKeywords) -> ExportChoice | None:  # noqa: A002
+def _choice(
+    format: Format | None,  # noqa: A002
+    options: AverageKeywords,
+    step: SupportsIndex | None,
+) -> ExportChoice | None:
     """Return how to export, None for a checkpoint of a run.
 
     Raises:
-        UsageError: an option is malformed, or is of an export alone.
+        UsageError: an option is malformed, is of an export alone, or of a run alone.
     """
     if format is not None:
+        if step is not None:
+            raise UsageError("step: that is of a run, and with format= none is made; leave it out")
         return ExportChoice.of(format, options)
     of_exports = [name for name in sorted(options) if name != "storage_options"]
     if any(options.get(name) is not None for name in of_exports):

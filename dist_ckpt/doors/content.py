@@ -279,6 +279,8 @@ class Renaming:
     """
 
     def __init__(self, rename: Mapping[str, str]) -> None:
+        if not isinstance(rename, Mapping):
+            raise UsageError(f"rename maps patterns to names, as a dict, and is no {rename!r}")
         self._rules: list[tuple[str, re.Pattern[str], str]] = []
         self._used: set[str] = set()
         for pattern, name in rename.items():

@@ -31,6 +31,7 @@ from dist_ckpt.format.names import STEP_LIMIT, plain_step
 from dist_ckpt.loading.called_alike import ALIKE
 from dist_ckpt.loading.opened import OpenedCheckpoint, locate, place_name
 from dist_ckpt.ranks.job import Place
+from dist_ckpt.saving.provenance import as_given, as_numbers
 from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.module_state import wrapper_prefix
 from dist_ckpt.state.value_fit import VALUE
@@ -155,7 +156,7 @@ def import_(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
             )
         with _folder(source, opened, storage_options) as folder:
-            return _import(_Reading(opened), folder, url, step, metrics or {}, storage_options=to)
+            return _import(_Reading(opened), folder, url, step, metrics, storage_options=to)
 
 
 def _import(
@@ -163,13 +164,13 @@ def _import(
     folder: _Folder,
     url: Place,
     step: SupportsIndex | None,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float] | None,
     *,
     storage_options: Mapping[str, Any] | None,
 ) -> ImportReport:
     given = storage_options
     number = _step(weights, folder) if step is None else plain_step(step)
-    numbers = {**folder.metrics, **weights.metrics(), **metrics}
+    numbers = {**folder.metrics, **weights.metrics(), **as_numbers(as_given(metrics))}
     readings = [weights, *map(_Reading, folder.states.values())]
     parts = {old: new for each in readings for old, new in each.parts.items()}
     contents = {new: r.content(old, new) for r in readings for old, new in r.parts.items()}

@@ -182,7 +182,8 @@ def _read_torch(store: Store, keys: Sequence[str], *, whole: Collection[str] = (
     where = f"{', '.join(keys)} in {store.url}"
     if unreadable and len(unreadable) == len(entries):
         # A whole module, say: what cannot be read is all that there is.
-        raise torch_files.malformed(where, unreadable[0])
+        way = "if you trust it, load it by torch.load(weights_only=False), save its state_dict()"
+        raise torch_files.malformed(where, f"{unreadable[0]}, and there is nothing else; {way}")
     tell_unreadable(store.url, where, unreadable)
     placed = sort_into_parts(entries, where, whole=whole)
     chunks: list[Chunk] = []

@@ -401,12 +401,22 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         Raises:
             IntegrityError: bytes are damaged or missing; the memory may be half filled.
             NotFound: there is no such tensor, or the checkpoint was deleted since it was opened.
+            UsageError: a box lies outside of its tensor, or its memory is of another dtype.
         """
-        numbered = [(self[name].number, offsets, memory) for name, offsets, memory in boxes]
+        numbered = []
+        for name, offsets, memory in boxes:
+            stored = self[name]
+            _check_box(stored.info, offsets, memory)
+            numbered.append((stored.number, offsets, memory))
         _read_boxes(self._source, numbered, self._options)
 
     def ties(self, part: str) -> list[tuple[str, ...]]:
-        """Return the names in `part` that are stored once for several, each group in order."""
+        """Return the names in `part` that are stored once for several, each group in order.
+
+        Raises:
+            NotFound: there is no such part.
+        """
+        self._check_part(part)
         index = self._source.index
         places: dict[tuple[object, ...], list[str]] = {}
         for number, entry in enumerate(index.tensors):
@@ -420,12 +430,22 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
         return [tuple(names) for names in places.values() if len(names) > 1]
 
     def differs_by_rank(self, part: str) -> bool:
-        """Whether each rank has Python values of its own in a part."""
+        """Whether each rank has Python values of its own in a part.
+
+        Raises:
+            NotFound: there is no such part.
+        """
+        self._check_part(part)
         found = (entry.rank for entry in self._source.index.objects if entry.part == part)
         return any(rank is not None for rank in found)
 
     def read_encoded(self, part: str) -> dict[str, bytes]:
-        """Return the Python values of a part that all ranks share, encoded, by name."""
+        """Return the Python values of a part that all ranks share, encoded, by name.
+
+        Raises:
+            NotFound: there is no such part.
+        """
+        self._check_part(part)
         with unless_deleted(self._source):
             return self._source.read_objects(part, rank=0)
 
@@ -442,9 +462,7 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             IntegrityError: they are damaged.
             IncompatibleError: a type in them is not registered in this program.
         """
-        if part not in self.parts:
-            hint = near(part, self.parts)
-            raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
+        self._check_part(part)
         number = self._rank_of(rank)
         with unless_deleted(self._source):
             found = self._source.read_objects(part, rank=number)
@@ -455,6 +473,11 @@ class OpenedCheckpoint(Mapping[str, StoredTensor]):
             name: decode(data, tensors=stored, path=f"{part}.{name}")
             for name, data in found.items()
         }
+
+    def _check_part(self, part: str) -> None:
+        if part not in self.parts:
+            hint = near(part, self.parts)
+            raise NotFound(f"{self._source.where} has no part {part!r}{hint}")
 
     def _rank_of(self, rank: object) -> int:
         number = as_integer(rank)
@@ -562,6 +585,19 @@ def open_checkpoint(
     return OpenedCheckpoint(source, store=location.own, verify=verify)
 
 
+def _check_box(info: TensorInfo, offsets: tuple[int, ...], memory: torch.Tensor) -> None:
+    # Here, or what is outside would be told as damage of the checkpoint.
+    inside = len(offsets) == len(info.shape) == memory.ndim and all(
+        0 <= start <= start + size <= whole
+        for start, size, whole in zip(offsets, memory.shape, info.shape, strict=True)
+    )
+    if not inside or memory.dtype != info.dtype:
+        raise UsageError(
+            f"{info.part}/{info.name} is {info.dtype}{list(info.shape)}, and has no box "
+            f"{memory.dtype}{list(memory.shape)} at {list(offsets)}"
+        )
+
+
 def _read_boxes(
     source: Source,
     boxes: Iterable[tuple[int, tuple[int, ...], torch.Tensor]],
@@ -609,7 +645,10 @@ def _select_one(item: object, size: int) -> _Selected:
         start = number % size
         return _Selected(start, start + 1, 0)
     if isinstance(item, slice):
-        start, stop, step = item.indices(size)
+        try:
+            start, stop, step = item.indices(size)
+        except (TypeError, ValueError) as error:  # of texts or floats, or a step of 0
+            raise UsageError(f"{item!r} selects nothing of a stored tensor: {error}") from error
         if step < 1:
             raise UsageError("a slice of a stored tensor has a positive step: flip what was read")
         # `x[5:2]` selects nothing, and a box has no negative size.

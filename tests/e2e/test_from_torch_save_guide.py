@@ -97,7 +97,7 @@ def place(tmp_path: Path, model: nn.Module) -> Path:
         (
             lambda m, p: dist_ckpt.load({"model": m, "rng": None}, p / "whole.pt"),
             CheckpointError,
-            "neither a tensor nor a plain value",
+            "neither a tensor nor a plain value, and there is nothing else",
         ),
     ],
 )

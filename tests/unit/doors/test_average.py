@@ -117,6 +117,8 @@ def test_what_is_not_alike_has_no_average(
         (2, {"weights": [0, 0]}, "not negative, and not all 0"),
         (2, {"weights": ["1", "2"]}, "weights are numbers"),
         (2, {"max_shard": 5}, "give its format="),
+        (2, {"format": "safetensors", "step": 3}, "step: that is of a run"),
+        (2, {"weigths": [1, 1]}, r"unknown option 'weigths'.* an average knows"),
         (2, {"part": "ema"}, "no part 'ema'"),
     ],
 )

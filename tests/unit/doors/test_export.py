@@ -193,6 +193,7 @@ def test_names_are_mapped_by_patterns(tmp_path: Path) -> None:
         ({"dtype": "float8_e4m3fn"}, "need scales, which no cast makes"),
         ({"format": "onnx"}, "one of safetensors, hf, torch, dcp, not 'onnx'"),
         ({"max_shard": "5GB"}, "max_shard goes with format='hf'"),
+        ({"rename": ["a", "b"]}, "rename maps patterns to names, as a dict"),
         ({"format": "hf", "max_shard": "five"}, "'five' is no size"),
         ({"formt": "hf"}, "unknown option 'formt' \\(did you mean 'format'"),
         ({"part": "epoch"}, "has no tensors"),
@@ -208,6 +209,16 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises((UsageError, NotFound), match=message):
         dist_ckpt.export(run, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("w.pt", "safetensors"), ("w.safetensors", "torch"), ("w.bin", "hf")]
+)
+def test_the_file_of_another_format_becomes_no_folder(name: str, kind: Any, tmp_path: Path) -> None:
+    run, _ = saved(tmp_path)
+    with pytest.raises(UsageError, match=f"{name} has the ending of format="):
+        dist_ckpt.export(run, tmp_path / name, format=kind)
+    assert not (tmp_path / name).exists()
 
 
 def test_values_beyond_the_dtype_are_refused(tmp_path: Path) -> None:

@@ -314,6 +314,11 @@ def test_what_is_no_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
         dist_ckpt.import_(tmp_path / "run", tmp_path / "other")
     with pytest.raises(NotFound):
         dist_ckpt.import_(tmp_path / "nowhere", tmp_path / "other")
+    torch.save({"model": build()[0].state_dict()}, tmp_path / "model.pt")
+    bad: list[Any] = [[0.5], {"loss": "low"}, {1: 0.5}]
+    for metrics in bad:
+        with pytest.raises(UsageError, match="metric"):
+            dist_ckpt.import_(tmp_path / "model.pt", tmp_path / "other", metrics=metrics)
     assert not (tmp_path / "other").exists()
 
 

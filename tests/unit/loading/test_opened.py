@@ -110,6 +110,35 @@ def test_other_subscripts_say_what_to_do(subscript: Any, opened: OpenedCheckpoin
         opened["model/cube"][subscript]
 
 
+@pytest.mark.parametrize("bad", [slice(None, None, 0), slice("a", "b"), slice(0.5, 2)])
+def test_a_slice_of_what_is_no_integer_selects_nothing(bad: Any, opened: OpenedCheckpoint) -> None:
+    with pytest.raises(UsageError, match="selects nothing of a stored tensor"):
+        opened["model/cube"][bad]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "memory"),
+    [
+        ((2, 0, 0), torch.empty(100, 1, 1, dtype=torch.int32)),
+        ((-1, 0, 0), torch.empty(1, 1, 1, dtype=torch.int32)),
+        ((0, 0), torch.empty(1, 1, dtype=torch.int32)),
+        ((0, 0, 0), torch.empty(1, 1, dtype=torch.int32)),
+        ((0, 0, 0), torch.empty(1, 1, 1, dtype=torch.int64)),
+    ],
+)
+def test_a_box_that_there_is_not_is_no_damage(
+    offsets: tuple[int, ...], memory: torch.Tensor, opened: OpenedCheckpoint
+) -> None:
+    with pytest.raises(UsageError, match=r"model/cube is .* and has no box"):
+        opened.read_boxes([("model/cube", offsets, memory)])
+
+
+def test_a_part_that_there_is_not_is_told(opened: OpenedCheckpoint) -> None:
+    for ask in (opened.ties, opened.differs_by_rank, opened.read_encoded, opened.read_values):
+        with pytest.raises(NotFound, match=r"no part 'modle' \(did you mean 'model'"):
+            ask("modle")
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.array])
 def test_an_integer_may_be_of_numpy(kind: Any, opened: OpenedCheckpoint) -> None:
     stored = opened["model/cube"]
