@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -55,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the encoding of this terminal lacks is shown as control characters are.
+        sys.stdout.reconfigure(errors="backslashreplace")
     command: Any = typer.main.get_command(app)
     warnings, log = Warnings(), logging.getLogger("dist_ckpt")
     log.addHandler(warnings)

@@ -114,7 +114,9 @@ def say_json(value: Any, *, lines: bool = False) -> None:
         value: what to print.
         lines: in one line, as one of many.
     """
-    write(f"{json.dumps(finite(value), indent=None if lines else 2, ensure_ascii=False)}\n")
+    # JSON has its own escapes for what the encoding of the output may lack.
+    narrow = (sys.stdout.encoding or "").replace("-", "").lower() != "utf8"
+    write(f"{json.dumps(finite(value), indent=None if lines else 2, ensure_ascii=narrow)}\n")
 
 
 def finite(value: Any) -> Any:

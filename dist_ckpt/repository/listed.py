@@ -7,6 +7,7 @@ no folders a listing of the run, by the page, in place of those of its steps.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -412,4 +413,10 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
     # Nor is this one: it may be a run that has no checkpoint yet.
     folders = [child[:-1] for child in children if child.endswith("/") and child[:-1] != name]
     # Behind an `@` stands which checkpoint, for who knows it by the commands.
-    return near(name, folders) or near(name.rpartition("@")[0], folders)
+    run, at, which = name.rpartition("@")
+    if at and run in folders:
+        return f" (did you mean {run!r}? {which!r} is no step, as 100, latest and best are)"
+    own = next((each for each in folders if re.fullmatch(rf"{re.escape(name)}@\w+", each)), None)
+    if own is not None:
+        return f" (did you mean {own!r}? To a command that is {own + '@latest'!r}, or @STEP)"
+    return near(name, folders) or near(run, folders)

@@ -246,7 +246,10 @@ def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, 
         (["keep", "{}", "best('val/los')"], 2, "did you mean 'val/loss'"),
         (["keep", "{}", "every(epochs=2)"], 2, "at the end of an epoch"),
         (["sweep", "{}-not"], 10, "did you mean 'run'"),
-        (["show", "{}@latets"], 10, "did you mean 'run'"),
+        (["show", "{}@latets"], 10, "did you mean 'run'? 'latets' is no step, as 100, latest"),
+        (["show", "{}@-1"], 10, "did you mean 'run'? '-1' is no step"),
+        (["latest", "{}@1e3"], 10, "did you mean 'run'? '1e3' is no step"),
+        (["export", "{}@", "{}-out"], 10, "did you mean 'run'? '' is no step"),
         (["export", "{}", "{}-out", "--format", "hf", "--like", "{}-not"], 2, "no config.json"),
         (["average", "{}@best", "{}", "--out", "{}-out"], 2, "--metric"),
         (["verify", "{}@10", "--all"], 2, "--all is every"),
@@ -609,6 +612,40 @@ def test_output_that_cannot_be_written_is_an_error_without_a_trace(
     assert done.returncode == (0 if closed else 1)
     said = done.stderr.removeprefix("dist-ckpt: cannot write to standard output: ")
     assert said == ("" if closed else "OSError: [Errno 28] No space left on device\n")
+
+
+def test_a_folder_whose_name_ends_as_a_step_is_named_with_a_step_of_its_own(
+    shell: Shell, url: str, tmp_path: Path
+) -> None:
+    place = shutil.move(url, tmp_path / "tuned@30")
+    code, _, said = shell.code("show", str(place))
+    assert (code, "that is 'tuned@30@latest'" in said) == (10, True)
+    assert shell.json("show", f"{place}@latest")["step"] == 30
+    assert shell.json("ls", str(place))["url"] == str(place)
+
+
+def test_names_that_the_output_cannot_show_are_escaped(url: str, tmp_path: Path) -> None:
+    place = shutil.move(url, tmp_path / "l\xe4uft-\u8d70")
+    asked = (["latest"], ["latest", "--json"], ["plot", "val/loss"], ["ls"], ["verify", "--all"])
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        for command, *rest in asked:
+            done = subprocess.run(
+                [sys.executable, "-m", "dist_ckpt", command, str(place), *rest],
+                capture_output=True,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "PYTHONIOENCODING": encoding,
+                    "PYTHONUTF8": "1",
+                },
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (0, b""), command
+            shown = done.stdout.decode(encoding)
+            if rest == ["--json"]:
+                assert json.loads(shown)["url"] == str(place)
+            elif command == "latest":
+                assert "\u8d70" in shown if encoding == "utf-8" else "\\u8d70" in shown
 
 
 # Each command in a copy of a process that has the command line imported; the copy ends as a program
