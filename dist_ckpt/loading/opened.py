@@ -624,11 +624,13 @@ class _Selected:
 
 def _select(subscript: Subscript, shape: torch.Size) -> list[_Selected]:
     items = list(subscript) if isinstance(subscript, tuple) else [subscript]
-    if items.count(...) > 1:
+    # By identity: an array is compared element by element, and has no one answer.
+    ellipses = [place for place, item in enumerate(items) if item is ...]
+    if len(ellipses) > 1:
         raise UsageError("a subscript has one ellipsis at most")
-    if ... not in items:
+    if not ellipses:
         items.append(...)
-    at = items.index(...)
+    at = ellipses[0] if ellipses else len(items) - 1
     missing = len(shape) - (len(items) - 1)
     if missing < 0:
         raise IndexError(f"{len(items) - 1} subscripts for {len(shape)} dimensions")
@@ -652,7 +654,8 @@ def _select_one(item: object, size: int) -> _Selected:
         if step < 1:
             raise UsageError("a slice of a stored tensor has a positive step: flip what was read")
         # `x[5:2]` selects nothing, and a box has no negative size.
-        return _Selected(start, max(start, stop), slice(None, None, step))
+        # A step beyond the end selects the first, and torch multiplies it by a stride.
+        return _Selected(start, max(start, stop), slice(None, None, min(step, max(size, 1))))
     raise UsageError(
         f"a stored tensor takes integers, slices and an ellipsis, not a {type(item).__qualname__}: "
         "read() it first"

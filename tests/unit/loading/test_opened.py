@@ -103,10 +103,14 @@ def test_any_slice_is_what_torch_would_have_given(
 
 
 @pytest.mark.parametrize(
-    "subscript", [slice(None, None, -1), None, True, [0, 1], torch.tensor([0])]
+    "subscript",
+    [
+        *(slice(None, None, -1),),
+        *(None, True, [0, 1], torch.tensor([0]), np.array([0, 1]), (np.array([0, 1]), ...)),
+    ],
 )
 def test_other_subscripts_say_what_to_do(subscript: Any, opened: OpenedCheckpoint) -> None:
-    with pytest.raises(UsageError, match=r"flip what was read|read\(\) it first"):
+    with pytest.raises(UsageError, match=r"flip what was read|read\(\) it|selects nothing"):
         opened["model/cube"][subscript]
 
 
@@ -137,6 +141,10 @@ def test_a_part_that_there_is_not_is_told(opened: OpenedCheckpoint) -> None:
     for ask in (opened.ties, opened.differs_by_rank, opened.read_encoded, opened.read_values):
         with pytest.raises(NotFound, match=r"no part 'modle' \(did you mean 'model'"):
             ask("modle")
+
+
+def test_a_step_beyond_the_end_selects_the_first(opened: OpenedCheckpoint) -> None:
+    assert torch.equal(opened["model/cube"][:: 10**30], CUBE[:1])
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.array])
