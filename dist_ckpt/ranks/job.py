@@ -16,16 +16,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from dist_ckpt.errors import UsageError, without_secrets
-from dist_ckpt.format.names import checked_seconds, manifest_key, new_save_id
+from dist_ckpt.format.names import checked_seconds, new_save_id
 from dist_ckpt.ranks.hosts import Hosts
 from dist_ckpt.ranks.rendezvous import join_job
 from dist_ckpt.ranks.rounds import Coordinator, Coordinators, Deadline, SoloCoordinator, Topic
 from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository
-from dist_ckpt.repository.commit import check_owner
+from dist_ckpt.repository.commit import check_owner, read_manifest
 from dist_ckpt.repository.discard import left_behind
 from dist_ckpt.repository.status import check_alone
-from dist_ckpt.storage.base import Store, read_all
+from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import resolve
 
 # Which ranks form the job that saves and loads together.
@@ -490,7 +490,7 @@ class Job:
         store = self.repository.store
         self.repository.discard(claim=self.claim(), after=after)
         # Those of them that cannot be hidden, since their manifests cannot be read, too.
-        self.passed_over.add({step: read_all(store, manifest_key(step)) for step in steps})
+        self.passed_over.add({step: read_manifest(store, step) for step in steps})
         self._newest = None
 
     def check_first(self, step: int) -> None:

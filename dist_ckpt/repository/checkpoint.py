@@ -106,8 +106,9 @@ class Checkpoint:
             manifest = manifest_format.decode(manifest_bytes, step=step)
             key = f"{step_dir(step)}/{manifest.index.key}"
             try:
-                # Its size is known, so one request is enough.
-                index_bytes = read_all(store, key, likely_bytes=manifest.index.nbytes)
+                # Its size is known, so one request is enough, and more of it is not read.
+                nbytes = manifest.index.nbytes
+                index_bytes = read_all(store, key, likely_bytes=nbytes, limit_bytes=nbytes)
             except NotFound as error:
                 raise IntegrityError(
                     f"step {step} in {store.url}: its index {key} is missing",
@@ -362,7 +363,7 @@ class Checkpoint:
     def _read_segment(self, note: SegmentNote) -> bytes:
         key = self.key(segment_name(note.rank))
         try:
-            data = read_all(self.store, key, likely_bytes=note.nbytes)
+            data = read_all(self.store, key, likely_bytes=note.nbytes, limit_bytes=note.nbytes)
         except NotFound as error:
             raise self._missing(key) from error
         self._check_bytes(data, f"file {key}", note.nbytes, note.digest)

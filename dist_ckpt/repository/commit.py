@@ -357,11 +357,7 @@ class Transaction:
                 if not self._in_doubt:
                     # Whoever saved it may have taken the run over: then this job has to stop.
                     check_owner(self.store, self.claim)
-                raise AlreadyExists(
-                    f"step {self.step} is already committed in {self.store.url}: "
-                    "save under another step",
-                    kind=ErrorKind.IN_DOUBT if stored is None else ErrorKind.STEP_EXISTS,
-                ) from error
+                raise self._exists(readable=stored is not None) from error
             if isinstance(error, CheckpointError) and error.kind in _REFUSALS:
                 self._in_doubt = False
                 raise
@@ -373,9 +369,24 @@ class Transaction:
                 kind=ErrorKind.IN_DOUBT,
             ) from error
 
+    def _exists(self, *, readable: bool) -> AlreadyExists:
+        if readable:
+            return AlreadyExists(
+                f"step {self.step} is already committed in {self.store.url}: "
+                "save under another step",
+                kind=ErrorKind.STEP_EXISTS,
+            )
+        return AlreadyExists(
+            f"{manifest_key(self.step)} is in {self.store.url} already and cannot be read: if a "
+            "link, a pipe or a socket bears that name, remove it; else save under another step",
+            kind=ErrorKind.IN_DOUBT,
+        )
+
     def _stored_manifest(self, key: str) -> bytes | None:
         try:
-            return read_all(self.store, key)
+            return read_all(self.store, key, limit_bytes=LIMIT_BYTES, begins=b"{")
+        except IntegrityError:
+            return b""  # no manifest at all, so none of ours
         except (NotFound, StorageError):
             return None
 

@@ -17,7 +17,7 @@ from dist_ckpt.decodable import decodable
 from dist_ckpt.errors import ErrorKind, IncompatibleError, IntegrityError, NotFound, UsageError
 from dist_ckpt.format import manifest as manifest_format
 from dist_ckpt.format.names import DISCARDS, discard_key, manifest_key, parse_claim
-from dist_ckpt.repository.commit import check_owner
+from dist_ckpt.repository.commit import check_owner, read_manifest
 from dist_ckpt.repository.history import delete_attempt, is_pinned
 from dist_ckpt.storage.base import Store, delete_exactly, read_all
 
@@ -84,7 +84,7 @@ def hidden(store: Store, steps: Iterable[int], discards: Sequence[Discard]) -> d
         if oldest is None or step <= oldest:
             continue
         try:
-            data = read_all(store, manifest_key(step))
+            data = read_manifest(store, step)
             manifest = manifest_format.decode(data, step=step)
         except (NotFound, IntegrityError, IncompatibleError):
             continue

@@ -248,7 +248,12 @@ class LocalStore:
 
     def _read(self, key: str, views: Sequence[memoryview], offset: int) -> int:
         # Not to be held up by a pipe that bears the name of an object.
-        fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without driver
+                self._check_regular(key, os.stat(self._path(key)))
+            raise
         try:
             self._check_regular(key, os.fstat(fd))
             return self._direct.read(fd, views, offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 import dist_ckpt
 from dist_ckpt import events, keep
-from dist_ckpt.errors import StorageError
+from dist_ckpt.errors import AlreadyExists, StorageError
 from dist_ckpt.format.files import bytes_digest
 from dist_ckpt.format.names import manifest_key, step_dir
 from dist_ckpt.repository import Repository
@@ -60,6 +61,15 @@ def step_99(run: Path) -> Path:
     """Return where the manifest of step 99 would be, in a folder that is there."""
     (run / step_dir(99)).mkdir()
     return run / step_dir(99) / "manifest.json"
+
+
+def socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o666)
+
+
+def hole(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 10**12)
 
 
 def closed(path: Path) -> None:
@@ -122,6 +132,10 @@ STRAYS: dict[str, Callable[[Path], None]] = {
     "not UTF-8 in a step": lambda run: raw(run / step_dir(2), b"\xffmanifest.json"),
     "pipe": lambda run: os.mkfifo(run / "pipe"),
     "pipe for a manifest": lambda run: os.mkfifo(step_99(run)),
+    "socket": lambda run: socket(run / "socket"),
+    "socket for a manifest": lambda run: socket(step_99(run)),
+    "socket for a claim": lambda run: socket(run / "claims" / "000003.json"),
+    "hole for a manifest": lambda run: hole(step_99(run)),
     "nested run": lambda run: dist_ckpt.save(state(), str(run / "nested"), step=99),
     "too large a step": lambda run: put(run / "step-99999999999" / "manifest.json", b"{}"),
     "empty step": lambda run: (run / step_dir(99)).mkdir(),
@@ -175,6 +189,29 @@ def test_a_run_goes_on_and_the_stray_stays(
     assert failed == []
     told = [record.message for record in caplog.records if "passed over" not in record.message]
     assert len(told) == len(set(told)), "said once"
+
+
+@pytest.mark.parametrize("name", ["index.msgpack", "weights.r00000.safetensors"])
+def test_a_socket_in_the_place_of_a_file_is_damage(name: str, run: Path) -> None:
+    (file,) = run.glob(f"{step_dir(2)}/*/{name}")
+    file.unlink()
+    socket(file)
+    values = state()
+    with dist_ckpt.Checkpointer(str(run), values) as ckpt:
+        assert ckpt.restore() == 1
+        assert (values["weights"]["w"] == 1).all()
+
+
+@pytest.mark.parametrize("make", [socket, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_bears_the_name_of_a_manifest_and_is_none_is_named(
+    make: Callable[[Path], None], run: Path
+) -> None:
+    make(step_99(run))
+    with dist_ckpt.Checkpointer(str(run), state()) as ckpt:
+        assert ckpt.restore() == 2
+        with pytest.raises(AlreadyExists, match=r"99/manifest\.json is in .* cannot be read: if a"):
+            ckpt.save(99).wait()
+        ckpt.save(100).wait()
 
 
 def test_a_step_that_may_not_be_read_is_no_damage(run: Path) -> None:
