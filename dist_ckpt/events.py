@@ -257,8 +257,11 @@ def emit(event: Event) -> None:
     for listener in listeners:
         try:
             listener(event)
-        # An interrupt is none of these, and passes: it is meant for the program.
-        except Exception as error:
+        except BaseException as error:
+            on_main = threading.current_thread() is threading.main_thread()
+            if on_main and not isinstance(error, Exception):
+                raise  # an interrupt, or sys.exit(): it is meant for the program
+            # On another thread nobody is above it: it would end a save that others wait for.
             # Logged, not warned: where warnings are errors, a warning would fail the save.
             _log.warning(
                 "listener %r failed on %s: %s",

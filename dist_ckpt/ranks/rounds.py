@@ -280,15 +280,23 @@ def check_same(requests: Sequence[Request], verb: str) -> None:
         UsageError: with what each rank was asked for, or two ranks and the option in which they
             differ.
     """
-    for what in ("step", "url"):
-        asked = {rank: getattr(request, what) for rank, request in enumerate(requests)}
-        if len(set(asked.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in asked.items())
-            raise UsageError(
-                f"the ranks were asked to {verb} different things ({what}: {listed}): make the "
-                "call with the same arguments on every rank",
-                ranks={rank: str(value) for rank, value in asked.items()},
-            )
+    _check_alike({rank: each.url for rank, each in enumerate(requests)}, "url", verb)
+    # Before the step: ranks that save at other steps may do so because of such a difference.
+    _check_ways(requests, verb)
+    _check_alike({rank: each.step for rank, each in enumerate(requests)}, "step", verb)
+
+
+def _check_alike(asked: Mapping[int, object], what: str, verb: str) -> None:
+    if len(set(asked.values())) > 1:
+        listed = ", ".join(f"rank {rank}: {value}" for rank, value in asked.items())
+        raise UsageError(
+            f"the ranks were asked to {verb} different things ({what}: {listed}): make the call "
+            "with the same arguments on every rank",
+            ranks={rank: str(value) for rank, value in asked.items()},
+        )
+
+
+def _check_ways(requests: Sequence[Request], verb: str) -> None:
     first = requests[0].options
     for rank, request in enumerate(requests):
         # The usual case costs one comparison; only a difference is looked for by name.

@@ -54,6 +54,7 @@ class Saver:
 
     Attributes:
         outcomes: how the saves went.
+        asked: how saves are asked for, by name; all ranks have to ask for them in one way.
         refused: what keeps this rank from saving anything; all ranks hear of it in each save.
     """
 
@@ -74,7 +75,7 @@ class Saver:
         tolerance = tolerance or Tolerance()
         self.outcomes = Outcomes(job.url, tolerance)
         self.refused: Exception | None = None
-        self._asked = {"keep": as_asked(keep), **options.alike(), **tolerance.alike()}
+        self.asked = {"keep": as_asked(keep), **options.alike(), **tolerance.alike()}
         self._program = Provenance(command=True) if options.command else None
         self._planner: Agreement | None = None
         self._describer = Describer()
@@ -186,7 +187,7 @@ class Saver:
             if self._job.ranks.node_local and isinstance(snapshot, Snapshot):
                 planner.hosts = begin_folders(self._job, step, topic, deadline)
             agreed = planner.agree(
-                Asked(step, self._job.common_url, self._asked, busy, earlier),
+                Asked(step, self._job.common_url, self.asked, busy, earlier),
                 snapshot,
                 self._housekeeping.begin,
                 topic=topic,
@@ -346,8 +347,8 @@ class Saver:
             return error
 
     def _stage(self, attempt: Attempt, snapshot: Snapshot, plan: RankPlan) -> StagedShare:
-        attempt.meter.enter("staging")
         try:
+            attempt.meter.enter("staging")
             documents = snapshot.documents(plan.objects, plan.versions)
             staged = self._stager.stage(
                 rank=attempt.rank,
@@ -385,7 +386,10 @@ class Saver:
     def _hand_on(self, attempt: Attempt, share: StagedShare, commit: Commit, begun: float) -> None:
         """Tell the writer thread that all is staged, or why it is not."""
         share = replace(share, stall_seconds=time.perf_counter() - begun)
-        attempt.tell_staged(share)
+        try:
+            attempt.tell_staged(share)
+        except BaseException as error:  # an interrupt of a listener, as one while it was staged
+            share = replace(share, staged=error)
         # Known before it is submitted: from then on somebody has to wait for it.
         self._pending = attempt.handle
         # Of both calls the first that comes runs it: nobody else would ever end the save.

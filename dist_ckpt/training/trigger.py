@@ -43,13 +43,14 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
+from dist_ckpt.saving.agreement import as_asked
 from dist_ckpt.saving.handle import Outlook
 from dist_ckpt.saving.provenance import Metrics, as_numbers
 from dist_ckpt.threads import Latch, start
 
 _log = logging.getLogger("dist_ckpt")
 
-_WORD, _ENDED = "word", "ended"
+_WORD, _ENDED, _NO_WORD = "word", "ended", "no word"
 SIGNAL = "signal"
 """The name of the note by which another rank tells rank 0 of a signal."""
 
@@ -114,6 +115,7 @@ class SaveTrigger:
         signaled: the name of the signal that all ranks have agreed to heed, "notice" for a notice,
             "" for none.
         out_of_time: whether no save was begun for it, because there was no time left for one.
+        kinds: what rank 0 decides for all, in words that are equal on ranks with the same policies.
         note: where it is written down what arrives from outside.
         decisions: what rank 0 has decided, as far as this rank has heard and it is not over.
         best: by criterion the best value, on rank 0; None where it is to be looked for, as at the
@@ -141,6 +143,9 @@ class SaveTrigger:
         parts = members(policy)
         self._local = [each for each in parts if each.scope is Scope.LOCAL]
         self._shared = [each for each in parts if each.scope is not Scope.LOCAL]
+        # Without what is in brackets: a notice may lie elsewhere on each host.
+        kinds = {as_asked(str(each)).partition("(")[0] for each in self._shared}
+        self.kinds = " | ".join(sorted(kinds)) or "nothing"
         self._criteria = [each.criterion for each in parts if isinstance(each, Better)]
         self._at_once = any(each.scope is Scope.AT_ONCE for each in parts)
         self._endings = [each for each in parts if isinstance(each, OnEnding)]
@@ -183,13 +188,18 @@ class SaveTrigger:
             metrics: as the caller gave them; read on rank 0 alone.
 
         Raises:
-            UsageError: a metric that somebody watches is no number; on every rank.
+            UsageError: a metric that somebody watches is no number; on every rank. Or rank 0 has
+                none of the policies that it would have to decide by.
             CoordinationError: rank 0 said nothing before the deadline.
         """
         self._calls += 1
         moment = Moment(step, epoch)
         reasons = [reason for each in self._local if (reason := each.due(moment))]
         if not self._shared:
+            several = self._calls == 1 and self._job.ranks.world_size() > 1
+            if several and self._job.training.rank == 0:
+                # Whoever waits for a word of it was given another policy.
+                self._job.training.post(_NO_WORD, b"")
             return Decision(", ".join(reasons) or None)
         rank = self._job.training.rank
         leads = rank == 0
@@ -360,7 +370,8 @@ class SaveTrigger:
 
         def is_told() -> bool:
             # The word once more after the end: what rank 0 decided before it ended holds.
-            return hear() or (training.look(_ENDED) is not None and (hear() or True))
+            ends = any(training.look(name) is not None for name in (_ENDED, _NO_WORD))
+            return hear() or (ends and (hear() or True))
 
         if self.decisions.horizon < self._calls:
             training.wait_for(is_told, deadline)
@@ -368,7 +379,15 @@ class SaveTrigger:
             raise self._silence(deadline)
         return self.decisions.entries.get(self._calls, _Entry())
 
-    def _silence(self, deadline: Deadline) -> CoordinationError:
+    def _silence(self, deadline: Deadline) -> CheckpointError:
+        if self._job.training.look(_NO_WORD) is not None:
+            rank = self._job.training.rank
+            return UsageError(
+                f"rank {rank} of {self._job.url} waits until rank 0 has decided by {self.kinds}, "
+                "and rank 0 has no such policy: give the same when=, and the same early stopping "
+                "in the state, on every rank",
+                ranks={0: "nothing", rank: self.kinds},
+            )
         when = (
             f"within {deadline.span_seconds:g} s"
             if deadline.passed

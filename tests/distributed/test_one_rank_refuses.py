@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dist_ckpt
+from dist_ckpt import events, policy
 from dist_ckpt.errors import CheckpointError, CoordinationError, NotFound, UsageError
 from dist_ckpt.testing.ranks import run_ranks
 
@@ -252,3 +253,64 @@ def interrupt(root: str, failing: int) -> None:
 def test_an_interrupt_of_one_rank_is_told_to_all(tmp_path: Path, failing: int) -> None:
     """It may be caught there, as a notebook does: the other ranks do not wait until it is gone."""
     run_ranks(WORLD, interrupt, str(tmp_path), failing, timeout_seconds=PATIENCE_SECONDS)
+
+
+def stop_by_listener(root: str, failing: int) -> None:
+    fails = dist.get_rank() == failing
+    with dist_ckpt.Checkpointer(
+        root, whole(), every_steps=1, timeout_seconds=DEADLINE_SECONDS
+    ) as ckpt:
+        for step, kind in enumerate((events.SaveStaged, events.SaveProgressed), start=1):
+
+            def stops(event: events.Event, kind: type[events.Event] = kind) -> None:
+                if isinstance(event, kind):
+                    raise SystemExit(4)
+
+            leave = events.subscribe(stops) if fails else lambda: None
+            told(
+                lambda step=step: ckpt.save(step).wait(),  # type: ignore[misc]
+                failing=failing,
+                own=SystemExit,
+                says="SystemExit: 4",
+            )
+            leave()
+        ckpt.save(3).wait()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_listener_that_ends_the_program_on_one_rank_ends_the_save_on_all(
+    tmp_path: Path, failing: int
+) -> None:
+    run_ranks(WORLD, stop_by_listener, str(tmp_path), failing, timeout_seconds=PATIENCE_SECONDS)
+
+
+def decide_on_some(root: str, other: int) -> None:
+    differs = dist.get_rank() == other
+    every = policy.every(2)
+    stopper = dist_ckpt.EarlyStopping("loss", patience=2)
+    kinds: list[tuple[policy.SavePolicy, State, str]] = [
+        (every | policy.on_signal(), {}, "policy.on_signal"),
+        (every | policy.every(seconds=3600), {}, "policy.every"),
+        (every, {"stopper": stopper}, "policy.better"),
+    ]
+    for when, more, name in kinds:
+        ckpt = dist_ckpt.Checkpointer(
+            root,
+            whole() | (more if differs else {}),
+            when=when if differs else every,
+            timeout_seconds=DEADLINE_SECONDS,
+        )
+        # Who waits for a word that never comes is told at its first step, all others by its end.
+        with pytest.raises(CheckpointError) as caught, ckpt:
+            for step in range(1, 4):
+                ckpt.step(step, metrics={"loss": 1.0})
+        if differs or other == 0:
+            assert isinstance(caught.value, UsageError)
+            assert name in str(caught.value)
+        assert other in caught.value.ranks
+        dist.barrier()
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_policy_that_only_some_ranks_have_is_named(tmp_path: Path, other: int) -> None:
+    run_ranks(WORLD, decide_on_some, str(tmp_path), other, timeout_seconds=PATIENCE_SECONDS)

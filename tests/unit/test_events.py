@@ -62,6 +62,29 @@ def test_a_listener_that_fails_is_logged_and_keeps_nobody_from_hearing(
     assert "CheckpointDeleted: ValueError: not today" in record.getMessage()
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_what_ends_a_program_passes_on_the_main_thread_alone(error: BaseException) -> None:
+    def ends(event: events.Event) -> None:
+        raise error
+
+    leave = events.subscribe(ends)
+    try:
+        with pytest.raises(type(error)):
+            events.emit(deleted(1))
+        survived: list[bool] = []
+
+        def emit() -> None:
+            events.emit(deleted(1))
+            survived.append(True)
+
+        thread = threading.Thread(target=emit)
+        thread.start()
+        thread.join()
+        assert survived == [True]
+    finally:
+        leave()
+
+
 def test_a_listener_may_leave_or_subscribe_while_it_is_told() -> None:
     heard: list[int] = []
 
