@@ -12,13 +12,14 @@ from dist_ckpt.format.names import as_integer, check_step, plain_step
 from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadKeywords
 from dist_ckpt.policy import SavePolicy
-from dist_ckpt.ranks.job import Place, job_of_call
+from dist_ckpt.ranks.job import job_of_call
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.keep import KeepPolicy
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import Metrics, as_given
 from dist_ckpt.saving.saver import Saver, leave
 from dist_ckpt.state.train_state import TrainState, stoppers_of
+from dist_ckpt.storage.resolve import Place
 from dist_ckpt.training.bests import SavePolicies
 from dist_ckpt.training.early import (
     TrainingKeywords,

@@ -15,7 +15,7 @@ from dist_ckpt.loading.choosing import Which
 from dist_ckpt.loading.loader import Loader, LoadReport
 from dist_ckpt.loading.opened import which_of
 from dist_ckpt.options import TIMEOUT_SECONDS, LoadCallKeywords, SaveKeywords, SaveOptions
-from dist_ckpt.ranks.job import JOB_KEYWORDS, JobRanks, Place, job_of_call
+from dist_ckpt.ranks.job import JOB_KEYWORDS, JobRanks, job_of_call
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.saving.provenance import as_given
@@ -23,6 +23,7 @@ from dist_ckpt.saving.saver import Saver, finish_before
 from dist_ckpt.state.model import ModelPart
 from dist_ckpt.state.tensors import TensorsPart
 from dist_ckpt.state.train_state import TrainState, stoppers_of
+from dist_ckpt.storage.resolve import Place
 from dist_ckpt.training.early import (
     check_generators_kept,
     check_job_holds_all,

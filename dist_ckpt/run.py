@@ -74,7 +74,7 @@ from dist_ckpt.repository.repository import Repository
 from dist_ckpt.repository.status import JobStatus
 from dist_ckpt.repository.verify import Sample, VerifyReport
 from dist_ckpt.storage.base import Store, delete_exactly
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 
 _log = logging.getLogger("dist_ckpt")
 
@@ -100,9 +100,7 @@ class Run:
         store: the place itself.
     """
 
-    def __init__(
-        self, url: str | Store, *, storage_options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, url: Place, *, storage_options: Mapping[str, Any] | None = None) -> None:
         """Name the run; nothing is contacted.
 
         Args:
@@ -345,7 +343,7 @@ class Run:
             *scratches.leftovers(self.store),
         ]
 
-    def copy(self, step: int, to: str | Store | Run) -> Copied:
+    def copy(self, step: int, to: Place | Run) -> Copied:
         """Copy a checkpoint into another run, verified, and committed there last.
 
         A copy that was cut off is gone on with: files that are there and whole stay. Of one that
@@ -371,7 +369,7 @@ class Run:
             raise
 
     def mirror(
-        self, to: str | Store | Run, *, best: Criterion | None = None, keep: int | None = None
+        self, to: Place | Run, *, best: Criterion | None = None, keep: int | None = None
     ) -> Mirrored:
         """Copy the newest checkpoint, and the best, into another run, where they are not there yet.
 

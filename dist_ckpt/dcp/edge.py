@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import distributed as dist
@@ -29,10 +28,7 @@ from dist_ckpt.foreign.dcp_runs import REST
 from dist_ckpt.foreign.dcp_tree import TREE
 from dist_ckpt.format.names import check_step, is_part
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
-
-Place = str | Path | Store
-"""Where a run is: a path, a URL, or a store."""
+from dist_ckpt.storage.resolve import Place, resolve
 
 CheckpointId: TypeAlias = str | os.PathLike[str] | int
 """What callers of `dcp.save` and `dcp.load` give to say which checkpoint they mean."""

@@ -21,7 +21,6 @@ from torch.futures import Future
 from dist_ckpt.dcp.catalog import Catalog, catalog, stock_catalog
 from dist_ckpt.dcp.edge import (
     CheckpointId,
-    Place,
     names_step,
     open_store,
     plain_errors,
@@ -54,6 +53,7 @@ from dist_ckpt.state.layout import (
 )
 from dist_ckpt.state.rebuilding import difference, how_made
 from dist_ckpt.state.spread import pieces
+from dist_ckpt.storage.resolve import Place
 
 IN_FLIGHT_BYTES = 64 << 20
 """How many bytes are under way at once, at most."""

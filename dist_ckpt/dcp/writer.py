@@ -33,7 +33,7 @@ from torch.futures import Future
 from dist_ckpt import events
 from dist_ckpt.dcp import turns
 from dist_ckpt.dcp.commit import StockAttempt, StockReport, file_images, resolve_share, tree_file
-from dist_ckpt.dcp.edge import CheckpointId, Place, names_step, open_store, plain_errors, step_of
+from dist_ckpt.dcp.edge import CheckpointId, names_step, open_store, plain_errors, step_of
 from dist_ckpt.dcp.items import described, without_empty
 from dist_ckpt.dcp.planners import forget, forget_global, whole_global, whole_local
 from dist_ckpt.errors import CheckpointError, ErrorKind, UsageError, without_secrets
@@ -42,6 +42,7 @@ from dist_ckpt.format.names import check_step
 from dist_ckpt.planning.files import StagedFile, WrittenFile
 from dist_ckpt.repository import Repository, Transaction
 from dist_ckpt.state.registry import REGISTRY, register
+from dist_ckpt.storage.resolve import Place
 from dist_ckpt.threads import Latch, in_parallel
 
 _log = logging.getLogger("dist_ckpt")

@@ -21,11 +21,10 @@ from dist_ckpt.doors.export import (
 )
 from dist_ckpt.doors.spool import check_target, is_saved, save_parts
 from dist_ckpt.errors import ErrorKind, IncompatibleError, UsageError
-from dist_ckpt.format.names import plain_step
+from dist_ckpt.format.names import as_number, plain_step
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, place_name
 from dist_ckpt.options import check_known
-from dist_ckpt.ranks.job import Place
-from dist_ckpt.storage.resolve import check_options_taken, options_for
+from dist_ckpt.storage.resolve import Place, check_options_taken, options_for
 
 AverageSource: TypeAlias = Place | tuple[Place, WhichStep]
 """A checkpoint to be averaged: a place, or a run and which step of it."""
@@ -186,7 +185,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
         return (1 / count,) * count
     if not isinstance(weights, Iterable) or len(weights := [*weights]) != count:
         raise UsageError(f"{count} checkpoints have {count} weights, not {weights!r}")
-    numbers = [each for each in weights if isinstance(each, int | float)]
+    numbers = [number for each in weights if (number := as_number(each)) is not None]
     # Rounded once: the shares add up to 1 as nearly as floats can.
     total = math.fsum(numbers)
     # NaN fails the comparison, and what adds up to infinity leaves no shares.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any, Literal, NotRequired, SupportsIndex, TypeAlias, TypedDict, Unpack
 
 import msgspec
@@ -19,12 +18,11 @@ from dist_ckpt.errors import ErrorKind, IncompatibleError, NotFound, UsageError
 from dist_ckpt.format.files import DTYPES, ShardEntry, layout
 from dist_ckpt.loading.opened import OpenedCheckpoint, open_checkpoint
 from dist_ckpt.options import check_known
-from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.destination import as_destination, check_new_files
 from dist_ckpt.repository.ranking import Mode
 from dist_ckpt.state.layout import dtype_name
 from dist_ckpt.storage.base import Store, Stream, read_all
-from dist_ckpt.storage.resolve import check_options_taken, options_for, resolved
+from dist_ckpt.storage.resolve import Place, as_text, check_options_taken, options_for, resolved
 
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHTS_FILE = "model.safetensors"
@@ -296,9 +294,7 @@ def _destination(out: Place, choice: ExportChoice) -> tuple[Place, str | None, b
     default, suffixes = _ONE_FILES.get(choice.format, (None, ()))
     if isinstance(out, Store):
         return out, default, False
-    if not isinstance(out, str | PathLike):
-        raise UsageError(f"a place is a path, a URL or a Store, not {out!r}")
-    text = str(out)
+    text = as_text(out)
     head, slash, name = text.rpartition("/")
     # `.pt` alone is the name of a hidden folder, not a file by its ending.
     if default is not None and name.endswith(suffixes) and name not in suffixes:

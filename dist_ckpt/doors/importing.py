@@ -30,13 +30,12 @@ from dist_ckpt.foreign.detect import FILE_SUFFIXES, open_foreign
 from dist_ckpt.format.names import STEP_LIMIT, plain_step
 from dist_ckpt.loading.called_alike import ALIKE
 from dist_ckpt.loading.opened import OpenedCheckpoint, locate, place_name
-from dist_ckpt.ranks.job import Place
 from dist_ckpt.saving.provenance import as_given, as_numbers
 from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.module_state import wrapper_prefix
 from dist_ckpt.state.value_fit import VALUE
 from dist_ckpt.storage.base import Store, read_all
-from dist_ckpt.storage.resolve import check_options_taken, options_for
+from dist_ckpt.storage.resolve import Place, check_options_taken, options_for
 
 _MODEL = "model"
 _METRICS = "metrics"

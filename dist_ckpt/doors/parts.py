@@ -10,9 +10,9 @@ from dist_ckpt.doors.content import Item
 from dist_ckpt.doors.spool import is_saved, save_parts
 from dist_ckpt.errors import UsageError, near
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint
-from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.listed import look
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,13 +30,12 @@ from dist_ckpt.errors import (
 )
 from dist_ckpt.functional import save
 from dist_ckpt.loading.opened import BoxTarget, OpenedCheckpoint, open_checkpoint, place_name
-from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository.destination import check_new_run
 from dist_ckpt.repository.tally import Tally
 from dist_ckpt.state.part import Captured, Stored, Targets
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Stream
-from dist_ckpt.storage.resolve import resolved
+from dist_ckpt.storage.resolve import Place, resolved
 
 IN_MEMORY_BYTES = 256 << 20
 """How much is kept in memory, at most; more goes through a file."""

@@ -311,21 +311,33 @@ def as_integer(value: Any) -> int | None:
         return None
 
 
+def as_number(value: object) -> float | None:
+    """Return a real number of whatever type, of numpy too, as a `float`; None for all else.
+
+    A boolean is none, as in `as_integer`. NaN is one, which no bound lets pass.
+    """
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of any length
+        return math.inf if number > 0 else -math.inf
+
+
 def checked_seconds(value: object, what: str) -> float:
     """Return `value`, which a caller was given as `what`, if one can wait for so long.
 
     Raises:
         UsageError: it is no number, not above 0, or longer than any lock can be waited for.
     """
-    given: Any = value  # a number of numpy's will do
-    is_number = isinstance(given, Real) and not isinstance(given, bool)
-    # NaN fails the comparison; an integer of any length is compared before it becomes a float.
-    if not (is_number and 0 < given <= threading.TIMEOUT_MAX):
+    seconds = as_number(value)
+    if seconds is None or not 0 < seconds <= threading.TIMEOUT_MAX:  # refuses NaN too
         raise UsageError(
             f"{what} must be a finite number above 0, and at most {threading.TIMEOUT_MAX:.0f}, "
             f"not {value!r}"
         )
-    return float(given)
+    return seconds
 
 
 def count_elements(shape: Sequence[object]) -> int:

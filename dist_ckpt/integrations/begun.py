@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 from dist_ckpt.errors import CheckpointError, IncompatibleError
 from dist_ckpt.run import Run
-from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import Place
 
 
 def begun_by_another(place: str, parts: list[str], *, own: str, trainer: str) -> str:
@@ -39,7 +39,7 @@ def refuse(said: str) -> None:
 
 @contextmanager
 def told_by_its_parts(
-    place: str | Store, step: int | None = None, *, own: str, trainer: str
+    place: Place, step: int | None = None, *, own: str, trainer: str
 ) -> Iterator[None]:
     """Have an error of what does not fit say so where the reason is that another program began.
 

@@ -30,6 +30,7 @@ from dist_ckpt.integrations.transformers_start import TrainerStart
 from dist_ckpt.integrations.versions import warn_if_untested
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store
+from dist_ckpt.storage.resolve import Place
 
 __all__ = ["DistCkptMixin", "DistCkptTrainer"]
 
@@ -75,7 +76,7 @@ class DistCkptMixin(_Base):
     def __init__(
         self,
         *args: Any,
-        checkpoint_url: str | Store | None = None,
+        checkpoint_url: Place | None = None,
         checkpoint_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -307,9 +308,16 @@ class DistCkptMixin(_Base):
     def _samples_a_step(self) -> int:
         return int(self.get_total_train_batch_size(self.args))
 
-    def _place_of(self, trial: Any) -> str | Store:
+    def _place_of(self, trial: Any) -> Place:
         below = os.path.relpath(self._get_output_dir(trial), self.args.output_dir)
-        return self._checkpoint_url if below == "." else f"{self._checkpoint_url}/{below}"
+        if below == ".":
+            return self._checkpoint_url
+        if isinstance(self._checkpoint_url, Store):
+            raise UsageError(
+                "each trial of a search has a run of its own, below checkpoint_url: give that as a "
+                "path or a URL, and no Store"
+            )
+        return f"{os.fspath(self._checkpoint_url)}/{below}"
 
 
 class DistCkptTrainer(DistCkptMixin, Trainer):

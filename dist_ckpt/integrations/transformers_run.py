@@ -32,7 +32,7 @@ from dist_ckpt.state.part import Stored
 from dist_ckpt.state.rng import RngPart
 from dist_ckpt.state.train_state import TrainState
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -133,7 +133,7 @@ class TrainerRun:
 
     def __init__(
         self,
-        place: str | Store,
+        place: Place,
         state: TrainState,
         args: TrainingArguments,
         *,

@@ -15,8 +15,7 @@ from dist_ckpt.errors import ErrorKind, NotFound, UsageError
 from dist_ckpt.format.names import parse_step_dir
 from dist_ckpt.loading.loader import LoadReport
 from dist_ckpt.run import Run
-from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 
 if TYPE_CHECKING:
     from dist_ckpt.checkpointer import Checkpointer
@@ -53,7 +52,7 @@ class TrainerStart:
 
     @classmethod
     def of(
-        cls, resume: object, place: str | Store, *, output_dir: str, discard_newer: bool = False
+        cls, resume: object, place: Place, *, output_dir: str, discard_newer: bool = False
     ) -> TrainerStart:
         """Return what the arguments of `train` mean.
 
@@ -126,7 +125,7 @@ def _is_of_transformers(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME))
 
 
-def _named(text: str, place: str | Store) -> dict[str, Any]:
+def _named(text: str, place: Place) -> dict[str, Any]:
     """Return the fields that a text stands for."""
     # As a flag or a config has it, where everything is text.
     if text.isdecimal():

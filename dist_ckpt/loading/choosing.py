@@ -23,7 +23,7 @@ from dist_ckpt.loading.opened import (
     place_name,
 )
 from dist_ckpt.options import LoadOptions
-from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.node_local import claim_folders
 from dist_ckpt.ranks.rounds import Topic, check_same, pack, unpack
 from dist_ckpt.repository import Checkpoint, Repository
@@ -33,7 +33,7 @@ from dist_ckpt.repository.detached import DetachedStep
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.source import Again, Source, listed
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 
 Which: TypeAlias = int | Criterion | None
 """Which checkpoint of a run: its step, the best by a criterion, None for the newest."""

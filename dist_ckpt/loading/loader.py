@@ -24,13 +24,14 @@ from dist_ckpt.loading.reading import JointRead, ReadResult
 from dist_ckpt.loading.ties import Ties, compare_ties, prepare
 from dist_ckpt.options import LoadOptions
 from dist_ckpt.planning.describe import NamedTensors
-from dist_ckpt.ranks.job import Job, Place
+from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Decide, Topic, on_every_rank
 from dist_ckpt.repository.checkpoint import deleted_meanwhile
 from dist_ckpt.repository.source import Again, Source, reason
 from dist_ckpt.staging.arena import no_collection
 from dist_ckpt.state.layout import note_written
 from dist_ckpt.state.train_state import TrainState
+from dist_ckpt.storage.resolve import Place
 
 ResultT = TypeVar("ResultT")
 

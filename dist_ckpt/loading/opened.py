@@ -9,7 +9,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, Never, Self, SupportsIndex, TypeAlias
 
@@ -26,7 +25,6 @@ from dist_ckpt.loading.fetching import ReadOptions, read_alone
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.options import check_known
 from dist_ckpt.planning.describe import LocalBox
-from dist_ckpt.ranks.job import Place
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.checkpoint import unless_deleted
 from dist_ckpt.repository.detached import DetachedStep, named_step
@@ -36,7 +34,7 @@ from dist_ckpt.repository.source import Source
 from dist_ckpt.state.decoding import decode, references
 from dist_ckpt.state.layout import dtype_of
 from dist_ckpt.storage.base import Store, has
-from dist_ckpt.storage.resolve import check_options_taken, resolve
+from dist_ckpt.storage.resolve import Place, as_text, check_options_taken, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +95,9 @@ def locate(
     """
     if isinstance(place, Store):
         return Location(place, step)
-    # Checked before it becomes text: that of None would be a folder.
-    if not isinstance(place, str | PathLike):
-        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
+    place = as_text(place)
     # Of the root of a disk the slash is all there is.
-    text = str(place).rstrip("/") or str(place)
+    text = place.rstrip("/") or place
     head, _, name = text.rpartition("/")
     above = head or ("/" if text.startswith("/") else ".")
     own = parse_step_dir(name)
@@ -113,7 +109,7 @@ def locate(
             _check_step(text, own, step)
             return located(opened(above), own, above)
         # Renamed: what the manifest says counts.
-        return find_detached(located(opened(place), step, str(place))) or located(
+        return find_detached(located(opened(place), step, place)) or located(
             opened(above), own, above
         )
     # Folders may be called so, too: only what is an object there is a file.
@@ -125,7 +121,7 @@ def locate(
             f"{text} is a file and no folder, and no checkpoint that is one file: the names of "
             f"those end in {', '.join(FILE_SUFFIXES)}"
         )
-    return located(store, step, str(place))
+    return located(store, step, place)
 
 
 def find_detached(location: Location) -> Location | None:

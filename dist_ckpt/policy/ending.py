@@ -126,7 +126,11 @@ def on_signal(
         UsageError: not a signal that can be caught, or a number that is none of its argument's.
     """
     try:
-        chosen = tuple(signals.Signals(each) for each in wanted or (signals.SIGTERM,))
+        # What is no integer is no signal: `True` would be SIGHUP.
+        numbers = [each if as_integer(each) is None else int(each) for each in wanted]
+        if any(type(each) is not int for each in numbers):
+            raise ValueError(f"not {numbers!r}")
+        chosen = tuple(map(signals.Signals, numbers or [signals.SIGTERM]))
     except ValueError as error:
         raise UsageError(f"policy.on_signal takes signals such as SIGTERM: {error}") from error
     if {signals.SIGKILL, signals.SIGSTOP} & set(chosen):

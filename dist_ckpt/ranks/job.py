@@ -8,7 +8,6 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypedDict
 
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from dist_ckpt.repository.commit import check_owner, read_manifest
 from dist_ckpt.repository.discard import left_behind
 from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 
 # Which ranks form the job that saves and loads together.
 
@@ -206,9 +205,6 @@ class PassedOver:
         with self._lock:
             self._manifests = {old: m for old, m in self._manifests.items() if old != step}
 
-
-Place = str | Path | Store
-"""Where a run is: a path, a URL, or a store."""
 
 # What the others are told of a call whose own deadline is malformed is told at once.
 _REFUSAL_SECONDS = 60.0
@@ -568,5 +564,7 @@ def job_of_call(
         held = ranks.hold(error)
     # Nothing is read there or written: the call ends in its first round.
     nowhere = Job("memory://nowhere", ranks=ranks, timeout_seconds=_REFUSAL_SECONDS, **kind)
-    nowhere.url = without_secrets(str(place))
+    nowhere.url = without_secrets(
+        os.fspath(place) if isinstance(place, os.PathLike) else str(place)
+    )
     return nowhere, held

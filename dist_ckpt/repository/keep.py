@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.format.names import as_integer
+from dist_ckpt.format.names import as_integer, as_number
 from dist_ckpt.repository.history import Record
 from dist_ckpt.repository.joined import JoinedByOr
 from dist_ckpt.repository.ranking import Criterion, Mode, without_metric
@@ -220,12 +220,12 @@ def newer_than(age: timedelta | float) -> Keep:
     Raises:
         UsageError: not a positive, finite span of time.
     """
-    seconds = age.total_seconds() if isinstance(age, timedelta) else age
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+    seconds = age.total_seconds() if isinstance(age, timedelta) else as_number(age)
+    if seconds is None:
         raise UsageError(f"keep.newer_than takes a timedelta or seconds, not {age!r}")
     if not 0 < seconds <= timedelta.max.total_seconds():  # refuses NaN too
         raise UsageError(f"keep.newer_than takes a positive span of time, not {age!r}")
-    return _NewerThan(float(seconds))
+    return _NewerThan(seconds)
 
 
 def all() -> Keep:  # noqa: A001 - keep.all() is how it reads

@@ -41,7 +41,7 @@ from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
 from dist_ckpt.repository.repository import removable
 from dist_ckpt.storage.base import Store
-from dist_ckpt.storage.resolve import resolve
+from dist_ckpt.storage.resolve import Place, resolve
 from dist_ckpt.threads import map_in_parallel
 
 State: TypeAlias = Literal[
@@ -335,9 +335,7 @@ def decisions(
 _DEEP = 3
 
 
-def runs_below(
-    url: str | Store, *, storage_options: Mapping[str, Any] | None = None
-) -> Iterator[str]:
+def runs_below(url: Place, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Yield the urls of the runs at or below a place, up to three folders below it.
 
     A warning tells the folders below it that this user may not list.

@@ -82,12 +82,12 @@ def verify(checkpoint: Checkpoint, *, sample: Sample | None = None) -> VerifyRep
 
 
 def _check_sample(sample: object) -> None:
-    if sample is None or sample == (0, 1):
+    if sample is None:
         return
     # Of a share that does not exist nothing would be read, and all of it would count as whole.
     if isinstance(sample, tuple) and len(sample) == 2:
         which, of = map(as_integer, sample)
-        if which is not None and of is not None and 1 <= which <= of:
+        if which is not None and of is not None and (1 <= which <= of or (which, of) == (0, 1)):
             return
     raise UsageError(
         f"sample= takes (which, of how many), such as (2, 10) for the second tenth, not {sample!r}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
 from dist_ckpt.errors import IncompatibleError, UsageError
-from dist_ckpt.format.names import as_integer, check_step
+from dist_ckpt.format.names import as_integer, as_number, check_step
 from dist_ckpt.repository.ranking import Criterion, Mode
 
 _COUNTS = ("best_score", "best_step", "looks")
@@ -58,12 +58,12 @@ class EarlyStopping:
         looks = as_integer(patience)
         if looks is None or looks < 1:
             raise UsageError(f"patience must be a positive integer, not {patience!r}")
-        is_number = isinstance(min_delta, int | float) and not isinstance(min_delta, bool)
-        if not is_number or not 0 <= min_delta < math.inf:
+        least = as_number(min_delta)
+        if least is None or not 0 <= least < math.inf:
             raise UsageError(f"min_delta must be a finite number from 0, not {min_delta!r}")
         self.criterion = Criterion(metric, mode)
         self.patience = looks
-        self.min_delta = float(min_delta)
+        self.min_delta = least
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.looks = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from dist_ckpt.errors import UsageError
@@ -16,6 +17,11 @@ _T = TypeVar("_T")
 
 _PAUSE_SECONDS = 1.0
 """Requests that were under way together are slowed down together: they count as one complaint."""
+
+
+def _is_above_0(value: Any, kind: type[Any]) -> bool:
+    # Those of numpy are such numbers, too, and `True` is none.
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 class LimitStore(StoreWrapper):
@@ -39,12 +45,12 @@ class LimitStore(StoreWrapper):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(inner)
-        if max_concurrent is not None and not (type(max_concurrent) is int and max_concurrent > 0):
+        if max_concurrent is not None and not _is_above_0(max_concurrent, Integral):
             raise UsageError(
                 f"max_concurrent must be at least 1, a whole number, not {max_concurrent!r}"
             )
         rate = max_bytes_per_second
-        if rate is not None and not (type(rate) in (int, float) and rate > 0):
+        if rate is not None and not _is_above_0(rate, Real):
             raise UsageError(f"max_bytes_per_second must be a number above 0, not {rate!r}")
         self._most = max_concurrent
         self._rate = max_bytes_per_second

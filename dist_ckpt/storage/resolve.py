@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from dist_ckpt.errors import UsageError
@@ -17,6 +17,9 @@ from dist_ckpt.storage.local import LocalStore
 from dist_ckpt.storage.memory import MemoryStore
 from dist_ckpt.storage.meter import MeterStore
 from dist_ckpt.storage.readonly import ReadOnlyStore, SingleWriterStore
+
+Place: TypeAlias = str | os.PathLike[str] | Store
+"""Where a run is: a path, a URL, or a store."""
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 # A chain of fsspec, `simplecache::s3://bucket`, is no single place.
@@ -53,10 +56,7 @@ def resolve(
     Raises:
         UsageError: malformed, of an unknown scheme, or an option that does not go with it.
     """
-    text = os.fspath(url) if isinstance(url, str | os.PathLike) else None
-    if not isinstance(text, str):  # a path of bytes is none either
-        raise UsageError(f"a place is a path, a URL or a Store, not {url!r}")
-    text = _checked(text)
+    text = _checked(as_text(url))
     scheme, rest = _split(text)
     _check_mapping(storage_options)
     for name, switch in (("single_writer", single_writer), ("read_only", read_only)):
@@ -79,9 +79,7 @@ def resolve(
 
 
 @contextmanager
-def resolved(
-    place: str | os.PathLike[str] | Store, *, storage_options: Mapping[str, Any] | None = None
-) -> Iterator[Store]:
+def resolved(place: Place, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[Store]:
     """Give the body the store that `place` means; see `resolve`.
 
     What is opened here is closed here. A store that was given belongs to the caller, and has
@@ -95,6 +93,18 @@ def resolved(
         yield store
     finally:
         store.close()
+
+
+def as_text(place: object) -> str:
+    """Return what the path or the URL `place` is as text.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    text = os.fspath(place) if isinstance(place, str | os.PathLike) else None
+    if not isinstance(text, str):  # a path of bytes is none either
+        raise UsageError(f"a place is a path, a URL or a Store, not {place!r}")
+    return text
 
 
 def options_for(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # flags are read without torch
-    from dist_ckpt.ranks.job import Place
+from dist_ckpt.storage.resolve import Place
 
 Named = Literal["newest", "best", "none"]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,6 +185,9 @@ def test_what_is_no_number_of_steps(steps: object) -> None:
         (lambda: policy.better("loss", mode="lower"), "'min' or 'max'"),  # type: ignore[arg-type]
         (lambda: policy.on_signal(signal.SIGKILL), "nobody can catch"),
         (lambda: policy.on_signal(9999), "takes signals"),
+        (lambda: policy.on_signal(True), "takes signals"),
+        (lambda: policy.on_signal(15.0), "takes signals"),  # type: ignore[arg-type]
+        (lambda: policy.on_signal("TERM"), "takes signals"),  # type: ignore[arg-type]
         (lambda: policy.on_signal(grace_seconds=0), "grace_seconds must be"),
         (lambda: policy.on_signal(exit_code=256), "exit_code must be an integer from 0 to 255"),
         (lambda: policy.on_signal(exit_code=True), "exit_code must be"),
@@ -195,3 +199,9 @@ def test_what_is_no_number_of_steps(steps: object) -> None:
 def test_bad_policies(make: Callable[[], SavePolicy], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_a_signal_may_be_a_number() -> None:
+    assert str(policy.on_signal(int(signal.SIGTERM))) == "policy.on_signal(SIGTERM)"
+    of_numpy: Any = np.int64(signal.SIGTERM)
+    assert policy.on_signal(of_numpy) == policy.on_signal(signal.SIGTERM)

@@ -662,7 +662,7 @@ def test_the_latest_is_the_newest_that_can_be_read(
     [
         *(
             (lambda run, each=each: run.verify(1, sample=each), "(2, 10) for the second tenth")
-            for each in ((0, 0), (0, 2), (2, 1), (-1, 3), (1.5, 2), (1,), "5%", 3)
+            for each in ((0, 0), (0, 2), (2, 1), (-1, 3), (1.5, 2), (0, True), (1,), "5%", 3)
         ),
         *(
             (lambda run, name=name, each=each: getattr(run, name)(each), "keep.latest(3)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,7 +69,8 @@ def test_a_checkpoint_of_a_run(run: Path, tmp_path: Path) -> None:
 
 def test_an_export_by_weights(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
-    dist_ckpt.average([(run, 1), (run, 3)], out, weights=[1, 3], format="safetensors")
+    weights: Any = np.array([1, 3], np.float32)
+    dist_ckpt.average([(run, 1), (run, 3)], out, weights=weights, format="safetensors")
     found = load_file(out)
     for name, tensor in expected({1: 0.25, 3: 0.75}).items():
         torch.testing.assert_close(found[name], tensor)
@@ -115,6 +117,7 @@ def test_what_is_not_alike_has_no_average(
         (2, {"weights": [1.0]}, "2 checkpoints have 2 weights"),
         (2, {"weights": [1, -1]}, "not negative, and not all 0"),
         (2, {"weights": [0, 0]}, "not negative, and not all 0"),
+        (2, {"weights": [True, False]}, "not negative, and not all 0"),
         (2, {"weights": ["1", "2"]}, "weights are numbers"),
         (2, {"max_shard": 5}, "give its format="),
         (2, {"format": "safetensors", "step": 3}, "step: that is of a run"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +93,8 @@ def test_age_is_what_was_stored_and_never_what_this_clock_says() -> None:
     records = [record(step, hours=step) for step in range(5)]
     assert kept(keep.newer_than(timedelta(hours=2)), *records) == [3, 4]
     assert kept(keep.newer_than(7200.0), *records) == [3, 4]
+    of_numpy: Any = np.int64(7200)
+    assert kept(keep.newer_than(of_numpy), *records) == [3, 4]
 
 
 @pytest.mark.parametrize("jump", [-9, 9])

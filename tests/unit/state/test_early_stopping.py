@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -75,12 +76,20 @@ def test_counts_of_another_metric_are_refused(other: dict[str, object], message:
         {"patience": True},
         {"patience": 1, "min_delta": -1.0},
         {"patience": 1, "min_delta": math.nan},
+        {"patience": 1, "min_delta": True},
         {"patience": 1, "mode": "best"},
     ],
 )
 def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         EarlyStopping("loss", **arguments)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given: dict[str, Any] = {"patience": np.int64(2), "min_delta": np.float32(0.5)}
+    stopper = EarlyStopping("loss", **given)
+    assert type(stopper.min_delta) is float
+    assert stopper.min_delta == 0.5
 
 
 COUNTS = {"metric": "loss", "mode": "min", "best_score": 2.0, "best_step": 1, "looks": 0}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_ckpt.errors import UsageError
@@ -79,6 +81,16 @@ def test_bytes_behind_the_end_of_an_object_are_not_counted() -> None:
     store.read_into("k", 0, memoryview(bytearray(1_000_000)))
     store.read_into("k", 0, memoryview(bytearray(1)))
     assert clock.waits == [pytest.approx(0.1)]
+
+
+def test_limits_may_be_numbers_of_numpy() -> None:
+    most: Any = np.int64(2)
+    rate: Any = np.float32(1e9)
+    LimitStore(MemoryStore("limit/numpy"), max_concurrent=most, max_bytes_per_second=rate)
+    with pytest.raises(UsageError, match="max_concurrent"):
+        LimitStore(MemoryStore("limit/wrong"), max_concurrent=True)
+    with pytest.raises(UsageError, match="max_bytes_per_second"):
+        LimitStore(MemoryStore("limit/wrong"), max_bytes_per_second=True)
 
 
 def test_limits_are_positive() -> None:
