@@ -19,8 +19,8 @@ from dist_ckpt.format.manifest import decode_document
 from dist_ckpt.repository.checkpoint import Checkpoint
 from dist_ckpt.repository.copying import ValuesDiffer
 from dist_ckpt.state.decoding import parse_document
-from dist_ckpt.state.encoding import PAIRS, SETS, TAG
-from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED
+from dist_ckpt.state.encoding import TAG
+from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, PAIRS, RESERVED, SETS
 from dist_ckpt.state.value_fit import VALUE
 
 _PAIRS = frozenset(PAIRS.values())

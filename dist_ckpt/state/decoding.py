@@ -31,15 +31,21 @@ from dist_ckpt.state.encoding import (
     LAYOUT,
     MAX_DEPTH,
     NDARRAY,
-    PAIRS,
-    SETS,
     TAG,
     UNREADABLE,
     from_aside,
 )
 from dist_ckpt.state.rebuilding import Building
 from dist_ckpt.state.registry import REGISTRY
-from dist_ckpt.state.standard import BY_TAG, NAMEDTUPLE, RESERVED, STANDARD_BY_NAME, WRAPPED
+from dist_ckpt.state.standard import (
+    BY_TAG,
+    NAMEDTUPLE,
+    PAIRS,
+    RESERVED,
+    SETS,
+    STANDARD_BY_NAME,
+    WRAPPED,
+)
 
 _LONG_BYTES = 1 << 16
 # What is written as pairs, because a key of it is no text.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -35,7 +34,9 @@ from dist_ckpt.state.registry import REGISTRY, how_to_register, is_namedtuple
 from dist_ckpt.state.spread import pieces
 from dist_ckpt.state.standard import (
     NAMEDTUPLE,
+    PAIRS,
     RESERVED,
+    SETS,
     WRAPPED,
     Refuse,
     dtype_from_json,
@@ -96,9 +97,6 @@ LAYOUT = "layout"
 """Beside the tag `tensor` of a DTensor: how it lay (`dist_ckpt.loading.fitting`)."""
 
 MAX_DEPTH = 64
-
-PAIRS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict", Counter: "counter"}
-SETS: dict[type, str] = {set: "set", frozenset: "frozenset"}
 
 
 def dumps(node: Any) -> str:

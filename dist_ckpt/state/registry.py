@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dist_ckpt.errors import UsageError
-from dist_ckpt.state.standard import RESERVED
+from dist_ckpt.state.standard import RESERVED, is_written_as_such
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,16 @@ def register(
         decode: what `encode` returned to an equal value.
 
     Raises:
-        UsageError: no class, a bad or taken name, or no functions for a class that needs them.
+        UsageError: no class, or one that is stored as it is, a bad or taken name, or no functions
+            for a class that needs them.
     """
     if not isinstance(type_, type):
         raise UsageError(f"register_type takes a class, not {type_!r}")
+    if is_written_as_such(type_):
+        raise UsageError(
+            f"{_label(type_)} is stored as it is, and no functions are asked for it: register a "
+            "class of your own"
+        )
     if not isinstance(name, str) or not name or not name.isprintable():
         raise UsageError(f"bad name {name!r} for {_label(type_)}: must be printable text")
     if name.startswith(RESERVED):

@@ -508,6 +508,16 @@ _INLINE = Leaf(
 BY_TAG: dict[str, Leaf] = {leaf.tag: leaf for leaf in (*_LEAVES.values(), _SCALAR, _INLINE)}
 
 
+PAIRS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict", Counter: "counter"}
+SETS: dict[type, str] = {set: "set", frozenset: "frozenset"}
+
+
+def is_written_as_such(kind: type) -> bool:
+    """Tell whether values of the type `kind` are written in a way that nobody can register over."""
+    own = (None.__class__, bool, list, tuple, *PAIRS, *SETS)
+    return kind in own or leaf_of(kind) is not None or issubclass(kind, torch.Tensor)
+
+
 def leaf_of(kind: type) -> Leaf | None:
     """Return how values of exactly the type `kind` are written, or None if it is no leaf."""
     return _LEAVES.get(kind) or (_SCALAR if kind in _SCALARS else None)

@@ -308,6 +308,10 @@ def test_the_error_says_the_line(value: Any) -> None:
         ({"type_": Plain, "name": "dist_ckpt:x"}, "dist_ckpt's own"),
         ({"type_": Plain, "name": 3}, "bad name"),
         ({"type_": Plain, "name": "x", "encode": vars}, "both"),
+        *(
+            ({"type_": kind, "name": "x", "encode": str, "decode": kind}, "stored as it is")
+            for kind in (int, bool, dict, OrderedDict, tuple, frozenset, np.float32, torch.Tensor)
+        ),
     ],
 )
 def test_a_bad_registration(arguments: dict[str, Any], match: str) -> None:
