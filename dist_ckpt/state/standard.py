@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
-from types import EllipsisType, SimpleNamespace
+from types import EllipsisType, NoneType, SimpleNamespace
 from typing import Any, NoReturn, TypeVar
 from uuid import UUID, SafeUUID
 
@@ -514,7 +514,7 @@ SETS: dict[type, str] = {set: "set", frozenset: "frozenset"}
 
 def is_written_as_such(kind: type) -> bool:
     """Tell whether values of the type `kind` are written in a way that nobody can register over."""
-    own = (None.__class__, bool, list, tuple, *PAIRS, *SETS)
+    own = (NoneType, bool, list, tuple, *PAIRS, *SETS)
     return kind in own or leaf_of(kind) is not None or issubclass(kind, torch.Tensor)
 
 
