@@ -51,6 +51,7 @@ from dist_ckpt.state.module_state import (
     refuse_fsdp1,
     tell_after,
     tell_part,
+    told_entries,
 )
 from dist_ckpt.state.part import Captured, Stored, Targets, TensorSpec, is_dry
 from dist_ckpt.state.resizing import live_copy
@@ -187,8 +188,7 @@ class ModelPart:
         say = found.say
         left = [name for name in found.targets.missing if stored.selects(name)]
         if given or found.migrated or say.foreign:
-            # As the one that is told calls them, which may be what a wrapper holds.
-            own = module_entries(say.root, ParameterNames(say.root).current(), self.name)
+            own = told_entries(say, self.name)
             state = _state_dict(own, given, found)
             for name in own.keys() & left if not say.whole else ():
                 state.pop(own[name].raw_name, None)
@@ -733,13 +733,14 @@ class _Fitting:
         if not all(name in stored.tensors for name in others):
             return
         missing = set(found.targets.missing)
+        entries = {**self._wanted, **told_entries(found.say, self._part)}
         state = {
-            self._wanted[name].raw_name: _meta(stored.tensors[partner])
+            entries[name].raw_name: _meta(stored.tensors[partner])
             for name, partner in found.partner.items()
             if name in self._wanted and self._wanted[name].live
         }
         state.update({name: _meta(stored.tensors[name]) for name in others})
-        absent = {self._wanted[n].raw_name for n in missing if not stored.selects(n)}
+        absent = {entries[n].raw_name for n in missing if not stored.selects(n)}
         absent |= set(left_out)
         if not accepts(found.say, state, absent=absent):
             return

@@ -489,6 +489,11 @@ class Say:
         return {id(tensor) for each in tensors for tensor in each}
 
 
+def told_entries(say: Say, part: str) -> dict[str, ModuleEntry]:
+    """Return the entries of what is told, which may be inside of the wrapper that was given."""
+    return module_entries(say.root, ParameterNames(say.root).current(), part)
+
+
 def accepts(say: Say, state: Mapping[str, torch.Tensor], *, absent: Collection[str]) -> bool:
     """Tell whether the module would load a state dict of these names and shapes, strictly.
 

@@ -437,3 +437,20 @@ def test_a_hook_that_adds_a_name_refuses_the_load_as_in_torch(kind: str, *, migr
         model.load_state_dict(nn.Linear(3, 2).state_dict())
     with pytest.raises(IncompatibleError, match="version 2 of the table"):
         load(model, store)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_what_is_migrated_is_migrated_behind_a_wrapper(wrap: Callable[[nn.Module], Any]) -> None:
+    old: Any = old_weight_norm(nn.Linear(3, 2))
+    new: Any = parametrizations.weight_norm(nn.Linear(3, 2))
+    load(wrap(new), saved(wrap(old)))
+    assert torch.equal(old.weight_v, new.parametrizations.weight.original1)
+    counted, fresh = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
+    kept = {k: v for k, v in counted.state_dict().items() if not k.endswith("tracked")}
+    store = new_store()
+    dist_ckpt.save({"model": kept}, store)
+    load(wrap(fresh), store)
+    assert fresh.state_dict()["0.weight"].tolist() == kept["0.weight"].tolist()
