@@ -178,13 +178,20 @@ def _megatron_path(fqn: str) -> tuple[str, ...]:
     return ("model", fqn) if dot else (fqn.partition("/")[0], fqn)
 
 
-def tell_unreadable(url: str, where: str, reasons: Sequence[str]) -> None:
-    """Tell once which values of a foreign checkpoint cannot be read; nothing without any."""
+def tell_unreadable(url: str, where: str, reasons: Sequence[str], *, way: str = "") -> None:
+    """Tell once which values of a foreign checkpoint cannot be read; nothing without any.
+
+    Args:
+        url: of what the checkpoint lies in.
+        where: what messages call it.
+        reasons: why, for each value.
+        way: how to have them all the same.
+    """
     if reasons:
         tell_once(
             url,
             f"{where}: {len(reasons)} of its values cannot be read, which is an error only for "
-            f"whoever wants them: {'; '.join(reasons[:_SHOWN])}",
+            f"whoever wants them: {'; '.join(reasons[:_SHOWN])}{way and '; '}{way}",
         )
 
 

@@ -182,9 +182,9 @@ def _read_torch(store: Store, keys: Sequence[str], *, whole: Collection[str] = (
     where = f"{', '.join(keys)} in {store.url}"
     if unreadable and len(unreadable) == len(entries):
         # A whole module, say: what cannot be read is all that there is.
-        way = "if you trust it, load it by torch.load(weights_only=False), save its state_dict()"
-        raise torch_files.malformed(where, f"{unreadable[0]}, and there is nothing else; {way}")
-    tell_unreadable(store.url, where, unreadable)
+        said = f"{unreadable[0]}, and there is nothing else; {_way_to_objects(unreadable)}"
+        raise torch_files.malformed(where, said)
+    tell_unreadable(store.url, where, unreadable, way=_way_to_objects(unreadable))
     placed = sort_into_parts(entries, where, whole=whole)
     chunks: list[Chunk] = []
     runs = Runs(len(keys))
@@ -299,3 +299,14 @@ def _header(store: Store, key: str, nbytes: int) -> ShardHeader:
         raise IntegrityError(
             f"{key} in {store.url} is no whole safetensors file: {error.message}", kind=error.kind
         ) from error
+
+
+def _way_to_objects(reasons: Sequence[str]) -> str:
+    """Say how to have what stands in a file of `torch.save` as an object of a class."""
+    # So the classes of a TorchScript archive are called.
+    if any("__torch__." in reason for reason in reasons):
+        return "it is of TorchScript: load it by torch.jit.load, save its state_dict()"
+    return (
+        "if you trust it, load it by torch.load(weights_only=False), and save what it holds as "
+        "plain values, of a module its state_dict()"
+    )

@@ -174,6 +174,9 @@ def describe_file(
     # Of the store, or said above; and what says nothing about the file.
     except (CheckpointError, MemoryError):
         raise
+    except zipfile.BadZipFile as error:
+        said = f"{error}: it was cut short, or is of another kind (pickle, joblib, numpy)"
+        raise malformed(where, f"{said}, which what wrote it can read") from error
     # What a zip file and a pickle stream make of their operands is chosen by whoever wrote them.
     except Exception as error:
         raise malformed(where, str(error)) from error

@@ -659,6 +659,10 @@ def _way_out(found: Mismatches) -> str:
     ways = []
     if found.missing or found.unexpected:
         ways.append("rename= maps names, skip= leaves some out, strict=False what has no partner")
+    # Such as the generators, which other programs do not keep.
+    parts = [name for name in found.missing if "/" not in name]
+    if parts:
+        ways.append(f"skip={parts!r} leaves as it is what was never saved")
     if any("/param_groups." in name for name in (*found.missing, *found.unexpected)):
         ways.append(
             "an optimizer is built with the parameters and groups that it had when it was saved, "

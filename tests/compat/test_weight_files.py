@@ -325,6 +325,18 @@ def test_a_file_of_before_the_archives_is_refused_by_name(tmp_path: Path) -> Non
     refused(IncompatibleError, path, "old.pt", "before its version 1.6")
 
 
+def test_files_of_other_kinds_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        trace: Any = torch.jit.trace
+        trace(nn.Linear(2, 1), torch.ones(2)).save(tmp_path / "script.pt")
+    refused(IntegrityError, tmp_path / "script.pt", "torch.jit.load")
+    torch.save(nn.Linear(2, 1), tmp_path / "whole.pt")
+    refused(IntegrityError, tmp_path / "whole.pt", "weights_only=False", "state_dict()")
+    (tmp_path / "other.pt").write_bytes(b"\x80\x04}\x94.")  # a pickled {}
+    refused(IntegrityError, tmp_path / "other.pt", "of another kind (pickle, joblib, numpy)")
+
+
 def test_big_endian_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "big.pt"
     with monkeypatch.context() as patch:

@@ -99,6 +99,15 @@ def test_a_long_list_is_cut_and_counted() -> None:
         refuse_mismatches([Mismatches(missing=names)], where="step 1")
 
 
+def test_parts_that_were_never_saved_are_named_as_what_to_skip() -> None:
+    found = Mismatches(missing=["rng"], unexpected=["step", "model/x"])
+    with pytest.raises(IncompatibleError, match=r"skip=\['rng'\] leaves as it is"):
+        refuse_mismatches([found], where="step 1")
+    with pytest.raises(IncompatibleError) as caught:
+        refuse_mismatches([Mismatches(missing=["model/x"])], where="step 1")
+    assert "skip=[" not in str(caught.value)
+
+
 def test_misfits_do_not_share_their_lists() -> None:
     one, other = Mismatches(), Mismatches()
     one.missing.append("x")
