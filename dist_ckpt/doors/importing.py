@@ -175,6 +175,8 @@ def _import(
     contents = {new: r.content(old, new) for r in readings for old, new in r.parts.items()}
     objects = {new: r.objects[old] for r in readings for old, new in r.parts.items()}
     left_out = {name: why for each in readings for name, why in each.left_out.items()}
+    if left_out and not (contents or objects):
+        raise IncompatibleError(f"nothing can be imported: {'; '.join(left_out.values())}")
     was_there = is_saved(
         contents,
         objects,

@@ -102,6 +102,8 @@ class OnNotice(OnEnding):
         said = [repr(without_secrets(self.place)), f"every={self.every_seconds:g}"]
         return f"policy.on_notice({', '.join([*said, *self._arguments()])})"
 
+    __repr__ = __str__
+
     def heeds(self, name: str) -> bool:
         """Whether it is a notice."""
         return name == NOTICE

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from dist_ckpt.errors import AlreadyExists, NotFound, UsageError
+from dist_ckpt.errors import AlreadyExists, NotFound, UsageError, without_secrets
 from dist_ckpt.storage.base import (
     Buffer,
     Capabilities,
@@ -54,7 +54,8 @@ class MemoryStore:
             self._space = _spaces.setdefault(name, _Space())
 
     def __repr__(self) -> str:
-        return f"MemoryStore({self._name!r})"
+        name = without_secrets(self.url).removeprefix("memory://")
+        return f"MemoryStore({name!r})"
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(

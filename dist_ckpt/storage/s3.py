@@ -14,7 +14,14 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from dist_ckpt.errors import AlreadyExists, CheckpointError, NotFound, StorageError, UsageError
+from dist_ckpt.errors import (
+    AlreadyExists,
+    CheckpointError,
+    NotFound,
+    StorageError,
+    UsageError,
+    without_secrets,
+)
 from dist_ckpt.storage.base import (
     Buffer,
     Capabilities,
@@ -109,7 +116,7 @@ class S3Store:
         self._refuses = False
 
     def __repr__(self) -> str:
-        return f"S3Store({self._bucket!r}, {self._root[:-1]!r})"
+        return f"S3Store({without_secrets(self.url)!r})"
 
     @property
     def url(self) -> str:

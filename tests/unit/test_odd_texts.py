@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dist_ckpt
-from dist_ckpt.errors import NotFound, UsageError, describe, to_wire
+from dist_ckpt.errors import IncompatibleError, NotFound, UsageError, describe, to_wire
 from dist_ckpt.loading.opened import open_checkpoint
 
 HALF = "half \ud800"
@@ -51,6 +51,12 @@ def test_names_that_utf8_cannot_hold_are_refused_by_name(
         call(run)
     # Nothing was written, and the run goes on.
     dist_ckpt.save({"progress": {"step": 1}}, run, step=2)
+
+
+def test_a_file_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
+    torch.save(HALF, tmp_path / "note.pt")
+    with pytest.raises(IncompatibleError, match=r"nothing can be imported: .*lone surrogate"):
+        dist_ckpt.import_(tmp_path / "note.pt", tmp_path / "run")
 
 
 def test_a_run_in_a_folder_of_an_older_disk_is_saved_loaded_and_told_of(

@@ -106,6 +106,15 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert without_secrets(text) == text
 
 
+def test_no_store_and_no_policy_shows_what_its_url_keeps_secret() -> None:
+    shown = [
+        MemoryStore(f"run?token={SECRET}"),
+        resolve(f"s3://bucket/run?token={SECRET}"),
+        dist_ckpt.policy.on_notice(f"https://me:{SECRET}@host/notice"),
+    ]
+    assert SECRET not in repr(shown) + str(shown)
+
+
 def test_what_is_left_of_a_url_says_where_it_is() -> None:
     assert without_secrets("s3://key:secret@bucket/run: full") == "s3://***@bucket/run: full"
     assert without_secrets("get https://host/run?a=1&b=2 now") == "get https://host/run?*** now"
