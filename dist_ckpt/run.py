@@ -117,6 +117,8 @@ class Run:
         # Nearly always a place without a run is a mistyped one.
         beside = partial(similar_beside, self.url, storage_options)
         self._repository = Repository(self.store, similar=beside)
+        # Of a thousand copies the first alone looks whether a run may be there: it lists all steps.
+        self._copied_to: set[str] = set()
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending."""
@@ -356,7 +358,9 @@ class Run:
             UsageError: the other place is a folder of runs, or among the files of a run.
         """
         target = to if isinstance(to, Run) else Run(to)
-        check_new_run(target.store)
+        if target.url not in self._copied_to:
+            check_new_run(target.store)
+            self._copied_to.add(target.url)
         source = self.open(step)
         try:
             return copying.copy(source, target.store)

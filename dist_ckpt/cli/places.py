@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_ckpt.run import Run
 
 # The last @ counts, and only before a step: one in a folder or a user name is part of the URL.
-_AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)", re.DOTALL)
+_AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)/*", re.DOTALL)
 
 Url = Annotated[
     str, typer.Argument(metavar="URL", envvar="DIST_CKPT_URL", help="the run: a path or a URL")

@@ -309,7 +309,8 @@ class _Reading:
                     decode(data, tensors={}, path=part)
             # What only a program that executes pickles could read takes nothing else along.
             except CheckpointError as error:
-                self.left_out[part if name == VALUE else f"{part}/{name}"] = error.message
+                why = error.message.removeprefix(f"{part} ")
+                self.left_out[part if name == VALUE else f"{part}/{name}"] = why
             else:
                 found[name] = data
         return found

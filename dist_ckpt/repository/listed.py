@@ -413,7 +413,10 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
     # Behind an `@` stands which checkpoint, for who knows it by the commands.
     run, at, which = name.rpartition("@")
     if at and run in folders:
-        return f" (did you mean {run!r}? {which!r} is no step, as 100, latest and best are)"
+        # To the library a step is an argument of its own, so here it may well be one.
+        wrong = not re.fullmatch(r"\d+|latest|newest|best", which)
+        said = f" {which!r} is no step, as 100, latest and best are" if wrong else ""
+        return f" (did you mean {run!r}?{said})"
     own = next((each for each in folders if re.fullmatch(rf"{re.escape(name)}@\w+", each)), None)
     if own is not None:
         return f" (did you mean {own!r}? To a command that is {own + '@latest'!r}, or @STEP)"

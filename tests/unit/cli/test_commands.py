@@ -620,7 +620,8 @@ def test_a_folder_whose_name_ends_as_a_step_is_named_with_a_step_of_its_own(
     place = shutil.move(url, tmp_path / "tuned@30")
     code, _, said = shell.code("show", str(place))
     assert (code, "that is 'tuned@30@latest'" in said) == (10, True)
-    assert shell.json("show", f"{place}@latest")["step"] == 30
+    for end in ("@latest", "@30", "@latest/"):
+        assert shell.json("show", f"{place}{end}")["step"] == 30
     assert shell.json("ls", str(place))["url"] == str(place)
 
 
