@@ -43,7 +43,6 @@ from dist_ckpt.ranks.job import Job
 from dist_ckpt.ranks.rounds import Deadline
 from dist_ckpt.ranks.waiting import failure
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.saving.agreement import as_asked
 from dist_ckpt.saving.handle import Outlook
 from dist_ckpt.saving.provenance import Metrics, as_numbers
 from dist_ckpt.threads import Latch, start
@@ -143,8 +142,8 @@ class SaveTrigger:
         parts = members(policy)
         self._local = [each for each in parts if each.scope is Scope.LOCAL]
         self._shared = [each for each in parts if each.scope is not Scope.LOCAL]
-        # Without what is in brackets: a notice may lie elsewhere on each host.
-        kinds = {as_asked(str(each)).partition("(")[0] for each in self._shared}
+        # Without what is in brackets, a notice may lie elsewhere on each host; and no address.
+        kinds = {str(each).partition("(")[0].partition(" at 0x")[0] for each in self._shared}
         self.kinds = " | ".join(sorted(kinds)) or "nothing"
         self._criteria = [each.criterion for each in parts if isinstance(each, Better)]
         self._at_once = any(each.scope is Scope.AT_ONCE for each in parts)
