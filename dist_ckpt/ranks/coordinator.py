@@ -217,8 +217,9 @@ class JobCoordinator:
         if isinstance(self.link, Hub):
             data = self.link.board.error(self._job, topic.key)
         else:
+            lost = self.link.heard.lost  # first: what rank 0 said before that holds
             data = self.link.heard.error(self._job, topic.key)
-            if data is None and self.link.heard.lost:
+            if data is None and lost:
                 return self._lost(topic.label, self.link)
         return None if data is None else decode_error(data)
 
@@ -262,14 +263,16 @@ class JobCoordinator:
         heard, job, name = line.heard, self._job, topic.key
 
         def outcome() -> list[bytes]:
+            # Asked first and heeded last: what rank 0 said before it went holds, and both may be
+            # heard between two of these lines.
+            left, lost = heard.has_left(job), heard.lost
             error = heard.error(job, name)
             if error is not None:
                 raise decode_error(error)
             answer = heard.answer(job, name)
-            # Looked at last: what rank 0 said before it went holds.
-            if answer is None and heard.has_left(job):
+            if answer is None and left:
                 raise absence(topic.label, left={0})
-            if answer is None and heard.lost:
+            if answer is None and lost:
                 raise self._lost(topic.label, line)
             return [] if answer is None else [answer]  # which may be empty, and is one
 
