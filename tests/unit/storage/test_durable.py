@@ -418,7 +418,7 @@ def test_folder_that_keeps_vanishing_is_reported(
         return real(path, flags, *args)
 
     monkeypatch.setattr(os, "open", open_)
-    with pytest.raises(StorageError, match="was removed each of"):
+    with pytest.raises(StorageError, match="or was removed again, each of"):
         LocalStore(tmp_path).put("a/key", [b"."])
 
 
