@@ -21,7 +21,7 @@ from dist_ckpt.format.names import (
     parse_step_dir,
 )
 from dist_ckpt.repository.detached import named_step
-from dist_ckpt.repository.listed import has_steps, run_below
+from dist_ckpt.repository.repository import has_steps, run_below
 from dist_ckpt.storage.base import Store, has
 from dist_ckpt.storage.resolve import resolve
 

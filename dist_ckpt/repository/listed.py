@@ -32,14 +32,13 @@ from dist_ckpt.format.names import (
     PIN,
     attempt_dir,
     parse_save_id,
-    parse_step_dir,
     step_dir,
 )
 from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.repository import removable
+from dist_ckpt.repository.repository import has_steps, removable
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import Place, resolve
 from dist_ckpt.threads import map_in_parallel
@@ -363,34 +362,6 @@ def runs_below(url: Place, *, storage_options: Mapping[str, Any] | None = None) 
             elif depth < _DEEP:
                 below += [f"{folder}{name}/" for name in names]
         folders = below
-
-
-_FEW_LISTINGS = 16
-
-
-def run_below(store: Store) -> str | None:
-    """Return the url of a run one folder below a place that is none; None where none is found.
-
-    Only so many folders are looked into that it is cheap on any storage, and none of those that
-    this user may not list.
-    """
-    try:
-        children = store.list_children()
-    except StorageError:
-        return None  # whoever goes on to use the place is told
-    folders = [name for name in children if name.endswith("/")]
-    if "claims/" in folders or has_steps(folders):
-        return None
-    for folder in folders[:_FEW_LISTINGS]:
-        with suppress(StorageError):
-            if has_steps(store.list_children(folder)):
-                return f"{store.url}/{folder}".rstrip("/")
-    return None
-
-
-def has_steps(children: Iterable[str]) -> bool:
-    """Tell whether among the names in a folder there are those of steps, as a run has them."""
-    return any(name.endswith("/") and parse_step_dir(name[:-1]) is not None for name in children)
 
 
 def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 
-from dist_ckpt.errors import AlreadyExists, ErrorKind, IntegrityError, NotFound, UsageError
+from dist_ckpt.errors import (
+    AlreadyExists,
+    ErrorKind,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
 from dist_ckpt.format.names import (
     DISCARDS,
     check_step,
@@ -429,6 +436,11 @@ class Repository:
             return self._one_checkpoint(step)
         # One object is enough to tell another place from an empty one.
         if next(iter(self.store.list_entries()), None) is not None:
+            if (below := run_below(self.store)) is not None:
+                return NotFound(
+                    f"{self.store.url} is no run, but a folder of runs, such as {below}: name one",
+                    kind=ErrorKind.NO_RUN,
+                )
             besides = f": {looked_for}" if looked_for else ""
             return NotFound(
                 f"no committed checkpoint in {self.store.url}{besides}",
@@ -467,3 +479,31 @@ def removable(
         for record in ordered[:-1]
         if record.step not in kept and record.step not in protected
     ]
+
+
+_FEW_LISTINGS = 16
+
+
+def run_below(store: Store) -> str | None:
+    """Return the url of a run one folder below a place that is none; None where none is found.
+
+    Only so many folders are looked into that it is cheap on any storage, and none of those that
+    this user may not list.
+    """
+    try:
+        children = store.list_children()
+    except StorageError:
+        return None  # whoever goes on to use the place is told
+    folders = [name for name in children if name.endswith("/")]
+    if "claims/" in folders or has_steps(folders):
+        return None
+    for folder in folders[:_FEW_LISTINGS]:
+        with suppress(StorageError):
+            if has_steps(store.list_children(folder)):
+                return f"{store.url}/{folder}".rstrip("/")
+    return None
+
+
+def has_steps(children: Iterable[str]) -> bool:
+    """Tell whether among the names in a folder there are those of steps, as a run has them."""
+    return any(name.endswith("/") and parse_step_dir(name[:-1]) is not None for name in children)

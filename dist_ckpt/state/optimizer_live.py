@@ -11,6 +11,7 @@ import dis
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -481,7 +482,8 @@ def counted_aside(optimizer: Optimizer) -> list[str]:
 
     Those are numbers that its `step` sets, or a method that this calls, and generators.
     """
-    steps = _set_by(type(optimizer), "step")
+    kind: type = type(optimizer)
+    steps = _set_by(kind, "step")
     return [
         name
         for name, value in vars(optimizer).items()
@@ -491,7 +493,9 @@ def counted_aside(optimizer: Optimizer) -> list[str]:
     ]
 
 
-def _set_by(kind: type, method: str) -> set[str]:
+# Read once: each save asks, and a class has its code for good.
+@lru_cache(maxsize=64)
+def _set_by(kind: type, method: str) -> frozenset[str]:
     """Return the names of the attributes that a method sets, or another one that it calls."""
     names: set[str] = set()
     asked, left = set(), [method]
@@ -508,7 +512,7 @@ def _set_by(kind: type, method: str) -> set[str]:
                 names.add(each.argval)
             elif isinstance(each.argval, str):
                 left.append(each.argval)
-    return names
+    return frozenset(names)
 
 
 def _is_aside(value: object, parameters: Sequence[torch.Tensor], deepest: int) -> bool:

@@ -131,14 +131,20 @@ class TrainState:
                 now and never again.
 
         Raises:
-            UsageError: neither, or names that no part can have, or a copy, or the state dict of a
-                module.
+            UsageError: neither, or nothing at all, or names that no part can have, or a copy, or
+                the state dict of a module.
         """
         if isinstance(state, TrainState):
             return state
         if not isinstance(state, Mapping):
             raise UsageError(
                 f"a state is a TrainState or a dict of parts by name, not {type(state).__name__}"
+            )
+        if not state:
+            # The generators alone would be stored, which nobody means who gives nothing.
+            raise UsageError(
+                "the state is an empty dict: give it the parts to be saved or loaded, such as "
+                "{'model': model, 'optimizer': optimizer}"
             )
         for name in state:
             if not isinstance(name, str):

@@ -227,6 +227,23 @@ def test_no_place_no_step_no_number() -> None:
         Run("")
 
 
+def test_of_a_folder_of_runs_one_is_named(tmp_path: Path) -> None:
+    dist_ckpt.save({"epoch": 1}, tmp_path / "runs" / "17", step=1)
+    folder = tmp_path / "runs"
+    for look in (
+        Run(folder).newest,
+        lambda: Run(folder).verify(1),
+        lambda: dist_ckpt.load({"epoch": 0}, folder),
+        lambda: dist_ckpt.open_checkpoint(folder),
+        lambda: dist_ckpt.export(folder, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            NotFound, match=r"a folder of runs, such as \S+/runs/17: name one"
+        ) as told:
+            look()
+        assert told.value.kind is ErrorKind.NO_RUN
+
+
 def test_a_copy_is_whole_and_byte_by_byte_the_same(store: MemoryStore, tmp_path: Path) -> None:
     fill(store, 1.0, 2.0)
     copied = Run(store).copy(2, str(tmp_path / "copy"))

@@ -66,6 +66,19 @@ def test_the_generators_can_be_left_out() -> None:
     assert list(TrainState()) == ["rng"]
 
 
+def test_an_empty_dict_is_no_state(tmp_path: Path) -> None:
+    # With the generators alone a save would look as if something had been kept.
+    with pytest.raises(UsageError, match="the state is an empty dict"):
+        TrainState.of({})
+    with pytest.raises(UsageError, match="the state is an empty dict"):
+        dist_ckpt.save({}, tmp_path / "run", step=1)
+    with pytest.raises(UsageError, match="the state is an empty dict"):
+        dist_ckpt.Checkpointer(tmp_path / "run", {}, every_steps=1)
+    dist_ckpt.save({"epoch": 1}, tmp_path / "run", step=1)
+    with pytest.raises(UsageError, match="the state is an empty dict"):
+        dist_ckpt.load({}, tmp_path / "run")
+
+
 def test_values_are_live() -> None:
     given = everything()
     state = TrainState(**given)
