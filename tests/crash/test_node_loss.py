@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_ckpt.ranks.channels import SILENCE_SECONDS
 from dist_ckpt.repository import Repository
 from dist_ckpt.storage.resolve import resolve
 from dist_ckpt.testing.ranks import run_ranks
@@ -79,7 +80,12 @@ def test_a_host_is_lost(
 def lose(loss: Loss, url: str, reported: int, hosts: Hosts, folder: Path) -> tuple[Life, int]:
     """Go on at full size until a host is lost; return what a survivor did, and the newest step."""
     upto = reported + 2 * SAVE_EVERY  # the first save is reported, the second is struck
-    found = run_ranks(4, train, url, upto, hosts, 0, (loss, str(folder)), expect_killed=loss.ranks)
+    found = run_ranks(
+        *(4, train, url, upto, hosts, 0, (loss, str(folder))),
+        expect_killed=loss.ranks,
+        # Survivors that still connect to the lost ones, for a load, wait until these count as gone.
+        timeout_seconds=2 * SILENCE_SECONDS,
+    )
     first, second = (life for life in found if life is not None)
     for life in (first, second):
         assert life.error, f"{loss}: each survivor has an error"

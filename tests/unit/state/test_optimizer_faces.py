@@ -653,12 +653,16 @@ class InOrder(Aside):
     ],
 )
 def test_and_so_are_those_in_the_order_of_the_parameters(
-    by: Callable[[list[torch.Tensor]], Any], caplog: pytest.LogCaptureFixture, *, told: bool
+    by: Callable[[list[torch.Tensor]], Any],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    *,
+    told: bool,
 ) -> None:
     model = nn.Linear(2, 1)
     optimizer = InOrder(model.parameters(), by)
     optimizer.step()
-    dist_ckpt.save({"model": model, "optimizer": optimizer}, MemoryStore(f"unit-aside-{id(model)}"))
+    dist_ckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "run")
     assert ("InOrder keeps tensors of its parameters in buffers" in caplog.text) == told
 
 
