@@ -257,7 +257,7 @@ class Checkpointer:
         `close` does not save the step told last any more: the state is another one.
 
         Raises:
-            UsageError: nobody said what the best is; see `restore`.
+            UsageError: nobody said what the best is (see `restore`), or no part is a module.
             NotFound: no checkpoint has the metric.
             CheckpointError: as for `restore`.
         """

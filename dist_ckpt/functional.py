@@ -206,7 +206,7 @@ def load_weights(
     """
     keywords: dict[str, Any] = {**options}
     # What is no name is refused below, where all ranks hear of it.
-    if not keywords.get("only") and isinstance(part, str):
+    if keywords.get("only") is None and isinstance(part, str):
         keywords["only"] = glob.escape(part)  # other parts are neither wanted nor unexpected
 
     def state() -> TrainState:

@@ -273,6 +273,11 @@ def _patterns(option: str, value: object) -> tuple[str, ...]:
     bad = [pattern for pattern in patterns if not _is_name(pattern)]
     if bad:
         raise UsageError(f"{option} is made of patterns such as 'model/*', not {bad[0]!r}")
+    if option == "only" and not patterns:
+        # Taken for no choice it would load everything, the opposite of what it says.
+        raise UsageError(
+            "only is an empty list, of which nothing would be loaded: leave it away to load all"
+        )
     return patterns
 
 

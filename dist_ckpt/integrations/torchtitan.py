@@ -208,7 +208,7 @@ class DistCkptManager(BaseCheckpointManager):
         """Begin the run from `initial_load_path`, or from what torchtitan itself saved here."""
         place = self._config.initial_load_path
         if step == -1 and place and Repository(resolve(place)).candidates():
-            alone = ["model"] if self._config.initial_load_model_only else []
+            alone = ["model"] if self._config.initial_load_model_only else ["*"]
             load(self._state, place, only=alone, timeout_seconds=self._config.timeout_seconds)
             return True
         said = {e.name: getattr(self._config, e.name) for e in fields(BaseCheckpointManager.Config)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, TypeAlias, TypeGuard
 from weakref import WeakKeyDictionary
@@ -46,9 +46,11 @@ from dist_ckpt.state.module_state import (
     extra_state_names,
     module_entries,
     names_of_parameters,
+    note_of_taken,
     partners,
     raw_state,
     refuse_fsdp1,
+    some_of,
     tell_after,
     tell_part,
     told_entries,
@@ -209,7 +211,7 @@ class ModelPart:
             if not is_refusal(error):
                 raise
             raise IncompatibleError(
-                f"{self.name}: load_state_dict refused {_listed(state)}: {describe(error)}"
+                f"{self.name}: load_state_dict refused {some_of(state)}: {describe(error)}"
             ) from error
         if unexpected:
             raise IncompatibleError(
@@ -268,11 +270,6 @@ def _state_dict(
         state.update({e.raw_name: e.value for name, e in own.items() if not e.live})
     state.update({own[name].raw_name if name in own else name: v for name, v in given.items()})
     return state
-
-
-def _listed(state: Mapping[str, Any]) -> str:
-    names = sorted(state)
-    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # Modules on the meta device: what can be known of them, and memory for their tensors.
@@ -751,7 +748,9 @@ class _Fitting:
             found.handed.append(name)
         # It fills these itself, out of what has other names.
         found.renamed |= {name for name in missing if name not in absent}
-        found.targets.missing[:] = [name for name in missing if not stored.selects(name)]
+        note = note_of_taken(self._part, found.renamed, others)
+        left = [name for name in missing if not stored.selects(name)]
+        found.targets = replace(found.targets, missing=left, note=note)
 
     def _hand(self, name: str, partner: str, live: object) -> None:
         """Let the stored `partner` be read, and handed to the module."""

@@ -473,9 +473,11 @@ class Say:
             own = "_load_from_state_dict" in vars(each)
             if own or not _is_torchs(method) or not all(map(_is_torchs, hooks)):
                 self.inside.append(each)
-            self.after |= bool(each._load_state_dict_post_hooks)  # noqa: SLF001
+            after = bool(each._load_state_dict_post_hooks)  # noqa: SLF001
+            self.after |= after
             plain = method is nn.Module._load_from_state_dict  # noqa: SLF001
-            self.any |= own or bool(hooks) or not plain
+            # A hook called after a load may take names off the lists of what did not fit.
+            self.any |= own or bool(hooks) or not plain or after
 
     @property
     def foreign(self) -> bool:
@@ -528,6 +530,29 @@ def _accepts(
         return False  # whoever cannot take it says so by any exception
     missing = set(found.missing_keys) - set(absent)
     return not found.unexpected_keys and all(name.endswith("_extra_state") for name in missing)
+
+
+def note_of_taken(part: str, missing: Collection[str], others: Collection[str]) -> str | None:
+    """Say what a module took as no error though it had no partner; None if it migrates the others.
+
+    Args:
+        part: what the module is called.
+        missing: its entries that are not stored, which `accepts` found to be none it minds.
+        others: the stored names without an entry, likewise.
+    """
+    if bool(missing) == bool(others):
+        return None  # what is missing is made of the others
+    what = "has no value for" if missing else "has, without an entry in this module,"
+    return (
+        f"the checkpoint {what} {some_of(f'{part}/{name}' for name in missing or others)}, "
+        "which the hooks or methods of the module took as no error"
+    )
+
+
+def some_of(given: Iterable[str]) -> str:
+    """Return the first of the names that were `given`, and how many more there are."""
+    names = sorted(given)
+    return f"{names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def tell_part(say: Say, state: Mapping[str, Any], *, lenient: bool) -> list[str]:

@@ -158,15 +158,22 @@ class Resumer:
         """Restore the models of the best checkpoint, and nothing else; the run is as it was.
 
         Raises:
-            UsageError: nobody said by which metric.
+            UsageError: nobody said by which metric, or no part is a module.
             NotFound: no checkpoint has the metric.
         """
         step = self._best_step(failed)
+        models = parts_of(self._state, "model")
+        nothing = UsageError(
+            "rollback() restores modules and leaves the rest as it is, and no part is one "
+            f"({', '.join(self._state)}): give the module itself as a part, or call "
+            "load(state, url, step='best')"
+        )
         report = self._loader.load(
             step,
-            options={"only": parts_of(self._state, "model")},
+            options={"only": models} if models else {},
             fall_back=False,
             own=False,
+            failed=None if models else nothing,
         )
         assert report is not None  # this very step was asked for
         return report

@@ -189,6 +189,16 @@ def test_without_a_metric_there_is_no_best(store: MemoryStore) -> None:
         other.restore("best")
 
 
+def test_without_a_module_there_is_nothing_to_roll_back(store: MemoryStore) -> None:
+    state = TrainState(weights=nn.Linear(1, 1).state_dict(), n=1)
+    with Checkpointer(store, state, keep=keep.best(LOSS)) as ckpt:
+        ckpt.save(1, metrics={LOSS: 2.0})
+        state["n"] = 2
+        with pytest.raises(UsageError, match=r"no part is one \(weights, n, rng\)"):
+            ckpt.rollback()
+        assert state["n"] == 2
+
+
 def test_a_metric_that_is_never_a_number_makes_no_best(store: MemoryStore) -> None:
     with Checkpointer(store, {"n": 1}) as ckpt:
         ckpt.save(1, metrics={LOSS: math.nan})

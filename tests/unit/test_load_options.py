@@ -119,6 +119,7 @@ def test_a_function_that_fails_is_named_with_the_name_it_failed_on() -> None:
         ({"only": 5}, "only is a pattern or a list"),
         ({"skip": ["a", 5]}, "skip is made of patterns.*not 5"),
         ({"skip": [""]}, "not ''"),
+        ({"only": []}, "only is an empty list.*leave it away to load all"),
         ({"exchange": "maybe"}, "exchange is one of auto, always, never, not 'maybe'"),
         ({"in_flight_bytes": 10}, "at least 1048576, not 10"),
         ({"in_flight_bytes": True}, "not True"),

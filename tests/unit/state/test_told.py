@@ -439,6 +439,55 @@ def test_a_hook_that_adds_a_name_refuses_the_load_as_in_torch(kind: str, *, migr
         load(model, store)
 
 
+def forgiving(model: Any, *names: str) -> Any:
+    """Have a hook take `names` off the lists of what does not fit, or all of them."""
+
+    def forgive(_: nn.Module, keys: Any) -> None:
+        for each in (keys.missing_keys, keys.unexpected_keys):
+            each[:] = [name for name in each if names and name not in names]
+
+    model.register_load_state_dict_post_hook(forgive)
+    return model
+
+
+class WithHead(nn.Sequential):
+    """Has a head that what was saved before lacks."""
+
+    def __init__(self, *, grown: bool) -> None:
+        super().__init__(nn.Linear(2, 2))
+        if grown:
+            self.head = nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("behind", [lambda model: model, nn.DataParallel])
+@pytest.mark.parametrize("grown", [True, False])
+def test_what_a_hook_takes_off_the_lists_is_no_error_as_in_torch(
+    behind: Callable[[nn.Module], Any], *, grown: bool
+) -> None:
+    first: Any = WithHead(grown=not grown)
+    again = forgiving(WithHead(grown=grown))
+    again.load_state_dict(first.state_dict())  # as torch has it
+    fresh = forgiving(WithHead(grown=grown))
+    head = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("head")}
+    report = load(behind(fresh), saved(behind(first)))
+    assert torch.equal(fresh[0].weight, first[0].weight)
+    assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in head.items())
+    assert "model/head.bias" in report.notes[0]
+    assert "took as no error" in report.notes[0]
+    weights: Any = WithHead(grown=grown)
+    dist_ckpt.load_weights(forgiving(weights), saved(first))
+    assert torch.equal(weights[0].weight, first[0].weight)
+
+
+def test_what_a_hook_leaves_on_the_lists_is_an_error_still() -> None:
+    store = saved(WithHead(grown=False))
+    fresh = forgiving(WithHead(grown=True), "head.bias")
+    before = fresh[0].weight.detach().clone()
+    with pytest.raises(IncompatibleError, match=r"model/head\.weight"):
+        load(fresh, store)
+    assert torch.equal(before, fresh[0].weight)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize(
     "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
