@@ -538,7 +538,8 @@ def hold_steps(copies: Sequence[InFlight]) -> None:
     global _registered
     with _lock:
         if not _registered:
-            register_optimizer_step_pre_hook(_before_step)
+            # Not to be compiled into a compiled step, which would be compiled anew for each save.
+            register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
             _registered = True
     _in_flight[id(copies)] = copies
 

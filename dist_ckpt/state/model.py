@@ -375,7 +375,8 @@ class _Watch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._used = _use_of(_first(optimizer))
-        optimizer.register_step_post_hook(self.stepped)
+        # Not to be compiled into a compiled step, which would be compiled anew for each gradient.
+        optimizer.register_step_post_hook(torch.compiler.disable(self.stepped))  # type: ignore[no-untyped-call]
 
     def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note that what there is has been used; one look at one tensor, in every step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,27 @@ def test_a_step_changes_nothing_before_the_copies_are_done(
     assert torch.equal(parameter.detach(), torch.zeros(3))
     assert torch.equal(target, torch.ones(3)), "as it was before the step"
     release_steps(copies)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+def test_a_compiled_step_waits_too(gated: Callable[..., InFlight]) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    step: Any = torch.compile(torch.optim.SGD([parameter], lr=1.0).step, backend="eager")
+    for saving in (False, True, False, True):  # compiled where nothing is in flight
+        gate = Gate()
+        target = torch.full((3,), 7.0)
+        before = parameter.detach().clone()
+        copies = [Opening(gate, gated(gate, target, parameter))]
+        if saving:
+            hold_steps(copies)
+        parameter.grad = torch.ones(3)
+        step()
+        assert torch.equal(parameter.detach(), before - 1)
+        gate.open.set()
+        copies[0].wait()
+        if saving:
+            assert torch.equal(target, before), "as it was before the step"
+            release_steps(copies)
 
 
 def test_a_copy_that_fails_tells_who_waits_and_lets_steps_go_on(

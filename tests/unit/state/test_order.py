@@ -208,6 +208,34 @@ def test_a_single_save_after_a_step_says_nothing(caplog: pytest.LogCaptureFixtur
     assert not lines(caplog)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+def test_a_compiled_step_is_compiled_no_more_often_in_a_state(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def graphs(*, kept: bool) -> int:
+        compiled: list[Any] = []
+
+        def backend(graph: Any, _: Any) -> Any:
+            compiled.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        model, optimizer = net()
+        step: Any = torch.compile(optimizer.step, backend=backend)
+        if kept:
+            TrainState(model=model, optimizer=optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            backward(model)
+            step()
+        dist_ckpt.save({"model": model, "optimizer": optimizer}, new_store())
+        return len(compiled)
+
+    once = graphs(kept=False)
+    assert graphs(kept=True) == once
+    assert not lines(caplog), "no gradients are pending"
+
+
 # ------------------------------------------------------------------ what is trained
 
 
