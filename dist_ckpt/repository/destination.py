@@ -16,12 +16,11 @@ from dist_ckpt.errors import ErrorKind, StorageError, UsageError
 from dist_ckpt.format.names import (
     DISCARDS,
     MANIFEST,
-    parse_claim,
     parse_save_id,
     parse_step_dir,
 )
 from dist_ckpt.repository.detached import named_step
-from dist_ckpt.repository.repository import has_steps, run_below
+from dist_ckpt.repository.repository import has_claims, is_run, run_below
 from dist_ckpt.storage.base import Store, has
 from dist_ckpt.storage.resolve import resolve
 
@@ -78,7 +77,7 @@ def check_new_files(
     """
     with as_destination():
         _check_outside(store, storage_options)
-        if not named and _is_run(store):
+        if not named and is_run(store, store.list_children()):
             raise UsageError(
                 f"{store.url} is a run: name a file, or a folder that is not there yet"
             )
@@ -110,9 +109,10 @@ def _run_around(store: Store, storage_options: Mapping[str, Any] | None) -> str 
         # By the name first: nearly no place has one of these on its way, and nobody is asked.
         if parse_step_dir(name) is None and name not in ("claims", DISCARDS):
             continue
-        # What cannot be looked at is told by whoever goes on to use the place.
+        # What cannot be looked at is told by whoever goes on to use the place, and a store of
+        # somebody else may have a url that only that one can open.
         with (
-            suppress(StorageError),
+            suppress(StorageError, UsageError),
             closing(resolve("/".join(names[:count]), storage_options=storage_options)) as folder,
         ):
             if _is_own(name, folder.list_children()):
@@ -123,12 +123,5 @@ def _run_around(store: Store, storage_options: Mapping[str, Any] | None) -> str 
 def _is_own(name: str, children: list[str]) -> bool:
     """Whether a folder of this name, with these in it, is one of a run."""
     if parse_step_dir(name) is None:
-        return any(parse_claim(child) is not None for child in children)
+        return has_claims(children)
     return MANIFEST in children or any(parse_save_id(child.rstrip("/")) for child in children)
-
-
-def _is_run(store: Store) -> bool:
-    children = store.list_children()
-    if has_steps(children):
-        return True
-    return "claims/" in children and _is_own("claims", store.list_children("claims/"))

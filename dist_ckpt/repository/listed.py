@@ -38,7 +38,7 @@ from dist_ckpt.repository import keep as keeping
 from dist_ckpt.repository.commit import highest_claim, read_manifest
 from dist_ckpt.repository.history import Record, read_epoch_note
 from dist_ckpt.repository.ranking import Criterion
-from dist_ckpt.repository.repository import has_steps, removable
+from dist_ckpt.repository.repository import folders_below, has_steps, removable
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import Place, resolve
 from dist_ckpt.threads import map_in_parallel
@@ -328,12 +328,6 @@ def decisions(
     return found
 
 
-# Finding runs below a place.
-
-
-_DEEP = 3
-
-
 def runs_below(url: Place, *, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
     """Yield the urls of the runs at or below a place, up to three folders below it.
 
@@ -343,25 +337,16 @@ def runs_below(url: Place, *, storage_options: Mapping[str, Any] | None = None) 
         StorageError: a listing failed.
     """
     store = url if isinstance(url, Store) else resolve(url, storage_options=storage_options)
-    folders = [""]
-    for depth in range(_DEEP + 1):
-        below: list[str] = []
-        for folder in folders:
-            try:
-                children = store.list_children(folder)
-            except StorageError as error:
-                # One of somebody else, as `lost+found`, hides no run beside it.
-                if not folder or error.kind is not ErrorKind.PERMISSION:
-                    raise
-                _log.warning("%s", error.message)
-                continue
-            names = [name[:-1] for name in children if name.endswith("/")]
-            if has_steps(children):
-                yield f"{store.url}/{folder}".rstrip("/")
-            # A run is not looked into: what lies in it is its own.
-            elif depth < _DEEP:
-                below += [f"{folder}{name}/" for name in names]
-        folders = below
+
+    def unlisted(folder: str, error: StorageError) -> None:
+        # One of somebody else, as `lost+found`, hides no run beside it.
+        if not folder or error.kind is not ErrorKind.PERMISSION:
+            raise error
+        _log.warning("%s", error.message)
+
+    for folder, children in folders_below(store, unlisted):
+        if has_steps(children):
+            yield f"{store.url}/{folder}".rstrip("/")
 
 
 def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:

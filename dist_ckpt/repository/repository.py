@@ -19,6 +19,7 @@ from dist_ckpt.format.names import (
     check_step,
     manifest_key,
     new_save_id,
+    parse_claim,
     parse_save_id,
     parse_step_dir,
     step_dir,
@@ -481,29 +482,75 @@ def removable(
     ]
 
 
+# Finding runs below a place.
+
+
+_DEEP = 3
 _FEW_LISTINGS = 16
 
 
+def folders_below(
+    store: Store, unlisted: Callable[[str, StorageError], None]
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield a place and the folders up to three below it, each with what is in it; nearest first.
+
+    A run is not looked into: what lies in it is its own.
+
+    Args:
+        store: the place.
+        unlisted: is given each folder that cannot be listed, and why; the others follow if it
+            returns.
+    """
+    folders = [""]
+    for depth in range(_DEEP + 1):
+        below: list[str] = []
+        for folder in folders:
+            children: list[str] = []
+            try:
+                children = store.list_children(folder)
+            except StorageError as error:
+                unlisted(folder, error)
+            yield folder, children
+            if depth < _DEEP and not has_steps(children):
+                below += [folder + name for name in children if name.endswith("/")]
+        folders = below
+
+
 def run_below(store: Store) -> str | None:
-    """Return the url of a run one folder below a place that is none; None where none is found.
+    """Return the url of a run below a place that is none; None where none is found.
 
     Only so many folders are looked into that it is cheap on any storage, and none of those that
     this user may not list.
     """
+    found = folders_below(store, lambda _folder, _error: None)
+    _, children = next(found)
     try:
-        children = store.list_children()
+        if is_run(store, children):
+            return None
     except StorageError:
-        return None  # whoever goes on to use the place is told
-    folders = [name for name in children if name.endswith("/")]
-    if "claims/" in folders or has_steps(folders):
-        return None
-    for folder in folders[:_FEW_LISTINGS]:
-        with suppress(StorageError):
-            if has_steps(store.list_children(folder)):
-                return f"{store.url}/{folder}".rstrip("/")
+        return None  # it may be one, and whoever goes on to use it is told
+    for folder, inside in islice(found, _FEW_LISTINGS):
+        if has_steps(inside):
+            return f"{store.url}/{folder}".rstrip("/")
     return None
+
+
+def is_run(store: Store, children: Collection[str]) -> bool:
+    """Tell whether `store`, with these names in it, is a run: one has steps, or jobs claimed it.
+
+    Raises:
+        StorageError: what is called as the claims of a run cannot be listed.
+    """
+    return has_steps(children) or (
+        "claims/" in children and has_claims(store.list_children("claims/"))
+    )
 
 
 def has_steps(children: Iterable[str]) -> bool:
     """Tell whether among the names in a folder there are those of steps, as a run has them."""
     return any(name.endswith("/") and parse_step_dir(name[:-1]) is not None for name in children)
+
+
+def has_claims(children: Iterable[str]) -> bool:
+    """Tell whether among the names in a folder there are those of claims on a run."""
+    return any(parse_claim(child) is not None for child in children)

@@ -24,9 +24,9 @@ Place: TypeAlias = str | os.PathLike[str] | Store
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 # A chain of fsspec, `simplecache::s3://bucket`, is no single place.
 _NESTED = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
-# From two letters on: a folder may well be called `c:`.
 # What a shell puts something else in the place of, before a program sees it.
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+# From two letters on: a folder may well be called `c:`.
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)|:/")
 
 

@@ -227,8 +227,9 @@ def test_no_place_no_step_no_number() -> None:
         Run("")
 
 
-def test_of_a_folder_of_runs_one_is_named(tmp_path: Path) -> None:
-    dist_ckpt.save({"epoch": 1}, tmp_path / "runs" / "17", step=1)
+@pytest.mark.parametrize("below", ["17", "llama/lr-3/17", "claims"])
+def test_of_a_folder_of_runs_one_is_named(tmp_path: Path, below: str) -> None:
+    dist_ckpt.save({"epoch": 1}, tmp_path / "runs" / below, step=1)
     folder = tmp_path / "runs"
     for look in (
         Run(folder).newest,
@@ -238,7 +239,7 @@ def test_of_a_folder_of_runs_one_is_named(tmp_path: Path) -> None:
         lambda: dist_ckpt.export(folder, tmp_path / "out"),
     ):
         with pytest.raises(
-            NotFound, match=r"a folder of runs, such as \S+/runs/17: name one"
+            NotFound, match=rf"a folder of runs, such as \S+/runs/{below}: name one"
         ) as told:
             look()
         assert told.value.kind is ErrorKind.NO_RUN

@@ -52,6 +52,18 @@ def test_safetensors(tmp_path: Path) -> None:
     assert "read back" in str(report)
 
 
+def test_a_store_whose_url_only_its_owner_can_open_is_a_destination(tmp_path: Path) -> None:
+    class Mine(MemoryStore):
+        @property
+        def url(self) -> str:
+            return f"mine://bucket/{step_dir(5)}/exports"
+
+    run, _ = saved(tmp_path)
+    there = Mine("of-somebody")
+    dist_ckpt.export(run, there)
+    assert "model.safetensors" in there.list_children()
+
+
 def test_a_run_and_its_own_folders_are_no_place_for_an_export(tmp_path: Path) -> None:
     run, _ = saved(tmp_path)
     before = sorted(Path(run).rglob("*"))
