@@ -301,13 +301,12 @@ def _destination(out: Place, choice: ExportChoice) -> tuple[Place, str | None, b
         # A file at the root has no head, and one right here no slash either.
         return head or slash or ".", name, True
     # Who names a file means no folder of that name; a directory of stock may be called anything.
-    others = [each for each in _ONE_FILES if each != choice.format and choice.format != "dcp"]
-    meant = next((each for each in others if name.endswith(_ONE_FILES[each][1])), None)
-    if meant is not None and name not in _ONE_FILES[meant][1]:
-        raise UsageError(
-            f"{name} has the ending of format={meant!r}, and this is format={choice.format!r}: "
-            "give that format, or another name"
-        )
+    for other, (_, endings) in _ONE_FILES.items() if choice.format != "dcp" else ():
+        if name.endswith(endings) and name not in endings:
+            raise UsageError(
+                f"{name} has the ending of format={other!r}, and this is format={choice.format!r}: "
+                "give that format, or another name"
+            )
     return text, default, False
 
 

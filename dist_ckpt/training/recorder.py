@@ -138,7 +138,7 @@ class Recorder:
             # Before the save: what is stored has seen this value.
             if stopper.criterion.metric in verdict.metrics:
                 stopper.update(step, verdict.metrics[stopper.criterion.metric])
-        self.course.tell(step, epoch, metrics, kind="steps" if epoch is None else "epochs")
+        self.course.tell(step, epoch, metrics, by_hand=False)
         self.heartbeat.pulse.tell(step)
         if self.course.is_done(step):
             if epoch is not None and step == self.course.stored_step:
@@ -183,7 +183,7 @@ class Recorder:
                 self._saver.note_late(step, None, metrics)
             return done
         self.begin()
-        self.course.tell(step, None, metrics, kind="saves")
+        self.course.tell(step, None, metrics, by_hand=True)
         self.heartbeat.pulse.tell(step)
         return self._save(step, None, metrics, "asked for", metadata, failed=failed)
 
@@ -367,14 +367,14 @@ class Course:
         handle = self._done.get(last.step) if last is not None and self._live else None
         return last if handle is not None and handle.failed else None
 
-    def tell(self, step: int, epoch: int | None, metrics: Metrics, *, kind: str) -> None:
+    def tell(self, step: int, epoch: int | None, metrics: Metrics, *, by_hand: bool) -> None:
         """Take note that the state stands after `step`; see `Checkpointer.step`.
 
         Args:
             step: which.
-            epoch: which epoch ended with it.
+            epoch: which epoch ended with it, None in the middle of one.
             metrics: what was given with it.
-            kind: what told it: "steps", "epochs" or "saves".
+            by_hand: whether a save of that very step was asked for, whatever policies say.
 
         Raises:
             UsageError: training may not go on from here.
@@ -389,25 +389,25 @@ class Course:
                 f"{self._newest} was stored: steps that were saved are not saved again, and older "
                 "ones are refused. Restore an earlier step, or go on from the last one",
             )
-        if kind == "epochs" and "steps" not in self._kinds and "steps" in counted(self._when):
+        told = "saves" if by_hand else "steps" if epoch is None else "epochs"
+        if told == "epochs" and "steps" not in self._kinds and "steps" in counted(self._when):
             self._say(
                 "steps",
                 f"{self._when} of {self._url} counts steps, and only the end of an epoch was told: "
                 "call step() after each step, or save by when=policy.every(epochs=1)",
             )
-        self._kinds.add(kind)
+        self._kinds.add(told)
         numbers: dict[Counted, int | None] = {"steps": step, "epochs": epoch}
         for of, number in numbers.items():
             # Whatever else was told as a step is refused elsewhere.
             if isinstance(number, int):
                 last = self._numbers.get(of, number)
                 self._numbers[of] = number
-                # Who saves by hand means that very step.
-                if number > last + 1 and kind != "saves":
+                if number > last + 1 and not by_hand:
                     self._tell_jumped(of, last, number)
         if self.leads:
             self._watched.tell(step, metrics.keys(), epoch_over=epoch is not None)
-        if kind != "epochs":
+        if epoch is None:
             self._told_step = step
         self._last, self._live = ToldStep(step, epoch, _let_go(metrics)), True
         error = sys.exception()
