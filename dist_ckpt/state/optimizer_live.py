@@ -501,7 +501,7 @@ def _set_by(kind: type, method: str) -> frozenset[str]:
     asked, left = set(), [method]
     while left:
         name = left.pop()
-        found = getattr(kind, name, None)
+        found = inspect.getattr_static(kind, name, None)  # asks no descriptor, which may raise
         code = getattr(inspect.unwrap(found) if callable(found) else None, "__code__", None)
         # torch's own classes have no such numbers.
         if name in asked or code is None or found.__module__.startswith("torch."):

@@ -119,6 +119,23 @@ class CountsTold(Counts):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "calls"})
 
 
+class _Refuses:
+    """A property of an instance alone, as a lazy one may be."""
+
+    def __get__(self, instance: object, owner: type) -> int:
+        if instance is None:
+            raise RuntimeError("ask an optimizer, and not its class")
+        return 1
+
+
+class CountsBehindAProperty(Counts):
+    each = _Refuses()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += self.each
+        super().step(closure)
+
+
 class Draws(SGD):
     def __init__(self, params: Any) -> None:
         super().__init__(params, lr=0.1)
@@ -129,6 +146,7 @@ class Draws(SGD):
     ("kind", "said"),
     [
         (Counts, "Counts counts or draws in calls, seconds, which its state_dict() does not tell"),
+        (CountsBehindAProperty, "CountsBehindAProperty counts or draws in calls"),
         (Draws, "Draws counts or draws in numbers, which"),
         (CountsTold, ""),
         (SGD, ""),
