@@ -436,10 +436,10 @@ def ahead(
     Raises:
         BaseException: what `make` raised, in the place of its result.
     """
-    begun: deque[_Made[ResultT]] = deque()
+    begun: deque[Making[ResultT]] = deque()
     try:
         for item in items:
-            begun.append(_Made(partial(make, item)))
+            begun.append(Making(partial(make, item)))
             if len(begun) > count:
                 begun[0].wait()  # an interrupt leaves it among those that the end waits for
                 yield begun.popleft().take()
@@ -452,13 +452,25 @@ def ahead(
             made.wait()
 
 
-class _Made(Generic[ResultT]):
-    """A result in the making."""
+class Making(Generic[ResultT]):
+    """A result in the making: on a thread of its own, or at once where no more can be had."""
 
-    def __init__(self, make: Callable[[], ResultT]) -> None:
+    def __init__(
+        self, make: Callable[[], ResultT], then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin.
+
+        Args:
+            make: called in any thread.
+            then: called there when it is over.
+        """
         self._make = make
+        self._then = then
+        # Taken out by single operations: by whoever takes the result, or whoever lets it go.
         self._results: list[ResultT] = []
+        self._letting_go: list[Callable[[ResultT], None]] = []
         self._error: BaseException | None = None
+        self.is_over = False
         # A daemon: a read that hangs in an outage must not keep the program from ending.
         self._worker = Worker(self._run, name="dist_ckpt-io", daemon=True)
         try:
@@ -476,12 +488,28 @@ class _Made(Generic[ResultT]):
             raise self._error
         return self._results.pop()
 
+    def give_up(self, let_go: Callable[[ResultT], None]) -> None:
+        """Wait for it no more; call `let_go` with the result as soon as there is one."""
+        self._letting_go.append(let_go)
+        self._let_go()
+
     def _run(self) -> None:
         try:
             self._results.append(self._make())
         # A thread has nobody to raise to: who asks for the result is told.
         except BaseException as error:
             self._error = error
+        self.is_over = True
+        self._let_go()
+        self._then()
+
+    def _let_go(self) -> None:
+        for let_go in self._letting_go:
+            try:
+                result = self._results.pop()
+            except IndexError:
+                return  # there is none, or the other thread that is here has it
+            let_go(result)
 
 
 # The background threads of a rank: one writes, and on rank 0 another tidies up.

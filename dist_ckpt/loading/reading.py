@@ -176,7 +176,11 @@ class JointRead:
         def work() -> None:
             if self._answer.exchanged:
                 # Before anything may fail on one rank alone: for the others wait for it here.
-                self._peers = Peers(self._deadline(), self._options.members)
+                self._peers = self._coordinator.beside(
+                    self._topic.phase("first"),
+                    lambda: Peers(self._deadline(), self._options.members),
+                    Peers.close,
+                )
             first()
 
         self._together("first", work)
@@ -309,7 +313,7 @@ _MIN_SECONDS = 1.0
 class Peers:
     """The ranks of a job, connected for one load: a process group that nothing else uses.
 
-    To make one is a collective call, on the thread that also makes the training's collectives.
+    To make one is a collective call, while the thread that makes the training's collectives waits.
     When one of them closes it, whoever still waits for that rank stops waiting, with an error.
     """
 

@@ -30,7 +30,7 @@ from dist_ckpt.ranks.hub import Hub
 from dist_ckpt.ranks.rounds import Deadline, Decide, Topic, apart, asked_by
 from dist_ckpt.ranks.seals import Packed, Seals
 from dist_ckpt.ranks.waiting import Waiting, absence, decode_error, encode_error, failure, noted
-from dist_ckpt.threads import Bell, Latch
+from dist_ckpt.threads import Bell, Latch, Making
 
 LOST = {0: "connection lost"}
 """The cause by rank where rank 0 could not be asked: unlike its verdict, it says nothing of it."""
@@ -227,6 +227,21 @@ class JobCoordinator:
         """Give the round up on every rank; see `Coordinator.refuse`."""
         self.link.send(self._failed(topic, error))
 
+    def beside(self, topic: Topic, work: Callable[[], _T], let_go: Callable[[_T], None]) -> _T:
+        """Do what waits for other ranks; see `Coordinator.beside`."""
+        bell = self.link.bell
+        making = Making(work, bell.ring)
+        try:
+            if bell.wait_for(lambda: making.is_over or self._in_vain(topic)) is not True:
+                bell.wait_for(lambda: making.is_over, _GRACE_SECONDS)
+            error = None if making.is_over else self._in_vain(topic)
+            if error is not None:
+                raise error
+            return making.take()
+        except BaseException:
+            making.give_up(let_go)
+            raise
+
     def post(self, name: str, data: bytes) -> None:
         """Put a note up; see `Coordinator.post`."""
         self._check_connected(f"the note {name!r}")
@@ -256,6 +271,18 @@ class JobCoordinator:
             self.link.heard.leave(self._job)
             # A process that ends right now would take along what has not left.
             self.link.wait_until_sent(deadline.remaining_seconds)
+
+    def _in_vain(self, topic: Topic) -> CheckpointError | None:
+        """Return why a round that is still to come will fail, None where it may succeed."""
+        if isinstance(self.link, Hub):
+            left, lost = self.link.board.left(self._job), self.link.board.lost.copy()
+        else:
+            left, lost = {0} if self.link.heard.has_left(self._job) else set[int](), set[int]()
+        # Asked first and heeded last: what was said before holds.
+        said = self.verdict(topic)
+        if said is None and (left or lost):
+            return absence(topic.label, left=left, lost=lost - left)
+        return said
 
     def _follow(
         self, line: Line, topic: Topic, message: bytes | BaseException, deadline: Deadline

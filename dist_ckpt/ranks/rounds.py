@@ -127,6 +127,26 @@ class Coordinator(Protocol):
         """
         ...
 
+    def beside(
+        self, topic: Topic, work: Callable[[], ResultT], let_go: Callable[[ResultT], None]
+    ) -> ResultT:
+        """Do what cannot be interrupted and waits for other ranks, before the message of a round.
+
+        Args:
+            topic: names the round.
+            work: what to do, on another thread; it ends by itself, sooner or later.
+            let_go: called with its result where nobody waits for it any more.
+
+        Returns:
+            What `work` returned.
+
+        Raises:
+            CheckpointError: the round has failed, or a rank is gone without which it will; `work`
+                is left to itself.
+            BaseException: what `work` raised.
+        """
+        ...
+
     def post(self, name: str, data: bytes) -> None:
         """Put a note up under `name`, in the place of the one that was there.
 
@@ -186,6 +206,12 @@ class SoloCoordinator:
 
     def refuse(self, topic: Topic, error: CheckpointError) -> None:
         """Nobody else has to be told."""
+
+    def beside(
+        self, topic: Topic, work: Callable[[], ResultT], let_go: Callable[[ResultT], None]
+    ) -> ResultT:
+        """Nobody else is waited for."""
+        return work()
 
     def post(self, name: str, data: bytes) -> None:
         """Put a note up; see `Coordinator.post`."""

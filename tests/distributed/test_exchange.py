@@ -19,7 +19,7 @@ from dist_ckpt.loading.fetching import ReadOptions
 from dist_ckpt.loading.filling import Wanted
 from dist_ckpt.loading.reading import ReadResult
 from dist_ckpt.planning.describe import LocalBox
-from dist_ckpt.ranks.channels import running_loop
+from dist_ckpt.ranks.channels import SILENCE_SECONDS, running_loop
 from dist_ckpt.ranks.rendezvous import join_job, training_store
 from dist_ckpt.ranks.rounds import Deadline, Topic
 from dist_ckpt.repository import Repository
@@ -167,6 +167,37 @@ def test_a_rank_that_dies_is_named_by_the_others(tmp_path: Path) -> None:
     assert told[0] == told[1]
     assert told[0][1] == [1]
     assert "rank 1" in told[0][0]
+
+
+class Killed(reading.Peers):
+    """What a rank has in the place of connections, when it is killed as it makes them."""
+
+    def __init__(self, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_connecting(place: str) -> tuple[str, list[int]]:
+    """Rank 1 is killed when all connect: nothing is broken yet that would throw the others out."""
+    if dist.get_rank() == 1:
+        vars(reading)["Peers"] = Killed
+    try:
+        read(place, [WHOLE], seconds=3600.0)
+    except CheckpointError as error:
+        return str(error), sorted(error.ranks)
+    raise AssertionError("the load went on without a rank")
+
+
+def test_a_rank_that_dies_while_others_connect_is_heard_of_at_once(tmp_path: Path) -> None:
+    place = save(tmp_path)
+    # Gloo waits for it as long as a host that was cut off may stay away.
+    results = run_ranks(
+        3, dies_connecting, place, expect_killed=[1], timeout_seconds=SILENCE_SECONDS / 2
+    )
+    told = [each for each in results if each is not None]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert told[0][1] == [1]
+    assert "probably died" in told[0][0]
 
 
 SIZES = {"a": 100_000, "b": 7, "c": 100_000, "d": 1_000_000}

@@ -110,11 +110,13 @@ def lose_the_other(hosts: Hosts, cut: int) -> tuple[ErrorKind, str]:
 
     assert round_of("first") == b"xx"
     if dist.get_rank() != cut:
+        store.wait(["heard"])  # else the answer may still be on the way
         hosts.cut(cut)
         with pytest.raises(CoordinationError) as caught:
             round_of("second")
         store.set("told", "")
         return caught.value.kind, str(caught.value)
+    store.set("heard", "")
     store.wait(["told"])  # alive all the while, and cut off
     return ErrorKind.PEER_ABSENT, ""
 
