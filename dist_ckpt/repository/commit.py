@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import msgspec
@@ -395,17 +396,32 @@ class Transaction:
 _REFUSALS = (ErrorKind.STORAGE_FULL, ErrorKind.PERMISSION, ErrorKind.USAGE)
 
 
+_LOOKS = 3
+
+
 def read_manifest(store: Store, step: int) -> bytes:
     """Return the manifest of `step` as it is stored, not decoded.
 
     Raises:
         NotFound: no such step is committed.
-        IntegrityError: it cannot be a manifest, of which not much was read then.
+        IntegrityError: it cannot be a manifest, of which not much was read then; or the store
+            lists one, and does not find it.
     """
-    try:
+    key = manifest_key(step)
+    for _ in range(_LOOKS):
         # One byte is looked at before all of them: what a file claims to hold may be one hole.
-        return read_all(store, manifest_key(step), limit_bytes=LIMIT_BYTES, begins=b"{")
-    except NotFound:
-        raise NotFound(
-            f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
-        ) from None
+        with suppress(NotFound):
+            return read_all(store, key, limit_bytes=LIMIT_BYTES, begins=b"{")
+        # A store that lost an object may list it still, and a host may remember that a name is not
+        # there. By that a checkpoint would be none: another taken for it, and its files for
+        # garbage. So both have to say it; what was deleted or committed in between is seen anew.
+        folder, _, name = key.rpartition("/")
+        if name not in store.list_children(f"{folder}/"):
+            raise NotFound(
+                f"no checkpoint of step {step} in {store.url}", kind=ErrorKind.NO_CHECKPOINT
+            )
+    raise IntegrityError(
+        f"{key} is listed in {store.url}, and not found when it is read: the storage contradicts "
+        "itself. Look at it again later; bring back a copy if it is lost",
+        kind=ErrorKind.MISSING_FILE,
+    )

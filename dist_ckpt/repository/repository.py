@@ -177,9 +177,8 @@ class Repository:
         """
         # Listed anew each time: a trainer that keeps one deletes it when it commits the next.
         for step in self.newest_now():
-            with suppress(NotFound):  # deleted since the look
-                if self._is_committed(step):
-                    return Checkpoint.read(self.store, step)
+            with suppress(NotFound):  # never committed, or deleted since the listing
+                return Checkpoint.read(self.store, step)
         raise self.no_checkpoint()
 
     def claim(self, *, at_least: int = 1) -> int:

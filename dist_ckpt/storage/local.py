@@ -368,7 +368,9 @@ class LocalStore:
             raise
         except OSError as error:
             if error.errno in _NOT_THERE:
-                self._check_root()
+                # The look at the root may fail by itself, of a mount that is going away.
+                with self._mapped(doing, self._root):
+                    self._check_root()
                 if reading is not None:
                     raise NotFound(f"no object {reading} in {self.url}") from error
             raise self._failure(error, doing, path, needed_bytes) from error
@@ -380,9 +382,12 @@ class LocalStore:
             room = "make room"
             if error.errno == errno.EDQUOT:
                 room = "the quota leaves no room for them: make some, or raise it"
+            free = ""
+            # Nobody may be able to tell, and that is not what failed.
+            with suppress(OSError):
+                free = f" and {free_bytes(path)} are free there"
             return StorageError(
-                f"{message}; {needed_bytes} bytes were needed and {free_bytes(path)} are "
-                f"free there; {room}",
+                f"{message}; {needed_bytes} bytes were needed{free}; {room}",
                 kind=ErrorKind.STORAGE_FULL,
             )
         if error.errno == errno.EFBIG:

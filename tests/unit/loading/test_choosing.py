@@ -53,6 +53,19 @@ def test_the_newest_with_what_rank_0_read() -> None:
     assert choice.checkpoint.manifest_bytes == read_all(store, manifest_key(2))
 
 
+def test_a_manifest_that_is_listed_and_not_found_is_damage_and_no_free_place() -> None:
+    def losing(key: str, nth: int | None = None) -> Store:
+        return FaultyStore(run(1, 2), [Rule("read_into", Fail(NotFound("404")), key=key, nth=nth)])
+
+    choice = newest(losing(manifest_key(2)))
+    assert choice.step == 1
+    assert "is listed in" in choice.refused[2]
+    with pytest.raises(IntegrityError, match=r"no checkpoint in .* can be restored"):
+        newest(losing("*/manifest.json"))
+    # One look that missed it is none: it may have been committed in between.
+    assert (newest(losing(manifest_key(2), nth=1)).step) == 2
+
+
 def test_damaged_ones_are_passed_over_with_the_reason() -> None:
     store = run(1, 2, 3)
     damage(store, 3)
@@ -139,10 +152,16 @@ def test_older_ones_are_not_asked_about() -> None:
 
 
 def test_one_that_is_deleted_meanwhile_is_passed_over() -> None:
-    gone = Fail(NotFound("gone"))
-    store = FaultyStore(run(1, 2), [Rule("read_into", gone, key=manifest_key(2))])
-    assert newest(store).step == 1
-    assert store.fired == [1]
+    inner = run(1, 2)
+
+    class Goes(FaultyStore):
+        def read_into(self, key: str, offset: int, *buffers: memoryview) -> int:
+            if key == manifest_key(2):
+                inner.delete([key])
+            return super().read_into(key, offset, *buffers)
+
+    choice = newest(Goes(inner, []))
+    assert (choice.step, choice.refused) == (1, {})
 
 
 def test_one_that_takes_the_place_of_the_newest_meanwhile_is_found() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ckpt.errors import ErrorKind, FencedError, StorageError
+from dist_ckpt.errors import ErrorKind, FencedError, NotFound, StorageError
 from dist_ckpt.format.names import manifest_key, new_save_id, step_dir
 from dist_ckpt.format.whole import encode_whole
 from dist_ckpt.repository import Repository, keep
@@ -141,6 +141,19 @@ def test_the_files_of_a_manifest_that_cannot_be_read_are_left(manifest: bytes) -
     before = keys(store)
     assert Repository(store).collect(claim=claim, in_flight=()) == []
     assert keys(store) == before
+
+
+def test_the_files_of_a_manifest_that_is_listed_and_not_found_are_left() -> None:
+    inner = new_store()
+    claim = save(inner, 1, 2)
+    lost = Rule("read_into", Fail(NotFound("404")), key=manifest_key(1), nth=None)
+    before = keys(inner)
+    repository = Repository(FaultyStore(inner, [lost]))
+    assert repository.collect(claim=claim, in_flight=()) == []
+    # Nor does it count for a policy, or is deleted by one.
+    assert repository.retain(keep.latest(1), claim=claim) == {}
+    assert keys(inner) == before
+    assert Repository(inner).verify(1).ok
 
 
 @pytest.mark.parametrize("operation", ["list_children", "read_into"])

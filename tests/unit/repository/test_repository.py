@@ -67,13 +67,30 @@ def test_an_outage_never_looks_like_an_empty_run(operation: Operation) -> None:
         lambda: repository.verify(1),
         lambda: repository.collect(claim=claim, in_flight=()),
     ]
+    if operation != "size":  # of which it asks none
+        looking.append(repository.open_latest)
+        reading.append(repository.open_latest)
     for use in (
-        repository.open_latest,
         lambda: repository.retain(keep.latest(1), claim=claim, protected=()),
         *(reading if operation == "read_into" else looking),
     ):
         with pytest.raises(StorageError, match="down"):
             use()
+
+
+@pytest.mark.parametrize("operation", ["size", "read_into"])
+def test_what_is_listed_and_not_found_is_never_exchanged_for_an_older_one(
+    operation: Operation,
+) -> None:
+    inner = new_store()
+    save(inner, 0, 1)
+    lost = Rule(operation, Fail(NotFound("404")), key="step-0000000001/manifest.json", nth=None)
+    repository = Repository(FaultyStore(inner, [lost]))
+    if operation == "size":
+        assert repository.open_latest().step == 1
+    else:
+        with pytest.raises(IntegrityError, match=r"is listed in .*, and not found"):
+            repository.open_latest()
 
 
 def test_opening_what_is_not_there_says_what_is() -> None:

@@ -525,6 +525,42 @@ def test_failing_disk_is_one_storage_error(
     assert isinstance(error.__cause__, OSError)
 
 
+def failing(code: int) -> Callable[..., object]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR])
+def test_a_look_at_the_root_that_fails_is_one_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a/key", [b"."])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(code))
+        patch.setattr(os, "lstat", failing(errno.EIO))
+        with pytest.raises(StorageError) as error:
+            store.read_into("a/key", 0, memoryview(bytearray(1)))
+    assert error.value.kind == ErrorKind.STORAGE
+    assert "Input/output error" in str(error.value)
+
+
+@pytest.mark.parametrize("call", ["statvfs", "lstat"])
+def test_a_full_disk_is_told_where_nobody_knows_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store = LocalStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(errno.ENOSPC))
+        patch.setattr(os, call, failing(errno.ENOSPC))
+        with pytest.raises(StorageError) as error:
+            store.put("key", [b"123"])
+    assert error.value.kind == ErrorKind.STORAGE_FULL
+    assert "3 bytes were needed; make room" in str(error.value)
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_a_link_that_is_turned_elsewhere_does_not_lead_there(tmp_path: Path, above: bool) -> None:
     for name in ("one", "two"):
