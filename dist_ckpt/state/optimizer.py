@@ -497,6 +497,11 @@ class _OptimizerFit:
         """Return the values that are stored, and of what is not to be loaded those in `kept`."""
         view, stored = self.view, self.stored
         tensors = forward(tensors, self.back) if self.back else tensors
+        met: dict[str, torch.Tensor] = {}
+        # One tensor that is the option of several groups has the name of each, the first one first.
+        again = [name for pair in self.notes.same.items() for name in reversed(pair)]
+        one = {name: self._one(tensors[name], name, met) for name in again if name in tensors}
+        tensors = {**tensors, **one}
         values = {
             name: decode(data, tensors=tensors, path=f"{self.part}.{name}")
             for name, data in stored.objects.items()
@@ -504,7 +509,6 @@ class _OptimizerFit:
         }
         inside = {name for data in stored.objects.values() for name in references(data)}
         entries: dict[str, dict[str, Any]] = {}
-        met: dict[str, torch.Tensor] = {}
         for name in (*stored.tensors, *stored.objects):
             owner = view.owner(name)
             if owner is not None and name not in inside and (name in tensors or name in values):

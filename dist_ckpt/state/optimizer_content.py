@@ -472,6 +472,7 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         shared = written.add_value(view.prefix + SHARED, content.shared)
         general = tensor_notes(shared, None, view.parameters)
     written.stepped.update(written.tensors)
+    met: dict[int, str] = {}
     for name in view.groups:
         parameters = {owner: view.parameters[owner] for owner in view.members[name]}
         noted = class_notes(cls, parameters.values())
@@ -481,9 +482,31 @@ def write_down(view: View, content: Content, written: Capture, *, cls: str) -> N
         # Of what belongs to no group the first one speaks.
         merge_notes(noted, general)
         general = {}
+        merge_notes(noted, _met_before(name, content.options[name], met))
         options = {**content.options[name], "params": view.members[name], **noted}
         written.add_value(name, options)
         written.groups.add(name)
+
+
+def _met_before(
+    group: str, options: Mapping[str, Any], met: dict[int, str]
+) -> dict[str, dict[str, str]]:
+    """Return the note of tensors that are an option of an earlier group, too.
+
+    Args:
+        group: what it is called.
+        options: of that group.
+        met: the name of each tensor that was met, by `id`, which is added to.
+    """
+    found: dict[str, str] = {}
+    for key, value in options.items():
+        # Named as the encoder does it: by key and place.
+        inside = enumerate(value) if isinstance(value, list | tuple) else ()
+        places = {f"{group}.{key}.{i}": each for i, each in inside} or {f"{group}.{key}": value}
+        for name, each in places.items():
+            if isinstance(each, torch.Tensor) and met.setdefault(id(each), name) != name:
+                found[name] = met[id(each)]
+    return {_SAME: found} if found else {}
 
 
 def _write_state(

@@ -142,10 +142,11 @@ class InAttributes:
                     holder.state[parameter] = content.state[name]
         # What belongs to no parameter has no holder of its own, and `read` joins that of all.
         self._holders[0].state.update(content.shared)
+        filled: set[int] = set()
         for name, options in content.options.items():
             group = view.groups[name]
             for key, value in options.items():
-                group[key] = _in_place(group.get(key), value)
+                group[key] = _in_place(group.get(key), value, filled)
         for holder in self._holders:
             if self._face is not None:
                 # It takes its options over from the face before each step only.
@@ -389,28 +390,47 @@ def _uncast(state: Any, parameter: torch.Tensor, given: Any) -> None:
             kept[key] = value
 
 
-def _in_place(live: Any, value: Any) -> Any:
+def _in_place(live: Any, value: Any, filled: set[int]) -> Any:
     """Return what an option becomes: a live tensor stays itself and takes the value.
 
-    What its dtype or shape cannot hold is put in its place, as torch puts each. The program decides
-    that a number is a tensor of float32.
+    What its dtype or shape cannot hold is put in its place, as torch puts each; and so is what one
+    that is the option of several groups cannot hold beside the value of another. The program
+    decides that a number is a tensor of float32.
+
+    Args:
+        live: what it is.
+        value: what is stored.
+        filled: the ids of the live tensors that have taken a value, which is added to.
     """
-    if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
-        if live.shape == value.shape and torch.equal(value.to(live.dtype).to(value.dtype), value):
-            with torch.no_grad():
-                return live.copy_(value)
-        return value.to(live.device)
-    if isinstance(live, torch.Tensor) and isinstance(value, (int, float)):
-        if live.ndim or (isinstance(value, float) and not live.is_floating_point()):
-            return value
-        with torch.no_grad():
-            return live.fill_(value)
+    if isinstance(live, torch.Tensor) and isinstance(value, (int, float, torch.Tensor)):
+        if id(live) in filled:
+            other = _taken(live.clone(), value)
+            if isinstance(other, torch.Tensor) and other.dtype == live.dtype:
+                return live if torch.equal(other, live) else other
+            return other
+        taken = _taken(live, value)
+        if taken is live:
+            filled.add(id(live))
+        return taken
     if isinstance(live, tuple) and isinstance(value, tuple) and len(live) == len(value):
-        return tuple(map(_in_place, live, value))
+        return tuple(_in_place(*each, filled) for each in zip(live, value, strict=True))
     # The program decides if a rate is a tensor; a float32 becomes the same number as a float.
     if isinstance(value, torch.Tensor) and isinstance(live, (int, float)):
         return value.item()
     return value
+
+
+def _taken(live: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor | float:
+    """Return `live` with `value` in it, or `value` where that does not fit."""
+    if isinstance(value, torch.Tensor):
+        if live.shape == value.shape and torch.equal(value.to(live.dtype).to(value.dtype), value):
+            with torch.no_grad():
+                return live.copy_(value)
+        return value.to(live.device)
+    if live.ndim or (isinstance(value, float) and not live.is_floating_point()):
+        return value
+    with torch.no_grad():
+        return live.fill_(value)
 
 
 # Whose state an optimizer is the face of, and by which way it must be asked for it.

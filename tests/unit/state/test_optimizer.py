@@ -229,6 +229,43 @@ def test_the_program_decides_if_a_learning_rate_is_a_tensor() -> None:
     assert exact(optimizer.param_groups[0]["lr"]) == (float, 0.5)
 
 
+def of_two_rates(model: nn.Sequential, first: Any, second: Any) -> AdamW:
+    rates = zip((model[0], model[2]), (first, second), strict=True)
+    groups = [{"params": list(each.parameters()), "lr": rate} for each, rate in rates]
+    return AdamW(groups, betas=(torch.tensor(0.9), torch.tensor(0.99)), foreach=False)
+
+
+@pytest.mark.parametrize("second", [torch.tensor(0.5), torch.tensor(0.25), 0.5])
+def test_a_tensor_that_is_the_option_of_two_groups_holds_no_two_values(second: Any) -> None:
+    model = net()
+    saved = save(part_of(of_two_rates(model, torch.tensor(0.25), second), model))
+    lr = torch.tensor(0.1)
+    optimizer = of_two_rates(model, lr, lr)
+    load(part_of(optimizer, model), saved)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, float(second)]
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert (optimizer.param_groups[1]["lr"] is lr) == (float(second) == 0.25)
+
+
+def test_one_tensor_that_is_the_option_of_two_groups_stays_one() -> None:
+    model = net()
+    lr = torch.tensor(0.25)
+    optimizer = of_two_rates(model, lr, lr)
+    heat = torch.tensor([1.0, 2.0])
+    for group, own in zip(optimizer.param_groups, (1.0, 2.0), strict=True):
+        group |= {"heat": heat, "span": (heat, torch.tensor(own)), "own": torch.tensor(own)}
+    saved = save(part_of(optimizer, model))
+    again = net(1)
+    fresh = of_two_rates(again, torch.tensor([0.1]), torch.tensor([0.2]))
+    load(part_of(fresh, again), saved)
+    one, two = fresh.param_groups
+    assert one["lr"] is two["lr"]
+    assert one["heat"] is two["heat"] is one["span"][0] is two["span"][0]
+    assert one["betas"][0] is two["betas"][0]
+    assert (one["own"], two["own"]) == (1.0, 2.0)
+    assert_same(save(part_of(fresh, again)), saved)
+
+
 def test_an_option_that_only_this_program_knows_keeps_its_value() -> None:
     model = net()
     saved = save(part_of(SGD(model.parameters(), lr=0.5), model))
