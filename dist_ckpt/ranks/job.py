@@ -22,7 +22,7 @@ from dist_ckpt.ranks.rounds import Coordinator, Coordinators, Deadline, SoloCoor
 from dist_ckpt.ranks.same_place import check_same_place, check_sights, sight_of, token_of
 from dist_ckpt.repository import Repository
 from dist_ckpt.repository.commit import check_owner, read_manifest
-from dist_ckpt.repository.discard import left_behind
+from dist_ckpt.repository.discard import gone_back_past, left_behind
 from dist_ckpt.repository.status import check_alone
 from dist_ckpt.storage.base import Store
 from dist_ckpt.storage.resolve import Place, resolve
@@ -452,7 +452,11 @@ class Job:
             # What was given up counts as not committed, and may be saved again.
             self.passed_over.add(self.repository.hidden())
             if not self._joins:
-                self._check_goes_on()  # nobody else can commit from the claim on
+                try:
+                    self._check_goes_on()  # nobody else can commit from the claim on
+                except UsageError:
+                    self.check_owns()  # unless that was taken over, and what is there is not ours
+                    raise
         if self._newest is None or step <= self._newest:
             self._newest = self.repository.check_begin(step, claim, refused=self.passed_over.steps)
         return new_save_id(claim)
@@ -491,9 +495,15 @@ class Job:
 
     def check_first(self, step: int) -> None:
         """Rank 0: check that the first save of this job may be made, writing nothing."""
-        if self._claim is not None or self._joins:
+        if self._claim is not None:
             return
         # Before the claim: whoever is refused has taken the run from nobody.
+        if self._joins:
+            self.passed_over.add(self.repository.hidden())  # counts as not committed
+            self.repository.check_begin(step, None, refused=self.passed_over.steps)
+            return
+        if self.restored_step is not None and self.restored_step in self.repository.hidden():
+            raise gone_back_past(self.url, self.restored_step)  # which was restored to look
         there = self.repository.newer(-1, besides=self.passed_over.steps)
         forgotten = self._origin is None and not self.restore_asked
         if self._origin is not None or (

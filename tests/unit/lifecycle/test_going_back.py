@@ -13,6 +13,7 @@ import pytest
 import dist_ckpt
 from dist_ckpt import Checkpointer, events, keep, policy
 from dist_ckpt.errors import (
+    AlreadyExists,
     ErrorKind,
     FencedError,
     IntegrityError,
@@ -92,6 +93,35 @@ def test_save_without_a_loop_adds_to_a_run(store: MemoryStore) -> None:
     run_of(store, 1, 2)
     run_of(store, 3)
     assert steps(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_save_that_is_refused_takes_the_run_from_nobody(store: MemoryStore, step: int) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.step(3)
+        ckpt.wait()
+        before = keys(store)
+        with pytest.raises((AlreadyExists, UsageError)):
+            dist_ckpt.save(state(), store, step=step)
+        assert keys(store) == before
+        ckpt.step(4)
+    assert steps(store) == [3, 4]
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_who_was_replaced_before_its_first_save_is_told_that(
+    store: MemoryStore, *, restores: bool
+) -> None:
+    with Checkpointer(store, state(), every_steps=1, save_last=False) as ckpt:
+        assert ckpt.restore() == 0
+        with Checkpointer(store, state(), every_steps=1) as other:
+            other.restore()
+            other.step(1)
+        if restores:
+            ckpt.restore(step=1)
+        # And not to give up what the other job has saved.
+        with pytest.raises(FencedError):
+            ckpt.save(1 + restores).wait()
 
 
 @pytest.mark.parametrize("ways", ["none", "url", "flags"])
@@ -214,6 +244,21 @@ def test_training_does_not_go_on_from_what_was_given_up(store: MemoryStore, *, a
     assert dist_ckpt.load(state(), store, step=2).step == 2
     store.delete([discard_key(3)])
     assert ckpt.restore(step=2) == 2
+
+
+def test_who_only_looked_at_what_was_given_up_does_not_train_on_from_it(store: MemoryStore) -> None:
+    run_of(store, 1, 2)
+    Checkpointer(store, state(), every_steps=1).restore(step=1, discard_newer=True)
+    before = keys(store)
+    with Checkpointer(store, state()) as ckpt:
+        assert ckpt.restore(step=2) == 2, "to look"
+        with pytest.raises(UsageError, match=r"step 2 in .* was given up"):
+            ckpt.save(3)
+    assert keys(store) == before, "nor claimed"
+    with Checkpointer(store, state()) as ckpt:
+        assert ckpt.restore(step=1) == 1
+        ckpt.save(2).wait()
+    assert steps(store) == [1, 2]
 
 
 def test_what_took_the_place_of_what_was_given_up_was_not(store: MemoryStore) -> None:
