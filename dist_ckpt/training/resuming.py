@@ -58,11 +58,13 @@ class _Newer(msgspec.Struct, frozen=True):
         steps: ascending.
         pinned: those of them.
         hidden: whether that step itself is there, and was given up.
+        is_there: whether it is there, and was not.
     """
 
     steps: list[int]
     pinned: list[int]
     hidden: bool
+    is_there: bool
 
 
 class Resumer:
@@ -270,9 +272,13 @@ class Resumer:
         """Return what this folder has beyond `origin`."""
         repository = self._job.repository
         # Steps that this job found damaged count for nothing: they may be taken, and saved, anew.
-        newer = repository.newer(origin, besides=self._job.passed_over.steps)
+        damaged = self._job.passed_over.steps
+        there = repository.newer(origin - 1, besides=damaged)
+        newer = [step for step in there if step > origin]
         pinned = [step for step in repository.pinned() if step > origin] if newer else []
-        return _Newer(newer, pinned, hidden=origin in repository.hidden())
+        # Of a known damage the load says which.
+        is_there = origin in damaged or origin in there
+        return _Newer(newer, pinned, hidden=origin in repository.hidden(), is_there=is_there)
 
     def _check_newer(self, found: Sequence[_Newer], start: Start, origin: int) -> int:
         """Rank 0: check that no checkpoint would be left behind; return the newest one.
@@ -282,6 +288,8 @@ class Resumer:
         newer = _joined(each.steps for each in found)
         if any(each.hidden for each in found):
             raise gone_back_past(self._job.url, origin)
+        if origin >= 0 and not any(each.is_there for each in found):
+            raise self._job.repository.not_found(origin)
         if newer and start.new_run and not start.discard_newer:
             raise UsageError(
                 f"{start.new_run} begins a run, but {self._job.url} has checkpoints up to step "

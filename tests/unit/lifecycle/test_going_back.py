@@ -108,6 +108,21 @@ def test_a_save_that_is_refused_takes_the_run_from_nobody(store: MemoryStore, st
     assert steps(store) == [3, 4]
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_restore_of_a_step_that_is_not_there_takes_the_run_from_nobody(
+    store: MemoryStore, *, back: bool
+) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.step(3)
+        ckpt.wait()
+        before = keys(store)
+        with pytest.raises(NotFound, match=r"no checkpoint of step 2 in .*: the nearest are 3"):
+            Checkpointer(store, state(), every_steps=1).restore(step=2, discard_newer=back)
+        assert keys(store) == before
+        ckpt.step(4)
+    assert steps(store) == [3, 4]
+
+
 @pytest.mark.parametrize("restores", [True, False])
 def test_who_was_replaced_before_its_first_save_is_told_that(
     store: MemoryStore, *, restores: bool
