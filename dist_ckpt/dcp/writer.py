@@ -204,7 +204,7 @@ class Writer(StorageWriter, AsyncStager):
             if save is None or save.token not in [each.token for each in asked]:
                 raise _mixed_up()
             # Before any rank writes: what can be refused now costs no bytes.
-            transaction = self._repository.begin(save.step, self._claim())
+            transaction = self._repository.begin(save.step, self._claim(save.step))
             whole = without_empty(plans)
             save.attempt = StockAttempt(transaction, whole)
             if len(plans) > 1:
@@ -276,9 +276,11 @@ class Writer(StorageWriter, AsyncStager):
         here.save = Save(self._step if here.step is None else here.step)
         return here.save
 
-    def _claim(self) -> int:
+    def _claim(self, step: int) -> int:
         with _claiming:
             if self._ownership.claim is None:
+                # Before the claim: whoever is refused has taken the run from nobody.
+                self._repository.check_free(step)
                 self._ownership.claim = self._repository.claim()
             return self._ownership.claim
 

@@ -225,11 +225,21 @@ class Chooser:
 
     def _decide(self, *, fall_back: bool) -> _Answer:
         """Rank 0: take the run over if that is wanted, find the checkpoint, open it."""
-        token = b""
-        if self._claims:
+        if self._call.place is None:
             # First of all: what is chosen is the newest only if nobody else can commit any more.
-            self._job.claim()
-            token = self._job.place_token()
+            return self._find(self._take_over(), fall_back=fall_back)
+        # Another place may have none, and then the run is taken from nobody.
+        answer = self._find(b"", fall_back=fall_back)
+        return msgspec.structs.replace(answer, token=self._take_over())
+
+    def _take_over(self) -> bytes:
+        """Rank 0: take the run over if that is wanted; return what others are to find there."""
+        if not self._claims:
+            return b""
+        self._job.claim()
+        return self._job.place_token()
+
+    def _find(self, token: bytes, *, fall_back: bool) -> _Answer:
         # Whatever else lies in a run, its checkpoints come first.
         choice, location = self._choose(self._location(), fall_back=fall_back)
         self._opened = opened = choice.checkpoint  # to decode millions of chunks twice is felt

@@ -217,12 +217,22 @@ class Repository:
             FencedError: a newer claim owns the run.
             UsageError: the store cannot create atomically, or the step is no step.
         """
+        step = self.check_free(step)
+        check_owner(self.store, claim)
+        return Transaction(self.store, step, new_save_id(claim))
+
+    def check_free(self, step: int) -> int:
+        """Return `step` as an `int` if whoever owns the run may save it.
+
+        Raises:
+            AlreadyExists: the step is committed.
+            UsageError: the store cannot create atomically, or the step is no step.
+        """
         step = check_step(step)
         self._check_can_commit()
         if self._is_committed(step):
             raise self._exists(step)
-        check_owner(self.store, claim)
-        return Transaction(self.store, step, new_save_id(claim))
+        return step
 
     def check_begin(self, step: int, claim: int | None, *, refused: Collection[int]) -> int:
         """Check that a training run may save `step` next; return the newest step, -1 for none.

@@ -265,9 +265,11 @@ def test_committed_step_is_not_overwritten_and_a_newer_writer_fences() -> None:
     save(STATE, checkpoint_id="1", storage_writer=old, **ALONE)
     with fails(AlreadyExists, "step 1 is already committed"):
         save(STATE, storage_writer=Writer(store, step=1), **ALONE)
+    save(STATE, checkpoint_id="2", storage_writer=old, **ALONE)  # nobody took the run from it
+    save(STATE, storage_writer=Writer(store, step=3), **ALONE)
     with fails(FencedError, "superseded by claim 2"):
-        save(STATE, checkpoint_id="2", storage_writer=old, **ALONE)
-    assert listed(store) == [1]
+        save(STATE, checkpoint_id="4", storage_writer=old, **ALONE)
+    assert listed(store) == [1, 2, 3]
 
 
 def test_calls_that_cannot_work_are_refused() -> None:

@@ -108,6 +108,18 @@ def test_a_save_that_is_refused_takes_the_run_from_nobody(store: MemoryStore, st
     assert steps(store) == [3, 4]
 
 
+def test_a_restore_from_a_place_that_has_none_takes_the_run_from_nobody(store: MemoryStore) -> None:
+    with Checkpointer(store, state(), every_steps=1) as ckpt:
+        ckpt.step(3)
+        ckpt.wait()
+        before = keys(store)
+        with pytest.raises(NotFound, match="is no run"):
+            Checkpointer(store, state(), every_steps=1).restore(url=new_store(), discard_newer=True)
+        assert keys(store) == before
+        ckpt.step(4)
+    assert steps(store) == [3, 4]
+
+
 @pytest.mark.parametrize("back", [False, True])
 def test_a_restore_of_a_step_that_is_not_there_takes_the_run_from_nobody(
     store: MemoryStore, *, back: bool
