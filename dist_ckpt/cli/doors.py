@@ -11,7 +11,7 @@ import typer
 import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json
-from dist_ckpt.cli.places import Json, Metric, Options, Place
+from dist_ckpt.cli.places import GivenPlace, Json, Metric, Options
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError
 
@@ -34,7 +34,7 @@ def add_doors(app: typer.Typer) -> None:
 
 
 def _export(
-    source: Place,
+    source: GivenPlace,
     out: Annotated[str, typer.Argument(metavar="OUT", help="a path or URL, not there yet")],
     *,
     form: Annotated[

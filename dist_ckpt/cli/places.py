@@ -31,6 +31,15 @@ Place = Annotated[
         help="a checkpoint: of a step, @latest (without any) or @best",
     ),
 ]
+# Of a command that must be given more than a place: one argument alone is taken for the place, so
+# the environment can never stand for it, and help does not say that it does.
+GivenUrl = Annotated[str, typer.Argument(metavar="URL", help="the run: a path or a URL")]
+GivenPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL[@STEP]", help="a checkpoint: of a step, @latest (without any) or @best"
+    ),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option("--storage-option", metavar="K=V", help="an option of the storage; repeatable"),

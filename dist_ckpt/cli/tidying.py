@@ -15,7 +15,7 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.every import Left, work_on
 from dist_ckpt.cli.output import say, say_json, size, table
-from dist_ckpt.cli.places import Json, Metric, Options, Place, Url
+from dist_ckpt.cli.places import GivenPlace, GivenUrl, Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, UsageError, near
 
@@ -35,7 +35,7 @@ def add_tidying(app: typer.Typer) -> None:
 
 
 def _keep(
-    url: Url,
+    url: GivenUrl,
     policy: Annotated[str, typer.Argument(help="such as 'latest(3) | best(\"val/loss\", 2)'")],
     *,
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it nothing is done")] = False,
@@ -172,7 +172,7 @@ def _sweep(
 
 
 def _cp(
-    source: Place,
+    source: GivenPlace,
     destination: Annotated[str, typer.Argument(metavar="URL", help="the run to copy into")],
     *,
     every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,

@@ -142,12 +142,12 @@ def import_(
         NotFound: there is nothing that can be read.
         AlreadyExists: the step is committed, and is something else.
         IntegrityError: what is there is malformed.
-        UsageError: it is a checkpoint of dist_ckpt, what it has as its step is none and `step` is
-            not given, an argument is malformed, or `url` is a folder of runs, or in a run.
+        UsageError: it is a checkpoint of dist_ckpt, it has no tensor, its step is none and `step`
+            is not given, an argument is malformed, or `url` is a folder of runs, or in a run.
         StorageError: the run, or the folder for temporary files, is full or failed.
     """
     check_options_taken(storage_options, source, url)
-    check_target(url, to := options_for(url, storage_options))
+    check_target(url, options_for(url, storage_options))
     with open_at(source, None, {"storage_options": storage_options}) as opened:
         # What it had besides (who wrote it, its digests) would be lost by being brought in anew.
         if opened.manifest is not None:
@@ -155,19 +155,19 @@ def import_(
                 f"{opened.where} was committed by dist_ckpt already: there is nothing to import"
             )
         with _folder(source, opened, storage_options) as folder:
-            return _import(_Reading(opened), folder, url, step, metrics, storage_options=to)
+            return _import(source, _Reading(opened), folder, url, step, metrics, storage_options)
 
 
 def _import(
+    source: Place,
     weights: _Reading,
     folder: _Folder,
     url: Place,
     step: SupportsIndex | None,
     metrics: Mapping[str, float] | None,
-    *,
     storage_options: Mapping[str, Any] | None,
 ) -> ImportReport:
-    given = storage_options
+    given = options_for(url, storage_options)
     number = _step(weights, folder) if step is None else plain_step(step)
     numbers = {**folder.metrics, **weights.metrics(), **as_numbers(as_given(metrics))}
     readings = [weights, *map(_Reading, folder.states.values())]
@@ -177,6 +177,13 @@ def _import(
     left_out = {name: why for each in readings for name, why in each.left_out.items()}
     if left_out and not (contents or objects):
         raise IncompatibleError(f"nothing can be imported: {'; '.join(left_out.values())}")
+    tensors = sum(len(content.items) for content in contents.values() if content is not None)
+    if not tensors:
+        # As the newest of the run it would be what a training goes on from, with nothing in it.
+        # By the name that was given: a folder may hold many files.
+        named = place_name(source, options_for(source, storage_options))
+        there = f"there is {', '.join(map(repr, parts))} alone" if parts else "there is nothing"
+        raise UsageError(f"{named} holds no tensor, {there}: name what holds the weights")
     was_there = is_saved(
         contents,
         objects,
@@ -188,7 +195,6 @@ def _import(
     )
     if not was_there:
         save_parts(contents, objects, url, step=number, metrics=numbers, storage_options=given)
-    tensors = sum(len(content.items) for content in contents.values() if content is not None)
     # Of a folder all of them: whoever goes on with it must know what there was.
     told = {**left_out, **folder.others}
     # Those that were given, or that the file has, take the place of older ones.

@@ -571,6 +571,18 @@ def test_the_place_may_come_from_the_environment(
     assert shell.screen("latest") == f"{url}@30\n"
 
 
+def test_help_names_the_environment_only_where_it_can_stand_for_the_place(
+    shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_CKPT_URL", url)
+    for command in ("ls", "show", "verify", "latest", "compare", "plot", "stats"):
+        assert "DIST_CKPT_URL" in shell.screen(command, "--help")
+        assert shell.screen(command)
+    for command in ("keep", "cp", "export"):
+        assert "DIST_CKPT_URL" not in shell.screen(command, "--help")
+        assert shell.code(command)[0] == 2
+
+
 def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     for command in ("ls", "show", "tensors", "compare", "stats", "plot", "doctor"):

@@ -322,6 +322,29 @@ def test_what_is_no_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    "held", [{}, 3, [1, 2], {"epoch": 3, "lr": 0.1}, {"state_dict": None, "epoch": 3}], ids=repr
+)
+def test_what_holds_no_tensor_does_not_become_the_newest(held: object, tmp_path: Path) -> None:
+    torch.save({"model": build()[0].state_dict()}, tmp_path / "old.pt")
+    dist_ckpt.import_(tmp_path / "old.pt", tmp_path / "run", step=1)
+    torch.save(held, tmp_path / "none.pt")
+    with pytest.raises(UsageError, match=r"none\.pt holds no tensor.*name what holds the weights"):
+        dist_ckpt.import_(tmp_path / "none.pt", tmp_path / "run", step=2)
+    assert dist_ckpt.Run(tmp_path / "run").steps() == [1]
+
+
+def test_other_kinds_without_a_tensor_are_refused_in_the_same_words(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "none.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_save({"epoch": 3}, checkpoint_id=tmp_path / "stock", no_dist=True)
+    for name in ("none.safetensors", "stock"):
+        with pytest.raises(UsageError, match=f"{name} holds no tensor"):
+            dist_ckpt.import_(tmp_path / name, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_large_ones_go_through_a_file_of_which_no_room_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
