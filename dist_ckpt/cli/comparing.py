@@ -165,7 +165,7 @@ def _diff(
     """
     places.check_metric(metric, one, other)
     # A bare number is a step of the first run, whose options it shares.
-    here, *rest = places.share_options(storage_option, one, *([] if other.isdecimal() else [other]))
+    here, *rest = places.share_options(storage_option, one, *([] if places.is_number(other) else [other]))
     run, step = places.find_step(one, here, metric)
     if not rest:
         there, second = run, int(other)
@@ -305,13 +305,13 @@ def _compare(url: Url, *, storage_option: Options = None, json: Json = False) ->
 def _share(sample: str | None) -> tuple[int, int] | None:
     if sample is None:
         return None
-    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", sample)
+    percent = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)%", sample)
     if percent and 0 < float(percent[1]) <= 100:
         # Shares are equal parts: 30% is read as one of three.
         shares = max(round(100 / float(percent[1])), 1)
         # Drawn anew by each call: verified often enough, every block has its turn.
         return random.randint(1, shares), shares
-    part = re.fullmatch(r"(\d+)/(\d+)", sample)
+    part = re.fullmatch(r"([0-9]+)/([0-9]+)", sample)
     if part and 1 <= int(part[1]) <= int(part[2]):
         return int(part[1]), int(part[2])
     raise UsageError(

@@ -26,7 +26,7 @@ Points = list[tuple[int, float]]
 
 _SORTS = ("step", "age", "size")
 # A number between dots or at an end: that of `h.0.weight`, and neither of `conv1` nor `l2`.
-_LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
+_LAYER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 def add_looking(app: typer.Typer) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_ckpt.run import Run
 
 # The last @ counts, and only before a step: one in a folder or a user name is part of the URL.
-_AT = re.compile(r"(?P<url>.*)@(?P<which>\d+|latest|newest|best)/*", re.DOTALL)
+_AT = re.compile(r"(?P<url>.*)@(?P<which>[0-9]+|latest|newest|best)/*", re.DOTALL)
 
 Url = Annotated[
     str, typer.Argument(metavar="URL", envvar="DIST_CKPT_URL", help="the run: a path or a URL")
@@ -83,8 +83,13 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"--storage-option takes KEY=VALUE, not {each!r}")
         kinds: dict[str, Any] = {"true": True, "false": False}
-        found[key] = kinds.get(value.lower(), int(value) if value.isdecimal() else value)
+        found[key] = kinds.get(value.lower(), int(value) if is_number(value) else value)
     return found
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number: digits of other scripts than 0 to 9 are letters."""
+    return text.isascii() and text.isdecimal()
 
 
 def share_options(options: Sequence[str] | None, *named: str) -> list[Sequence[str] | None]:

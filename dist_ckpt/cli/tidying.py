@@ -108,7 +108,7 @@ def _rm(
     if places.split(place)[1] == "best" and not force:
         raise UsageError(
             f"step {step} in {run.url} is not removed: it is the best; to mean it, name it as "
-            f"@{step}, or force it",
+            f"@{step}, or give --force",
             kind=ErrorKind.PROTECTED,
         )
     run.remove(step, force=force)
@@ -200,11 +200,15 @@ def _cp(
         run, step = places.open_step(source, here, metric)
         steps = [step]
     done = []
+    # Imported by this very use, as the run is.
+    module: Any = import_module("dist_ckpt.cli.source")
+    source_store = module.SourceStore(run.store)
+    seen = dist_ckpt.Run(source_store)
 
     def copy(step: int) -> None:
-        with showing_work():
+        with showing_work(), source_store.telling():
             copied, words = (
-                _whole(run, step, target) if parts is None else _parts(run, step, target, parts)
+                _whole(seen, step, target) if parts is None else _parts(seen, step, target, parts)
             )
         done.append(copied)
         # At once: a long copy that is cut off has told what it did.
@@ -212,13 +216,15 @@ def _cp(
             say(f"step {step}: {words}")
 
     # That the other place fails says something of all of them.
-    left |= work_on(steps, copy, every=every, passed_over={IntegrityError: "damaged"})
+    passed_over = {IntegrityError: "damaged", module.SourceFailed: "unreadable"}
+    left |= work_on(steps, copy, every=every, passed_over=passed_over)
     if json:
         copies = [asdict(each) for each in done]
         say_json({"url": target.url, "checkpoints": copies, "not_copied": _reasons(left)})
     else:
-        for step, (state, _) in sorted(left.items()):
+        for step, (state, error) in sorted(left.items()):
             say(f"step {step}: NOT COPIED, {state}")
+            say(f"  {error.message}")
     if left:
         # Of several reasons damage tells, as it does for verify.
         raise max(left.values(), key=lambda each: each[0] == "damaged")[1]
@@ -270,7 +276,7 @@ def parse_age(text: str) -> timedelta:
     Raises:
         UsageError: it is no such text.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(d|h|min|s)", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(d|h|min|s)", text)
     seconds = float(found[1]) * _SECONDS[found[2]] if found else -1.0
     # More is an OverflowError of `timedelta`.
     if not 0 <= seconds < timedelta.max.total_seconds():

@@ -38,7 +38,7 @@ _ONE_FILES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("model.pt", (".pt", ".pth", ".bin", ".ckpt")),
 }
 _MAX_SHARD_BYTES = 5 * 10**9
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _CONFIG = "config.json"
 # What transformers keeps beside the weights, none of which depends on them.
 # Matched as a whole: weights that lie there too, or scripts, are never copied along.

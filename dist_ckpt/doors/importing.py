@@ -55,7 +55,7 @@ _NOT_READ = "beside the weights optimizer and scheduler alone are read"
 _COUNTERS = ("step", "epoch", "total_flos")
 # One number behind a word that says of what: `llama-2` is no step.
 _NUMBERED = re.compile(
-    r"(?:checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_=]?(\d+)", re.IGNORECASE
+    r"(?:checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_=]?([0-9]+)", re.IGNORECASE
 )
 
 

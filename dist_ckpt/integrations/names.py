@@ -28,7 +28,7 @@ from dist_ckpt.saving.handle import SaveHandle
 from dist_ckpt.storage.base import Store, delete_exactly, read_all
 from dist_ckpt.storage.resolve import resolve
 
-_AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)", re.DOTALL)
+_AT = re.compile(r"(?P<url>.+)@(?P<step>[0-9]+)", re.DOTALL)
 # How a `StepName` begins, whose first field is `kind`: other files are told by one short read.
 _BEGINS = b'{"kind":"dist_ckpt name"'
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dist_ckpt.checkpointer import Checkpointer
 
 # What a folder of transformers is called, by which people name a step.
-_FOLDER = re.compile(r"checkpoint-(\d+)")
+_FOLDER = re.compile(r"checkpoint-([0-9]+)")
 
 _ADVICE = (
     "with a Trainer: train(resume_from_checkpoint=True) goes on from the newest checkpoint, "
@@ -128,7 +128,7 @@ def _is_of_transformers(folder: str) -> bool:
 def _named(text: str, place: Place) -> dict[str, Any]:
     """Return the fields that a text stands for."""
     # As a flag or a config has it, where everything is text.
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal():
         return {"step": int(text)}
     run = Run(place).url
     # By URL, as a place can be spelled in many ways.

@@ -370,7 +370,7 @@ def similar_beside(url: str, storage_options: Mapping[str, Any] | None) -> str:
     run, at, which = name.rpartition("@")
     if at and run in folders:
         # To the library a step is an argument of its own, so here it may well be one.
-        wrong = not re.fullmatch(r"\d+|latest|newest|best", which)
+        wrong = not re.fullmatch(r"[0-9]+|latest|newest|best", which)
         said = f" {which!r} is no step, as 100, latest and best are" if wrong else ""
         return f" (did you mean {run!r}?{said})"
     own = next((each for each in folders if re.fullmatch(rf"{re.escape(name)}@\w+", each)), None)

@@ -303,8 +303,8 @@ class Resumer:
             check_first_start(self._job.url, newer)
         if newer and (pinned := _joined(each.pinned for each in found)):
             raise UsageError(
-                f"discard_newer=True gives up step {', '.join(map(str, pinned))} in "
-                f"{self._job.url}, which is pinned: unpin it first, or train in another run"
+                f"discard_newer=True gives up what is pinned in {self._job.url}: step "
+                f"{', '.join(map(str, pinned))}; unpin first, or train in another run"
             )
         if newer and start.discard_newer and not self._job.ranks.node_local:
             # Among them may be what this job saved itself. The claims in folders of several hosts
@@ -320,10 +320,10 @@ class Resumer:
             self._job.give_up(newer, after=origin)
         if newer:
             _log.warning(
-                "step %s in %s was given up: not listed any more, and deleted after the next "
-                "commit; until then, deleting %s brings it back",
-                ", ".join(map(str, newer)),
+                "given up in %s: step %s; not listed any more, and deleted after the next commit; "
+                "until then, deleting %s brings all of it back",
                 self._job.url,
+                ", ".join(map(str, newer)),
                 discard_key(self._job.claim()),
             )
         return newer

@@ -295,7 +295,7 @@ def test_one_of_a_newer_format_keeps_no_other_from_being_verified(shell: Shell, 
         (["keep", "{}", "latest("], 2, "is no policy such as"),
         (["keep", "{}", "best(val/loss)"], 2, "neither a number nor a text in quotes"),
         (["keep", "{}", "best(**dict())"], 2, "is no policy"),
-        (["rm", "{}@best", "--metric", "val/loss"], 13, "name it as @20, or force it"),
+        (["rm", "{}@best", "--metric", "val/loss"], 13, "name it as @20, or give --force"),
         (["export", "{}", "{}-out", "--rename", "a=b", "--rename", "a=c"], 2, "'a' twice"),
         (["import", "{}", "{}-in", "--metric", "a=1", "--metric", "a=2"], 2, "'a' twice"),
         (["average", "{}", "{}@10", "{}-out", "--weights", ""], 2, "--weights takes"),
@@ -502,7 +502,7 @@ def test_one_that_is_damaged_inside_keeps_no_other_from_being_copied(
     os.truncate(files_of(url, 10)[0], 100)
     code, out, said = shell.code("cp", url, f"{url}-copy", "--all")
     assert (code, "ends at byte 100" in said) == (12, True)
-    assert out.splitlines()[-1] == "step 10: NOT COPIED, damaged"
+    assert out.splitlines()[-2] == "step 10: NOT COPIED, damaged"
     assert Run(f"{url}-copy").steps() == [20, 30]
     cut_short(url, 20)
     code, out, _ = shell.code("cp", url, f"{url}-again", "--all", "--json")
@@ -533,6 +533,38 @@ def test_a_file_that_cannot_be_read_keeps_no_other_from_being_verified(
         "step 30: whole",
         "step 20: NOT VERIFIED, unreadable",
     ]
+
+
+@pytest.mark.parametrize("more", [(), ("--parts", "model")])
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_copied(
+    shell: Shell, url: str, more: tuple[str, ...]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        place, target = shutil.copytree(url, f"{folder}/run"), f"{folder}/copies"
+        os.chmod(folder, 0o777)
+        shell.screen("cp", place, f"{folder}/first", *more)  # imports what nobody else may read
+        model = next(each for each in files_of(place, 10) if each.name.startswith("model"))
+        model.chmod(0)
+        if os.geteuid() == 0:
+            stack.callback(os.seteuid, 0)
+            os.seteuid(NOBODY)
+        code, out, said = shell.code("cp", place, target, "--all", *more)
+        assert (code, model.name in said) == (1, True)
+        assert "step 10: NOT COPIED, unreadable" in out
+        assert Run(target).steps() == [20, 30]
+        code, out, _ = shell.code("cp", place, target, "--all", "--json", *more)
+        assert (code, [each["state"] for each in json.loads(out)["not_copied"]]) == (
+            1,
+            ["unreadable"],
+        )
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "rm", "pin"])
+def test_digits_of_other_scripts_are_no_step(shell: Shell, url: str, command: str) -> None:
+    code, out, said = shell.code(command, f"{url}@\u0662\u0660")
+    assert (code, out) == (2 if command == "rm" else 10, "")
+    assert "Traceback" not in said
+    assert Run(url).steps() == [10, 20, 30]
 
 
 def test_nan_is_neither_the_least_nor_the_most(shell: Shell, tmp_path: Path) -> None:
