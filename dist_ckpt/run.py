@@ -285,7 +285,8 @@ class Run:
         why = protected(self.listed()).get(step)
         if why and not force:
             raise UsageError(
-                f"step {step} in {self.url} is not removed: it is {why}; to mean it, give force=True (--force)",
+                f"step {step} in {self.url} is not removed: it is {why}; to mean it, give "
+                "force=True (--force)",
                 kind=ErrorKind.PROTECTED,
             )
         self._delete(step, pinned_too=force)

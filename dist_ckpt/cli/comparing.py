@@ -165,7 +165,9 @@ def _diff(
     """
     places.check_metric(metric, one, other)
     # A bare number is a step of the first run, whose options it shares.
-    here, *rest = places.share_options(storage_option, one, *([] if places.is_number(other) else [other]))
+    here, *rest = places.share_options(
+        storage_option, one, *([] if places.is_number(other) else [other])
+    )
     run, step = places.find_step(one, here, metric)
     if not rest:
         there, second = run, int(other)
