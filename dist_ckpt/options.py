@@ -344,7 +344,8 @@ class SaveOptions:
         check_replicas: compare what ranks hold as copies of one tensor before they save it. None:
             all of it at the first save and whenever the structure of the state changed, and at
             each other save one part in 32, another one each time; True: all at each save; False:
-            never.
+            never. Buffers of modules may differ between ranks, as statistics of BatchNorm do: they
+            are never compared, and those of the lowest rank that has them are stored.
         command: store the command line in the manifest, with the secrets masked that can be
             recognized. False: the program and the names of its options, without any value.
 
