@@ -96,7 +96,7 @@ class Recorder:
             outlook=lambda: saver.outcomes.outlook(saver.in_flight),
         )
         watched = _WatchedMetrics(policies.criteria, job.url)
-        saver.asked["what when= leaves to rank 0"] = self.pace.kinds
+        saver.asked |= {"what when= leaves to rank 0": self.pace.kinds, "save_last": str(save_last)}
         self.course = Course(job.url, policies.when, watched)
         self.program = Provenance(command=options.saves.command, best=policies.criteria)
         self.heartbeat = Heartbeat(

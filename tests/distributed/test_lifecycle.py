@@ -50,6 +50,28 @@ def test_the_last_step_is_saved_by_all_and_a_finished_job_ends_well(tmp_path: Pa
     assert loaded["weights"]["w"].tolist() == [7.0] * 8
 
 
+def keep_the_last_on_rank_0_alone(root: str, every: int) -> str:
+    ckpt = Checkpointer(
+        root,
+        state(0),
+        every_steps=every,
+        save_last=dist.get_rank() == 0,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    with pytest.raises(UsageError) as caught, ckpt:
+        ckpt.restore()
+        for step in range(1, 8):
+            ckpt.step(step)
+    return str(caught.value)
+
+
+def test_a_last_save_that_only_some_ranks_want_is_told_at_the_first(tmp_path: Path) -> None:
+    told = run_ranks(WORLD, keep_the_last_on_rank_0_alone, str(tmp_path), 5)
+    assert told[0] == told[1]
+    assert "save_last is True on rank 0 and False on rank 1" in told[0]
+    assert steps(tmp_path) == []
+
+
 def fail_on(rank: int, root: str, restores: bool) -> str:
     """Let one rank end by an exception after the last step, when the others are closing."""
     logging.disable(logging.WARNING)
