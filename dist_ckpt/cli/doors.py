@@ -11,7 +11,7 @@ import typer
 import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import say, say_json
-from dist_ckpt.cli.places import GivenPlace, Json, Metric, Options
+from dist_ckpt.cli.places import FirstPlace, Json, Metric, Options, Url
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import UsageError
 
@@ -34,8 +34,10 @@ def add_doors(app: typer.Typer) -> None:
 
 
 def _export(
-    source: GivenPlace,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a path or URL, not there yet")],
+    source: FirstPlace,
+    out: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="a path or URL, not there yet")
+    ] = None,
     *,
     form: Annotated[
         str, typer.Option("--format", metavar="|".join(_FORMATS), help="what is written")
@@ -58,6 +60,7 @@ def _export(
     """
     if form not in _FORMATS:
         raise UsageError(f"--format is one of {', '.join(_FORMATS)}, not {form!r}")
+    source, out = places.or_environment(source, out, "where to write")
     # What is wrong in the call is told before torch is imported.
     places.check_metric(metric, source)
     named = [source, out, *([like] if like else [])]
@@ -81,7 +84,7 @@ def _export(
 
 def _import(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a file or folder of others")],
-    url: Annotated[str, typer.Argument(metavar="URL", help="the run")],
+    url: Url,
     *,
     step: Annotated[int | None, typer.Option(help="under which step; by default its own")] = None,
     metric: Annotated[

@@ -20,24 +20,32 @@ if TYPE_CHECKING:
 # The last @ counts, and only before a step: one in a folder or a user name is part of the URL.
 _AT = re.compile(r"(?P<url>.*)@(?P<which>[0-9]+|latest|newest|best)/*", re.DOTALL)
 
+_ENVIRONMENT = "DIST_CKPT_URL"
+
 Url = Annotated[
-    str, typer.Argument(metavar="URL", envvar="DIST_CKPT_URL", help="the run: a path or a URL")
+    str, typer.Argument(metavar="URL", envvar=_ENVIRONMENT, help="the run: a path or a URL")
 ]
 Place = Annotated[
     str,
     typer.Argument(
         metavar="URL[@STEP]",
-        envvar="DIST_CKPT_URL",
+        envvar=_ENVIRONMENT,
         help="a checkpoint: of a step, @latest (without any) or @best",
     ),
 ]
-# Of a command that must be given more than a place: one argument alone is taken for the place, so
-# the environment can never stand for it, and help does not say that it does.
-GivenUrl = Annotated[str, typer.Argument(metavar="URL", help="the run: a path or a URL")]
-GivenPlace = Annotated[
+# Of a command that must be given more than a place; see `or_environment`.
+FirstUrl = Annotated[
     str,
     typer.Argument(
-        metavar="URL[@STEP]", help="a checkpoint: of a step, @latest (without any) or @best"
+        metavar="URL", help=f"the run: a path or a URL; without it that of {_ENVIRONMENT}"
+    ),
+]
+FirstPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL[@STEP]",
+        help="a checkpoint: of a step, @latest (without any) or @best; without it that of "
+        f"{_ENVIRONMENT}",
     ),
 ]
 Options = Annotated[
@@ -85,6 +93,28 @@ def storage_options(given: Sequence[str] | None) -> dict[str, Any]:
         kinds: dict[str, Any] = {"true": True, "false": False}
         found[key] = kinds.get(value.lower(), int(value) if is_number(value) else value)
     return found
+
+
+def or_environment(first: str, second: str | None, what: str) -> tuple[str, str]:
+    """Return the place of a command, and what it must be given besides.
+
+    Args:
+        first: the first argument: the place, or what comes after it where that is all there is.
+        second: the second one.
+        what: what comes after the place, for the message.
+
+    Raises:
+        UsageError: one argument was given, and the environment names no place.
+    """
+    if second is not None:
+        return first, second
+    place = os.environ.get(_ENVIRONMENT)
+    if not place:
+        raise UsageError(
+            f"only {first!r} was given: give the place and {what}, or {what} alone where "
+            f"{_ENVIRONMENT} names the place"
+        )
+    return place, first
 
 
 def is_number(text: str) -> bool:

@@ -15,7 +15,7 @@ import dist_ckpt
 from dist_ckpt.cli import places
 from dist_ckpt.cli.every import Left, work_on
 from dist_ckpt.cli.output import say, say_json, size, table
-from dist_ckpt.cli.places import GivenPlace, GivenUrl, Json, Metric, Options, Place, Url
+from dist_ckpt.cli.places import FirstPlace, FirstUrl, Json, Metric, Options, Place, Url
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import CheckpointError, ErrorKind, IntegrityError, UsageError, near
 
@@ -35,8 +35,11 @@ def add_tidying(app: typer.Typer) -> None:
 
 
 def _keep(
-    url: GivenUrl,
-    policy: Annotated[str, typer.Argument(help="such as 'latest(3) | best(\"val/loss\", 2)'")],
+    url: FirstUrl,
+    policy: Annotated[
+        str | None,
+        typer.Argument(metavar="POLICY", help="such as 'latest(3) | best(\"val/loss\", 2)'"),
+    ] = None,
     *,
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it nothing is done")] = False,
     storage_option: Options = None,
@@ -49,6 +52,7 @@ def _keep(
 
     Example: dist-ckpt keep runs/17 'latest(3) | best("val/loss")' --yes
     """
+    url, policy = places.or_environment(url, policy, "a policy")
     wanted = parse_policy(policy)
     run = places.open_whole(url, storage_option)
     decisions = run.keep(wanted) if yes else run.plan_keep(wanted)
@@ -172,8 +176,10 @@ def _sweep(
 
 
 def _cp(
-    source: GivenPlace,
-    destination: Annotated[str, typer.Argument(metavar="URL", help="the run to copy into")],
+    source: FirstPlace,
+    destination: Annotated[
+        str | None, typer.Argument(metavar="URL", help="the run to copy into")
+    ] = None,
     *,
     every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
     parts: Annotated[
@@ -190,6 +196,7 @@ def _cp(
 
     Example: dist-ckpt cp runs/17@best s3://bucket/kept/17 --metric val/loss --parts model
     """
+    source, destination = places.or_environment(source, destination, "the run to copy into")
     here, there = places.share_options(storage_option, source, destination)
     target = places.open_target(destination, there)
     left: Left = {}

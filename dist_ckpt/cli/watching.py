@@ -11,7 +11,7 @@ import typer
 
 from dist_ckpt.cli import places
 from dist_ckpt.cli.output import complain, say, say_json, size, write
-from dist_ckpt.cli.places import Json, Options
+from dist_ckpt.cli.places import FirstUrl, Json, Options
 from dist_ckpt.cli.progress import showing_work
 from dist_ckpt.errors import CheckpointError, UsageError
 
@@ -48,8 +48,10 @@ def repeat(look: Callable[[], None], *, watch: bool, every: float) -> None:
 
 
 def _mirror(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="the run")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="the run to copy into")],
+    source: FirstUrl,
+    destination: Annotated[
+        str | None, typer.Argument(metavar="DST", help="the run to copy into")
+    ] = None,
     *,
     watch: Watch = False,
     every: Every = 60.0,
@@ -68,6 +70,7 @@ def _mirror(
 
     Example: dist-ckpt mirror runs/17 s3://bucket/kept/17 --watch --best val/loss --keep 3
     """
+    source, destination = places.or_environment(source, destination, "the run to copy into")
     here, there = places.share_options(storage_option, source, destination)
     # Neither need be there yet: a mirror may be started before the training.
     run, target = places.open_whole(source, here), places.open_target(destination, there)

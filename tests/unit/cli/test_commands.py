@@ -603,16 +603,25 @@ def test_the_place_may_come_from_the_environment(
     assert shell.screen("latest") == f"{url}@30\n"
 
 
-def test_help_names_the_environment_only_where_it_can_stand_for_the_place(
-    shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch
+def test_where_more_must_be_given_the_environment_is_the_place_of_one_argument(
+    shell: Shell, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DIST_CKPT_URL", url)
-    for command in ("ls", "show", "verify", "latest", "compare", "plot", "stats"):
+    other, out = str(tmp_path / "other"), str(tmp_path / "w.safetensors")
+    commands = [("keep", "latest(1)"), ("cp", other), ("mirror", other), ("export", out)]
+    monkeypatch.delenv("DIST_CKPT_URL", raising=False)
+    for command, argument in commands:
+        code, _, said = shell.code(command, argument)
+        assert code == 2
+        assert f"only {argument!r} was given" in said
         assert "DIST_CKPT_URL" in shell.screen(command, "--help")
-        assert shell.screen(command)
-    for command in ("keep", "cp", "export"):
-        assert "DIST_CKPT_URL" not in shell.screen(command, "--help")
-        assert shell.code(command)[0] == 2
+    monkeypatch.setenv("DIST_CKPT_URL", url)
+    for command, argument in commands:
+        shell.screen(command, argument)
+        assert shell.code(command)[0] == 2, "there is nothing that could be meant"
+    assert shell.screen("latest", other) == f"{other}@30\n"
+    monkeypatch.setenv("DIST_CKPT_URL", str(tmp_path / "third"))
+    shell.screen("import", out, "--step", "7")
+    assert shell.screen("latest") == f"{tmp_path / 'third'}@7\n"
 
 
 def test_60_columns_are_enough(shell: Shell, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
